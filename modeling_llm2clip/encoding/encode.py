@@ -280,7 +280,7 @@ def encode_distinct_texts(
             batches=lambda rows: plan_token_batches(
                 [len(ids_of[texts[row]]) for row in rows], token_budget=token_budget
             ),
-            prepare=lambda part: _pad([ids_of[text] for text in part], processor),
+            prepare=lambda part: pad_ids([ids_of[text] for text in part], processor),
             encode=encode,
             on_batch=count_tokens,
         )
@@ -449,7 +449,7 @@ def iterate_token_batches(
         for _, embeds in iterate_batches(
             ids,
             plan,
-            prepare=lambda part: _pad(part, processor),
+            prepare=lambda part: pad_ids(part, processor),
             encode=partial(_embed_captions, model),
             names=texts,
         ):
@@ -491,6 +491,25 @@ def iterate_image_batches(
             num_workers=num_workers,
         ):
             yield embeds
+
+
+def pad_ids(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right.
+
+    Args:
+        ids: Token ids of each text, from `processor.list_ids`.
+        processor: The model's processor.
+
+    Returns:
+        Ids and mask, each (B, L) int64.
+    """
+    longest = max(len(row) for row in ids)
+    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
+    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
+    for line, row in enumerate(ids):
+        input_ids[line, : len(row)] = torch.tensor(row)
+        attention_mask[line, : len(row)] = 1
+    return input_ids, attention_mask
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
@@ -626,13 +645,3 @@ def _embed_images(
 
 def _decode(processor: LLM2CLIPProcessor, images: Sequence[Any]) -> dict[str, Tensor]:
     return dict(processor(images=[open_image(image) for image in images]))
-
-
-def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in ids)
-    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
-    for line, row in enumerate(ids):
-        input_ids[line, : len(row)] = torch.tensor(row)
-        attention_mask[line, : len(row)] = 1
-    return input_ids, attention_mask

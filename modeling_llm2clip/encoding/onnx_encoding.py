@@ -6,7 +6,7 @@ embeddings are those of the model up to rounding. `load_onnx_encoder` of `model_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from .encode import (
     default_batch_size,
     encode_distinct_images,
     encode_distinct_texts,
+    iterate_batches,
+    pad_ids,
 )
 
 # Names of the graphs' inputs and outputs: those of the model's own forward.
@@ -37,6 +39,11 @@ class OnnxEncoder:
         processor: The processor that was exported with the graphs.
         text_session: `onnxruntime.InferenceSession` of the text tower; None where there is none.
         vision_session: The same of the vision tower.
+        logit_scale: Factor of cosines before a softmax; None where there is none.
+
+    Attributes:
+        modalities: What can be encoded: `"text"`, `"image"` or both.
+        embedding_dim: P, the width of an embedding.
     """
 
     def __init__(
@@ -45,16 +52,16 @@ class OnnxEncoder:
         *,
         text_session: Any = None,
         vision_session: Any = None,
+        logit_scale: float | None = None,
     ) -> None:
         self.processor = processor
+        self.logit_scale = logit_scale
         self._text_session = text_session
         self._vision_session = vision_session
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """What can be encoded: `"text"`, `"image"` or both."""
-        sessions = {"text": self._text_session, "image": self._vision_session}
-        return tuple(name for name, session in sessions.items() if session is not None)
+        sessions = {"text": text_session, "image": vision_session}
+        there = {name: session for name, session in sessions.items() if session is not None}
+        self.modalities = tuple(there)
+        self.embedding_dim = int(next(iter(there.values())).get_outputs()[0].shape[1])
 
     def encode_texts(
         self,
@@ -125,6 +132,35 @@ class OnnxEncoder:
             show_progress=show_progress,
             on_batch=on_batch,
         )
+
+    def iterate_token_batches(
+        self,
+        ids: Sequence[Sequence[int]],
+        plan: Sequence[Sequence[int]],
+        *,
+        texts: Sequence[str],
+    ) -> Iterator[Tensor]:
+        """Encode batches of texts that are tokenized already.
+
+        Args:
+            ids: Token ids of each text, from `processor.list_ids`.
+            plan: Rows of the texts of each batch.
+            texts: The texts, for errors.
+
+        Yields:
+            (B, P) float32 of unit length, for each batch.
+
+        Raises:
+            ValueError: The graph gives NaN or infinity.
+        """
+        for _, embeds in iterate_batches(
+            ids,
+            plan,
+            prepare=lambda part: pad_ids(part, self.processor),
+            encode=lambda inputs: self.encode_tokens(*inputs),
+            names=texts,
+        ):
+            yield embeds
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the text graph on one batch.

@@ -16,11 +16,9 @@ from ..configs.export_config import OnnxWeights
 from ..encoding.onnx_encoding import OnnxEncoder
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
-from .model_types import read_json_object
+from .model_types import ONNX_RECORD, read_json_object
 
 GRAPHS = "onnx"
-# What was exported, how it was checked, and with what result.
-ONNX_RECORD = "onnx_export.json"
 # transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
 SUFFIXES: dict[OnnxWeights, str] = {"float32": "", "int8": "_quantized", "int4": "_q4"}
 DTYPES: dict[OnnxWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
@@ -47,15 +45,6 @@ def data_file(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}_data")
 
 
-def is_onnx_folder(source: str | Path) -> bool:
-    """Whether this is a folder that `llm2clip export --onnx` wrote.
-
-    Args:
-        source: What a user gave as a model.
-    """
-    return (Path(source) / ONNX_RECORD).is_file()
-
-
 def read_onnx_record(folder: Path) -> dict[str, Any]:
     """Read what was exported.
 
@@ -64,7 +53,7 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
 
     Returns:
         `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
-        checked), `source` and `versions`.
+        checked), `logit_scale`, `source` and `versions`.
 
     Raises:
         ValueError: There is no such record, or it is damaged.
@@ -77,6 +66,23 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
             "one with llm2clip export MODEL OUTPUT --onnx."
         )
     return found
+
+
+def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Return a local folder of ONNX graphs, or download that of a Hub repository.
+
+    Args:
+        source: Folder of ONNX graphs, or Hub id.
+        revision: Branch, tag or commit of the Hub repository.
+
+    Raises:
+        ValueError: It is another folder, or neither a folder nor a Hub id.
+        OSError: The download failed.
+    """
+    only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
+    folder = find_model_folder(source, revision=revision, only=only)
+    read_onnx_record(folder)
+    return folder
 
 
 def load_onnx_encoder(
@@ -110,9 +116,8 @@ def load_onnx_encoder(
         True
     """
     require(ONNX_RUNTIME)
-    only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
-    folder = find_model_folder(source, revision=revision, only=only)
-    read_onnx_record(folder)
+    folder = find_onnx_folder(source, revision=revision)
+    record = read_onnx_record(folder)
     there = {name for name in modalities if any(_find_weights(folder, name))}
     if not there:
         raise ValueError(f"{folder} has no graph for {sorted(modalities)}. Export it again.")
@@ -125,7 +130,7 @@ def load_onnx_encoder(
         for name in sorted(there)
     }
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return OnnxEncoder(processor, **sessions)
+    return OnnxEncoder(processor, logit_scale=record["logit_scale"], **sessions)
 
 
 def open_session(graph: Path, *, num_threads: int | None = None) -> Any:

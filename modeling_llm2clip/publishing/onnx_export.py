@@ -27,11 +27,10 @@ from ..model_folders.fingerprint import fingerprint_model
 from ..model_folders.golden_embeddings import GOLDEN_FILE
 from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
 from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
-from ..model_folders.model_types import read_json_object
+from ..model_folders.model_types import ONNX_RECORD, read_json_object
 from ..model_folders.onnx_folder import (
     DTYPES,
     GRAPHS,
-    ONNX_RECORD,
     data_file,
     graph_file,
     open_session,
@@ -264,6 +263,7 @@ class _OnnxWriter:
             "opset": self.last.opset,
             "ir_version": self.last.ir_version,
             "graphs": self.graphs,
+            "logit_scale": _read_logit_scale(reference.model),
             "script": script,
             "checked_on": self.inputs.data,
             "source": fingerprint_model(reference.folder),
@@ -306,6 +306,12 @@ class _OnnxWriter:
         }
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _read_logit_scale(model: Any) -> float | None:
+    """Return the factor of cosines before a softmax; None of a text-only or vision-only model."""
+    scale = getattr(model, "logit_scale", None)
+    return None if scale is None else round(float(scale().detach()), 6)
 
 
 def _name(file: Path) -> str:
