@@ -28,7 +28,8 @@ class FoundModel:
 
     Attributes:
         content: `"llm2clip"`, `"onnx"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`,
-            `"store"`, `"sentence-transformers"`, `"above"` (the parent folder of models), or `"other"`.
+            `"store"`, `"sentence-transformers"`, `"above"` (the parent folder of models), or
+            `"other"`.
         advice: What it is, and the command that takes it; empty for `"llm2clip"`.
     """
 
