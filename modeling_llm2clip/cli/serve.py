@@ -6,7 +6,7 @@ import ipaddress
 import os
 import sys
 
-from .._extras import SERVE, require
+from .._extras import ONNX_RUNTIME, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
@@ -17,6 +17,7 @@ from .extras import list_needs_of_model
     group="Use",
     examples=(
         "llm2clip serve aligned/model --port 8000",
+        "llm2clip serve for-onnx --backend onnx --text-weights int8",
         "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
     ),
 )
@@ -27,17 +28,19 @@ def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> in
     requests in work finish.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model.
+        model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
         index: Index of images that /v1/search searches. Default: none.
         config: How requests are batched, and what is refused.
     """
-    require(*SERVE, *list_needs_of_model(model))
+    is_onnx = config.backend == "onnx"
+    require(*SERVE, *([ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)))
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server
 
     bound = bind_socket(config)  # before what takes long
     with bound:
-        require_own_model(model)
+        if not is_onnx:
+            require_own_model(model)
         use_device(config.device)
         from ..serving.app import API_KEY_VARIABLE, create_app
         from ..serving.service import EmbeddingService

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from .config_fields import Config, DeviceConfig, Matches, Range, ShardSize
-
-OnnxWeights = Literal["float32", "int8", "int4"]
+from .encoding_config import TextWeights
 
 License = Annotated[
     str,
@@ -68,7 +67,7 @@ class ExportConfig(WeightsConfig):
     transformers, for LLaVA and the like."""
     onnx: bool = False
     """Write graphs for ONNX Runtime instead of weights for torch."""
-    onnx_weights: tuple[OnnxWeights, ...] = ("float32",)
+    onnx_weights: tuple[TextWeights, ...] = ("float32",)
     """Weights of the language model's linear layers, a file for each: float32, int8, int4."""
     onnx_data: str | None = None
     """Captioned images on which the graphs are checked. Default: the embedded emoji and

@@ -6,7 +6,7 @@ embeddings are those of the model up to rounding. `load_onnx_encoder` of `model_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
 from .encode import (
     OnBatch,
     default_batch_size,
+    encode_distinct,
     encode_distinct_images,
     encode_distinct_texts,
     iterate_batches,
     pad_ids,
+    split_evenly,
 )
 
 # Names of the graphs' inputs and outputs: those of the model's own forward.
@@ -29,7 +31,8 @@ NUM_UNPOOLED = "num_unpooled"
 TEXT_OUTPUT = "text_embeds"
 IMAGE_INPUT = "pixel_values"
 IMAGE_OUTPUT = "image_embeds"
-_CPU = torch.device("cpu")
+DEFAULT_TOKEN_BUDGET = CPU_TOKEN_BUDGET
+DEFAULT_BATCH_SIZE = default_batch_size(torch.device("cpu"))
 
 
 class OnnxEncoder:
@@ -91,7 +94,7 @@ class OnnxEncoder:
             self.processor,
             clean_list(texts),
             encode=lambda inputs: self.encode_tokens(*inputs),
-            token_budget=CPU_TOKEN_BUDGET if token_budget is None else token_budget,
+            token_budget=DEFAULT_TOKEN_BUDGET if token_budget is None else token_budget,
             show_progress=show_progress,
             on_batch=on_batch,
         )
@@ -127,10 +130,30 @@ class OnnxEncoder:
             self.processor,
             images,
             encode=lambda inputs: self.encode_pixels(inputs[IMAGE_INPUT]),
-            batch_size=default_batch_size(_CPU) if batch_size is None else batch_size,
+            batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
             num_workers=num_workers,
             show_progress=show_progress,
             on_batch=on_batch,
+        )
+
+    def encode_prepared_images(self, images: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Encode images that the processor has prepared one by one.
+
+        Args:
+            images: N results of the processor for one image each; at least one.
+
+        Returns:
+            (N, P) float32 of unit length on the CPU.
+
+        Raises:
+            ValueError: The graph gives NaN or infinity, or there is no vision tower.
+        """
+        self._require("image")
+        return encode_distinct(
+            images,
+            batches=lambda rows: split_evenly(len(rows), size=DEFAULT_BATCH_SIZE),
+            prepare=lambda part: torch.cat([inputs[IMAGE_INPUT] for inputs in part]),
+            encode=self.encode_pixels,
         )
 
     def iterate_token_batches(

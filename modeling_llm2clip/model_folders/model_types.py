@@ -54,8 +54,8 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
     if (folder / ONNX_RECORD).is_file():
         return FoundModel(
             "onnx",
-            f"{folder} is a folder of ONNX graphs; load_onnx_encoder opens it. Give the model that "
-            "it was exported from.",
+            f"{folder} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
+            "--backend onnx, and for load_onnx_encoder.",
         )
     if (folder / "config.json").is_file():
         config = read_json_object(folder / "config.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import ONNX_RUNTIME, require
-from ..configs.export_config import OnnxWeights
+from ..configs.encoding_config import TextWeights
 from ..encoding.onnx_encoding import OnnxEncoder
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
@@ -20,12 +20,12 @@ from .model_types import ONNX_RECORD, read_json_object
 
 GRAPHS = "onnx"
 # transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
-SUFFIXES: dict[OnnxWeights, str] = {"float32": "", "int8": "_quantized", "int4": "_q4"}
-DTYPES: dict[OnnxWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
+SUFFIXES: dict[TextWeights, str] = {"float32": "", "int8": "_quantized", "int4": "_q4"}
+DTYPES: dict[TextWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
 _TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
-def graph_file(folder: Path, modality: str, weights: OnnxWeights = "float32") -> Path:
+def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") -> Path:
     """Return where a graph is, or would be.
 
     Args:
@@ -88,7 +88,7 @@ def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path
 def load_onnx_encoder(
     source: str | Path,
     *,
-    weights: OnnxWeights | None = None,
+    weights: TextWeights | None = None,
     revision: str | None = None,
     modalities: Collection[str] = ("text", "image"),
     num_threads: int | None = None,
@@ -118,19 +118,34 @@ def load_onnx_encoder(
     require(ONNX_RUNTIME)
     folder = find_onnx_folder(source, revision=revision)
     record = read_onnx_record(folder)
-    there = {name for name in modalities if any(_find_weights(folder, name))}
-    if not there:
-        raise ValueError(f"{folder} has no graph for {sorted(modalities)}. Export it again.")
-    chosen = _choose_weights(folder, weights) if "text" in there else "float32"
+    there = [name for name in modalities if _find_weights(folder, name)]
+    graphs = {name: choose_graph(folder, name, weights) for name in there or modalities}
     sessions = {
-        f"{'text' if name == 'text' else 'vision'}_session": open_session(
-            graph_file(folder, name, chosen if name == "text" else "float32"),
-            num_threads=num_threads,
+        "text_session" if name == "text" else "vision_session": open_session(
+            graph, num_threads=num_threads
         )
-        for name in sorted(there)
+        for name, graph in graphs.items()
     }
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
     return OnnxEncoder(processor, logit_scale=record["logit_scale"], **sessions)
+
+
+def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:
+    """Return the graph for texts or for images.
+
+    Args:
+        folder: Folder of ONNX graphs.
+        modality: `"text"` or `"image"`.
+        weights: Weights of the language model's linear layers; None for the most exact ones there
+            are. Images have float32 alone.
+
+    Raises:
+        ValueError: There is no such graph.
+    """
+    if not _find_weights(folder, modality):
+        raise ValueError(f"{folder} has no graph for {modality}s. Export the whole model.")
+    chosen = _choose_weights(folder, weights) if modality == "text" else "float32"
+    return graph_file(folder, modality, chosen)
 
 
 def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
@@ -165,11 +180,11 @@ def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
         raise ValueError(f"ONNX Runtime cannot open {graph}: {reason} Export it again.") from error
 
 
-def _find_weights(folder: Path, modality: str) -> list[OnnxWeights]:
+def _find_weights(folder: Path, modality: str) -> list[TextWeights]:
     return [name for name in SUFFIXES if graph_file(folder, modality, name).is_file()]
 
 
-def _choose_weights(folder: Path, wanted: OnnxWeights | None) -> OnnxWeights:
+def _choose_weights(folder: Path, wanted: TextWeights | None) -> TextWeights:
     there = _find_weights(folder, "text")
     if wanted is None:
         return there[0]

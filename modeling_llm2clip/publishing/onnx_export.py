@@ -12,18 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from .._extras import ONNX_EXPORT, require
-from ..configs.export_config import ExportConfig, OnnxWeights
+from ..configs.encoding_config import TextWeights
+from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
-from ..model_folders.fingerprint import fingerprint_model
+from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE
 from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
 from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
@@ -186,7 +187,7 @@ class _OnnxWriter:
                 unwanted.unlink(missing_ok=True)
             del self.graphs[_name(file)]
 
-    def _write_rounded(self, source: Path, weights: OnnxWeights, config: ExportConfig) -> None:
+    def _write_rounded(self, source: Path, weights: TextWeights, config: ExportConfig) -> None:
         file = graph_file(self.folder, "text", weights)
         num_layers = write_rounded_graph(source, file, bits=BITS[weights])
         figures = check_rounded_texts(
@@ -236,7 +237,7 @@ class _OnnxWriter:
             vision_session=vision and open_session(vision),
         )
 
-    def _record(self, graph: OnnxGraph, weights: OnnxWeights, figures: dict[str, Any]) -> None:
+    def _record(self, graph: OnnxGraph, weights: TextWeights, figures: dict[str, Any]) -> None:
         self.last = graph
         self.graphs[_name(graph.file)] = {
             "weights": weights,
@@ -266,7 +267,10 @@ class _OnnxWriter:
             "logit_scale": _read_logit_scale(reference.model),
             "script": script,
             "checked_on": self.inputs.data,
-            "source": fingerprint_model(reference.folder),
+            "source": {
+                modality: fingerprint_embeddings(reference.folder, modality)
+                for modality in _list_modalities(config)
+            },
             "versions": {
                 package: version(package)
                 for package in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -306,6 +310,11 @@ class _OnnxWriter:
         }
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
+    modalities: dict[str, Literal["text", "image"]] = {"text": "text", "vision": "image"}
+    return [modalities[part] for part in _NEEDED_PARTS[config.components]]
 
 
 def _read_logit_scale(model: Any) -> float | None:

@@ -43,6 +43,7 @@ from .embedding_manifest import (
     require_embedding_folder,
 )
 from .embedding_rows import ImageRows, TextRows
+from .onnx_shard_encoding import fingerprint_graph
 from .shard_encoding import ShardEncoder, load_shard_encoder
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -68,7 +69,8 @@ def embed(
     file.
 
     Args:
-        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
+            `config.backend` onnx, a folder of ONNX graphs.
         data: Records.
         output: Folder of the files: new, empty, or of the same output, which is continued and
             whose files are checked.
@@ -202,7 +204,7 @@ def plan_output(
     return EmbeddingManifest(
         modality=modality,
         model=name,
-        fingerprint=fingerprint_embeddings(folder, modality),
+        fingerprint=_fingerprint(folder, modality, config),
         prompt=_write_prompt(folder) if modality == "text" else "",
         dtype=config.dtype,
         dim=dim,
@@ -254,6 +256,12 @@ def describe_embeddings(output: Path) -> list[str]:
         share = clipped / (num_rows * manifest.dim)
         lines.append(f"{share:.2%} of the values were outside the int8 ranges, and were clipped.")
     return lines
+
+
+def _fingerprint(folder: Path, modality: Modality, config: EmbedConfig) -> dict[str, str]:
+    if config.backend == "onnx":
+        return fingerprint_graph(folder, modality, config)
+    return fingerprint_embeddings(folder, modality)
 
 
 def _measure(
