@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source
 from safetensors.torch import load_file, save_file
 from shared_models import CAPTIONS, INSTRUCTION, ROUNDING
 from tiny import LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
@@ -31,7 +32,6 @@ from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session
 from modeling_llm2clip.publishing import onnx_graphs
 
 ROOT = Path(__file__).parents[2]
-ALL_WEIGHTS = ("float32", "int8", "int4")
 WITHOUT_TORCH = """
 import json, runpy, sys
 for name in ("torch", "transformers", "modeling_llm2clip"):
@@ -44,16 +44,15 @@ print(json.dumps([embeds.tolist() for embeds in found]))
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source() -> Path:
     """A model folder, not to be changed."""
-    return export_tiny_model(tmp_path_factory.mktemp("source") / "model")
+    return shared_source()
 
 
 @pytest.fixture(scope="module")
-def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported() -> Path:
     """Its graphs, with all weights."""
-    config = ExportConfig(onnx=True, onnx_weights=ALL_WEIGHTS, max_recall_loss=1)
-    return export_model(source, tmp_path_factory.mktemp("onnx") / "graphs", config)
+    return shared_graphs()
 
 
 @pytest.fixture
