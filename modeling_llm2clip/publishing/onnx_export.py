@@ -253,6 +253,7 @@ class _OnnxWriter:
         assert self.last is not None
         reference, folder = self.reference, self.folder
         reference.processor.save_pretrained(folder)
+        _name_prompt_tokens(folder / "tokenizer.json")
         _write_image_settings(reference.processor, folder)
         self._write_config()
         if (reference.folder / GOLDEN_FILE).is_file():
@@ -331,6 +332,34 @@ def _measure_mb(file: Path) -> float:
     """Return the size of a graph with its weights, in 10^6 bytes."""
     files = [part for part in (file, data_file(file)) if part.is_file()]
     return round(sum(part.stat().st_size for part in files) / 1e6, 1)
+
+
+def _name_prompt_tokens(file: Path) -> None:
+    """Write each token of the prompt under its own name, by which transformers.js looks for it.
+
+    The tokenizers library finds the ids of a whole prefix under any name.
+    """
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    processor = tokenizer["post_processor"] or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") != "TemplateProcessing":
+            continue
+        known = part["special_tokens"]
+        for template in ("single", "pair"):
+            part[template] = [
+                {"SpecialToken": {**item["SpecialToken"], "id": token}} if token else item
+                for item in part[template]
+                for token in (
+                    known[item["SpecialToken"]["id"]]["tokens"] if "SpecialToken" in item else [""]
+                )
+            ]
+        part["special_tokens"] = {
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for entry in known.values()
+            for number, token in zip(entry["ids"], entry["tokens"], strict=True)
+        }
+    text = json.dumps(tokenizer, ensure_ascii=False, indent=2)
+    file.write_text(text, encoding="utf-8")
 
 
 def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:

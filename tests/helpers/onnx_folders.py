@@ -6,9 +6,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from tiny_folders import export_tiny_model
+import torch
+from tiny import tiny_model
 
 from modeling_llm2clip import ExportConfig, export_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 ALL_WEIGHTS = ("float32", "int8", "int4")
 _FOLDERS = tempfile.TemporaryDirectory(prefix="llm2clip-onnx-")  # removed when the process ends
@@ -16,8 +18,12 @@ _FOLDERS = tempfile.TemporaryDirectory(prefix="llm2clip-onnx-")  # removed when 
 
 @cache
 def shared_source() -> Path:
-    """Folder of a model."""
-    return export_tiny_model(Path(_FOLDERS.name) / "model")
+    """Folder of a model whose layers do not amplify the rounding of weights, as strong ones do."""
+    model, processor = tiny_model(max_text_length=128)
+    with torch.no_grad():
+        for parameter in model.text_model.layers.parameters():
+            parameter.mul_(0.5)
+    return save_model(model, processor, Path(_FOLDERS.name) / "model")
 
 
 @cache

@@ -29,6 +29,7 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session, read_onnx_record
+from modeling_llm2clip.pooling_llm2clip import count_unpooled
 from modeling_llm2clip.publishing import onnx_graphs
 
 ROOT = Path(__file__).parents[2]
@@ -103,8 +104,6 @@ def test_an_instruction_is_attended_to_and_not_pooled(source: Path, exported: Pa
     prompt_length = len(processor(text=INSTRUCTION)["input_ids"][0])
     with torch.no_grad():
         wanted = model.get_text_features(**batch, prompt_length=prompt_length).pooler_output
-    from modeling_llm2clip.pooling_llm2clip import count_unpooled
-
     num_unpooled = count_unpooled(
         prompt_length,
         num_prefix=len(config.prompt_prefix_ids),
@@ -113,7 +112,7 @@ def test_an_instruction_is_attended_to_and_not_pooled(source: Path, exported: Pa
     )
     inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
     session = open_session(graph_file(exported, "text"))
-    [found] = session.run(None, {**inputs, "num_unpooled": np.int64(num_unpooled)})
+    [found] = session.run(None, {**inputs, "num_unpooled": np.array(num_unpooled)})
     assert np.allclose(found, torch.nn.functional.normalize(wanted, dim=-1), atol=ROUNDING)
     [without] = session.run(None, inputs)
     assert not np.allclose(found, without, atol=0.01)
@@ -211,6 +210,23 @@ def test_transformers_reads_the_folders_configuration_and_processor(
         assert torch.equal(value, second(**inputs)[name])
 
 
+def test_a_tokens_name_in_the_prompt_is_its_name_in_the_vocabulary(
+    source: Path, exported: Path
+) -> None:
+    """transformers.js looks for the ids of the prompt by these names alone."""
+    before, after = (
+        json.loads((folder / "tokenizer.json").read_text("utf-8")) for folder in (source, exported)
+    )
+    ids = {**before["model"]["vocab"], **{t["content"]: t["id"] for t in before["added_tokens"]}}
+    prompt = after["post_processor"]["special_tokens"]
+    config = LLM2CLIPConfig.from_pretrained(source)
+    named = [item["SpecialToken"]["id"] for item in after["post_processor"]["single"]
+             if "SpecialToken" in item]  # fmt: skip
+    assert [ids[name] for name in named] == config.prompt_prefix_ids + config.prompt_suffix_ids
+    assert all(entry["ids"] == [ids[name]] for name, entry in prompt.items())
+
+
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_are_beside_the_graph(
     source: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +264,7 @@ def copy_model(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_from_the_golden_embeddings_is_not_written(
     source: Path, small_data: str, tmp_path: Path
 ) -> None:
@@ -261,6 +278,7 @@ def test_a_graph_that_differs_from_the_golden_embeddings_is_not_written(
     )
 
 
+@pytest.mark.slow
 def test_eight_bits_are_refused_where_they_change_the_model(
     small_data: str, tmp_path: Path
 ) -> None:
