@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,53 +209,75 @@ def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) 
     return figures
 
 
-def check_rounded_texts(
-    encoder: OnnxEncoder, reference: Reference, *, bits: int, max_recall_loss: float
+def compare_rounded_texts(
+    encoder: OnnxEncoder, reference: Reference, *, with_recall: bool
 ) -> dict[str, Any]:
-    """Compare a text graph with rounded weights with the model.
+    """Measure how far a text graph with rounded weights is from the model.
 
     Args:
         encoder: The graph.
-        reference: The model; with 4 bits, one with both towers.
-        bits: 8 or 4.
-        max_recall_loss: Largest loss of text to image R@1 that 4 bits may cost, as a share.
+        reference: The model.
+        with_recall: Whether text to image R@1 is measured too, which needs a model with both
+            towers.
 
     Returns:
         Figures for the record of the export.
-
-    Raises:
-        ValueError: With 8 bits, a text has a cosine below 0.999; with 4 bits, more recall is lost.
     """
     found = encoder.encode_texts(reference.inputs.texts)
     cosines = measure_cosines(found, reference.embed_texts())
-    low = int((cosines < MIN_COSINE_8_BITS).sum())
     figures = {
         "texts": len(cosines),
+        "texts_below_0.999": int((cosines < MIN_COSINE_8_BITS).sum()),
         "min_cosine": _round(cosines.min()),
         "mean_cosine": _round(cosines.mean()),
     }
-    if bits == 8:
-        if low:
-            raise ValueError(
-                f"8-bit weights change this model too much: {low} of {len(cosines)} texts have a "
-                f"cosine below {MIN_COSINE_8_BITS} with the model's own embeddings, the smallest "
-                f"{figures['min_cosine']}. Leave int8 out of onnx_weights."
-            )
-        return figures
-    before, after = (
-        measure_recall(embeds[: len(reference.inputs.captions)], reference.embed_images())
-        for embeds in (reference.embed_texts(), found)
-    )
-    figures |= {"recall_at_1": after, "recall_at_1_of_the_model": before}
-    loss = before - after
-    if loss > max_recall_loss:
-        raise ValueError(
-            f"4-bit weights cost {100 * loss:.1f} points of text to image R@1: {100 * after:.1f} "
-            f"instead of {100 * before:.1f} % on {len(reference.inputs.captions)} captions "
-            f"({reference.inputs.data}); smallest cosine {figures['min_cosine']}. Accept it with "
-            f"max_recall_loss={math.ceil(1000 * loss) / 1000:g}, or leave int4 out of onnx_weights."
+    if with_recall:
+        images, count = reference.embed_images(), len(reference.inputs.captions)
+        figures["recall_at_1"] = measure_recall(found[:count], images)
+        figures["recall_at_1_of_the_model"] = measure_recall(
+            reference.embed_texts()[:count], images
         )
     return figures
+
+
+def require_near_texts(figures: Mapping[str, Any]) -> None:
+    """Refuse 8-bit weights with which a text is too far from the model's own embedding.
+
+    Args:
+        figures: From `compare_rounded_texts`.
+
+    Raises:
+        ValueError: A text has a cosine below 0.999.
+    """
+    if low := figures["texts_below_0.999"]:
+        raise ValueError(
+            f"8-bit weights change this model too much: {low} of {figures['texts']} texts have a "
+            f"cosine below {MIN_COSINE_8_BITS} with the model's own embeddings, the smallest "
+            f"{figures['min_cosine']}, even if half of the layers stay float32. Leave int8 out of "
+            "onnx_weights."
+        )
+
+
+def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss: float) -> None:
+    """Refuse 4-bit weights that cost more recall than accepted.
+
+    Args:
+        figures: From `compare_rounded_texts`, with recall.
+        inputs: What it was measured on.
+        max_loss: Largest loss of text to image R@1 that is accepted, as a share.
+
+    Raises:
+        ValueError: More is lost; the message has the figures, and the option that accepts them.
+    """
+    before, after = figures["recall_at_1_of_the_model"], figures["recall_at_1"]
+    loss = round(before - after, 6)
+    if loss > max_loss:
+        raise ValueError(
+            f"4-bit weights cost {100 * loss:.1f} points of text to image R@1: {100 * after:.1f} "
+            f"instead of {100 * before:.1f} % on {len(inputs.captions)} captions ({inputs.data}); "
+            f"smallest cosine {figures['min_cosine']}. Accept it with "
+            f"max_recall_loss={math.ceil(1000 * loss) / 1000:g}, or leave int4 out of onnx_weights."
+        )
 
 
 def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) -> str | None:

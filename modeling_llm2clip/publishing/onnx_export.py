@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,13 +38,16 @@ from ..model_folders.onnx_folder import (
 )
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .onnx_checks import (
+    MIN_COSINE_8_BITS,
     CheckInputs,
     Reference,
     check_images,
-    check_rounded_texts,
     check_script,
     check_texts,
+    compare_rounded_texts,
     load_check_inputs,
+    require_near_texts,
+    require_recall,
 )
 from .onnx_graphs import (
     OnnxGraph,
@@ -53,10 +56,13 @@ from .onnx_graphs import (
     write_image_graph,
     write_text_graph,
 )
-from .onnx_weights import BITS, write_rounded_graph
+from .onnx_weights import choose_exact_layers, measure_layers, write_rounded_graph
 
 SCRIPT = "encode.py"
 _RECORD_FORMAT = 1
+_NUM_MEASURED = 16  # captions on which the effect of each layer is measured
+# The captions that errors are measured on are not those with the largest.
+_MARGINS = (0.85, 0.65, 0.5)
 _NEEDED_PARTS = {"full": ("text", "vision"), "text": ("text",), "vision": ("vision",)}
 _PARTS = {
     "LLM2CLIPModel": ("text", "vision"),
@@ -189,20 +195,50 @@ class _OnnxWriter:
 
     def _write_rounded(self, source: Path, weights: TextWeights, config: ExportConfig) -> None:
         file = graph_file(self.folder, "text", weights)
-        num_layers = write_rounded_graph(source, file, bits=BITS[weights])
-        figures = check_rounded_texts(
-            self._encoder(text=file),
-            self.reference,
-            bits=BITS[weights],
-            max_recall_loss=config.max_recall_loss,
-        )
-        described = {**self.graphs[_name(source)], "rounded_layers": num_layers}
+        if weights == "int8":
+            described = self._write_eight_bits(source, file)
+        else:
+            described = self._round(source, file, bits=4)
+            require_recall(described["check"], self.inputs, max_loss=config.max_recall_loss)
         self.graphs[_name(file)] = {
+            **self.graphs[_name(source)],
             **described,
             "weights": weights,
             "size_mb": _measure_mb(file),
-            "check": figures,
         }
+
+    def _write_eight_bits(self, source: Path, file: Path) -> dict[str, Any]:
+        """Round all layers, or else as many as leave every text near the model's embedding."""
+        described = self._round(source, file, bits=8)
+        error = 1 - described["check"]["min_cosine"]
+        if not described["check"]["texts_below_0.999"]:
+            return described
+        reference = self.reference
+        texts = self.inputs.captions[:_NUM_MEASURED]
+        errors = measure_layers(reference.model, reference.processor, texts, bits=8)
+        for margin in _MARGINS:
+            share = margin * (1 - MIN_COSINE_8_BITS) / error
+            exact = choose_exact_layers(errors, share=share)
+            if 2 * len(exact) > len(errors):
+                break
+            described = self._round(source, file, bits=8, exact_layers=exact)
+            if not described["check"]["texts_below_0.999"]:
+                return described
+        require_near_texts(described["check"])
+        return described
+
+    def _round(
+        self, source: Path, file: Path, *, bits: int, exact_layers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        for old in (file, data_file(file)):
+            old.unlink(missing_ok=True)
+        num_rounded = write_rounded_graph(source, file, bits=bits, exact_layers=exact_layers)
+        check = compare_rounded_texts(
+            self._encoder(text=file),
+            self.reference,
+            with_recall=hasattr(self.reference.model, "vision_model"),
+        )
+        return {"rounded_layers": num_rounded, "float32_layers": [*exact_layers], "check": check}
 
     def write_image_graph(self) -> None:
         """Write the vision tower, for images of any size if that passes its check."""
