@@ -56,7 +56,6 @@ def embed(
     needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
     require(*needs, *([RAY] if engine == "ray" else []))
     from ..model_folders.model_types import require_own_model
-    from ..model_folders.onnx_folder import find_onnx_folder
     from ..search.embedding_manifest import is_begun, require_embedding_folder
 
     refuse_foreign_options(config, modality)
@@ -64,6 +63,8 @@ def embed(
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
     require_embedding_folder(output)
     if is_onnx:
+        from ..model_folders.onnx_folder import find_onnx_folder
+
         model = str(find_onnx_folder(model))
     else:
         require_own_model(model)

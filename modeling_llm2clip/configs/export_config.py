@@ -50,8 +50,6 @@ class CardConfig(Config):
 class WeightsConfig(CardConfig, DeviceConfig):
     """Which weights are written, and in which dtype."""
 
-    components: Literal["full", "text", "vision"] = "full"
-    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: as they are."""
     max_shard_size: ShardSize = "50GB"
@@ -96,6 +94,8 @@ class ExportConfig(WeightsConfig):
 class ConvertConfig(WeightsConfig):
     """What `convert_checkpoint` writes of a checkpoint."""
 
+    components: Literal["full", "text", "vision"] = "full"
+    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of all weights but the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"

@@ -62,4 +62,5 @@ def run_graph(folder: Path, graph: str, inputs: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    print(encode_texts(sys.argv[1:2]) @ encode_images(sys.argv[2:]).T)  # noqa: T201
+    cosines = encode_texts(sys.argv[1:2]) @ encode_images(sys.argv[2:]).T
+    sys.stdout.write(f"{cosines}\n")

@@ -167,7 +167,8 @@ class _OnnxWriter:
         model_class = saved if whole else MODEL_CLASSES[part[config.components]]
         model = model_class.from_pretrained(source, dtype=torch.float32, local_files_only=True)
         processor = LLM2CLIPProcessor.from_pretrained(source, local_files_only=True)
-        dtype = LLM2CLIPConfig.from_pretrained(source, local_files_only=True).dtype
+        stated = LLM2CLIPConfig.from_pretrained(source, local_files_only=True).dtype
+        dtype = stated if isinstance(stated, torch.dtype) else torch.float32
         inputs = load_check_inputs(config.onnx_data)
         return cls(folder, Reference(model.eval(), processor, inputs, source, dtype), {})
 

@@ -135,7 +135,8 @@ def _round(weight: Tensor, bits: int) -> Tensor:
     scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
     zero = (-low / scale).round()
     whole = ((blocks / scale).round() + zero).clamp(0, 2**bits - 1)
-    return ((whole - zero) * scale).reshape(rows, -1)[:, :width]
+    rounded: Tensor = (whole - zero) * scale
+    return rounded.reshape(rows, -1)[:, :width]
 
 
 @contextmanager

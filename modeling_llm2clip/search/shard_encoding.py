@@ -71,15 +71,11 @@ def load_shard_encoder(
     """Load the tower that is needed.
 
     Args:
-        folder: Model folder, or folder of ONNX graphs, as `config.backend` says.
+        folder: Model folder.
         rows: What is encoded.
         config: Options of the encoding.
         device: Where the tower runs.
     """
-    if config.backend == "onnx":
-        from .onnx_shard_encoding import load_onnx_shard_encoder
-
-        return load_onnx_shard_encoder(folder, rows, config)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     if isinstance(rows, TextRows):
         text_model = LLM2CLIPTextModel.from_pretrained(folder).to(device)
