@@ -305,15 +305,20 @@ def test_a_quantized_model_is_refused(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_part_that_the_model_lacks_is_refused(
-    source: Path, small_data: str, tmp_path: Path
-) -> None:
+def test_a_part_that_the_model_lacks_is_refused(source: Path, tmp_path: Path) -> None:
     text_only = export_model(source, tmp_path / "text", ExportConfig(components="text"))
     refuse(text_only, tmp_path, "text-only model without a vision tower.*components=text")
     refuse(text_only, tmp_path, "recall that int4 weights cost", components="text",
            onnx_weights=("int4",))  # fmt: skip
     refuse(source, tmp_path, "components=vision leaves out", components="vision",
            onnx_weights=("int8",))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_text_only_model_gives_a_text_graph(
+    source: Path, small_data: str, tmp_path: Path
+) -> None:
+    text_only = export_model(source, tmp_path / "text", ExportConfig(components="text"))
     folder = export_model(
         text_only,
         tmp_path / "graphs",
@@ -335,6 +340,24 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path
         export_model("no-such-model", tmp_path / "output", ExportConfig(onnx=True))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--onnx", "--dtype", "bfloat16"], "--dtype: not with --onnx."),
+        (["--onnx", "--components", "vision-tower"], "--components full, text or vision"),
+        (["--onnx", "--onnx-weights", "int8", "int8"], "--onnx-weights must name"),
+        (["--onnx", "--dry-run"], "--dry-run cannot check ONNX graphs"),
+        (["--onnx-weights", "int8"], "--onnx-weights: only with --onnx."),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(
+    flags: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(source), str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_command_prints_how_each_graph_was_checked(
     source: Path, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,8 +366,6 @@ def test_the_command_prints_how_each_graph_was_checked(
     shown = capsys.readouterr().out
     assert "onnx/vision_model.onnx: float32" in shown and "4 images, at most" in shown
     assert "opset 20, IR 10" in shown
-    assert main([*words, "--dtype", "bfloat16"]) == 2
-    assert "--dtype: not with --onnx." in capsys.readouterr().err
 
 
 @pytest.mark.slow

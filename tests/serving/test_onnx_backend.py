@@ -51,6 +51,7 @@ def test_a_model_and_its_graphs_are_not_taken_for_each_other(
     assert "--text-weights int8 needs --backend" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_untrained_model_is_refused_as_in_torch(tmp_path: Path) -> None:
     source = export_tiny_model(tmp_path / "model", trained=False)
     graphs = export_model(source, tmp_path / "graphs", ExportConfig(onnx=True, components="vision"))
