@@ -459,6 +459,30 @@ def _render_code_size(report: dict[str, Any]) -> str:
     return _draw(heads, rows) + f"\n{hardware}.\n"
 
 
+def _render_onnx(report: dict[str, Any]) -> str:
+    heads = ("text tower", "MB", "captions per second", "times torch", "smallest cosine", "R@1")
+    names = {"torch": "torch, float32", "float32": "ONNX Runtime, float32",
+             "int8": "8-bit weights", "int4": "4-bit weights"}  # fmt: skip
+    rows = [
+        (
+            names[row["name"]],
+            f"{row['size_mb']:.0f}",
+            f"{row['captions_per_second']:.1f}",
+            f"{row['times_torch']:.2f}",
+            f"{row['min_cosine']:.5f}",
+            _percent(row["recall_at_1"]),
+        )
+        for row in report["rows"]
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    note = (
+        f"Captions: {report['captions']}. R@1: text to image, {report['recall_on']}, images in "
+        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}. "
+        f"{versions}."
+    )
+    return f"{_draw(heads, rows)}\n{note}\n"
+
+
 def _render_search(report: dict[str, Any]) -> str:
     ann = report["ann"]
     visited = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
@@ -605,6 +629,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "datasets_read": _render_datasets_read,
     "code_size": _render_code_size,
     "scale": _render_scale,
+    "onnx": _render_onnx,
     "search": _render_search,
 }
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .image_loading_llm2clip import load_images
     from .model_folders.model_loading import load_model
+    from .model_folders.onnx_folder import load_onnx_encoder
     from .modeling_llm2clip import (
         LLM2CLIPModel,
         LLM2CLIPOutput,
@@ -105,6 +106,7 @@ _HOMES = {
     "evaluation.evaluate": ("evaluate",),
     "image_loading_llm2clip": ("load_images",),
     "model_folders.model_loading": ("load_model",),
+    "model_folders.onnx_folder": ("load_onnx_encoder",),
     "modeling_llm2clip": (
         "LLM2CLIPModel",
         "LLM2CLIPOutput",

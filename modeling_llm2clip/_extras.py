@@ -45,6 +45,11 @@ GGUF = Need("gguf", "gguf", "the language model is a .gguf file")
 WEB_SERVERS = Need("aiohttp", "remote", "reads from web servers")
 REMOTE_STREAMS = Need("torchdata", "remote", "resumes a stream")
 ONNX = Need("onnx", "onnx", "the part is an ONNX file")
+ONNX_RUNTIME = Need("onnxruntime", "onnx", "runs ONNX graphs")
+ONNX_EXPORT = tuple(
+    Need(module, "onnx", "writes and checks ONNX graphs")
+    for module in ("onnx", "onnxscript", "onnxruntime")
+)
 OPEN_CLIP = Need("open_clip", "baselines", "the model is one of open_clip")
 CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens of CLIP")
 SENTENCE_TRANSFORMERS = Need(

@@ -21,11 +21,12 @@ LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 TEXT_POOLINGS = ("mean", "last_token")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
-# Fields that transformers reads from or writes into any config.json; other unknown ones raise.
+# Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
+# unknown ones raise.
 _BASE_FIELDS = {
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
     "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
-    "label2id", "id2label",
+    "label2id", "id2label", "transformers.js_config",
 }  # fmt: skip
 
 

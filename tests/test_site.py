@@ -46,7 +46,7 @@ PAGES = sorted(
 MADE_BY_READERS = (
     "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
     "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
-    "<name>", "site", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
+    "<name>", "site", "onnx", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
 )  # fmt: skip
 # Files that the how-tos write.
 NEW_FILES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .._extras import RAY, require
+from .._extras import ONNX_RUNTIME, RAY, require
 from ..configs.data_config import DataConfig
 from ..configs.embed_config import EmbedConfig
 from .captioned_data import read_captioned_images, require_data
@@ -45,7 +45,7 @@ def embed(
     An output that is begun is continued; of a complete one, the files are checked.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model.
+        model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image also a
             folder of images alone.
         output: Folder of the files, new or begun.
@@ -57,7 +57,9 @@ def embed(
         reading: How the data are read.
         config: How embeddings are computed and stored.
     """
-    require(*list_needs_of_model(model), *([RAY] if engine == "ray" else []))
+    is_onnx = config.backend == "onnx"
+    needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
+    require(*needs, *([RAY] if engine == "ray" else []))
     from ..model_folders.model_types import require_own_model
     from ..search.embedding_manifest import is_begun, require_embedding_folder
 
@@ -65,7 +67,12 @@ def embed(
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
     require_embedding_folder(output)
-    require_own_model(model)
+    if is_onnx:
+        from ..model_folders.onnx_folder import find_onnx_folder
+
+        model = str(find_onnx_folder(model))
+    else:
+        require_own_model(model)
     require_data(data, reading)
     use_device(config.device)
     from accelerate import PartialState

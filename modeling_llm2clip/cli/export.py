@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from .._extras import require
+from .._extras import ONNX_EXPORT, require
 from ..configs.export_config import ExportConfig
 from .chosen_device import use_device
 from .command import command
@@ -19,6 +19,7 @@ _OF_VISION_TOWER = {"components", "license", "device"}
     examples=(
         "llm2clip export aligned/model to-publish --license apache-2.0 --dtype bfloat16",
         "llm2clip export aligned/model vision-tower --components vision-tower",
+        "llm2clip export aligned/model for-onnx --onnx --onnx-weights float32 int8",
     ),
 )
 def export(
@@ -30,7 +31,7 @@ def export(
     revision: str | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Writes a model folder anew: in part, in another dtype, with another card.
+    """Writes a model folder anew: in part, in another dtype, as ONNX graphs, with another card.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
@@ -48,6 +49,8 @@ def export(
         _refuse_unused(config, dry_run=dry_run)
     require_new_folder(output)
     require_own_model(model, revision=revision)
+    if config.onnx:
+        return _export_onnx(model, output, config, revision, dry_run=dry_run)
     config = replace(config, device=str(use_device(config.device)))
     if dry_run:
         return _list_files(model, output, config, revision)
@@ -60,6 +63,36 @@ def export(
         else f"Next: llm2clip doctor {folder}"
     )
     print(f"Wrote {folder}. {following}")
+    return 0
+
+
+def _export_onnx(
+    model: str, output: Path, config: ExportConfig, revision: str | None, *, dry_run: bool
+) -> int:
+    """Write ONNX graphs, and print how each was checked."""
+    require(*ONNX_EXPORT)
+    if dry_run:
+        raise ValueError(
+            "`dry_run` cannot check ONNX graphs, which have to be written. Leave it out."
+        )
+    from ..model_folders.onnx_folder import read_onnx_record
+    from ..publishing.export_model import export_model
+    from ..publishing.onnx_export import describe_check
+
+    folder = export_model(model, output, config, revision=revision)
+    record = read_onnx_record(folder)
+    for file, graph in record["graphs"].items():
+        sizes = ", ".join(f"{name} {shape}" for name, shape in graph["inputs"].items())
+        print(f"{file}: {graph['weights']}, {graph['size_mb']} MB; {sizes}")
+        print(f"  {describe_check(graph['check'])}")
+        if reason := graph.get("fixed_size_because"):
+            print(f"  Images of one size alone: {reason}")
+    if record["script"] is not None:
+        print(f"No encode.py: {record['script']}")
+    print(
+        f"Wrote {folder}: opset {record['opset']}, IR {record['ir_version']}, checked on "
+        f"{record['checked_on']}."
+    )
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .._extras import LANCEDB, PAGE, SERVE, require
+from .._extras import LANCEDB, ONNX_RUNTIME, PAGE, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     group="Use",
     examples=(
         "llm2clip serve aligned/model --index my-index",
+        "llm2clip serve for-onnx --backend onnx --text-weights int8",
         "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
     ),
 )
@@ -36,17 +37,19 @@ def serve(
     requests in work finish.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model.
+        model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
         index: Index of images that /v1/search and the page search. Default: none.
         page: Show a page at / to search and classify with.
         config: How requests are batched, and what is refused.
     """
+    is_onnx = config.backend == "onnx"
     optional = [*([PAGE] if page else []), *([] if index is None else [LANCEDB])]
-    require(*SERVE, *optional, *list_needs_of_model(model))
+    require(*SERVE, *optional, *([ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)))
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server
 
-    require_own_model(model)
+    if not is_onnx:
+        require_own_model(model)
     if index is not None:
         from ..search.image_index import ImageIndex
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from .config_fields import Range
-from .encoding_config import EncodingConfig
+from .encoding_config import BackendConfig, EncodingConfig
 
 EmbeddingDtype: TypeAlias = Literal["float32", "float16", "int8", "binary", "ubinary"]
 EmbeddingColumn: TypeAlias = Literal[
@@ -26,7 +26,7 @@ EmbeddingColumn: TypeAlias = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(EncodingConfig):
+class EmbedConfig(EncodingConfig, BackendConfig):
     """How `embed` computes embeddings, and what its files hold.
 
     An output that is begun is continued with the same options; only `device`, `num_workers`,
@@ -55,6 +55,7 @@ class EmbedConfig(EncodingConfig):
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for a column given twice, and for ranges that nothing uses."""
+        yield from super().find_conflicts()
         if len(set(self.columns)) < len(self.columns):
             yield f"columns={self.columns} names a column twice. Name each once."
         if self.int8_ranges is not None and self.dtype != "int8":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from .config_fields import DeviceConfig, Range
+
+Backend: TypeAlias = Literal["torch", "onnx"]
+TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +22,23 @@ class EncodingConfig(DeviceConfig):
     """Threads that decode images."""
     show_progress: bool = True
     """Show progress bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(DeviceConfig):
+    """What runs a model."""
+
+    backend: Backend = "torch"
+    """What runs the model: torch, or onnx for ONNX Runtime on the CPU; MODEL is then a folder that
+    `llm2clip export --onnx` wrote."""
+    text_weights: TextWeights | None = None
+    """With `backend` onnx, weights of the language model's linear layers. Default: the most exact
+    ones in the folder."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each option that the backend has no use for."""
+        yield from super().find_conflicts()
+        if self.backend == "torch" and self.text_weights is not None:
+            yield f"text_weights={self.text_weights} needs backend='onnx'."
+        if self.backend == "onnx" and self.device not in ("auto", "cpu"):
+            yield f"device={self.device}: backend='onnx' runs on the CPU. Leave the device out."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, DeviceConfig, Matches, ShardSize
+from .config_fields import Config, DeviceConfig, Matches, Range, ShardSize
+from .encoding_config import TextWeights
 
 License = Annotated[
     str,
@@ -49,8 +50,6 @@ class CardConfig(Config):
 class WeightsConfig(CardConfig, DeviceConfig):
     """Which weights are written, and in which dtype."""
 
-    components: Literal["full", "text", "vision"] = "full"
-    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: as they are."""
     max_shard_size: ShardSize = "50GB"
@@ -61,7 +60,7 @@ class WeightsConfig(CardConfig, DeviceConfig):
 class ExportConfig(WeightsConfig):
     """What `export_model` writes of a model."""
 
-    components: Literal["full", "text", "vision", "vision-tower"] = "full"  # type: ignore[assignment]
+    components: Literal["full", "text", "vision", "vision-tower"] = "full"
     """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
     transformers, for LLaVA and the like."""
     handler: bool = False
@@ -69,21 +68,57 @@ class ExportConfig(WeightsConfig):
     """
     space: bool = False
     """Also write space/: app.py, requirements.txt and README.md of a Gradio Space."""
+    onnx: bool = False
+    """Write graphs for ONNX Runtime instead of weights for torch."""
+    onnx_weights: tuple[TextWeights, ...] = ("float32",)
+    """Weights of the language model's linear layers, a file for each: float32, int8, int4."""
+    onnx_data: str | None = None
+    """Captioned images on which the graphs are checked. Default: the embedded emoji and
+    photographs."""
+    max_recall_loss: Annotated[float, Range(min=0, max=1)] = 0.0
+    """Largest loss of text to image R@1 that int4 weights may cost, as a share: 0.02 for two
+    points."""
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for files of a host that the written folder cannot serve."""
+        """Yield a sentence for options that exclude each other."""
         yield from super().find_conflicts()
         if self.handler and self.components == "vision-tower":
             yield "handler=True serves models of this package, not components=vision-tower."
         if self.space and self.components != "full":
             yield "space=True needs both towers: components=full."
+        yield from self._find_conflicts_of_onnx()
+
+    def _find_conflicts_of_onnx(self) -> Iterator[str]:
+        """Yield a sentence for each option that ONNX has no use for, or that only ONNX has."""
+        given = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
+        refused = _NOT_FOR_ONNX if self.onnx else _FOR_ONNX
+        if names := ", ".join(f"`{name}`" for name in given if name in refused):
+            yield f"{names}: not with onnx=True." if self.onnx else f"{names}: only with onnx=True."
+        if self.onnx and self.components == "vision-tower":
+            yield (
+                "onnx=True writes towers with their projections: choose the `components` full, "
+                "text or vision."
+            )
+        if len(set(self.onnx_weights)) != len(self.onnx_weights) or not self.onnx_weights:
+            yield "`onnx_weights` must name at least one kind of weights, and each once."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(WeightsConfig):
     """What `convert_checkpoint` writes of a checkpoint."""
 
+    components: Literal["full", "text", "vision"] = "full"
+    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of all weights but the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"
     """Maximum size of a weight file; the conversion takes twice as much memory."""
+
+
+_DEFAULTS = {field.name: field.default for field in fields(ExportConfig)}
+_FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
+# A graph is float32 and computed on the CPU; its card is a short one.
+_NOT_FOR_ONNX = (
+    "handler", "space", "dtype", "max_shard_size", "device", "results", "base_models", "vision_license",
+    "text_license", "training_data",
+)  # fmt: skip

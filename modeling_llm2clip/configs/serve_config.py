@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from .config_fields import DeviceConfig, Range
+from .config_fields import Range
+from .encoding_config import BackendConfig
 
 Port = Annotated[int, Range(min=0, max=65535)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(DeviceConfig):
+class ServeConfig(BackendConfig):
     """How `serve` batches requests, and what it refuses."""
 
     host: str = "127.0.0.1"
@@ -52,6 +53,7 @@ class ServeConfig(DeviceConfig):
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each network that cannot be read or is never used."""
+        yield from super().find_conflicts()
         if self.image_networks and not self.image_urls:
             yield "image_networks needs image_urls=True."
         if self.max_image_mb > self.max_request_mb and not self.image_urls:

@@ -79,6 +79,8 @@ class TrainConfig(DataConfig):
                 f"export.components={self.export.components} cannot be evaluated. Export a part "
                 "of the finished model with llm2clip export."
             )
+        if self.export is not None and self.export.onnx:
+            yield "export.onnx=True: export the finished model with llm2clip export --onnx."
         if self.evaluate.output != EvaluationConfig().output:
             yield f"evaluate.output={self.evaluate.output}: results are written under output."
         for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):

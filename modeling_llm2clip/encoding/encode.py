@@ -78,32 +78,14 @@ def encode_texts(
     """
     texts = clean_list(texts)
     budget = default_token_budget(model.device) if token_budget is None else token_budget
-    if budget < 1:
-        raise ValueError(f"token_budget={budget} holds no token; give a positive one, or None.")
-    distinct = list(dict.fromkeys(texts))
-    ids_of = dict(zip(distinct, processor.list_ids(distinct)[0], strict=True))
-    # Tokens cost about the same each; texts do not, and the longest come first.
-    num_tokens = sum(map(len, ids_of.values()))
-
-    def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(sum(len(ids_of[texts[row]]) for row in rows))
-        if on_batch is not None:
-            on_batch(rows, embeds)
-
-    with (
-        eval_mode(model),
-        tqdm(
-            total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
-        ) as progress,
-    ):
-        embeds = encode_distinct(
+    with eval_mode(model):
+        embeds = encode_distinct_texts(
+            processor,
             texts,
-            batches=lambda rows: plan_token_batches(
-                [len(ids_of[texts[row]]) for row in rows], token_budget=budget
-            ),
-            prepare=lambda part: _pad([ids_of[text] for text in part], processor),
             encode=partial(_embed_captions, model),
-            on_batch=count_tokens,
+            token_budget=budget,
+            show_progress=show_progress,
+            on_batch=on_batch,
         )
     return _project(model, model.to_text_embeds, embeds, inputs=texts) if project else embeds
 
@@ -146,31 +128,18 @@ def encode_images(
         >>> embeds.shape == (2, model.config.projection_dim)
         True
     """
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
-        raise ValueError(f"Got {images!r} for images; give a list of at least one.")
-    size = default_batch_size(model.device) if batch_size is None else batch_size
-    if size < 1 or num_workers < 1:
-        raise ValueError(f"batch_size={size}, {num_workers=}: each must be at least one.")
     if model.device.type == "cpu":
         raise_malloc_thresholds()
-
-    def count_images(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(len(rows))
-        if on_batch is not None:
-            on_batch(rows, embeds)
-
-    total = len(set(_list_keys(images)))
-    with (
-        eval_mode(model),
-        tqdm(total=total, unit=" images", disable=not show_progress) as progress,
-    ):
-        embeds = encode_distinct(
+    size = default_batch_size(model.device) if batch_size is None else batch_size
+    with eval_mode(model):
+        embeds = encode_distinct_images(
+            processor,
             images,
-            batches=lambda rows: split_evenly(len(rows), size=size),
-            prepare=partial(_decode, processor),
             encode=partial(_embed_images, model),
+            batch_size=size,
             num_workers=num_workers,
-            on_batch=count_images,
+            show_progress=show_progress,
+            on_batch=on_batch,
         )
     return _project(model, model.to_image_embeds, embeds, inputs=images) if project else embeds
 
@@ -264,6 +233,107 @@ def measure_texts(
         lengths[start : start + len(ids)] = [len(row) for row in ids]
         is_truncated[start : start + len(ids)] = truncated
     return lengths, is_truncated
+
+
+def encode_distinct_texts(
+    processor: LLM2CLIPProcessor,
+    texts: Sequence[str],
+    *,
+    encode: Callable[[tuple[Tensor, Tensor]], Tensor],
+    token_budget: int,
+    show_progress: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Tokenize texts and encode every distinct one once, the longest first.
+
+    Args:
+        processor: The model's processor.
+        texts: Stripped, non-blank texts; at least one.
+        encode: Computes (B, D) of token ids and mask, each (B, L) int64, padded on the right.
+        token_budget: Maximum tokens per batch, padding included.
+        show_progress: Show a progress bar, which counts tokens.
+        on_batch: Called after each batch.
+
+    Returns:
+        (N, D) float32 on the CPU, in the order of the texts.
+
+    Raises:
+        ValueError: The budget is below one, or an embedding has NaN or infinity.
+    """
+    if token_budget < 1:
+        raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
+    distinct = list(dict.fromkeys(texts))
+    ids_of = dict(zip(distinct, processor.list_ids(distinct)[0], strict=True))
+    # Tokens cost about the same each; texts do not, and the longest come first.
+    num_tokens = sum(map(len, ids_of.values()))
+
+    def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
+        progress.update(sum(len(ids_of[texts[row]]) for row in rows))
+        if on_batch is not None:
+            on_batch(rows, embeds)
+
+    with tqdm(
+        total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
+    ) as progress:
+        return encode_distinct(
+            texts,
+            batches=lambda rows: plan_token_batches(
+                [len(ids_of[texts[row]]) for row in rows], token_budget=token_budget
+            ),
+            prepare=lambda part: pad_ids([ids_of[text] for text in part], processor),
+            encode=encode,
+            on_batch=count_tokens,
+        )
+
+
+def encode_distinct_images(
+    processor: LLM2CLIPProcessor,
+    images: Sequence[Any],
+    *,
+    encode: Callable[[Mapping[str, Tensor]], Tensor],
+    batch_size: int,
+    num_workers: int = 1,
+    show_progress: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Decode images in threads and encode every distinct one once.
+
+    Args:
+        processor: The model's processor.
+        images: As `encode_images` takes them.
+        encode: Computes (B, D) of the processor's tensors by name.
+        batch_size: Images per batch.
+        num_workers: Threads that decode images.
+        show_progress: Show a progress bar.
+        on_batch: Called after each batch.
+
+    Returns:
+        (N, D) float32 on the CPU, in the order of the images.
+
+    Raises:
+        ValueError: `images` is not a list or is empty, an image is missing or broken, a number is
+            below one, or an embedding has NaN or infinity.
+    """
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
+        raise ValueError(f"Got {images!r} for images; give a list of at least one.")
+    if batch_size < 1 or num_workers < 1:
+        raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
+
+    def count_images(rows: Sequence[int], embeds: Tensor) -> None:
+        progress.update(len(rows))
+        if on_batch is not None:
+            on_batch(rows, embeds)
+
+    total = len(set(_list_keys(images)))
+    with tqdm(total=total, unit=" images", disable=not show_progress) as progress:
+        return encode_distinct(
+            images,
+            batches=lambda rows: split_evenly(len(rows), size=batch_size),
+            prepare=partial(_decode, processor),
+            encode=encode,
+            num_workers=num_workers,
+            on_batch=count_images,
+        )
 
 
 @torch.inference_mode()
@@ -379,7 +449,7 @@ def iterate_token_batches(
         for _, embeds in iterate_batches(
             ids,
             plan,
-            prepare=lambda part: _pad(part, processor),
+            prepare=lambda part: pad_ids(part, processor),
             encode=partial(_embed_captions, model),
             names=texts,
         ):
@@ -421,6 +491,25 @@ def iterate_image_batches(
             num_workers=num_workers,
         ):
             yield embeds
+
+
+def pad_ids(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right.
+
+    Args:
+        ids: Token ids of each text, from `processor.list_ids`.
+        processor: The model's processor.
+
+    Returns:
+        Ids and mask, each (B, L) int64.
+    """
+    longest = max(len(row) for row in ids)
+    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
+    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
+    for line, row in enumerate(ids):
+        input_ids[line, : len(row)] = torch.tensor(row)
+        attention_mask[line, : len(row)] = 1
+    return input_ids, attention_mask
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
@@ -556,13 +645,3 @@ def _embed_images(
 
 def _decode(processor: LLM2CLIPProcessor, images: Sequence[Any]) -> dict[str, Tensor]:
     return dict(processor(images=[open_image(image) for image in images]))
-
-
-def _pad(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in ids)
-    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
-    for line, row in enumerate(ids):
-        input_ids[line, : len(row)] = torch.tensor(row)
-        attention_mask[line, : len(row)] = 1
-    return input_ids, attention_mask

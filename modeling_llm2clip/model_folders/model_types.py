@@ -14,6 +14,8 @@ from huggingface_hub import hf_hub_download
 
 from .model_folder import find_model_folder, is_hub_id
 
+# Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
+ONNX_RECORD = "onnx_export.json"
 # Whole models with a text encoder of their own.
 _CLIPS = {"clip", "siglip", "siglip2", "chinese_clip", "altclip"}
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
@@ -25,8 +27,9 @@ class FoundModel:
     """What a folder or Hub repository holds.
 
     Attributes:
-        content: `"llm2clip"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`, `"store"`,
-            `"sentence-transformers"`, `"above"` (the parent folder of models), or `"other"`.
+        content: `"llm2clip"`, `"onnx"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`,
+            `"store"`, `"sentence-transformers"`, `"above"` (the parent folder of models), or
+            `"other"`.
         advice: What it is, and the command that takes it; empty for `"llm2clip"`.
     """
 
@@ -48,6 +51,12 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
     if not folder.is_dir():
         config = _fetch_config(source, revision)
         return None if config is None else _judge_config(str(source), config)
+    if (folder / ONNX_RECORD).is_file():
+        return FoundModel(
+            "onnx",
+            f"{folder} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
+            "--backend onnx, and for load_onnx_encoder.",
+        )
     if (folder / "config.json").is_file():
         config = read_json_object(folder / "config.json")
         is_own = config is not None and config.get("model_type") == "llm2clip"

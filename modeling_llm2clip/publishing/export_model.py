@@ -1,4 +1,4 @@
-"""Writes a model folder anew: one tower, another dtype, smaller files, another card."""
+"""Writes a model folder anew: one tower, another dtype, smaller files, another card, ONNX."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..sentence_transformers_llm2clip import read_instructions
 from .card_results import read_card_results, require_own_results
 from .hosting_files import render_hosting_files
+from .onnx_export import export_onnx
 from .vision_tower_export import export_vision_tower
 
 CLASS_OF_COMPONENTS = {
@@ -58,8 +59,8 @@ def export_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The source is neither a folder nor a Hub id, or lacks the component; or results
-            were measured with another model.
+        ValueError: The source is neither a folder nor a Hub id, or lacks the component; results
+            were measured with another model; or an ONNX graph fails its check, see `export_onnx`.
 
     Examples:
         >>> folder = export_model("my-model", "to-publish", ExportConfig(dtype="bfloat16"))
@@ -69,6 +70,8 @@ def export_model(
     folder = find_model_folder(source, revision=revision)
     if config.components == "vision-tower":
         return export_vision_tower(folder, output, license=config.license)
+    if config.onnx:
+        return export_onnx(folder, output, config)
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     card = plan_card(folder, config)
     model = model_class.from_pretrained(

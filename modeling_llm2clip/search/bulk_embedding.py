@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from ..configs.embed_config import EmbedConfig
@@ -43,6 +44,7 @@ from .embedding_manifest import (
     require_embedding_folder,
 )
 from .embedding_rows import ImageRows, TextRows
+from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
 from .shard_encoding import ShardEncoder, load_shard_encoder
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -68,7 +70,8 @@ def embed(
     file.
 
     Args:
-        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
+            `config.backend` onnx, a folder of ONNX graphs.
         data: Records.
         output: Folder of the files: new, empty, or of the same output, which is continued and
             whose files are checked.
@@ -110,7 +113,7 @@ def embed(
     with stops as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
-        encoder = load_shard_encoder(found.folder, rows, config, device)
+        encoder = _load_encoder(found.folder, rows, config, device)
         planned = plan_output(found.folder, found.name, records, rows, encoder, config)
         with state.main_process_first():
             writer = EmbeddingFolderWriter.open(
@@ -202,7 +205,7 @@ def plan_output(
     return EmbeddingManifest(
         modality=modality,
         model=name,
-        fingerprint=fingerprint_embeddings(folder, modality),
+        fingerprint=_fingerprint(folder, modality, config),
         prompt=_write_prompt(folder) if modality == "text" else "",
         dtype=config.dtype,
         dim=dim,
@@ -221,7 +224,7 @@ def make_worker(folder: Path, writer: EmbeddingFolderWriter, config: EmbedConfig
         writer: Of the output.
         config: Options of the output.
     """
-    encoder = load_shard_encoder(folder, writer.rows, config, choose_device(config.device))
+    encoder = _load_encoder(folder, writer.rows, config, choose_device(config.device))
     return ShardWorker(writer, encoder.prepare)
 
 
@@ -254,6 +257,20 @@ def describe_embeddings(output: Path) -> list[str]:
         share = clipped / (num_rows * manifest.dim)
         lines.append(f"{share:.2%} of the values were outside the int8 ranges, and were clipped.")
     return lines
+
+
+def _load_encoder(
+    folder: Path, rows: TextRows | ImageRows, config: EmbedConfig, device: torch.device
+) -> ShardEncoder:
+    if config.backend == "onnx":
+        return load_onnx_shard_encoder(folder, rows, config)
+    return load_shard_encoder(folder, rows, config, device)
+
+
+def _fingerprint(folder: Path, modality: Modality, config: EmbedConfig) -> dict[str, str]:
+    if config.backend == "onnx":
+        return fingerprint_graph(folder, modality, config)
+    return fingerprint_embeddings(folder, modality)
 
 
 def _measure(

@@ -158,11 +158,18 @@ class TextShardEncoder:
     ) -> Iterator[Tensor]:
         # Places of equal texts are next to each other; each text is encoded at the first of them.
         plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
-        encoded = iterate_token_batches(self._model, self._processor, tokens, plan, texts=texts)
+        encoded = self._embed(texts, tokens, plan)
         for places, numbers, embeds in zip(batches, plan, encoded, strict=True):
             rows = {number: row for row, number in enumerate(numbers)}
-            projected = project_captions(self._model, embeds)
-            yield projected[[rows[number] for number in number_of[places].tolist()]]
+            yield embeds[[rows[number] for number in number_of[places].tolist()]]
+
+    def _embed(
+        self, texts: list[str], tokens: TokenizedTexts, plan: list[list[int]]
+    ) -> Iterator[Tensor]:
+        """Yield the final embeddings of batches of distinct texts."""
+        encoded = iterate_token_batches(self._model, self._processor, tokens, plan, texts=texts)
+        for embeds in encoded:
+            yield project_captions(self._model, embeds)
 
 
 class ImageShardEncoder:
@@ -235,7 +242,7 @@ class ImageShardEncoder:
             ):
                 yield embeds
 
-    def _decode(self, images: list[ImageSource], part: list[ImageSource]) -> _DecodedBatch:
+    def _decode(self, images: list[ImageSource], part: list[ImageSource]) -> DecodedBatch:
         """Decode a batch; of several that cannot be, all of the shard are named."""
         opened, places = [], []
         for place, image in enumerate(part):
@@ -247,9 +254,9 @@ class ImageShardEncoder:
             else:
                 places.append(place)
         inputs = dict(self._processor(images=opened)) if opened else {}
-        return _DecodedBatch(inputs, places, len(part))
+        return DecodedBatch(inputs, places, len(part))
 
-    def _embed(self, batch: _DecodedBatch) -> Tensor:
+    def _embed(self, batch: DecodedBatch) -> Tensor:
         embeds = torch.zeros(batch.size, self.dim)
         if batch.places:
             on_device: dict[str, Any] = {
@@ -260,7 +267,7 @@ class ImageShardEncoder:
         return embeds
 
 
-class _DecodedBatch(NamedTuple):
+class DecodedBatch(NamedTuple):
     """The images of a batch that could be decoded.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a server needs of a model, and the model of this package as such."""
+"""What a server needs of a model; the model of this package as such, in torch and in ONNX."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..encoding.encode import (
     measure_texts,
     raise_malloc_thresholds,
 )
+from ..encoding.onnx_encoding import DEFAULT_BATCH_SIZE, DEFAULT_TOKEN_BUDGET, OnnxEncoder
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -142,6 +143,55 @@ class ModelEncoder:
         """
         embeds = encode_prepared_images(self._model, images, batch_size=self.batch_size)
         return _to_numpy(embeds)
+
+
+class OnnxModelEncoder:
+    """An exported model, run by ONNX Runtime; see `ServedEncoder`.
+
+    Args:
+        encoder: The model's graphs.
+    """
+
+    def __init__(self, encoder: OnnxEncoder) -> None:
+        self._encoder = encoder
+        self.modalities = encoder.modalities
+        self.embedding_dim = encoder.embedding_dim
+        self.max_text_length = encoder.processor.longest_text
+        self.logit_scale = encoder.logit_scale
+        self.token_budget = DEFAULT_TOKEN_BUDGET
+        self.batch_size = DEFAULT_BATCH_SIZE
+
+    def measure_texts(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Count tokens, (N,), and find which texts are truncated, (N,).
+
+        Args:
+            texts: N texts.
+        """
+        return measure_texts(self._encoder.processor, texts)
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts, (N, P).
+
+        Args:
+            texts: N texts.
+        """
+        return _to_numpy(self._encoder.encode_texts(texts))
+
+    def prepare_image(self, image: Image.Image) -> dict[str, Tensor]:
+        """Resize and normalize an image.
+
+        Args:
+            image: An upright RGB image.
+        """
+        return dict(self._encoder.processor(images=[image]))
+
+    def encode_images(self, images: Sequence[Mapping[str, Tensor]]) -> NDArray[np.float32]:
+        """Embed images, (N, P).
+
+        Args:
+            images: N images, each from `prepare_image`.
+        """
+        return _to_numpy(self._encoder.encode_prepared_images(images))
 
 
 def _to_numpy(embeds: Tensor) -> NDArray[np.float32]:

@@ -131,18 +131,17 @@ class EmbeddingService:
             index: Index of images, as `llm2clip index` writes it.
 
         Raises:
-            ValueError: The model is not trained, the device is not there, or the index is of
-                another model.
+            ValueError: The model is not trained, the device is not there, the index is of another
+                model, or there is an index and the model is in ONNX.
         """
-        from ..model_folders.model_loading import load_model
-        from ..model_folders.training_state import require_trained
-        from .served_encoder import ModelEncoder
-
         config = config or ServeConfig()
-        loaded, processor = load_model(model, device=config.device)
-        require_trained(loaded, purpose="serving", source=model)
+        if config.backend == "onnx" and index is not None:
+            raise ValueError(
+                f"{index} is bound to the weights of a model, which a folder of ONNX graphs does "
+                "not have. Serve the model that it was exported from with backend='torch'."
+            )
         return cls(
-            ModelEncoder(loaded, processor),
+            _load_encoder(model, config),
             config,
             model_name=config.model_name or Path(model).resolve().name,
             index=None if index is None else _open_index(index, model),
@@ -428,6 +427,26 @@ async def _all_or_none(*awaitables: Any) -> Any:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
+    """Load a model for the backend that is wanted, and refuse one that is not trained."""
+    from ..model_folders.training_state import require_trained
+    from .served_encoder import ModelEncoder, OnnxModelEncoder
+
+    if config.backend == "onnx":
+        from ..configuration_llm2clip import LLM2CLIPConfig
+        from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+
+        folder = find_onnx_folder(model)
+        saved = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
+        require_trained(saved, purpose="serving", source=model)
+        return OnnxModelEncoder(load_onnx_encoder(folder, weights=config.text_weights))
+    from ..model_folders.model_loading import load_model
+
+    loaded, processor = load_model(model, device=config.device)
+    require_trained(loaded, purpose="serving", source=model)
+    return ModelEncoder(loaded, processor)
 
 
 def _open_index(index: str, model: str | Path) -> ImageIndex:

@@ -1,0 +1,218 @@
+"""Texts and images into embeddings by ONNX Runtime: the facade of `encode.py` over its sessions.
+
+N texts or images, P `projection_dim`. Tokens and pixels come from the model's own processor, so the
+embeddings are those of the model up to rounding. `load_onnx_encoder` of `model_folders` opens one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packing_llm2clip import CPU_TOKEN_BUDGET
+from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from .encode import (
+    OnBatch,
+    default_batch_size,
+    encode_distinct,
+    encode_distinct_images,
+    encode_distinct_texts,
+    iterate_batches,
+    pad_ids,
+    split_evenly,
+)
+
+# Names of the graphs' inputs and outputs: those of the model's own forward.
+TEXT_INPUTS = ("input_ids", "attention_mask")
+NUM_UNPOOLED = "num_unpooled"
+TEXT_OUTPUT = "text_embeds"
+IMAGE_INPUT = "pixel_values"
+IMAGE_OUTPUT = "image_embeds"
+DEFAULT_TOKEN_BUDGET = CPU_TOKEN_BUDGET
+DEFAULT_BATCH_SIZE = default_batch_size(torch.device("cpu"))
+
+
+class OnnxEncoder:
+    """An exported model, whose graphs project and normalize.
+
+    Args:
+        processor: The processor that was exported with the graphs.
+        text_session: `onnxruntime.InferenceSession` of the text tower; None where there is none.
+        vision_session: The same of the vision tower.
+        logit_scale: Factor of cosines before a softmax; None where there is none.
+
+    Attributes:
+        modalities: What can be encoded: `"text"`, `"image"` or both.
+        embedding_dim: P, the width of an embedding.
+    """
+
+    def __init__(
+        self,
+        processor: LLM2CLIPProcessor,
+        *,
+        text_session: Any = None,
+        vision_session: Any = None,
+        logit_scale: float | None = None,
+    ) -> None:
+        self.processor = processor
+        self.logit_scale = logit_scale
+        self._text_session = text_session
+        self._vision_session = vision_session
+        sessions = {"text": text_session, "image": vision_session}
+        there = {name: session for name, session in sessions.items() if session is not None}
+        self.modalities = tuple(there)
+        self.embedding_dim = int(next(iter(there.values())).get_outputs()[0].shape[1])
+
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        *,
+        token_budget: int | None = None,
+        show_progress: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> Tensor:
+        """Encode texts, the longest first, each distinct one once.
+
+        Args:
+            texts: Any number of non-blank texts, at least one.
+            token_budget: Maximum tokens per batch, padding included. Default: 2,048.
+            show_progress: Show a progress bar, which counts tokens.
+            on_batch: Called after each batch, with unit embeddings.
+
+        Returns:
+            (N, P) float32 of unit length on the CPU, in the order of the texts.
+
+        Raises:
+            ValueError: `texts` is one string or not a list, a text is blank or not a string, the
+                budget is below one, the graph gives NaN or infinity, or there is no text tower.
+        """
+        self._require("text")
+        return encode_distinct_texts(
+            self.processor,
+            clean_list(texts),
+            encode=lambda inputs: self.encode_tokens(*inputs),
+            token_budget=DEFAULT_TOKEN_BUDGET if token_budget is None else token_budget,
+            show_progress=show_progress,
+            on_batch=on_batch,
+        )
+
+    def encode_images(
+        self,
+        images: Sequence[Any],
+        *,
+        batch_size: int | None = None,
+        num_workers: int = 1,
+        show_progress: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> Tensor:
+        """Encode images, each distinct one once; threads decode the next batches.
+
+        Args:
+            images: Paths, URLs, images packed in tar shards or Parquet files, PIL images, or
+                arrays as the processor takes them; at least one.
+            batch_size: Images per batch. Default: 8.
+            num_workers: Threads that decode images.
+            show_progress: Show a progress bar.
+            on_batch: Called after each batch, with unit embeddings.
+
+        Returns:
+            (N, P) float32 of unit length on the CPU, in the order of the images.
+
+        Raises:
+            ValueError: `images` is not a list or is empty, an image is missing or broken, a number
+                is below one, the graph gives NaN or infinity, or there is no vision tower.
+        """
+        self._require("image")
+        return encode_distinct_images(
+            self.processor,
+            images,
+            encode=lambda inputs: self.encode_pixels(inputs[IMAGE_INPUT]),
+            batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
+            num_workers=num_workers,
+            show_progress=show_progress,
+            on_batch=on_batch,
+        )
+
+    def encode_prepared_images(self, images: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Encode images that the processor has prepared one by one.
+
+        Args:
+            images: N results of the processor for one image each; at least one.
+
+        Returns:
+            (N, P) float32 of unit length on the CPU.
+
+        Raises:
+            ValueError: The graph gives NaN or infinity, or there is no vision tower.
+        """
+        self._require("image")
+        return encode_distinct(
+            images,
+            batches=lambda rows: split_evenly(len(rows), size=DEFAULT_BATCH_SIZE),
+            prepare=lambda part: torch.cat([inputs[IMAGE_INPUT] for inputs in part]),
+            encode=self.encode_pixels,
+        )
+
+    def iterate_token_batches(
+        self,
+        ids: Sequence[Sequence[int]],
+        plan: Sequence[Sequence[int]],
+        *,
+        texts: Sequence[str],
+    ) -> Iterator[Tensor]:
+        """Encode batches of texts that are tokenized already.
+
+        Args:
+            ids: Token ids of each text, from `processor.list_ids`.
+            plan: Rows of the texts of each batch.
+            texts: The texts, for errors.
+
+        Yields:
+            (B, P) float32 of unit length, for each batch.
+
+        Raises:
+            ValueError: The graph gives NaN or infinity.
+        """
+        for _, embeds in iterate_batches(
+            ids,
+            plan,
+            prepare=lambda part: pad_ids(part, self.processor),
+            encode=lambda inputs: self.encode_tokens(*inputs),
+            names=texts,
+        ):
+            yield embeds
+
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the text graph on one batch.
+
+        Args:
+            input_ids: (B, L) int64 from the processor, padded on the right.
+            attention_mask: (B, L) int64, 1 at real tokens.
+
+        Returns:
+            (B, P) float32 of unit length.
+        """
+        given = dict(zip(TEXT_INPUTS, (input_ids.numpy(), attention_mask.numpy()), strict=True))
+        return torch.from_numpy(self._text_session.run([TEXT_OUTPUT], given)[0])
+
+    def encode_pixels(self, pixel_values: Tensor) -> Tensor:
+        """Run the vision graph on one batch.
+
+        Args:
+            pixel_values: (B, 3, H, W) float32 from the processor.
+
+        Returns:
+            (B, P) float32 of unit length.
+        """
+        given = {IMAGE_INPUT: pixel_values.numpy()}
+        return torch.from_numpy(self._vision_session.run([IMAGE_OUTPUT], given)[0])
+
+    def _require(self, modality: str) -> None:
+        if modality not in self.modalities:
+            raise ValueError(
+                f"This ONNX model encodes {self.modalities[0]}s alone; it has no graph for "
+                f"{modality}s. Export the whole model: llm2clip export --onnx --components full."
+            )

@@ -1,0 +1,196 @@
+"""What a folder of ONNX graphs is: its files, and how it is opened.
+
+The layout is that of transformers.js: graphs in `onnx/`, named by tower and weights, beside the
+tokenizer, `preprocessor_config.json` and `config.json`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from .._extras import ONNX_RUNTIME, require
+from ..configs.encoding_config import TextWeights
+from ..encoding.onnx_encoding import OnnxEncoder
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .model_folder import find_model_folder
+from .model_types import ONNX_RECORD, read_json_object
+
+GRAPHS = "onnx"
+# transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
+SUFFIXES: dict[TextWeights, str] = {"float32": "", "int8": "_quantized", "int4": "_q4"}
+DTYPES: dict[TextWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
+_TOWERS = {"text": "text_model", "image": "vision_model"}
+
+
+def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") -> Path:
+    """Return where a graph is, or would be.
+
+    Args:
+        folder: Folder of ONNX graphs.
+        modality: `"text"` or `"image"`.
+        weights: Weights of the language model's linear layers; images have float32 alone.
+    """
+    return folder / GRAPHS / f"{_TOWERS[modality]}{SUFFIXES[weights]}.onnx"
+
+
+def data_file(graph: Path) -> Path:
+    """Return where the weights of a graph are that is too large for one file.
+
+    Args:
+        graph: File of the graph.
+    """
+    return graph.with_name(f"{graph.name}_data")
+
+
+def read_onnx_record(folder: Path) -> dict[str, Any]:
+    """Read what was exported.
+
+    Args:
+        folder: Folder of ONNX graphs.
+
+    Returns:
+        `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
+        checked), `logit_scale`, `source` and `versions`.
+
+    Raises:
+        ValueError: There is no such record, or it is damaged.
+    """
+    file = folder / ONNX_RECORD
+    found = read_json_object(file) if file.is_file() else None
+    if found is None:
+        raise ValueError(
+            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
+            "one with llm2clip export MODEL OUTPUT --onnx."
+        )
+    return found
+
+
+def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Return a local folder of ONNX graphs, or download that of a Hub repository.
+
+    Args:
+        source: Folder of ONNX graphs, or Hub id.
+        revision: Branch, tag or commit of the Hub repository.
+
+    Raises:
+        ValueError: It is another folder, or neither a folder nor a Hub id.
+        OSError: The download failed.
+    """
+    only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
+    folder = find_model_folder(source, revision=revision, only=only)
+    read_onnx_record(folder)
+    return folder
+
+
+def load_onnx_encoder(
+    source: str | Path,
+    *,
+    weights: TextWeights | None = None,
+    revision: str | None = None,
+    modalities: Collection[str] = ("text", "image"),
+    num_threads: int | None = None,
+) -> OnnxEncoder:
+    """Open a folder that `llm2clip export --onnx` wrote, for ONNX Runtime on the CPU.
+
+    Args:
+        source: Folder of ONNX graphs, or Hub id.
+        weights: Weights of the language model's linear layers; None for the most exact ones there
+            are.
+        revision: Branch, tag or commit of the Hub repository.
+        modalities: Graphs to open, of those the folder has: `"text"`, `"image"`.
+        num_threads: Threads of each graph; None for ONNX Runtime's choice.
+
+    Returns:
+        What encodes texts, images, or both.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ValueError: It is another folder, or has no graph with these weights or for these inputs.
+
+    Examples:
+        >>> encoder = load_onnx_encoder("my-onnx-model")
+        >>> encoder.encode_texts(["a dog"]).shape == (1, 32)
+        True
+    """
+    require(ONNX_RUNTIME)
+    folder = find_onnx_folder(source, revision=revision)
+    record = read_onnx_record(folder)
+    there = [name for name in modalities if _find_weights(folder, name)]
+    graphs = {name: choose_graph(folder, name, weights) for name in there or modalities}
+    sessions = {
+        "text_session" if name == "text" else "vision_session": open_session(
+            graph, num_threads=num_threads
+        )
+        for name, graph in graphs.items()
+    }
+    processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    return OnnxEncoder(processor, logit_scale=record["logit_scale"], **sessions)
+
+
+def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:
+    """Return the graph for texts or for images.
+
+    Args:
+        folder: Folder of ONNX graphs.
+        modality: `"text"` or `"image"`.
+        weights: Weights of the language model's linear layers; None for the most exact ones there
+            are. Images have float32 alone.
+
+    Raises:
+        ValueError: There is no such graph.
+    """
+    if not _find_weights(folder, modality):
+        raise ValueError(f"{folder} has no graph for {modality}s. Export the whole model.")
+    chosen = _choose_weights(folder, weights) if modality == "text" else "float32"
+    return graph_file(folder, modality, chosen)
+
+
+def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
+    """Open a graph for ONNX Runtime on the CPU.
+
+    Args:
+        graph: File of the graph.
+        num_threads: Threads that compute; None for ONNX Runtime's choice.
+
+    Returns:
+        `onnxruntime.InferenceSession`.
+
+    Raises:
+        ValueError: ONNX Runtime cannot open the file; the message has its reason.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    options = onnxruntime.SessionOptions()
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    # Threads that wait for work in a loop would take the cores from torch and from other graphs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors; warnings are about optimizations that do not apply
+    try:
+        return onnxruntime.InferenceSession(
+            os.fspath(graph), options, providers=["CPUExecutionProvider"]
+        )
+    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.NoSuchFile,
+            errors.NotImplemented, errors.InvalidArgument) as error:  # fmt: skip
+        reason = " ".join(str(error).split())
+        raise ValueError(f"ONNX Runtime cannot open {graph}: {reason} Export it again.") from error
+
+
+def _find_weights(folder: Path, modality: str) -> list[TextWeights]:
+    return [name for name in SUFFIXES if graph_file(folder, modality, name).is_file()]
+
+
+def _choose_weights(folder: Path, wanted: TextWeights | None) -> TextWeights:
+    there = _find_weights(folder, "text")
+    if wanted is None:
+        return there[0]
+    if wanted not in there:
+        raise ValueError(
+            f"{folder} has text graphs with {', '.join(there)} weights, not {wanted}. Choose one "
+            "of these, or export it again with --onnx-weights."
+        )
+    return wanted

@@ -1,0 +1,66 @@
+"""Encodes texts and images with ONNX Runtime, tokenizers, Pillow and NumPy; torch is not needed.
+
+It is `encode.py` of every exported folder: `python encode.py "a dog" dog.jpg` prints the cosine.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnxruntime import InferenceSession, SessionOptions
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+FOLDER = Path(__file__).parent
+
+
+def encode_texts(texts: list[str], graph: str = "text_model", folder: Path = FOLDER) -> Any:
+    """Return unit embeddings, (texts, P) float32; the prompt is part of the tokenizer."""
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("Give at least one text, and no blank one.")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(json.loads((folder / "config.json").read_text())["max_text_length"])
+    tokenizer.enable_padding()
+    rows = tokenizer.encode_batch([text.strip() for text in texts])
+    ids, mask = np.array([[row.ids, row.attention_mask] for row in rows], np.int64).swapaxes(0, 1)
+    return run_graph(folder, graph, {"input_ids": ids, "attention_mask": mask})
+
+
+def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:
+    """Return unit embeddings of paths or files, (images, P) float32."""
+    how = json.loads((folder / "preprocessor_config.json").read_text())
+    pixels = np.stack([prepare_image(image, how) for image in images])
+    return run_graph(folder, "vision_model", {"pixel_values": pixels})
+
+
+def prepare_image(source: Any, how: dict[str, Any]) -> Any:
+    """Return an upright image on white, resized and cropped, as (3, H, W) float32."""
+    image = ImageOps.exif_transpose(Image.open(source)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    width, height = (
+        how["size"].get("shortest_edge") or how["size"][k] for k in ("width", "height")
+    )
+    if "shortest_edge" in how["size"]:
+        width, height = (int(width * side / min(image.size)) for side in image.size)
+    image = image.resize((width, height), how["resample"])
+    if how.get("do_center_crop"):
+        crop_width, crop_height = how["crop_size"]["width"], how["crop_size"]["height"]
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        image = image.crop((left, top, left + crop_width, top + crop_height))
+    scaled = np.asarray(image, np.float32) * np.float32(how["rescale_factor"])
+    normal = (scaled - np.float32(how["image_mean"])) / np.float32(how["image_std"])
+    return normal.transpose(2, 0, 1)
+
+
+def run_graph(folder: Path, graph: str, inputs: dict[str, Any]) -> Any:
+    """Return the only output of a graph."""
+    options = SessionOptions()
+    options.log_severity_level = 3  # errors; it would warn of the optional input
+    return InferenceSession(str(folder / "onnx" / f"{graph}.onnx"), options).run(None, inputs)[0]
+
+
+if __name__ == "__main__":
+    cosines = encode_texts(sys.argv[1:2]) @ encode_images(sys.argv[2:]).T
+    sys.stdout.write(f"{cosines}\n")

@@ -1,0 +1,450 @@
+"""Exports a model to ONNX: a graph per tower, and what else ONNX Runtime and transformers.js need.
+
+The folder is complete or absent, and it gets its name after every graph gave the model's own
+embeddings in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+
+from .._extras import ONNX_EXPORT, require
+from ..configs.encoding_config import TextWeights
+from ..configs.export_config import ExportConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
+from ..model_folders.atomic_folder import atomic_folder, require_new_folder
+from ..model_folders.fingerprint import fingerprint_embeddings
+from ..model_folders.golden_embeddings import GOLDEN_FILE
+from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
+from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
+from ..model_folders.model_types import ONNX_RECORD, read_json_object
+from ..model_folders.onnx_folder import (
+    DTYPES,
+    GRAPHS,
+    data_file,
+    graph_file,
+    open_session,
+)
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .onnx_checks import (
+    MIN_COSINE_8_BITS,
+    CheckInputs,
+    Reference,
+    check_images,
+    check_script,
+    check_texts,
+    compare_rounded_texts,
+    load_check_inputs,
+    require_near_texts,
+    require_recall,
+)
+from .onnx_graphs import (
+    OnnxGraph,
+    name_vision_tower,
+    takes_any_size,
+    write_image_graph,
+    write_text_graph,
+)
+from .onnx_weights import choose_exact_layers, measure_layers, write_rounded_graph
+
+SCRIPT = "encode.py"
+_RECORD_FORMAT = 1
+_NUM_MEASURED = 16  # captions on which the effect of each layer is measured
+# The captions that errors are measured on are not those with the largest.
+_MARGINS = (0.85, 0.65, 0.5)
+_NEEDED_PARTS = {"full": ("text", "vision"), "text": ("text",), "vision": ("vision",)}
+_PARTS = {
+    "LLM2CLIPModel": ("text", "vision"),
+    "LLM2CLIPTextModel": ("text",),
+    "LLM2CLIPVisionModel": ("vision",),
+}
+_SCRIPT_USE = f"""\
+`python {SCRIPT} "a dog" dog.jpg` encodes a text and an image with `onnxruntime`, `tokenizers`,
+`pillow` and `numpy` alone. """
+_CARD = """
+# {title}
+
+ONNX graphs of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)): texts and
+images into one space, as embeddings of unit length. Opset {opset}, IR {ir_version}.
+
+{files}
+
+{script}transformers.js loads the graphs as `CLIPTextModelWithProjection` and
+`CLIPVisionModelWithProjection`. How each graph was checked is in `{record}`.
+"""
+
+
+def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
+    """Write the graphs of a model folder, each checked against the model.
+
+    Args:
+        folder: Folder of an LLM2CLIP model.
+        output: New or empty folder.
+        config: What is written, with `onnx` set.
+
+    Returns:
+        The folder: `onnx/text_model.onnx`, `onnx/vision_model.onnx`, rounded weights beside them,
+        tokenizer, processor, configuration, golden embeddings, script, record and card.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        FileExistsError: The output exists and is not empty.
+        ValueError: The model is quantized, or lacks a part that is wanted; a tower cannot be
+            exported; or a graph does not give the model's embeddings. Nothing is left behind.
+    """
+    require(*ONNX_EXPORT)
+    require_new_folder(Path(output))
+    _require_parts(folder, config)
+    with atomic_folder(Path(output)) as unfinished:
+        (unfinished / GRAPHS).mkdir()
+        writer = _OnnxWriter.open(folder, unfinished, config)
+        if "text" in _NEEDED_PARTS[config.components]:
+            writer.write_text_graphs(config)
+        if "vision" in _NEEDED_PARTS[config.components]:
+            writer.write_image_graph()
+        writer.write_other_files(config, name=Path(output).name)
+    return Path(output)
+
+
+def _require_parts(folder: Path, config: ExportConfig) -> None:
+    """Refuse a quantized model, and a part that the model does not have."""
+    found = read_json_object(folder / "config.json") or {}
+    parts = (found, found.get("text_config") or {}, found.get("vision_config") or {})
+    quantized = [part["quantization_config"] for part in parts if "quantization_config" in part]
+    if quantized:
+        method = quantized[0].get("quant_method", "an unknown method")
+        raise ValueError(
+            f"{folder} is quantized ({method}), and its rounded weights would become those of the "
+            "graph. Export the model that it was made from; onnx_weights rounds it."
+        )
+    there = _PARTS[find_model_class(folder).__name__]
+    missing = [part for part in _NEEDED_PARTS[config.components] if part not in there]
+    if missing:
+        raise ValueError(
+            f"{folder} is a {there[0]}-only model without a {missing[0]} tower. Export it with "
+            f"components={there[0]}."
+        )
+    if "text" not in _NEEDED_PARTS[config.components]:
+        if config.onnx_weights != ("float32",):
+            raise ValueError(
+                "`onnx_weights` rounds the language model, which components=vision leaves out. "
+                "Leave one of the two out."
+            )
+    elif "int4" in config.onnx_weights and len(there) < 2:
+        raise ValueError(
+            f"{folder} is a text-only model, on which the recall that int4 weights cost cannot be "
+            "measured. Export the whole model with components=text, or leave int4 out of "
+            "onnx_weights."
+        )
+
+
+@dataclass
+class _OnnxWriter:
+    """Writes graphs into an unfinished folder, and keeps the record of them."""
+
+    folder: Path
+    reference: Reference
+    graphs: dict[str, dict[str, Any]]
+    last: OnnxGraph | None = None
+
+    @classmethod
+    def open(cls, source: Path, folder: Path, config: ExportConfig) -> _OnnxWriter:
+        """Load the model, and the inputs of its check."""
+        saved = find_model_class(source)
+        whole = config.components == "full" or "int4" in config.onnx_weights
+        part = {"text": "LLM2CLIPTextModel", "vision": "LLM2CLIPVisionModel"}
+        model_class = saved if whole else MODEL_CLASSES[part[config.components]]
+        model = model_class.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+        processor = LLM2CLIPProcessor.from_pretrained(source, local_files_only=True)
+        stated = LLM2CLIPConfig.from_pretrained(source, local_files_only=True).dtype
+        dtype = stated if isinstance(stated, torch.dtype) else torch.float32
+        inputs = load_check_inputs(config.onnx_data)
+        return cls(folder, Reference(model.eval(), processor, inputs, source, dtype), {})
+
+    @property
+    def inputs(self) -> CheckInputs:
+        """What graphs are checked on."""
+        return self.reference.inputs
+
+    def write_text_graphs(self, config: ExportConfig) -> None:
+        """Write the text tower in float32, check it, and round it as often as asked."""
+        file = graph_file(self.folder, "text")
+        short_and_long = self.reference.processor(
+            text=[self.inputs.texts[0], *self.inputs.texts[-2:]]
+        )
+        inputs: Mapping[str, Tensor] = {name: short_and_long[name] for name in TEXT_INPUTS}
+        graph = write_text_graph(self.reference.model, inputs, file)
+        figures = check_texts(self._encoder(text=file), self.reference)
+        self._record(graph, "float32", figures)
+        for weights in (name for name in config.onnx_weights if name != "float32"):
+            self._write_rounded(file, weights, config)
+        if "float32" not in config.onnx_weights:
+            for unwanted in (file, data_file(file)):
+                unwanted.unlink(missing_ok=True)
+            del self.graphs[_name(file)]
+
+    def _write_rounded(self, source: Path, weights: TextWeights, config: ExportConfig) -> None:
+        file = graph_file(self.folder, "text", weights)
+        if weights == "int8":
+            described = self._write_eight_bits(source, file)
+        else:
+            described = self._round(source, file, bits=4)
+            require_recall(described["check"], self.inputs, max_loss=config.max_recall_loss)
+        self.graphs[_name(file)] = {
+            **self.graphs[_name(source)],
+            **described,
+            "weights": weights,
+            "size_mb": _measure_mb(file),
+        }
+
+    def _write_eight_bits(self, source: Path, file: Path) -> dict[str, Any]:
+        """Round all layers, or else as many as leave every text near the model's embedding."""
+        described = self._round(source, file, bits=8)
+        error = 1 - described["check"]["min_cosine"]
+        if not described["check"]["texts_below_0.999"]:
+            return described
+        reference = self.reference
+        texts = self.inputs.captions[:_NUM_MEASURED]
+        errors = measure_layers(reference.model, reference.processor, texts, bits=8)
+        for margin in _MARGINS:
+            share = margin * (1 - MIN_COSINE_8_BITS) / error
+            exact = choose_exact_layers(errors, share=share)
+            if 2 * len(exact) > len(errors):
+                break
+            described = self._round(source, file, bits=8, exact_layers=exact)
+            if not described["check"]["texts_below_0.999"]:
+                return described
+        require_near_texts(described["check"])
+        return described
+
+    def _round(
+        self, source: Path, file: Path, *, bits: int, exact_layers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        for old in (file, data_file(file)):
+            old.unlink(missing_ok=True)
+        num_rounded = write_rounded_graph(source, file, bits=bits, exact_layers=exact_layers)
+        check = compare_rounded_texts(
+            self._encoder(text=file),
+            self.reference,
+            with_recall=hasattr(self.reference.model, "vision_model"),
+        )
+        return {"rounded_layers": num_rounded, "float32_layers": [*exact_layers], "check": check}
+
+    def write_image_graph(self) -> None:
+        """Write the vision tower, for images of any size if that passes its check."""
+        model, file = self.reference.model, graph_file(self.folder, "image")
+        inputs = self.reference.processor(images=list(self.inputs.images[:2]))
+        if set(inputs) != {IMAGE_INPUT} or inputs[IMAGE_INPUT].ndim != 4:
+            raise ValueError(
+                f"The {name_vision_tower(model)} takes patches of images of any shape "
+                f"({', '.join(sorted(inputs))}), which no ONNX graph can. Export the text tower "
+                "alone (components=text), or build the model with a tower for one size."
+            )
+        reason = None
+        if takes_any_size(model):
+            try:
+                self._write_image_graph(inputs[IMAGE_INPUT], file, any_size=True)
+                return
+            except ValueError as error:
+                reason = str(error)
+        self._write_image_graph(inputs[IMAGE_INPUT], file, any_size=False)
+        if reason is not None:
+            self.graphs[_name(file)]["fixed_size_because"] = reason
+
+    def _write_image_graph(self, pixel_values: Tensor, file: Path, *, any_size: bool) -> None:
+        graph = write_image_graph(self.reference.model, pixel_values, file, any_size=any_size)
+        figures = check_images(self._encoder(vision=file), self.reference, any_size=any_size)
+        self._record(graph, "float32", figures)
+
+    def _encoder(self, *, text: Path | None = None, vision: Path | None = None) -> OnnxEncoder:
+        return OnnxEncoder(
+            self.reference.processor,
+            text_session=text and open_session(text),
+            vision_session=vision and open_session(vision),
+        )
+
+    def _record(self, graph: OnnxGraph, weights: TextWeights, figures: dict[str, Any]) -> None:
+        self.last = graph
+        self.graphs[_name(graph.file)] = {
+            "weights": weights,
+            "inputs": dict(graph.inputs),
+            "optional_inputs": dict(graph.optional_inputs),
+            "outputs": dict(graph.outputs),
+            "size_mb": _measure_mb(graph.file),
+            "check": figures,
+        }
+
+    def write_other_files(self, config: ExportConfig, *, name: str) -> None:
+        """Write processor, configuration, golden embeddings, script, record and card."""
+        assert self.last is not None
+        reference, folder = self.reference, self.folder
+        reference.processor.save_pretrained(folder)
+        _name_prompt_tokens(folder / "tokenizer.json")
+        _write_image_settings(reference.processor, folder)
+        self._write_config()
+        if (reference.folder / GOLDEN_FILE).is_file():
+            shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
+        shutil.copyfile(Path(__file__).with_name("encode_onnx.py"), folder / SCRIPT)
+        script = self._check_script()
+        record = {
+            "format": _RECORD_FORMAT,
+            "opset": self.last.opset,
+            "ir_version": self.last.ir_version,
+            "graphs": self.graphs,
+            "logit_scale": _read_logit_scale(reference.model),
+            "script": script,
+            "checked_on": self.inputs.data,
+            "source": {
+                modality: fingerprint_embeddings(reference.folder, modality)
+                for modality in _list_modalities(config)
+            },
+            "versions": {
+                package: version(package)
+                for package in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+            },
+        }
+        (folder / ONNX_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        card = update_card_data(read_card_data(reference.folder), config)
+        _write_card(folder, card, record, name=name)
+
+    def _check_script(self) -> str | None:
+        """Run the script on the new folder; where it misreads images, remove it and say why."""
+        files = [self.folder / name for name in self.graphs]
+        text = next((file for file in files if file.stem.startswith("text")), None)
+        vision = next((file for file in files if file.stem.startswith("vision")), None)
+        reason = check_script(self.folder, self._encoder(text=text, vision=vision), text)
+        if reason is not None:
+            (self.folder / SCRIPT).unlink()
+        return reason
+
+    def _write_config(self) -> None:
+        """Write the model's configuration, and what transformers.js loads by default."""
+        config = self.reference.model.config.to_dict()
+        config.pop("auto_map", None)
+        config["dtype"] = "float32"
+        config["max_text_length"] = self.reference.processor.longest_text
+        graphs = sorted((self.folder / GRAPHS).glob("*.onnx"))
+        config["transformers.js_config"] = {
+            "dtype": {
+                Path(name).stem.removesuffix("_quantized").removesuffix("_q4"): DTYPES[
+                    about["weights"]
+                ]
+                for name, about in reversed(self.graphs.items())
+            },
+            "use_external_data_format": {
+                graph.name: int(data_file(graph).is_file()) for graph in graphs
+            },
+        }
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (self.folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
+    modalities: dict[str, Literal["text", "image"]] = {"text": "text", "vision": "image"}
+    return [modalities[part] for part in _NEEDED_PARTS[config.components]]
+
+
+def _read_logit_scale(model: Any) -> float | None:
+    """Return the factor of cosines before a softmax; None of a text-only or vision-only model."""
+    scale = getattr(model, "logit_scale", None)
+    return None if scale is None else round(float(scale().detach()), 6)
+
+
+def _name(file: Path) -> str:
+    return f"{GRAPHS}/{file.name}"
+
+
+def _measure_mb(file: Path) -> float:
+    """Return the size of a graph with its weights, in 10^6 bytes."""
+    files = [part for part in (file, data_file(file)) if part.is_file()]
+    return round(sum(part.stat().st_size for part in files) / 1e6, 1)
+
+
+def _name_prompt_tokens(file: Path) -> None:
+    """Write each token of the prompt under its own name, by which transformers.js looks for it.
+
+    The tokenizers library finds the ids of a whole prefix under any name.
+    """
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    processor = tokenizer["post_processor"] or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") != "TemplateProcessing":
+            continue
+        known = part["special_tokens"]
+        for template in ("single", "pair"):
+            part[template] = [
+                {"SpecialToken": {**item["SpecialToken"], "id": token}} if token else item
+                for item in part[template]
+                for token in (
+                    known[item["SpecialToken"]["id"]]["tokens"] if "SpecialToken" in item else [""]
+                )
+            ]
+        part["special_tokens"] = {
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for entry in known.values()
+            for number, token in zip(entry["ids"], entry["tokens"], strict=True)
+        }
+    text = json.dumps(tokenizer, ensure_ascii=False, indent=2)
+    file.write_text(text, encoding="utf-8")
+
+
+def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
+    """Write the image processor where transformers.js and the script read it."""
+    settings = processor.image_processor.to_dict()
+    settings.pop("auto_map", None)
+    name = str(settings["image_processor_type"])
+    settings["image_processor_type"] = name.removesuffix("Pil").removesuffix("Fast")
+    text = json.dumps(settings, indent=2, sort_keys=True, default=int) + "\n"
+    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: str) -> None:
+    data = ModelCardData(
+        license=card.license,
+        license_name=card.license_name,
+        license_link=card.license_link,
+        library_name="transformers.js",
+        pipeline_tag="feature-extraction",
+        tags=["llm2clip", "onnx"],
+    )
+    rows = [["graph", "weights", "size", "checked"], ["---"] * 4]
+    for file, about in record["graphs"].items():
+        checked = describe_check(about["check"])
+        rows.append([f"`{file}`", about["weights"], f"{about['size_mb']} MB", checked])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    body = _CARD.format(
+        title=name,
+        files=table,
+        script=_SCRIPT_USE if record["script"] is None else "",
+        record=ONNX_RECORD,
+        opset=record["opset"],
+        ir_version=record["ir_version"],
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")
+
+
+def describe_check(check: dict[str, Any]) -> str:
+    """Say in a few words how a graph was checked.
+
+    Args:
+        check: Figures from the record of the export.
+    """
+    count = f"{check['texts']} texts" if "texts" in check else f"{check['images']} images"
+    if "max_distance" in check:
+        return f"{count}, at most {check['max_distance']:g} from the model's embeddings"
+    found = f"{count}, cosine at least {check['min_cosine']:.4f}"
+    if "recall_at_1" in check:
+        before, after = check["recall_at_1_of_the_model"], check["recall_at_1"]
+        found += f", text to image R@1 {100 * after:.1f} % (model: {100 * before:.1f} %)"
+    return found

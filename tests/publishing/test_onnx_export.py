@@ -1,0 +1,414 @@
+"""ONNX graphs give the model's own embeddings, or there is no folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source
+from safetensors.torch import load_file, save_file
+from shared_models import CAPTIONS, INSTRUCTION, ROUNDING
+from tiny import LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import ExportConfig, LLM2CLIPConfig, export_model, load_onnx_encoder
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.model_folders.golden_embeddings import (
+    GOLDEN_FILE,
+    read_golden,
+    render_golden_images,
+)
+from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session, read_onnx_record
+from modeling_llm2clip.pooling_llm2clip import count_unpooled
+from modeling_llm2clip.publishing import onnx_graphs
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_TORCH = """
+import json, runpy, sys
+for name in ("torch", "transformers", "modeling_llm2clip"):
+    sys.modules[name] = None  # importing it raises from here on
+script = runpy.run_path(sys.argv[1])
+texts, images = json.loads(sys.argv[2])
+found = script["encode_texts"](texts), script["encode_images"](images)
+print(json.dumps([embeds.tolist() for embeds in found]))
+"""
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    """A model folder, not to be changed."""
+    return shared_source()
+
+
+@pytest.fixture(scope="module")
+def exported() -> Path:
+    """Its graphs, with all weights."""
+    return shared_graphs()
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> str:
+    """A few captioned images, with which a check takes no time."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for number in range(4):
+        draw_noise(40 + number, 50, seed=number).save(folder / f"{number}.png")
+        lines.append(
+            json.dumps({"image": f"{number}.png", "captions": [f"noise, number {number}"]})
+        )
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def test_graphs_give_the_models_embeddings_in_batches_and_alone(
+    source: Path, exported: Path
+) -> None:
+    model, processor = load_model(source, device="cpu")
+    encoder = load_onnx_encoder(exported)
+    texts = [*CAPTIONS, "an owl. " * 40]  # the last one is truncated
+    wanted = encode_texts(model, processor, texts)
+    found = encoder.encode_texts(texts)
+    assert torch.allclose(found, wanted, atol=ROUNDING)
+    alone = torch.cat([encoder.encode_texts([text]) for text in texts])
+    assert torch.allclose(alone, wanted, atol=ROUNDING)
+    images = [draw_noise(30 + n, 90 - n, seed=n) for n in range(9)]
+    assert torch.allclose(
+        encoder.encode_images(images), encode_images(model, processor, images), atol=ROUNDING
+    )
+
+
+def test_padding_on_the_left_changes_nothing(source: Path, exported: Path) -> None:
+    _, processor = load_model(source, device="cpu")
+    batch = processor(text=CAPTIONS, text_kwargs={"padding_side": "left"})
+    assert batch["attention_mask"][0, 0] == 0
+    encoder = load_onnx_encoder(exported, modalities=("text",))
+    found = encoder.encode_tokens(batch["input_ids"], batch["attention_mask"])
+    assert torch.allclose(found, encoder.encode_texts(CAPTIONS), atol=ROUNDING)
+
+
+def test_an_instruction_is_attended_to_and_not_pooled(source: Path, exported: Path) -> None:
+    model, processor = load_model(source, device="cpu")
+    batch = processor(text=[INSTRUCTION + caption for caption in CAPTIONS])
+    config = model.config
+    prompt_length = len(processor(text=INSTRUCTION)["input_ids"][0])
+    with torch.no_grad():
+        wanted = model.get_text_features(**batch, prompt_length=prompt_length).pooler_output
+    num_unpooled = count_unpooled(
+        prompt_length,
+        num_prefix=len(config.prompt_prefix_ids),
+        num_suffix=len(config.prompt_suffix_ids),
+        suffix_ends_special=config.prompt_suffix_ends_special,
+    )
+    inputs = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
+    session = open_session(graph_file(exported, "text"))
+    [found] = session.run(None, {**inputs, "num_unpooled": np.array(num_unpooled)})
+    assert np.allclose(found, torch.nn.functional.normalize(wanted, dim=-1), atol=ROUNDING)
+    [without] = session.run(None, inputs)
+    assert not np.allclose(found, without, atol=0.01)
+
+
+def test_the_script_needs_no_torch_and_gives_the_golden_embeddings(
+    exported: Path, tmp_path: Path
+) -> None:
+    golden = read_golden(exported)
+    assert golden is not None
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for image, path in zip(render_golden_images(), paths, strict=True):
+        image.save(path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(exported / "encode.py"),
+         json.dumps([golden[0], paths])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    texts, images = map(np.array, json.loads(done.stdout))
+    assert np.allclose(texts, golden[1]["text_embeds"], atol=ROUNDING)
+    # Pillow and torchvision round some pixels to neighboring values.
+    assert ((images * golden[1]["image_embeds"].numpy()).sum(1) > 0.999).all()
+
+
+def test_the_page_shows_the_script_that_is_written(exported: Path) -> None:
+    page = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
+    assert (exported / "encode.py").read_text(encoding="utf-8") in page
+
+
+def test_the_record_states_what_the_files_are(exported: Path) -> None:
+    import onnx
+
+    record = read_onnx_record(exported)
+    assert set(record["graphs"]) == {f"onnx/{path.name}" for path in (exported / "onnx").iterdir()}
+    for name, graph in record["graphs"].items():
+        model = onnx.load(exported / name)
+        opsets = {entry.domain: entry.version for entry in model.opset_import}
+        assert (opsets[""], model.ir_version) == (record["opset"], record["ir_version"])
+        assert set(graph["inputs"]) == {
+            value.name for value in open_session(exported / name).get_inputs()
+        }
+    text, vision = (record["graphs"][f"onnx/{name}_model.onnx"] for name in ("text", "vision"))
+    assert text["inputs"]["input_ids"] == ["batch_size", "sequence_length"]
+    assert text["optional_inputs"] == {"num_unpooled": []}
+    assert vision["inputs"]["pixel_values"] == ["batch_size", 3, 32, 32]  # CLIP has one size
+    assert text["check"]["texts"] >= 200 and vision["check"]["images"] == 50
+    assert {"max_distance_from_golden", "max_distance_alone"} <= set(text["check"])
+    assert str(record["opset"]) in (exported / "README.md").read_text(encoding="utf-8")
+
+
+def test_rounding_reaches_the_language_models_linear_layers_and_nothing_else(
+    source: Path, exported: Path
+) -> None:
+    import onnx
+
+    def read(weights: Any) -> Any:
+        return onnx.load(graph_file(exported, "text", weights)).graph
+
+    exact = {tensor.name: tensor for tensor in read("float32").initializer}
+    num_layers = 7 * LLM2CLIPConfig.from_pretrained(source).text_config.num_hidden_layers
+    for weights, bits in (("int8", 8), ("int4", 4)):
+        graph = read(weights)
+        rounded = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        assert len(rounded) == num_layers
+        assert {a.i for node in rounded for a in node.attribute if a.name == "bits"} == {bits}
+        kept = [tensor for tensor in graph.initializer if tensor.name in exact]
+        assert len(kept) == len(exact) - num_layers
+        assert all(tensor == exact[tensor.name] for tensor in kept)
+    sizes = [graph_file(exported, "text", weights).stat().st_size for weights in ALL_WEIGHTS]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_rounded_weights_are_near_the_model(exported: Path) -> None:
+    wanted = load_onnx_encoder(exported).encode_texts(CAPTIONS)
+    for weights, least in (("int8", 0.999), ("int4", 0.8)):
+        found = load_onnx_encoder(exported, weights=weights).encode_texts(CAPTIONS)
+        cosines = (found * wanted).sum(1)
+        assert (cosines > least).all() and (cosines < 0.9999999).any()
+
+
+def test_transformers_reads_the_folders_configuration_and_processor(
+    source: Path, exported: Path
+) -> None:
+    from transformers import AutoProcessor
+
+    config = LLM2CLIPConfig.from_pretrained(exported)
+    found = config.to_dict()["transformers.js_config"]
+    assert found["dtype"] == {"text_model": "fp32", "vision_model": "fp32"}
+    assert set(found["use_external_data_format"].values()) == {0}
+    first, second = (AutoProcessor.from_pretrained(folder) for folder in (source, exported))
+    inputs = {"text": CAPTIONS, "images": [draw_noise()]}
+    for name, value in first(**inputs).items():
+        assert torch.equal(value, second(**inputs)[name])
+
+
+def test_a_tokens_name_in_the_prompt_is_its_name_in_the_vocabulary(
+    source: Path, exported: Path
+) -> None:
+    """transformers.js looks for the ids of the prompt by these names alone."""
+    before, after = (
+        json.loads((folder / "tokenizer.json").read_text("utf-8")) for folder in (source, exported)
+    )
+    ids = {**before["model"]["vocab"], **{t["content"]: t["id"] for t in before["added_tokens"]}}
+    prompt = after["post_processor"]["special_tokens"]
+    config = LLM2CLIPConfig.from_pretrained(source)
+    named = [item["SpecialToken"]["id"] for item in after["post_processor"]["single"]
+             if "SpecialToken" in item]  # fmt: skip
+    assert [ids[name] for name in named] == config.prompt_prefix_ids + config.prompt_suffix_ids
+    assert all(entry["ids"] == [ids[name]] for name, entry in prompt.items())
+
+
+@pytest.mark.slow
+def test_weights_too_large_for_one_file_are_beside_the_graph(
+    source: Path, small_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graphs, "_LARGEST_FILE", 10_000)
+    config = ExportConfig(
+        onnx=True, onnx_data=small_data, components="text", onnx_weights=("int8",)
+    )
+    folder = export_model(source, tmp_path / "graphs", config)
+    names = {path.name for path in (folder / "onnx").iterdir()}
+    assert names == {"text_model_quantized.onnx", "text_model_quantized.onnx_data"}
+    stated = json.loads((folder / "config.json").read_text())["transformers.js_config"]
+    assert stated["use_external_data_format"] == {"text_model_quantized.onnx": 1}
+    assert stated["dtype"] == {"text_model": "q8"}
+    encoder = load_onnx_encoder(folder)
+    assert encoder.modalities == ("text",) and encoder.encode_texts(["a dog"]).shape == (1, 32)
+    with pytest.raises(ValueError, match=r"encodes texts alone.*--components full"):
+        encoder.encode_images([draw_noise()])
+    with pytest.raises(ValueError, match="text graphs with int8 weights, not int4"):
+        load_onnx_encoder(folder, weights="int4")
+
+
+def refuse(source: Path, tmp_path: Path, match: str, **options: Any) -> None:
+    """Expect an error, and nothing beside what was there before."""
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=match):
+        export_model(source, tmp_path / "refused", ExportConfig(onnx=True, **options))
+    assert set(tmp_path.iterdir()) == before
+
+
+def copy_model(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_a_graph_that_differs_from_the_golden_embeddings_is_not_written(
+    source: Path, small_data: str, tmp_path: Path
+) -> None:
+    model = copy_model(source, tmp_path / "model")
+    golden = load_file(model / GOLDEN_FILE)
+    golden["image_embeds"] = golden["image_embeds"].flip(0).contiguous()
+    metadata = {"texts": json.dumps(read_golden(source)[0]), "dtype": "torch.float32"}  # type: ignore[index]
+    save_file(golden, model / GOLDEN_FILE, metadata)
+    refuse(
+        model, tmp_path, r"golden images: 2 of 2 differ by more than 0\.001", onnx_data=small_data
+    )
+
+
+@pytest.mark.slow
+def test_eight_bits_are_refused_where_they_change_the_model(
+    small_data: str, tmp_path: Path
+) -> None:
+    """One outlier a block leaves eight bits for it and none for the others."""
+    model, processor = tiny_model()
+    with torch.no_grad():
+        for layer in model.text_model.layers:
+            layer.self_attn.v_proj.weight[:, 0] *= 1e4
+            layer.input_layernorm.weight[0] = 0.0  # so that the outlier itself has no effect
+    source = save_model(model, processor, tmp_path / "model")
+    refuse(
+        source, tmp_path, r"8-bit weights .* cosine below 0\.999 .* the smallest 0\.\d+",
+        onnx_data=small_data, onnx_weights=("int8",),
+    )  # fmt: skip
+
+
+def test_a_quantized_model_is_refused(source: Path, tmp_path: Path) -> None:
+    model = copy_model(source, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps(config))
+    refuse(
+        model, tmp_path, r"is quantized \(bitsandbytes\).*Export the model that it was made from"
+    )
+
+
+def test_a_part_that_the_model_lacks_is_refused(source: Path, tmp_path: Path) -> None:
+    text_only = export_model(source, tmp_path / "text", ExportConfig(components="text"))
+    refuse(text_only, tmp_path, "text-only model without a vision tower.*components=text")
+    refuse(text_only, tmp_path, "recall that int4 weights cost", components="text",
+           onnx_weights=("int4",))  # fmt: skip
+    refuse(source, tmp_path, "components=vision leaves out", components="vision",
+           onnx_weights=("int8",))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_text_only_model_gives_a_text_graph(
+    source: Path, small_data: str, tmp_path: Path
+) -> None:
+    text_only = export_model(source, tmp_path / "text", ExportConfig(components="text"))
+    folder = export_model(
+        text_only,
+        tmp_path / "graphs",
+        ExportConfig(onnx=True, components="text", onnx_data=small_data),
+    )
+    assert [path.name for path in (folder / "onnx").iterdir()] == ["text_model.onnx"]
+
+
+def test_siglip2s_own_layout_is_refused_by_name(small_data: str, tmp_path: Path) -> None:
+    source = export_tiny_model(tmp_path / "model", vision="siglip2")
+    refuse(source, tmp_path, "vision tower 'siglip2_vision_model' takes patches",
+           components="vision", onnx_data=small_data)  # fmt: skip
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "file").touch()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        export_model("no-such-model", tmp_path / "output", ExportConfig(onnx=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--onnx", "--dtype", "bfloat16"], "--dtype: not with --onnx."),
+        (["--onnx", "--components", "vision-tower"], "--components full, text or vision"),
+        (["--onnx", "--onnx-weights", "int8", "int8"], "--onnx-weights must name"),
+        (["--onnx", "--dry-run"], "--dry-run cannot check ONNX graphs"),
+        (["--onnx-weights", "int8"], "--onnx-weights: only with --onnx."),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(
+    flags: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(source), str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_prints_how_each_graph_was_checked(
+    source: Path, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(source), str(tmp_path / "graphs"), "--onnx", "--components", "vision"]
+    assert main([*words, "--onnx-data", small_data]) == 0
+    shown = capsys.readouterr().out
+    assert "onnx/vision_model.onnx: float32" in shown and "4 images, at most" in shown
+    assert "opset 20, IR 10" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision", [*VISION_FAMILIES, "timm with batch norm"])
+def test_every_vision_family_is_exported_or_named(
+    vision: str, small_data: str, tmp_path: Path
+) -> None:
+    source = export_tiny_model(tmp_path / "model", vision=vision)
+    config = ExportConfig(onnx=True, components="vision", onnx_data=small_data)
+    if vision == "siglip2":
+        with pytest.raises(ValueError, match="siglip2_vision_model"):
+            export_model(source, tmp_path / "graphs", config)
+        return
+    record = read_onnx_record(export_model(source, tmp_path / "graphs", config))
+    shape = record["graphs"]["onnx/vision_model.onnx"]["inputs"]["pixel_values"]
+    assert shape[0] == "batch_size"
+    assert record["script"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_llm_family_is_exported(
+    llm: str, causal: bool, small_data: str, tmp_path: Path
+) -> None:
+    """Families with windows are exported within their window of 8 tokens and beyond it."""
+    source = export_tiny_model(
+        tmp_path / "model", llm=llm, bidirectional=not causal,
+        text_pooling="last_token" if causal else "mean",
+    )  # fmt: skip
+    config = ExportConfig(onnx=True, components="text", onnx_data=small_data)
+    folder = export_model(source, tmp_path / "graphs", config)
+    model, processor = load_model(source, device="cpu")
+    texts = ["x", "an owl " * 20]
+    wanted = encode_texts(model, processor, texts)
+    assert torch.allclose(load_onnx_encoder(folder).encode_texts(texts), wanted, atol=ROUNDING)
+
+
+def test_sentence_transformers_own_backend_gives_the_same(source: Path) -> None:
+    """Skipped until its backend can be installed beside transformers 5."""
+    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx wants transformers 4")
+    from sentence_transformers import SentenceTransformer
+
+    wanted = SentenceTransformer(str(source)).encode(CAPTIONS)
+    found = SentenceTransformer(str(source), backend="onnx").encode(CAPTIONS)
+    assert np.allclose(found, wanted, atol=ROUNDING)

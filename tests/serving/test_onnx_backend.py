@@ -1,0 +1,64 @@
+"""A server on ONNX graphs answers as one on the model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_folders import shared_graphs, shared_source
+from served_apps import MIXED_TEXTS, to_png
+from shared_models import ROUNDING
+from tiny import draw_noise
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import ExportConfig, export_model
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.serving.service import EmbeddingService
+
+ONNX = ServeConfig(backend="onnx")
+
+
+def test_onnx_and_torch_give_the_same_embeddings_labels_and_token_counts() -> None:
+    inputs = [*MIXED_TEXTS, *(to_png(draw_noise(seed=seed)) for seed in range(3))]
+    found = []
+    for source, config in ((shared_source(), ServeConfig()), (shared_graphs(), ONNX)):
+        service = EmbeddingService.open(source, config)
+        embedded = asyncio.run(service.embed(inputs))
+        classified = asyncio.run(service.classify(inputs[-1:], ["a dog", "noise"]))  # type: ignore[arg-type]
+        found.append((embedded, classified))
+        service.close()
+    (wanted, wanted_labels), (given, labels) = found
+    assert np.allclose(given.embeds, wanted.embeds, atol=ROUNDING)
+    assert (given.num_tokens, given.truncated) == (wanted.num_tokens, wanted.truncated)
+    assert [t.label for t in labels.tags[0]] == [t.label for t in wanted_labels.tags[0]]
+    # The temperature is recorded with six digits behind the point.
+    assert labels.tags[0][0].probability == pytest.approx(
+        wanted_labels.tags[0][0].probability, abs=1e-4
+    )
+
+
+def test_a_model_and_its_graphs_are_not_taken_for_each_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", str(shared_graphs()), "--port", "0"]) == 2
+    assert "folder of ONNX graphs" in capsys.readouterr().err
+    assert main(["serve", str(shared_source()), "--port", "0", "--backend", "onnx"]) == 2
+    assert "is not a folder of ONNX graphs" in capsys.readouterr().err
+    assert main(["serve", str(shared_source()), "--text-weights", "int8"]) == 2
+    assert "--text-weights int8 needs --backend" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_untrained_model_is_refused_as_in_torch(tmp_path: Path) -> None:
+    source = export_tiny_model(tmp_path / "model", trained=False)
+    graphs = export_model(source, tmp_path / "graphs", ExportConfig(onnx=True, components="vision"))
+    with pytest.raises(ValueError, match="refused for serving"):
+        EmbeddingService.open(graphs, ONNX)
+
+
+def test_an_index_needs_the_model_itself() -> None:
+    with pytest.raises(ValueError, match="bound to the weights of a model"):
+        EmbeddingService.open(shared_graphs(), ONNX, index="no-such-index")
