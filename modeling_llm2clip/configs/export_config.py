@@ -119,6 +119,6 @@ _DEFAULTS = {field.name: field.default for field in fields(ExportConfig)}
 _FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
 # A graph is float32 and computed on the CPU; its card is a short one.
 _NOT_FOR_ONNX = (
-    "handler", "space", "dtype", "max_shard_size", "device", "results", "base_models", "vision_license",
-    "text_license", "training_data",
+    "handler", "space", "dtype", "max_shard_size", "device", "results", "base_models",
+    "vision_license", "text_license", "training_data",
 )  # fmt: skip
