@@ -31,6 +31,7 @@ NUM_UNPOOLED = "num_unpooled"
 TEXT_OUTPUT = "text_embeds"
 IMAGE_INPUT = "pixel_values"
 IMAGE_OUTPUT = "image_embeds"
+_SHOWN = 200  # characters of an error of ONNX Runtime
 DEFAULT_TOKEN_BUDGET = CPU_TOKEN_BUDGET
 DEFAULT_BATCH_SIZE = default_batch_size(torch.device("cpu"))
 
@@ -194,9 +195,12 @@ class OnnxEncoder:
 
         Returns:
             (B, P) float32 of unit length.
+
+        Raises:
+            ValueError: The graph cannot be run on inputs of this shape.
         """
         given = dict(zip(TEXT_INPUTS, (input_ids.numpy(), attention_mask.numpy()), strict=True))
-        return torch.from_numpy(self._text_session.run([TEXT_OUTPUT], given)[0])
+        return _run(self._text_session, TEXT_OUTPUT, given)
 
     def encode_pixels(self, pixel_values: Tensor) -> Tensor:
         """Run the vision graph on one batch.
@@ -206,9 +210,12 @@ class OnnxEncoder:
 
         Returns:
             (B, P) float32 of unit length.
+
+        Raises:
+            ValueError: The graph cannot be run on images of this size.
         """
         given = {IMAGE_INPUT: pixel_values.numpy()}
-        return torch.from_numpy(self._vision_session.run([IMAGE_OUTPUT], given)[0])
+        return _run(self._vision_session, IMAGE_OUTPUT, given)
 
     def _require(self, modality: str) -> None:
         if modality not in self.modalities:
@@ -216,3 +223,14 @@ class OnnxEncoder:
                 f"This ONNX model encodes {self.modalities[0]}s alone; it has no graph for "
                 f"{modality}s. Export the whole model: llm2clip export --onnx --components full."
             )
+
+
+def _run(session: Any, output: str, inputs: dict[str, Any]) -> Tensor:
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    try:
+        return torch.from_numpy(session.run([output], inputs)[0])
+    except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise ValueError(f"ONNX Runtime cannot run the graph on {shapes}: {reason}") from error

@@ -327,6 +327,12 @@ def test_a_text_only_model_gives_a_text_graph(
     assert [path.name for path in (folder / "onnx").iterdir()] == ["text_model.onnx"]
 
 
+def test_an_image_of_another_size_than_the_towers_is_refused(exported: Path) -> None:
+    encoder = load_onnx_encoder(exported, modalities=("image",))
+    with pytest.raises(ValueError, match=r"cannot run the graph on pixel_values \[1, 3, 64, 32\]"):
+        encoder.encode_pixels(torch.zeros(1, 3, 64, 32))
+
+
 def test_siglip2s_own_layout_is_refused_by_name(small_data: str, tmp_path: Path) -> None:
     source = export_tiny_model(tmp_path / "model", vision="siglip2")
     refuse(source, tmp_path, "vision tower 'siglip2_vision_model' takes patches",
@@ -381,7 +387,10 @@ def test_every_vision_family_is_exported_or_named(
         return
     record = read_onnx_record(export_model(source, tmp_path / "graphs", config))
     shape = record["graphs"]["onnx/vision_model.onnx"]["inputs"]["pixel_values"]
+    # DINOv2's positions are fixed while it is traced, which the check at other sizes finds.
+    graph = record["graphs"]["onnx/vision_model.onnx"]
     assert shape[0] == "batch_size"
+    assert ("fixed_size_because" in graph) == (vision == "dinov2")
     assert record["script"] is None
 
 
