@@ -141,7 +141,7 @@ class IndexDatabase:
         """
         location = str(location)
         if "://" not in location:
-            _require_database_folder(Path(location))
+            require_database_folder(Path(location))
         connection = _connect(location)
         about = _read_about(location, connection)
         if about is None:
@@ -162,7 +162,7 @@ class IndexDatabase:
         location = str(location)
         folder = None if "://" in location else Path(location)
         if folder is not None and (folder.is_file() or _list_foreign(folder)):
-            _require_database_folder(folder)
+            require_database_folder(folder)
         connection = _connect(location)
         found = _read_about(location, connection)
         if found is None and _IMAGES in _list_tables(connection):
@@ -368,8 +368,12 @@ class IndexDatabase:
 _HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
 
 
-def _require_database_folder(folder: Path) -> None:
-    """Raise ValueError where a path cannot be a database, and say what it is instead."""
+def require_database_folder(folder: Path) -> None:
+    """Raise ValueError where a path cannot be a database, and say what it is instead.
+
+    Args:
+        folder: Of the database.
+    """
     if not folder.exists():
         raise ValueError(f"{folder}: no such database. {_HOW_TO_INDEX}")
     if not folder.is_dir():
