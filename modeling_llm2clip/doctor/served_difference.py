@@ -19,6 +19,10 @@ from .served_variants import Variant
 # A variant explains embeddings that it comes this much closer to than the model's own are: servers
 # prepare inputs by other library code, so that not every digit agrees.
 _EXPLAINED = 0.1
+# Below this share of its own distance for one input, an error is computed for all.
+_PROMISING = 0.5
+# What remains between two computations in float32.
+_ROUNDING = find_tolerance(torch.float32, other_machine=True)
 # Rounding errors of two machines are of one size, and not equal.
 _AS_MUCH = 3.0
 # int8 of unit embeddings; other inputs and other errors are further off.
@@ -67,8 +71,7 @@ class Comparison:
             One or two sentences.
         """
         if self.measure() <= self.tolerance:
-            is_rounding = self.measure() <= find_tolerance(torch.float32, other_machine=True)
-            return None if is_rounding or not thorough else _find_closer(self)
+            return _find_closer(self) if thorough and self.measure() > _ROUNDING else None
         for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length, _find_cause):
             if (text := find(self)) is not None:
                 return text
@@ -81,17 +84,46 @@ class Comparison:
         return float(measure_distances(F.normalize(self.served, dim=-1), self.wanted).max())
 
     def find_variants(self) -> list[tuple[float, str]]:
-        """Return distance and name of each variant of this width, the closest first."""
-        direction, found = F.normalize(self.served, dim=-1), []
-        for variant in self.list_variants():
-            embeds = variant.compute(self.variant_inputs)
-            if embeds.shape == direction.shape:
-                found.append((float(measure_distances(direction, embeds).max()), variant.name))
+        """Compute what each error gives, until one fits.
+
+        Returns:
+            Distance and name of each error that gives this width, the closest first. What is far
+            off for the input that differs most is not computed for the others.
+        """
+        found = []
         if self.served.shape[1] < self.wanted.shape[1]:
             part = F.normalize(self.wanted[:, : self.served.shape[1]], dim=-1)
             name = f"only the first {self.served.shape[1]} dimensions are returned"
-            found.append((float(measure_distances(direction, part).max()), name))
-        return sorted(found)
+            found.append((self._measure_from(part, range(len(part))), name))
+        for variant in self.list_variants():
+            distance = self._measure_variant(variant)
+            found.append((distance, variant.name))
+            if distance <= _ROUNDING:
+                break
+        return sorted(one for one in found if one[0] < float("inf"))
+
+    def _measure_variant(self, variant: Variant) -> float:
+        """Return the distance of an error's embeddings; infinite where they have another width."""
+        rows = list(range(len(self.served)))
+        if variant.of_batch:
+            return self._measure_from(variant.compute(self.variant_inputs), rows)
+        direction = F.normalize(self.served, dim=-1)
+        own = torch.full((len(rows),), torch.inf)
+        if self.served.shape == self.wanted.shape:
+            own = measure_distances(direction, self.wanted)
+        worst = int(own.argmax())
+        distance = self._measure_from(variant.compute([self.variant_inputs[worst]]), [worst])
+        rows.remove(worst)
+        if not rows or distance > max(_ROUNDING, _PROMISING * min(float(own[worst]), 2.0)):
+            return distance
+        others = variant.compute([self.variant_inputs[row] for row in rows])
+        return max(distance, self._measure_from(others, rows))
+
+    def _measure_from(self, embeds: Tensor, rows: Sequence[int]) -> float:
+        direction = F.normalize(self.served[list(rows)], dim=-1)
+        if embeds.shape != direction.shape:
+            return float("inf")
+        return float(measure_distances(direction, embeds).max())
 
     def describe_lengths(self) -> str:
         """Return a clause on lengths other than 1; empty where there are none."""

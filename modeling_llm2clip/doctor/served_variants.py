@@ -43,10 +43,12 @@ class Variant:
         name: What the server does, as a sentence without a full stop.
         compute: Takes N texts or images and returns what such a server would answer, (N, width)
             float32 of unit length.
+        of_batch: Whether the embedding of an input depends on the others of its request.
     """
 
     name: str
     compute: Callable[[Sequence[Any]], Tensor]
+    of_batch: bool = False
 
 
 class TextVariants:
@@ -101,6 +103,7 @@ class TextVariants:
                 yield Variant(
                     f"padding on the {side} is {effect}",
                     partial(self._encode_unmasked, side=side, pools_padding=pools),
+                    of_batch=True,
                 )
 
     @torch.no_grad()
