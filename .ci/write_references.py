@@ -49,6 +49,7 @@ _HEADINGS = {
     "model_folders": "Load",
     "encoding": "Encode",
     "search": "Search",
+    "serving": "Serve",
     "training": "Train",
     "evaluation": "Evaluate",
     "doctor": "Check",

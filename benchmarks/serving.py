@@ -114,7 +114,7 @@ def build_model(folder: Path) -> Path:
 
 
 def sample_texts(count: int) -> list[str]:
-    """Sample captions of the example data: short names, sentences and paragraphs.
+    """Sample captions of the example data: phrases, sentences and a few paragraphs.
 
     Args:
         count: Number of texts, all different.
@@ -125,11 +125,7 @@ def sample_texts(count: int) -> list[str]:
         for line in (ROOT / "examples" / "data" / name / "captions.jsonl").open(encoding="utf-8")
     ]
     captions = sorted({text for line in lines for text in line["captions"]})
-    long = [text for text in captions if len(text) > 60]
-    short = random.Random(0).sample([text for text in captions if len(text) <= 60], count)
-    texts = (long + short)[:count]
-    random.Random(1).shuffle(texts)
-    return texts
+    return random.Random(0).sample([text for text in captions if len(text) >= 20], count)
 
 
 @contextmanager

@@ -32,8 +32,8 @@ class Load:
     """
 
     seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)
-    embeds: dict[int, Any] = field(default_factory=dict)
+    latencies: list[float] = field(default_factory=list, repr=False)
+    embeds: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def summarize(self) -> dict[str, float]:
         """Return texts per second, and percentiles of the latency in milliseconds."""

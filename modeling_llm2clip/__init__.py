@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
     from .configs.search_config import IndexConfig, TagConfig
+    from .configs.serve_config import RayServeConfig, ServeConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
     from .scheduling.graceful_stop import StageInterrupt
     from .search.bulk_embedding import embed
     from .search.image_index import ImageIndex
+    from .serving.app import create_app
+    from .serving.service import EmbeddingService
     from .training.alignment.align import align
     from .training.extraction.extract import extract, merge_store
     from .training.finetuning.finetune_llm import finetune_llm
@@ -76,6 +79,7 @@ _HOMES = {
     "configs.extract_config": ("ExtractConfig",),
     "configs.finetune_config": ("FinetuneConfig",),
     "configs.search_config": ("IndexConfig", "TagConfig"),
+    "configs.serve_config": ("RayServeConfig", "ServeConfig"),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),
@@ -110,6 +114,8 @@ _HOMES = {
     "recipes.train": ("train",),
     "search.bulk_embedding": ("embed",),
     "search.image_index": ("ImageIndex",),
+    "serving.app": ("create_app",),
+    "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
     "training.extraction.extract": ("extract", "merge_store"),
     "training.finetuning.finetune_llm": ("finetune_llm",),

@@ -103,7 +103,8 @@ def pool_on_cpu(
         ids[start : start + length]
         for ids, start, length in zip(input_ids, starts, lengths, strict=True)
     ]
-    packs = _runs_packs(text_model, max(lengths), input_ids.device)
+    # One text fills no pack, and is spared the check of packs, which takes five passes.
+    packs = len(texts) > 1 and _runs_packs(text_model, max(lengths), input_ids.device)
     plan = plan_packs if packs else plan_token_batches
     pooled = torch.empty(len(texts), width)
     tokens = None

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llm, tiny_model
 
+from modeling_llm2clip import packing_llm2clip
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.packing_llm2clip import (
     MAX_PADDING_SHARE,
@@ -82,6 +83,18 @@ def test_threads_of_packed_and_padded_passes_do_not_affect_each_other():
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(encode, range(40)):
             torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)  # order of sums
+
+
+def test_one_text_is_spared_the_check_of_packs(monkeypatch):
+    model, processor = tiny_model()
+    monkeypatch.setattr(packing_llm2clip, "can_pack", None)
+    passes = []
+    model.text_model.register_forward_hook(lambda *_: passes.append(1))
+    with torch.inference_mode():
+        model.get_caption_embeds(**processor(text=TEXTS[:1]))
+        assert len(passes) == 1
+        with pytest.raises(TypeError):
+            model.get_caption_embeds(**processor(text=TEXTS[:2]))
 
 
 def test_a_family_with_softcapping_is_run_with_padding():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from .._extras import LANCEDB, require
 from ..configs.config_fields import DeviceConfig, Range
@@ -15,7 +17,8 @@ from .command import Repeated, command
 from .image_folder import report, report_truncated
 
 if TYPE_CHECKING:
-    from ..search.image_index import ImageIndex
+    from ..search.index_database import IndexDatabase
+    from ..search.query_encoding import Query
     from ..search.search_results import SearchResult
 
 _NOTE = "The number under an image is its cosine with the query."
@@ -68,22 +71,52 @@ def search(
         from ..model_folders.atomic_folder import require_new_folder
 
         require_new_folder(output)
-    # Imports no torch, so that what is wrong with database and filter is reported at once.
-    index = _open(db, model=model, image_dir=image_dir, where=where, device=config.device)
-    parts = [*queries, *image]
-    _check_queries(queries, image)  # before the model is loaded
-    use_device(config.device)
-    if queries:
-        report_truncated(index.encoder.processor, list(queries), "sentences")
-    from ..search.results_page import render_search_results
+    if "://" not in db:
+        from ..search.index_database import require_database_folder
 
-    found = index.search([parts] if combine else parts, top_k=top_k, where=where, exact=exact)
+        require_database_folder(Path(db))
+    with _opening(db, where) as wait:
+        _check_queries(queries, image)  # imports torch meanwhile
+        use_device(config.device)
+        database = wait()
+        from ..search.image_index import ImageIndex
+        from ..search.results_page import render_search_results
+
+        index = ImageIndex.from_database(
+            database, model=model, image_dir=image_dir, device=config.device
+        )
+        if queries:
+            report_truncated(index.encoder.processor, list(queries), "sentences")
+        parts: list[str | Path] = [*queries, *image]
+        asked: list[Query] = [parts] if combine else [*parts]
+        found = index.search(asked, top_k=top_k, where=where, exact=exact)
     found = [_shorten_paths(result) for result in found]
     print(render_search_results(found, format))
     _report_missing(found)
     if output is not None:
         _write(found, output)
     return 0
+
+
+@contextmanager
+def _opening(db: str, where: str | None) -> Iterator[Callable[[], IndexDatabase]]:
+    """Open a database and try a filter, in a process of its own if this one has much to import.
+
+    Yields:
+        What waits for the database.
+    """
+    if "torch" not in sys.modules:
+        from ..search.database_process import DatabaseProcess
+
+        with DatabaseProcess(db, where) as process:
+            yield process.wait
+        return
+    from ..search.index_database import IndexDatabase
+
+    database = IndexDatabase.open(db)
+    if where is not None:
+        database.count(where)
+    yield lambda: database
 
 
 def _require_database(db: str, queries: Sequence[str]) -> None:
@@ -103,16 +136,6 @@ def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
         raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
     if missing := [file for file in images if not file.exists()]:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
-
-
-def _open(db: str, *, where: str | None, **places: Any) -> ImageIndex:
-    """Open the index, and try the filter."""
-    from ..search.image_index import ImageIndex
-
-    index = ImageIndex.open(db, **places)
-    if where is not None:
-        index.count(where)
-    return index
 
 
 def _check_queries(queries: Sequence[str], images: Sequence[Path]) -> None:

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import sys
 
-from .._extras import ONNX_RUNTIME, SERVE, require
+from .._extras import LANCEDB, ONNX_RUNTIME, SERVE, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
@@ -16,7 +16,7 @@ from .extras import list_needs_of_model
 @command(
     group="Use",
     examples=(
-        "llm2clip serve aligned/model --port 8000",
+        "llm2clip serve aligned/model --index my-index",
         "llm2clip serve for-onnx --backend onnx --text-weights int8",
         "llm2clip serve aligned/model --host 0.0.0.0 --image-urls --max-megapixels 20",
     ),
@@ -33,14 +33,18 @@ def serve(model: str, /, *, index: str | None = None, config: ServeConfig) -> in
         config: How requests are batched, and what is refused.
     """
     is_onnx = config.backend == "onnx"
-    require(*SERVE, *([ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)))
+    needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
+    require(*SERVE, *([] if index is None else [LANCEDB]), *needs)
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server
 
-    bound = bind_socket(config)  # before what takes long
-    with bound:
-        if not is_onnx:
-            require_own_model(model)
+    if not is_onnx:
+        require_own_model(model)
+    if index is not None:
+        from ..search.image_index import ImageIndex
+
+        ImageIndex.open(index)  # before what takes long; once more when the model is there
+    with bind_socket(config) as bound:
         use_device(config.device)
         from ..serving.app import API_KEY_VARIABLE, create_app
         from ..serving.service import EmbeddingService

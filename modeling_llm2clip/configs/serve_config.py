@@ -28,7 +28,8 @@ class ServeConfig(BackendConfig):
     batch_size: Annotated[int, Range(min=1)] | None = None
     """Maximum images per batch, over all requests. Default: by device."""
     max_wait_ms: Annotated[float, Range(min=0, max=1000)] = 0
-    """Milliseconds that a batch which is not full waits for further requests."""
+    """Milliseconds that a batch which is not full waits for further requests. Under load it waits
+    in any case for as many as the last one had, up to a twentieth of what that took."""
     num_workers: Annotated[int, Range(min=1)] = 2
     """Threads that decode images and tokenize texts."""
     max_queue: Annotated[int, Range(min=1)] = 4096

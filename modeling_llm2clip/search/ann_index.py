@@ -20,10 +20,10 @@ from .index_database import AnnIndex, IndexDatabase
 
 # Below, a query that is compared with every image takes less than about 50 ms.
 FEWEST_ROWS = 20_000
-# More make each graph slower, fewer spread the nearest images over more of them.
-_ROWS_PER_PARTITION = 4096
+# With more, a query compares more images; with fewer, the nearest are in more partitions.
+_ROWS_PER_PARTITION = 1000
 _TOP_K = 10
-_SHARES_VISITED = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+_SHARES_VISITED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 _REFINE_FACTORS = (5, 20)
 # Its partitions fit images of today as long as not many more have come.
 _MOST_GROWTH = 1.25

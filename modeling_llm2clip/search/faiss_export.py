@@ -90,7 +90,7 @@ def make_faiss_index(database: IndexDatabase, num_rows: int) -> Any:
         return faiss.IndexFlatIP(width)
     num_partitions = round(num_rows**0.5)
     kind = f"IVF{num_partitions},SQfp16"
-    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
     index.train(_sample(database, num_rows, count=num_partitions * _TRAINED_ON_PER_PARTITION))
     index.nprobe = max(1, round(_SHARE_VISITED * num_partitions))
     return index

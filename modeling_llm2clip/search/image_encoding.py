@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,6 +28,8 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .index_database import ImageFacts
 
 _EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
+# An array of so many rows may be channels first.
+_AMBIGUOUS = (1, 3)
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
 # What Pillow raises for EXIF that is not as it should be.
 _EXIF_ERRORS = (
@@ -121,7 +124,7 @@ class _Reader:
                     images[place] = self._refuse(path, str(error))
             return dict(self._processor(images=images))
 
-    def _load(self, path: Path) -> Image.Image:
+    def _load(self, path: Path) -> Any:
         try:
             with read_image_header(path, name=str(path)) as opened:
                 taken = find_time_taken(opened)
@@ -129,7 +132,8 @@ class _Reader:
         except ValueError as error:
             return self._refuse(path, str(error))
         self.facts[path] = ImageFacts(image.width, image.height, taken)
-        return image
+        # The same pixels; of a large PIL image a processor makes more copies. Writable for torch.
+        return image if image.height in _AMBIGUOUS else np.array(image)
 
     def _refuse(self, path: Path, error: str) -> Image.Image:
         self.facts.pop(path, None)

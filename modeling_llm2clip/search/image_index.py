@@ -166,7 +166,33 @@ class ImageIndex:
             ValueError: The database is missing, something else, damaged, of another version or of
                 another model.
         """
-        database = IndexDatabase.open(path)
+        return cls.from_database(
+            IndexDatabase.open(path), model=model, image_dir=image_dir, device=device
+        )
+
+    @classmethod
+    def from_database(
+        cls,
+        database: IndexDatabase,
+        *,
+        model: str | Path | None = None,
+        image_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> ImageIndex:
+        """Make an index of a database that is open.
+
+        Args:
+            database: The open database.
+            model: As in `open`.
+            image_dir: As in `open`.
+            device: As in `open`.
+
+        Returns:
+            The index.
+
+        Raises:
+            ValueError: There is no such folder, or the model is another one.
+        """
         folder = Path(image_dir or database.about.image_dir)
         if image_dir is not None and not folder.is_dir():
             raise ValueError(f"image_dir={str(image_dir)!r}: no such folder.")

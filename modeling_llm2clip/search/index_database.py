@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
 from ..data.atomic_files import lock_file
@@ -42,6 +42,8 @@ _READ_AT_ONCE = 8192
 _SEEN_AFTER = timedelta(seconds=5)
 # Readers that opened the table before may still read the versions of this time.
 _KEPT_FOR = timedelta(hours=1)
+# Partitions are rough by nature: more images or iterations take longer, and improve no recall.
+_TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
 _ERRORS = (RuntimeError, ValueError, OSError, KeyError)
 
 
@@ -139,7 +141,7 @@ class IndexDatabase:
         """
         location = str(location)
         if "://" not in location:
-            _require_database_folder(Path(location))
+            require_database_folder(Path(location))
         connection = _connect(location)
         about = _read_about(location, connection)
         if about is None:
@@ -160,7 +162,7 @@ class IndexDatabase:
         location = str(location)
         folder = None if "://" in location else Path(location)
         if folder is not None and (folder.is_file() or _list_foreign(folder)):
-            _require_database_folder(folder)
+            require_database_folder(folder)
         connection = _connect(location)
         found = _read_about(location, connection)
         if found is None and _IMAGES in _list_tables(connection):
@@ -307,14 +309,19 @@ class IndexDatabase:
             self._table.optimize(cleanup_older_than=_KEPT_FOR)
 
     def build_ann(self, num_partitions: int) -> None:
-        """Train an approximate index: partitions, each with a graph over 8-bit embeddings.
+        """Train an approximate index: partitions of embeddings in 8 bits.
 
         Args:
             num_partitions: Partitions of the images.
         """
-        from lancedb.index import HnswSq
+        from lancedb.index import IvfSq
 
-        config = HnswSq(distance_type="cosine", num_partitions=num_partitions)
+        config = IvfSq(
+            distance_type="cosine",
+            num_partitions=num_partitions,
+            max_iterations=_MAX_ITERATIONS,
+            sample_rate=_TRAINED_ON_PER_PARTITION,
+        )
         with explained(self.location, "written"):
             self._table.create_index("embedding", config=config, replace=True)
 
@@ -361,8 +368,12 @@ class IndexDatabase:
 _HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
 
 
-def _require_database_folder(folder: Path) -> None:
-    """Raise ValueError where a path cannot be a database, and say what it is instead."""
+def require_database_folder(folder: Path) -> None:
+    """Raise ValueError where a path cannot be a database, and say what it is instead.
+
+    Args:
+        folder: Of the database.
+    """
     if not folder.exists():
         raise ValueError(f"{folder}: no such database. {_HOW_TO_INDEX}")
     if not folder.is_dir():

@@ -155,11 +155,8 @@ class _Update:
         names = [name for name in digests if name not in same]
         found = self._find_or_encode({name: digests[name] for name in names}, part, progress)
         self._refuse_written(part)
-        written = [
-            name
-            for name in names
-            if digests[name] in found and part[name] not in self.counts.errors
-        ]
+        errors = self.counts.errors
+        written = [n for n in names if digests[n] in found and part[n] not in errors]
         if not written:
             return
         facts = [found[digests[name]] for name in written]
@@ -198,7 +195,7 @@ class _Update:
             self._encoder.processor,
             list(new),
             batch_size=self._config.batch_size,
-            num_workers=self._config.num_workers or os.cpu_count() or 1,
+            num_workers=self._config.num_workers,
             progress=progress,
         )
         self.counts.encoded += len(encoded.paths)

@@ -63,7 +63,7 @@ def _name_query(query: Query, number: int) -> NamedQuery:
         for part in parts
     ]
     images = [part for part in parts if isinstance(part, Path)]
-    return NamedQuery(" + ".join(names), parts, images[0] if images else None)  # type: ignore[arg-type]
+    return NamedQuery(" + ".join(names), parts, images[0] if images else None)
 
 
 class QueryEncoder:

@@ -121,6 +121,7 @@ def tag_folder(
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device)
     assert isinstance(loaded, LLM2CLIPModel)  # as `find_whole_model` has checked
+    parts: Iterable[EmbeddedImages]
     if config.index is None:
         parts = [_encode(loaded, processor, files.readable, config, say)]
     else:

@@ -1,32 +1,19 @@
-"""The web application: routes, errors, health and metrics around one service."""
+"""The web application around one service, for any ASGI server."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse, Response
-from starlette.exceptions import HTTPException
-
-from .. import __version__
+from .._extras import SERVE, require
 from ..configs.serve_config import ServeConfig
-from . import schemas
-from .errors import RequestError
-from .image_inputs import ImageInputs
-from .metrics import CONTENT_TYPE, ServerMetrics
-from .request_guard import RequestGuard
-from .routes import JsonResponse, make_router
 from .service import EmbeddingService
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 API_KEY_VARIABLE = "LLM2CLIP_API_KEY"
-_SHOWN_ERRORS = 3
-_log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -45,43 +32,34 @@ def create_app(
         page: Called with the application, to which it adds what is shown at `/`, and the service.
             Without it `/` leads to the documentation of the API.
 
+    Returns:
+        The application.
+
     Raises:
+        MissingExtraError: A package of the extra `serve` is not installed.
         ValueError: The API key is blank.
 
     Examples:
-        >>> app = create_app(EmbeddingService.open("my-model"))
+        >>> service = EmbeddingService.open("my-model")
+        >>> create_app(service).title
+        'LLM2CLIP'
+        >>> service.close()
     """
+    require(*SERVE)
+    from .metrics import ServerMetrics
+    from .request_guard import RequestGuard
+    from .web_app import add_redirect, make_web_app
+
     config = config or service.config
+    api_key = _read_api_key()
     metrics = ServerMetrics(service)
-
-    @asynccontextmanager
-    async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.close()
-
-    app = _App(
-        title="LLM2CLIP",
-        version=__version__,
-        description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
-        lifespan=close_at_end,
-        default_response_class=JsonResponse,
-    )
-    app.include_router(make_router(service, ImageInputs(config)))
-    _add_probes(app, service, metrics)
-    _add_error_handlers(app)
-    if page is not None:
-        page(app, service)
+    app = make_web_app(service, config, metrics)
+    routes = frozenset(app.openapi()["paths"])
+    if page is None:
+        add_redirect(app)
     else:
-        app.add_api_route(
-            "/", lambda: RedirectResponse("docs"), include_in_schema=False, response_model=None
-        )
-    app.add_middleware(
-        RequestGuard,
-        config=config,
-        metrics=metrics,
-        api_key=_read_api_key(),
-        routes=frozenset(app.openapi()["paths"]),
-    )
+        page(app, service)
+    app.add_middleware(RequestGuard, config=config, metrics=metrics, api_key=api_key, routes=routes)
     return app
 
 
@@ -90,100 +68,3 @@ def _read_api_key() -> str | None:
     if key is not None and not key.strip():
         raise ValueError(f"{API_KEY_VARIABLE} is blank. Give a key, or unset it.")
     return key
-
-
-def _add_probes(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
-    """Add what load balancers and Prometheus ask for."""
-
-    @app.get(
-        "/health", tags=["Operation"], response_model=schemas.Health,
-        responses={503: {"model": schemas.Health, "description": "No model is running."}},
-    )  # fmt: skip
-    async def health() -> Response:
-        """Say whether the server can answer."""
-        encoder = service.encoder
-        state = {
-            "status": "ok" if service.is_alive else "failed",
-            "model": service.model_name,
-            "modalities": list(encoder.modalities),
-            "embedding_dim": encoder.embedding_dim,
-            "max_text_length": encoder.max_text_length,
-            "num_pending": service.num_pending,
-            "num_images": None if service.index is None else len(service.index),
-        }
-        return JsonResponse(state, status_code=200 if service.is_alive else 503)
-
-    @app.get(
-        "/metrics", tags=["Operation"], response_class=Response,
-        responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
-    )  # fmt: skip
-    def show_metrics() -> Response:
-        """Return the metrics for Prometheus."""
-        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Give every error the shape of OpenAI's."""
-
-    def respond(error: RequestError) -> Response:
-        return Response(
-            error.to_bytes(), error.status, error.headers, media_type="application/json"
-        )
-
-    @app.exception_handler(RequestError)
-    async def refuse(_: Request, error: RequestError) -> Response:
-        return respond(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
-        if "json" not in request.headers.get("content-type", ""):
-            return respond(
-                RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
-            )
-        found = error.errors()
-        described = "; ".join(map(_describe, found[:_SHOWN_ERRORS]))
-        more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
-        param = _name_field(found[0]) or None
-        return respond(RequestError(400, described + more, param=param, code="invalid_request"))
-
-    @app.exception_handler(HTTPException)
-    async def refuse_route(request: Request, error: HTTPException) -> Response:
-        response = respond(
-            RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
-        )
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    async def report_bug(_: Request, error: Exception) -> Response:
-        # The server logs its traceback; the client gets none.
-        return respond(
-            RequestError(500, f"The server failed ({type(error).__name__}); its log has more.")
-        )
-
-
-def _describe(error: dict[str, Any]) -> str:
-    field = _name_field(error)
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{field}: {message}" if field else message
-
-
-def _name_field(error: dict[str, Any]) -> str:
-    """Return the path of a field, without `body` and the tags of what it was checked as."""
-    place = [str(part) for part in error["loc"] if part != "body"]
-    place = [part for part in place if not part.startswith("[")]
-    return ".".join(name for name, _ in groupby(place))
-
-
-class _App(FastAPI):
-    """Leaves status 422 out of its OpenAPI: what is not valid gets 400, as at OpenAI."""
-
-    def openapi(self) -> dict[str, Any]:
-        """Return the description of all routes."""
-        schema = super().openapi()
-        for path in schema["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
-        return schema

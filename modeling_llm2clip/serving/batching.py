@@ -2,6 +2,9 @@
 
 One thread runs the model. Requests take turns, one input at a time, so that a request of one text
 does not wait for a request of two thousand.
+
+Clients that wait for their answers send their next requests together, right after a batch. So the
+next one waits a little for as many inputs: small batches take longer per input.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from numpy.typing import NDArray
 Rows: TypeAlias = "NDArray[np.float32]"
 OnBatch: TypeAlias = Callable[[str, int, int, float], object]
 """Called after each batch with its lane's name, inputs, cost and seconds."""
+
+
+# Of the time that the last batch took: the most that waiting for the next one can cost.
+_WAITED_SHARE = 0.05
 
 
 @dataclass(eq=False)
@@ -51,6 +58,8 @@ class Lane:
         budget: Maximum cost of a batch; a single input may cost more.
         busy_s: Seconds that batches took so far.
         num_done: Inputs that were embedded so far.
+        last_count: Inputs of the last batch.
+        last_wait_until: Time up to which the next batch waits for as many.
     """
 
     name: str
@@ -58,6 +67,8 @@ class Lane:
     budget: int
     busy_s: float = 0.0
     num_done: int = 0
+    last_count: int = 0
+    last_wait_until: float = 0.0
     jobs: deque[_Job] = field(default_factory=deque, repr=False)
 
     def take_batch(self) -> list[_Taken]:
@@ -86,6 +97,29 @@ class Lane:
     def is_full(self) -> bool:
         """Whether what waits fills a batch."""
         return sum(job.cost_left for job in self.jobs) >= self.budget
+
+    def find_wait(self, max_wait_s: float) -> float:
+        """Return the time up to which what waits should wait for more.
+
+        Args:
+            max_wait_s: Seconds that any batch waits, from the arrival of its first input on.
+        """
+        waits_until = self.jobs[0].arrived + max_wait_s
+        if sum(len(job.inputs) - job.taken for job in self.jobs) < self.last_count:
+            waits_until = max(waits_until, self.last_wait_until)
+        return waits_until
+
+    def note_batch(self, count: int, seconds: float) -> None:
+        """Count a batch that was just done.
+
+        Args:
+            count: Its inputs.
+            seconds: How long it took.
+        """
+        self.busy_s += seconds
+        self.num_done += count
+        self.last_count = count
+        self.last_wait_until = time.monotonic() + _WAITED_SHARE * seconds
 
 
 class BatchWorker:
@@ -159,8 +193,7 @@ class BatchWorker:
             started = time.monotonic()
             self._run(lane, batch)
             seconds = time.monotonic() - started
-            lane.busy_s += seconds
-            lane.num_done += len(batch)
+            lane.note_batch(len(batch), seconds)
             if self._on_batch is not None:
                 cost = sum(job.costs[row] for job, row in batch)
                 self._on_batch(lane.name, len(batch), cost, seconds)
@@ -180,9 +213,9 @@ class BatchWorker:
                 self._changed.wait()
 
     def _await_more(self, lane: Lane) -> None:
-        while self._max_wait_s and lane.jobs and not lane.is_full() and not self._closed:
-            left = lane.jobs[0].arrived + self._max_wait_s - time.monotonic()
-            if left <= 0:
+        while lane.jobs and not self._closed and not lane.is_full():
+            left = lane.find_wait(self._max_wait_s) - time.monotonic()
+            if left <= 0 or any(other.jobs for other in self._lanes if other is not lane):
                 break
             self._changed.wait(left)
 

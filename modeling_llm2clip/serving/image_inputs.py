@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -18,11 +19,14 @@ from ..configs.serve_config import ServeConfig
 from ..data.images.image_sources import register_heif_reader
 from ..image_loading_llm2clip import load_images, read_image_header
 from .errors import RequestError
-from .url_fetching import UrlFetcher
+
+if TYPE_CHECKING:
+    from .url_fetching import UrlFetcher
 
 FORMATS = frozenset(
     ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 )  # fmt: skip
+_AT_ONCE = 8  # of one request; each may be a URL to be fetched
 _SHOWN = 40  # characters of an input in an error
 _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
@@ -36,8 +40,11 @@ class ImageInputs:
 
     def __init__(self, config: ServeConfig) -> None:
         self._max_bytes = int(config.max_image_mb * 1e6)
+        self._max_total = int(config.max_request_mb * 1e6)
         self._fetcher: UrlFetcher | None = None
         if config.image_urls:
+            from .url_fetching import UrlFetcher  # its packages come with the extra `serve`
+
             self._fetcher = UrlFetcher(
                 networks=config.image_networks,
                 max_bytes=self._max_bytes,
@@ -53,7 +60,18 @@ class ImageInputs:
         Raises:
             RequestError: One cannot be read or is too large.
         """
-        return list(await asyncio.gather(*map(self._read_one, images)))
+        contents: list[bytes] = []
+        for start in range(0, len(images), _AT_ONCE):
+            part = images[start : start + _AT_ONCE]
+            contents += await asyncio.gather(*map(self._read_one, part))
+            if sum(map(len, contents)) > self._max_total:
+                raise RequestError(
+                    413,
+                    f"The images of one request have more than {self._max_total / 1e6:g} MB "
+                    "(--max-request-mb). Send fewer in one request.",
+                    code="request_too_large",
+                )
+        return contents
 
     async def _read_one(self, image: str) -> bytes:
         scheme = image[:8].lower()

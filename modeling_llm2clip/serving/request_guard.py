@@ -1,7 +1,7 @@
 """What a request meets before the routes: API key, size of its body, deadline, a client that left.
 
 Plain ASGI: a body that is too large is refused while it arrives, and the work for a client that
-hangs up is cancelled.
+left is cancelled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RequestGuard:
         config: Limits.
         metrics: Counts requests.
         api_key: Key that every request but those for health must bring; None for no key.
-        routes: Paths of the API, which metrics name; any other is "other".
+        routes: Paths whose requests are counted.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class RequestGuard:
         except RequestError as error:
             await _refuse(scope, answer, error)
         finally:
-            route = path if path in self._routes else "other"
-            self._metrics.requests.labels(route, answer.status).inc()
-            self._metrics.seconds.labels(route).observe(time.monotonic() - started)
+            if path in self._routes:
+                self._metrics.requests.labels(path, answer.status).inc()
+                self._metrics.seconds.labels(path).observe(time.monotonic() - started)
 
     def _require_key(self, scope: Scope) -> None:
         if self._api_key is None or scope["path"] in _OPEN_PATHS:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Body, Response
+from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
 from ..search.search_results import SearchResult
@@ -81,10 +82,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
-class JsonResponse(Response):
+class JsonResponse(JSONResponse):
     """JSON with escapes in place of what is not ASCII, so that any string can be sent."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """Return the body.
@@ -103,7 +102,19 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         images: Reads the images of requests.
     """
     router = APIRouter(responses=_ERRORS, default_response_class=JsonResponse)
+    _add_embeddings(router, service, images)
+    _add_uses(router, service, images)
 
+    @router.get("/v1/models", tags=["OpenAI"], response_model=schemas.ModelList)
+    async def list_models() -> Response:
+        """List the served model."""
+        card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}
+        return JsonResponse({"object": "list", "data": [card]})
+
+    return router
+
+
+def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
     @router.post("/v1/embeddings", tags=["OpenAI"], response_model=schemas.EmbeddingResponse)
     async def create_embeddings(
         body: Annotated[schemas.EmbeddingRequest, Body(openapi_examples=_EMBEDDING_EXAMPLES)],
@@ -138,6 +149,10 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         )
         return JsonResponse(_make_cohere_response(inputs, found, body.embedding_types))
 
+
+def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
+    """Add what is done with embeddings: classification and search."""
+
     @router.post("/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ClassifyResponse)
     async def classify(
         body: Annotated[schemas.ClassifyRequest, Body(openapi_examples=_CLASSIFY_EXAMPLES)],
@@ -169,14 +184,6 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
             for index, result in enumerate(found)
         ]
         return JsonResponse(_make_list(service, data, num_tokens))
-
-    @router.get("/v1/models", tags=["OpenAI"], response_model=schemas.ModelList)
-    async def list_models() -> Response:
-        """List the served model."""
-        card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}
-        return JsonResponse({"object": "list", "data": [card]})
-
-    return router
 
 
 def _require_model(service: EmbeddingService, name: str | None) -> None:

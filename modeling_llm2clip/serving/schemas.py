@@ -281,7 +281,8 @@ class EmbeddingResponse(BaseModel):
 class CohereEmbeddings(BaseModel):
     """Embeddings by type."""
 
-    float: list[list[float]] | None = None
+    # Named otherwise than its key, which would hide the type.
+    floats: list[list[float]] | None = Field(None, alias="float")
     base64: list[str] | None = None
 
 

@@ -30,7 +30,7 @@ class ServedEncoder(Protocol):
         modalities: Those of `"text"` and `"image"` that it embeds.
         embedding_dim: P, the width of an embedding.
         max_text_length: Maximum tokens per text; the rest is truncated.
-        logit_scale: Factor of cosines before a softmax; None where there is none.
+        logit_scale: Factor of cosines before a softmax; None where there is one tower alone.
         token_budget: Maximum tokens per batch by default.
         batch_size: Maximum images per batch by default.
     """

@@ -40,6 +40,7 @@ Input: TypeAlias = str | bytes | Image.Image
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
+_MEASURED_AT_ONCE = 64  # texts
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ class EmbeddingService:
         on_batch: Called after each batch, in the thread that runs the model.
 
     Examples:
+        >>> from asyncio import run
+        >>> from pathlib import Path
         >>> service = EmbeddingService.open("my-model")
-        >>> embedded = asyncio.run(service.embed(["a dog", Path("dog.png").read_bytes()]))
+        >>> embedded = run(service.embed(["a dog", Path("dog.png").read_bytes()]))
         >>> embedded.embeds.shape == (2, service.encoder.embedding_dim)
         True
         >>> service.close()
@@ -248,15 +251,14 @@ class EmbeddingService:
             RequestError: There is no index, a query or the filter is not valid, or the queue is
                 full.
         """
-        if self.index is None:
+        index = self.index
+        if index is None:
             raise RequestError(
                 404, "This server has no index. Start it with --index DB.", code="no_index"
             )
         embedded = await self.embed(queries)
         try:
-            found = await self._run(
-                partial(self.index.search, embedded.embeds, top_k=top_k, where=where)
-            )
+            found = await self._run(lambda: index.search(embedded.embeds, top_k=top_k, where=where))
         except ValueError as error:
             raise RequestError(400, str(error)) from error
         return found, embedded.num_tokens
@@ -265,6 +267,13 @@ class EmbeddingService:
         width = self.encoder.embedding_dim
         if not inputs:
             raise RequestError(400, "There is nothing to embed. Send at least one text or image.")
+        for number, one in enumerate(inputs):
+            if not isinstance(one, str | bytes | Image.Image):
+                raise RequestError(
+                    400,
+                    f"Input number {number} is {type(one).__name__}; give a text, the bytes of an "
+                    "image, or a PIL image.",
+                )
         if len(inputs) > self.config.max_queue:
             raise RequestError(
                 413,
@@ -320,11 +329,7 @@ class EmbeddingService:
     async def _embed_texts(self, texts: list[str], *, truncate: bool) -> EmbeddedInputs:
         if not texts:
             return EmbeddedInputs(self._no_embeds(), 0)
-        try:
-            lengths, is_truncated = await self._run(partial(self.encoder.measure_texts, texts))
-        except ValueError as error:
-            raise RequestError(400, str(error), code="invalid_text") from None
-        truncated: list[int] = np.flatnonzero(is_truncated).tolist()
+        lengths, truncated = await self._measure(texts)
         if truncated and not truncate:
             raise RequestError(
                 400,
@@ -333,8 +338,25 @@ class EmbeddingService:
                 f"{truncated[0]}). Shorten them, or allow truncation.",
                 code="text_too_long",
             )
-        embeds = await self._compute("text", texts, lengths.tolist())
-        return EmbeddedInputs(embeds, int(lengths.sum()), truncated)
+        embeds = await self._compute("text", texts, lengths)
+        return EmbeddedInputs(embeds, sum(lengths), truncated)
+
+    async def _measure(self, texts: list[str]) -> tuple[list[int], list[int]]:
+        """Return the tokens of each text, and which are truncated.
+
+        Part by part, because nobody else's texts are tokenized meanwhile.
+        """
+        lengths: list[int] = []
+        truncated: list[int] = []
+        for start in range(0, len(texts), _MEASURED_AT_ONCE):
+            part = texts[start : start + _MEASURED_AT_ONCE]
+            try:
+                counts, flags = await self._run(partial(self.encoder.measure_texts, part))
+            except ValueError as error:
+                raise RequestError(400, str(error), code="invalid_text") from None
+            lengths += counts.tolist()
+            truncated += (np.flatnonzero(flags) + start).tolist()
+        return lengths, truncated
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.render_tables import _render_evaluation
+from benchmarks.render_tables import _render_evaluation, _render_search
 
 LABEL = "tiny random weights: shows the path, not a score"
 
@@ -43,3 +43,26 @@ def test_tiny_models_share_no_table_with_measured_ones_and_are_labeled() -> None
     assert "| tiny | cra | long ones | 10.0 % |" in shown
     # A record without such models has no such table.
     assert LABEL not in _render_evaluation({**report, "results": rows[:1]})
+
+
+def test_a_search_is_shown_beside_its_peers_and_with_photographs_where_there_are_any() -> None:
+    report: dict[str, Any] = {
+        "rows": 1_000_000, "width": 768, "queries": 200, "processor": "a CPU", "cores": 2,
+        "commit": "abc", "build_s": 214.2, "query_ms": 26.4, "recall_at_10": 0.9791, "rss_gb": 1.84,
+        "exact_query_ms": 2104.0, "faiss": "IVF1024", "faiss_query_ms": 13.1,
+        "faiss_recall_at_10": 0.972, "faiss_rss_gb": 1.7, "faiss_build_s": 20.4,
+        "ann": {"nprobes": 50, "num_partitions": 1000},
+        "cosines": dict.fromkeys(
+            ("text_with_its_image", "text_with_any_image", "image_with_any_image"), 0.3
+        ),
+    }  # fmt: skip
+    shown = _render_search(report)
+    assert "| the index, 50 of 1000 partitions | 26 | 0.979 | 1.8 | 214 |" in shown
+    assert "| FAISS, IVF1024 | 13 | 0.972 | 1.7 | 20 |" in shown
+    assert "| compared with every image | 2104 | 1.000 | – | – |" in shown
+    assert "photographs" not in shown
+    seconds = ("decode_s", "model_start_s", "index_s", "index_unchanged_s", "second_search_s")
+    photographs = {"images": 3000, **dict.fromkeys(seconds, 4.26)}
+    assert "| `llm2clip search`, the second time | 4.3 |" in _render_search(
+        {**report, "photographs": photographs}
+    )

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[IndexDatabase, np.ndarray]:
-    """A database of 3,000 images in 12 partitions, and queries from elsewhere."""
-    monkeypatch.setattr(ann_index, "_ROWS_PER_PARTITION", 250)
+    """A database of 3,000 images in 30 partitions, and queries from elsewhere."""
+    monkeypatch.setattr(ann_index, "_ROWS_PER_PARTITION", 100)
     queries = make_text_embeddings(20)
     return make_database(tmp_path / "index", make_embeddings(3000)), queries
 
@@ -45,12 +45,12 @@ def test_as_few_partitions_are_visited_as_find_enough(
 ) -> None:
     database, queries = trained
     ann = train(database, queries)
-    assert ann.num_partitions == 12 and ann.num_rows == 3000
+    assert ann.num_partitions == 30 and ann.num_rows == 3000
     greatest = find_greatest_cosines(queries, [make_embeddings(3000)], top_k=10)
     found = search_all(database, queries, ann=ann)
     assert measure_recall(found, greatest) == pytest.approx(ann.recall_at_10, abs=1e-3)
     assert ann.recall_at_10 >= 0.97
-    fewer = [n for n in ann_index._list_nprobes(12) if n < ann.nprobes]
+    fewer = [n for n in ann_index._list_nprobes(30) if n < ann.nprobes]
     for nprobes in fewer:
         tried = dataclasses.replace(ann, nprobes=nprobes)
         assert measure_recall(search_all(database, queries, ann=tried), greatest) < 0.97
@@ -68,7 +68,7 @@ def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
     }
     of_texts = measure_recall(search_all(database, queries, ann=ann), greatest["texts"])
     of_images = measure_recall(search_all(database, near, ann=ann), greatest["images"])
-    assert of_texts < of_images - 0.2
+    assert of_texts < of_images - 0.05
 
 
 def test_cosines_of_the_approximate_index_are_exact(

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,6 +50,18 @@ def test_embeddings_are_those_of_the_facade_whatever_else_is_broken(
     assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 40), (40, 3), (3, 3), (2, 2)])
+def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    """As arrays, some of these could be channels first."""
+    Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "a.png")
+    found = encode_readable_images(*shared_model(), [tmp_path / "a.png"])
+    assert not found.errors
+    wanted = encode_images(*shared_model(), [tmp_path / "a.png"])
+    assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+
+
 def test_facts_are_of_the_upright_image(paths: list[Path]) -> None:
     found = encode_readable_images(*shared_model(), paths)
     assert found.facts[0] == ImageFacts(56, 40, None)
@@ -68,7 +81,7 @@ def test_an_image_that_the_processor_refuses_is_named_and_stops_no_other(
     model, processor = shared_model()
 
     def refuse_wide(images: list[Any]) -> Any:
-        if any(image.size == (40, 56) for image in images):
+        if any(np.asarray(image).shape == (56, 40, 3) for image in images):
             raise ValueError("absolute aspect ratio must be smaller")
         return processor(images=images)
 

@@ -7,8 +7,10 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -172,6 +174,30 @@ def test_a_search_for_nothing_is_refused(
 ) -> None:
     assert main(["search", index, *words]) == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_the_shell_another_process_searches_the_database_and_finds_the_same(
+    index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process torch is imported already, and the database opened here."""
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "modeling_llm2clip", "search", index, "a dog", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=200,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+
+    words = ["--where", "width > 10", "--format", "json"]
+    assert main(["search", index, "a dog", *words]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    found = run(*words)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == wanted
+    refused = run("--where", "color = 1")
+    assert refused.returncode == 2 and "The columns are path" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_the_former_command_is_answered_with_the_two_of_today(

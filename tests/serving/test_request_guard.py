@@ -32,7 +32,7 @@ def connect(url: str) -> socket.socket:
 
 
 def ask(url: str, request: bytes) -> tuple[int, dict[str, str], Any]:
-    """Send raw bytes; returns status, headers and JSON, or None where it is none."""
+    """Send raw bytes; returns status, headers and JSON, or None for other content."""
     with connect(url) as client:
         client.sendall(request)
         with client.makefile("rb") as file:

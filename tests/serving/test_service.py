@@ -69,6 +69,18 @@ def test_golden_embeddings_are_served() -> None:
     np.testing.assert_allclose(images.embeds, golden["image_embeds"], atol=ROUNDING)
 
 
+def test_many_texts_are_measured_part_by_part_and_numbered_as_a_whole() -> None:
+    texts = [f"text {number}" for number in range(70)] + [" "]
+    texts[66] = MIXED_TEXTS[3]
+    with open_service() as service:
+        found = run(service.embed(texts[:70]))
+        with pytest.raises(RequestError, match="blank"):
+            run(service.embed(texts))
+    assert found.truncated == [66]
+    ids, _ = shared_model()[1].list_ids(texts[:70])
+    assert found.num_tokens == sum(map(len, ids))
+
+
 def test_under_load_every_request_gets_its_own_embeddings() -> None:
     """Small budgets and mixed lengths split and mix requests in every way."""
     pool: list[Any] = [*MIXED_TEXTS, *IMAGES]
@@ -134,6 +146,7 @@ def test_truncated_texts_are_named_or_refused() -> None:
         (["a"], {"dimensions": 0}, "dimensions=0"),
         (["a", b"not an image"], {}, "not an image"),
         (["a"] * 9, {}, "at most 8"),
+        (["a", 3], {}, "number 1 is int"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(

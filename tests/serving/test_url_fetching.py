@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.errors import RequestError
+from modeling_llm2clip.serving.image_inputs import ImageInputs
 from modeling_llm2clip.serving.url_fetching import UrlFetcher
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -180,3 +182,15 @@ def test_a_closed_port_is_a_problem_of_the_url() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert refuse(f"http://127.0.0.1:{port}/").status == 400
+
+
+def test_the_images_of_a_request_have_a_limit_together(web: Any) -> None:
+    config = ServeConfig(
+        image_urls=True, image_networks=("127.0.0.0/8",), max_request_mb=0.05, max_image_mb=0.02
+    )
+    images = ImageInputs(config)
+    urls = [f"{web.url}/image/{number}" for number in range(40)]
+    assert asyncio.run(images.read(urls[:4])) == [CONTENT] * 4
+    with pytest.raises(RequestError, match=r"more than 0.05 MB"):
+        asyncio.run(images.read(urls))
+    assert len(web.paths) < 40

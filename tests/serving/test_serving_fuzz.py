@@ -1,0 +1,209 @@
+"""Whatever comes, the answer is embeddings of what was sent, or a 4xx that says what is wrong.
+
+Derandomized: the same examples each time, for about two minutes in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from served_apps import open_service, to_data_url
+from shared_models import ROUNDING, shared_model
+from tiny import draw_noise
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import ImageIndex, encode_images, encode_texts, load_images
+from modeling_llm2clip.configs.search_config import IndexConfig
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.errors import RequestError
+from modeling_llm2clip.serving.image_inputs import decode_image
+from modeling_llm2clip.serving.service import EmbeddingService
+
+schemathesis: Any = pytest.importorskip("schemathesis")
+pytest.importorskip("lancedb")
+
+from schemathesis.generation import GenerationMode  # noqa: E402
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "EPS", "ICO", "TGA")
+MODES = ("RGB", "RGBA", "L", "P", "1", "LA", "CMYK", "I;16")
+
+
+def often(count: int) -> Any:
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """All routes, search included."""
+    root = tmp_path_factory.mktemp("fuzz")
+    model = export_tiny_model(root / "model")
+    (root / "images").mkdir()
+    for number in range(3):
+        draw_noise(seed=number).save(root / "images" / f"{number}.png")
+    ImageIndex.build(model, root / "images", root / "db", IndexConfig(show_progress=False))
+    config = ServeConfig(device="cpu", max_megapixels=1, timeout_s=20)
+    service = EmbeddingService.open(model, config, index=str(root / "db"))
+    yield create_app(service)
+    service.close()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_every_answer_is_as_the_openapi_says(app: Any, mode: Any) -> None:
+    """Requests that fit the schemas of the API, and such that do not."""
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert len(operations) >= 7
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # without parameters there is nothing to get wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @often(50)
+        def check(case: Any) -> None:
+            # A schema cannot say which strings are images, filters or names of the served model.
+            response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
+            assert response.status_code < 500
+            if response.status_code >= 400:
+                assert response.json()["error"]["message"]
+                assert "Traceback" not in response.text
+
+        check()
+
+
+@cache
+def list_files() -> list[bytes]:
+    """Small images of every format and mode that Pillow writes here."""
+    files = []
+    for form in FORMATS:
+        for mode in MODES:
+            buffer = io.BytesIO()
+            try:
+                draw_noise(9, 11).convert(mode).save(buffer, form)
+            except (OSError, ValueError, KeyError):  # a format without this mode
+                continue
+            files.append(buffer.getvalue())
+    assert len(files) > 30
+    return files
+
+
+@st.composite
+def damaged_images(draw: Any) -> bytes:
+    """Image files with bytes changed, cut out, repeated or appended; or any bytes."""
+    content = bytearray(draw(st.sampled_from(list_files()) | st.binary(max_size=200)))
+    for _ in range(draw(st.integers(0, 6))):
+        place = draw(st.integers(0, max(len(content) - 1, 0)))
+        match draw(st.sampled_from(("change", "cut", "repeat", "insert", "header"))):
+            case "change" if content:
+                content[place] = draw(st.integers(0, 255))
+            case "cut":
+                del content[place : place + draw(st.integers(1, 40))]
+            case "repeat":
+                content[place:place] = content[place : place + 20]
+            case "insert":
+                content[place:place] = draw(st.binary(max_size=8))
+            case "header" if content:
+                content[min(place % 40, len(content) - 1)] = draw(st.integers(0, 255))
+    return bytes(content)
+
+
+@given(content=damaged_images())
+@often(4000)
+def test_any_bytes_are_an_image_or_a_refusal(content: bytes) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on odd files
+        try:
+            decoded = decode_image(content, max_megapixels=1)
+        except RequestError as error:
+            assert error.status in (400, 413)
+            assert len(error.message) < 500
+            return
+        assert decoded.mode == "RGB"
+        assert 0 < decoded.width * decoded.height <= 1e6
+        expected = load_images(Image.open(io.BytesIO(content)))
+        assert np.array_equal(np.asarray(decoded), np.asarray(expected))
+
+
+@given(
+    texts=st.lists(st.text(max_size=300) | st.sampled_from(["\0", "\ud800", " ", "\x1f", "\ufeff"]),
+                   max_size=5),
+    seeds=st.lists(st.integers(0, 50), max_size=3),
+)  # fmt: skip
+@often(150)
+def test_any_texts_and_images_get_the_models_own_embeddings(
+    texts: list[str], seeds: list[int]
+) -> None:
+    model, processor = shared_model()
+    images = [draw_noise(10 + seed, 40, seed=seed) for seed in seeds]
+    try:
+        expected: Any = [encode_texts(model, processor, [text])[0].numpy() for text in texts]
+    except ValueError:
+        expected = None
+    with open_service() as service:
+        try:
+            found = asyncio.run(service.embed([*texts, *images]))
+        except RequestError as error:
+            assert error.status == 400
+            assert expected is None or not (texts or images)
+            return
+    assert expected is not None
+    expected += [encode_images(model, processor, [image])[0].numpy() for image in images]
+    np.testing.assert_allclose(found.embeds, np.stack(expected), atol=ROUNDING)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from([to_data_url(b"x"), "data:,", "http://127.0.0.1/", "{}", "float"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["input", "text", "image", "messages", "content", "type", "image_url",
+                         "url", "texts", "images", "inputs", "model", "dimensions", "queries",
+                         "candidate_labels", "templates", "top_k", "where"]),
+        inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(
+    body=JSON, path=st.sampled_from(["/v1/embeddings", "/v2/embed", "/v1/classify", "/v1/search"])
+)
+@often(1200)
+def test_any_json_is_answered(app: Any, body: Any, path: str) -> None:
+    from starlette.testclient import TestClient
+
+    # Without a context the application is not closed after the first example.
+    response = TestClient(app).post(
+        path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 200 or 400 <= response.status_code < 500, response.text
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["message"] and error["type"]
+
+
+def test_the_formats_of_the_fuzzer_are_read() -> None:
+    """Else it would only see refusals."""
+    read = 0
+    for content in list_files():
+        try:
+            decode_image(content, max_megapixels=1)
+        except RequestError:  # of EPS and others that are not served
+            continue
+        read += 1
+    assert read > 20
