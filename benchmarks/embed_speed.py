@@ -56,9 +56,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument(
-        "--count", type=int, default=1000, help="images; each has a caption or more"
-    )
+    parser.add_argument("--count", type=int, default=1000, help="images, with their captions")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     results = Path(__file__).parent / "results"

@@ -589,9 +589,32 @@ def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def _render_embed_speed(report: dict[str, Any]) -> str:
+    heads = (
+        "rows",
+        "embed, rows per second",
+        "sentence-transformers and pandas",
+        "times",
+        "cosine",
+    )
+    rows = [
+        [
+            f"{row['count']:,} {row['modality']}s",
+            f"{row['rows_per_second']:.1f}",
+            f"{row['sentence_transformers_rows_per_second']:.1f}",
+            f"{row['times_sentence_transformers']:.2f}",
+            f"{row['min_cosine']:.4f}",
+        ]
+        for row in report["rows"]
+    ]
+    note = f"Machine: {report['hardware']}, {report['threads']} threads."
+    return f"{_draw(heads, rows)}\n{note}\n"
+
+
 _RENDERERS: dict[str, Callable[[Any], str]] = {
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
+    "embed_speed": _render_embed_speed,
     "finetune_llm": _render_finetuning,
     "finetune_llm_hard": _render_finetuning,
     "alignment": _render_alignment,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .._extras import ONNX_RUNTIME, RAY, require
 from ..configs.data_config import DataConfig
@@ -12,7 +12,11 @@ from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .image_folder import report
 from .modality_options import refuse_foreign_options
+
+if TYPE_CHECKING:
+    from ..data.records.record_table import RecordTable
 
 
 @command(
@@ -42,7 +46,8 @@ def embed(
 
     Args:
         model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
-        data: Captioned images: folder, *.parquet, *.tar, COCO *.json.
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image also a
+            folder of images alone.
         output: Folder of the files, new or begun.
         modality: What is embedded: the captions or the images. No default, and needed.
         partition: Which part of the files to write, such as 2/8 for the second of eight. Parts may
@@ -72,6 +77,7 @@ def embed(
     use_device(config.device)
     from accelerate import PartialState
 
+    from ..data.records.source_files import is_source
     from ..model_folders.model_folder import find_model_folder
     from ..scheduling.shard_computation import parse_partition
     from ..search.bulk_embedding import describe_embeddings
@@ -81,12 +87,29 @@ def embed(
     find_model_folder(model)  # reading the data may take long
     # A run that continues has checked the images, and one that skips checks each as it comes.
     is_checked = config.skip_invalid or is_begun(output)
-    records = read_captioned_images(
-        data, reading, require_images=modality == "image", resume=is_checked
-    )
+    if modality == "image" and Path(data).is_dir() and not is_source(Path(data)):
+        records = _read_image_folder(data, reading, check_images=not is_checked)
+    else:
+        records = read_captioned_images(
+            data, reading, require_images=modality == "image", resume=is_checked
+        )
     run(model, records, output, config, modality=modality, partition=partition, engine=engine)
     state = PartialState()
     if state.is_main_process:
         print("\n".join(describe_embeddings(output)))
     state.destroy_process_group()
     return 0
+
+
+def _read_image_folder(data: str, reading: DataConfig, *, check_images: bool) -> RecordTable:
+    """Read a folder that has images alone, of which options on captions say nothing."""
+    from ..search.image_folder_records import records_from_images
+
+    if reading.captions_from is not None or reading.image_dir is not None:
+        raise ValueError(
+            f"{data} has images and no captions: leave --captions-from and --image-dir out, or "
+            "give the data that name the images."
+        )
+    if reading.check_images is not None:
+        check_images = reading.check_images
+    return records_from_images(data, check_images=check_images, show_progress=True, report=report)

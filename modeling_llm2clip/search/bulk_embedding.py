@@ -282,7 +282,10 @@ def _measure(
     if config.int8_ranges is None:
         sample = encoder.encode_sample(config.calibration_size)
         if not len(sample):
-            raise ValueError("No image of the sample can be decoded. Give a calibration_size.")
+            raise ValueError(
+                "No image of the sample can be decoded. Repair them, or give a larger "
+                "calibration_size."
+            )
         return measure_ranges(truncate_embeddings(sample, planned.dim))
     ranges = _read_ranges(config.int8_ranges)
     if ranges.shape[1] != planned.dim:

@@ -109,8 +109,7 @@ class EmbeddingFolderWriter:
             if ranges is not None:
                 planned = replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
             folder.mkdir(parents=True, exist_ok=True)
-            with explain_full_store(folder, "its manifest"):
-                _publish_first(folder / MANIFEST_FILE, planned.to_json().encode())
+            _publish_first(folder / MANIFEST_FILE, planned.to_json().encode())
         found = read_embedding_manifest(folder)
         if differences := list_differences(found.list_causes(), planned.list_causes()):
             raise ValueError(
@@ -214,14 +213,23 @@ class EmbeddingFolderWriter:
                 "Delete these and run the same command again, which computes them anew."
             )
         self.manifest = replace(self.manifest, complete=True, shards=tuple(shards))
-        with explain_full_store(self.folder, "its manifest"):
-            _publish(self.folder / MANIFEST_FILE, self.manifest.to_json().encode())
+        self._publish_complete()
         for shard in range(self.manifest.num_shards):
             self._record_file(shard).unlink(missing_ok=True)
         for file in self.folder.glob("*.tmp"):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
         return True
+
+    def _publish_complete(self) -> None:
+        file = self.folder / MANIFEST_FILE
+        own = _write_beside(file, self.manifest.to_json().encode())
+        try:
+            own.replace(file)
+        except FileNotFoundError:  # another partition ended just now, and removed all leftovers
+            if not read_embedding_manifest(self.folder).complete:
+                raise
+        sync_folder(self.folder)
 
     def _find_records(self) -> dict[int, EmbeddedShard]:
         """Find the records of files: beside them, or in the manifest once all were complete."""
@@ -255,7 +263,7 @@ class EmbeddingFolderWriter:
         flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind)
         embeddings = pa.FixedSizeListArray.from_arrays(flat, width)
         table = table.add_column(1, "embedding", embeddings)
-        table = table.replace_schema_metadata(self.manifest.describe_embeddings())
+        table = table.replace_schema_metadata(self.manifest.make_metadata())
         sink = io.BytesIO()
         # Embeddings are random bits: a dictionary and a compressor would only cost time.
         pq.write_table(
@@ -334,13 +342,9 @@ def _publish_first(file: Path, content: bytes) -> None:
     sync_folder(file.parent)
 
 
-def _publish(file: Path, content: bytes) -> None:
-    """Write a file atomically that several processes may write at the same time."""
-    _write_beside(file, content).replace(file)
-    sync_folder(file.parent)
-
-
 def _write_beside(file: Path, content: bytes) -> Path:
+    """Write what may become a file; several processes may do so at the same time."""
     own = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
-    write_atomically(own, content)
+    with explain_full_store(file.parent, "its manifest"):
+        write_atomically(own, content)
     return own

@@ -126,7 +126,7 @@ class EmbeddingManifest:
             "rows_per_shard": self.rows_per_shard,
         }
 
-    def describe_embeddings(self) -> dict[bytes, bytes]:
+    def make_metadata(self) -> dict[bytes, bytes]:
         """Return the metadata of every file."""
         described = {
             "format_version": self.format_version,

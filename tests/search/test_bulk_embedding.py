@@ -201,6 +201,35 @@ def test_images_are_embedded_once_with_the_columns_asked_for(
     torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "below").mkdir(parents=True)
+    for number in (0, 1):
+        (photos / "below" / f"{number}.png").write_bytes((images / f"{number}.png").read_bytes())
+    (photos / "raw.nef").touch()
+    command = ["embed", str(model), str(photos), str(tmp_path / "out"), "--device", "cpu",
+               "--batch-size", "2", "--modality"]  # fmt: skip
+    assert main([*command, "image"]) == 0
+    assert "Skipped 1 image files that Pillow cannot read" in capsys.readouterr().err
+    ids, embeddings = read_embeddings(tmp_path / "out")
+    assert ids == ["below/0.png", "below/1.png"]
+    whole = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
+    expected = encode_images(*whole, [photos / name for name in ids])
+    torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected)
+    (photos / "below" / "2.png").write_bytes(b"no image")
+    command[3] = str(tmp_path / "other")
+    assert main([*command, "image"]) == 2
+    assert "image unreadable: 1 " in capsys.readouterr().err
+    assert main([*command, "image", "--captions-from", "captions.csv"]) == 2
+    assert "has images and no captions" in capsys.readouterr().err
+    command.remove("--batch-size")
+    command.remove("2")
+    assert main([*command, "text"]) == 2
+    assert "has no captions.jsonl" in capsys.readouterr().err
+
+
 def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
     monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
 
@@ -208,11 +237,13 @@ def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) ->
 def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
     model: Path,
     records: list[CaptionedImage],
-    undisturbed: dict[str, bytes],
     tmp_path: Path,
     written: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    records = records[:6]
+    undisturbed = read_bytes(embed_texts(model, records, tmp_path / "undisturbed"))
+    written.clear()
     folder = tmp_path / "texts"
     num_stops = 0
     for _ in range(100):
@@ -559,4 +590,23 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Wrote") == 1  # the main process alone says so
+    assert read_bytes(together) == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
+    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
+             str(together), *flags, "--partition", f"{part}/2"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for part in (1, 2)
+    ]  # fmt: skip
+    assert [run.wait(timeout=240) for run in runs] == [0, 0]
     assert read_bytes(together) == read_bytes(alone)

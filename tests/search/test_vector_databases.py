@@ -17,6 +17,7 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip.__main__ import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "vector-databases.md"
+SLOW = ("LanceDB", "Qdrant", "Chroma")  # their imports take seconds
 PACKAGES = {
     "FAISS": "faiss",
     "LanceDB": "lancedb",
@@ -65,7 +66,10 @@ def loaded(reader: Path) -> dict[str, Any]:
     return namespace
 
 
-@pytest.mark.parametrize("database", PACKAGES)
+@pytest.mark.parametrize(
+    "database",
+    ["FAISS", "DuckDB", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def test_every_database_finds_what_brute_force_finds(
     database: str,
     reader: Path,

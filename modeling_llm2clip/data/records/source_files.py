@@ -175,7 +175,16 @@ def _drop_download_notes(sources: list[SourceFiles]) -> list[SourceFiles]:
     ]
 
 
-def _search_folder(folder: Path) -> SourceFiles:
+def is_source(folder: Path) -> bool:
+    """Whether a folder holds a source, and not images alone.
+
+    Args:
+        folder: an existing folder.
+    """
+    return bool(_list_sources(folder))
+
+
+def _list_sources(folder: Path) -> list[SourceFiles]:
     sources = [
         SourceFiles([folder / name], folder, ".jsonl")
         for name in _LINES_FILES
@@ -185,7 +194,11 @@ def _search_folder(folder: Path) -> SourceFiles:
         # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(SourceFiles(files, folder, suffix))
-    sources = _drop_download_notes(sources)
+    return _drop_download_notes(sources)
+
+
+def _search_folder(folder: Path) -> SourceFiles:
+    sources = _list_sources(folder)
     if not sources:
         raise ValueError(
             f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "
