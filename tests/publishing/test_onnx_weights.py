@@ -71,7 +71,7 @@ def test_a_loss_of_recall_is_printed_and_accepted_by_its_size() -> None:
         require_recall(figures, INPUTS, max_loss=0.0)
     assert "max_recall_loss=0.25" in str(error.value) and "some images" in str(error.value)
     require_recall(figures, INPUTS, max_loss=0.25)
-    require_recall({**figures, "recall_at_1": 0.8}, INPUTS, max_loss=0.0)  # more is no loss
+    require_recall({**figures, "recall_at_1": 0.8}, INPUTS, max_loss=0.0)  # more is welcome
 
 
 def test_recall_counts_texts_that_find_their_own_image() -> None:
