@@ -81,7 +81,7 @@ class RayServeConfig(ServeConfig):
     model: str
     """Folder or Hub id of the model, as every node sees it."""
     index: str | None = None
-    """Index of images that `/v1/search` searches, as every node sees it."""
+    """Index of images that `/v1/search` searches, as every node sees it. Default: none."""
     min_replicas: Annotated[int, Range(min=1)] = 1
     """Minimum number of replicas, each of which loads the model."""
     max_replicas: Annotated[int, Range(min=1)] = 2

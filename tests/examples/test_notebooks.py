@@ -21,7 +21,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def test_there_are_notebooks() -> None:
-    assert len(NOTEBOOKS) == 7 and len(ON_A_MODEL) == 6
+    assert len(NOTEBOOKS) == 8 and len(ON_A_MODEL) == 7
 
 
 def list_code(path: Path) -> list[nbformat.NotebookNode]:

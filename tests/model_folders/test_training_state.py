@@ -78,15 +78,17 @@ def test_a_trained_model_is_saved_as_such_and_loaded_as_such(tmp_path: Path) -> 
     require_trained(LLM2CLIPModel.from_pretrained(tmp_path), purpose="search")
 
 
-def test_search_refuses_an_untrained_model_by_name_before_its_weights_are_read(
+def test_an_index_refuses_an_untrained_model_by_name_before_its_weights_are_read(
     untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_noise().save(tmp_path / "one.png")
     without_weights = tmp_path / "model"
     shutil.copytree(untrained, without_weights, ignore=shutil.ignore_patterns("model*"))
-    assert main(["search", str(without_weights), str(tmp_path), "a dog"]) == 2
+    assert main(["index", str(without_weights), str(tmp_path), str(tmp_path / "index")]) == 2
     found = capsys.readouterr().err
-    assert f"{without_weights} is refused for search. It is untrained: random weights" in found
+    assert (
+        f"{without_weights} is refused for" in found and "It is untrained: random weights" in found
+    )
     assert "model.config.projections_trained = True; model.save_pretrained" in found
 
 
