@@ -79,7 +79,7 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
     if pooling == "last_token":
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         last = (positions * pooling_mask).argmax(dim=1)  # (B,)
-        return hidden_states[torch.arange(len(last), device=last.device), last].float()
+        return hidden_states[torch.arange(last.shape[0], device=last.device), last].float()
     if pooling != "mean":
         raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last_token'.")
     weights = pooling_mask.to(torch.float32)

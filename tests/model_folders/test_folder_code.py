@@ -84,7 +84,7 @@ SOURCES: dict[str, tuple[str, str, Change]] = {
     ),
 }  # fmt: skip
 COMMANDS = (
-    "search", "export", "tower", "extract", "images", "evaluate", "align", "tune", "merge",
+    "index", "export", "tower", "extract", "images", "evaluate", "align", "tune", "merge",
     "doctor",
 )  # fmt: skip
 
@@ -110,7 +110,7 @@ def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str
     tuning = ["--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
     tuning += ["--device", "cpu", "--warmup-steps", "0"]
     return {
-        "search": ["search", str(model), str(data), "a dog"],
+        "index": ["index", str(model), str(data), str(data.parent / "my-index")],
         "export": ["export", str(model), out["export"]],
         "tower": ["export", str(model), out["tower"], "--components", "vision-tower"],
         "extract": [
