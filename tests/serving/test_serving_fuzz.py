@@ -10,7 +10,9 @@ import io
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,23 +53,40 @@ def often(count: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """All routes, search included."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and an index of three images."""
     root = tmp_path_factory.mktemp("fuzz")
     model = export_tiny_model(root / "model")
     (root / "images").mkdir()
     for number in range(3):
         draw_noise(seed=number).save(root / "images" / f"{number}.png")
     ImageIndex.build(model, root / "images", root / "db", IndexConfig(show_progress=False))
+    return root
+
+
+@contextmanager
+def open_app(folders: Path) -> Iterator[Any]:
+    """All routes, search included."""
     config = ServeConfig(device="cpu", max_megapixels=1, timeout_s=20)
-    service = EmbeddingService.open(model, config, index=str(root / "db"))
+    service = EmbeddingService.open(folders / "model", config, index=str(folders / "db"))
     yield create_app(service)
     service.close()
 
 
+@pytest.fixture(scope="module")
+def app(folders: Path) -> Iterator[Any]:
+    with open_app(folders) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-def test_every_answer_is_as_the_openapi_says(app: Any, mode: Any) -> None:
+def test_every_answer_is_as_the_openapi_says(folders: Path, mode: Any) -> None:
     """Requests that fit the schemas of the API, and such that do not."""
+    with open_app(folders) as app:  # which schemathesis closes
+        _check_answers(app, mode)
+
+
+def _check_answers(app: Any, mode: Any) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     operations = [found.ok() for found in schema.get_all_operations()]
     assert len(operations) >= 7
