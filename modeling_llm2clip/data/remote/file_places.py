@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from ..byte_cache import ByteCache
 from .remote_access import AccessError, RetryPolicy
-from .remote_files import NoRangesError, RemoteFile, is_remote
+from .remote_files import NoRangesError, RemoteFile, SeekableFile, is_remote
 
 FilePlace: TypeAlias = Path | str  # a text is a URL
 FileState: TypeAlias = tuple[str, int, str]  # path or URL, bytes, time or tag
@@ -146,31 +146,16 @@ def _find_remote(url: str) -> RemoteFile:
     return files[url]
 
 
-class _BlockFile(io.RawIOBase):
-    """Reads a remote file by its blocks."""
+class _BlockFile(SeekableFile):
+    """Reads a remote file by its blocks, which all that is open shares."""
 
     def __init__(self, url: str) -> None:
-        super().__init__()
-        self._url = url
-        self._position = 0
-        size = _find_remote(url).find_size()
+        file = _find_remote(url)
+        size = file.find_size()
         if size is None:
             raise AccessError(_NO_RANGES.format(url=url))
-        self._size = size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
+        super().__init__(file, size)
+        self._url = url
 
     def readinto(self, buffer: Any, /) -> int:
         wanted = memoryview(buffer).cast("B")
