@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.compiled_layers import compiled_layers
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.packing_llm2clip import run_packed
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +53,12 @@ def test_other_lengths_compile_nothing_anew() -> None:
 
 
 def test_a_layer_is_one_graph() -> None:
-    model, processor = shared_model()
-    with compiled_layers(model, backend="aot_eager"):
-        encode_texts(model, processor, _CAPTIONS, project=False)
+    model, _ = shared_model()
+    # Of packs only: a text alone in its batch runs without one, which is a graph of its own.
+    packs = [[torch.arange(20, 20 + length) for length in lengths] for lengths in ((9, 5), (7, 3))]
+    with compiled_layers(model, backend="aot_eager"), torch.inference_mode():
+        for pack in packs:
+            run_packed(model.text_model, pack)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
