@@ -107,7 +107,7 @@ def build_model(folder: Path) -> Path:
     from modeling_llm2clip.configs.build_config import BuildConfig
     from modeling_llm2clip.model_folders.model_writing import save_model
 
-    config = BuildConfig(projection_dim=512)
+    config = BuildConfig(prompt="chatml", projection_dim=512)
     model, processor = join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), config)
     model.config.text_adapter_trained = model.config.projections_trained = True
     return save_model(model, processor, folder)
