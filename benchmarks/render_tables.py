@@ -14,6 +14,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from markdown_tables import draw_table, percent
+from product_tables import PRODUCT_TABLES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
@@ -87,7 +90,7 @@ def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
         f"{reports[0]['num_held_out']} held out. {reports[0].get('hardware', 'unknown hardware')}. "
         f"{versions}."
     )
-    return f"{_draw(heads, rows)}\n{counts}\n"
+    return f"{draw_table(heads, rows)}\n{counts}\n"
 
 
 def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
@@ -121,7 +124,7 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
         if name in report
     ]
     notes += [f"{row['name']}: {row['setting']}." for row in report["rows"] if "setting" in row]
-    return _draw(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
+    return draw_table(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
 
 
 def _render_finetuning(report: dict[str, Any]) -> str:
@@ -135,10 +138,10 @@ def _render_finetuning(report: dict[str, Any]) -> str:
     cra = dict(report["cra"])
     if report.get("start") is None:
         cra.pop("before", None)  # it is the untuned one once more
-    rows = [[names[key], _percent(value)] for key, value in cra.items()]
+    rows = [[names[key], percent(value)] for key, value in cra.items()]
     trained = report.get("cra_on_trained_images")
     if trained is not None:
-        rows.append(["the same, on as many images it was trained on", _percent(trained)])
+        rows.append(["the same, on as many images it was trained on", percent(trained)])
     config = report["config"]
     note = (
         f"{report['data']}; {config['max_steps']} steps of "
@@ -146,18 +149,18 @@ def _render_finetuning(report: dict[str, Any]) -> str:
         f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
         f"{report['hardware']}."
     )
-    return _draw(("text encoder", "CRA"), rows) + f"\n{note}\n"
+    return draw_table(("text encoder", "CRA"), rows) + f"\n{note}\n"
 
 
 def _render_alignment(report: dict[str, Any]) -> str:
     seeds = [str(run["seed"]) for run in next(iter(report["recalls"].values()))]
     heads = ("text encoder", *(f"seed {seed}" for seed in seeds), "mean")
     rows = [
-        [name, *(_percent(run["unseen_t2i_r1"]) for run in runs),
-         _percent(report["mean_t2i_r1"][name])]
+        [name, *(percent(run["unseen_t2i_r1"]) for run in runs),
+         percent(report["mean_t2i_r1"][name])]
         for name, runs in report["recalls"].items()
     ]  # fmt: skip
-    return _draw(heads, rows) + f"\nText to image R@1. {report['data']}.\n"
+    return draw_table(heads, rows) + f"\nText to image R@1. {report['data']}.\n"
 
 
 def _render_first_run(report: dict[str, Any]) -> str:
@@ -169,16 +172,16 @@ def _render_first_run(report: dict[str, Any]) -> str:
         [
             name,
             f"{found['num_images']:,}",
-            _percent(found["recipe_r1"]),
-            f"{_percent(found['best_r1'])} ({_SETTINGS.get(found['best'], found['best'])})",
-            _percent(
+            percent(found["recipe_r1"]),
+            f"{percent(found['best_r1'])} ({_SETTINGS.get(found['best'], found['best'])})",
+            percent(
                 max(
                     scores["r1"]
                     for setting, scores in found["scores"].items()
                     if setting.startswith("from random")
                 )
             ),
-            _percent(found["chance_r1"]),
+            percent(found["chance_r1"]),
             str(found["seconds"]),
         ]
         for name, found in report["datasets"].items()
@@ -186,7 +189,7 @@ def _render_first_run(report: dict[str, Any]) -> str:
     counts = ", ".join(
         f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
     )
-    return _draw(heads, rows) + (
+    return draw_table(heads, rows) + (
         f"\nR@1, the mean of both directions, among images that were set aside: {counts}. "
         f"{report['hardware']}.\n"
     )
@@ -197,13 +200,13 @@ def _render_existing_model(report: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            _percent(found["existing_model"]["before"]["r1"]),
-            _percent(found["existing_model"]["after"]["r1"]),
-            _percent(found["recipe_r1"]),
+            percent(found["existing_model"]["before"]["r1"]),
+            percent(found["existing_model"]["after"]["r1"]),
+            percent(found["recipe_r1"]),
         ]
         for name, found in report["datasets"].items()
     ]
-    return _draw(heads, rows) + "\nR@1 as above, among the same images.\n"
+    return draw_table(heads, rows) + "\nR@1 as above, among the same images.\n"
 
 
 def _render_training_efficiency(report: dict[str, Any]) -> str:
@@ -231,7 +234,7 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
         ]
         for mode, label in modes.items()
     ]
-    return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
+    return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
 
 
 def _render_retrieval_ranking(report: dict[str, Any]) -> str:
@@ -260,7 +263,7 @@ def _render_retrieval_ranking(report: dict[str, Any]) -> str:
         f"{_highest_resident_mb(report) / 1000:.1f} GB resident in all. "
         f"{report['hardware']}."
     )
-    return _draw(heads, rows) + f"\n{note}\n"
+    return draw_table(heads, rows) + f"\n{note}\n"
 
 
 def _highest_resident_mb(report: dict[str, Any]) -> float:
@@ -276,12 +279,12 @@ def _render_evaluation(report: dict[str, Any]) -> str:
     languages = [result["scores"]["languages"] for result in emoji]
     path = ("t2i", "hit_rate_at_1")
     rows = [
-        [lang, *(_percent(_follow(scores[lang], path)) for scores in languages),
-         _percent(languages[0][lang]["t2i"]["chance_hit_rate_at_1"])]
+        [lang, *(percent(_follow(scores[lang], path)) for scores in languages),
+         percent(languages[0][lang]["t2i"]["chance_hit_rate_at_1"])]
         for lang in languages[0]
     ]  # fmt: skip
-    means = [_percent(_follow(result["scores"]["mean"], path)) for result in emoji]
-    table = _draw(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
+    means = [percent(_follow(result["scores"]["mean"], path)) for result in emoji]
+    table = draw_table(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
     images = next(iter(emoji[0]["counts"]["languages"].values()))["images"]
     note = f"Text to image R@1 among {images} emoji unseen in training, which was in English."
     parts = [f"{table}\n{note} {report['hardware']}.\n", _draw_lengths(report), _draw_cra(report)]
@@ -296,9 +299,9 @@ def _draw_lengths(report: dict[str, Any]) -> str:
         [
             f"{bucket['from_clip_tokens']} to {bucket['to_clip_tokens'] or '…'}",
             str(bucket["queries"]),
-            _percent(bucket["share_of_tokens_beyond_clip"]),
+            percent(bucket["share_of_tokens_beyond_clip"]),
             *(
-                _percent(result["scores"]["buckets"][number]["hit_rate_at_1"]["value"])
+                percent(result["scores"]["buckets"][number]["hit_rate_at_1"]["value"])
                 for result in results
             ),
         ]
@@ -307,11 +310,11 @@ def _draw_lengths(report: dict[str, Any]) -> str:
     heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
     note = (
         f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
-        f"texts alone, no image is used; chance {_percent(results[0]['scores']['chance'])}. "
+        f"texts alone, no image is used; chance {percent(results[0]['scores']['chance'])}. "
         "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder "
         "would truncate."
     )
-    return f"\n{_draw(heads, rows)}\n{note}\n"
+    return f"\n{draw_table(heads, rows)}\n{note}\n"
 
 
 def _draw_cra(report: dict[str, Any]) -> str:
@@ -320,7 +323,7 @@ def _draw_cra(report: dict[str, Any]) -> str:
     if not results:
         return ""
     rows = [
-        [result["model"], _percent(result["scores"]["cra"]["value"]),
+        [result["model"], percent(result["scores"]["cra"]["value"]),
          f"{result['counts']['texts_truncated']} of {result['counts']['texts']}"]
         for result in results
     ]  # fmt: skip
@@ -328,9 +331,9 @@ def _draw_cra(report: dict[str, Any]) -> str:
     note = (
         f"A long caption finds the other one of its image among {images} "
         f"({results[0]['dataset']}); texts alone, no image is used; chance "
-        f"{_percent(results[0]['scores']['chance'])}."
+        f"{percent(results[0]['scores']['chance'])}."
     )
-    return f"\n{_draw(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
+    return f"\n{draw_table(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
 
 
 def _draw_tiny(report: dict[str, Any]) -> str:
@@ -342,11 +345,11 @@ def _draw_tiny(report: dict[str, Any]) -> str:
     }
     rows = [
         [result["model"], result["task"], result["dataset"],
-         _percent(_follow(result["scores"], paths[result["task"]]))]
+         percent(_follow(result["scores"], paths[result["task"]]))]
         for result in report["results"]
         if result["model"] in report["tiny"]["models"]
     ]  # fmt: skip
-    table = _draw(("model", "task", "dataset", "R@1"), rows)
+    table = draw_table(("model", "task", "dataset", "R@1"), rows)
     return f"\nThe same command on other model types, {report['tiny']['label']}:\n\n{table}"
 
 
@@ -372,10 +375,10 @@ def _render_mllm_captioning(report: dict[str, Any]) -> str:
         f"Nats per token of held-out names. {report['data']}; {steps} and {instruction_steps} "
         f"steps of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. "
         f"Alignment: {report['alignment']['steps']} steps of {report['alignment']['batch_size']}, "
-        f"held-out text to image R@1 {_percent(report['alignment']['unseen_t2i_r1'])}, chance "
-        f"{_percent(report['alignment']['chance_r1'])}. {report['hardware']}."
+        f"held-out text to image R@1 {percent(report['alignment']['unseen_t2i_r1'])}, chance "
+        f"{percent(report['alignment']['chance_r1'])}. {report['hardware']}."
     )
-    return f"{_draw(heads, rows)}\n{note}\n"
+    return f"{draw_table(heads, rows)}\n{note}\n"
 
 
 def _render_conversion(report: dict[str, Any]) -> str:
@@ -387,7 +390,7 @@ def _render_conversion(report: dict[str, Any]) -> str:
         f"{report['peak_rss_gb']:.2f}",
         f"{report['times_the_source']:.2f} (bound {report['bound']})",
     ]
-    return _draw(heads, [row]) + f"\n{report['hardware']}.\n"
+    return draw_table(heads, [row]) + f"\n{report['hardware']}.\n"
 
 
 def _render_llm2vec_parity(report: dict[str, Any]) -> str:
@@ -407,12 +410,12 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
         "of the others, given LLM2Vec's span",
     )  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    return _draw(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
+    return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
 
 
 def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
     heads = ("files", "dataset", "languages", "read, all languages together", "checksums")
-    return _draw(
+    return draw_table(
         heads,
         [
             [
@@ -456,165 +459,13 @@ def _render_code_size(report: dict[str, Any]) -> str:
     heads = ("", *(f"{label} ({report[label]['commit']})" for label in labels))
     rows = [[name, *(show(report[label]) for label in labels)] for name, show in measures.items()]
     hardware = " and ".join(dict.fromkeys(report[label]["hardware"] for label in labels))
-    return _draw(heads, rows) + f"\n{hardware}.\n"
-
-
-def _render_onnx(report: dict[str, Any]) -> str:
-    heads = ("text tower", "MB", "captions per second", "times torch", "smallest cosine", "R@1")
-    names = {"torch": "torch, float32", "float32": "ONNX Runtime, float32",
-             "int8": "8-bit weights", "int4": "4-bit weights"}  # fmt: skip
-    rows = [
-        (
-            names[row["name"]],
-            f"{row['size_mb']:.0f}",
-            f"{row['captions_per_second']:.1f}",
-            f"{row['times_torch']:.2f}",
-            f"{row['min_cosine']:.5f}",
-            _percent(row["recall_at_1"]),
-        )
-        for row in report["rows"]
-    ]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    note = (
-        f"Captions: {report['captions']}. R@1: text to image, {report['recall_on']}, images in "
-        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}. "
-        f"{versions}."
-    )
-    return f"{_draw(heads, rows)}\n{note}\n"
-
-
-def _render_search(report: dict[str, Any]) -> str:
-    ann = report["ann"]
-    visited = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
-    rows = [
-        (f"the index, {visited}", *_search_cells(report, ""), f"{report['build_s']:.0f}"),
-        (f"FAISS, {report['faiss']}", *_search_cells(report, "faiss_"),
-         f"{report['faiss_build_s']:.0f}"),
-        ("compared with every image", f"{report['exact_query_ms']:.0f}", "1.000", "–", "–"),
-    ]  # fmt: skip
-    heads = ("search", "ms per query", "recall@10", "memory, GB", "seconds to build")
-    cosines = report["cosines"]
-    notes = (
-        f"{report['rows']:,} embeddings of {report['width']} numbers, {report['queries']} texts. "
-        f"Mean cosines: {cosines['text_with_its_image']} of a text with its image, "
-        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} of "
-        f"two images. {report['processor']}, {report['cores']} cores; commit {report['commit']}."
-    )
-    return f"{_draw(heads, rows)}\n{notes}\n{_draw_photographs(report.get('photographs'))}"
-
-
-def _search_cells(report: dict[str, Any], prefix: str) -> tuple[str, str, str]:
-    return (
-        f"{report[f'{prefix}query_ms']:.0f}",
-        f"{report[f'{prefix}recall_at_10']:.3f}",
-        f"{report[f'{prefix}rss_gb']:.1f}",
-    )
-
-
-def _draw_photographs(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    names = {
-        "decode_s": "decode every image once",
-        "model_start_s": "load the model",
-        "index_s": "`llm2clip index`",
-        "index_unchanged_s": "`llm2clip index` again",
-        "second_search_s": "`llm2clip search`, the second time",
-    }
-    rows = [(label, f"{found[name]:.1f}") for name, label in names.items()]
-    heads = (f"{found['images']:,} photographs", "seconds")
-    return f"\n{_draw(heads, rows)}"
-
-
-def _render_scale(report: dict[str, Any]) -> str:
-    tables = [_draw_records(report["records"])] if "records" in report else []
-    if "stages" in report:
-        tables.append(_draw_stages(report["stages"]))
-    if "store" in report:
-        tables.append(_draw_store(report["store"]))
-    parts = [report[part] for part in ("records", "stages", "store") if part in report]
-    hardware = " and ".join(dict.fromkeys(f"{p['processor']}, {p['cores']} cores" for p in parts))
-    return "\n".join([*tables, f"{hardware}; commit {parts[0]['commit']}.\n"])
-
-
-def _draw_records(part: dict[str, Any]) -> str:
-    heads = ("records", "seconds to index", "records per second", "seconds to open", "MB opened")
-    rows = [
-        (
-            f"{row['records']:,}",
-            f"{row['index_seconds']:.1f}",
-            f"{row['records_per_second']:,}",
-            f"{row['open_seconds']:.3f}",
-            f"{row['open_resident_mb']:.0f}",
-        )
-        for row in part["counts"]
-    ]
-    return _draw(heads, rows)
-
-
-def _draw_stages(part: dict[str, Any]) -> str:
-    heads = ("stage", "records", "seconds to the first batch", "private MB gained")
-    rows = [
-        (
-            row["stage"],
-            f"{row['records']:,}",
-            f"{row['seconds']:.1f}",
-            f"{row['private_mb']:.0f}",
-        )
-        for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
-    ]
-    return _draw(heads, rows)
-
-
-def _draw_store(part: dict[str, Any]) -> str:
-    names = list(part["random"]["rows_per_second"])
-    heads = ("rows per second", *names, "store, of numpy")
-    rows = [
-        (
-            kind,
-            *(f"{part[kind]['rows_per_second'][name]:,}" for name in names),
-            f"{part[kind]['rows_vs_numpy']:.2f}",
-        )
-        for kind in ("random", "sequential")
-    ]
-    return _draw(heads, rows)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _draw(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _render_embed_speed(report: dict[str, Any]) -> str:
-    heads = (
-        "rows",
-        "embed, rows per second",
-        "sentence-transformers and pandas",
-        "times",
-        "cosine",
-    )
-    rows = [
-        [
-            f"{row['count']:,} {row['modality']}s",
-            f"{row['rows_per_second']:.1f}",
-            f"{row['sentence_transformers_rows_per_second']:.1f}",
-            f"{row['times_sentence_transformers']:.2f}",
-            f"{row['min_cosine']:.4f}",
-        ]
-        for row in report["rows"]
-    ]
-    note = f"Machine: {report['hardware']}, {report['threads']} threads."
-    return f"{_draw(heads, rows)}\n{note}\n"
+    return draw_table(heads, rows) + f"\n{hardware}.\n"
 
 
 _RENDERERS: dict[str, Callable[[Any], str]] = {
+    **PRODUCT_TABLES,
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
-    "embed_speed": _render_embed_speed,
     "finetune_llm": _render_finetuning,
     "finetune_llm_hard": _render_finetuning,
     "alignment": _render_alignment,
@@ -628,9 +479,6 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "llm2vec_parity": _render_llm2vec_parity,
     "datasets_read": _render_datasets_read,
     "code_size": _render_code_size,
-    "scale": _render_scale,
-    "onnx": _render_onnx,
-    "search": _render_search,
 }
 
 

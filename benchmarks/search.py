@@ -38,7 +38,8 @@ import numpy as np
 from provenance import describe_processor, read_commit
 
 from modeling_llm2clip.search.ann_index import train_ann
-from modeling_llm2clip.search.index_database import About, IndexDatabase
+from modeling_llm2clip.search.index_about import About
+from modeling_llm2clip.search.index_database import IndexDatabase
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Search: TypeAlias = Callable[[Array], list[int]]
@@ -80,6 +81,7 @@ def main() -> int:
     parser.add_argument("--queries", type=int, default=400, help="half of them only tune")
     parser.add_argument("--photographs", type=Path, help="folder of own photographs")
     parser.add_argument("--model", help="model that indexes the photographs")
+    parser.add_argument("--graphs", help="its ONNX graphs, for a search without torch")
     parser.add_argument("--work", type=Path, help="folder for the database; default: a new one")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -91,7 +93,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         found = run(given.rows, given.width, given.queries, given.work or Path(scratch))
     if given.photographs:
-        found["photographs"] = run_photographs(given.model, given.photographs)
+        found["photographs"] = run_photographs(given.model, given.photographs, given.graphs)
     given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
     return report_bars(found)
@@ -211,14 +213,28 @@ def fill(folder: Path, images: Array) -> IndexDatabase:
     about = About(model="made", fingerprint={}, model_files="", image_dir=str(folder),
                   width=images.shape[1])  # fmt: skip
     database = IndexDatabase.create(folder, lambda: about)
-    now = datetime.now(timezone.utc)
+    # Facts differ from image to image, as those of photographs do: LanceDB packs equal ones so
+    # tightly that reading ten of them takes longer.
+    random = np.random.default_rng(1)
+    sides = np.array([4032, 3024, 4000, 3000, 1920, 1080])
     for start in range(0, len(images), WRITTEN_AT_ONCE):
         part = images[start : start + WRITTEN_AT_ONCE]
         names = [f"{start + row:08d}.jpg" for row in range(len(part))]
-        same = {"bytes": 4_000_000, "modified": now, "width": 4000, "height": 3000,
-                "taken": None, "stat": ""}  # fmt: skip
-        columns: dict[str, list[Any]] = {name: [value] * len(part) for name, value in same.items()}
-        database.write({"path": names, "sha256": names, **columns}, part)
+        times = [
+            datetime.fromtimestamp(second, timezone.utc)
+            for second in random.integers(1_500_000_000, 1_700_000_000, len(part)).tolist()
+        ]
+        facts: dict[str, list[Any]] = {
+            "path": names,
+            "sha256": [random.bytes(32).hex() for _ in names],
+            "bytes": random.integers(10**5, 10**7, len(part)).tolist(),
+            "modified": times,
+            "width": random.choice(sides, len(part)).tolist(),
+            "height": random.choice(sides, len(part)).tolist(),
+            "taken": [time.replace(tzinfo=None) for time in times],
+            "stat": [str(time.timestamp()) for time in times],
+        }
+        database.write(facts, part)
     database.optimize()
     return database
 
@@ -294,7 +310,7 @@ def open_faiss(file: Path) -> Search:
     return lambda text: index.search(text[None], TOP_K)[1][0].tolist()
 
 
-def run_photographs(model: str, folder: Path) -> dict[str, Any]:
+def run_photographs(model: str, folder: Path, graphs: str | None) -> dict[str, Any]:
     """Measure a folder of photographs: decoded, indexed, and searched from the shell."""
     command = [sys.executable, "-m", "modeling_llm2clip"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -303,7 +319,9 @@ def run_photographs(model: str, folder: Path) -> dict[str, Any]:
         start_s = time_command([sys.executable, "-c", START, model])
         index_s = time_command([*command, "index", model, str(folder), index])
         again_s = time_command([*command, "index", model, str(folder), index])
-        searches = [time_command([*command, "search", index, "a dog on a beach"]) for _ in range(3)]
+        search = [*command, "search", index, "a dog on a beach"]
+        searches = [time_command(search) for _ in range(3)]
+        with_graphs = [time_command([*search, "--model", graphs]) for _ in range(3) if graphs]
     imports = {name: time_command([sys.executable, "-c", f"import {name}"]) for name in IMPORTS}
     return {
         "images": sum(path.is_file() for path in folder.rglob("*.jpg")),
@@ -313,6 +331,7 @@ def run_photographs(model: str, folder: Path) -> dict[str, Any]:
         "index_unchanged_s": again_s,
         "first_result_s": round(index_s + searches[0], 2),
         "second_search_s": statistics.median(searches[1:]),
+        **({"second_search_graphs_s": statistics.median(with_graphs[1:])} if graphs else {}),
         "import_s": imports,
     }
 
@@ -333,7 +352,8 @@ def report_bars(found: dict[str, Any]) -> int:
         "query_ms below 30": found["query_ms"] < 30,
         "recall_at_10 at least 0.95": found["recall_at_10"] >= 0.95,
         "rss_gb below 2": found["rss_gb"] < 2,
-        "second search below 5 s": not photographs or photographs["second_search_s"] < 5,
+        "second search below 5 s": not photographs
+        or min(photographs["second_search_s"], photographs.get("second_search_graphs_s", 9)) < 5,
         "first result within decoding and start": not photographs
         or photographs["first_result_s"] <= photographs["decode_s"] + photographs["model_start_s"],
     }

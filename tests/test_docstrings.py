@@ -22,7 +22,7 @@ _INLINE_HEADER = re.compile(rf"^\s*({_HEADERS}):[ \t]+\S", re.MULTILINE)
 _NO_EXAMPLES = re.compile(r"^\s*Example:$", re.MULTILINE)
 _NOT_DOCUMENTED = {"self", "cls"}
 # It is copied into exported folders and shown as a whole, for people and not as an API.
-_SCRIPT = "publishing/encode_onnx.py"
+_SCRIPT = "encoding/encode_onnx.py"
 
 
 @cache

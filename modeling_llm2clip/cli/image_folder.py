@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..processing_llm2clip import LLM2CLIPProcessor
 
 
 def require_image_folder(image_dir: Path) -> None:
@@ -32,18 +28,17 @@ def report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def report_truncated(processor: LLM2CLIPProcessor, texts: list[str], what: str) -> None:
+def report_truncated(count: int, texts: list[str], what: str, *, longest: int) -> None:
     """Report how many texts are longer than the model reads.
 
     Args:
-        processor: Of the model.
+        count: How many are.
         texts: What it will read.
         what: Word for them.
+        longest: Tokens that the model reads.
     """
-    from ..encoding.encode import measure_texts
-
-    if count := int(measure_texts(processor, texts)[1].sum()):
+    if count:
         report(
-            f"Truncated {count:,} of {len(texts):,} {what} to the {processor.longest_text} tokens "
-            "that the model reads."
+            f"Truncated {count:,} of {len(texts):,} {what} to the {longest} tokens that the model "
+            "reads."
         )

@@ -63,6 +63,7 @@ def tag(
     require_image_folder(image_dir)
     require_own_model(model)
     use_device(config.device)
+    from ..encoding.batches import measure_texts
     from ..search.tag_images import tag_folder
 
     if output is not None:
@@ -71,7 +72,8 @@ def tag(
         model, image_dir, found, top_k=top_k, threshold=threshold, config=config, report=report
     )
     prompts = [prompt for label in found for prompt in label.prompts]
-    report_truncated(tagged.processor, prompts, "prompts")
+    count = int(measure_texts(tagged.processor, prompts)[1].sum())
+    report_truncated(count, prompts, "prompts", longest=tagged.processor.longest_text)
     _write(tagged.images, output, threshold=threshold)
     return 0
 

@@ -9,33 +9,30 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from .batches import (
+    OnBatch,
+    decode_images,
+    encode_distinct,
+    encode_distinct_images,
+    encode_distinct_texts,
+    iterate_batches,
+    iterate_id_batches,
+    require_finite,
+    split_evenly,
+)
 from .eval_mode import eval_mode
 from .float32 import float32_as_such
 
-OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
-"""Called after each batch with the rows of its inputs, (B,), and their tower's embeddings, (B, D).
-
-A row is the first of equal inputs.
-"""
-
-_TOKENIZED_AT_ONCE = 4096
 _PROJECTED_AT_ONCE = 4096
-_SHOWN = 5  # inputs that an error names
 # From glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_BLOCK, _MOST_KEPT = 2**28, 2**30  # bytes
@@ -208,220 +205,6 @@ def project_images(model: LLM2CLIPModel | LLM2CLIPVisionModel, vision_embeds: Te
     return _project(model, model.to_image_embeds, vision_embeds)
 
 
-def measure_texts(
-    processor: LLM2CLIPProcessor, texts: Sequence[str], *, show_progress: bool = False
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Count the tokens of texts without keeping their ids.
-
-    Args:
-        processor: The model's processor.
-        texts: Non-blank texts.
-        show_progress: Show a progress bar.
-
-    Returns:
-        Tokens of each text as the model reads it, prompt included, (N,), and which texts are
-        truncated, (N,).
-
-    Raises:
-        ValueError: A text is blank or not a string.
-    """
-    lengths = np.zeros(len(texts), dtype=np.int64)
-    is_truncated = np.zeros(len(texts), dtype=np.bool_)
-    starts = range(0, len(texts), _TOKENIZED_AT_ONCE)
-    for start in tqdm(starts, desc="measure", disable=not show_progress):
-        ids, truncated = processor.list_ids(texts[start : start + _TOKENIZED_AT_ONCE])
-        lengths[start : start + len(ids)] = [len(row) for row in ids]
-        is_truncated[start : start + len(ids)] = truncated
-    return lengths, is_truncated
-
-
-def encode_distinct_texts(
-    processor: LLM2CLIPProcessor,
-    texts: Sequence[str],
-    *,
-    encode: Callable[[tuple[Tensor, Tensor]], Tensor],
-    token_budget: int,
-    show_progress: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Tokenize texts and encode every distinct one once, the longest first.
-
-    Args:
-        processor: The model's processor.
-        texts: Stripped, non-blank texts; at least one.
-        encode: Computes (B, D) of token ids and mask, each (B, L) int64, padded on the right.
-        token_budget: Maximum tokens per batch, padding included.
-        show_progress: Show a progress bar, which counts tokens.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, D) float32 on the CPU, in the order of the texts.
-
-    Raises:
-        ValueError: The budget is below one, or an embedding has NaN or infinity.
-    """
-    if token_budget < 1:
-        raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
-    distinct = list(dict.fromkeys(texts))
-    ids_of = dict(zip(distinct, processor.list_ids(distinct)[0], strict=True))
-    # Tokens cost about the same each; texts do not, and the longest come first.
-    num_tokens = sum(map(len, ids_of.values()))
-
-    def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(sum(len(ids_of[texts[row]]) for row in rows))
-        if on_batch is not None:
-            on_batch(rows, embeds)
-
-    with tqdm(
-        total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
-    ) as progress:
-        return encode_distinct(
-            texts,
-            batches=lambda rows: plan_token_batches(
-                [len(ids_of[texts[row]]) for row in rows], token_budget=token_budget
-            ),
-            prepare=lambda part: pad_ids([ids_of[text] for text in part], processor),
-            encode=encode,
-            on_batch=count_tokens,
-        )
-
-
-def encode_distinct_images(
-    processor: LLM2CLIPProcessor,
-    images: Sequence[Any],
-    *,
-    encode: Callable[[Mapping[str, Tensor]], Tensor],
-    batch_size: int,
-    num_workers: int = 1,
-    show_progress: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Decode images in threads and encode every distinct one once.
-
-    Args:
-        processor: The model's processor.
-        images: As `encode_images` takes them.
-        encode: Computes (B, D) of the processor's tensors by name.
-        batch_size: Images per batch.
-        num_workers: Threads that decode images.
-        show_progress: Show a progress bar.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, D) float32 on the CPU, in the order of the images.
-
-    Raises:
-        ValueError: `images` is not a list or is empty, an image is missing or broken, a number is
-            below one, or an embedding has NaN or infinity.
-    """
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
-        raise ValueError(f"Got {images!r} for images; give a list of at least one.")
-    if batch_size < 1 or num_workers < 1:
-        raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
-
-    def count_images(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(len(rows))
-        if on_batch is not None:
-            on_batch(rows, embeds)
-
-    total = len(set(_list_keys(images)))
-    with tqdm(total=total, unit=" images", disable=not show_progress) as progress:
-        return encode_distinct(
-            images,
-            batches=lambda rows: split_evenly(len(rows), size=batch_size),
-            prepare=partial(_decode, processor),
-            encode=encode,
-            num_workers=num_workers,
-            on_batch=count_images,
-        )
-
-
-@torch.inference_mode()
-def encode_distinct(
-    inputs: Sequence[Any],
-    *,
-    batches: Callable[[Sequence[Any]], Iterable[Sequence[int]]],
-    prepare: Callable[[list[Any]], Any],
-    encode: Callable[[Any], Tensor],
-    num_workers: int = 1,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Encode every distinct input once, in batches that are prepared ahead.
-
-    Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
-    last bit, and no longer tie. The model must be in eval mode; see `eval_mode`.
-
-    Args:
-        inputs: Texts, addresses of images, or images; at least one. PIL images and arrays are
-            equal only to themselves.
-        batches: Takes the rows of the distinct inputs, each at its first occurrence, and returns
-            batches of places in that list; each place once.
-        prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
-        encode: Computes (B, D) on any device and of any floating-point dtype.
-        num_workers: Threads that prepare batches.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, D) float32 on the CPU, in the order of the inputs.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity; every such input of the batch is named.
-    """
-    keys = _list_keys(inputs)
-    first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
-    firsts = sorted(first_of.values())
-    plan = [[firsts[place] for place in places] for places in batches(firsts)]
-    place_of = {row: place for place, row in enumerate(firsts)}
-    embeddings: Tensor | None = None
-    for rows, embeds in iterate_batches(
-        inputs, plan, prepare=prepare, encode=encode, num_workers=num_workers
-    ):
-        if embeddings is None:
-            embeddings = torch.empty(len(firsts), embeds.shape[1])
-        embeddings[[place_of[row] for row in rows]] = embeds
-        if on_batch is not None:
-            on_batch(rows, embeds)
-    assert embeddings is not None
-    if len(firsts) == len(inputs):
-        return embeddings
-    return embeddings[[place_of[first_of[key]] for key in keys]]
-
-
-@torch.inference_mode()
-def iterate_batches(
-    inputs: Sequence[Any],
-    plan: Sequence[Sequence[int]],
-    *,
-    prepare: Callable[[list[Any]], Any],
-    encode: Callable[[Any], Tensor],
-    num_workers: int = 1,
-    names: Sequence[Any] | None = None,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Encode batches of inputs, which are prepared ahead.
-
-    Args:
-        inputs: Texts, addresses of images, or images.
-        plan: Rows of the inputs of each batch.
-        prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
-        encode: Computes (B, D) on any device and of any floating-point dtype.
-        num_workers: Threads that prepare batches.
-        names: What an error calls each input; None for the inputs themselves.
-
-    Yields:
-        Rows of a batch, and their embeddings, (B, D) float32 on the CPU.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity; every such input of the batch is named.
-    """
-    with ThreadPoolExecutor(num_workers) as pool, float32_as_such():
-        parts = ([inputs[row] for row in rows] for rows in plan)
-        prepared = _prepare_ahead(pool, prepare, parts, count=num_workers + 1)
-        for rows, batch in zip(plan, prepared, strict=True):
-            embeds = encode(batch).float().cpu()
-            _require_finite(embeds, rows, inputs if names is None else names)
-            yield rows, embeds
-
-
 def iterate_token_batches(
     model: LLM2CLIPModel | LLM2CLIPTextModel,
     processor: LLM2CLIPProcessor,
@@ -446,14 +229,9 @@ def iterate_token_batches(
         ValueError: The model gives NaN or infinity.
     """
     with eval_mode(model):
-        for _, embeds in iterate_batches(
-            ids,
-            plan,
-            prepare=lambda part: pad_ids(part, processor),
-            encode=partial(_embed_captions, model),
-            names=texts,
-        ):
-            yield embeds
+        yield from iterate_id_batches(
+            processor, ids, plan, encode=partial(_embed_captions, model), texts=texts
+        )
 
 
 def iterate_image_batches(
@@ -486,43 +264,11 @@ def iterate_image_batches(
         for _, embeds in iterate_batches(
             images,
             plan,
-            prepare=partial(_decode, processor),
+            prepare=partial(decode_images, processor),
             encode=partial(_embed_images, model),
             num_workers=num_workers,
         ):
             yield embeds
-
-
-def pad_ids(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right.
-
-    Args:
-        ids: Token ids of each text, from `processor.list_ids`.
-        processor: The model's processor.
-
-    Returns:
-        Ids and mask, each (B, L) int64.
-    """
-    longest = max(len(row) for row in ids)
-    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
-    for line, row in enumerate(ids):
-        input_ids[line, : len(row)] = torch.tensor(row)
-        attention_mask[line, : len(row)] = 1
-    return input_ids, attention_mask
-
-
-def split_evenly(count: int, *, size: int) -> list[range]:
-    """Split rows into batches in their order.
-
-    Args:
-        count: Number of rows.
-        size: Rows per batch; the last one may have fewer.
-
-    Returns:
-        The rows of each batch.
-    """
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def default_token_budget(device: torch.device) -> int:
@@ -565,54 +311,6 @@ def raise_malloc_thresholds() -> bool:
     )
 
 
-def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
-    """Return for each input what equal inputs share, and no others.
-
-    An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
-    different: it may make them anew at each access, where an `id` says nothing.
-    """
-    if not isinstance(inputs, list | tuple):
-        return list(range(len(inputs)))
-    by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
-    keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
-    return keys
-
-
-def _prepare_ahead(
-    pool: ThreadPoolExecutor,
-    prepare: Callable[[list[Any]], Any],
-    batches: Iterable[list[Any]],
-    *,
-    count: int,
-) -> Iterator[Any]:
-    """Prepare a few batches ahead and no more: all of them would fill the memory."""
-    running: deque[Future[Any]] = deque()
-    for batch in batches:
-        running.append(pool.submit(prepare, batch))
-        if len(running) > count:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def _require_finite(
-    embeds: Tensor, rows: Sequence[int], inputs: Sequence[Any] | None = None
-) -> None:
-    broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if not broken:
-        return
-    named = [
-        f"number {row}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
-        for row in (rows[place] for place in broken[:_SHOWN])
-    ]
-    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-    raise ValueError(
-        f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
-        f"{', '.join(named)}{more}. Run it in float32 (--dtype float32); if they remain, its "
-        "weights are damaged: check its folder with llm2clip doctor."
-    )
-
-
 @torch.inference_mode()
 def _project(
     model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
@@ -625,7 +323,7 @@ def _project(
     with eval_mode(model), float32_as_such():
         parts = embeds.split(_PROJECTED_AT_ONCE)
         projected = torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
-    _require_finite(projected, range(len(projected)), inputs)
+    require_finite(projected, range(len(projected)), inputs)
     return projected
 
 
@@ -641,7 +339,3 @@ def _embed_images(
 ) -> Tensor:
     on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
     return model.get_vision_embeds(**on_device)
-
-
-def _decode(processor: LLM2CLIPProcessor, images: Sequence[Any]) -> dict[str, Tensor]:
-    return dict(processor(images=[open_image(image) for image in images]))

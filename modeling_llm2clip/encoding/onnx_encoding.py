@@ -14,16 +14,15 @@ from torch import Tensor
 
 from ..packing_llm2clip import CPU_TOKEN_BUDGET
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
-from .encode import (
+from .batches import (
     OnBatch,
-    default_batch_size,
     encode_distinct,
     encode_distinct_images,
     encode_distinct_texts,
-    iterate_batches,
-    pad_ids,
+    iterate_id_batches,
     split_evenly,
 )
+from .encode import default_batch_size
 
 # Names of the graphs' inputs and outputs: those of the model's own forward.
 TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -177,14 +176,10 @@ class OnnxEncoder:
         Raises:
             ValueError: The graph gives NaN or infinity.
         """
-        for _, embeds in iterate_batches(
-            ids,
-            plan,
-            prepare=lambda part: pad_ids(part, self.processor),
-            encode=lambda inputs: self.encode_tokens(*inputs),
-            names=texts,
-        ):
-            yield embeds
+        yield from iterate_id_batches(
+            self.processor, ids, plan,
+            encode=lambda inputs: self.encode_tokens(*inputs), texts=texts,
+        )  # fmt: skip
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the text graph on one batch.

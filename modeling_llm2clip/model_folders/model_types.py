@@ -101,6 +101,29 @@ def read_json_object(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def read_onnx_record(folder: Path) -> dict[str, Any]:
+    """Read what was exported.
+
+    Args:
+        folder: Folder of ONNX graphs.
+
+    Returns:
+        `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
+        checked), `logit_scale`, `source` and `versions`.
+
+    Raises:
+        ValueError: There is no such record, or it is damaged.
+    """
+    file = folder / ONNX_RECORD
+    found = read_json_object(file) if file.is_file() else None
+    if found is None:
+        raise ValueError(
+            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
+            "one with llm2clip export MODEL OUTPUT --onnx."
+        )
+    return found
+
+
 def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
     """Judge by `config.json`; None where it does not show the model type."""
     model_type = config.get("model_type")

@@ -16,7 +16,7 @@ from ..configs.encoding_config import TextWeights
 from ..encoding.onnx_encoding import OnnxEncoder
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
-from .model_types import ONNX_RECORD, read_json_object
+from .model_types import read_onnx_record
 
 GRAPHS = "onnx"
 # transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
@@ -43,29 +43,6 @@ def data_file(graph: Path) -> Path:
         graph: File of the graph.
     """
     return graph.with_name(f"{graph.name}_data")
-
-
-def read_onnx_record(folder: Path) -> dict[str, Any]:
-    """Read what was exported.
-
-    Args:
-        folder: Folder of ONNX graphs.
-
-    Returns:
-        `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
-        checked), `logit_scale`, `source` and `versions`.
-
-    Raises:
-        ValueError: There is no such record, or it is damaged.
-    """
-    file = folder / ONNX_RECORD
-    found = read_json_object(file) if file.is_file() else None
-    if found is None:
-        raise ValueError(
-            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
-            "one with llm2clip export MODEL OUTPUT --onnx."
-        )
-    return found
 
 
 def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:

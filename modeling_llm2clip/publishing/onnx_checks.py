@@ -294,7 +294,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     Raises:
         ValueError: Its texts get other embeddings: the tokenizer's file is not the tokenizer.
     """
-    from . import encode_onnx  # imports onnxruntime
+    from ..encoding import encode_onnx  # imports onnxruntime
 
     if text_graph is not None:
         found = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.stem, folder)

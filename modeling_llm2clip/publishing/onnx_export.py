@@ -295,7 +295,9 @@ class _OnnxWriter:
         self._write_config()
         if (reference.folder / GOLDEN_FILE).is_file():
             shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
-        shutil.copyfile(Path(__file__).with_name("encode_onnx.py"), folder / SCRIPT)
+        from ..encoding import encode_onnx  # imports onnxruntime
+
+        shutil.copyfile(encode_onnx.__file__, folder / SCRIPT)
         script = self._check_script()
         record = {
             "format": _RECORD_FORMAT,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -115,6 +116,7 @@ class ShardJob:
     Attributes:
         name: In front of the progress bar.
         unit: What is counted.
+        output: Folder that has what is done when a signal ends the run.
         writer: Of the output.
         prepare: Makes what prepares a shard in this process, which has loaded the tower.
         make_worker: Makes what computes shards in another process; it can be pickled.
@@ -123,6 +125,7 @@ class ShardJob:
 
     name: str
     unit: str
+    output: Path
     writer: ShardedWriter
     prepare: Callable[[], Prepare]
     make_worker: Callable[[], ShardWorker]
@@ -163,21 +166,44 @@ def require_engine(engine: Engine) -> None:
 
 
 def compute_partition(
-    job: ShardJob, *, partition: str | None, engine: Engine, stop: StopRequest
+    job: ShardJob,
+    *,
+    partition: str | None,
+    engine: Engine,
+    stop: StopRequest,
+    finish: Callable[[], object] | None,
 ) -> None:
-    """Compute what is missing of the shards of a partition.
+    """Compute what is missing of the shards of a partition, in all processes of the run.
 
     Args:
         job: The shards, and how they are computed.
         partition: Such as 2/8; None for all shards.
         engine: What computes them: the processes of this run, or the actors of a Ray cluster.
         stop: Checked between batches; Ray ends its actors when it is interrupted.
+        finish: Called by the main process once all are done, while the others wait.
 
     Raises:
         OSError: The disk is full; what is written stays.
         ValueError: The model gives NaN or infinity, or an image is broken.
+        StageInterrupt: A signal came; the batch that was begun is finished.
         RuntimeError: An actor of Ray failed again and again.
     """
+    state = PartialState()
+    _compute_missing(job, partition, engine, stop)
+    stop.raise_interrupt(
+        f"Stopped after a batch; what is done is in {job.output}.",
+        resume=False,
+        is_main_process=state.is_main_process,
+    )
+    state.wait_for_everyone()
+    if finish is not None and state.is_main_process:
+        finish()
+    state.wait_for_everyone()
+
+
+def _compute_missing(
+    job: ShardJob, partition: str | None, engine: Engine, stop: StopRequest
+) -> None:
     part, num_parts = parse_partition(partition)
     shards = range(job.writer.manifest.num_shards)[part - 1 :: num_parts]
     if engine == "ray":

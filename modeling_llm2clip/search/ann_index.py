@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from .exact_search import find_greatest_cosines, measure_recall
-from .index_database import AnnIndex, IndexDatabase
+from .index_about import AnnIndex
+from .index_database import IndexDatabase
 
 # Below, a query that is compared with every image takes less than about 50 ms.
 FEWEST_ROWS = 20_000

@@ -106,7 +106,6 @@ def embed(
     records = RecordTable.from_records(data)
     rows = open_rows(records, config, modality)
     device = choose_device(config.device)
-    state = PartialState()
     require_engine(engine)
     # Ray ends its actors when it is interrupted; what they wrote stays.
     stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
@@ -115,7 +114,7 @@ def embed(
         require_trained(model_config, purpose="embed", source=found.name)
         encoder = _load_encoder(found.folder, rows, config, device)
         planned = plan_output(found.folder, found.name, records, rows, encoder, config)
-        with state.main_process_first():
+        with PartialState().main_process_first():
             writer = EmbeddingFolderWriter.open(
                 output,
                 planned,
@@ -127,21 +126,13 @@ def embed(
         job = ShardJob(
             name=f"embed {modality}",
             unit=" texts" if modality == "text" else " images",
+            output=output,
             writer=writer,
             prepare=lambda: encoder.prepare,
             make_worker=partial(make_worker, found.folder, writer, config),
             config=config,
         )
-        compute_partition(job, partition=partition, engine=engine, stop=stop)
-        stop.raise_interrupt(
-            f"Stopped after a batch; the embeddings are in {output}.",
-            resume=False,
-            is_main_process=state.is_main_process,
-        )
-        state.wait_for_everyone()
-        if state.is_main_process:
-            writer.finish()
-        state.wait_for_everyone()
+        compute_partition(job, partition=partition, engine=engine, stop=stop, finish=writer.finish)
     return output
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .index_database import About, AnnIndex, IndexDatabase
+from .index_about import About, AnnIndex
+from .index_database import IndexDatabase
 
 _opened: IndexDatabase | None = None  # in the other process
 

@@ -15,12 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..encoding.encode import (
-    default_batch_size,
-    iterate_batches,
-    raise_malloc_thresholds,
-    split_evenly,
-)
+from ..encoding.batches import iterate_batches, split_evenly
+from ..encoding.encode import default_batch_size, raise_malloc_thresholds
 from ..encoding.eval_mode import eval_mode
 from ..image_loading_llm2clip import load_images, read_image_header
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel

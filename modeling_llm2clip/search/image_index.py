@@ -14,7 +14,10 @@ import numpy as np
 from PIL import Image
 
 from ..configs.search_config import IndexConfig
-from .index_database import COLUMNS, About, IndexDatabase
+from ..model_folders.model_types import read_onnx_record
+from .index_about import About, require_same_fingerprint
+from .index_database import COLUMNS, IndexDatabase
+from .onnx_queries import OnnxQueryEncoder, holds_graphs
 from .query_encoding import (
     NamedQuery,
     Part,
@@ -154,7 +157,7 @@ class ImageIndex:
         Args:
             path: Folder or URI of the database.
             model: Folder or Hub id of the model, if it is no longer where it was. It must give the
-                same embeddings.
+                same embeddings. A folder of ONNX graphs of that model needs no torch.
             image_dir: Folder of the images, if it is no longer where it was.
             device: Where the model runs; see `find_device`.
 
@@ -318,6 +321,10 @@ class ImageIndex:
 
 
 def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:
+    if holds_graphs(source):
+        exported = read_onnx_record(Path(source))["source"]
+        require_same_fingerprint(database.location, database.about, source, exported)
+        return OnnxQueryEncoder(Path(source))
     # Not above: it imports torch, which an index is opened without.
     from .model_identity import find_whole_model, name_model, require_same_model
 

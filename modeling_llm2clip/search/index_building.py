@@ -15,11 +15,12 @@ from ..data.records.record_loading import find_example_data
 from ..encoding.devices import find_device
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_files import list_images
-from .index_database import About, IndexDatabase
+from .index_about import About, join_fingerprints
+from .index_database import IndexDatabase
 from .index_update import update_images
 from .model_identity import (
     find_whole_model,
-    fingerprint_embeddings,
+    fingerprint_whole_model,
     hash_file_facts,
     name_model,
     require_same_model,
@@ -85,7 +86,7 @@ def _open(model: str | Path, folder: Path, image_dir: Path, location: str) -> In
     def describe() -> About:
         return About(
             model=name_model(model),
-            fingerprint=fingerprint_embeddings(folder),
+            fingerprint=join_fingerprints(fingerprint_whole_model(folder)),
             model_files=hash_file_facts(folder),
             image_dir=str(image_dir.resolve()),
             width=LLM2CLIPConfig.from_pretrained(folder).projection_dim,

@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +21,18 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
 from ..data.atomic_files import lock_file
+from .index_about import (
+    ABOUT,
+    ERRORS,
+    HOW_TO_INDEX,
+    About,
+    AnnIndex,
+    explained,
+    read_about,
+    shorten,
+    write_about,
+)
 
-FORMAT_VERSION = 1
 COLUMNS = {
     "path": pa.string(),
     "sha256": pa.string(),
@@ -34,7 +42,7 @@ COLUMNS = {
     "height": pa.int32(),
     "taken": pa.timestamp("us"),
 }
-_IMAGES, _ABOUT = "images", "about"
+_IMAGES = "images"
 _LOCK = ".llm2clip-lock"
 _VALUES_AT_ONCE = 500  # in a filter
 _READ_AT_ONCE = 8192
@@ -44,7 +52,6 @@ _SEEN_AFTER = timedelta(seconds=5)
 _KEPT_FOR = timedelta(hours=1)
 # Partitions are rough by nature: more images or iterations take longer, and improve no recall.
 _TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
-_ERRORS = (RuntimeError, ValueError, OSError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -60,57 +67,6 @@ class ImageFacts:
     width: int
     height: int
     taken: datetime | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnnIndex:
-    """An approximate index, and what was measured when it was built.
-
-    Attributes:
-        num_rows: Images when its partitions were trained.
-        num_partitions: Partitions of the images.
-        nprobes: Partitions that a query visits.
-        refine_factor: Candidates per result that are compared exactly.
-        recall_at_10: Share of the ten nearest images that it finds, over `num_queries` texts.
-        num_queries: Texts that it was measured with.
-        query_ms: Median milliseconds of a query.
-        exact_query_ms: The same without the index.
-        build_s: Seconds that training took.
-        is_used: Whether searches use it: it finds enough, and is faster than no index.
-    """
-
-    num_rows: int
-    num_partitions: int
-    nprobes: int
-    refine_factor: int
-    recall_at_10: float
-    num_queries: int
-    query_ms: float
-    exact_query_ms: float
-    build_s: float
-    is_used: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What an index is of.
-
-    Attributes:
-        model: Folder or Hub id of the model.
-        fingerprint: What decides its embeddings.
-        model_files: Digest of names, sizes and times of the model's files: while it stays the
-            same, the fingerprint need not be computed again.
-        image_dir: Folder of the images.
-        width: P of the embeddings.
-        ann: The approximate index; None where none was built.
-    """
-
-    model: str
-    fingerprint: Mapping[str, str]
-    model_files: str
-    image_dir: str
-    width: int
-    ann: AnnIndex | None = None
 
 
 class IndexDatabase:
@@ -143,9 +99,9 @@ class IndexDatabase:
         if "://" not in location:
             require_database_folder(Path(location))
         connection = _connect(location)
-        about = _read_about(location, connection)
+        about = read_about(location, connection)
         if about is None:
-            raise ValueError(f"{location} is not a database of llm2clip index. {_HOW_TO_INDEX}")
+            raise ValueError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
         return cls(location, connection, about)
 
     @classmethod
@@ -164,7 +120,7 @@ class IndexDatabase:
         if folder is not None and (folder.is_file() or _list_foreign(folder)):
             require_database_folder(folder)
         connection = _connect(location)
-        found = _read_about(location, connection)
+        found = read_about(location, connection)
         if found is None and _IMAGES in _list_tables(connection):
             raise ValueError(
                 f"{location} has a table `{_IMAGES}` that llm2clip index did not write. Name a "
@@ -173,7 +129,7 @@ class IndexDatabase:
         about = found or describe()
         with explained(location, "written"):
             if found is None:
-                _write_about(connection, about, mode="create")
+                write_about(connection, about, mode="create")
             if _IMAGES not in _list_tables(connection):
                 connection.create_table(_IMAGES, schema=_make_schema(about.width))
         return cls(location, connection, about)
@@ -202,7 +158,7 @@ class IndexDatabase:
             about: What it is of now.
         """
         with explained(self.location, "written"):
-            _write_about(self._connection, about, mode="overwrite")
+            write_about(self._connection, about, mode="overwrite")
         self.about = about
 
     def count(self, where: str | None = None) -> int:
@@ -219,9 +175,9 @@ class IndexDatabase:
                 return int(self._table.count_rows())
         try:
             return int(self._table.count_rows(where))
-        except _ERRORS as error:
+        except ERRORS as error:
             raise ValueError(
-                f"where={where!r} cannot be used: {_shorten(error)}. The columns are "
+                f"where={where!r} cannot be used: {shorten(error)}. The columns are "
                 f"{', '.join(COLUMNS)}; write texts as 'this', times as date '2024-01-31'."
             ) from error
 
@@ -365,9 +321,6 @@ class IndexDatabase:
         return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))
 
 
-_HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
-
-
 def require_database_folder(folder: Path) -> None:
     """Raise ValueError where a path cannot be a database, and say what it is instead.
 
@@ -375,14 +328,14 @@ def require_database_folder(folder: Path) -> None:
         folder: Of the database.
     """
     if not folder.exists():
-        raise ValueError(f"{folder}: no such database. {_HOW_TO_INDEX}")
+        raise ValueError(f"{folder}: no such database. {HOW_TO_INDEX}")
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is a file, and a database is a folder. An index file of an earlier version "
-            f"is not read any more. {_HOW_TO_INDEX}"
+            f"is not read any more. {HOW_TO_INDEX}"
         )
-    if not (folder / f"{_ABOUT}.lance").is_dir():
-        raise ValueError(f"{folder} is not a database of llm2clip index. {_HOW_TO_INDEX}")
+    if not (folder / f"{ABOUT}.lance").is_dir():
+        raise ValueError(f"{folder} is not a database of llm2clip index. {HOW_TO_INDEX}")
 
 
 def _list_foreign(folder: Path) -> list[str]:
@@ -422,58 +375,6 @@ def _make_schema(width: int) -> pa.Schema:
     return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", embedding)])
 
 
-def _write_about(connection: Any, about: About, *, mode: str) -> None:
-    content = json.dumps(dataclasses.asdict(about))
-    rows = pa.table({"format_version": [FORMAT_VERSION], "content": [content]})
-    connection.create_table(_ABOUT, data=rows, mode=mode)
-
-
-def _read_about(location: str, connection: Any) -> About | None:
-    with explained(location, "read"):
-        if _ABOUT not in _list_tables(connection):
-            return None
-        found = connection.open_table(_ABOUT).to_arrow()
-    if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
-        raise ValueError(f"{location} is not a database of llm2clip index. {_HOW_TO_INDEX}")
-    version = found["format_version"][0].as_py()
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
-            "Index the images again into a new database, or use the version that wrote it."
-        )
-    try:
-        values = json.loads(found["content"][0].as_py())
-        ann = values.pop("ann")
-        return About(**values, ann=None if ann is None else AnnIndex(**ann))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{location} is damaged: the table `{_ABOUT}` cannot be read ({error}). Remove it, "
-            "and index the images again."
-        ) from error
-
-
-@contextmanager
-def explained(location: str, what: str) -> Iterator[None]:
-    """Turn an error of LanceDB into one that names the database and what to do.
-
-    Args:
-        location: Folder or URI.
-        what: What could not be done to it, such as "read".
-
-    Raises:
-        ValueError: The body failed.
-    """
-    try:
-        yield
-    except _ERRORS as error:
-        if isinstance(error, ValueError) and str(error).startswith(location):
-            raise
-        raise ValueError(
-            f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
-            "index the images again."
-        ) from error
-
-
 def to_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, Any]:
     """Turn a column of embeddings into a matrix.
 
@@ -495,9 +396,3 @@ def _list_in_parts(values: Sequence[str]) -> Iterator[str]:
     quoted = [f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values]
     for start in range(0, len(quoted), _VALUES_AT_ONCE):
         yield ", ".join(quoted[start : start + _VALUES_AT_ONCE])
-
-
-def _shorten(error: BaseException) -> str:
-    """Take the first sentence of LanceDB's error, which goes on with places in its source."""
-    text = " ".join(str(error).split())
-    return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_json, list_differences
-from ..model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ..data.atomic_files import hash_json
+from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_types import require_own_model
 from ..model_folders.training_state import require_trained
-from .index_database import About
+from .index_about import About, require_same_fingerprint
 
 _WHOLE = "LLM2CLIPModel"
+_MODALITIES: tuple[Literal["text", "image"], ...] = ("text", "image")
 
 
 def find_whole_model(source: str | Path) -> Path:
@@ -45,28 +47,16 @@ def name_model(source: str | Path) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
 
 
-def fingerprint_embeddings(folder: Path) -> dict[str, str]:
-    """Describe what decides the embeddings of texts and images.
+def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
+    """Describe what decides the embeddings of texts and of images.
 
     Args:
         folder: Folder of a whole model.
 
     Returns:
-        Short texts to compare: weights, tokenizer, prompt, image processor and the like.
+        By modality, short texts to compare: weights, tokenizer, prompt and the like.
     """
-    text, vision = fingerprint_text(folder), fingerprint_vision(folder)
-    return {
-        **fingerprint_model(folder),
-        "tokenizer": text["tokenizer"],
-        "prompt": text["prompt"],
-        "text_architecture": text["architecture"],
-        "text_pooling": text["pooling"],
-        "direction": text["direction"],
-        "max_text_length": text["max_text_length"],
-        "vision_architecture": vision["architecture"],
-        "vision_pooling": vision["pooling"],
-        "image_processor": vision["image_processor"],
-    }
+    return {modality: fingerprint_embeddings(folder, modality) for modality in _MODALITIES}
 
 
 def hash_file_facts(folder: Path) -> str:
@@ -95,10 +85,4 @@ def require_same_model(location: str, about: About, source: str | Path, folder: 
     """
     if about.model_files == hash_file_facts(folder):
         return
-    found = fingerprint_embeddings(folder)
-    if differences := list_differences(about.fingerprint, found):
-        raise ValueError(
-            f"{location} is an index of the model {about.model}, and {source} gives other "
-            f"embeddings: {'; '.join(differences)}. Search with the model of the index, or index "
-            "the images with this one into a new database."
-        )
+    require_same_fingerprint(location, about, source, fingerprint_whole_model(folder))

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..configs.embed_config import EmbedConfig
 from ..data.atomic_files import hash_file
 from ..data.images.image_sources import ImageSource
-from ..encoding.encode import iterate_batches, raise_malloc_thresholds
+from ..encoding.batches import iterate_batches
+from ..encoding.encode import raise_malloc_thresholds
 from ..encoding.onnx_encoding import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_TOKEN_BUDGET,
@@ -21,7 +22,8 @@ from ..encoding.onnx_encoding import (
     OnnxEncoder,
 )
 from ..encoding.tokenized_texts import TokenizedTexts
-from ..model_folders.onnx_folder import choose_graph, load_onnx_encoder, read_onnx_record
+from ..model_folders.model_types import read_onnx_record
+from ..model_folders.onnx_folder import choose_graph, load_onnx_encoder
 from .embedding_rows import ImageRows, TextRows
 from .shard_encoding import Array, DecodedBatch, ImageShardEncoder, TextShardEncoder
 

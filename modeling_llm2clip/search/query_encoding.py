@@ -118,6 +118,19 @@ class QueryEncoder:
         with self._lock:
             return self._encode_texts(texts)
 
+    def count_truncated(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Count the texts that are longer than the model reads.
+
+        Args:
+            texts: Sentences.
+
+        Returns:
+            How many, and how many tokens the model reads.
+        """
+        from ..encoding.batches import measure_texts
+
+        return int(measure_texts(self.processor, texts)[1].sum()), self.processor.longest_text
+
     @cached_property
     def processor(self) -> Any:
         """The model's processor."""

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
 from ..data.images.image_sources import ImageSource, find_unreadable_images, open_image
+from ..encoding.batches import iterate_batches, split_evenly
 from ..encoding.encode import (
     default_batch_size,
     default_token_budget,
-    iterate_batches,
     iterate_token_batches,
     project_captions,
     raise_malloc_thresholds,
-    split_evenly,
 )
 from ..encoding.eval_mode import eval_mode
 from ..encoding.tokenized_texts import TokenizedTexts

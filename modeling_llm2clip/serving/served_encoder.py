@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..encoding.batches import measure_texts
 from ..encoding.encode import (
     default_batch_size,
     default_token_budget,
     encode_prepared_images,
     encode_texts,
-    measure_texts,
     raise_malloc_thresholds,
 )
 from ..encoding.onnx_encoding import DEFAULT_BATCH_SIZE, DEFAULT_TOKEN_BUDGET, OnnxEncoder

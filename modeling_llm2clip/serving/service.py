@@ -132,19 +132,14 @@ class EmbeddingService:
 
         Raises:
             ValueError: The model is not trained, the device is not there, the index is of another
-                model, or there is an index and the model is in ONNX.
+                model.
         """
         config = config or ServeConfig()
-        if config.backend == "onnx" and index is not None:
-            raise ValueError(
-                f"{index} is bound to the weights of a model, which a folder of ONNX graphs does "
-                "not have. Serve the model that it was exported from with backend='torch'."
-            )
         return cls(
             _load_encoder(model, config),
             config,
             model_name=config.model_name or Path(model).resolve().name,
-            index=None if index is None else _open_index(index, model),
+            index=None if index is None else _open_index(index, model, config),
         )
 
     @property
@@ -449,7 +444,10 @@ def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
     return ModelEncoder(loaded, processor)
 
 
-def _open_index(index: str, model: str | Path) -> ImageIndex:
+def _open_index(index: str, model: str | Path, config: ServeConfig) -> ImageIndex:
+    from ..model_folders.onnx_folder import find_onnx_folder
     from ..search.image_index import ImageIndex
 
-    return ImageIndex.open(index, model=model)
+    # Of a Hub id, the graphs are downloaded by now.
+    source = find_onnx_folder(model) if config.backend == "onnx" else model
+    return ImageIndex.open(index, model=source)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.render_tables import _render_evaluation, _render_search
+from benchmarks.product_tables import PRODUCT_TABLES
+from benchmarks.render_tables import _render_evaluation
 
 LABEL = "tiny random weights: shows the path, not a score"
 
@@ -56,13 +57,13 @@ def test_a_search_is_shown_beside_its_peers_and_with_photographs_where_there_are
             ("text_with_its_image", "text_with_any_image", "image_with_any_image"), 0.3
         ),
     }  # fmt: skip
-    shown = _render_search(report)
+    shown = PRODUCT_TABLES["search"](report)
     assert "| the index, 50 of 1000 partitions | 26 | 0.979 | 1.8 | 214 |" in shown
     assert "| FAISS, IVF1024 | 13 | 0.972 | 1.7 | 20 |" in shown
     assert "| compared with every image | 2104 | 1.000 | – | – |" in shown
     assert "photographs" not in shown
     seconds = ("decode_s", "model_start_s", "index_s", "index_unchanged_s", "second_search_s")
     photographs = {"images": 3000, **dict.fromkeys(seconds, 4.26)}
-    assert "| `llm2clip search`, the second time | 4.3 |" in _render_search(
+    assert "| `llm2clip search`, the second time | 4.3 |" in PRODUCT_TABLES["search"](
         {**report, "photographs": photographs}
     )

@@ -18,10 +18,10 @@ from tiny import draw_noise, tiny_model
 from torch import nn
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.encoding.batches import measure_texts
 from modeling_llm2clip.encoding.encode import (
     encode_images,
     encode_texts,
-    measure_texts,
     project_captions,
     project_images,
 )

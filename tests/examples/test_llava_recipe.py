@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +14,10 @@ import pytest
 import torch
 import tune_instructions
 from aligning import read_losses
+from launches import run_python
 from llava_conversations import Conversation, conversations_of_captions, read_conversations
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
-from llava_parts import RECIPE, ROOT, build, make_entry, save_parts
+from llava_parts import RECIPE, build, make_entry, save_parts
 from llava_trainer import LlavaConfig, LlavaTrainer, make_training_arguments, train_llava
 from PIL import Image
 from torch import Tensor
@@ -389,16 +388,10 @@ def test_a_lora_without_rank_or_scale_is_refused_before_anything_is_read(
 
 def run_script(name: str, *arguments: object, processes: int = 1) -> str:
     """Run a step as its users do; returns what it printed."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(RECIPE / name),
-         *map(str, arguments), "--device", "cpu", "--logging-steps", "1",
-         "--learning-rate", "1e-2"],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    return run_python(
+        RECIPE / name, *arguments, "--device", "cpu", "--logging-steps", 1,
+        "--learning-rate", "1e-2", processes=processes,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from launches import run_python
 from transformers import TrainingArguments
 from tuning import SHORT, tune
 
@@ -166,17 +164,7 @@ def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_fo
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(TOGETHER)
-    subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(script), str(tmp_path),
-        ],
-        check=True, capture_output=True, timeout=200,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
-        },
-    )  # fmt: skip
+    run_python(script, tmp_path, processes=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     assert torch.equal(found[0]["together"], found[1]["together"])
     # Five captions per group: four groups here, three there, then all seven by itself.

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from interruptions import StopAfter, largest_file
+from launches import run_python
 from PIL import Image
 from tiny import tiny_model
 from tiny_folders import export_tiny_model
@@ -552,6 +553,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_ray_leaves_the_same_bytes_as_one_process(
     model: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -583,13 +585,9 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     alone, together = tmp_path / "alone", tmp_path / "together"
     flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
     assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "modeling_llm2clip", "embed", str(model), str(data), str(together), *flags],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Wrote") == 1  # the main process alone says so
+    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *flags]
+    printed = run_python(*command, processes=2)
+    assert printed.count("Wrote") == 1  # the main process alone says so
     assert read_bytes(together) == read_bytes(alone)
 
 

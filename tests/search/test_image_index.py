@@ -22,7 +22,7 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.search import query_encoding
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_database import AnnIndex
+from modeling_llm2clip.search.index_about import AnnIndex
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
@@ -253,7 +253,7 @@ def test_what_is_not_an_index_is_refused(place: Path, tmp_path: Path) -> None:
 def test_another_version_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_llm2clip.search.index_database.FORMAT_VERSION", 7)
+    monkeypatch.setattr("modeling_llm2clip.search.index_about.FORMAT_VERSION", 7)
     build(place / "model", place / "images", tmp_path / "index")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format_version 7, and this package reads 1"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from indexes import build, save_images, save_model
 from onnx_folders import shared_graphs, shared_source
 from served_apps import MIXED_TEXTS, to_png
 from shared_models import ROUNDING
@@ -59,6 +61,25 @@ def test_an_untrained_model_is_refused_as_in_torch(tmp_path: Path) -> None:
         EmbeddingService.open(graphs, ONNX)
 
 
-def test_an_index_needs_the_model_itself() -> None:
-    with pytest.raises(ValueError, match="bound to the weights of a model"):
-        EmbeddingService.open(shared_graphs(), ONNX, index="no-such-index")
+def test_an_index_is_searched_by_the_graphs_of_its_model(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images")
+    index, _ = build(shared_source(), images, tmp_path / "db")
+    for config in (ONNX, replace(ONNX, text_weights="int8")):
+        service = EmbeddingService.open(shared_graphs(), config, index=str(tmp_path / "db"))
+        queries = ["a dog", to_png(draw_noise(40, 57, seed=1))]
+        (of_text, of_image), _ = asyncio.run(service.search(queries, top_k=6))
+        service.close()
+        assert of_image.hits[0][0] == images / "1.png"
+        wanted = dict(index.search("a dog").hits)
+        for path, cosine in of_text.hits:
+            # int8 weights are kept where each embedding's cosine with the model's is 0.999 or more,
+            # so it is at most 0.045 away.
+            assert cosine == pytest.approx(wanted[path], abs=0.045)
+
+
+def test_the_graphs_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    other = save_model(tmp_path / "other")
+    build(other, save_images(tmp_path / "images", count=2), tmp_path / "db")
+    with pytest.raises(ValueError, match=r"index of the model .*other, .*text weights") as found:
+        EmbeddingService.open(shared_graphs(), ONNX, index=str(tmp_path / "db"))
+    assert str(shared_graphs()) in str(found.value)

@@ -58,6 +58,25 @@ class ObjectStorage:
 
         return self._try(self.url, find)
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there.
+
+        Args:
+            name: of the file.
+
+        Raises:
+            AccessError: access is denied, or the service cannot be reached.
+        """
+
+        def look(filesystem: Any, path: str) -> bool:
+            filesystem.invalidate_cache()
+            try:  # `isfile` would call a file that may not be read missing
+                return bool(filesystem.info(path)["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+        return self._try(f"{self.url}/{name}", look)
+
     def push(self, file: Path) -> None:
         """Copy a file there, under its own name.
 

@@ -109,7 +109,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         Args:
             shard: its number, from 0.
         """
-        return super().is_done(shard) or shard in self._list_stored()
+        return super().is_done(shard) or self.storage.has(_record_file(shard))
 
     def list_missing(self) -> list[int]:
         """List the shards that are complete neither here nor in the storage."""
@@ -126,12 +126,12 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         Raises:
             OSError: the disk is full.
         """
-        opened = _SharedShardWriter(self.folder, self.manifest, shard, batches)
-        opened.publish = partial(self._publish, shard)
-        return opened
+        return _SharedShardWriter(
+            self.folder, self.manifest, shard, batches, publish=partial(self._publish, shard)
+        )
 
     def _publish(self, shard: int) -> None:
-        files = [self.folder / shard_file(shard), self.folder / f"{shard_stem(shard)}.json"]
+        files = [self.folder / name for name in _list_files(shard)]
         for file in files:
             self.storage.push(file)
         if not self._keep:
@@ -152,29 +152,48 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         super().finish()
 
     def _fetch(self, shard: int) -> None:
-        for name in (shard_file(shard), f"{shard_stem(shard)}.json"):
+        for name in _list_files(shard):
             self.storage.pull(name, self.folder)
 
     def _list_stored(self) -> set[int]:
         names = self.storage.list_sizes().keys()
         shards = range(self.manifest.num_shards)
-        return {shard for shard in shards if f"{shard_stem(shard)}.json" in names}
+        return {shard for shard in shards if _record_file(shard) in names}
 
 
 class _SharedShardWriter(ShardWriter):
     """Writes a shard here, and then into the storage."""
 
-    publish: Callable[[], None]
+    def __init__(
+        self,
+        folder: Path,
+        manifest: StoreManifest,
+        shard: int,
+        batches: Sequence[Array],
+        *,
+        publish: Callable[[], None],
+    ) -> None:
+        super().__init__(folder, manifest, shard, batches)
+        self._publish = publish
 
     def seal(self, num_truncated: int = 0) -> ShardRecord:
         record = super().seal(num_truncated)
-        self.publish()
+        self._publish()
         return record
+
+
+def _list_files(shard: int) -> tuple[str, str]:
+    """Name the files of a complete shard, the record last: it says that the other one is whole."""
+    return shard_file(shard), _record_file(shard)
+
+
+def _record_file(shard: int) -> str:
+    return f"{shard_stem(shard)}.json"
 
 
 def _pull_plan(folder: Path, storage: ObjectStorage) -> bool:
     """Copy manifest and index here unless they are; whether the storage has them."""
-    if MANIFEST_FILE not in storage.list_sizes():
+    if not storage.has(MANIFEST_FILE):
         return False
     if not (folder / MANIFEST_FILE).is_file():
         folder.mkdir(exist_ok=True)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ...configs.evaluation_config import EncoderConfig
 from ...data.images.image_sources import open_image
+from ...encoding.batches import encode_distinct
 from ...encoding.devices import find_device
-from ...encoding.encode import encode_distinct
 from ...image_loading_llm2clip import load_images
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...encoding.batches import measure_texts
 from ...encoding.devices import find_device
-from ...encoding.encode import encode_images, encode_texts, measure_texts
+from ...encoding.encode import encode_images, encode_texts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel

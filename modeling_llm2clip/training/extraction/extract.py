@@ -80,39 +80,31 @@ def extract(
     """
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
-    _, num_parts = parse_partition(partition)
+    is_whole = parse_partition(partition) == (1, 1)
     config, output = config or ExtractConfig(), Path(output)
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
-    state = PartialState()
     require_engine(engine)
     # Ray ends its actors when it is interrupted; what they wrote stays.
     stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
     with stops as stop, open_source(source, output) as found:
         plan = make_plan(found.folder, table, config, device, modality)
-        with state.main_process_first():
+        with PartialState().main_process_first():
             writer = _open_writer(output, storage, plan)
         model = found.name if storage and isinstance(source, str | Path) else found.folder
         work = share_work(writer, table, push=engine == "ray")
         job = ShardJob(
             name=f"extract {modality}",
             unit=plan.unit,
+            output=output,
             writer=writer,
             prepare=partial(plan.open_shards, writer),
             make_worker=partial(make_worker, model, work, config, modality),
             config=config,
         )
-        compute_partition(job, partition=partition, engine=engine, stop=stop)
-        stop.raise_interrupt(
-            f"Stopped after a batch; the store is in {output}.",
-            resume=False,
-            is_main_process=state.is_main_process,
-        )
-        state.wait_for_everyone()
-        if num_parts == 1 and state.is_main_process:
-            writer.finish()
-        state.wait_for_everyone()
-    if num_parts == 1:
+        finish = writer.finish if is_whole else None
+        compute_partition(job, partition=partition, engine=engine, stop=stop, finish=finish)
+    if is_whole:
         EmbeddingStore.open(output)  # a store of an earlier run may have lost files since
     return output
 

@@ -22,7 +22,8 @@ from ...data.records.shared_images import (
 )
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from ...data.store.store_index import make_batch
-from ...encoding.encode import default_batch_size, iterate_image_batches, split_evenly
+from ...encoding.batches import split_evenly
+from ...encoding.encode import default_batch_size, iterate_image_batches
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor

@@ -19,7 +19,7 @@ from ...data.captions.caption_groups import CaptionGroup, CaptionGroups
 from ...data.captions.text_pairs import read_text_pairs
 from ...data.key_arrays import count_distinct
 from ...data.records.record_columns import hash_text
-from ...encoding.encode import measure_texts
+from ...encoding.batches import measure_texts
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..distributed import run_once_per_machine
 from .pair_sampling import NoDuplicateGroupsBatchSampler

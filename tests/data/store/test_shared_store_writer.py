@@ -154,6 +154,7 @@ def test_an_actor_finds_the_records_that_it_was_given(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_ray_with_storage_leaves_the_same_bytes_as_one_process(
     model: Path, records: RecordTable, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from interruptions import StopAfter, largest_file
+from launches import run_python
 from PIL import Image
 from stores import list_complete_shards
 from tiny import tiny_model
@@ -304,13 +305,9 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
 ) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "modeling_llm2clip", *shorten(["extract", str(model), str(data), str(together)])],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Wrote") == 1  # the main process alone says so
+    command = shorten(["extract", str(model), str(data), str(together)])
+    printed = run_python("-m", "modeling_llm2clip", *command, processes=2)
+    assert printed.count("Wrote") == 1  # the main process alone says so
     assert read_bytes(together) == read_bytes(alone)
 
 
@@ -385,6 +382,7 @@ def start_with_ray(folder: Path, *arguments: object, modality: str) -> subproces
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_ray_leaves_the_same_bytes_of_images_as_one_process(
     model: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -399,6 +397,7 @@ def test_ray_leaves_the_same_bytes_of_images_as_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
     model: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.captions.caption_groups import group_captions
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.encoding.encode import measure_texts
+from modeling_llm2clip.encoding.batches import measure_texts
 from modeling_llm2clip.training.finetuning import finetune_data
 from modeling_llm2clip.training.finetuning.finetune_data import (
     FinetuneData,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,15 +55,9 @@ def compute_gradients(
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(GRADIENTS)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [
-        sys.executable, *(launch if processes > 1 else []), str(script), str(folder / "gradients"),
-        str(folder / "run"), str(8 // processes), str(mini_batch_size), negatives,
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-    subprocess.run(
-        command, check=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    run_python(
+        script, folder / "gradients", folder / "run", 8 // processes, mini_batch_size, negatives,
+        processes=processes,
     )  # fmt: skip
     first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
     return torch.load(folder / "gradients", weights_only=True), first["loss"]

@@ -5,6 +5,7 @@ It is `encode.py` of every exported folder: `python encode.py "a dog" dog.jpg` p
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ def encode_texts(texts: list[str], graph: str = "text_model", folder: Path = FOL
     """Return unit embeddings, (texts, P) float32; the prompt is part of the tokenizer."""
     if not texts or not all(text.strip() for text in texts):
         raise ValueError("Give at least one text, and no blank one.")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(json.loads((folder / "config.json").read_text())["max_text_length"])
+    tokenizer, longest = open_tokenizer(folder)
+    tokenizer.enable_truncation(longest)
     tokenizer.enable_padding()
     rows = tokenizer.encode_batch([text.strip() for text in texts])
     ids, mask = np.array([[row.ids, row.attention_mask] for row in rows], np.int64).swapaxes(0, 1)
     return run_graph(folder, graph, {"input_ids": ids, "attention_mask": mask})
+
+
+def open_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
+    """Return the tokenizer, and the number of tokens that the model reads."""
+    config = json.loads((folder / "config.json").read_text())
+    return Tokenizer.from_file(str(folder / "tokenizer.json")), config["max_text_length"]
 
 
 def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:
@@ -56,9 +63,15 @@ def prepare_image(source: Any, how: dict[str, Any]) -> Any:
 
 def run_graph(folder: Path, graph: str, inputs: dict[str, Any]) -> Any:
     """Return the only output of a graph."""
+    return open_graph(folder / "onnx" / f"{graph}.onnx").run(None, inputs)[0]
+
+
+@cache
+def open_graph(file: Path) -> InferenceSession:
+    """Return a graph, which is read once."""
     options = SessionOptions()
     options.log_severity_level = 3  # errors; it would warn of the optional input
-    return InferenceSession(str(folder / "onnx" / f"{graph}.onnx"), options).run(None, inputs)[0]
+    return InferenceSession(str(file), options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""The tables of what a model becomes: stores and indexes at scale, embeddings, a server, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from markdown_tables import draw_table, percent
+
+
+def _render_embed_speed(report: dict[str, Any]) -> str:
+    heads = (
+        "rows",
+        "embed, rows per second",
+        "sentence-transformers and pandas",
+        "times",
+        "cosine",
+    )
+    rows = [
+        [
+            f"{row['count']:,} {row['modality']}s",
+            f"{row['rows_per_second']:.1f}",
+            f"{row['sentence_transformers_rows_per_second']:.1f}",
+            f"{row['times_sentence_transformers']:.2f}",
+            f"{row['min_cosine']:.4f}",
+        ]
+        for row in report["rows"]
+    ]
+    note = f"Machine: {report['hardware']}, {report['threads']} threads."
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_onnx(report: dict[str, Any]) -> str:
+    heads = ("text tower", "MB", "captions per second", "times torch", "smallest cosine", "R@1")
+    names = {"torch": "torch, float32", "float32": "ONNX Runtime, float32",
+             "int8": "8-bit weights", "int4": "4-bit weights"}  # fmt: skip
+    rows = [
+        (
+            names[row["name"]],
+            f"{row['size_mb']:.0f}",
+            f"{row['captions_per_second']:.1f}",
+            f"{row['times_torch']:.2f}",
+            f"{row['min_cosine']:.5f}",
+            percent(row["recall_at_1"]),
+        )
+        for row in report["rows"]
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    note = (
+        f"Captions: {report['captions']}. R@1: text to image, {report['recall_on']}, images in "
+        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}. "
+        f"{versions}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_search(report: dict[str, Any]) -> str:
+    ann = report["ann"]
+    visited = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
+    rows = [
+        (f"the index, {visited}", *_search_cells(report, ""), f"{report['build_s']:.0f}"),
+        (f"FAISS, {report['faiss']}", *_search_cells(report, "faiss_"),
+         f"{report['faiss_build_s']:.0f}"),
+        ("compared with every image", f"{report['exact_query_ms']:.0f}", "1.000", "–", "–"),
+    ]  # fmt: skip
+    heads = ("search", "ms per query", "recall@10", "memory, GB", "seconds to build")
+    cosines = report["cosines"]
+    notes = (
+        f"{report['rows']:,} embeddings of {report['width']} numbers, {report['queries']} texts. "
+        f"Mean cosines: {cosines['text_with_its_image']} of a text with its image, "
+        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} of "
+        f"two images. {report['processor']}, {report['cores']} cores; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{notes}\n{_draw_photographs(report.get('photographs'))}"
+
+
+def _search_cells(report: dict[str, Any], prefix: str) -> tuple[str, str, str]:
+    return (
+        f"{report[f'{prefix}query_ms']:.0f}",
+        f"{report[f'{prefix}recall_at_10']:.3f}",
+        f"{report[f'{prefix}rss_gb']:.1f}",
+    )
+
+
+def _draw_photographs(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    names = {
+        "decode_s": "decode every image once",
+        "model_start_s": "load the model",
+        "index_s": "`llm2clip index`",
+        "index_unchanged_s": "`llm2clip index` again",
+        "second_search_s": "`llm2clip search`, the second time",
+        "second_search_graphs_s": "the same with `--model` and ONNX graphs",
+    }
+    rows = [(label, f"{found[name]:.1f}") for name, label in names.items() if name in found]
+    heads = (f"{found['images']:,} photographs", "seconds")
+    return f"\n{draw_table(heads, rows)}"
+
+
+def _render_scale(report: dict[str, Any]) -> str:
+    tables = [_draw_records(report["records"])] if "records" in report else []
+    if "stages" in report:
+        tables.append(_draw_stages(report["stages"]))
+    if "store" in report:
+        tables.append(_draw_store(report["store"]))
+    parts = [report[part] for part in ("records", "stages", "store") if part in report]
+    hardware = " and ".join(dict.fromkeys(f"{p['processor']}, {p['cores']} cores" for p in parts))
+    return "\n".join([*tables, f"{hardware}; commit {parts[0]['commit']}.\n"])
+
+
+def _draw_records(part: dict[str, Any]) -> str:
+    heads = ("records", "seconds to index", "records per second", "seconds to open", "MB opened")
+    rows = [
+        (
+            f"{row['records']:,}",
+            f"{row['index_seconds']:.1f}",
+            f"{row['records_per_second']:,}",
+            f"{row['open_seconds']:.3f}",
+            f"{row['open_resident_mb']:.0f}",
+        )
+        for row in part["counts"]
+    ]
+    return draw_table(heads, rows)
+
+
+def _draw_stages(part: dict[str, Any]) -> str:
+    heads = ("stage", "records", "seconds to the first batch", "private MB gained")
+    rows = [
+        (
+            row["stage"],
+            f"{row['records']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['private_mb']:.0f}",
+        )
+        for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
+    ]
+    return draw_table(heads, rows)
+
+
+def _draw_store(part: dict[str, Any]) -> str:
+    names = list(part["random"]["rows_per_second"])
+    heads = ("rows per second", *names, "store, of numpy")
+    rows = [
+        (
+            kind,
+            *(f"{part[kind]['rows_per_second'][name]:,}" for name in names),
+            f"{part[kind]['rows_vs_numpy']:.2f}",
+        )
+        for kind in ("random", "sequential")
+    ]
+    return draw_table(heads, rows)
+
+
+def _render_serving(report: dict[str, Any]) -> str:
+    heads = ("clients", "texts per second", "of the bare model", "p50, ms", "p95, ms", "p99, ms")
+    bare = report["bare_texts_per_second"]
+    rows = [
+        (
+            clients,
+            f"{row['texts_per_second']:.1f}",
+            percent(row["texts_per_second"] / bare),
+            *(f"{row[name]:.0f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
+        )
+        for clients, row in report["by_clients"].items()
+    ]
+    note = (
+        f"Bare model: {bare:.1f} texts per second; {report['texts']}. The server grew by "
+        f"{report['rss_growth_mb']:.0f} MB over {report['memory']['num_requests']:,} requests. "
+        f"{report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
+    "embed_speed": _render_embed_speed,
+    "onnx": _render_onnx,
+    "scale": _render_scale,
+    "search": _render_search,
+    "serving": _render_serving,
+}

@@ -1,0 +1,93 @@
+"""Queries into embeddings by exported ONNX graphs, without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .._extras import ONNX_RUNTIME, require
+from ..model_folders.model_types import ONNX_RECORD, read_onnx_record
+from .query_encoding import QueryEncoder
+
+_TEXT_GRAPHS = ("text_model", "text_model_quantized", "text_model_q4")  # the most exact one first
+
+
+def holds_graphs(source: str | Path | None) -> bool:
+    """Whether a model is a local folder of ONNX graphs.
+
+    Args:
+        source: Folder or Hub id; None where none is named.
+    """
+    return source is not None and (Path(source) / ONNX_RECORD).is_file()
+
+
+class OnnxQueryEncoder(QueryEncoder):
+    """Encodes queries with ONNX Runtime on the CPU.
+
+    Args:
+        folder: Folder of ONNX graphs.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ValueError: The folder has no text graph, or its record is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "cpu")
+        require(ONNX_RUNTIME)
+        self._record = read_onnx_record(folder)
+        graphs = (graph for graph in _TEXT_GRAPHS if (folder / f"onnx/{graph}.onnx").is_file())
+        self._text_graph = next(graphs, "")
+        if not self._text_graph:
+            raise ValueError(f"{folder} has no graph for texts. Export the whole model.")
+
+    def count_truncated(self, texts: Sequence[str]) -> tuple[int, int]:
+        """Count the texts that are longer than the model reads.
+
+        Args:
+            texts: Sentences.
+
+        Returns:
+            How many, and how many tokens the model reads.
+        """
+        from ..encoding.encode_onnx import open_tokenizer
+
+        tokenizer, longest = open_tokenizer(self._folder)
+        tokenizer.no_truncation()
+        rows = tokenizer.encode_batch([text.strip() for text in texts])
+        return sum(sum(row.attention_mask) > longest for row in rows), longest
+
+    def _encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        from ..encoding.encode_onnx import encode_texts
+
+        embeds: np.ndarray[Any, Any] = encode_texts(list(texts), self._text_graph, self._folder)
+        return embeds
+
+    def _encode_images(self, images: Sequence[Path | Image.Image]) -> np.ndarray[Any, Any]:
+        from ..data.images.image_sources import register_heif_reader
+        from ..encoding.encode_onnx import encode_images
+
+        register_heif_reader()
+        if "image" not in self._record["source"] or self._record["script"] is not None:
+            reason = self._record["script"] or "there is no graph for images"
+            raise ValueError(
+                f"{self._folder} cannot encode images without torch: {reason}. Leave --model out, "
+                "to search with the model of the index."
+            )
+        files = [_write_png(one) if isinstance(one, Image.Image) else one for one in images]
+        try:
+            embeds: np.ndarray[Any, Any] = encode_images(files, self._folder)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"A query image cannot be read: {error}") from error
+        return embeds
+
+
+def _write_png(image: Image.Image) -> io.BytesIO:
+    file = io.BytesIO()
+    ImageOps.exif_transpose(image).save(file, "PNG")
+    return file

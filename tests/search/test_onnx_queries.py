@@ -1,0 +1,97 @@
+"""An index is searched by the ONNX graphs of its model as by the model, without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from indexes import build, save_images, save_model
+from launches import run_python
+from onnx_folders import shared_graphs, shared_source
+from PIL import Image
+from shared_models import ROUNDING
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.model_folders.model_types import ONNX_RECORD
+from modeling_llm2clip.search.image_index import ImageIndex
+
+_WITHOUT_TORCH = """
+import sys
+from modeling_llm2clip.__main__ import main
+assert main(["search", *sys.argv[1:]]) == 0
+loaded = {"torch", "transformers"} & set(sys.modules)
+assert not loaded, loaded
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def db(images: Path) -> Path:
+    build(shared_source(), images, images.parent / "db")
+    return images.parent / "db"
+
+
+def test_a_sentence_finds_what_it_finds_with_the_model(db: Path) -> None:
+    found, wanted = (
+        ImageIndex.open(db, model=model).search("a dog") for model in (shared_graphs(), None)
+    )
+    assert [path for path, _ in found.hits] == [path for path, _ in wanted.hits]
+    cosines = [[cosine for _, cosine in result.hits] for result in (found, wanted)]
+    assert np.allclose(*cosines, atol=ROUNDING)
+
+
+def test_an_image_finds_itself_from_a_file_and_from_memory(db: Path, images: Path) -> None:
+    index = ImageIndex.open(db, model=shared_graphs())
+    for query in (images / "1.png", Image.open(images / "1.png")):
+        path, cosine = index.search(query).hits[0]
+        # Pillow resizes in 8 bits, torchvision in 32.
+        assert path == images / "1.png" and cosine == pytest.approx(1, abs=1e-2)
+
+
+def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
+    db: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(db), "a dog", "--model", str(shared_graphs()), "--format", "json"]
+    printed = run_python("-c", _WITHOUT_TORCH, *words)
+    assert main(["search", *words[:2], "--format", "json"]) == 0
+    found, wanted = (json.loads(text)[0] for text in (printed, capsys.readouterr().out))
+    assert found.keys() == wanted.keys()
+    for words in (["dog " * 200], ["dog " * 200, "--model", str(shared_graphs())]):
+        assert main(["search", str(db), *words]) == 0
+        assert "Truncated 1 of 1 sentences to the 128 tokens" in capsys.readouterr().err
+
+
+def test_the_graphs_of_another_model_are_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(save_model(tmp_path / "other"), images, tmp_path / "db")
+    words = [str(tmp_path / "db"), "a dog", "--model", str(shared_graphs())]
+    assert main(["search", *words]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "other") in error and "text weights" in error
+
+
+def test_what_the_graphs_cannot_read_is_refused(
+    db: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graphs = tmp_path / "graphs"
+    shutil.copytree(shared_graphs(), graphs)
+    search = ["search", str(db), "--model", str(graphs)]
+    assert main([*search, "--image", str(images / "notes.txt")]) == 2
+    assert "notes.txt" in capsys.readouterr().err
+    assert main([*search, " "]) == 2
+    assert "no blank one" in capsys.readouterr().err
+    record = json.loads((graphs / ONNX_RECORD).read_text())
+    (graphs / ONNX_RECORD).write_text(json.dumps({**record, "script": "it has other settings"}))
+    assert main([*search, "--image", str(images / "1.png")]) == 2
+    assert "without torch: it has other settings" in capsys.readouterr().err
+    shutil.rmtree(graphs / "onnx")
+    assert main([*search, "a dog"]) == 2
+    assert "no graph for texts" in capsys.readouterr().err
