@@ -27,7 +27,7 @@ from modeling_llm2clip.data.store.embedding_store_writer import (
     StoreItems,
     plan_manifest,
 )
-from modeling_llm2clip.encoding import encode as captions
+from modeling_llm2clip.encoding import batches as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.scheduling.shard_computation import ShardProgress
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE

@@ -252,7 +252,7 @@ def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
         try:
             embed_texts(model, records, folder)
         except StageInterrupt as error:
-            assert f"the embeddings are in {folder}. Continue with the same call." in str(error)
+            assert f"what is done is in {folder}. Continue with the same call." in str(error)
             num_stops += 1
         else:
             break

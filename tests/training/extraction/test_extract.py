@@ -264,7 +264,7 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
         try:
             extract_captions(model, records, folder)
         except StageInterrupt as error:
-            assert f"the store is in {folder}. Continue with the same call." in str(error)
+            assert f"what is done is in {folder}. Continue with the same call." in str(error)
             num_stops += 1
         else:
             break
