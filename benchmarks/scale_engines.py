@@ -22,7 +22,7 @@ _SHARD = "2MB"
 _ENGINES = ("one", "partitions", "ray")
 
 
-def measure_engines(folder: Path, *, count: int = 12_000, layers: int = 10) -> dict[str, Any]:
+def measure_engines(folder: Path, *, count: int = 24_000, layers: int = 10) -> dict[str, Any]:
     """Extract captions three times.
 
     Args:
