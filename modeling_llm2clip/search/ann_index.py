@@ -27,7 +27,8 @@ _TOP_K = 10
 _SHARES_VISITED = (
     0.02, 0.05, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0
 )  # fmt: skip
-_REFINE_FACTORS = (5, 20)
+# One bit per dimension is rough: of so many candidates per result, the true cosine decides.
+_REFINE_FACTORS = (50, 200)
 # Its partitions fit images of today as long as not many more have come.
 _MOST_GROWTH = 1.25
 _TIMED = 20

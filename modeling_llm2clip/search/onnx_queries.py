@@ -34,17 +34,13 @@ class OnnxQueryEncoder(QueryEncoder):
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        ValueError: The folder has no text graph, or its record is damaged.
+        ValueError: The folder's record is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "cpu")
         require(ONNX_RUNTIME)
         self._record = read_onnx_record(folder)
-        graphs = (graph for graph in _TEXT_GRAPHS if (folder / f"onnx/{graph}.onnx").is_file())
-        self._text_graph = next(graphs, "")
-        if not self._text_graph:
-            raise ValueError(f"{folder} has no graph for texts. Export the whole model.")
 
     def count_truncated(self, texts: Sequence[str]) -> tuple[int, int]:
         """Count the texts that are longer than the model reads.
@@ -65,7 +61,10 @@ class OnnxQueryEncoder(QueryEncoder):
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
         from ..encoding.encode_onnx import encode_texts
 
-        embeds: np.ndarray[Any, Any] = encode_texts(list(texts), self._text_graph, self._folder)
+        there = [name for name in _TEXT_GRAPHS if (self._folder / f"onnx/{name}.onnx").is_file()]
+        if not there:
+            raise ValueError(f"{self._folder} has no graph for texts. Export the whole model.")
+        embeds: np.ndarray[Any, Any] = encode_texts(list(texts), there[0], self._folder)
         return embeds
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and files that find no room."""
+"""Runs that are asked to stop, files that find no room, and the bytes that are left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
+import torch
+
+from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
 from modeling_llm2clip.scheduling.graceful_stop import StopRequest
 
 
@@ -31,3 +36,21 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def count_written_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the rows of every batch that is written from now on."""
+    rows: list[int] = []
+    write = ShardWriter.write
+
+    def count(self: ShardWriter, embeddings: torch.Tensor) -> None:
+        rows.append(len(embeddings))
+        write(self, embeddings)
+
+    monkeypatch.setattr(ShardWriter, "write", count)
+    return rows
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    """Read the files of a folder, by name."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interruptions import StopAfter, largest_file
+from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
 from launches import run_python
 from PIL import Image
 from tiny import tiny_model
@@ -30,7 +30,6 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_embeddings
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -104,26 +103,14 @@ def undisturbed(
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch that is computed."""
-    rows: list[int] = []
-    write = ShardWriter.write
-
-    def count(self: ShardWriter, embeddings: torch.Tensor) -> None:
-        rows.append(len(embeddings))
-        write(self, embeddings)
-
-    monkeypatch.setattr(ShardWriter, "write", count)
-    return rows
+    """Rows of every batch that is written."""
+    return count_written_rows(monkeypatch)
 
 
 def embed_texts(
     model: Path, records: list[CaptionedImage], folder: Path, config: EmbedConfig = TEXT
 ) -> Path:
     return embed(model, records, folder, config, modality="text")
-
-
-def read_bytes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def read_embeddings(folder: Path) -> tuple[list[str], np.ndarray[Any, Any]]:

@@ -171,7 +171,7 @@ class StoreShards:
                 "Restore it from a copy, or delete the store and extract it again."
             )
         start = head - CHECKSUM_BYTES * record.rows
-        # Not copied: eight bytes a row would be those of every process.
+        # A view: a copy would take eight bytes a row in every process.
         checksums = np.frombuffer(buffer, "<i8", count=record.rows, offset=start)
         self._buffers[shard] = buffer, checksums
         self._addresses[shard] = buffer.address + head

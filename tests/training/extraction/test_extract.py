@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from interruptions import StopAfter, largest_file
+from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
 from launches import run_python
 from PIL import Image
 from stores import list_complete_shards
@@ -111,10 +111,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_bytes(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
 def extract_captions(
     model: Path, records: list[CaptionedImage], folder: Path, config: ExtractConfig = EXACT
 ) -> Path:
@@ -124,15 +120,7 @@ def extract_captions(
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every batch that is written."""
-    rows: list[int] = []
-    write = ShardWriter.write
-
-    def count(self: ShardWriter, embeddings: torch.Tensor) -> None:
-        rows.append(len(embeddings))
-        write(self, embeddings)
-
-    monkeypatch.setattr(ShardWriter, "write", count)
-    return rows
+    return count_written_rows(monkeypatch)
 
 
 def count_records(folder: Path) -> int:
