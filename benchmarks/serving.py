@@ -41,8 +41,9 @@ from modeling_llm2clip._environment import list_versions
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (1, 8, 64)
-# Sums in another order, over 30 layers, in embeddings of unit length: as for golden embeddings.
-MOST_DISTANCE = 1e-4
+# Sums in another order, over 30 layers that were not trained for this, in embeddings of unit length:
+# a text alone differs by up to 2e-4 from itself in a batch. A wrong embedding is off by 0.1 and more.
+MOST_DISTANCE = 1e-3
 _WARM_UP = 64
 _BARE = """
 import json, sys, time, numpy as np
