@@ -65,6 +65,7 @@ def encode_distinct_texts(
     *,
     encode: Callable[[tuple[Tensor, Tensor]], Tensor],
     token_budget: int,
+    plan: Callable[..., list[list[int]]] = plan_token_batches,
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
@@ -74,7 +75,9 @@ def encode_distinct_texts(
         processor: The model's processor.
         texts: Stripped, non-blank texts; at least one.
         encode: Computes (B, D) of token ids and mask, each (B, L) int64, padded on the right.
-        token_budget: Maximum tokens per batch, padding included.
+        token_budget: Maximum tokens per batch.
+        plan: Batches texts by their lengths: `plan_token_batches`, or `plan_packs` where `encode`
+            spends no time on padding.
         show_progress: Show a progress bar, which counts tokens.
         on_batch: Called after each batch.
 
@@ -101,7 +104,7 @@ def encode_distinct_texts(
     ) as progress:
         return encode_distinct(
             texts,
-            batches=lambda rows: plan_token_batches(
+            batches=lambda rows: plan(
                 [len(ids_of[texts[row]]) for row in rows], token_budget=token_budget
             ),
             prepare=lambda part: pad_ids([ids_of[text] for text in part], processor),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..packing_llm2clip import plan_packs, plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
 from .batches import (
     OnBatch,
@@ -56,7 +57,7 @@ def encode_texts(
         texts: Any number of non-blank texts, at least one.
         project: Map the tower's embeddings into the space that texts and images share. False
             gives the embeddings before adapter and projection, as an embedding store holds them.
-        token_budget: Maximum tokens per batch, padding included. Default: by device.
+        token_budget: Maximum tokens per batch, on a GPU padding included. Default: by device.
         show_progress: Show a progress bar, which counts tokens.
         on_batch: Called after each batch.
 
@@ -81,6 +82,8 @@ def encode_texts(
             texts,
             encode=partial(_embed_captions, model),
             token_budget=budget,
+            # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
+            plan=plan_packs if model.device.type == "cpu" else plan_token_batches,
             show_progress=show_progress,
             on_batch=on_batch,
         )
