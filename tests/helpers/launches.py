@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
+# By the loopback interface alone: the machine's own name may be looked up in a network.
+_LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost")
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def run_python(*arguments: object, processes: int = 1, timeout: float = 400) -> str:
@@ -24,7 +26,7 @@ def run_python(*arguments: object, processes: int = 1, timeout: float = 400) -> 
     done = subprocess.run(
         [sys.executable, *launch, *map(str, arguments)],
         capture_output=True, text=True, check=False, timeout=timeout, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **_LOOPBACK, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
