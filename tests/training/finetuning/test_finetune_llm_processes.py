@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,18 @@ def compute_gradients(
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(GRADIENTS)
-    run_python(
-        script, folder / "gradients", folder / "run", 8 // processes, mini_batch_size, negatives,
-        processes=processes,
-    )  # fmt: skip
-    first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    words = (8 // processes, mini_batch_size, negatives)
+    run = folder / "run"
+    try:
+        run_python(script, folder / "gradients", run, *words, processes=processes)
+    except AssertionError as error:
+        if processes == 1:
+            raise
+        # On a busy machine a launch fails now and then. What it said is shown; the law is the same.
+        warnings.warn(f"A launch of {processes} processes failed once: {error}", stacklevel=1)
+        run = folder / "again"
+        run_python(script, folder / "gradients", run, *words, processes=processes)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     return torch.load(folder / "gradients", weights_only=True), first["loss"]
 
 
