@@ -110,7 +110,7 @@ def _write_held_out(folder: Path) -> Path:
 
 def _export(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from modeling_llm2clip import ExportConfig, export_model
-    from modeling_llm2clip.model_folders.model_types import read_onnx_record
+    from modeling_llm2clip.model_folders.onnx_folder import read_onnx_record
 
     config = ExportConfig(
         onnx=True, onnx_weights=ENGINES[1:], onnx_data=arguments.data, max_recall_loss=1.0

@@ -7,6 +7,8 @@ from typing import Any
 
 from markdown_tables import draw_table, percent
 
+_SCALE_PARTS = ("records", "stages", "store")
+
 
 def _render_embed_speed(report: dict[str, Any]) -> str:
     heads = (
@@ -104,9 +106,12 @@ def _render_scale(report: dict[str, Any]) -> str:
         tables.append(_draw_stages(report["stages"]))
     if "store" in report:
         tables.append(_draw_store(report["store"]))
-    parts = [report[part] for part in ("records", "stages", "store") if part in report]
+    parts = [report[part] for part in _SCALE_PARTS if part in report]
     hardware = " and ".join(dict.fromkeys(f"{p['processor']}, {p['cores']} cores" for p in parts))
-    return "\n".join([*tables, f"{hardware}; commit {parts[0]['commit']}.\n"])
+    commits = ", ".join(
+        f"{name} {report[name]['commit']}" for name in _SCALE_PARTS if name in report
+    )
+    return "\n".join([*tables, f"{hardware}; commits: {commits}.\n"])
 
 
 def _draw_records(part: dict[str, Any]) -> str:

@@ -352,8 +352,9 @@ def report_bars(found: dict[str, Any]) -> int:
         "query_ms below 30": found["query_ms"] < 30,
         "recall_at_10 at least 0.95": found["recall_at_10"] >= 0.95,
         "rss_gb below 2": found["rss_gb"] < 2,
-        "second search below 5 s": not photographs
-        or min(photographs["second_search_s"], photographs.get("second_search_graphs_s", 9)) < 5,
+        "second search below 5 s": not photographs or photographs["second_search_s"] < 5,
+        "second search with graphs below 5 s": not photographs
+        or photographs.get("second_search_graphs_s", 0) < 5,
         "first result within decoding and start": not photographs
         or photographs["first_result_s"] <= photographs["decode_s"] + photographs["model_start_s"],
     }

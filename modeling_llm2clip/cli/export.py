@@ -75,7 +75,7 @@ def _export_onnx(
         raise ValueError(
             "`dry_run` cannot check ONNX graphs, which have to be written. Leave it out."
         )
-    from ..model_folders.model_types import read_onnx_record
+    from ..model_folders.onnx_folder import read_onnx_record
     from ..publishing.export_model import export_model
     from ..publishing.onnx_export import describe_check
 

@@ -28,17 +28,16 @@ def report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def report_truncated(count: int, texts: list[str], what: str, *, longest: int) -> None:
+def report_truncated(count: int, total: int, what: str, *, longest: int) -> None:
     """Report how many texts are longer than the model reads.
 
     Args:
         count: How many are.
-        texts: What it will read.
+        total: How many texts there are.
         what: Word for them.
         longest: Tokens that the model reads.
     """
     if count:
         report(
-            f"Truncated {count:,} of {len(texts):,} {what} to the {longest} tokens that the model "
-            "reads."
+            f"Truncated {count:,} of {total:,} {what} to the {longest} tokens that the model reads."
         )

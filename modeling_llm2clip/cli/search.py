@@ -76,8 +76,8 @@ def search(
         from ..search.index_database import require_database_folder
 
         require_database_folder(Path(db))
+    from ..model_folders.model_types import holds_graphs
     from ..search.image_index import ImageIndex
-    from ..search.onnx_queries import holds_graphs
     from ..search.results_page import render_search_results
 
     uses_torch = not holds_graphs(model)
@@ -92,7 +92,7 @@ def search(
         )
         if queries:
             count, longest = index.encoder.count_truncated(queries)
-            report_truncated(count, list(queries), "sentences", longest=longest)
+            report_truncated(count, len(queries), "sentences", longest=longest)
         parts: list[str | Path] = [*queries, *image]
         asked: list[Query] = [parts] if combine else [*parts]
         found = index.search(asked, top_k=top_k, where=where, exact=exact)

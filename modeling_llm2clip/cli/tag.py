@@ -73,7 +73,7 @@ def tag(
     )
     prompts = [prompt for label in found for prompt in label.prompts]
     count = int(measure_texts(tagged.processor, prompts)[1].sum())
-    report_truncated(count, prompts, "prompts", longest=tagged.processor.longest_text)
+    report_truncated(count, len(prompts), "prompts", longest=tagged.processor.longest_text)
     _write(tagged.images, output, threshold=threshold)
     return 0
 

@@ -51,11 +51,11 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
     if not folder.is_dir():
         config = _fetch_config(source, revision)
         return None if config is None else _judge_config(str(source), config)
-    if (folder / ONNX_RECORD).is_file():
+    if holds_graphs(folder):
         return FoundModel(
             "onnx",
             f"{folder} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
-            "--backend onnx, and for load_onnx_encoder.",
+            "--backend onnx, for `llm2clip search` with --model, and for load_onnx_encoder.",
         )
     if (folder / "config.json").is_file():
         config = read_json_object(folder / "config.json")
@@ -68,6 +68,15 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
             )
         return None if config is None else _judge_config(str(folder), config)
     return _judge_other_files(folder)
+
+
+def holds_graphs(source: str | Path | None) -> bool:
+    """Whether a model is a local folder of ONNX graphs.
+
+    Args:
+        source: Folder or Hub id; None where none is named.
+    """
+    return source is not None and (Path(source) / ONNX_RECORD).is_file()
 
 
 def require_own_model(source: str | Path, *, revision: str | None = None) -> None:
@@ -99,29 +108,6 @@ def read_json_object(file: Path) -> dict[str, Any] | None:
     except ValueError:  # damaged, which loading the model reports
         return None
     return content if isinstance(content, dict) else None
-
-
-def read_onnx_record(folder: Path) -> dict[str, Any]:
-    """Read what was exported.
-
-    Args:
-        folder: Folder of ONNX graphs.
-
-    Returns:
-        `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
-        checked), `logit_scale`, `source` and `versions`.
-
-    Raises:
-        ValueError: There is no such record, or it is damaged.
-    """
-    file = folder / ONNX_RECORD
-    found = read_json_object(file) if file.is_file() else None
-    if found is None:
-        raise ValueError(
-            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
-            "one with llm2clip export MODEL OUTPUT --onnx."
-        )
-    return found
 
 
 def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:

@@ -1,7 +1,8 @@
 """What a folder of ONNX graphs is: its files, and how it is opened.
 
 The layout is that of transformers.js: graphs in `onnx/`, named by tower and weights, beside the
-tokenizer, `preprocessor_config.json` and `config.json`.
+tokenizer, `preprocessor_config.json` and `config.json`. Nothing here needs torch before graphs are
+opened for its tensors.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._extras import ONNX_RUNTIME, require
 from ..configs.encoding_config import TextWeights
-from ..encoding.onnx_encoding import OnnxEncoder
-from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
-from .model_types import read_onnx_record
+from .model_types import ONNX_RECORD, read_json_object
+
+if TYPE_CHECKING:
+    from ..encoding.onnx_encoding import OnnxEncoder
 
 GRAPHS = "onnx"
 # transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
@@ -43,6 +45,29 @@ def data_file(graph: Path) -> Path:
         graph: File of the graph.
     """
     return graph.with_name(f"{graph.name}_data")
+
+
+def read_onnx_record(folder: Path) -> dict[str, Any]:
+    """Read what was exported.
+
+    Args:
+        folder: Folder of ONNX graphs.
+
+    Returns:
+        `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
+        checked), `logit_scale`, `source` and `versions`.
+
+    Raises:
+        ValueError: There is no such record, or it is damaged.
+    """
+    file = folder / ONNX_RECORD
+    found = read_json_object(file) if file.is_file() else None
+    if found is None:
+        raise ValueError(
+            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
+            "one with llm2clip export MODEL OUTPUT --onnx."
+        )
+    return found
 
 
 def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
@@ -93,6 +118,9 @@ def load_onnx_encoder(
         True
     """
     require(ONNX_RUNTIME)
+    from ..encoding.onnx_encoding import OnnxEncoder
+    from ..processing_llm2clip import LLM2CLIPProcessor
+
     folder = find_onnx_folder(source, revision=revision)
     record = read_onnx_record(folder)
     there = [name for name in modalities if _find_weights(folder, name)]

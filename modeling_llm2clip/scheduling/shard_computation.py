@@ -84,7 +84,13 @@ class OpenShard(Protocol):
 
 
 class ShardedWriter(Protocol):
-    """One process's access to an output of shards; it can be pickled."""
+    """One process's access to an output of shards; it can be pickled.
+
+    Attributes:
+        folder: Has what is done, also when a signal ends the run.
+    """
+
+    folder: Path
 
     @property
     def manifest(self) -> ShardSizes:
@@ -116,7 +122,6 @@ class ShardJob:
     Attributes:
         name: In front of the progress bar.
         unit: What is counted.
-        output: Folder that has what is done when a signal ends the run.
         writer: Of the output.
         prepare: Makes what prepares a shard in this process, which has loaded the tower.
         make_worker: Makes what computes shards in another process; it can be pickled.
@@ -125,7 +130,6 @@ class ShardJob:
 
     name: str
     unit: str
-    output: Path
     writer: ShardedWriter
     prepare: Callable[[], Prepare]
     make_worker: Callable[[], ShardWorker]
@@ -191,7 +195,7 @@ def compute_partition(
     state = PartialState()
     _compute_missing(job, partition, engine, stop)
     stop.raise_interrupt(
-        f"Stopped after a batch; what is done is in {job.output}.",
+        f"Stopped after a batch; what is done is in {job.writer.folder}.",
         resume=False,
         is_main_process=state.is_main_process,
     )

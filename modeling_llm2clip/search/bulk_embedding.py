@@ -126,7 +126,6 @@ def embed(
         job = ShardJob(
             name=f"embed {modality}",
             unit=" texts" if modality == "text" else " images",
-            output=output,
             writer=writer,
             prepare=lambda: encoder.prepare,
             make_worker=partial(make_worker, found.folder, writer, config),

@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from ..configs.search_config import IndexConfig
-from ..model_folders.model_types import read_onnx_record
+from ..model_folders.model_types import holds_graphs
+from ..model_folders.onnx_folder import read_onnx_record
 from .index_about import About, require_same_fingerprint
 from .index_database import COLUMNS, IndexDatabase
-from .onnx_queries import OnnxQueryEncoder, holds_graphs
+from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
     NamedQuery,
     Part,

@@ -111,6 +111,15 @@ def require_same_fingerprint(
         )
 
 
+def list_tables(connection: Any) -> list[str]:
+    """List the tables of a database.
+
+    Args:
+        connection: LanceDB's.
+    """
+    return list(connection.list_tables().tables)
+
+
 def write_about(connection: Any, about: About, *, mode: str) -> None:
     """Write the table.
 
@@ -135,7 +144,7 @@ def read_about(location: str, connection: Any) -> About | None:
         ValueError: It is something else, damaged, or of another version.
     """
     with explained(location, "read"):
-        if ABOUT not in connection.list_tables().tables:
+        if ABOUT not in list_tables(connection):
             return None
         found = connection.open_table(ABOUT).to_arrow()
     if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:

@@ -28,6 +28,7 @@ from .index_about import (
     About,
     AnnIndex,
     explained,
+    list_tables,
     read_about,
     shorten,
     write_about,
@@ -123,7 +124,7 @@ class IndexDatabase:
             require_database_folder(folder)
         connection = _connect(location)
         found = read_about(location, connection)
-        if found is None and _IMAGES in _list_tables(connection):
+        if found is None and _IMAGES in list_tables(connection):
             raise ValueError(
                 f"{location} has a table `{_IMAGES}` that llm2clip index did not write. Name a "
                 "new database."
@@ -132,7 +133,7 @@ class IndexDatabase:
         with explained(location, "written"):
             if found is None:
                 write_about(connection, about, mode="create")
-            if _IMAGES not in _list_tables(connection):
+            if _IMAGES not in list_tables(connection):
                 connection.create_table(_IMAGES, schema=_make_schema(about.width))
         return cls(location, connection, about)
 
@@ -371,10 +372,6 @@ def _find_storage_options(location: str) -> dict[str, str] | None:
     if not location.startswith("s3://") or not endpoint:
         return None
     return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
-
-
-def _list_tables(connection: Any) -> list[str]:
-    return list(connection.list_tables().tables)
 
 
 def _make_schema(width: int) -> pa.Schema:

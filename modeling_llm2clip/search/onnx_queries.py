@@ -11,19 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .._extras import ONNX_RUNTIME, require
-from ..model_folders.model_types import ONNX_RECORD, read_onnx_record
+from ..model_folders.onnx_folder import choose_graph, read_onnx_record
 from .query_encoding import QueryEncoder
-
-_TEXT_GRAPHS = ("text_model", "text_model_quantized", "text_model_q4")  # the most exact one first
-
-
-def holds_graphs(source: str | Path | None) -> bool:
-    """Whether a model is a local folder of ONNX graphs.
-
-    Args:
-        source: Folder or Hub id; None where none is named.
-    """
-    return source is not None and (Path(source) / ONNX_RECORD).is_file()
 
 
 class OnnxQueryEncoder(QueryEncoder):
@@ -61,10 +50,8 @@ class OnnxQueryEncoder(QueryEncoder):
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
         from ..encoding.encode_onnx import encode_texts
 
-        there = [name for name in _TEXT_GRAPHS if (self._folder / f"onnx/{name}.onnx").is_file()]
-        if not there:
-            raise ValueError(f"{self._folder} has no graph for texts. Export the whole model.")
-        embeds: np.ndarray[Any, Any] = encode_texts(list(texts), there[0], self._folder)
+        graph = choose_graph(self._folder, "text", None)
+        embeds: np.ndarray[Any, Any] = encode_texts(list(texts), graph.stem, self._folder)
         return embeds
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> np.ndarray[Any, Any]:

@@ -22,8 +22,7 @@ from ..encoding.onnx_encoding import (
     OnnxEncoder,
 )
 from ..encoding.tokenized_texts import TokenizedTexts
-from ..model_folders.model_types import read_onnx_record
-from ..model_folders.onnx_folder import choose_graph, load_onnx_encoder
+from ..model_folders.onnx_folder import choose_graph, load_onnx_encoder, read_onnx_record
 from .embedding_rows import ImageRows, TextRows
 from .shard_encoding import Array, DecodedBatch, ImageShardEncoder, TextShardEncoder
 

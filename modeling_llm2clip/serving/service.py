@@ -135,11 +135,12 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
+        source = _find_graphs(model) if config.backend == "onnx" else model
         return cls(
-            _load_encoder(model, config),
+            _load_encoder(source, config),
             config,
             model_name=config.model_name or Path(model).resolve().name,
-            index=None if index is None else _open_index(index, model, config),
+            index=None if index is None else _open_index(index, source),
         )
 
     @property
@@ -431,12 +432,11 @@ def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
 
     if config.backend == "onnx":
         from ..configuration_llm2clip import LLM2CLIPConfig
-        from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+        from ..model_folders.onnx_folder import load_onnx_encoder
 
-        folder = find_onnx_folder(model)
-        saved = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
+        saved = LLM2CLIPConfig.from_pretrained(model, local_files_only=True)
         require_trained(saved, purpose="serving", source=model)
-        return OnnxModelEncoder(load_onnx_encoder(folder, weights=config.text_weights))
+        return OnnxModelEncoder(load_onnx_encoder(model, weights=config.text_weights))
     from ..model_folders.model_loading import load_model
 
     loaded, processor = load_model(model, device=config.device)
@@ -444,10 +444,13 @@ def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
     return ModelEncoder(loaded, processor)
 
 
-def _open_index(index: str, model: str | Path, config: ServeConfig) -> ImageIndex:
-    from ..model_folders.onnx_folder import find_onnx_folder
+def _open_index(index: str, model: str | Path) -> ImageIndex:
     from ..search.image_index import ImageIndex
 
-    # Of a Hub id, the graphs are downloaded by now.
-    source = find_onnx_folder(model) if config.backend == "onnx" else model
-    return ImageIndex.open(index, model=source)
+    return ImageIndex.open(index, model=model)
+
+
+def _find_graphs(model: str | Path) -> Path:
+    from ..model_folders.onnx_folder import find_onnx_folder
+
+    return find_onnx_folder(model)

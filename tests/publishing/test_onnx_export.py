@@ -27,9 +27,8 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
     render_golden_images,
 )
 from modeling_llm2clip.model_folders.model_loading import load_model
-from modeling_llm2clip.model_folders.model_types import read_onnx_record
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session
+from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session, read_onnx_record
 from modeling_llm2clip.pooling_llm2clip import count_unpooled
 from modeling_llm2clip.publishing import onnx_graphs
 

@@ -96,7 +96,6 @@ def extract(
         job = ShardJob(
             name=f"extract {modality}",
             unit=plan.unit,
-            output=output,
             writer=writer,
             prepare=partial(plan.open_shards, writer),
             make_worker=partial(make_worker, model, work, config, modality),

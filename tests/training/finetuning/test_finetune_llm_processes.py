@@ -63,7 +63,7 @@ def compute_gradients(
     except AssertionError as error:
         if processes == 1:
             raise
-        # On a busy machine a launch fails now and then. What it said is shown; the law is the same.
+        # Two of some thirty launches ended with 1, for a reason that was not shown. It is now.
         warnings.warn(f"A launch of {processes} processes failed once: {error}", stacklevel=1)
         run = folder / "again"
         run_python(script, folder / "gradients", run, *words, processes=processes)
