@@ -22,6 +22,7 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
 # Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _FETCH_TIMEOUT_S = 30
+_ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _UNSCALED = "do_rescale=False requires floats in [0, 1]; give those, or leave it out."
 _MOST_SHOWN = 200  # characters of a path in an error message
@@ -73,6 +74,24 @@ def load_images(images: Any, *, rescales: bool | None = True) -> Any:
         more = f"\nand {len(errors) - 8} more" if len(errors) > 8 else ""
         raise ValueError("\n".join(errors[:8]) + more)
     return loaded
+
+
+def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Copy the pixels of an image channel by channel.
+
+    It takes a third of the time of `np.array` and a transposition, of which torch makes another
+    copy.
+
+    Args:
+        image: an RGB image.
+
+    Returns:
+        (3, H, W), contiguous.
+    """
+    pixels = np.empty((len(image.mode), image.height, image.width), np.uint8)
+    for channel, name in zip(pixels, image.mode, strict=True):
+        channel[:] = np.frombuffer(image.tobytes("raw", name), np.uint8).reshape(channel.shape)
+    return pixels
 
 
 def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
@@ -191,7 +210,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name}: the image has no pixels ({image.size}).")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
+            image = ImageOps.exif_transpose(image)
     except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
     except (AssertionError, AttributeError) as error:  # Pillow's errors for a closed file

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
-from .image_loading_llm2clip import load_images
+from .image_loading_llm2clip import load_images, unpack_pixels
 from .loading_llm2clip import naming_code
 
 # Options of other processors, with which a row is more than one caption or one image. Callers of
@@ -178,7 +179,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = clean_texts(text)
         if images is not None:
-            images = load_images(images, rescales=self._rescales(kwargs))
+            images = self._unpack(load_images(images, rescales=self._rescales(kwargs)))
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
@@ -225,6 +226,19 @@ class LLM2CLIPProcessor(ProcessorMixin):
             return True
         own = getattr(self.image_processor, "do_rescale", True)
         return (True if given is None else False) if own else None
+
+    def _unpack(self, images: Any) -> Any:
+        """Make arrays of PIL images where the image processor would make the same, but slower."""
+        from transformers.image_processing_backends import TorchvisionBackend
+
+        if isinstance(images, list):
+            return [self._unpack(image) for image in images]
+        reads = getattr(type(self.image_processor), "process_image", None)
+        is_same = reads is TorchvisionBackend.process_image
+        # A dimension of up to 4 could be read as the channels.
+        if is_same and isinstance(images, Image.Image) and min(images.size) > 4:
+            return unpack_pixels(images)
+        return images
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Collect the tokenizer's options into `text_kwargs` and add the defaults.

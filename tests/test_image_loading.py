@@ -26,7 +26,7 @@ from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
 
 from modeling_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.image_loading_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import load_images, unpack_pixels
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
@@ -330,6 +330,13 @@ def test_arrays_and_images_give_equal_pixels(processor: LLM2CLIPProcessor) -> No
     image = draw_noise()
     from_image = processor(images=image)["pixel_values"]
     assert torch.equal(from_image, processor(images=np.asarray(image))["pixel_values"])
+
+
+def test_pixels_are_unpacked_as_numpy_reads_them() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 23, 3), dtype=np.uint8)
+    found = unpack_pixels(Image.fromarray(pixels))
+    assert found.flags["C"] and found.flags["W"]
+    np.testing.assert_array_equal(found, pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 3), (3, 9, 1), (3, 1, 9), (9, 1, 3), (1, 1, 3)])

@@ -6,7 +6,7 @@ from ..configs.encoding_config import EncodingConfig
 
 # Options that a modality has no use for, with their defaults; a command may lack some.
 _FOREIGN: dict[str, dict[str, object]] = {
-    "text": {"batch_size": None, "num_workers": 1, "skip_invalid": False},
+    "text": {"batch_size": None, "num_workers": None, "skip_invalid": False},
     "image": {"token_budget": None},
 }
 

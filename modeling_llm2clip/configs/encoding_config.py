@@ -18,8 +18,8 @@ class EncodingConfig(DeviceConfig):
 
     batch_size: Annotated[int, Range(min=1)] | None = None
     """Texts or images per batch. Default: by device."""
-    num_workers: Annotated[int, Range(min=1)] = 1
-    """Threads that decode images."""
+    num_workers: Annotated[int, Range(min=1)] | None = None
+    """Threads that decode images. Default: one per core, at most 8."""
     show_progress: bool = True
     """Show progress bars."""
 

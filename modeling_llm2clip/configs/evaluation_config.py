@@ -93,6 +93,8 @@ class EvaluationConfig(EncoderConfig):
     that no query asks for, instead of stopping at them; they are counted."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of your own in the data that are not read. Default: none."""
+    cache: bool = True
+    """Keep the index of large data of your own in the user's cache, and find it there."""
     max_memory_mb: Annotated[float, Range(above=0)] = 256.0
     """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 

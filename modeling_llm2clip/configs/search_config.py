@@ -13,8 +13,6 @@ from .encoding_config import EncodingConfig
 class IndexConfig(EncodingConfig):
     """How `index` encodes a folder of images, and when it builds an approximate index."""
 
-    num_workers: Annotated[int, Range(min=1)] = 4
-    """Threads that decode images, each once; photographs take longer to decode than to encode."""
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
     comparing with every image and finds enough; always and never do as they say."""

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +30,8 @@ A row is the first of equal inputs.
 """
 
 _TOKENIZED_AT_ONCE = 4096
+_PIXELS_AT_ONCE = 2**22
+_MOST_WORKERS = 8
 _SHOWN = 5  # inputs that an error names
 
 
@@ -119,7 +122,7 @@ def encode_distinct_images(
     *,
     encode: Callable[[Mapping[str, Tensor]], Tensor],
     batch_size: int,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
@@ -130,7 +133,7 @@ def encode_distinct_images(
         images: As `encode_images` takes them.
         encode: Computes (B, D) of the processor's tensors by name.
         batch_size: Images per batch.
-        num_workers: Threads that decode images.
+        num_workers: Threads that decode images; None for `default_num_workers`.
         show_progress: Show a progress bar.
         on_batch: Called after each batch.
 
@@ -143,7 +146,7 @@ def encode_distinct_images(
     """
     if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
         raise ValueError(f"Got {images!r} for images; give a list of at least one.")
-    if batch_size < 1 or num_workers < 1:
+    if batch_size < 1 or (num_workers is not None and num_workers < 1):
         raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
 
     def count_images(rows: Sequence[int], embeds: Tensor) -> None:
@@ -170,7 +173,7 @@ def encode_distinct(
     batches: Callable[[Sequence[Any]], Iterable[Sequence[int]]],
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
-    num_workers: int = 1,
+    num_workers: int | None = 1,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
     """Encode every distinct input once, in batches that are prepared ahead.
@@ -185,7 +188,7 @@ def encode_distinct(
             batches of places in that list; each place once.
         prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
         encode: Computes (B, D) on any device and of any floating-point dtype.
-        num_workers: Threads that prepare batches.
+        num_workers: Threads that prepare batches; None for `default_num_workers`.
         on_batch: Called after each batch.
 
     Returns:
@@ -221,7 +224,7 @@ def iterate_batches(
     *,
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
-    num_workers: int = 1,
+    num_workers: int | None = 1,
     names: Sequence[Any] | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Encode batches of inputs, which are prepared ahead.
@@ -231,7 +234,7 @@ def iterate_batches(
         plan: Rows of the inputs of each batch.
         prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
         encode: Computes (B, D) on any device and of any floating-point dtype.
-        num_workers: Threads that prepare batches.
+        num_workers: Threads that prepare batches; None for `default_num_workers`.
         names: What an error calls each input; None for the inputs themselves.
 
     Yields:
@@ -240,6 +243,7 @@ def iterate_batches(
     Raises:
         ValueError: An embedding has NaN or infinity; every such input of the batch is named.
     """
+    num_workers = default_num_workers() if num_workers is None else num_workers
     with ThreadPoolExecutor(num_workers) as pool, float32_as_such():
         parts = ([inputs[row] for row in rows] for rows in plan)
         prepared = _prepare_ahead(pool, prepare, parts, count=num_workers + 1)
@@ -323,7 +327,43 @@ def decode_images(processor: LLM2CLIPProcessor, images: Sequence[Any]) -> dict[s
     Raises:
         ValueError: An image is missing or broken.
     """
-    return dict(processor(images=[open_image(image) for image in images]))
+    return prepare_images(processor, map(open_image, images))
+
+
+def prepare_images(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, Tensor]:
+    """Prepare images for a vision tower, large ones one by one: few are in memory at a time.
+
+    Args:
+        processor: The model's processor.
+        images: Images as the processor takes them, decoded when they are asked for.
+
+    Returns:
+        The processor's tensors by name; none where there is no image.
+
+    Raises:
+        ValueError: An image is missing or broken.
+    """
+    parts: list[Mapping[str, Tensor]] = []
+    waiting: list[Any] = []
+    num_pixels = 0
+    for image in images:
+        waiting.append(image)
+        num_pixels += image.width * image.height if isinstance(image, Image.Image) else 0
+        if num_pixels > _PIXELS_AT_ONCE:
+            parts.append(processor(images=waiting))
+            waiting, num_pixels = [], 0
+    if waiting:
+        parts.append(processor(images=waiting))
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts or [{}])[0]}
+
+
+def default_num_workers() -> int:
+    """Return the number of threads that decode images, where none is given.
+
+    It is one per core, at most 8; the processes of a launch share the cores of their machine.
+    """
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // num_processes))
 
 
 def require_finite(

@@ -97,7 +97,7 @@ def encode_images(
     *,
     project: bool = True,
     batch_size: int | None = None,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
@@ -111,7 +111,7 @@ def encode_images(
         project: Map the tower's embeddings into the space that texts and images share. False
             gives the embeddings before the projection, as an embedding store holds them.
         batch_size: Images per batch. Default: by device.
-        num_workers: Threads that decode images.
+        num_workers: Threads that decode images. Default: one per core, at most 8.
         show_progress: Show a progress bar.
         on_batch: Called after each batch.
 
@@ -243,7 +243,7 @@ def iterate_image_batches(
     images: Sequence[Any],
     plan: Sequence[Sequence[int]],
     *,
-    num_workers: int = 1,
+    num_workers: int | None = None,
 ) -> Iterator[Tensor]:
     """Encode batches of images without projection; threads decode the next ones.
 
@@ -252,7 +252,7 @@ def iterate_image_batches(
         processor: The model's processor.
         images: As `encode_images` takes them.
         plan: Rows of the images of each batch.
-        num_workers: Threads that decode images.
+        num_workers: Threads that decode images. Default: one per core, at most 8.
 
     Yields:
         (B, D) float32 on the CPU, for each batch.

@@ -104,7 +104,7 @@ class OnnxEncoder:
         images: Sequence[Any],
         *,
         batch_size: int | None = None,
-        num_workers: int = 1,
+        num_workers: int | None = None,
         show_progress: bool = False,
         on_batch: OnBatch | None = None,
     ) -> Tensor:
@@ -114,7 +114,7 @@ class OnnxEncoder:
             images: Paths, URLs, images packed in tar shards or Parquet files, PIL images, or
                 arrays as the processor takes them; at least one.
             batch_size: Images per batch. Default: 8.
-            num_workers: Threads that decode images.
+            num_workers: Threads that decode images. Default: one per core, at most 8.
             show_progress: Show a progress bar.
             on_batch: Called after each batch, with unit embeddings.
 

@@ -235,7 +235,7 @@ def _read_jobs(
     _refuse_unused(sources, config)
     jobs = []
     for source in sources:
-        cache = ReadingCache()
+        cache = ReadingCache(keeps_indexes=config.cache)
         read: dict[tuple[bool, bool], Datasets] = {}
         for task in chosen[source.spec.name]:
             how = (task.all_languages, _wants_images(task, source, config))

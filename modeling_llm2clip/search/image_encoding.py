@@ -9,13 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..encoding.batches import iterate_batches, split_evenly
+from ..encoding.batches import iterate_batches, prepare_images, split_evenly
 from ..encoding.encode import default_batch_size, raise_malloc_thresholds
 from ..encoding.eval_mode import eval_mode
 from ..image_loading_llm2clip import load_images, read_image_header
@@ -24,8 +23,6 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .index_database import ImageFacts
 
 _EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
-# An array of so many rows may be channels first.
-_AMBIGUOUS = (1, 3)
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
 # What Pillow raises for EXIF that is not as it should be.
 _EXIF_ERRORS = (
@@ -57,7 +54,7 @@ def encode_readable_images(
     paths: Sequence[Path],
     *,
     batch_size: int | None = None,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     progress: tqdm[Any] | None = None,
 ) -> EncodedImages:
     """Encode those of the files that are images; threads decode the next ones meanwhile.
@@ -67,7 +64,7 @@ def encode_readable_images(
         processor: Its processor.
         paths: Different image files.
         batch_size: Images per batch. Default: by device.
-        num_workers: Threads that decode images.
+        num_workers: Threads that decode images. Default: one per core, at most 8.
         progress: Bar that counts the files.
 
     Returns:
@@ -109,18 +106,12 @@ class _Reader:
         self.errors: dict[Path, str] = {}
 
     def read(self, paths: Sequence[Path]) -> dict[str, Tensor]:
-        images = [self._load(path) for path in paths]
         try:
-            return dict(self._processor(images=images))
-        except ValueError:  # of a size that this processor does not take; which image it is of
-            for place, (path, image) in enumerate(zip(paths, images, strict=True)):
-                try:
-                    self._processor(images=[image])
-                except ValueError as error:
-                    images[place] = self._refuse(path, str(error))
-            return dict(self._processor(images=images))
+            return prepare_images(self._processor, map(self._load, paths))
+        except ValueError:  # an image of a size that this processor does not take
+            return prepare_images(self._processor, map(self._load_fitting, paths))
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path) -> Image.Image:
         try:
             with read_image_header(path, name=str(path)) as opened:
                 taken = find_time_taken(opened)
@@ -128,8 +119,15 @@ class _Reader:
         except ValueError as error:
             return self._refuse(path, str(error))
         self.facts[path] = ImageFacts(image.width, image.height, taken)
-        # The same pixels; of a large PIL image a processor makes more copies. Writable for torch.
-        return image if image.height in _AMBIGUOUS else np.array(image)
+        return image
+
+    def _load_fitting(self, path: Path) -> Image.Image:
+        image = self._load(path)
+        try:
+            self._processor(images=[image])
+        except ValueError as error:
+            return self._refuse(path, str(error))
+        return image
 
     def _refuse(self, path: Path, error: str) -> Image.Image:
         self.facts.pop(path, None)

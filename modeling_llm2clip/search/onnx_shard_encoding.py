@@ -99,7 +99,7 @@ class OnnxImageShardEncoder(ImageShardEncoder):
         encoder: The vision graph.
         rows: The images.
         batch_size: Images per batch.
-        num_workers: Threads that decode images.
+        num_workers: Threads that decode images; None for the default.
         skip_invalid: Give zeros for an image that cannot be decoded, instead of an error.
     """
 
@@ -109,7 +109,7 @@ class OnnxImageShardEncoder(ImageShardEncoder):
         rows: ImageRows,
         *,
         batch_size: int,
-        num_workers: int,
+        num_workers: int | None,
         skip_invalid: bool,
     ) -> None:
         self._encoder = encoder

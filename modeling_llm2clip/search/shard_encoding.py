@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
 from ..data.images.image_sources import ImageSource, find_unreadable_images, open_image
-from ..encoding.batches import iterate_batches, split_evenly
+from ..encoding.batches import iterate_batches, prepare_images, split_evenly
 from ..encoding.encode import (
     default_batch_size,
     default_token_budget,
@@ -179,7 +179,7 @@ class ImageShardEncoder:
         processor: The model's processor.
         rows: The images.
         batch_size: Images per batch.
-        num_workers: Threads that decode images.
+        num_workers: Threads that decode images; None for the default.
         skip_invalid: Give zeros for an image that cannot be decoded, instead of an error.
     """
 
@@ -190,7 +190,7 @@ class ImageShardEncoder:
         rows: ImageRows,
         *,
         batch_size: int,
-        num_workers: int,
+        num_workers: int | None,
         skip_invalid: bool,
     ) -> None:
         self._model = model
@@ -243,17 +243,20 @@ class ImageShardEncoder:
 
     def _decode(self, images: list[ImageSource], part: list[ImageSource]) -> DecodedBatch:
         """Decode a batch; of several that cannot be, all of the shard are named."""
-        opened, places = [], []
-        for place, image in enumerate(part):
-            try:
-                opened.append(load_images(open_image(image)))
-            except ValueError:
-                if not self._skip_invalid:
-                    raise ValueError(_describe_unreadable(images)) from None
-            else:
-                places.append(place)
-        inputs = dict(self._processor(images=opened)) if opened else {}
-        return DecodedBatch(inputs, places, len(part))
+        places: list[int] = []
+
+        def open_all() -> Iterator[Any]:
+            for place, image in enumerate(part):
+                try:
+                    opened = load_images(open_image(image))
+                except ValueError:
+                    if not self._skip_invalid:
+                        raise ValueError(_describe_unreadable(images)) from None
+                else:
+                    places.append(place)
+                    yield opened
+
+        return DecodedBatch(prepare_images(self._processor, open_all()), places, len(part))
 
     def _embed(self, batch: DecodedBatch) -> Tensor:
         embeds = torch.zeros(batch.size, self.dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from tiny import draw_noise, tiny_model
 from torch import nn
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.encoding.batches import measure_texts
+from modeling_llm2clip.encoding import batches
+from modeling_llm2clip.encoding.batches import default_num_workers, measure_texts, prepare_images
 from modeling_llm2clip.encoding.encode import (
     encode_images,
     encode_texts,
@@ -208,6 +209,47 @@ def test_images_have_the_same_embeddings_in_any_batch() -> None:
     together = encode_images(model, processor, images)
     by_two = encode_images(model, processor, images, batch_size=2, num_workers=2)
     torch.testing.assert_close(together, by_two, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_large_images_are_decoded_when_the_processor_is_done_with_those_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processor = shared_model()[1]
+    paths = [Image.new("RGB", (40, 30), (40 * number, 90, 200)) for number in range(6)]
+    together = prepare_images(processor, paths)
+    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 2 * 40 * 30)
+    waiting: list[int] = []
+    most = 0
+
+    def prepare(images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        nonlocal most
+        most = max(most, len(waiting))
+        waiting.clear()
+        return dict(processor(images=images))
+
+    def decode() -> Iterator[Image.Image]:
+        for path in paths:
+            waiting.append(1)
+            yield path
+
+    found = prepare_images(prepare, decode())  # type: ignore[arg-type]
+    assert most == 3 and found.keys() == together.keys()
+    assert all(torch.equal(found[name], together[name]) for name in found)
+    assert prepare_images(processor, []) == {}
+
+
+def test_the_processes_of_a_launch_share_the_threads_that_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_num_workers() == 6
+    for processes, wanted in (("2", 3), ("4", 1), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert default_num_workers() == wanted
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    assert default_num_workers() == 8
 
 
 def test_padding_is_at_most_a_tenth_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

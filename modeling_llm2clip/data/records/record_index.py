@@ -38,6 +38,7 @@ from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
 
+IMAGE_REPEATED = "image and language repeated"  # kind of error
 _FORMAT_VERSION = 3
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
@@ -192,24 +193,43 @@ def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
     Raises:
         ValueError: two names or group ids have the same key.
     """
+    for _, place in list_repeated(table):
+        errors.add(IMAGE_REPEATED, place)
+
+
+def list_repeated(table: RecordTable) -> list[tuple[int, str]]:
+    """List images that occur twice in a language.
+
+    Args:
+        table: the records.
+
+    Returns:
+        Row and place of each record whose name and language an earlier one has.
+
+    Raises:
+        ValueError: two names or group ids have the same key.
+    """
     with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
         same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
-    for rows, earlier in _list_repeated(same):
+    repeated = []
+    for rows, earlier in _pair_repeated(same):
         columns = ["name", "lang", "place"]
-        for one, other in zip(table.take(rows, columns), table.take(earlier, columns), strict=True):
+        records = zip(rows, table.take(rows, columns), table.take(earlier, columns), strict=True)
+        for row, one, other in records:
             _require_same(one[:2], other[:2], "names")
-            errors.add("image and language repeated", one[2])
-    for rows, earlier in _list_repeated(groups):
+            repeated.append((int(row), one[2]))
+    for rows, earlier in _pair_repeated(groups):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
         for one, other in pairs:
             _require_same(one, other, "group ids")
+    return repeated
 
 
 def _find_first_rows(table: RecordTable, column: str) -> Array:
     return find_first_rows(partial(table.iterate_numbers, column), len(table))
 
 
-def _list_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
+def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
     """Yield rows whose key an earlier row has too, in their order, and the first such rows."""
     for start in range(0, len(first), ROWS_PER_BATCH):
         part = first[start : start + ROWS_PER_BATCH]

@@ -25,7 +25,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..remote.file_places import parse_place
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
-from .records import CheckedRecord, RawRecord, check_record
+from .records import RawRecord, check_record
 from .source_files import SourceFiles, SourcePart
 
 _JOB_FILE = "job.json"
@@ -49,20 +49,33 @@ class IndexJob:
     require_images: bool
     ignore_fields: tuple[str, ...]
 
-    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
-        """Check a record of the source.
+    def add(self, raw: RawRecord, columns: RecordColumns, errors: ErrorCollector) -> bool:
+        """Check a record of the source, and add what is left of it to columns.
 
         Args:
             raw: what the source has.
+            columns: get the record, unless its name or language cannot be read, or one of its texts
+                not be stored.
             errors: gets every error of this record.
+
+        Returns:
+            Whether it was added.
         """
-        return check_record(
+        record = check_record(
             raw,
             errors,
             image_dir=self.image_dir,
             require_images=self.require_images,
             ignore_fields=self.ignore_fields,
         )
+        if record is None:
+            return False
+        try:
+            columns.add(record)
+        except UnicodeEncodeError:
+            errors.add("a text has half a character (a lone surrogate)", record.place)
+            return False
+        return True
 
     def to_json(self) -> str:
         """Return the job as JSON."""
@@ -100,13 +113,7 @@ def read_part(job: IndexJob, part: SourcePart, errors: ErrorCollector) -> Iterat
     """
     columns = RecordColumns()
     for raw in job.source.read(part, errors):
-        record = job.check(raw, errors)
-        if record is None:
-            continue
-        try:
-            columns.add(record)
-        except UnicodeEncodeError:
-            errors.add("a text has half a character (a lone surrogate)", record.place)
+        job.add(raw, columns, errors)
         if len(columns) == ROWS_PER_BATCH:
             yield columns.take_batch()
     if len(columns):

@@ -6,7 +6,7 @@ The fields of a record are in `records.py`, the sources in `source_files.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,28 +14,32 @@ import numpy as np
 
 from ..images.image_sources import find_unreadable_images
 from ..validation_errors import ErrorCollector
-from .record_columns import ROWS_PER_BATCH, hash_text
-from .record_index import open_index
+from .record_columns import ROWS_PER_BATCH, RecordColumns, hash_text
+from .record_index import IMAGE_REPEATED, list_repeated, open_index
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
-from .records import CaptionedImage
 from .source_files import find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
-@dataclass(frozen=True, slots=True)
-class CollectedRecord:
-    """A record and its errors.
+@dataclass(frozen=True)
+class CollectedRecords:
+    """The records of a source, with or without errors.
 
     Attributes:
-        record: built from what is left of it; None if its name or language cannot be read.
-        errors: of this record.
+        records: each built from what is left of it.
+        errors_of: row of a record that has errors to them.
+        lost: errors of each record that is not among `records`, because its name or its language
+            cannot be read, or one of its texts not be stored.
+        stray: errors that belong to no record.
     """
 
-    record: CaptionedImage | None
-    errors: ErrorCollector
+    records: RecordTable
+    errors_of: Mapping[int, ErrorCollector]
+    lost: Sequence[ErrorCollector]
+    stray: ErrorCollector
 
 
 def load_records(
@@ -117,45 +121,58 @@ def _check_images(records: RecordTable, errors: ErrorCollector, *, show_progress
             errors.add("image unreadable", error)
 
 
-def iterate_records(
+def collect_records(
     source: str | Path,
-    errors: ErrorCollector,
     *,
     image_dir: str | Path | None = None,
     require_images: bool = True,
     ignore_fields: Collection[str] = (),
-) -> list[CollectedRecord]:
+    cache: bool = True,
+) -> CollectedRecords:
     """Read a source as `load_records` does, for a caller that decides about its errors.
 
+    A source with errors is read twice: its index says only how many there are.
+
     Args:
-        source: a folder, file or pattern; see the top of this file.
-        errors: gets the errors that belong to no record.
+        source: a folder, file, pattern or URL; see `source_files.py`.
         image_dir: folder of the images that are files. Default: the folder of the source.
         require_images: whether a record without its image is an error.
         ignore_fields: names of further fields, which are not errors.
-
-    Returns:
-        Each record, built from what is left of it, and its errors.
+        cache: whether the index of a large source is kept for later runs.
 
     Raises:
         ValueError: the source is missing, empty or ambiguous, or its format is unknown.
+        AccessError: access to a URL is denied, or its host cannot be reached.
+        OSError: the index cannot be written, for example because the disk is full.
     """
     job = _plan(source, image_dir, require_images, ignore_fields)
-    records: list[CollectedRecord] = []
-    seen: set[tuple[str, str]] = set()
-    # Records without errors share one collector, to which nothing is added.
-    nothing, own = ErrorCollector(), ErrorCollector()
-    for raw in (raw for part in job.source.split() for raw in job.source.read(part, errors)):
-        checked = job.check(raw, own)
-        if checked is not None:
-            if (checked.name, checked.lang) in seen:
-                own.add("image and language repeated", raw.place)
-            seen.add((checked.name, checked.lang))
-        record = None if checked is None else checked.build()
-        records.append(CollectedRecord(record, own if own.total else nothing))
+    records, errors = open_index(job, use_cache=cache)
+    return _collect(job) if errors.total else CollectedRecords(records, {}, (), errors)
+
+
+def _collect(job: IndexJob) -> CollectedRecords:
+    """Read a source record by record, and keep the errors of each apart."""
+    stray, own = ErrorCollector(), ErrorCollector()
+    errors_of: dict[int, ErrorCollector] = {}
+    lost: list[ErrorCollector] = []
+    batches, columns, num_rows = [], RecordColumns(), 0
+    for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
+        is_added = job.add(raw, columns, own)
         if own.total:
+            if is_added:
+                errors_of[num_rows] = own
+            else:
+                lost.append(own)
             own = ErrorCollector()
-    return records
+        num_rows += is_added
+        if len(columns) == ROWS_PER_BATCH:
+            batches.append(columns.take_batch())
+    if len(columns):
+        batches.append(columns.take_batch())
+    table = RecordTable(batches, skipped=stray.skipped)
+    for row, place in list_repeated(table):
+        errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)
+    return CollectedRecords(table, errors_of, lost, stray)
 
 
 def find_example_data() -> Path:

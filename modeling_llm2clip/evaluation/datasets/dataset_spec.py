@@ -18,7 +18,7 @@ protocol has:
 Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
 the files are the published ones; `differences_from_published`, differing counts that were accepted
 because invalid samples were to be skipped; `images_without_a_record`, files in a folder of one's
-own that are not used.
+own that are not used; `rows_skipped`, why rows of one's own data are not records, to how many.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from ...data.captions.caption_groups import CaptionGroup
 from ...data.images.image_sources import ImageSource
 from ...data.records.records import CaptionedImage, clean_text
 from ...data.sources.parquet import read_parquet
+from ...data.validation_errors import ErrorCollector
 from ..metrics.correspondence import Correspondence
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
 from .validation import DatasetValidator
@@ -95,7 +96,7 @@ class RetrievalDataset(EvaluationDataset):
         return [self.image_names, self.captions, *rows, list(self.images)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PublishedRecord:
     """An image and its captions, as the publisher's files have them.
 
@@ -142,17 +143,18 @@ def build_retrieval_dataset(
         ValueError: No record is left.
     """
     has_images = request.require_images and spec.dataset_type == "retrieval"
-    published = list(read(request, validator))
-    num_lost = validator.count_lost()
     records: list[PublishedRecord] = []
     names: set[str] = set()
-    for record in published:
-        checked = _check_record(spec, record, validator, request, has_images=has_images)
+    errors = ErrorCollector()  # of the checks, apart from those of reading
+    for record in read(request, validator):
+        checked = _check_record(spec, record, errors, request, has_images=has_images)
         if checked.name in names:
-            validator.errors.add("image repeated", f"{record.place}: {record.name}")
+            errors.add("image repeated", f"{record.place}: {record.name}")
             checked = replace(checked, is_valid=False)
         names.add(checked.name)
         records.append(checked)
+    num_lost = validator.count_lost()
+    validator.errors.extend(errors)
     num_images = sum(record.has_image for record in records)
     found = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
     if has_images and request.check_images:
@@ -219,7 +221,7 @@ def read_parquet_or(
 def _check_record(
     spec: DatasetSpec,
     record: PublishedRecord,
-    validator: DatasetValidator,
+    errors: ErrorCollector,
     request: ReadRequest,
     *,
     has_images: bool,
@@ -242,7 +244,7 @@ def _check_record(
     if captions and wanted is not None and len(captions) < wanted:
         found.append(f"fewer than {wanted} captions")
     for error in found:
-        validator.errors.add(error, f"{record.place}: {record.name}")
+        errors.add(error, f"{record.place}: {record.name}")
     return replace(
         record,
         captions=tuple(captions),
@@ -311,8 +313,12 @@ def _assemble(
 
 def _count_shared(texts_of_group: dict[str, list[str]]) -> int:
     """Count the distinct texts of several groups, for which rank 1 is a matter of luck."""
-    groups_of_text: dict[str, set[str]] = {}
-    for group, texts in texts_of_group.items():
-        for text in texts:
-            groups_of_text.setdefault(text, set()).add(group)
-    return sum(len(groups) > 1 for groups in groups_of_text.values())
+    first_group: dict[str, str] = {}
+    return len(
+        {
+            text
+            for group, texts in texts_of_group.items()
+            for text in texts
+            if first_group.setdefault(text, group) != group
+        }
+    )

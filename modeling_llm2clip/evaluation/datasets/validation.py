@@ -24,10 +24,12 @@ class ReadingCache:
     Attributes:
         checked: Images that are known to decode.
         records: Records of folders, by how they were read.
+        keeps_indexes: Whether the index of a large folder is kept in the user's cache.
     """
 
     checked: set[ImageSource] = field(default_factory=set)
     records: dict[Any, Any] = field(default_factory=dict)
+    keeps_indexes: bool = True
 
 
 class DatasetValidator:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -112,24 +111,33 @@ class Correspondence:
         Raises:
             ValueError: A group has only images, or only texts, and may not.
         """
-        images_of_group, texts_of_group = _list_rows(image_group_ids), _list_rows(text_group_ids)
-        without_texts = [group for group in images_of_group if group not in texts_of_group]
-        without_images = [group for group in texts_of_group if group not in images_of_group]
+        number_of: dict[Hashable, int] = {}
+        images, texts = (
+            torch.tensor([number_of.setdefault(g, len(number_of)) for g in ids], dtype=torch.int64)
+            for ids in (image_group_ids, text_group_ids)
+        )
+        groups = [*number_of]
+        num_images, num_texts = (
+            torch.bincount(numbers, minlength=len(groups)) for numbers in (images, texts)
+        )
+        lonely = [
+            (side, [groups[number] for number in (counts == 0).nonzero().flatten().tolist()])
+            for side, counts in (("images", num_texts), ("texts", num_images))
+        ]
         errors = [
-            f"{len(groups)} group ids occur only among the {side}: {_name_some(groups)}"
-            for side, groups in (("images", without_texts), ("texts", without_images))
-            if groups
+            f"{len(found)} group ids occur only among the {side}: {_name_some(found)}"
+            for side, found in lonely
+            if found
         ]
         if errors and not allows_distractors:
             raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
-        pairs = [
-            pair
-            for group, images in images_of_group.items()
-            for pair in product(images, texts_of_group.get(group, ()))
-        ]
-        rows = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-        numbers = len(image_group_ids), len(text_group_ids)
-        return cls(*numbers, rows[:, 0], rows[:, 1], allows_distractors)
+        # Images by group; each with all texts of its group, which follow each other in `by_group`.
+        image_of_pair, by_group = images.argsort(stable=True), texts.argsort(stable=True)
+        repeats = num_texts[images[image_of_pair]]
+        image_of_pair = image_of_pair.repeat_interleave(repeats)
+        within = torch.arange(len(image_of_pair)) - _starts(repeats).repeat_interleave(repeats)
+        text_of_pair = by_group[_starts(num_texts)[images[image_of_pair]] + within]
+        return cls(len(images), len(texts), image_of_pair, text_of_pair, allows_distractors)
 
     @classmethod
     def from_image_of_text(
@@ -198,11 +206,8 @@ def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[
     return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
 
 
-def _list_rows(group_ids: Iterable[Hashable]) -> dict[Hashable, list[int]]:
-    rows: dict[Hashable, list[int]] = {}
-    for row, group_id in enumerate(group_ids):
-        rows.setdefault(group_id, []).append(row)
-    return rows
+def _starts(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
 
 
 def _name_some(names: Sequence[object]) -> str:

@@ -117,7 +117,7 @@ class _ImageShards:
         writer: EmbeddingStoreWriter,
         *,
         batch_size: int,
-        num_workers: int,
+        num_workers: int | None,
     ) -> None:
         self._model = model
         self._processor = processor

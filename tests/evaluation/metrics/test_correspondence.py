@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from itertools import product
+
 import pytest
 import torch
 
@@ -14,6 +17,16 @@ def test_group_ids_pair_every_image_with_every_text_of_the_same_group():
     assert [texts.of(image).tolist() for image in range(3)] == [[1, 2], [0], [1, 2]]
     assert [images.of(text).tolist() for text in range(3)] == [[1], [0, 2], [0, 2]]
     assert texts.counts.tolist() == [2, 1, 2] and correspondence.num_pairs == 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_pair_each_of_their_images_with_each_of_their_texts(seed):
+    chosen = random.Random(seed)
+    images, texts = (chosen.choices("abcdefgh", k=count) for count in (12, 20))
+    found = Correspondence.from_group_ids(images, texts, allows_distractors=True)
+    pairs = zip(found.image_of_pair.tolist(), found.text_of_pair.tolist(), strict=True)
+    wanted = product(range(12), range(20))
+    assert sorted(pairs) == [(i, t) for i, t in wanted if images[i] == texts[t]]
 
 
 def test_captions_need_not_be_adjacent_or_equally_many():

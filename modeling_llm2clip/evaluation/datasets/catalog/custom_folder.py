@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ....data.images.image_sources import IMAGE_SUFFIXES
 from ....data.records.data_hashes import hash_records
-from ....data.records.record_loading import CollectedRecord, iterate_records
+from ....data.records.record_columns import IMAGE_FILE
+from ....data.records.record_loading import CollectedRecords, collect_records
+from ....data.records.record_table import Array, RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
@@ -28,22 +31,8 @@ _OWN: dict[str, Any] = {
     "takes_distractors": True,
 }
 _OF_DISTRACTORS = ("no caption", "no image")  # errors of a record that may be a distractor
+_NO_ERRORS = ErrorCollector()
 _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
-
-
-@dataclass(frozen=True)
-class _Collected:
-    """A folder as it was read.
-
-    Attributes:
-        stray: Errors that belong to none of the records.
-        records: The records of all languages.
-        num_unused_images: Number of files that no record names, whatever its language.
-    """
-
-    stray: ErrorCollector
-    records: list[CollectedRecord]
-    num_unused_images: int
 
 
 def read_custom_folder(
@@ -59,22 +48,36 @@ def read_custom_folder(
         validator: Collects the errors.
         long: Take `long_captions` in place of `captions`; a record without one is an error.
     """
-    collected = _collect(request, validator)
+    collected, num_unused = _collect(request, validator)
+    records = collected.records
+    if num_unused:
+        validator.notes["images_without_a_record"] = num_unused
+    if records.skipped:
+        validator.notes["rows_skipped"] = records.skipped
     validator.errors.extend(collected.stray)
-    if collected.num_unused_images:
-        validator.notes["images_without_a_record"] = collected.num_unused_images
-    for item in collected.records:
-        record = item.record
-        is_wanted = record is None or record.lang == request.lang
-        errors = item.errors
-        if request.allow_distractors:
-            errors = errors.without(*_OF_DISTRACTORS)
-        if is_wanted or not validator.skip_invalid:
-            validator.errors.extend(errors)
-            validator.num_errors_of_yielded += errors.total - (record is None)
-        if record is not None and is_wanted:
-            has_image = "no image" not in item.errors.counts
-            yield _publish(record, long=long, is_valid=not errors.total, has_image=has_image)
+    for errors in collected.lost:
+        validator.errors.extend(errors)
+        validator.num_errors_of_yielded += errors.total - 1
+    for row, errors in collected.errors_of.items():
+        if not validator.skip_invalid or records.read(row, ("lang",)) == (request.lang,):
+            validator.errors.extend(_forgive(errors, request))
+            validator.num_errors_of_yielded += _forgive(errors, request).total
+    rows = _find_rows(records, request.lang)
+    for row, record in zip(rows.tolist(), records.select(rows), strict=True):
+        errors = collected.errors_of.get(row, _NO_ERRORS)
+        is_valid = not _forgive(errors, request).total
+        has_image = "no image" not in errors.counts
+        yield _publish(record, long=long, is_valid=is_valid, has_image=has_image)
+
+
+def _forgive(errors: ErrorCollector, request: ReadRequest) -> ErrorCollector:
+    return errors.without(*_OF_DISTRACTORS) if request.allow_distractors else errors
+
+
+def _find_rows(records: RecordTable, lang: str) -> Array:
+    batches = records.iterate_columns(("lang",))
+    found = [np.asarray(pc.equal(batch.column(0), lang)) for batch in batches]
+    return np.flatnonzero(np.concatenate([[], *found]))
 
 
 def _find_languages(request: ReadRequest, validator: DatasetValidator) -> tuple[str, ...]:
@@ -84,52 +87,50 @@ def _find_languages(request: ReadRequest, validator: DatasetValidator) -> tuple[
         ValueError: The folder has no records.
         DataValidationError: All records are broken.
     """
-    collected = _collect(request, validator)
-    languages = dict.fromkeys(
-        item.record.lang for item in collected.records if item.record is not None
-    )
+    collected, _ = _collect(request, validator)
+    batches = collected.records.iterate_columns(("lang",))
+    languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
     if not languages:
         errors = ErrorCollector()
-        for found in (collected.stray, *(item.errors for item in collected.records)):
+        for found in (collected.stray, *collected.lost):
             errors.extend(found)
         errors.raise_if_any(str(request.folder))
         raise ValueError(f"{request.folder} has no records. Each image needs one.")
     return tuple(languages)
 
 
-def _collect(request: ReadRequest, validator: DatasetValidator) -> _Collected:
-    """Read the folder, once for all languages."""
+def _collect(request: ReadRequest, validator: DatasetValidator) -> tuple[CollectedRecords, int]:
+    """Read the folder once for all languages, and count the images that no record names."""
     how = (request.folder, request.image_dir, request.require_images, request.ignore_fields)
     if how not in validator.cache.records:
-        stray = ErrorCollector()
-        records = iterate_records(
+        collected = collect_records(
             str(request.folder),
-            stray,
             image_dir=request.image_dir,
             require_images=request.require_images,
             ignore_fields=request.ignore_fields,
+            cache=validator.cache.keeps_indexes,
         )
-        num_unused = _count_unused(request, records)
-        validator.cache.records[how] = _Collected(stray, records, num_unused)
-    collected: _Collected = validator.cache.records[how]
-    return collected
+        num_unused = _count_unused(request, collected.records)
+        validator.cache.records[how] = collected, num_unused
+    found: tuple[CollectedRecords, int] = validator.cache.records[how]
+    return found
 
 
-def _count_unused(request: ReadRequest, records: Iterable[CollectedRecord]) -> int:
+def _count_unused(request: ReadRequest, records: RecordTable) -> int:
     """Count the images that no record names, if images are files and wanted."""
     used = {
-        item.record.image
-        for item in records
-        if item.record is not None and isinstance(item.record.image, Path)
+        os.path.normpath(file)
+        for batch in records.iterate_columns(("image_file", "image_kind"))
+        for file, kind in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        if kind == IMAGE_FILE
     }
     if not (used and request.require_images):
         return 0
     given = request.data_folder
     folder = given if given.is_dir() else given.parent
-    named = {os.path.normpath(path) for path in used}
     return sum(
         file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-        and os.path.normpath(file) not in named
+        and os.path.normpath(file) not in used
         for file in (request.image_dir or folder).rglob("*")
     )
 

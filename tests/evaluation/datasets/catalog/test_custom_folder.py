@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from downloads import write_downloaded_parquet
 from published_datasets import (
     captions_by_image,
     errors_of,
@@ -12,6 +13,7 @@ from published_datasets import (
     write_own_folder,
 )
 
+from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
@@ -109,6 +111,35 @@ def test_errors_of_another_language_are_not_skipped_samples_of_this_one(
     assert german.protocol["skipped"] == {"not JSON": 1, "image missing": 1}
     assert isinstance(german, RetrievalDataset)
     assert german.captions == ("eine Katze", "ein Hund")
+
+
+def test_rows_that_are_no_records_are_counted_in_the_protocol(tmp_path: Path) -> None:
+    folder = write_downloaded_parquet(tmp_path / "data")
+    protocol = load_dataset("folder", folder, lang="en").protocol
+    assert protocol["rows_skipped"] == {"image not downloaded: failed_to_download": 1}
+    assert protocol["images"] == 2 and protocol["skipped_samples"] == 0
+
+
+def test_a_large_folder_is_read_through_its_index_unless_it_has_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_own_folder(tmp_path / "data")
+    load_dataset("folder", folder, lang="en", cache=ReadingCache(keeps_indexes=False))
+    assert not list(tmp_path.rglob("*.arrow"))
+    found = load_dataset("folder", folder, lang="en", skip_invalid=True)
+    (index,) = tmp_path.rglob("*.arrow")
+    monkeypatch.setattr(record_index, "_build", None)  # it is not built again
+    assert load_dataset("folder", folder, lang="en").list_content() == found.list_content()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"image": "gone.jpg", "captions": ["a fox"], "lang": "en"}\n')
+        lines.write('{"image": "c.jpg", "captions": ["half: \\ud83d"], "lang": "fr"}\n')
+    without = load_dataset("folder", folder, lang="en", skip_invalid=True)
+    assert without.protocol["skipped_samples"] == 2  # of one, not even the language is known
+    assert without.list_content() == found.list_content() and index.is_file()
 
 
 def test_a_folder_with_only_broken_lines_is_reported_with_its_lines(tmp_path: Path) -> None:
