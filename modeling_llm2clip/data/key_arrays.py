@@ -10,8 +10,11 @@ import numpy as np
 Array: TypeAlias = np.ndarray[Any, Any]
 Chunks: TypeAlias = Callable[[], Iterable[Array]]
 
-_KEYS_AT_ONCE = 2**17  # a few MB with their order and row numbers
-_MOST_PASSES = 32  # so that a row takes a byte, and no more
+# Each pass reads all keys and compares those of one range, of which each takes some 40 bytes.
+_FEW_KEYS = 2**17  # one pass
+_FEW_PASSES = 8  # unless a range then has more than
+_MANY_KEYS = 2**21
+_MOST_PASSES = 32
 
 
 def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
@@ -93,7 +96,8 @@ def iterate_ranges(
         num_keys: number of all keys, or more.
         dtype: of the row numbers.
     """
-    num_passes = min(_MOST_PASSES, -(-num_keys // _KEYS_AT_ONCE))
+    num_passes = min(_MOST_PASSES, max(_FEW_PASSES, -(-num_keys // _MANY_KEYS)))
+    num_passes = min(num_passes, -(-num_keys // _FEW_KEYS))
     num_bits = max(0, num_passes - 1).bit_length()
     for number in range(2**num_bits):
         keys, rows, start = [], [], 0

@@ -54,7 +54,7 @@ def test_groups_are_those_of_a_dictionary_however_small_the_batches(
     with pytest.MonkeyPatch.context() as patch:
         for module in (record_columns, record_table):
             patch.setattr(module, "ROWS_PER_BATCH", 4)
-        patch.setattr(key_arrays, "_KEYS_AT_ONCE", 4)
+        patch.setattr(key_arrays, "_FEW_KEYS", 4)
         groups, num_single, _ = caption_groups.count_groups(RecordTable.from_records(records))
         assert {group.group_id: group.captions for group in groups} == wanted
         assert [group.group_id for group in groups] == list(wanted)
@@ -137,7 +137,7 @@ def test_keys_in_pieces_are_compared_as_all_at_once(numbers: list[int], size: in
     keys = np.array([*numbers, *numbers[::3]], np.int64)
     chunks = lambda: (keys[n : n + size] for n in range(0, len(keys), size))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_arrays, "_KEYS_AT_ONCE", size)
+        patch.setattr(key_arrays, "_FEW_KEYS", size)
         assert key_arrays.count_distinct(chunks, len(keys)) == len(set(keys.tolist()))
         first = key_arrays.find_first_rows(chunks, len(keys))
     assert first.tolist() == [keys.tolist().index(key) for key in keys.tolist()]
