@@ -7,7 +7,7 @@ from typing import Any
 
 from markdown_tables import draw_table, percent
 
-_SCALE_PARTS = ("records", "stages", "store")
+_SCALE_PARTS = ("records", "stages", "finetune", "store", "streams", "engines")
 
 
 def _render_embed_speed(report: dict[str, Any]) -> str:
@@ -101,11 +101,15 @@ def _draw_photographs(found: dict[str, Any] | None) -> str:
 
 
 def _render_scale(report: dict[str, Any]) -> str:
-    tables = [_draw_records(report["records"])] if "records" in report else []
-    if "stages" in report:
-        tables.append(_draw_stages(report["stages"]))
-    if "store" in report:
-        tables.append(_draw_store(report["store"]))
+    draw = {
+        "records": _draw_records,
+        "stages": _draw_stages,
+        "finetune": _draw_finetuning,
+        "store": _draw_store,
+        "streams": _draw_streams,
+        "engines": _draw_engines,
+    }
+    tables = [draw[part](report[part]) for part in _SCALE_PARTS if part in report]
     parts = [report[part] for part in _SCALE_PARTS if part in report]
     hardware = " and ".join(dict.fromkeys(f"{p['processor']}, {p['cores']} cores" for p in parts))
     commits = ", ".join(
@@ -139,6 +143,50 @@ def _draw_stages(part: dict[str, Any]) -> str:
             f"{row['private_mb']:.0f}",
         )
         for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
+    ]
+    return draw_table(heads, rows)
+
+
+def _draw_finetuning(part: dict[str, Any]) -> str:
+    starts = [
+        (
+            "finetune-llm",
+            f"{int(records):,}",
+            f"{row['seconds_planned'] + row['seconds_counted']:.1f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+        )
+        for records, row in part["records"].items()
+    ]
+    heads = ("groups", "seconds for hard negatives", "exactly, by a sample", "recall")
+    groups = [
+        (
+            f"{int(number):,}",
+            f"{row['seconds']:.0f}",
+            f"{row['seconds_exact']:,.0f}",
+            f"{row['recall']:.3f}",
+        )
+        for number, row in part["nearest_groups"].items()
+    ]
+    of_starts = ("stage", "records", "seconds to plan", "private MB gained")
+    return f"{draw_table(of_starts, starts)}\n{draw_table(heads, groups)}"
+
+
+def _draw_streams(part: dict[str, Any]) -> str:
+    heads = ("images per second", "files at random", "200 tar shards over HTTP")
+    rows = [
+        (name, f"{part[f'files_{name}_per_s']:,.0f}", f"{part[f'stream_{name}_per_s']:,.0f}")
+        for name in ("bytes", "decoded")
+    ]
+    return draw_table(heads, rows)
+
+
+def _draw_engines(part: dict[str, Any]) -> str:
+    labels = {"one": "one process", "partitions": "two partitions", "ray": "two actors of Ray"}
+    heads = (f"extract {part['captions']:,} captions", "seconds", "of one process")
+    seconds = part["seconds"]
+    rows = [
+        (label, f"{seconds[name]:.0f}", f"{seconds[name] / seconds['one']:.2f}")
+        for name, label in labels.items()
     ]
     return draw_table(heads, rows)
 

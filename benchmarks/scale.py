@@ -101,6 +101,10 @@ def _summarize(recorded: dict[str, Any]) -> dict[str, Any]:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             found[name] = value
+    if "finetune" in recorded:
+        slope = recorded["finetune"]["peak_bytes_per_record"]
+        stages = found.get("bytes_per_record", {})
+        found["bytes_per_record"] = {**stages, "finetune-llm": {"private_mb": slope}}
     return found
 
 
