@@ -7,8 +7,6 @@ from typing import Any
 
 from markdown_tables import draw_table, percent
 
-_SCALE_PARTS = ("records", "stages", "finetune", "store", "streams", "engines")
-
 
 def _render_embed_speed(report: dict[str, Any]) -> str:
     heads = (
@@ -109,12 +107,11 @@ def _render_scale(report: dict[str, Any]) -> str:
         "streams": _draw_streams,
         "engines": _draw_engines,
     }
-    tables = [draw[part](report[part]) for part in _SCALE_PARTS if part in report]
-    parts = [report[part] for part in _SCALE_PARTS if part in report]
-    hardware = " and ".join(dict.fromkeys(f"{p['processor']}, {p['cores']} cores" for p in parts))
-    commits = ", ".join(
-        f"{name} {report[name]['commit']}" for name in _SCALE_PARTS if name in report
-    )
+    parts = {name: report[name] for name in draw if name in report}
+    tables = [draw[name](part) for name, part in parts.items()]
+    machines = (f"{part['processor']}, {part['cores']} cores" for part in parts.values())
+    hardware = " and ".join(dict.fromkeys(machines))
+    commits = ", ".join(f"{name} {part['commit']}" for name, part in parts.items())
     return "\n".join([*tables, f"{hardware}; commits: {commits}.\n"])
 
 

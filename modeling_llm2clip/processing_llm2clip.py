@@ -179,7 +179,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = clean_texts(text)
         if images is not None:
-            images = self._unpack(load_images(images, rescales=self._rescales(kwargs)))
+            images = load_images(images, rescales=self._rescales(kwargs))
+            if self._unpacks_images():
+                several = isinstance(images, list)
+                images = list(map(_unpack, images)) if several else _unpack(images)
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
@@ -227,18 +230,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
         own = getattr(self.image_processor, "do_rescale", True)
         return (True if given is None else False) if own else None
 
-    def _unpack(self, images: Any) -> Any:
-        """Make arrays of PIL images where the image processor would make the same, but slower."""
+    def _unpacks_images(self) -> bool:
+        """Whether the image processor makes arrays of PIL images, slower than `unpack_pixels`."""
         from transformers.image_processing_backends import TorchvisionBackend
 
-        if isinstance(images, list):
-            return [self._unpack(image) for image in images]
         reads = getattr(type(self.image_processor), "process_image", None)
-        is_same = reads is TorchvisionBackend.process_image
-        # A dimension of up to 4 could be read as the channels.
-        if is_same and isinstance(images, Image.Image) and min(images.size) > 4:
-            return unpack_pixels(images)
-        return images
+        return reads is TorchvisionBackend.process_image
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Collect the tokenizer's options into `text_kwargs` and add the defaults.
@@ -292,6 +289,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 f"{long[0]}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
+
+
+def _unpack(image: Any) -> Any:
+    # A dimension of up to 4 could be read as the channels.
+    is_clear = isinstance(image, Image.Image) and min(image.size) > 4
+    return unpack_pixels(image) if is_clear else image
 
 
 def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:

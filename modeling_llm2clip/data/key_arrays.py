@@ -10,9 +10,10 @@ import numpy as np
 Array: TypeAlias = np.ndarray[Any, Any]
 Chunks: TypeAlias = Callable[[], Iterable[Array]]
 
-# Each pass reads all keys and compares those of one range, of which each takes some 40 bytes.
-_FEW_KEYS = 2**17  # one pass
-_FEW_PASSES = 8  # unless a range then has more than
+# Each pass reads all keys, and holds those of one range, at some 40 bytes each: few passes are
+# fast, and many take little memory.
+_FEW_KEYS = 2**17  # are compared in one pass
+_FEW_PASSES = 8  # are enough for a range of
 _MANY_KEYS = 2**21
 _MOST_PASSES = 32
 

@@ -354,7 +354,16 @@ def prepare_images(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[
             waiting, num_pixels = [], 0
     if waiting:
         parts.append(processor(images=waiting))
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts or [{}])[0]}
+    return join_prepared(parts) if parts else {}
+
+
+def join_prepared(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join what the processor made of some images each into one batch.
+
+    Args:
+        parts: Its tensors by name; at least one.
+    """
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def default_num_workers() -> int:

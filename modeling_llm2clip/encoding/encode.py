@@ -27,6 +27,7 @@ from .batches import (
     encode_distinct_texts,
     iterate_batches,
     iterate_id_batches,
+    join_prepared,
     require_finite,
     split_evenly,
 )
@@ -168,7 +169,7 @@ def encode_prepared_images(
         embeds = encode_distinct(
             images,
             batches=lambda rows: split_evenly(len(rows), size=size),
-            prepare=lambda part: {name: torch.cat([i[name] for i in part]) for name in part[0]},
+            prepare=join_prepared,
             encode=partial(_embed_images, model),
         )
     return _project(model, model.to_image_embeds, embeds)

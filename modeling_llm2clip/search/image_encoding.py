@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..encoding.batches import iterate_batches, prepare_images, split_evenly
+from ..encoding.batches import iterate_batches, join_prepared, prepare_images, split_evenly
 from ..encoding.encode import default_batch_size, raise_malloc_thresholds
 from ..encoding.eval_mode import eval_mode
 from ..image_loading_llm2clip import load_images, read_image_header
@@ -109,7 +109,7 @@ class _Reader:
         try:
             return prepare_images(self._processor, map(self._load, paths))
         except ValueError:  # an image of a size that this processor does not take
-            return prepare_images(self._processor, map(self._load_fitting, paths))
+            return join_prepared([self._prepare_or_refuse(path) for path in paths])
 
     def _load(self, path: Path) -> Image.Image:
         try:
@@ -121,13 +121,11 @@ class _Reader:
         self.facts[path] = ImageFacts(image.width, image.height, taken)
         return image
 
-    def _load_fitting(self, path: Path) -> Image.Image:
-        image = self._load(path)
+    def _prepare_or_refuse(self, path: Path) -> dict[str, Tensor]:
         try:
-            self._processor(images=[image])
+            return dict(self._processor(images=[self._load(path)]))
         except ValueError as error:
-            return self._refuse(path, str(error))
-        return image
+            return dict(self._processor(images=[self._refuse(path, str(error))]))
 
     def _refuse(self, path: Path, error: str) -> Image.Image:
         self.facts.pop(path, None)

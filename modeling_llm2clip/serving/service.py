@@ -24,6 +24,7 @@ from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import load_images
+from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.tag_labels import Label, make_labels
 from .batching import BatchWorker, Lane, OnBatch
@@ -135,7 +136,7 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
-        source = _find_graphs(model) if config.backend == "onnx" else model
+        source = find_onnx_folder(model) if config.backend == "onnx" else model
         return cls(
             _load_encoder(source, config),
             config,
@@ -432,7 +433,6 @@ def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
 
     if config.backend == "onnx":
         from ..configuration_llm2clip import LLM2CLIPConfig
-        from ..model_folders.onnx_folder import load_onnx_encoder
 
         saved = LLM2CLIPConfig.from_pretrained(model, local_files_only=True)
         require_trained(saved, purpose="serving", source=model)
@@ -448,9 +448,3 @@ def _open_index(index: str, model: str | Path) -> ImageIndex:
     from ..search.image_index import ImageIndex
 
     return ImageIndex.open(index, model=model)
-
-
-def _find_graphs(model: str | Path) -> Path:
-    from ..model_folders.onnx_folder import find_onnx_folder
-
-    return find_onnx_folder(model)

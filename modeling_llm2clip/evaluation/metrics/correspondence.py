@@ -117,12 +117,11 @@ class Correspondence:
             for ids in (image_group_ids, text_group_ids)
         )
         groups = [*number_of]
-        num_images, num_texts = (
-            torch.bincount(numbers, minlength=len(groups)) for numbers in (images, texts)
-        )
+        of_group = _list_positives(texts, torch.arange(len(texts)), len(groups))
+        num_images = torch.bincount(images, minlength=len(groups))
         lonely = [
             (side, [groups[number] for number in (counts == 0).nonzero().flatten().tolist()])
-            for side, counts in (("images", num_texts), ("texts", num_images))
+            for side, counts in (("images", of_group.counts), ("texts", num_images))
         ]
         errors = [
             f"{len(found)} group ids occur only among the {side}: {_name_some(found)}"
@@ -131,12 +130,13 @@ class Correspondence:
         ]
         if errors and not allows_distractors:
             raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
-        # Images by group; each with all texts of its group, which follow each other in `by_group`.
-        image_of_pair, by_group = images.argsort(stable=True), texts.argsort(stable=True)
-        repeats = num_texts[images[image_of_pair]]
-        image_of_pair = image_of_pair.repeat_interleave(repeats)
-        within = torch.arange(len(image_of_pair)) - _starts(repeats).repeat_interleave(repeats)
-        text_of_pair = by_group[_starts(num_texts)[images[image_of_pair]] + within]
+        # Images by group; each with all texts of its group.
+        by_group = images.argsort(stable=True)
+        counts = of_group.counts[images[by_group]]
+        image_of_pair = by_group.repeat_interleave(counts)
+        first_pair = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        places = torch.arange(len(image_of_pair)) - first_pair
+        text_of_pair = of_group.members[of_group.offsets[images[image_of_pair]] + places]
         return cls(len(images), len(texts), image_of_pair, text_of_pair, allows_distractors)
 
     @classmethod
@@ -204,10 +204,6 @@ def _find_errors(side: str, rows: Tensor, num_rows: int) -> list[str]:
 def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
     lonely = (torch.bincount(rows, minlength=num_rows) == 0).nonzero().flatten().tolist()
     return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
-
-
-def _starts(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
 
 
 def _name_some(names: Sequence[object]) -> str:

@@ -31,7 +31,6 @@ _OWN: dict[str, Any] = {
     "takes_distractors": True,
 }
 _OF_DISTRACTORS = ("no caption", "no image")  # errors of a record that may be a distractor
-_NO_ERRORS = ErrorCollector()
 _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 
 
@@ -58,20 +57,22 @@ def read_custom_folder(
     for errors in collected.lost:
         validator.errors.extend(errors)
         validator.num_errors_of_yielded += errors.total - 1
+    invalid, without_image = set(), set()
     for row, errors in collected.errors_of.items():
+        if "no image" in errors.counts:
+            without_image.add(row)
+        if request.allow_distractors:
+            errors = errors.without(*_OF_DISTRACTORS)
+        if errors.total:
+            invalid.add(row)
         if not validator.skip_invalid or records.read(row, ("lang",)) == (request.lang,):
-            validator.errors.extend(_forgive(errors, request))
-            validator.num_errors_of_yielded += _forgive(errors, request).total
+            validator.errors.extend(errors)
+            validator.num_errors_of_yielded += errors.total
     rows = _find_rows(records, request.lang)
     for row, record in zip(rows.tolist(), records.select(rows), strict=True):
-        errors = collected.errors_of.get(row, _NO_ERRORS)
-        is_valid = not _forgive(errors, request).total
-        has_image = "no image" not in errors.counts
-        yield _publish(record, long=long, is_valid=is_valid, has_image=has_image)
-
-
-def _forgive(errors: ErrorCollector, request: ReadRequest) -> ErrorCollector:
-    return errors.without(*_OF_DISTRACTORS) if request.allow_distractors else errors
+        yield _publish(
+            record, long=long, is_valid=row not in invalid, has_image=row not in without_image
+        )
 
 
 def _find_rows(records: RecordTable, lang: str) -> Array:
@@ -118,13 +119,15 @@ def _collect(request: ReadRequest, validator: DatasetValidator) -> tuple[Collect
 
 def _count_unused(request: ReadRequest, records: RecordTable) -> int:
     """Count the images that no record names, if images are files and wanted."""
+    if not request.require_images:
+        return 0
     used = {
         os.path.normpath(file)
         for batch in records.iterate_columns(("image_file", "image_kind"))
         for file, kind in zip(*(column.to_pylist() for column in batch.columns), strict=True)
         if kind == IMAGE_FILE
     }
-    if not (used and request.require_images):
+    if not used:
         return 0
     given = request.data_folder
     folder = given if given.is_dir() else given.parent
