@@ -127,9 +127,10 @@ def read_files() -> dict[str, str]:
 
 
 def blank_outputs(notebook: str) -> str:
-    """Remove the recorded outputs of a notebook; the numbers of its lines stay."""
-    (outputs,) = read_config()["type"]["notebook"]["extend-ignore-re"]
-    return re.sub(outputs, lambda match: "\n" * match[0].count("\n"), notebook)
+    """Remove what nobody wrote in a notebook; the numbers of its lines stay."""
+    for ignored in read_config()["type"]["notebook"]["extend-ignore-re"]:
+        notebook = re.sub(ignored, lambda match: "\n" * match[0].count("\n"), notebook)
+    return notebook
 
 
 def compile_phrase(pattern: str) -> re.Pattern[str]:
@@ -175,10 +176,10 @@ def test_a_banned_word_inside_a_name_is_found(tmp_path: Path) -> None:
     assert set(find_misspelled(str(source))) == {"picture", "pictures", "licence"}
 
 
-def test_a_notebook_is_read_without_its_recorded_outputs(tmp_path: Path) -> None:
+def test_a_notebook_is_read_without_recorded_outputs_and_identifiers(tmp_path: Path) -> None:
     output = nbformat.v4.new_output("stream", text="a picture\nboth ways\n")
     cells = [
-        nbformat.v4.new_code_cell("print(licence)", outputs=[output]),
+        nbformat.v4.new_code_cell("print(licence)", id="4dbe3f2a", outputs=[output]),
         nbformat.v4.new_code_cell("faults = []"),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "example.ipynb")
@@ -186,6 +187,7 @@ def test_a_notebook_is_read_without_its_recorded_outputs(tmp_path: Path) -> None
     assert set(find_misspelled(str(tmp_path / "example.ipynb"))) == {"licence", "faults"}
     read = blank_outputs(text)
     assert "both ways" in text and "both ways" not in read
+    assert "dbe" in text and "dbe" not in read
     assert "faults" in read and read.count("\n") == text.count("\n")
 
 
