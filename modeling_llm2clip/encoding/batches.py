@@ -6,9 +6,8 @@ Each distinct input is encoded once. N texts or images, D width of an embedding.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
+from .preparation import prepare_batches
 
 OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
 """Called after each batch with the rows of its inputs, (B,), and their tower's embeddings, (B, D).
@@ -31,7 +31,6 @@ A row is the first of equal inputs.
 
 _TOKENIZED_AT_ONCE = 4096
 _PIXELS_AT_ONCE = 2**22
-_MOST_WORKERS = 8
 _SHOWN = 5  # inputs that an error names
 
 
@@ -67,6 +66,7 @@ def encode_distinct_texts(
     texts: Sequence[str],
     *,
     encode: Callable[[tuple[Tensor, Tensor]], Tensor],
+    device: torch.device,
     token_budget: int,
     plan: Callable[..., list[list[int]]] = plan_token_batches,
     show_progress: bool = False,
@@ -78,6 +78,7 @@ def encode_distinct_texts(
         processor: The model's processor.
         texts: Stripped, non-blank texts; at least one.
         encode: Computes (B, D) of token ids and mask, each (B, L) int64, padded on the right.
+        device: Where `encode` computes.
         token_budget: Maximum tokens per batch.
         plan: Batches texts by their lengths: `plan_token_batches`, or `plan_packs` where `encode`
             spends no time on padding.
@@ -112,6 +113,7 @@ def encode_distinct_texts(
             ),
             prepare=lambda part: pad_ids([ids_of[text] for text in part], processor),
             encode=encode,
+            device=device,
             on_batch=count_tokens,
         )
 
@@ -121,6 +123,7 @@ def encode_distinct_images(
     images: Sequence[Any],
     *,
     encode: Callable[[Mapping[str, Tensor]], Tensor],
+    device: torch.device,
     batch_size: int,
     num_workers: int | None = None,
     show_progress: bool = False,
@@ -132,6 +135,7 @@ def encode_distinct_images(
         processor: The model's processor.
         images: As `encode_images` takes them.
         encode: Computes (B, D) of the processor's tensors by name.
+        device: Where `encode` computes.
         batch_size: Images per batch.
         num_workers: Threads that decode images; None for `default_num_workers`.
         show_progress: Show a progress bar.
@@ -161,6 +165,7 @@ def encode_distinct_images(
             batches=lambda rows: split_evenly(len(rows), size=batch_size),
             prepare=partial(decode_images, processor),
             encode=encode,
+            device=device,
             num_workers=num_workers,
             on_batch=count_images,
         )
@@ -173,6 +178,7 @@ def encode_distinct(
     batches: Callable[[Sequence[Any]], Iterable[Sequence[int]]],
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
+    device: torch.device,
     num_workers: int | None = 1,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
@@ -187,7 +193,8 @@ def encode_distinct(
         batches: Takes the rows of the distinct inputs, each at its first occurrence, and returns
             batches of places in that list; each place once.
         prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
-        encode: Computes (B, D) on any device and of any floating-point dtype.
+        encode: Computes (B, D) of any floating-point dtype.
+        device: Where `encode` computes.
         num_workers: Threads that prepare batches; None for `default_num_workers`.
         on_batch: Called after each batch.
 
@@ -204,7 +211,7 @@ def encode_distinct(
     place_of = {row: place for place, row in enumerate(firsts)}
     embeddings: Tensor | None = None
     for rows, embeds in iterate_batches(
-        inputs, plan, prepare=prepare, encode=encode, num_workers=num_workers
+        inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
     ):
         if embeddings is None:
             embeddings = torch.empty(len(firsts), embeds.shape[1])
@@ -224,6 +231,7 @@ def iterate_batches(
     *,
     prepare: Callable[[list[Any]], Any],
     encode: Callable[[Any], Tensor],
+    device: torch.device,
     num_workers: int | None = 1,
     names: Sequence[Any] | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -233,7 +241,8 @@ def iterate_batches(
         inputs: Texts, addresses of images, or images.
         plan: Rows of the inputs of each batch.
         prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
-        encode: Computes (B, D) on any device and of any floating-point dtype.
+        encode: Computes (B, D) of any floating-point dtype.
+        device: Where `encode` computes.
         num_workers: Threads that prepare batches; None for `default_num_workers`.
         names: What an error calls each input; None for the inputs themselves.
 
@@ -243,10 +252,9 @@ def iterate_batches(
     Raises:
         ValueError: An embedding has NaN or infinity; every such input of the batch is named.
     """
-    num_workers = default_num_workers() if num_workers is None else num_workers
-    with ThreadPoolExecutor(num_workers) as pool, float32_as_such():
-        parts = ([inputs[row] for row in rows] for rows in plan)
-        prepared = _prepare_ahead(pool, prepare, parts, count=num_workers + 1)
+    parts = ([inputs[row] for row in rows] for rows in plan)
+    in_threads = prepare_batches(parts, prepare, device=device, num_workers=num_workers)
+    with closing(in_threads) as prepared, float32_as_such():
         for rows, batch in zip(plan, prepared, strict=True):
             embeds = encode(batch).float().cpu()
             require_finite(embeds, rows, inputs if names is None else names)
@@ -259,6 +267,7 @@ def iterate_id_batches(
     plan: Sequence[Sequence[int]],
     *,
     encode: Callable[[tuple[Tensor, Tensor]], Tensor],
+    device: torch.device,
     texts: Sequence[str],
 ) -> Iterator[Tensor]:
     """Encode batches of texts that are tokenized already.
@@ -268,6 +277,7 @@ def iterate_id_batches(
         ids: Token ids of each text, from `processor.list_ids`.
         plan: Rows of the texts of each batch.
         encode: As in `encode_distinct_texts`.
+        device: Where `encode` computes.
         texts: The texts, for errors.
 
     Yields:
@@ -277,7 +287,12 @@ def iterate_id_batches(
         ValueError: An embedding has NaN or infinity.
     """
     for _, embeds in iterate_batches(
-        ids, plan, prepare=lambda part: pad_ids(part, processor), encode=encode, names=texts
+        ids,
+        plan,
+        prepare=lambda part: pad_ids(part, processor),
+        encode=encode,
+        device=device,
+        names=texts,
     ):
         yield embeds
 
@@ -366,15 +381,6 @@ def join_prepared(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def default_num_workers() -> int:
-    """Return the number of threads that decode images, where none is given.
-
-    It is one per core, at most 8; the processes of a launch share the cores of their machine.
-    """
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // num_processes))
-
-
 def require_finite(
     embeds: Tensor, rows: Sequence[int], inputs: Sequence[Any] | None = None
 ) -> None:
@@ -414,20 +420,3 @@ def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
     keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
     return keys
-
-
-def _prepare_ahead(
-    pool: ThreadPoolExecutor,
-    prepare: Callable[[list[Any]], Any],
-    batches: Iterable[list[Any]],
-    *,
-    count: int,
-) -> Iterator[Any]:
-    """Prepare a few batches ahead and no more: all of them would fill the memory."""
-    running: deque[Future[Any]] = deque()
-    for batch in batches:
-        running.append(pool.submit(prepare, batch))
-        if len(running) > count:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()

@@ -82,6 +82,7 @@ def encode_texts(
             processor,
             texts,
             encode=partial(_embed_captions, model),
+            device=model.device,
             token_budget=budget,
             # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
             plan=plan_packs if model.device.type == "cpu" else plan_token_batches,
@@ -102,7 +103,7 @@ def encode_images(
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
-    """Encode images; threads decode the next batches while the tower works.
+    """Encode images; threads decode them, beside a GPU the next batches while it works.
 
     Args:
         model: A model with a vision tower.
@@ -137,6 +138,7 @@ def encode_images(
             processor,
             images,
             encode=partial(_embed_images, model),
+            device=model.device,
             batch_size=size,
             num_workers=num_workers,
             show_progress=show_progress,
@@ -171,6 +173,7 @@ def encode_prepared_images(
             batches=lambda rows: split_evenly(len(rows), size=size),
             prepare=join_prepared,
             encode=partial(_embed_images, model),
+            device=model.device,
         )
     return _project(model, model.to_image_embeds, embeds)
 
@@ -234,7 +237,12 @@ def iterate_token_batches(
     """
     with eval_mode(model):
         yield from iterate_id_batches(
-            processor, ids, plan, encode=partial(_embed_captions, model), texts=texts
+            processor,
+            ids,
+            plan,
+            encode=partial(_embed_captions, model),
+            device=model.device,
+            texts=texts,
         )
 
 
@@ -246,7 +254,7 @@ def iterate_image_batches(
     *,
     num_workers: int | None = None,
 ) -> Iterator[Tensor]:
-    """Encode batches of images without projection; threads decode the next ones.
+    """Encode batches of images without projection; threads decode them.
 
     Args:
         model: A model with a vision tower.
@@ -270,6 +278,7 @@ def iterate_image_batches(
             plan,
             prepare=partial(decode_images, processor),
             encode=partial(_embed_images, model),
+            device=model.device,
             num_workers=num_workers,
         ):
             yield embeds

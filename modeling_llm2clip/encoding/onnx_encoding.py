@@ -32,7 +32,8 @@ IMAGE_INPUT = "pixel_values"
 IMAGE_OUTPUT = "image_embeds"
 _SHOWN = 200  # characters of an error of ONNX Runtime
 DEFAULT_TOKEN_BUDGET = CPU_TOKEN_BUDGET
-DEFAULT_BATCH_SIZE = default_batch_size(torch.device("cpu"))
+_DEVICE = torch.device("cpu")
+DEFAULT_BATCH_SIZE = default_batch_size(_DEVICE)
 
 
 class OnnxEncoder:
@@ -94,6 +95,7 @@ class OnnxEncoder:
             self.processor,
             clean_list(texts),
             encode=lambda inputs: self.encode_tokens(*inputs),
+            device=_DEVICE,
             token_budget=DEFAULT_TOKEN_BUDGET if token_budget is None else token_budget,
             show_progress=show_progress,
             on_batch=on_batch,
@@ -108,7 +110,7 @@ class OnnxEncoder:
         show_progress: bool = False,
         on_batch: OnBatch | None = None,
     ) -> Tensor:
-        """Encode images, each distinct one once; threads decode the next batches.
+        """Encode images, each distinct one once; threads decode them.
 
         Args:
             images: Paths, URLs, images packed in tar shards or Parquet files, PIL images, or
@@ -130,6 +132,7 @@ class OnnxEncoder:
             self.processor,
             images,
             encode=lambda inputs: self.encode_pixels(inputs[IMAGE_INPUT]),
+            device=_DEVICE,
             batch_size=DEFAULT_BATCH_SIZE if batch_size is None else batch_size,
             num_workers=num_workers,
             show_progress=show_progress,
@@ -154,6 +157,7 @@ class OnnxEncoder:
             batches=lambda rows: split_evenly(len(rows), size=DEFAULT_BATCH_SIZE),
             prepare=lambda part: torch.cat([inputs[IMAGE_INPUT] for inputs in part]),
             encode=self.encode_pixels,
+            device=_DEVICE,
         )
 
     def iterate_token_batches(
@@ -177,9 +181,13 @@ class OnnxEncoder:
             ValueError: The graph gives NaN or infinity.
         """
         yield from iterate_id_batches(
-            self.processor, ids, plan,
-            encode=lambda inputs: self.encode_tokens(*inputs), texts=texts,
-        )  # fmt: skip
+            self.processor,
+            ids,
+            plan,
+            encode=lambda inputs: self.encode_tokens(*inputs),
+            device=_DEVICE,
+            texts=texts,
+        )
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the text graph on one batch.

@@ -57,7 +57,7 @@ def encode_readable_images(
     num_workers: int | None = None,
     progress: tqdm[Any] | None = None,
 ) -> EncodedImages:
-    """Encode those of the files that are images; threads decode the next ones meanwhile.
+    """Encode those of the files that are images; threads decode them.
 
     Args:
         model: A model with a vision tower.
@@ -81,7 +81,12 @@ def encode_readable_images(
     parts: list[Tensor] = []
     with eval_mode(model):
         for rows, embeds in iterate_batches(
-            paths, plan, prepare=reader.read, encode=_make_encoder(model), num_workers=num_workers
+            paths,
+            plan,
+            prepare=reader.read,
+            encode=_make_encoder(model),
+            device=model.device,
+            num_workers=num_workers,
         ):
             read = [reader.facts.pop(paths[row], None) for row in rows]
             places = [place for place, facts in enumerate(read) if facts is not None]

@@ -93,7 +93,7 @@ class OnnxTextShardEncoder(TextShardEncoder):
 
 
 class OnnxImageShardEncoder(ImageShardEncoder):
-    """Encodes the images of shards; threads decode the next ones.
+    """Encodes the images of shards; threads decode them.
 
     Args:
         encoder: The vision graph.
@@ -128,6 +128,7 @@ class OnnxImageShardEncoder(ImageShardEncoder):
             [np.asarray(places).tolist() for places in batches],
             prepare=partial(self._decode, images),
             encode=self._embed,
+            device=torch.device("cpu"),
             num_workers=self._num_workers,
         ):
             yield embeds

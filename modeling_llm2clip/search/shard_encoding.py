@@ -172,7 +172,7 @@ class TextShardEncoder:
 
 
 class ImageShardEncoder:
-    """Encodes the images of shards; threads decode the next ones.
+    """Encodes the images of shards; threads decode them.
 
     Args:
         model: The vision tower.
@@ -237,6 +237,7 @@ class ImageShardEncoder:
                 [places.tolist() for places in batches],
                 prepare=partial(self._decode, images),
                 encode=self._embed,
+                device=self._model.device,
                 num_workers=self._num_workers,
             ):
                 yield embeds

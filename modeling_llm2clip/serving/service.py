@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..configs.serve_config import ServeConfig
+from ..encoding.preparation import use_one_core
 from ..image_loading_llm2clip import load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..search.label_ranking import Tag, average_prompts, rank_labels
@@ -115,7 +116,9 @@ class EmbeddingService:
             max_wait_s=config.max_wait_ms / 1000,
             on_batch=self._report_batch,
         )
-        self._threads = ThreadPoolExecutor(config.num_workers, "llm2clip-prepare")
+        self._threads = ThreadPoolExecutor(
+            config.num_workers, "llm2clip-prepare", initializer=use_one_core
+        )
         self._lock = threading.Lock()
         self._num_pending = 0
         self._is_closed = False

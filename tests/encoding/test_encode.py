@@ -19,7 +19,7 @@ from torch import nn
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.encoding import batches
-from modeling_llm2clip.encoding.batches import default_num_workers, measure_texts, prepare_images
+from modeling_llm2clip.encoding.batches import measure_texts, prepare_images
 from modeling_llm2clip.encoding.encode import (
     encode_images,
     encode_texts,
@@ -236,20 +236,6 @@ def test_large_images_are_decoded_when_the_processor_is_done_with_those_before_t
     assert most == 3 and found.keys() == together.keys()
     assert all(torch.equal(found[name], together[name]) for name in found)
     assert prepare_images(processor, []) == {}
-
-
-def test_the_processes_of_a_launch_share_the_threads_that_decode(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_num_workers() == 6
-    for processes, wanted in (("2", 3), ("4", 1), ("16", 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert default_num_workers() == wanted
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setattr(os, "cpu_count", lambda: 96)
-    assert default_num_workers() == 8
 
 
 def test_padding_is_at_most_a_tenth_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

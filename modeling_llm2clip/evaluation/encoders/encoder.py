@@ -153,7 +153,7 @@ def encode_batches(
     Args:
         items: Texts or images; at least one.
         prepare: Makes what `encode` takes of a batch of items; runs in threads.
-        encode: Makes (B, D), on any device and of any float dtype.
+        encode: Makes (B, D) of any float dtype, on the device of `config`.
         config: How the model is run.
         unit: Name of the items in the progress bar.
         size_of: Items of similar size share a batch, the largest first. None keeps the order.
@@ -179,6 +179,7 @@ def encode_batches(
             batches=plan,
             prepare=prepare,
             encode=encode,
+            device=find_device(config.device),
             num_workers=config.num_workers,
             on_batch=lambda rows, _: progress.update(len(rows)),
         )

@@ -1,0 +1,100 @@
+"""Threads that prepare batches: their number, their cores, and how far ahead they work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import closing
+
+import pytest
+import torch
+
+from modeling_llm2clip.encoding.preparation import default_num_workers, prepare_batches
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SOON = 30  # seconds
+
+
+def test_on_a_cpu_nothing_is_prepared_while_the_model_computes() -> None:
+    prepared: list[int] = []
+    counts = [
+        len(prepared) for _ in prepare_batches(range(7), prepared.append, device=CPU, num_workers=3)
+    ]
+    assert counts == [3, 3, 3, 6, 6, 6, 7]
+
+
+def test_beside_a_gpu_the_next_batches_are_prepared_meanwhile_and_no_more() -> None:
+    ahead = [threading.Event() for _ in range(9)]
+
+    def prepare(number: int) -> int:
+        ahead[number].set()
+        return number
+
+    with closing(prepare_batches(range(9), prepare, device=GPU, num_workers=2)) as batches:
+        for number in range(9):
+            assert next(batches) == number
+            for later in ahead[number : number + 4]:
+                assert later.wait(SOON)
+            assert not any(later.is_set() for later in ahead[number + 4 :])
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_batches_keep_their_order(device: torch.device) -> None:
+    late = threading.Event()
+
+    def prepare(number: int) -> int:
+        if number == 0:
+            assert late.wait(SOON)
+        if number == 1:
+            late.set()
+        return number
+
+    batches = prepare_batches(range(5), prepare, device=device, num_workers=2)
+    assert list(batches) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_a_thread_that_prepares_computes_on_one_core_and_the_model_on_its_own(
+    device: torch.device,
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        batches = prepare_batches(
+            range(4), lambda _: torch.get_num_threads(), device=device, num_workers=2
+        )
+        assert list(batches) == [1, 1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_an_error_reaches_the_caller_and_no_thread_is_left(device: torch.device) -> None:
+    before = threading.active_count()
+
+    def prepare(number: int) -> int:
+        if number == 2:
+            raise ValueError("broken")
+        return number
+
+    batches = prepare_batches(range(8), prepare, device=device, num_workers=2)
+    with pytest.raises(ValueError, match="broken"):
+        list(batches)
+    with closing(prepare_batches(range(8), str, device=device, num_workers=2)) as closed:
+        next(closed)
+    assert threading.active_count() == before
+
+
+def test_the_processes_of_a_launch_share_the_threads_that_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_num_workers() == 6
+    for processes, wanted in (("2", 3), ("4", 1), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert default_num_workers() == wanted
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    assert default_num_workers() == 8
