@@ -23,7 +23,7 @@ _MOST_WORKERS = 8
 
 
 def default_num_workers() -> int:
-    """Return the number of threads that decode images, where none is given.
+    """Return the number of threads or processes that decode images, where none is given.
 
     It is one per core, at most 8; the processes of a launch share the cores of their machine.
     """

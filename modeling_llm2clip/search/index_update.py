@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from ..configs.search_config import IndexConfig
 from ..data.atomic_files import hash_file
+from ..encoding.preparation import default_num_workers
 from .image_encoding import encode_readable_images
 from .index_database import ImageFacts, IndexDatabase
 from .query_encoding import QueryEncoder
 
 _COMMITTED_AT_ONCE = 512
-_MOST_THREADS = 8
 _SHOWN = 8
 
 
@@ -221,7 +221,7 @@ class _Update:
 
     def _hash(self, part: dict[str, Path]) -> dict[str, str]:
         """Hash files in threads; one that cannot be read becomes an error."""
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(default_num_workers()) as pool:
             results = list(pool.map(_try_to_hash, part.values()))
         digests = {}
         for (name, path), (digest, error) in zip(part.items(), results, strict=True):

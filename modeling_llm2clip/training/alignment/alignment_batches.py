@@ -7,7 +7,6 @@ which is saved with every checkpoint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from transformers import TrainingArguments
 from ...configs.align_config import AlignConfig
 from ...data.streams.record_streams import make_loader, read_report
 from ...data.streams.stream_report import StreamReport
+from ...encoding.preparation import default_num_workers
 from .alignment_data import AlignmentDataset, keep_batch
 from .alignment_stream import AlignmentStream
 from .sampling import Array, ResumableBatchSampler
-
-_MOST_WORKERS = 8
 
 
 class SampledBatches:
@@ -209,7 +207,4 @@ def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes:
     if config.num_workers is not None:
         return config.num_workers
     # A CPU has no time to spare, and what is stored needs none.
-    if arguments.device.type == "cpu" or not decodes:
-        return 0
-    share = (os.cpu_count() or 1) // int(arguments.world_size)
-    return max(1, min(_MOST_WORKERS, share))
+    return default_num_workers() if decodes and arguments.device.type != "cpu" else 0

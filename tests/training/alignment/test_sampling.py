@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from aligning import NUM_RECORDS, Prepared
 from PIL import Image
+from transformers import TrainingArguments
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.alignment_data import (
-    AlignmentDataset,
-)
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.training.alignment.alignment_batches import count_workers
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.sampling import (
     ResumableBatchSampler,
     mix,
@@ -133,3 +136,17 @@ def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
     # Neither side nor epoch repeats another's.
     assert not torch.equal(draw([7], 3)[0], noise[7])
     assert abs(float((noise[0] * noise[1]).mean())) < 4 * 200**-0.5
+
+
+@pytest.mark.parametrize(
+    ("device", "decodes", "wanted"), [("cuda", True, 3), ("cuda", False, 0), ("cpu", True, 0)]
+)
+def test_the_processes_of_one_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, device: str, decodes: bool, wanted: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    of_eight_machines = SimpleNamespace(device=torch.device(device), world_size=16)
+    arguments = cast(TrainingArguments, of_eight_machines)
+    assert count_workers(AlignConfig(), arguments, decodes=decodes) == wanted
+    assert count_workers(AlignConfig(num_workers=5), arguments, decodes=decodes) == 5
