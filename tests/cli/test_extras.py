@@ -33,8 +33,8 @@ DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
 # transformers the third; fastapi and uvicorn the next three, onnxscript the last.
 INDIRECT = {"fsspec", "rich", "tokenizers", "h11", "pydantic", "starlette", "onnx_ir"}
 REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "numpy", "pyarrow",
-            "safetensors", "tabulate", "torch", "torchvision", "tqdm", "transformers",
-            "yaml"}  # fmt: skip
+            "safetensors", "tabulate", "threadpoolctl", "torch", "torchvision", "tqdm",
+            "transformers", "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.
 ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train", "serve": "serve"}
 ONLY_TESTS = {"test", "all", "docs", "dev"}
