@@ -9,6 +9,7 @@ shards are computed.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from .._extras import RAY, require
 from ..encoding.devices import find_device
 
+_NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
 
 
@@ -39,7 +41,9 @@ def compute_with_ray(
 
     Raises:
         MissingExtraError: Ray is not installed.
-        RuntimeError: An actor failed; complete shards stay.
+        ValueError: A shard cannot be computed, as in one process; complete shards stay.
+        OSError: A file cannot be read or written.
+        RuntimeError: An actor failed again and again.
     """
     require(RAY)
     if not shards:
@@ -62,7 +66,7 @@ def compute_with_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = show_progress
         rows = [{"shard": shard} for shard in shards]
-        ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        computed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
             fn_constructor_args=(make_worker, threads),
             compute=pool,
@@ -70,7 +74,13 @@ def compute_with_ray(
             max_restarts=-1,
             max_task_retries=2,
             **per_actor,
-        ).materialize()
+        )
+        for row in computed.iter_rows():
+            _raise_error(row)
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines()
+        reason = next(filter(_NAMES_AN_ERROR.match, lines), lines[-1])
+        raise RuntimeError(f"Ray could not compute the shards: {reason}") from error
     finally:
         if started_here:
             ray.shutdown()
@@ -101,6 +111,16 @@ class _Actor:
         self._compute = make_worker()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for shard in batch["shard"].tolist():
+        (shard,) = batch["shard"].tolist()
+        try:
             self._compute(shard)
-        return batch
+        except (ValueError, OSError) as error:  # as text: Ray buries an exception in its own
+            kind = "OSError" if isinstance(error, OSError) else "ValueError"
+            return {"shard": [shard], "kind": [kind], "error": [str(error)]}
+        return {"shard": [shard], "kind": [""], "error": [""]}
+
+
+def _raise_error(row: dict[str, Any]) -> None:
+    """Raise the error of a shard, if it has one, as if it had been computed here."""
+    if row["kind"]:
+        raise (OSError if row["kind"] == "OSError" else ValueError)(row["error"])

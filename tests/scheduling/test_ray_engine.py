@@ -1,0 +1,35 @@
+"""What becomes of an error in an actor of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from modeling_llm2clip.scheduling.ray_engine import compute_with_ray
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "message"),
+    [
+        (ValueError("b.png: not an image"), ValueError, "b.png: not an image"),
+        (OSError(28, "No space left", "out"), OSError, r"\[Errno 28\] No space left: 'out'"),
+        (KeyError("weights"), RuntimeError, "could not compute the shards: KeyError: 'weights'"),
+    ],
+    ids=["data", "disk", "defect"],
+)
+def test_the_error_of_a_shard_is_raised_as_if_it_had_been_computed_here(
+    error: Exception, seen: type[Exception], message: str
+) -> None:
+    def make_worker() -> Callable[[int], None]:
+        def compute(shard: int) -> None:
+            if shard == 1:
+                raise error
+
+        return compute
+
+    with pytest.raises(seen, match=f"{message}$"):
+        compute_with_ray(make_worker, [0, 1], "cpu", show_progress=False)
