@@ -1,40 +1,20 @@
-"""Vision towers: real shapes of the paper's towers, other image sizes, pooling, mean and std."""
+"""Vision towers: real shapes of the paper's towers, pooling, widths, and what is refused."""
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shared_models import ROUNDING, images_of, shared_batch, shared_model
-from tiny import (
-    IMAGE_SIZE,
-    VISION_FAMILIES,
-    tiny_images,
-    tiny_llm,
-    tiny_model,
-    tiny_tokenizer,
-    tiny_vision,
-)
-from tiny_folders import save_tiny_llm, save_tiny_vision
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
+from shared_models import ROUNDING, encode, shared_batch
+from tiny import IMAGE_SIZE, tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
+from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
-from modeling_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.image_settings import set_image_size, set_normalization
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_vision
-
-LARGER = 48
-WITH_ARGUMENT = ("clip", "siglip", "vit")  # interpolate positions with the argument
-ANY_SIZE = ("dinov2", "dinov3_vit", "timm")  # interpolate without it, or have rotary positions
-FIXED = ("eva02", "timm-siglip")  # cannot interpolate in a forward pass
-BY_PATCHES = ("siglip2",)  # the number of patches depends on the processor
 
 # Model type, configuration, width of an image embedding, number of parameters without projection.
 # CLIP and EVA02 are as in the official checkpoints, SigLIP as in both implementations.
@@ -87,187 +67,6 @@ def test_a_tower_of_the_paper_has_its_real_shape(name: str) -> None:
     assert find_fixed_size(model) == (side, side)
     assert find_width(model) == width
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-
-
-# Another image size, chosen when the model is built
-
-
-def make_larger(family: str) -> Any:
-    return tiny_model(family, image_size=LARGER)
-
-
-def encode(model: Any, batch: Any, **given: Any) -> torch.Tensor:
-    images = {name: value for name, value in batch.items() if "input_ids" not in batch}
-    with torch.no_grad():
-        return model.get_image_features(**(images or images_of(batch)), **given).pooler_output
-
-
-def test_every_family_is_in_one_group() -> None:
-    assert sorted(WITH_ARGUMENT + ANY_SIZE + FIXED + BY_PATCHES) == sorted(VISION_FAMILIES)
-
-
-@pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_a_model_built_for_larger_images_resizes_to_them_and_reloads_bit_for_bit(
-    family: str, tmp_path: Path
-) -> None:
-    model, processor = make_larger(family)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
-    before, after = model.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    image_processor = AutoImageProcessor.from_pretrained(tmp_path)
-    batch = image_processor(tiny_images(2), return_tensors="pt")
-    patches = (LARGER // 8) ** 2
-    shape = (2, patches, 192) if family == "siglip2" else (2, 3, LARGER, LARGER)
-    assert batch["pixel_values"].shape == shape
-    found, wanted = encode(loaded, batch), encode(model, batch)
-    # Equal weights at other memory addresses, whose alignment selects other kernels.
-    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
-
-
-@pytest.mark.parametrize("family", WITH_ARGUMENT + ANY_SIZE)
-def test_positions_set_at_build_equal_those_interpolated_in_a_pass(family: str) -> None:
-    (built, processor), (running, _) = make_larger(family), shared_model(family)
-    batch = processor(images=tiny_images(2))
-    assert batch["pixel_values"].shape[-1] == LARGER
-    wanted = encode(running, batch, interpolate_pos_encoding=True)
-    assert torch.allclose(encode(built, batch), wanted, rtol=ROUNDING, atol=ROUNDING)
-    # Otherwise positions had no effect, and the comparison above would show nothing.
-    smaller = images_of(shared_batch(family))["pixel_values"][:2]
-    assert (encode(running, {"pixel_values": smaller}) - wanted).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("family", FIXED)
-def test_positions_of_timm_networks_equal_those_timm_interpolates_in_a_pass(family: str) -> None:
-    tower, processor = tiny_vision(family)
-    config = copy.deepcopy(tower.config)
-    config.model_args = {**config.model_args, "dynamic_img_size": True}
-    running = AutoModel.from_config(config).eval()
-    running.load_state_dict(tower.state_dict())
-    built, processor = set_image_size(tower, processor, LARGER)
-    batch = processor(tiny_images(2), return_tensors="pt")
-    with torch.no_grad():
-        found, wanted = built(**batch).pooler_output, running(**batch).pooler_output
-    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
-
-
-def test_another_size_keeps_the_activation_and_the_dtype_of_the_tower() -> None:
-    model, _ = tiny_model(image_size=LARGER, dtype=torch.bfloat16)
-    assert model.config.vision_config.hidden_act == "quick_gelu"
-    assert model.config.vision_config.image_size == LARGER
-    assert {p.dtype for p in model.vision_model.parameters()} == {torch.bfloat16}
-    small = tiny_model(dtype=torch.bfloat16)[0].vision_model.state_dict()
-    large = model.vision_model.state_dict()
-    changed = [
-        name for name in small if not torch.equal(small[name], large[name][: len(small[name])])
-    ]
-    assert changed == ["embeddings.position_embedding.weight"]
-
-
-def test_another_size_keeps_the_share_that_is_cropped() -> None:
-    tower, _ = tiny_vision()
-    cropping = CLIPImageProcessorPil(
-        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
-    )
-    settings = set_image_size(tower, cropping, 64)[1].to_dict()
-    assert settings["size"] == {"shortest_edge": 72}
-    assert settings["crop_size"] == {"height": 64, "width": 64}
-
-
-@pytest.mark.parametrize("family", ["clip", "eva02", "siglip2", "dinov2"])
-def test_a_size_that_is_not_a_multiple_of_the_patch_is_rejected(family: str) -> None:
-    with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Take 48"):
-        tiny_model(family, image_size=50)
-
-
-def test_the_size_that_a_tower_was_trained_for_need_not_be_a_multiple() -> None:
-    sizes = {"image_size": 36, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
-    tower = AutoModel.from_config(AutoConfig.for_model("siglip_vision_model", **sizes, **layers))
-    same, processor = set_image_size(tower, tiny_vision("siglip")[1], 36)
-    assert same is tower
-    assert processor.to_dict()["size"] == {"height": 36, "width": 36}
-
-
-def test_a_size_below_one_pixel_is_rejected() -> None:
-    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
-        BuildConfig(prompt="llama-3", image_size=0)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "settings", "message"),
-    [
-        (
-            "timm_wrapper",
-            {"architecture": "mixer_s32_224", "model_args": {"img_size": 64}},
-            "does not take images of 96 × 96 pixels .*Leave image_size out",
-        ),
-        (
-            "beit",
-            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "intermediate_size": 48, "image_size": 32, "patch_size": 8,
-             "use_relative_position_bias": True},
-            "more than the positions depends on the image size",
-        ),
-    ],
-    ids=["timm", "relative positions"],
-)  # fmt: skip
-def test_a_tower_that_cannot_change_its_size_is_rejected(
-    model_type: str, settings: dict[str, Any], message: str
-) -> None:
-    tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
-    with pytest.raises(ValueError, match=message):
-        set_image_size(tower, tiny_vision()[1], 96)
-
-
-# Another image size in a forward pass
-
-
-@pytest.mark.parametrize("family", WITH_ARGUMENT)
-def test_larger_images_need_the_processors_option_and_the_models_argument(family: str) -> None:
-    model, processor = shared_model(family)
-    size = {"height": LARGER, "width": LARGER}
-    batch = processor(images=tiny_images(2), size=size)
-    assert batch["pixel_values"].shape == (2, 3, LARGER, LARGER)
-    with pytest.raises(
-        ValueError, match=r"48 × 48 pixels; .* positions for 32 × 32.*pass interpol"
-    ):
-        encode(model, batch)
-    assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
-
-
-@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *FIXED])
-@pytest.mark.parametrize("shape", [(64, 16), (36, 36)], ids=str)
-def test_other_sizes_with_the_same_number_of_patches_are_rejected(family: str, shape: Any) -> None:
-    # 64 × 16 has as many patches as 32 × 32, and so has 36 × 36 without its incomplete patches.
-    # SigLIP itself accepts both.
-    with pytest.raises(ValueError, match=f"{shape[0]} × {shape[1]} pixels"):
-        encode(shared_model(family)[0], {"pixel_values": torch.rand(1, 3, *shape)})
-
-
-@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *ANY_SIZE])
-def test_incomplete_patches_are_rejected(family: str) -> None:
-    images = {"pixel_values": torch.rand(1, 3, 36, 48)}
-    with pytest.raises(ValueError, match=r"36 × 48 pixels: .* must be multiples of the patch"):
-        encode(shared_model(family)[0], images, interpolate_pos_encoding=True)
-
-
-@pytest.mark.parametrize("family", FIXED)
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_error_of_a_tower_that_cannot_interpolate_names_the_build_option(
-    family: str, wanted: bool
-) -> None:
-    images = {"pixel_values": torch.rand(1, 3, LARGER, LARGER)}
-    with pytest.raises(ValueError, match=r"cannot interpolate .*--image-size"):
-        encode(shared_model(family)[0], images, interpolate_pos_encoding=wanted)
-
-
-@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *WITH_ARGUMENT, *BY_PATCHES])
-def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> None:
-    model, batch = shared_model(family)[0], shared_batch(family)
-    assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))
 
 
 # Pooling
@@ -360,79 +159,6 @@ def test_patch_mean_is_rejected_if_the_tokens_do_not_match_the_patches() -> None
 def test_patch_mean_needs_tokens() -> None:
     with pytest.raises(ValueError, match=r"vision_pooling='patch_mean' needs tokens"):
         build_patch_mean(*tiny_vision("timm with batch norm"))
-
-
-@pytest.mark.parametrize(
-    ("model_args", "trained", "stated"),
-    [
-        ({"img_size": 48}, [3, 32, 32], 48),
-        ({"img_size": [48, 48]}, [3, 32, 32], 48),
-        (None, [3, 32, 32], 32),
-        ({}, [3, 32, 64], [32, 64]),
-    ],
-)
-def test_the_configuration_of_a_timm_tower_states_its_image_size(
-    model_args: dict[str, Any] | None, trained: list[int], stated: Any
-) -> None:
-    vision_config = AutoConfig.for_model(
-        "timm_wrapper",
-        architecture="test_vit",
-        model_args=model_args,
-        pretrained_cfg={"input_size": trained},
-    )
-    text_config = tiny_llm().config.to_dict() | {"is_causal": False}
-    config = LLM2CLIPConfig(vision_config, text_config)
-    assert config.vision_config.image_size == stated
-    again = LLM2CLIPConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
-    assert again.vision_config.image_size == stated
-
-
-# Mean and std
-
-
-@pytest.mark.parametrize(
-    ("name", "mean", "std"),
-    [
-        ("openai", [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-        ("half", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
-        ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ],
-)
-@pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
-def test_the_chosen_mean_and_std_are_applied_and_saved(
-    name: str, mean: list[float], std: list[float], family: str, tmp_path: Path
-) -> None:
-    _, processor = tiny_model(family, normalization=name)
-    processor.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
-    assert (settings["image_mean"], settings["image_std"]) == (mean, std)
-    white = tiny_images(1)[0].convert("L").point(lambda _: 255).convert("RGB")
-    pixels = processor(images=white)["pixel_values"]
-    channels = pixels.reshape(-1, 3) if family == "siglip2" else pixels.flatten(2)[0].T
-    wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
-    # Resizing a white image may round to multiples of 1/255; float32 sums.
-    assert torch.allclose(channels.float()[:9], wanted.expand(9, 3), atol=1e-5)
-
-
-def test_a_towers_own_mean_and_std_are_kept() -> None:
-    processor = tiny_vision("timm-siglip")[1]
-    assert set_normalization(processor, "own") is processor
-    assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
-
-
-def test_an_unknown_normalization_is_rejected_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*openai"):
-        tiny_model(normalization="clip")
-
-
-def test_build_writes_size_and_mean_to_the_model_folder(tmp_path: Path) -> None:
-    vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
-    flags = ["--prompt", "llama-3", "--image-size", str(LARGER), "--normalization", "half"]
-    assert main(["build", str(vision), str(llm), str(tmp_path / "model"), *flags]) == 0
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["vision_config"]["image_size"] == LARGER
-    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    assert "48 × 48 pixels, mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in card
 
 
 # Families with another name for their width

@@ -76,6 +76,13 @@ def images_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in texts_of(batch)}
 
 
+def encode(model: Any, batch: Any, **given: Any) -> Tensor:
+    """Embeddings of the images of a batch, which may have captions too."""
+    images = {name: value for name, value in batch.items() if "input_ids" not in batch}
+    with torch.no_grad():
+        return model.get_image_features(**(images or images_of(batch)), **given).pooler_output
+
+
 def first_position_moves_by(model: LLM2CLIPModel, batch: dict[str, Tensor], row: int) -> float:
     """Return by how much the first hidden state changes if the last real token does."""
     changed = {name: value.clone() for name, value in batch.items()}

@@ -1,17 +1,108 @@
-"""Looks into embedding stores that are not complete, and writes small ones."""
+"""Writes small embedding stores, and looks into those that are not complete."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from modeling_llm2clip.data.atomic_files import hash_file
-from modeling_llm2clip.data.store.embedding_store_writer import find_complete_shards
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store_writer import (
+    EmbeddingStoreWriter,
+    StoreItems,
+    find_complete_shards,
+    plan_manifest,
+)
+from modeling_llm2clip.data.store.store_index import make_batch
 from modeling_llm2clip.data.store.store_manifest import (
     MANIFEST_FILE,
+    StoreManifest,
     read_manifest,
     read_sealed,
     write_sealed,
 )
+
+NUM_ROWS, DIM, ROWS_PER_SHARD = 23, 5, 8
+# Images with 5, 6 and 7 captions, of 0, 1 and 2 long ones; captions are shared.
+SHORT = [[0, 3, 6, 9, 12], [1, 4, 7, 10, 13, 0], [2, 5, 8, 11, 14, 17, 20]]
+LONG = [[], [22], [21, 22]]
+FINGERPRINT = {"weights": "aa", "prompt": "prefix [1]", "pooling": "mean"}
+TABLE = RecordTable.from_records(
+    CaptionedImage(None, name, group_id, ())
+    for name, group_id in (("a.png", "dog"), ("ä/b.png", ""), ("c.png", "猫"))
+)
+# Batches of a shard of eight rows, and of the last one of seven, in another order than the rows.
+BATCHES = [np.array([7, 2, 0]), np.array([5]), np.array([1, 3, 4, 6])]
+
+
+def list_items(_: Path) -> StoreItems:
+    rows = [[*short, *long] for short, long in zip(SHORT, LONG, strict=True)]
+    ends = np.cumsum([0, *map(len, rows)])
+    [records] = TABLE.iterate_columns(("name", "group_id", "lang", "key", "group_key"))
+    flat = np.array([row for of_item in rows for row in of_item])
+    batch = make_batch(records, np.array([len(short) for short in SHORT]), ends, flat)
+    return StoreItems(NUM_ROWS, 3, {"captions": 21}, iter([batch]))
+
+
+def make_plan(**changes: object) -> StoreManifest:
+    manifest = plan_manifest(
+        "caption_embeds",
+        fingerprint=FINGERPRINT,
+        dtype="float32",
+        dim=DIM,
+        rows_per_shard=ROWS_PER_SHARD,
+        plan={"data": "bb"},
+    )
+    return replace(manifest, **changes)  # type: ignore[arg-type]
+
+
+def make_embeddings(seed: int = 0) -> Tensor:
+    return torch.randn(NUM_ROWS, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def open_writer(folder: Path, **changes: object) -> EmbeddingStoreWriter:
+    return EmbeddingStoreWriter.open(folder, make_plan(**changes), list_items)
+
+
+def list_batches(shard: int) -> list[np.ndarray]:
+    return BATCHES if shard < 2 else [places[places < 7] for places in BATCHES]
+
+
+def write_shard(
+    writer: EmbeddingStoreWriter, shard: int, embeddings: Tensor, *, most: int = 9
+) -> int:
+    """Write a shard, or the first of the batches that it lacks; returns how many it had."""
+    first = writer.manifest.rows_of_shard(shard).start
+    batches = list_batches(shard)
+    with writer.open_shard(shard, batches) as written:
+        had = written.num_done
+        for places in batches[had : had + most]:
+            written.write(embeddings[first + places])
+        if written.num_done == len(batches):
+            written.seal(num_truncated=shard)
+    return had
+
+
+def write_store(
+    folder: Path, embeddings: Tensor, *, shards: tuple[int, ...] = (0, 1, 2), **changes: object
+) -> Path:
+    writer = open_writer(folder, **changes)
+    for shard in shards:
+        write_shard(writer, shard, embeddings)
+    if not writer.list_missing():
+        writer.finish()
+    return folder
+
+
+def flip_byte(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
 
 
 def list_complete_shards(folder: Path) -> list[int]:

@@ -1,10 +1,12 @@
-"""Tiny towers and models as folders, for tests of commands, documents and notebooks."""
+"""Tiny towers, models and images as folders, for tests of commands, documents and notebooks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tiny import tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -30,3 +32,15 @@ def export_tiny_model(folder: Path, **settings: Any) -> Path:
     """Export a model with room for labels in sentences, whose tokens are almost single bytes."""
     model, processor = tiny_model(max_text_length=128, **settings)
     return save_model(model, processor, folder)
+
+
+def save_captioned_images(folder: Path, *, count: int) -> Path:
+    """Save images of colors and heights of their own, every second one with captions twice."""
+    lines = []
+    for number in range(count):
+        Image.new("RGB", (40, 40 + number), (25 * number, 80, 10)).save(folder / f"{number}.png")
+        for lang in ("en", "de")[: 1 + number % 2]:
+            lines.append({"image": f"{number}.png", "captions": ["it"], "lang": lang})
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    return folder

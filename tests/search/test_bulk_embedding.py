@@ -1,17 +1,9 @@
-"""Laws of `embed`: the embeddings are the model's, and no interruption shows in the bytes."""
+"""Laws of `embed`: the embeddings are the model's, in every dtype; what is refused."""
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import random
-import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
-from launches import run_python
-from PIL import Image
+from embedding_runs import IMAGE, TEXT, embed_texts, make_records
+from interruptions import read_bytes
 from tiny import tiny_model
-from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
@@ -33,84 +23,8 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_embeddings
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-from modeling_llm2clip.search import bulk_embedding as stage
 from modeling_llm2clip.search.bulk_embedding import describe_embeddings, embed
 from modeling_llm2clip.search.embedding_manifest import read_embedding_manifest
-
-ROOT = Path(__file__).parents[2]
-WORDS = "a red green old small dog cat apple house tree on under the wooden table sea".split()
-TEXT = EmbedConfig(
-    columns=("text", "name"),
-    rows_per_shard=16,
-    token_budget=256,
-    device="cpu",
-    show_progress=False,
-)
-IMAGE = EmbedConfig(rows_per_shard=4, batch_size=3, device="cpu", show_progress=False)
-FLAGS = ["--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
-
-
-def make_records(count: int) -> list[CaptionedImage]:
-    """Records with several captions, one of which all share."""
-    generator = random.Random(0)
-
-    def draw(most: int) -> str:
-        return " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
-
-    return [
-        CaptionedImage(
-            image=None,
-            name=f"{number}.png",
-            group_id=str(number),
-            captions=(*(draw(9) for _ in range(2 + number % 3)), "a photo"),
-            long_captions=tuple(draw(40) for _ in range(number % 2)),
-        )
-        for number in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def records() -> list[CaptionedImage]:
-    return make_records(14)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    lines = []
-    for number in range(10):
-        Image.new("RGB", (40, 40 + number), (25 * number, 80, 10)).save(folder / f"{number}.png")
-        for lang in ("en", "de")[: 1 + number % 2]:
-            lines.append({"image": f"{number}.png", "captions": ["it"], "lang": lang})
-    text = "\n".join(json.dumps(line) for line in lines)
-    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "texts"
-    return read_bytes(embed_texts(model, records, folder))
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch that is written."""
-    return count_written_rows(monkeypatch)
-
-
-def embed_texts(
-    model: Path, records: list[CaptionedImage], folder: Path, config: EmbedConfig = TEXT
-) -> Path:
-    return embed(model, records, folder, config, modality="text")
 
 
 def read_embeddings(folder: Path) -> tuple[list[str], np.ndarray[Any, Any]]:
@@ -218,145 +132,6 @@ def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
     assert "has no captions.jsonl" in capsys.readouterr().err
 
 
-def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
-    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
-
-
-def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
-    model: Path,
-    records: list[CaptionedImage],
-    tmp_path: Path,
-    written: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    records = records[:6]
-    undisturbed = read_bytes(embed_texts(model, records, tmp_path / "undisturbed"))
-    written.clear()
-    folder = tmp_path / "texts"
-    num_stops = 0
-    for _ in range(100):
-        stop_after_one(monkeypatch, partial(len, written))
-        try:
-            embed_texts(model, records, folder)
-        except StageInterrupt as error:
-            assert f"what is done is in {folder}. Continue with the same call." in str(error)
-            num_stops += 1
-        else:
-            break
-    manifest = read_embedding_manifest(folder)
-    assert num_stops == len(written) > manifest.num_shards
-    assert sum(written) == manifest.num_rows  # nothing was computed twice
-    assert read_bytes(folder) == undisturbed
-
-
-def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
-    model: Path,
-    records: list[CaptionedImage],
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    written: list[int],
-) -> None:
-    folder = embed_texts(model, records, tmp_path / "texts")
-    written.clear()
-    embed_texts(model, records, folder)
-    assert not written
-    name = "embeddings-00001-of-00004.parquet"
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"1 files are damaged, among them \['{name}'\]. Delete"):
-        embed_texts(model, records, folder)
-    (folder / name).unlink()
-    embed_texts(model, records, folder)
-    assert sum(written) == 16
-    assert read_bytes(folder) == undisturbed
-
-
-def test_partitions_leave_the_same_bytes_and_the_last_one_completes_them(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
-    folder = tmp_path / "texts"
-    for part, num_files in ((3, 1), (1, 3), (2, 4)):
-        embed(model, records, folder, TEXT, modality="text", partition=f"{part}/3")
-        assert len(list(folder.glob("*.parquet"))) == num_files
-        line = describe_embeddings(folder)[0]
-        assert line.startswith(f"{num_files} of 4 files are" if part != 2 else "Wrote ")
-    assert read_bytes(folder) == undisturbed
-
-
-def test_another_model_prompt_dtype_option_or_dataset_is_refused_with_both_values(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
-    folder = embed_texts(model, records, tmp_path / "texts")
-
-    def refused(other: Path, data: Any, config: EmbedConfig, *entries: str) -> None:
-        with pytest.raises(ValueError, match="holds other embeddings") as raised:
-            embed_texts(other, data, folder, config)
-        for entry in entries:
-            assert f"{entry}: " in str(raised.value), entry
-        assert str(raised.value).count(" in the store, ") == len(entries)
-        assert read_bytes(folder) == undisturbed
-
-    changed = tiny_model(max_text_length=128)
-    with torch.no_grad():
-        changed[0].text_projection.weight[0] += 0.5
-    refused(save_model(*changed, tmp_path / "head"), records, TEXT, "head weights")
-    with torch.no_grad():
-        changed[0].text_model.norm.weight[0] += 0.5
-    changed_model = save_model(*changed, tmp_path / "both")
-    refused(changed_model, records, TEXT, "weights", "head weights")
-    prompted = tiny_model(max_text_length=128, prompt="chatml")
-    refused(save_model(*prompted, tmp_path / "prompt"), records, TEXT, "prompt", "tokenizer")
-    refused(model, records, replace(TEXT, dtype="float16"), "embedding dtype")
-    refused(model, records, replace(TEXT, truncate_dim=8), "dimensions (truncate_dim)")
-    refused(model, records, replace(TEXT, columns=()), "columns")
-    refused(model, records, replace(TEXT, token_budget=128), "token_budget")
-    refused(model, records, replace(TEXT, rows_per_shard=8), "rows_per_shard")
-    refused(model, [records[1], records[0], *records[2:]], TEXT, "data")
-
-
-def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
-    records: list[CaptionedImage], tmp_path: Path
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match=r"holds no embeddings: \['notes.txt'\]. Name a new"):
-        embed_texts(tmp_path / "no-model", records, tmp_path / "full")
-    with pytest.raises(FileExistsError, match=r"is a file\. Name a new folder"):
-        embed_texts(tmp_path / "no-model", records, tmp_path / "full" / "notes.txt")
-
-
-@pytest.mark.parametrize("damage", ["{", "{}", "edited"])
-def test_a_damaged_manifest_is_named(
-    model: Path, records: list[CaptionedImage], tmp_path: Path, damage: str
-) -> None:
-    folder = embed_texts(model, records[:2], tmp_path / "texts")
-    file = folder / "_manifest.json"
-    text = file.read_text().replace('"float32"', '"float16"') if damage == "edited" else damage
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"_manifest\.json is damaged"):
-        embed_texts(model, records[:2], folder)
-
-
-def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
-    model: Path,
-    records: list[CaptionedImage],
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = tmp_path / "texts"
-    with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one(patch, lambda: len(list(folder.glob("*.parquet"))))
-        embed_texts(model, records, folder)
-    there = set(folder.glob("*.parquet"))
-    with largest_file(1500), pytest.raises(OSError, match=r"No room to write embeddings-0000"):
-        embed_texts(model, records, folder)
-    assert set(folder.glob("*.parquet")) == there and not list(folder.glob("*.tmp"))
-    embed_texts(model, records, folder)
-    assert read_bytes(folder) == undisturbed
-
-
 def test_int8_ranges_are_recorded_and_can_be_used_again(
     model: Path, records: list[CaptionedImage], tmp_path: Path
 ) -> None:
@@ -450,15 +225,6 @@ def test_a_file_of_broken_images_alone_has_no_rows(
     assert len(read_embeddings(folder)[0]) == 8
 
 
-def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: Path) -> None:
-    pair = tiny_model()
-    pair[0].config.projections_trained = False
-    save_model(*pair, tmp_path / "untrained")
-    with pytest.raises(ValueError, match=r"refused for embed\. It is untrained"):
-        embed_texts(tmp_path / "untrained", records, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
 def test_a_loaded_pair_gives_the_embeddings_of_its_folder(
     model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -471,6 +237,69 @@ def test_a_loaded_pair_gives_the_embeddings_of_its_folder(
         (restored / name).write_bytes(content)
     assert pq.read_table(folder).equals(pq.read_table(restored))
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "undisturbed"}
+
+
+def test_another_model_prompt_dtype_option_or_dataset_is_refused_with_both_values(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = embed_texts(model, records, tmp_path / "texts")
+
+    def refused(other: Path, data: Any, config: EmbedConfig, *entries: str) -> None:
+        with pytest.raises(ValueError, match="holds other embeddings") as raised:
+            embed_texts(other, data, folder, config)
+        for entry in entries:
+            assert f"{entry}: " in str(raised.value), entry
+        assert str(raised.value).count(" in the store, ") == len(entries)
+        assert read_bytes(folder) == undisturbed
+
+    changed = tiny_model(max_text_length=128)
+    with torch.no_grad():
+        changed[0].text_projection.weight[0] += 0.5
+    refused(save_model(*changed, tmp_path / "head"), records, TEXT, "head weights")
+    with torch.no_grad():
+        changed[0].text_model.norm.weight[0] += 0.5
+    changed_model = save_model(*changed, tmp_path / "both")
+    refused(changed_model, records, TEXT, "weights", "head weights")
+    prompted = tiny_model(max_text_length=128, prompt="chatml")
+    refused(save_model(*prompted, tmp_path / "prompt"), records, TEXT, "prompt", "tokenizer")
+    refused(model, records, replace(TEXT, dtype="float16"), "embedding dtype")
+    refused(model, records, replace(TEXT, truncate_dim=8), "dimensions (truncate_dim)")
+    refused(model, records, replace(TEXT, columns=()), "columns")
+    refused(model, records, replace(TEXT, token_budget=128), "token_budget")
+    refused(model, records, replace(TEXT, rows_per_shard=8), "rows_per_shard")
+    refused(model, [records[1], records[0], *records[2:]], TEXT, "data")
+
+
+def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
+    records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"holds no embeddings: \['notes.txt'\]. Name a new"):
+        embed_texts(tmp_path / "no-model", records, tmp_path / "full")
+    with pytest.raises(FileExistsError, match=r"is a file\. Name a new folder"):
+        embed_texts(tmp_path / "no-model", records, tmp_path / "full" / "notes.txt")
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "edited"])
+def test_a_damaged_manifest_is_named(
+    model: Path, records: list[CaptionedImage], tmp_path: Path, damage: str
+) -> None:
+    folder = embed_texts(model, records[:2], tmp_path / "texts")
+    file = folder / "_manifest.json"
+    text = file.read_text().replace('"float32"', '"float16"') if damage == "edited" else damage
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"_manifest\.json is damaged"):
+        embed_texts(model, records[:2], folder)
+
+
+def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: Path) -> None:
+    pair = tiny_model()
+    pair[0].config.projections_trained = False
+    save_model(*pair, tmp_path / "untrained")
+    with pytest.raises(ValueError, match=r"refused for embed\. It is untrained"):
+        embed_texts(tmp_path / "untrained", records, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -504,94 +333,3 @@ def test_flags_that_do_not_fit_are_refused(
     assert main(["embed", str(model), str(images), str(tmp_path / "x"), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A larger dataset as a user has it: enough work to be interrupted in."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = [
-        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
-        for r in make_records(400)
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("times", [3, 20])
-def test_killed_at_random_moments_it_leaves_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, times: int
-) -> None:
-    command = ["embed", str(model), str(data), "{output}", "--modality", "text", "--columns",
-               "text", "--dtype", "int8", *FLAGS]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
-         str(tmp_path), "--", *command],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["kills"]) == times
-    undisturbed = read_bytes(tmp_path / "undisturbed")
-    assert len(undisturbed) > 20
-    for folder in report["folders"]:
-        assert read_bytes(Path(folder)) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_ray_leaves_the_same_bytes_as_one_process(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("ray")
-    records = load_records(images)
-    alone = embed(model, records, tmp_path / "alone", IMAGE, modality="image")
-    script, pickled = tmp_path / "with_ray.py", tmp_path / "arguments.pickle"
-    script.write_text(
-        "import pickle, sys\n"
-        "from modeling_llm2clip import embed\n"
-        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "embed(*arguments, modality='image', engine='ray')\n"
-    )
-    pickled.write_bytes(pickle.dumps((model, records, tmp_path / "ray", IMAGE)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    # In a process of its own, which a hanging cluster cannot outlive.
-    run = subprocess.run(
-        [sys.executable, str(script), str(pickled)], env=environment, cwd=tmp_path,
-        stderr=subprocess.PIPE, text=True, timeout=240,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
-
-
-@pytest.mark.slow
-def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
-    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
-    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *flags]
-    printed = run_python(*command, processes=2)
-    assert printed.count("Wrote") == 1  # the main process alone says so
-    assert read_bytes(together) == read_bytes(alone)
-
-
-@pytest.mark.slow
-def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
-    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
-             str(together), *flags, "--partition", f"{part}/2"],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        for part in (1, 2)
-    ]  # fmt: skip
-    assert [run.wait(timeout=240) for run in runs] == [0, 0]
-    assert read_bytes(together) == read_bytes(alone)

@@ -1,0 +1,198 @@
+"""Embedding store: damage is found and named, whatever byte it is in."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from stores import (
+    FINGERPRINT,
+    NUM_ROWS,
+    change_manifest,
+    flip_byte,
+    list_items,
+    make_embeddings,
+    write_store,
+)
+
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.store_index import write_index
+
+
+def read_all(store: EmbeddingStore) -> list[object]:
+    """Everything that a store can be asked for."""
+    items = range(len(store))
+    numbers = np.concatenate([np.arange(n) for n in np.add(*store.count_rows())])
+    repeated = np.repeat(np.arange(len(store)), np.add(*store.count_rows()))
+    return [
+        store.read(range(NUM_ROWS)).numpy().tobytes(),
+        [(store.rows_of(i).tolist(), store.rows_of(i, long=True).tolist()) for i in items],
+        store.rows_at(repeated, numbers).tolist(),
+        (list(store.names), list(store.group_ids), list(store.langs)),
+        (store.keys.tolist(), store.group_keys.tolist()),
+        (store.manifest.counts, store.manifest.fingerprint, store.manifest.plan),
+    ]
+
+
+@pytest.mark.parametrize("check", ["fast", "full"])
+def test_whatever_byte_is_changed_the_store_is_refused_or_reads_the_same(
+    store: Path, check: str
+) -> None:
+    """Hundreds of changes in each file: one bit, one byte, zeros, and a swap of two pieces."""
+    wanted = read_all(EmbeddingStore.open(store))
+    generator = random.Random(0)
+    num_refused = 0
+    for file in sorted(store.iterdir()):
+        whole = file.read_bytes()
+        for number in range(150):
+            content, place = bytearray(whole), generator.randrange(len(whole))
+            if number % 4 == 0:
+                content[place] ^= 1 << generator.randrange(8)
+            elif number % 4 == 1:
+                content[place] = generator.randrange(256)
+            elif number % 4 == 2:
+                content[place : place + 16] = bytes(len(content[place : place + 16]))
+            else:
+                other = generator.randrange(len(whole) - 4)
+                piece = content[other : other + 4]
+                content[other : other + 4] = content[place : place + 4].ljust(4, b"x")
+                content[place : place + 4] = piece[: len(content[place : place + 4])]
+            file.write_bytes(content)
+            try:
+                found = read_all(EmbeddingStore.open(store, check=check))  # type: ignore[arg-type]
+            except ValueError as error:
+                assert "damaged" in str(error) or "format_version" in str(error)
+                num_refused += 1
+            else:
+                assert found == wanted, (file, number)
+        file.write_bytes(whole)
+    assert num_refused > 4 * 150
+    assert read_all(EmbeddingStore.open(store)) == wanted
+
+
+def test_a_flipped_byte_of_a_row_is_found_when_it_is_read_and_its_file_named(store: Path) -> None:
+    name = "shard-00002.safetensors"
+    flip_byte(store / name, -1)  # of row 22
+    opened = EmbeddingStore.open(store)
+    assert torch.equal(opened.read([0, 15]), make_embeddings()[[0, 15]])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"1 rows are damaged, among them \[22\], in {name}"):
+            opened.read([3, 22, 1])
+    with pytest.raises(ValueError, match=rf"1 damaged files: {name}: SHA-256"):
+        EmbeddingStore.open(store, check="full")
+
+
+def test_shards_of_each_other_and_of_another_store_of_the_same_shape_are_found(
+    store: Path, tmp_path: Path
+) -> None:
+    other = write_store(tmp_path / "other", make_embeddings(seed=1))
+    first, second = store / "shard-00000.safetensors", store / "shard-00001.safetensors"
+    assert first.stat().st_size == second.stat().st_size
+    whole = first.read_bytes()
+    for changed in (second, other / first.name):
+        shutil.copy(changed, first)
+        with pytest.raises(ValueError, match=r"shard-00000.* damaged, or belongs to another store"):
+            EmbeddingStore.open(store).read([0])
+        first.write_bytes(whole)
+    shutil.copy(other / "index.arrow", store / "index.arrow")  # of the same items
+    assert read_all(EmbeddingStore.open(store))
+    shutil.copy(other / "manifest.json", store / "manifest.json")
+    with pytest.raises(ValueError, match="belongs to another store"):
+        EmbeddingStore.open(store).read([0])
+
+
+def test_a_row_is_checked_once_in_a_process_and_its_workers(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modeling_llm2clip.data.store import store_shards
+
+    hashed: list[int] = []
+    compute = store_shards.compute_checksums
+    monkeypatch.setattr(
+        store_shards,
+        "compute_checksums",
+        lambda rows, places: hashed.append(len(places)) or compute(rows, places),
+    )
+    opened = EmbeddingStore.open(store)
+    opened.read([1, 9, 20])
+    opened.read([20, 1, 2])
+    assert hashed == [3, 1]
+    worker = pickle.loads(pickle.dumps(opened))
+    assert torch.equal(worker.read([9, 2, 3]), make_embeddings()[[9, 2, 3]])
+    assert hashed == [3, 1, 1]
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _lengthen, Path.unlink])
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "index.arrow"])
+def test_a_file_of_another_size_is_found_on_opening(
+    store: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    damage(store / name)
+    with pytest.raises(ValueError, match=rf"1 damaged files: .*{name}"):
+        EmbeddingStore.open(store)
+
+
+def test_every_damaged_file_is_named_at_once(store: Path) -> None:
+    _truncate(store / "shard-00001.safetensors")
+    (store / "shard-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"2 damaged files: .*00001.*00002"):
+        EmbeddingStore.open(store)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version 2, this code reads 3"),
+        ({"content": "audio"}, "content is 'audio'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"shards": []}, "do not make up its rows"),
+        ({"color": "red"}, "damaged.*color"),
+        ({"dim": "five"}, "damaged"),
+        ({"num_items": 70_000}, "does not have the 70000 items"),
+    ],
+)
+def test_a_manifest_of_another_format_or_an_impossible_one_is_refused(
+    store: Path, changes: dict[str, object], message: str
+) -> None:
+    change_manifest(store, **changes)
+    with pytest.raises(ValueError, match=message):
+        EmbeddingStore.open(store)
+
+
+def test_an_edited_manifest_is_refused(store: Path) -> None:
+    file = store / "manifest.json"
+    edited = {**json.loads(file.read_text()), "fingerprint": {**FINGERPRINT, "weights": "bb"}}
+    file.write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: its content has the SHA-256"):
+        EmbeddingStore.open(store)
+
+
+def test_what_is_not_a_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no embedding store"):
+        EmbeddingStore.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        EmbeddingStore.open(tmp_path)
+
+
+def test_an_index_has_checksums_of_all_of_its_bytes(tmp_path: Path) -> None:
+    record = write_index(tmp_path / "index.arrow", list_items(tmp_path).batches)
+    assert record.ends[-1] == record.bytes == (tmp_path / "index.arrow").stat().st_size
+    assert len(record.sha256) == len(record.ends) == 2
+    assert pa.ipc.open_file(tmp_path / "index.arrow").read_all().num_rows == 3

@@ -1,0 +1,211 @@
+"""Laws of `embed`: stopped, killed, divided or on Ray, it leaves the bytes of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+from embedding_runs import IMAGE, TEXT, embed_texts, make_records
+from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
+from launches import run_python
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
+from modeling_llm2clip.search import bulk_embedding as stage
+from modeling_llm2clip.search.bulk_embedding import describe_embeddings, embed
+from modeling_llm2clip.search.embedding_manifest import read_embedding_manifest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A larger dataset as a user has it: enough work to be interrupted in."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [
+        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
+        for r in make_records(400)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every batch that is written."""
+    return count_written_rows(monkeypatch)
+
+
+def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
+    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
+
+
+def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
+    model: Path,
+    records: list[CaptionedImage],
+    tmp_path: Path,
+    written: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = records[:6]
+    undisturbed = read_bytes(embed_texts(model, records, tmp_path / "undisturbed"))
+    written.clear()
+    folder = tmp_path / "texts"
+    num_stops = 0
+    for _ in range(100):
+        stop_after_one(monkeypatch, partial(len, written))
+        try:
+            embed_texts(model, records, folder)
+        except StageInterrupt as error:
+            assert f"what is done is in {folder}. Continue with the same call." in str(error)
+            num_stops += 1
+        else:
+            break
+    manifest = read_embedding_manifest(folder)
+    assert num_stops == len(written) > manifest.num_shards
+    assert sum(written) == manifest.num_rows  # nothing was computed twice
+    assert read_bytes(folder) == undisturbed
+
+
+def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    written: list[int],
+) -> None:
+    folder = embed_texts(model, records, tmp_path / "texts")
+    written.clear()
+    embed_texts(model, records, folder)
+    assert not written
+    name = "embeddings-00001-of-00004.parquet"
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"1 files are damaged, among them \['{name}'\]. Delete"):
+        embed_texts(model, records, folder)
+    (folder / name).unlink()
+    embed_texts(model, records, folder)
+    assert sum(written) == 16
+    assert read_bytes(folder) == undisturbed
+
+
+def test_partitions_leave_the_same_bytes_and_the_last_one_completes_them(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "texts"
+    for part, num_files in ((3, 1), (1, 3), (2, 4)):
+        embed(model, records, folder, TEXT, modality="text", partition=f"{part}/3")
+        assert len(list(folder.glob("*.parquet"))) == num_files
+        line = describe_embeddings(folder)[0]
+        assert line.startswith(f"{num_files} of 4 files are" if part != 2 else "Wrote ")
+    assert read_bytes(folder) == undisturbed
+
+
+def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "texts"
+    with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
+        stop_after_one(patch, lambda: len(list(folder.glob("*.parquet"))))
+        embed_texts(model, records, folder)
+    there = set(folder.glob("*.parquet"))
+    with largest_file(1500), pytest.raises(OSError, match=r"No room to write embeddings-0000"):
+        embed_texts(model, records, folder)
+    assert set(folder.glob("*.parquet")) == there and not list(folder.glob("*.tmp"))
+    embed_texts(model, records, folder)
+    assert read_bytes(folder) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, 20])
+def test_killed_at_random_moments_it_leaves_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, times: int
+) -> None:
+    command = ["embed", str(model), str(data), "{output}", "--modality", "text", "--columns",
+               "text", "--dtype", "int8", *FLAGS]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
+         str(tmp_path), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["kills"]) == times
+    undisturbed = read_bytes(tmp_path / "undisturbed")
+    assert len(undisturbed) > 20
+    for folder in report["folders"]:
+        assert read_bytes(Path(folder)) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_ray_leaves_the_same_bytes_as_one_process(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    records = load_records(images)
+    alone = embed(model, records, tmp_path / "alone", IMAGE, modality="image")
+    script, pickled = tmp_path / "with_ray.py", tmp_path / "arguments.pickle"
+    script.write_text(
+        "import pickle, sys\n"
+        "from modeling_llm2clip import embed\n"
+        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "embed(*arguments, modality='image', engine='ray')\n"
+    )
+    pickled.write_bytes(pickle.dumps((model, records, tmp_path / "ray", IMAGE)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    # In a process of its own, which a hanging cluster cannot outlive.
+    run = subprocess.run(
+        [sys.executable, str(script), str(pickled)], env=environment, cwd=tmp_path,
+        stderr=subprocess.PIPE, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
+    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
+    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *flags]
+    printed = run_python(*command, processes=2)
+    assert printed.count("Wrote") == 1  # the main process alone says so
+    assert read_bytes(together) == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
+    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
+             str(together), *flags, "--partition", f"{part}/2"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for part in (1, 2)
+    ]  # fmt: skip
+    assert [run.wait(timeout=240) for run in runs] == [0, 0]
+    assert read_bytes(together) == read_bytes(alone)

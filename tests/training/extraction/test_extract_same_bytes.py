@@ -1,0 +1,355 @@
+"""Laws of extraction: stopped, killed, divided or on Ray, it leaves the bytes of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from extracting import EXACT, extract_captions, make_records
+from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
+from launches import run_python
+from stores import list_complete_shards
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.store_manifest import read_manifest
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt, stop_on_signals
+from modeling_llm2clip.training.extraction import extract as stage
+from modeling_llm2clip.training.extraction.extract import extract, merge_store
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of a larger set as a user has them: enough work to be interrupted in."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [
+        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
+        for r in make_records(250)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every batch that is written."""
+    return count_written_rows(monkeypatch)
+
+
+def count_records(folder: Path) -> int:
+    return len(list(folder.glob("shard-*.json")))
+
+
+def shorten(command: list[str]) -> list[str]:
+    return [
+        *command,
+        "--modality",
+        "text",
+        "--max-shard-size",
+        "2KiB",
+        "--store-dtype",
+        "float32",
+        "--token-budget",
+        "256",
+        "--device",
+        "cpu",
+    ]
+
+
+def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
+    model: Path, records: list[CaptionedImage], tmp_path: Path, written: list[int]
+) -> None:
+    for computes in (True, False):
+        extract_captions(model, records, tmp_path / "store")
+        assert bool(written) == computes
+        written.clear()
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: missing"):
+        extract_captions(model, records, tmp_path / "store")
+
+
+def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
+    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
+
+
+@pytest.mark.parametrize("thing", ["shard", "batch"])
+def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    written: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    thing: str,
+) -> None:
+    folder = tmp_path / "store"
+    num_stops = 0
+    for _ in range(200):
+        count = partial(count_records, folder) if thing == "shard" else partial(len, written)
+        stop_after_one(monkeypatch, count)
+        try:
+            extract_captions(model, records, folder)
+        except StageInterrupt as error:
+            assert f"what is done is in {folder}. Continue with the same call." in str(error)
+            num_stops += 1
+        else:
+            break
+    assert num_stops == (read_manifest(folder).num_shards if thing == "shard" else len(written))
+    assert len(written) > read_manifest(folder).num_shards
+    assert sum(written) == read_manifest(folder).num_rows  # nothing was computed twice
+    assert read_bytes(folder) == undisturbed
+
+
+def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]:
+    command = shorten(["extract", str(model), str(data), "{output}"])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
+         str(folder), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, 20])
+def test_killed_at_random_moments_it_leaves_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, times: int
+) -> None:
+    report = kill(tmp_path, model, data, times=times)
+    assert len(report["kills"]) == times
+    undisturbed = read_bytes(tmp_path / "undisturbed")
+    assert len(undisturbed) > 20
+    for folder in report["folders"]:
+        assert read_bytes(Path(folder)) == undisturbed
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    command = shorten(["extract", str(model), str(data), str(together)])
+    printed = run_python("-m", "modeling_llm2clip", *command, processes=2)
+    assert printed.count("Wrote") == 1  # the main process alone says so
+    assert read_bytes(together) == read_bytes(alone)
+
+
+@pytest.mark.slow
+def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    command = shorten(["extract", str(model), str(data), str(together)])
+    assert main([*command, "--partition", "2/2"]) == 0
+    half = read_manifest(together).num_shards // 2
+    assert f"{half} of {read_manifest(together).num_shards} shards" in capsys.readouterr().out
+    assert list_complete_shards(together) == list(range(1, read_manifest(together).num_shards, 2))
+    assert main(["merge-store", str(together)]) == 2
+    assert "shards are missing, among them [0, 2, 4, 6, 8]" in capsys.readouterr().err
+    assert main([*command, "--partition", "1/2"]) == 0
+    assert not read_manifest(together).complete
+    for _ in range(2):  # a merged store stays as it is
+        assert main(["merge-store", str(together)]) == 0
+        assert f"Wrote {together}: " in capsys.readouterr().out
+    assert read_bytes(together) == read_bytes(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [4])
+def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
+    model: Path, data: Path, tmp_path: Path, times: int
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    command = [sys.executable, "-m", "modeling_llm2clip",
+               *shorten(["extract", str(model), str(data), str(together)])]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(times):
+        runs = [
+            subprocess.Popen([*command, "--partition", f"{n}/2"], env=environment, cwd=ROOT)
+            for n in (1, 2)
+        ]
+        deadline = time.monotonic() + 120
+        noted = len(list(together.glob("shard-*.json")))
+        while len(list(together.glob("shard-*.json"))) < noted + 3 and None in (
+            run.poll() for run in runs
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for run in runs:
+            run.kill()
+            run.wait()
+    for number in (1, 2):
+        subprocess.run([*command, "--partition", f"{number}/2"], env=environment, cwd=ROOT,
+                       check=True, timeout=300)  # fmt: skip
+    merge_store(together)
+    assert read_bytes(together) == read_bytes(alone)
+
+
+def start_with_ray(folder: Path, *arguments: object, modality: str) -> subprocess.Popen[str]:
+    """Extract in a process of its own, which a hanging cluster cannot outlive."""
+    script, pickled = folder / "with_ray.py", folder / "arguments.pickle"
+    script.write_text(
+        "import pickle, sys\n"
+        "from modeling_llm2clip.training.extraction.extract import extract\n"
+        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "extract(*arguments, modality=sys.argv[2], engine='ray')\n"
+    )
+    pickled.write_bytes(pickle.dumps(arguments))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen(
+        [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_ray_leaves_the_same_bytes_of_images_as_one_process(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    records = load_records(images)
+    config = replace(EXACT, token_budget=None, batch_size=3)
+    alone = extract(model, records, tmp_path / "alone", config, modality="image")
+    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", config, modality="image")
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
+    model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    records = make_records(600)
+    alone = extract_captions(model, records, tmp_path / "alone")
+    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", EXACT, modality="text")
+    killed: set[int] = set()
+    deadline = time.monotonic() + 120
+    while run.poll() is None and len(killed) < 2 and time.monotonic() < deadline:
+        if count_records(tmp_path / "ray") > 5 * len(killed):
+            for process in psutil.Process(run.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if "_Actor" in process.name() + " ".join(process.cmdline()):
+                        killed.add(process.pid)
+                        process.kill()
+                        break
+        time.sleep(0.01)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
+    assert len(killed) == 2
+    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_after_a_batch_with_its_own_code(
+    model: Path, data: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = tmp_path / "store"
+    thread = threading.Thread(target=send_once, args=(number, folder))
+    thread.start()
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == code
+    thread.join()
+    assert not list(folder.glob("*.tmp"))
+    assert 0 < len(list_complete_shards(folder)) < read_manifest(folder).num_shards
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == 0
+    assert EmbeddingStore.open(folder, check="full").manifest.complete
+
+
+def send_once(number: signal.Signals, folder: Path) -> None:
+    """Send this process a signal when the first shard is noted."""
+    while not list(folder.glob("shard-*.json")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def python_handles_sigint() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore SIGINT, this test run perhaps."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
+def test_the_first_signal_is_noted_and_the_second_ends_the_process_as_usual() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "store"
+    with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
+        stop_after_one(patch, partial(count_records, folder))
+        extract_captions(model, records, folder)
+    with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
+        extract_captions(model, records, folder)
+    require_one_shard(folder)
+    extract_captions(model, records, folder)
+    assert read_bytes(folder) == undisturbed
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a small disk"
+)
+def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
+    model: Path,
+    records: list[CaptionedImage],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        with pytest.raises(OSError, match=r"No room to write shard .*No space left"):
+            extract_captions(model, records, disk / "store")
+        assert not list((disk / "store").glob("*.tmp"))
+        assert 0 in list_complete_shards(disk / "store")
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        extract_captions(model, records, disk / "store")
+        assert read_bytes(disk / "store") == undisturbed
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the store is still mapped
+
+
+def require_one_shard(folder: Path) -> None:
+    assert not list(folder.glob("*.tmp"))
+    assert list_complete_shards(folder) == [0]
