@@ -18,8 +18,9 @@ class DataConfig(Config):
     ignore_fields: tuple[str, ...] = ()
     """Fields of your own in the data that are not read. Default: none."""
     check_images: bool | None = None
-    """Decode every image before anything else. Default: where the stage decodes images, unless it
-    resumes or they are not on this machine."""
+    """Decode every image before anything else, once for all runs that find the same index in the
+    cache. Default: where the stage decodes images, unless it resumes or they are not on this
+    machine."""
     captions_from: Path | None = None
     """File of captions that others published for these images: CSV, JSON lines or Parquet. They are
     added to the data's own. Default: none."""

@@ -10,11 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from ..images.image_sources import find_unreadable_images
 from ..validation_errors import ErrorCollector
-from .record_columns import ROWS_PER_BATCH, RecordColumns, hash_text
+from .image_checks import check_images as decode_images
+from .record_columns import ROWS_PER_BATCH, RecordColumns
 from .record_index import IMAGE_REPEATED, list_repeated, open_index
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
@@ -65,7 +63,8 @@ def load_records(
         image_dir: folder of the images that are files. Default: the folder of the source.
         require_images: whether a record without its image is an error. If not, its `image` is
             None, which is enough where only captions are read.
-        check_images: decode every image too, in threads, which takes as long as a pass over them.
+        check_images: decode every image too, in threads, which takes as long as a pass over them;
+            once for all runs that find the index in the cache.
         ignore_fields: names of further fields, which are not read and not errors.
         cache: whether the index of a large source is kept for later runs.
         show_progress: show a progress bar while the source is read and images are decoded.
@@ -87,7 +86,7 @@ def load_records(
     job = _plan(source, image_dir, require_images, ignore_fields)
     records, errors = open_index(job, use_cache=cache, show_progress=show_progress)
     if check_images:
-        _check_images(records, errors, show_progress=show_progress)
+        decode_images(records, errors, show_progress=show_progress)
     errors.raise_if_any(str(source))
     if not records:
         raise ValueError(f"{source} has no records. Each image needs one.")
@@ -107,18 +106,6 @@ def _plan(
         require_images=require_images,
         ignore_fields=tuple(sorted(ignore_fields)),
     )
-
-
-def _check_images(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:
-    """Decode every image. Several languages may share one, which is then decoded once."""
-    keys = np.fromiter((hash_text(str(i)) for i in records.iterate_images()), np.int64)
-    firsts = np.sort(np.unique(keys, return_index=True)[1])
-    # A part at a time, so that the addresses of a large dataset are not all in memory.
-    for start in range(0, len(firsts), ROWS_PER_BATCH):
-        part = records.select(firsts[start : start + ROWS_PER_BATCH])
-        images = (image for image in part.iterate_images() if image is not None)
-        for error in find_unreadable_images(images, show_progress=show_progress).values():
-            errors.add("image unreadable", error)
 
 
 def collect_records(
