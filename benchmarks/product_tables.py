@@ -110,6 +110,8 @@ def _render_scale(report: dict[str, Any]) -> str:
     parts = {name: report[name] for name in draw if name in report}
     tables = [draw[name](part) for name, part in parts.items()]
     machines = (f"{part['processor']}, {part['cores']} cores" for part in parts.values())
+    if "plan" in report:
+        tables.append(_draw_plan(report["plan"]))
     hardware = " and ".join(dict.fromkeys(machines))
     commits = ", ".join(f"{name} {part['commit']}" for name, part in parts.items())
     return "\n".join([*tables, f"{hardware}; commits: {commits}.\n"])
@@ -131,13 +133,20 @@ def _draw_records(part: dict[str, Any]) -> str:
 
 
 def _draw_stages(part: dict[str, Any]) -> str:
-    heads = ("stage", "records", "seconds to the first batch", "private MB gained")
+    heads = (
+        "stage",
+        "records",
+        "seconds to the first batch",
+        "private MB gained",
+        "with pages of files",
+    )
     rows = [
         (
             row["stage"],
             f"{row['records']:,}",
             f"{row['seconds']:.1f}",
             f"{row['private_mb']:.0f}",
+            f"{row['resident_mb']:.0f}",
         )
         for row in sorted(part["counts"], key=lambda row: (row["stage"], row["records"]))
     ]
@@ -177,6 +186,37 @@ def _draw_streams(part: dict[str, Any]) -> str:
     return draw_table(heads, rows)
 
 
+def _draw_plan(plan: dict[str, Any]) -> str:
+    heads = (
+        f"{plan['images'] / 1e6:.0f} million images, on paper",
+        "hours",
+        "GPU hours",
+        "bound by",
+    )
+    rows = [
+        (name, f"{stage['hours']:g}", str(stage.get("gpu_hours", "–")), stage["bound_by"])
+        for name, stage in plan["stages"].items()
+    ]
+    rows.append(
+        (
+            "all, with the tower trained",
+            f"{plan['hours']:g}",
+            str(plan["gpu_hours"]),
+            f"{plan['dollars']:,} dollars",
+        )
+    )
+    disk = [
+        (name.replace("_", " "), "disk", f"{gigabytes:,}")
+        for name, gigabytes in plan["disk_gb"].items()
+    ]
+    memory = [
+        (name, "memory of a machine, beside the towers", f"{gigabytes:g}")
+        for name, gigabytes in plan["private_gb_per_machine"].items()
+    ]
+    sizes = draw_table(("what", "where", "GB"), [*disk, *memory])
+    return f"{draw_table(heads, rows)}\n{sizes}"
+
+
 def _draw_engines(part: dict[str, Any]) -> str:
     labels = {"one": "one process", "partitions": "two partitions", "ray": "two actors of Ray"}
     heads = (f"extract {part['captions']:,} captions", "seconds", "of one process")
@@ -199,6 +239,8 @@ def _draw_store(part: dict[str, Any]) -> str:
         )
         for kind in ("random", "sequential")
     ]
+    checked = f"{part['rows_per_second_while_checking']:,}"
+    rows.append(("random, rows read for the first time", checked, *["–"] * len(names)))
     return draw_table(heads, rows)
 
 
