@@ -10,6 +10,7 @@ from ..configs.data_config import DataConfig, StreamConfig
 
 if TYPE_CHECKING:
     from ..data.records.record_table import RecordTable
+    from ..data.records.records import Modality
     from ..data.streams.record_streams import RecordStream
 
 
@@ -72,7 +73,13 @@ def stream_captioned_images(
 
 
 def read_captioned_images(
-    data: str, reading: DataConfig, *, require_images: bool, resume: bool = False
+    data: str,
+    reading: DataConfig,
+    *,
+    require_images: bool,
+    resume: bool = False,
+    modality: Modality | None = None,
+    show_progress: bool = True,
 ) -> RecordTable:
     """Read all records.
 
@@ -82,6 +89,8 @@ def read_captioned_images(
         require_images: Whether the command decodes the images. Those on this machine are then
             checked first.
         resume: Whether a run continues, which has checked them.
+        modality: What alone is read, so that records need not be pairs; None for both.
+        show_progress: Whether to show progress bars.
 
     Raises:
         DataValidationError: Records are invalid; every error is named at once.
@@ -93,5 +102,10 @@ def read_captioned_images(
     if check_images is None:
         check_images = require_images and not resume and not is_remote(data)
     return read_configured_records(
-        data, reading, require_images=require_images, check_images=check_images
+        data,
+        reading,
+        require_images=require_images,
+        check_images=check_images,
+        modality=modality,
+        show_progress=show_progress,
     )

@@ -46,8 +46,9 @@ def embed(
 
     Args:
         model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
-        data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image also a
-            folder of images alone.
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image,
+            captions may be missing, and it may be a folder of images alone; with --modality text,
+            images may be missing, and it may be a file of texts alone, also *.csv.
         output: Folder of the files, new or begun.
         modality: What is embedded: the captions or the images. No default, and needed.
         partition: Which part of the files to write, such as 2/8 for the second of eight. Parts may
@@ -91,7 +92,11 @@ def embed(
         records = _read_image_folder(data, reading, check_images=not is_checked)
     else:
         records = read_captioned_images(
-            data, reading, require_images=modality == "image", resume=is_checked
+            data,
+            reading,
+            require_images=modality == "image",
+            resume=is_checked,
+            modality=modality,
         )
     run(model, records, output, config, modality=modality, partition=partition, engine=engine)
     state = PartialState()

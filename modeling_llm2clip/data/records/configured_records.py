@@ -13,10 +13,17 @@ from ..atomic_files import temporary_folder
 from ..captions.caption_joins import join_captions
 from .record_loading import load_records
 from .record_table import RecordTable
+from .records import Modality
 
 
 def read_configured_records(
-    data: str | Path, config: DataConfig, *, require_images: bool, check_images: bool
+    data: str | Path,
+    config: DataConfig,
+    *,
+    require_images: bool,
+    check_images: bool,
+    modality: Modality | None = None,
+    show_progress: bool = True,
 ) -> RecordTable:
     """Read all records; what was skipped or not joined is printed to stderr.
 
@@ -25,6 +32,8 @@ def read_configured_records(
         config: How it is read.
         require_images: Whether a record without its image is an error.
         check_images: Whether every image is decoded too.
+        modality: What alone is read, so that records need not be pairs; None for both.
+        show_progress: Whether to show progress bars.
 
     Raises:
         DataValidationError: Records are invalid; all errors are reported at once.
@@ -37,7 +46,8 @@ def read_configured_records(
         check_images=check_images,
         ignore_fields=config.ignore_fields,
         cache=config.cache,
-        show_progress=True,
+        show_progress=show_progress,
+        modality=modality,
     )
     for reason, count in records.skipped.items():
         tqdm.write(f"{data}: {count} rows skipped: {reason}.", file=sys.stderr)

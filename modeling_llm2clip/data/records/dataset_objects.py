@@ -22,7 +22,7 @@ from ..streams.record_streams import RecordStream
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated
 from .record_table import RecordTable
-from .records import RawRecord, check_record
+from .records import Modality, RawRecord, check_record
 
 if TYPE_CHECKING:
     import datasets
@@ -39,6 +39,7 @@ def records_from_dataset(
     columns: Mapping[str, str] | None = None,
     require_images: bool = True,
     ignore_fields: Collection[str] = (),
+    modality: Modality | None = None,
 ) -> RecordTable:
     """Make records of a dataset in memory or in files; its images are not read.
 
@@ -49,6 +50,7 @@ def records_from_dataset(
             column, named as the fields of a record.
         require_images: whether a record without its image is an error.
         ignore_fields: names of further fields, which are not read and not errors.
+        modality: as in `load_records`.
 
     Returns:
         The records, in the dataset's order.
@@ -83,13 +85,14 @@ def records_from_dataset(
             raw,
             errors,
             image_dir=Path(),
-            require_images=require_images,
+            require_images=require_images and modality != "text",
             ignore_fields=ignore_fields,
+            modality=modality,
         )
         for raw in _iterate_rows(dataset, table, rows, sources)
     )
     records = RecordTable.from_records(record for record in checked if record is not None)
-    find_repeated(records, errors)
+    find_repeated(records, errors, modality=modality)
     errors.raise_if_any(_NAME)
     return records
 

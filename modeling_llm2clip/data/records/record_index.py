@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,10 @@ from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
+from .records import Modality
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
+TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
 _FORMAT_VERSION = 3
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
@@ -69,6 +72,7 @@ def open_index(
     if not use_cache or None in states:  # changes of such a file would not be noticed
         file = temporary_folder() / f"{hash_json(states)[:16]}.arrow"
         return _build(job, file, show_progress, states)
+    job = _prefer_pairs(job, states)
     file = _name_index(job, states)
     with _lock(file):  # of several processes, the first one builds it
         with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
@@ -99,7 +103,7 @@ def _build(
         unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         try:
             table = _write(rebatch(batches), unfinished)
-            find_repeated(table, errors)
+            find_repeated(table, errors, modality=job.modality)
             if table.file is not None:
                 table = _keep(table.file, file, errors)
         finally:
@@ -183,18 +187,22 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     return RecordTable.open(file)
 
 
-def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
-    """Report images that occur twice in a language.
+def find_repeated(
+    table: RecordTable, errors: ErrorCollector, *, modality: Modality | None = None
+) -> None:
+    """Report images, or texts, that occur twice in a language.
 
     Args:
         table: the records.
         errors: gets the repeated ones.
+        modality: what alone is read, which the kind of the error says; None for pairs.
 
     Raises:
         ValueError: two names or group ids have the same key.
     """
+    kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
     for _, place in list_repeated(table):
-        errors.add(IMAGE_REPEATED, place)
+        errors.add(kind, place)
 
 
 def list_repeated(table: RecordTable) -> list[tuple[int, str]]:
@@ -244,6 +252,12 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
         )
 
 
+def _prefer_pairs(job: IndexJob, states: list[FileState | None]) -> IndexJob:
+    """Return the job that reads pairs if its index is there: it has no errors, so is the same."""
+    pairs = replace(job, modality=None)
+    return pairs if _name_index(pairs, states).is_file() else job
+
+
 def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
     """Name the file of an index: by the source, and by the state of its files."""
     folder = default_cache_folder() / "records"
@@ -253,7 +267,8 @@ def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
 
 def _hash_source(job: IndexJob) -> str:
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
-    how = [job.image_dir and job.image_dir.resolve(), job.require_images, job.ignore_fields]
+    image_dir = job.image_dir and job.image_dir.resolve()
+    how = [image_dir, job.require_images, job.ignore_fields, job.modality]
     place = base.resolve() if isinstance(base, Path) else base
     return hash_json([place, names, job.source.suffix, how])[:16]
 

@@ -25,7 +25,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..remote.file_places import parse_place
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
-from .records import RawRecord, check_record
+from .records import Modality, RawRecord, check_record
 from .source_files import SourceFiles, SourcePart
 
 _JOB_FILE = "job.json"
@@ -42,12 +42,14 @@ class IndexJob:
         image_dir: folder of the images that are files; None if there is none.
         require_images: whether a record without an image is an error.
         ignore_fields: names of further fields, which are not errors.
+        modality: what alone is read, so that records need not be pairs; None for both.
     """
 
     source: SourceFiles
     image_dir: Path | None
     require_images: bool
     ignore_fields: tuple[str, ...]
+    modality: Modality | None = None
 
     def add(self, raw: RawRecord, columns: RecordColumns, errors: ErrorCollector) -> bool:
         """Check a record of the source, and add what is left of it to columns.
@@ -67,6 +69,7 @@ class IndexJob:
             image_dir=self.image_dir,
             require_images=self.require_images,
             ignore_fields=self.ignore_fields,
+            modality=self.modality,
         )
         if record is None:
             return False
@@ -97,6 +100,7 @@ class IndexJob:
             image_dir=None if fields["image_dir"] is None else Path(fields["image_dir"]),
             require_images=fields["require_images"],
             ignore_fields=tuple(fields["ignore_fields"]),
+            modality=fields["modality"],
         )
 
 

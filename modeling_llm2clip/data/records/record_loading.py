@@ -16,6 +16,7 @@ from .record_columns import ROWS_PER_BATCH, RecordColumns
 from .record_index import IMAGE_REPEATED, list_repeated, open_index
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
+from .records import Modality
 from .source_files import find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -49,6 +50,7 @@ def load_records(
     ignore_fields: Collection[str] = (),
     cache: bool = True,
     show_progress: bool = False,
+    modality: Modality | None = None,
 ) -> RecordTable:
     """Load the captioned images of a source, or raise once with every error.
 
@@ -68,6 +70,8 @@ def load_records(
         ignore_fields: names of further fields, which are not read and not errors.
         cache: whether the index of a large source is kept for later runs.
         show_progress: show a progress bar while the source is read and images are decoded.
+        modality: what alone is read, for `embed`: `image` takes images without captions, too;
+            `text` looks for no images, and takes files of texts alone. Default: pairs.
 
     Returns:
         At least one record, in the order of the source.
@@ -83,13 +87,14 @@ def load_records(
         >>> records[0].name, records[0].captions[0]
         ('beach.jpg', 'Two dogs on a beach.')
     """
-    job = _plan(source, image_dir, require_images, ignore_fields)
+    job = _plan(source, image_dir, require_images, ignore_fields, modality)
     records, errors = open_index(job, use_cache=cache, show_progress=show_progress)
     if check_images:
         decode_images(records, errors, show_progress=show_progress)
     errors.raise_if_any(str(source))
     if not records:
-        raise ValueError(f"{source} has no records. Each image needs one.")
+        needs = "Each text" if modality == "text" else "Each image"
+        raise ValueError(f"{source} has no records. {needs} needs one.")
     return records
 
 
@@ -98,13 +103,16 @@ def _plan(
     image_dir: str | Path | None,
     require_images: bool,
     ignore_fields: Collection[str],
+    modality: Modality | None = None,
 ) -> IndexJob:
-    files = find_source(str(source))
+    files = find_source(str(source), modality=modality)
+    require_images = require_images and modality != "text"
     return IndexJob(
         source=files,
         image_dir=find_image_folder(files, image_dir, required=require_images),
         require_images=require_images,
         ignore_fields=tuple(sorted(ignore_fields)),
+        modality=modality,
     )
 
 

@@ -25,6 +25,9 @@ In Parquet, `image` may hold the encoded image itself; in a tar shard, the image
 Any other field is an error, because it may be a misspelled one; `load_records(…, ignore_fields=…)`
 names those to ignore. Whitespace around texts is removed and a line break inside becomes one space,
 because later stages take captions as single lines.
+
+Data that are read for one modality alone need not be pairs: images may lack captions, or captions
+images. A text without an image is then named by the field `id`, or else by its place.
 """
 
 from __future__ import annotations
@@ -35,19 +38,22 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ..validation_errors import ErrorCollector
 
 if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
     from ..images.image_sources import ImageSource, PackedImage
 
+# What alone is read of data whose records need not be pairs.
+Modality: TypeAlias = Literal["text", "image"]
 _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
 SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
 CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
 _NAMES = ("image", "file_name")
+_TEXT_ID = "id"
 _NOTES = ("category", "group", "license", "notes", "source", "style")
 _KNOWN_FIELDS = frozenset(
     (
@@ -82,7 +88,8 @@ class CaptionedImage:
         image: where the image is; None if images were not required and it has none.
         name: name of the image in its source; unique together with `lang`.
         group_id: what the image shows: images of one group show the same thing.
-        captions: texts, each of which describes the image; at least one.
+        captions: texts, each of which describes the image; at least one, or none where only images
+            are read.
         long_captions: longer texts that describe it; may be empty.
         keywords: words that belong to the image; may be empty.
         lang: language of the texts, BCP 47.
@@ -121,12 +128,14 @@ class RawRecord(NamedTuple):
         fields: as in the table above, without those that are null.
         packed: the image, if the source holds it.
         default_name: name of a record without `image` and `file_name`.
+        text_name: name of a text without an image that nothing else names, if only texts are read.
     """
 
     place: str
     fields: Mapping[str, Any]
     packed: PackedImage | None = None
     default_name: str | None = None
+    text_name: str | None = None
 
 
 class FoundFile(NamedTuple):
@@ -176,6 +185,7 @@ def check_record(
     image_dir: Path | None,
     require_images: bool,
     ignore_fields: Collection[str] = (),
+    modality: Modality | None = None,
 ) -> CheckedRecord | None:
     """Check the fields of a record.
 
@@ -187,6 +197,8 @@ def check_record(
         image_dir: folder of the images that are files; None if there is none.
         require_images: whether a record without an image is an error.
         ignore_fields: names of further fields, which are not errors.
+        modality: what alone is read: images, which then need no captions, or texts without images,
+            which `id` or their place may name.
 
     Returns:
         The checked fields; None if the name or the language cannot be read.
@@ -195,19 +207,23 @@ def check_record(
     lang = _read_word(raw.fields, "lang", found) or "en"
     given = _sort_fields(tuple(raw.fields))
     name = _read_name([raw.fields[field] for field in given.names], found)
+    is_text = modality == "text" and not given.names and raw.packed is None
+    allowed = {*ignore_fields, _TEXT_ID} if is_text else ignore_fields
+    if is_text:
+        name = None if _TEXT_ID in ignore_fields else _read_word(raw.fields, _TEXT_ID, found)
     has_identity = not found
     image: FoundFile | PackedImage | None = raw.packed
-    if has_identity and image is None:
+    if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
-    name = name or raw.default_name or group_id
+    name = name or raw.default_name or group_id or (raw.text_name if is_text else None)
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
-    captions = _read_captions(raw.fields, given, found)
+    captions = _read_captions(raw.fields, given, found, required=modality != "image")
     long_captions = _read_all_texts(raw.fields, given.long_captions, found)
     keywords = _read_texts(raw.fields, "keywords", found) if "keywords" in raw.fields else []
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
-    found += [f"unknown field {name!r}" for name in given.unknown if name not in ignore_fields]
+    found += [f"unknown field {name!r}" for name in given.unknown if name not in allowed]
     for kind in found:
         errors.add(kind, raw.place)
     if name is None or not has_identity:
@@ -244,14 +260,16 @@ def _sort_fields(fields: tuple[str, ...]) -> _FieldNames:
     )
 
 
-def _read_captions(fields: Mapping[str, Any], given: _FieldNames, found: list[str]) -> list[str]:
+def _read_captions(
+    fields: Mapping[str, Any], given: _FieldNames, found: list[str], *, required: bool
+) -> list[str]:
     if given.repeated:
         one, other = given.repeated
         found.append(f"both {one!r} and {other!r}")
         return []
     before = len(found)
     captions = _read_all_texts(fields, given.captions, found)
-    if not captions and len(found) == before:
+    if required and not captions and len(found) == before:
         found.append("no caption")
     return captions
 

@@ -6,6 +6,7 @@
 | `*.parquet`: a file, a folder of them, a pattern | a record per row; see `sources/parquet.py` |
 | `*.tar`: a file, a folder of them, a pattern | webdataset shards; see `sources/tar_shards.py` |
 | `*.json`: a file | COCO's captions as published; see `sources/coco.py` |
+| `*.csv`: a file, a pattern | a text per row, for modality text; see `sources/csv_files.py` |
 
 A pattern contains `*`, `?` or `[…]`. Files are read in the order of their names. Images that are
 files are beside the source, those of COCO in a folder that is named.
@@ -28,14 +29,16 @@ from ..remote.remote_access import RetryPolicy
 from ..remote.remote_files import PIPE, is_remote
 from ..remote.shard_urls import find_base, find_format, list_shards, name_shards
 from ..sources.coco import read_coco
+from ..sources.csv_files import read_csv_file
 from ..sources.json_files import find_line_starts, read_json_lines
 from ..sources.parquet import read_parquet_file
 from ..sources.tar_shards import read_tar_shard
 from ..validation_errors import ErrorCollector
-from .records import RawRecord
+from .records import Modality, RawRecord
 
 _LINES_FILES = ("captions.jsonl", "metadata.jsonl")
 _SEVERAL_FILES = (".parquet", ".tar")
+_CSV = ".csv"
 _BYTES_PER_PART = 2**24
 
 
@@ -101,16 +104,20 @@ class SourceFiles:
             return read_tar_shard(part.file, part.name, errors)
         if self.suffix == ".json":
             return read_coco(Path(part.file), errors)
+        if self.suffix == _CSV:
+            return read_csv_file(Path(part.file), part.name, errors)
         return read_json_lines(
-            part.file, errors, start=part.start, stop=part.stop, first_line=part.first_line
-        )
+            part.file, errors, start=part.start, stop=part.stop, first_line=part.first_line,
+            name=part.name,
+        )  # fmt: skip
 
 
-def find_source(source: str) -> SourceFiles:
+def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles:
     """Find the files of a source.
 
     Args:
         source: a folder, file, pattern or URL; see the top of this file.
+        modality: what alone is read; None for pairs.
 
     Raises:
         ValueError: the source is missing or ambiguous, or its format is unknown.
@@ -130,15 +137,21 @@ def find_source(source: str) -> SourceFiles:
         files = sorted(file for file in base.glob(source[start:]) if file.is_file())
     if not files:
         raise ValueError(f"{source}: no such folder or file. Correct the path.")
+    return SourceFiles([*files], base, _find_suffix(source, files, modality))
+
+
+def _find_suffix(source: str, files: list[Path], modality: Modality | None) -> str:
+    """Return the suffix of files, which all have to have."""
+    several = (*_SEVERAL_FILES, *([_CSV] if modality == "text" else []))
     suffixes = sorted({file.suffix.lower() for file in files})
-    if len(suffixes) > 1 or suffixes[0] not in (".jsonl", *_SEVERAL_FILES, ".json"):
+    if len(suffixes) > 1 or suffixes[0] not in (".jsonl", *several, ".json"):
         raise ValueError(
             f"{source}: found {', '.join(suffixes)}. Give a folder, or files of one format: "
-            ".jsonl, .parquet, .tar, or COCO's .json."
+            f".jsonl, {', '.join(several)}, or COCO's .json."
         )
-    if len(files) > 1 and suffixes[0] not in _SEVERAL_FILES:
+    if len(files) > 1 and suffixes[0] not in several:
         raise ValueError(f"{source}: {len(files)} {suffixes[0]} files. Give one of them.")
-    return SourceFiles([*files], base, suffixes[0])
+    return suffixes[0]
 
 
 def _find_shards(source: str) -> SourceFiles:

@@ -28,6 +28,7 @@ def read_json_lines(
     start: int = 0,
     stop: int | None = None,
     first_line: int = 1,
+    name: str | None = None,
 ) -> Iterator[RawRecord]:
     """Yield a raw record per line that is not blank.
 
@@ -37,20 +38,22 @@ def read_json_lines(
         start: first byte to read, where a line begins.
         stop: byte to stop at, where a line ends; None for the end of the file.
         first_line: number of the line at `start`.
+        name: of the file, in names of texts. Default: without its folder.
 
     Yields:
         The record of each other line, without the fields that are null.
     """
-    name = name_place(file)
+    bare_name = name_place(file)
+    name = name or bare_name
     for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
-        place = f"{name} line {number}"
+        place = f"{bare_name} line {number}"
         fields = parse_object(line)
         if isinstance(fields, str):
             errors.add(fields, place)
         else:
             if None in fields.values():
-                fields = {name: value for name, value in fields.items() if value is not None}
-            yield RawRecord(place, fields)
+                fields = {field: value for field, value in fields.items() if value is not None}
+            yield RawRecord(place, fields, text_name=f"{name}/{number}")
 
 
 def iterate_lines(

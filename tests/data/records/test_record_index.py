@@ -162,7 +162,7 @@ def test_errors_leave_no_index(
         load_records(source, check_images=True)  # which looks through the index, too
     assert list_indexes(small_parts) == []
 
-    def die(*_: Any) -> None:
+    def die(*_: Any, **__: Any) -> None:
         # A kill at any moment before the index is known to have no errors.
         assert not any(file.suffix == ".arrow" for file in small_parts.iterdir())
         raise KeyboardInterrupt

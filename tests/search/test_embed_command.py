@@ -1,0 +1,50 @@
+"""Laws of the command `embed`: which data it takes, and what it says of those it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modeling_llm2clip.__main__ import main
+
+
+def run_embed(model: Path, data: Path, output: Path, modality: str, *flags: str) -> int:
+    command = ["embed", str(model), str(data), str(output), "--modality", modality]
+    return main([*command, "--device", "cpu", *flags])
+
+
+def read_ids(folder: Path) -> list[str]:
+    ids: list[str] = pq.read_table(folder)["id"].to_pylist()
+    return ids
+
+
+def test_images_need_no_captions(model: Path, images: Path, tmp_path: Path) -> None:
+    contents = [(images / f"{number}.png").read_bytes() for number in range(3)]
+    file = tmp_path / "images.parquet"
+    rows = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(contents)]
+    pq.write_table(pa.table({"image": rows}), file)
+    assert run_embed(model, file, tmp_path / "out", "image") == 0
+    assert read_ids(tmp_path / "out") == [f"images.parquet/{number}.png" for number in range(3)]
+
+
+def test_texts_need_no_images(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("id,text\nsku-1,a red apple\n,a dog\n", encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "out", "text", "--columns", "name", "text") == 0
+    assert pq.read_table(tmp_path / "out").drop_columns(["embedding"]).to_pylist() == [
+        {"id": "sku-1#0", "name": "sku-1", "text": "a red apple"},
+        {"id": "texts.csv/1#0", "name": "texts.csv/1", "text": "a dog"},
+    ]
+    capsys.readouterr()
+    file.write_text("id,text\n1,a red apple\n1,a dog\n2,\n", encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "other", "text") == 2
+    error = capsys.readouterr().err
+    assert "name or id repeated in one language: 1 (texts.csv row 1)" in error
+    assert "no caption: 1 (texts.csv row 2)" in error and "distractors" not in error
+    assert run_embed(model, file, tmp_path / "other", "image") == 2
+    assert "found .csv." in capsys.readouterr().err
