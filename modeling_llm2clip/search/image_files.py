@@ -1,9 +1,11 @@
-"""Image files in a folder, by their suffixes: those that can be decoded here, and others."""
+"""Image files in a folder: those that can be decoded here, and what is left out."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.images.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
@@ -22,37 +24,57 @@ class ImageFiles:
     Attributes:
         readable: Files of a format that can be decoded here, in order.
         skipped: Image files of any other format, in order.
+        dangling: Symbolic links that lead to no file, of the names of images or without a suffix.
+        linked_folders: Symbolic links to folders, which are not followed.
+        closed_folders: Folders that cannot be listed, such as those of other users.
     """
 
     readable: list[Path]
     skipped: list[Path]
+    dangling: list[Path] = field(default_factory=list)
+    linked_folders: list[Path] = field(default_factory=list)
+    closed_folders: list[Path] = field(default_factory=list)
 
     def describe_skipped(self) -> str:
-        """Count and name the skipped files, and say how to read them.
+        """Count and name what is left out, and say how to have it read.
 
         Returns:
-            One line, which lists at most eight names; empty where no file is skipped.
+            A line for each reason, which lists at most eight names; empty where there is none.
         """
-        if not self.skipped:
-            return ""
+        lines = [self._describe_formats()] if self.skipped else []
+        for paths, what, remedy in (
+            (self.dangling, "symbolic links that lead to no file", "Correct or remove them."),
+            (
+                self.linked_folders,
+                "symbolic links to folders, which are not followed",
+                "Move the images into the folder, or name the other folders themselves.",
+            ),
+            (self.closed_folders, "folders that cannot be listed", "Check who may read them."),
+        ):
+            if paths:
+                lines.append(f"Skipped {len(paths):,} {what}: {_list_paths(paths)}. {remedy}")
+        return "\n".join(lines)
+
+    def _describe_formats(self) -> str:
         counts = Counter(map(_suffix, self.skipped))
         counted = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
-        more = ", …" if len(self.skipped) > _SHOWN else ""
-        named = ", ".join(map(str, self.skipped[:_SHOWN])) + more
         return (
             f"Skipped {len(self.skipped):,} image files that Pillow cannot read here ({counted}): "
-            f"{named}. {_describe_remedies(set(counts))}"
+            f"{_list_paths(self.skipped)}. {_describe_remedies(set(counts))}"
         )
 
 
 def list_images(image_dir: str | Path) -> ImageFiles:
     """List the image files in a folder and its subfolders by their suffixes.
 
+    A symbolic link to a file is a file. One to a folder is not followed, because it may lead to a
+    folder above it, or to images that are found already.
+
     Args:
         image_dir: Folder of images.
 
     Returns:
-        Its image files, those that cannot be decoded here apart.
+        Its image files, and what is left out.
 
     Raises:
         ValueError: There is no such folder, or no readable image in it.
@@ -61,16 +83,34 @@ def list_images(image_dir: str | Path) -> ImageFiles:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder. Give one that holds images.")
     readable = list_readable_suffixes()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = ImageFiles(
-        readable=[path for path in files if _suffix(path) in readable],
-        skipped=[path for path in files if _suffix(path) in OPTIONAL_IMAGE_SUFFIXES - readable],
-    )
+    found = _sort(folder, readable)
     if not found.readable:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
         raise ValueError(
             f"{folder}: no image in it or below it ({suffixes}). {found.describe_skipped()}"
         )
+    return found
+
+
+def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
+    found = ImageFiles([], [])
+    closed: list[OSError] = []
+    looked_at = readable | OPTIONAL_IMAGE_SUFFIXES | {""}
+    for root, folders, files in os.walk(folder, onerror=closed.append):
+        paths = [Path(root, name) for name in folders]
+        found.linked_folders.extend(path for path in paths if path.is_symlink())
+        for path in (Path(root, name) for name in files):
+            suffix = _suffix(path)
+            if suffix not in looked_at:
+                continue
+            if path.is_file():
+                if suffix:
+                    (found.readable if suffix in readable else found.skipped).append(path)
+            elif path.is_symlink():
+                found.dangling.append(path)
+    found.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
+    for paths in vars(found).values():
+        paths.sort()
     return found
 
 
@@ -87,6 +127,10 @@ def _describe_remedies(suffixes: set[str]) -> str:
     if others := suffixes.difference(*_REMEDIES.values()):
         remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
     return " ".join(remedies)
+
+
+def _list_paths(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:_SHOWN])) + (", …" if len(paths) > _SHOWN else "")
 
 
 def _list(suffixes: set[str]) -> str:

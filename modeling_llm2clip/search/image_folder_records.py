@@ -26,8 +26,8 @@ def records_from_images(
         image_dir: Folder of images.
         check_images: Decode every image, too.
         show_progress: Show a progress bar while images are decoded.
-        report: Called with a line on image files of formats that cannot be decoded here, which
-            are left out.
+        report: Called with lines on what is left out: image files of formats that cannot be
+            decoded here, and symbolic links to folders or to no file.
 
     Returns:
         Records in the order of their names, which are the paths below the folder.
@@ -42,8 +42,8 @@ def records_from_images(
     """
     folder = Path(image_dir)
     files = list_images(folder)
-    if files.skipped:
-        report(files.describe_skipped())
+    if skipped := files.describe_skipped():
+        report(skipped)
     if check_images:
         errors = ErrorCollector()
         for error in find_unreadable_images(files.readable, show_progress=show_progress).values():

@@ -59,8 +59,8 @@ def build_index(
     """
     find_device(config.device)  # before what takes long
     files = list_images(image_dir)
-    if files.skipped:
-        (report or _warn)(files.describe_skipped())
+    if skipped := files.describe_skipped():
+        (report or _warn)(skipped)
     folder = find_whole_model(model)
     database = _open(model, folder, image_dir, location)
     encoder = QueryEncoder(folder, config.device)

@@ -116,8 +116,8 @@ def tag_folder(
     find_device(config.device)  # before what takes long
     files = list_images(image_dir)
     say = report or _warn
-    if files.skipped:
-        say(files.describe_skipped())
+    if skipped := files.describe_skipped():
+        say(skipped)
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device)
     assert isinstance(loaded, LLM2CLIPModel)  # as `find_whole_model` has checked

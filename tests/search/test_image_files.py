@@ -1,0 +1,67 @@
+"""What is left out of a folder of images is counted and named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from modeling_llm2clip.search.image_files import ImageFiles, list_images
+from modeling_llm2clip.search.image_folder_records import records_from_images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    for name in ("images/b.png", "images/below/a.png", "other.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path / "images"
+
+
+def test_links_to_files_are_images_and_other_links_are_left_out_and_named(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder.parent / "other.png")
+    (folder / "gone.png").symlink_to(folder.parent / "gone.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "unmounted").symlink_to(folder.parent / "no-disk")
+    (folder / "notes.txt").symlink_to(folder.parent / "gone.txt")  # no image, if it were there
+    (folder / "linked").symlink_to(folder / "below")
+    (folder / "below" / "up").symlink_to(folder)
+    found = list_images(folder)
+    assert found == ImageFiles(
+        readable=[folder / "b.png", folder / "below" / "a.png", folder / "link.png"],
+        skipped=[],
+        dangling=[folder / "gone.png", folder / "loop.png", folder / "unmounted"],
+        linked_folders=[folder / "below" / "up", folder / "linked"],
+    )
+    lines = found.describe_skipped().splitlines()
+    assert lines[0].startswith("Skipped 3 symbolic links that lead to no file: ")
+    assert str(folder / "gone.png") in lines[0]
+    assert lines[1].startswith("Skipped 2 symbolic links to folders, which are not followed: ")
+    reports: list[str] = []
+    assert len(records_from_images(folder, report=reports.append)) == 3
+    assert reports == [found.describe_skipped()]
+
+
+def test_folders_that_cannot_be_listed_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, scandir = folder / "below", os.scandir
+
+    def refuse(path: str) -> object:  # in place of permissions, which do not bind root
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = list_images(folder)
+    assert found.readable == [folder / "b.png"] and found.closed_folders == [closed]
+    assert f"Skipped 1 folders that cannot be listed: {closed}." in found.describe_skipped()
+
+
+def test_a_folder_of_nothing_but_links_says_so(folder: Path) -> None:
+    (folder.parent / "links").mkdir()
+    (folder.parent / "links" / "images").symlink_to(folder)
+    with pytest.raises(ValueError, match=r"no image in it .* 1 symbolic links to folders"):
+        list_images(folder.parent / "links")
