@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,3 +49,24 @@ def test_texts_need_no_images(
     assert "no caption: 1 (texts.csv row 2)" in error and "distractors" not in error
     assert run_embed(model, file, tmp_path / "other", "image") == 2
     assert "found .csv." in capsys.readouterr().err
+
+
+def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("0.png", os.fsdecode(b"sea\xff.png")):
+        (folder / name).write_bytes((images / "0.png").read_bytes())
+    (folder / "1.png").write_bytes(b"no image")
+    for flags in ((), ("--no-check-images",)):
+        assert run_embed(model, folder, tmp_path / "out", "image", *flags) == 2
+        error = capsys.readouterr().err
+        assert r"sea\udcff.png': its name is not Unicode. Rename it." in error
+        assert f"image unreadable: {1 if flags else 2} (" in error
+    assert run_embed(model, folder, tmp_path / "out", "image", "--skip-invalid") == 0
+    shown = capsys.readouterr()
+    assert "Skipped 1 images whose names are not Unicode: " in shown.err
+    assert r"sea\udcff.png'. Rename them." in shown.err
+    assert "Skipped 1 images that cannot be decoded: 1.png." in shown.out
+    assert read_ids(tmp_path / "out") == ["0.png"]
