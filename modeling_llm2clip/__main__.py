@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from safetensors import SafetensorError
 
@@ -24,6 +25,7 @@ from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
 from .cli.flags import CommandLine
 from .cli.index import index
+from .cli.library_bars import library_bars_hidden, wants_no_bars
 from .cli.library_warnings import hide_known_warnings
 from .cli.merge_store import merge_store
 from .cli.push import push
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = LINE.parse(words)
         hide_known_warnings()
-        return run() or 0
+        with library_bars_hidden() if wants_no_bars(run) else nullcontext():
+            return run() or 0
     except StageInterrupt as error:
         if message := str(error):  # only the main process has one
             print(f"llm2clip: {message}", file=sys.stderr)

@@ -70,3 +70,25 @@ def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
     assert r"sea\udcff.png'. Rename them." in shown.err
     assert "Skipped 1 images that cannot be decoded: 1.png." in shown.out
     assert read_ids(tmp_path / "out") == ["0.png"]
+
+
+@pytest.mark.parametrize("command", ["embed a folder", "embed pairs", "index"])
+def test_no_progress_bar_is_shown_where_none_is_wanted(
+    command: str,
+    model: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if command == "index":
+        pytest.importorskip("lancedb")
+    if command != "embed pairs":
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "0.png").write_bytes((images / "0.png").read_bytes())
+        images = tmp_path / "images"
+    words = [command.partition(" ")[0], str(model), str(images)]
+    flags = ["--device", "cpu", *([] if command == "index" else ["--modality", "image"])]
+    assert main([*words, str(tmp_path / "silent"), *flags, "--no-show-progress"]) == 0
+    assert "it/s" not in (error := capsys.readouterr().err) and " images/s" not in error
+    assert main([*words, str(tmp_path / "shown"), *flags]) == 0
+    assert "Loading weights" in (error := capsys.readouterr().err) and " images/s" in error
