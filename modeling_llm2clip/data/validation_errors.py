@@ -16,41 +16,44 @@ class DataValidationError(ValueError):
         source: name or path of the dataset.
         counts: kind of error to how many there are.
         places: kind of error to the first places, such as `captions.jsonl line 3`.
+        advice: what else to do about them; empty for nothing.
 
     Attributes:
         source: name or path of the dataset.
         counts: kind of error to how many there are.
         places: kind of error to the first places.
+        advice: what else to do about them.
     """
 
     def __init__(
-        self, source: str, counts: Mapping[str, int], places: Mapping[str, list[str]]
+        self,
+        source: str,
+        counts: Mapping[str, int],
+        places: Mapping[str, list[str]],
+        advice: str = "",
     ) -> None:
         self.source = source
         self.counts = dict(counts)
         self.places = {kind: list(where) for kind, where in places.items()}
+        self.advice = advice
         total = sum(self.counts.values())
         lines = [f"{source} has {total} {'error' if total == 1 else 'errors'}:"]
         lines += describe_errors(self.counts, self.places)
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
-            lines.append("Name a field that is meant to be there: ignore_fields, --ignore-fields.")
-        if {"no caption", "no image"} & set(self.counts):
-            lines.append(
-                "To evaluate with images without captions, or captions without images, as "
-                "candidates: allow_distractors, --allow-distractors."
-            )
+            lines.append("Name a field that is meant to be there: ignore_fields.")
         if "class name repeated" in self.counts:
             lines.append(
-                "Give each class a name of its own (class_names, --class-names), or let images "
-                "of these count as wrong (allow_repeated_class_names, "
-                "--allow-repeated-class-names)."
+                "Give each class a name of its own (class_names), or let images of these count as "
+                "wrong (allow_repeated_class_names)."
             )
+        if advice:
+            lines.append(advice)
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[DataValidationError], tuple[object, ...]]:
         # Pickle would call the class with the message alone.
-        return DataValidationError, (self.source, self.counts, self.places)
+        return DataValidationError, (self.source, self.counts, self.places, self.advice)
 
 
 def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> list[str]:
@@ -166,14 +169,15 @@ class ErrorCollector:
         """Number of errors."""
         return sum(self._counts.values())
 
-    def raise_if_any(self, source: str) -> None:
+    def raise_if_any(self, source: str, *, advice: str = "") -> None:
         """Raise everything that was collected.
 
         Args:
             source: name or path of the dataset.
+            advice: what else to do about it; empty for nothing.
 
         Raises:
             DataValidationError: there are errors.
         """
         if self._counts:
-            raise DataValidationError(source, self._counts, self._places)
+            raise DataValidationError(source, self._counts, self._places, advice)

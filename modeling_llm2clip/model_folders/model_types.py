@@ -93,6 +93,11 @@ def require_own_model(source: str | Path, *, revision: str | None = None) -> Non
     if not Path(source).is_dir() and not is_hub_id(source):
         find_model_folder(source)  # raises
     found = find_model_type(source, revision=revision)
+    if found is None and Path(source).is_dir() and not _may_be_model(Path(source)):
+        raise ValueError(
+            f"{source} is not a model folder: it has no config.json and no weights. Give the "
+            "folder or Hub id of an LLM2CLIP model."
+        )
     if found is not None and found.content != "llm2clip":
         raise ValueError(f"{found.advice} An LLM2CLIP model is needed here.")
 
@@ -108,6 +113,11 @@ def read_json_object(file: Path) -> dict[str, Any] | None:
     except ValueError:  # damaged, which loading the model reports
         return None
     return content if isinstance(content, dict) else None
+
+
+def _may_be_model(folder: Path) -> bool:
+    """Whether a folder has a config, or weights that have lost theirs, which `doctor` explains."""
+    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
 
 
 def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:

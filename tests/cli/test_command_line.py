@@ -170,7 +170,8 @@ def test_broken_images_are_all_reported_before_a_model_is_loaded(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_broken_images(tmp_path / "data")
-    (tmp_path / "model").mkdir()  # empty, so that loading it would fail
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").touch()  # empty, so that loading it would fail
     places = {"MODEL": "model", "DATA": "data", "OUTPUT": "output"}
     assert main([str(tmp_path / places[p]) if p in places else p for p in command]) == 2
     message = capsys.readouterr().err
@@ -187,6 +188,7 @@ def test_images_are_not_decoded_first_where_it_is_not_wanted_or_not_needed(
     data = write_broken_images(tmp_path / "data")
     model = tmp_path / "model"
     model.mkdir()
+    (model / "model.safetensors").touch()  # which cannot be loaded
     assert main(["extract", str(model), str(data), str(tmp_path / "output"), *options]) == 2
     message = capsys.readouterr().err
     assert "unreadable" not in message and str(model) in message  # which is empty

@@ -209,6 +209,14 @@ def test_the_former_command_is_answered_with_the_two_of_today(
     assert 'llm2clip search my-index "a dog"' in shown
 
 
+def test_a_folder_of_images_in_place_of_a_model_is_called_that(
+    index: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", index, "a dog", "--model", str(images)]) == 2
+    error = capsys.readouterr().err
+    assert f"{images} is not a model folder: it has no config.json and no weights. Give" in error
+
+
 def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
     images: Path, index: str, tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ def test_classes_of_one_name_are_kept_and_listed_if_that_is_allowed(tmp_path: Pa
     )
     spec = tiny_spec("imagenet", images=6, classes=3)
     with pytest.raises(
-        DataValidationError, match=r"n01443537: crane(?s:.)*--allow-repeated-class-names"
+        DataValidationError, match=r"n01443537: crane(?s:.)*allow_repeated_class_names"
     ):
         load_dataset(spec, folder)
     found = load_dataset(spec, folder, allow_repeated_class_names=True)
