@@ -83,8 +83,10 @@ def stream_records(
         num_processes: how many train together; each gets other shards.
         require_images: whether a sample without its image is broken.
         ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of samples, or of shards, that may be broken before a worker stops;
-            up to 1,000 samples count as 1,000.
+        max_lost_share: share of its samples, or of its shards, that may be broken before a worker
+            stops. Up to 1,000 samples count as 1,000 while it reads, and at its end as many as its
+            part of 1,000. A worker of fewer shards than 1 / `max_lost_share` stops at the first
+            lost one.
         retry: how often and how patiently requests are tried.
 
     Returns:
@@ -135,7 +137,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         num_processes: how many train together; each gets other shards.
         require_images: whether a sample without its image is broken.
         ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of samples, or of shards, that may be broken.
+        max_lost_share: share of a worker's samples, or of its shards, that may be broken.
     """
 
     def __init__(

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..validation_errors import ErrorCollector, describe_errors
 
-_LEAST_SAMPLES = 1000
+# Fewer samples count as so many, since a few lost ones at the beginning say little.
+LEAST_SAMPLES = 1000
 
 
 class TooManyLostError(ValueError):
@@ -77,23 +78,27 @@ class StreamReport:
         self.lost_shards += 1
         self.add_problem("shard lost", f"{place} ({reason})")
 
-    def require_most(self, max_lost_share: float, *, num_shards: int) -> None:
-        """Raise if too much is lost: samples of those seen so far, or shards of the source.
+    def require_most(
+        self, max_lost_share: float, *, num_shards: int, least_samples: int = LEAST_SAMPLES
+    ) -> None:
+        """Raise if one worker lost too much: of the samples seen so far, or of its own shards.
 
         Args:
             max_lost_share: largest share.
-            num_shards: of the whole source.
+            num_shards: that this worker reads in the epoch.
+            least_samples: fewer samples count as so many.
 
         Raises:
             TooManyLostError: more is lost; the message has the counts and the first places.
         """
-        seen = max(self.samples + self.lost_samples, _LEAST_SAMPLES)
+        seen = max(self.samples + self.lost_samples, least_samples)
         lost_samples = self.lost_samples > max_lost_share * seen
         if lost_samples or self.lost_shards > max_lost_share * num_shards:
             raise TooManyLostError(
                 f"The stream lost {self.lost_samples} samples (of {self.samples} read) and "
-                f"{self.lost_shards} of {num_shards} shards, more than max_lost_share = "
-                f"{max_lost_share:g}:\n{self.describe()}\nCorrect the source, or allow more."
+                f"{self.lost_shards} of {num_shards} shards that this worker reads, more than "
+                f"max_lost_share = {max_lost_share:g}:\n{self.describe()}\n"
+                "Correct the source, leave its broken shards out, or allow more."
             )
 
     def describe(self) -> str:

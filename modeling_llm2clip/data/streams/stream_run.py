@@ -12,7 +12,7 @@ import numpy as np
 from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
 from ..sources.shard_streams import BrokenShardError, StreamedSample
-from .stream_report import StreamReport
+from .stream_report import LEAST_SAMPLES, StreamReport
 
 _STATE_VERSION = 1
 _DRAWS_AT_ONCE = 4096
@@ -90,6 +90,7 @@ class StreamRun:
             while len(self._buffer) < size and self._read_one():
                 pass
             if not self._buffer:
+                self._require_most_of_all()
                 return
             chosen = self._draw() % len(self._buffer)
             *_, record = self._buffer[chosen]
@@ -160,8 +161,14 @@ class StreamRun:
         self._rest = None
 
     def _require_most(self) -> None:
+        self.report.require_most(self._stream.max_lost_share, num_shards=len(self._order))
+
+    def _require_most_of_all(self) -> None:
+        """At the end, so that few samples in each of many workers are not many lost ones in all."""
         self.report.require_most(
-            self._stream.max_lost_share, num_shards=len(self._stream.reader.shards)
+            self._stream.max_lost_share,
+            num_shards=len(self._order),
+            least_samples=LEAST_SAMPLES // self._num_readers,
         )
 
     def save(self) -> dict[str, Any]:
