@@ -15,7 +15,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
 from ..records.records import RawRecord
-from ..remote.remote_access import LostFileError
+from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import ByteStream, RemoteFile
 from ..remote.shard_urls import find_format
 from .download_notes import (
@@ -183,7 +183,9 @@ def _read_parquet(file: RemoteFile, name: str, first: int) -> Iterator[StreamedS
                     if number >= first:
                         yield read_row(number, name, row, images)
                     number += 1
-    except (pa.ArrowException, ValueError) as error:
+    except (AccessError, LostFileError):
+        raise  # of requests, which were made again as often as allowed
+    except (pa.ArrowException, ValueError, OSError) as error:  # the last one for a damaged page
         raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
     finally:
         source.close()

@@ -317,6 +317,44 @@ def test_a_shard_cut_at_a_block_is_noticed(size: int, tmp_path: Path) -> None:
     assert len(list_names(stream)) < SAMPLES and stream.report.lost_shards == 1
 
 
+def damage_page(file: Path) -> None:
+    """Overwrite the header of a page in the second of three row groups."""
+    page = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    content = file.read_bytes()
+    file.write_bytes(content[:page] + b"\xff" * 8 + content[page + 8 :])
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_a_damaged_page_of_parquet_is_a_lost_shard(tmp_path: Path, remote: bool) -> None:
+    folder = write_parquets(tmp_path / "data")
+    damage_page(folder / "00003.parquet")
+    with ShardServer(folder) as server:
+        source = spell(server, "parquet") if remote else str(folder)
+        stream = stream_records(source, max_lost_share=0.2, retry=FAST)
+        found = Counter(name.split("/")[0] for name in list_names(stream))
+    assert found.pop("00003.parquet", 0) < SAMPLES and set(found.values()) == {SAMPLES}
+    assert len(found) == SHARDS - 1 == stream.report.shards
+    assert stream.report.lost_shards == 1
+    assert "00003.parquet before sample" in stream.report.describe()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(403, AccessError), (503, TooManyLostError)], ids=["denied", "overloaded"]
+)
+def test_a_request_that_fails_within_parquet_is_not_taken_for_damage(
+    tmp_path: Path, status: int, error: type[Exception]
+) -> None:
+    with ShardServer(write_parquets(tmp_path / "data")) as server:
+        stream = stream_records(spell(server, "parquet"), buffer_size=1, retry=FAST)
+        iterator = iter(stream)
+        next(iterator)
+        for number in range(SHARDS):
+            server.status[f"{number:05d}.parquet"] = status
+        with pytest.raises(error) as raised:
+            list(iterator)
+        assert "not a Parquet file" not in str(raised.value)
+
+
 @pytest.mark.slow  # two processes
 def test_the_last_samples_of_workers_are_in_their_report(tmp_path: Path) -> None:
     """What is broken behind the last good sample comes with no batch."""
