@@ -26,7 +26,7 @@ from ..remote.shard_urls import list_shards, name_shards
 from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
 from ..validation_errors import ErrorCollector
 from .stream_report import StreamReport
-from .stream_run import ShardReader, StreamRun
+from .stream_run import PartEnd, Prepare, ShardReader, StreamRun
 
 
 class UrlShards:
@@ -196,17 +196,26 @@ class RecordStream(IterableDataset[CaptionedImage]):
             )
 
     def __iter__(self) -> Iterator[CaptionedImage]:
+        return self.start().iterate()
+
+    def start(self, prepare: Prepare | None = None) -> StreamRun:
+        """Begin the part of this worker in the epoch, or go on where a state was saved.
+
+        Args:
+            prepare: decodes the image of a record; None to yield records as they are.
+        """
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(num_workers)
         number = self.process_index * num_workers + worker
         state, self._resumed = self._resumed, None
         epoch = self.epoch if state is None else state["epoch"]
-        run = StreamRun(self, epoch, number, self.num_processes * num_workers)
+        num_readers = self.num_processes * num_workers
+        run = StreamRun(self, epoch, number, num_readers, prepare=prepare)
         if state is not None:
             run.resume(state)
         self._run = run
-        return run.iterate()
+        return run
 
     def for_process(
         self,
@@ -293,11 +302,34 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return checked.build(), ""
 
 
+class _BatchedStream(IterableDataset[list[Any] | PartEnd]):
+    """Yields batches of a stream, which are full although samples are lost while they are made."""
+
+    def __init__(
+        self, stream: RecordStream, batch_size: int, *, drop_last: bool, prepare: Prepare | None
+    ) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+        self._prepare = prepare
+
+    def __iter__(self) -> Iterator[list[Any] | PartEnd]:
+        run = self._stream.start(self._prepare)
+        return run.iterate_batches(self._batch_size, drop_last=self._drop_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+
 def make_loader(
     stream: RecordStream,
     *,
     batch_size: int,
-    collate: Callable[[list[CaptionedImage]], Any] = list,
+    collate: Callable[[list[Any]], Any] = list,
+    prepare: Prepare | None = None,
     num_workers: int = 0,
     drop_last: bool = False,
     **options: Any,
@@ -311,10 +343,14 @@ def make_loader(
     Args:
         stream: from `stream_records`.
         batch_size: samples of a batch.
-        collate: makes a batch of a list of records; decoding and tokenizing belong there, because
-            it runs in the workers.
-        num_workers: processes that read and collate.
-        drop_last: drop a last batch that is smaller. Each worker has one of its own.
+        collate: makes a batch of a list of records, or of what `prepare` returned; it runs in the
+            workers.
+        prepare: decodes the image of a record, in the workers. If it raises ValueError, the sample
+            is lost, counted and named, and another one takes its place in the batch; an error of
+            `collate` ends the iteration.
+        num_workers: processes that read, prepare and collate.
+        drop_last: drop a last batch that is smaller. Each worker has one of its own; the report
+            counts its samples.
         options: of `torchdata.stateful_dataloader.StatefulDataLoader`, such as `prefetch_factor`.
 
     Returns:
@@ -322,27 +358,27 @@ def make_loader(
 
     Raises:
         MissingExtraError: torchdata is not installed.
-        ValueError: there are fewer shards than workers in all processes, or workers are to
-            outlive an epoch.
+        ValueError: the batch size is not positive, there are fewer shards than workers in all
+            processes, or workers are to outlive an epoch.
     """
     require(REMOTE_STREAMS)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: want at least 1.")
     stream.require_workers(num_workers)
     if options.get("persistent_workers"):
         raise ValueError(
             "persistent_workers keep the epoch that they began with, and with it the order. Leave "
             "it off; workers start in a second."
         )
-    from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+    from .stream_loader import StreamLoader
 
     with warnings.catch_warnings():
         # Of torch, about a function that torchdata calls.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
-        return StatefulDataLoader(
-            stream,
-            batch_size=batch_size,
-            collate_fn=collate,
+        return StreamLoader(
+            _BatchedStream(stream, batch_size, drop_last=drop_last, prepare=prepare),
+            collate,
             num_workers=num_workers,
-            drop_last=drop_last,
             **options,
         )
 

@@ -24,6 +24,7 @@ class StreamReport:
         lost_samples: broken ones.
         skipped_samples: rows of images that were never downloaded, which are not samples.
         excluded_samples: of groups that are held out.
+        dropped_samples: of last batches that were smaller, of those read.
         shards: read to their end.
         lost_shards: missing ones, and those that ended early.
         retries: requests that were made again.
@@ -34,6 +35,7 @@ class StreamReport:
     lost_samples: int = 0
     skipped_samples: int = 0
     excluded_samples: int = 0
+    dropped_samples: int = 0
     shards: int = 0
     lost_shards: int = 0
     retries: int = 0

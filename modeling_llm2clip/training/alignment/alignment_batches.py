@@ -21,7 +21,7 @@ from ...data.streams.record_streams import make_loader, read_report
 from ...data.streams.stream_report import StreamReport
 from ...encoding.preparation import default_num_workers
 from .alignment_data import AlignmentDataset, keep_batch
-from .alignment_stream import AlignmentStream
+from .alignment_stream import AlignmentStream, decode_sample
 from .sampling import Array, ResumableBatchSampler
 
 
@@ -127,6 +127,7 @@ class StreamedBatches:
             dataset.stream,
             batch_size=batch_size // arguments.world_size,
             collate=dataset.collate,
+            prepare=decode_sample,
             num_workers=count_workers(config, arguments, decodes=True),
             drop_last=True,
             pin_memory=arguments.device.type == "cuda",

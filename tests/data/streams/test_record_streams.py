@@ -355,6 +355,67 @@ def test_a_request_that_fails_within_parquet_is_not_taken_for_damage(
         assert "not a Parquet file" not in str(raised.value)
 
 
+def prepare_most(record: CaptionedImage) -> str:
+    """Stands for decoding: the third sample of each shard is broken."""
+    if record.name.endswith("/0002.png"):
+        raise ValueError(f"{record.name}: broken")
+    return record.name
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_others_take_the_place_of_samples_that_cannot_be_prepared(
+    tars: Path, num_workers: int
+) -> None:
+    def make() -> Any:
+        stream = stream_records(tars, seed=1, buffer_size=10)
+        return make_loader(stream, batch_size=4, prepare=prepare_most, num_workers=num_workers)
+
+    loader = make()
+    batches = list(loader)
+    # Four shards of six samples in each of two workers, or eight of six in one.
+    assert {len(batch) for batch in batches} == {4}
+    names = [f"{shard:05d}.tar/{n:04d}.png" for shard in range(SHARDS) for n in range(SAMPLES)]
+    found = sorted(name for batch in batches for name in batch)
+    assert found == [name for name in names if not name.endswith("2.png")]
+    report = read_report(loader.state_dict())
+    assert (report.samples, report.lost_samples) == (SHARDS * (SAMPLES - 1), SHARDS)
+    assert report.counts == {"image unreadable": SHARDS}
+    assert all("0002.png: broken" in place for place in report.places["image unreadable"])
+
+    stopped = make()
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(5)]
+    state = pickle.loads(pickle.dumps(stopped.state_dict()))
+    del iterator
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert head + list(resumed) == batches
+    assert read_report(resumed.state_dict()).lost_samples == SHARDS
+
+
+def test_more_samples_that_cannot_be_prepared_than_the_share_stop_a_stream(tars: Path) -> None:
+    stream = stream_records(tars, max_lost_share=0.005)
+    loader = make_loader(stream, batch_size=4, prepare=prepare_most)
+    with pytest.raises(TooManyLostError, match=r"lost 6 samples .*\n.*image unreadable: 6 "):
+        list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_samples_of_dropped_batches_are_counted(
+    tars: Path, num_workers: int, drop_last: bool
+) -> None:
+    loader = make_loader(
+        stream_records(tars), batch_size=5, num_workers=num_workers, drop_last=drop_last
+    )
+    for _ in range(2):  # each epoch anew
+        found = len(flatten(loader))
+        report = read_report(loader.state_dict())
+        assert found + report.dropped_samples == SHARDS * SAMPLES == report.samples
+        # 56 is 1 above a multiple of 5; two workers have 28 each, which is 3 above one.
+        assert report.dropped_samples == (2 * 3 if num_workers else 1) * drop_last
+
+
 @pytest.mark.slow  # two processes
 def test_the_last_samples_of_workers_are_in_their_report(tmp_path: Path) -> None:
     """What is broken behind the last good sample comes with no batch."""
