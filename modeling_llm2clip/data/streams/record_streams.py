@@ -22,11 +22,14 @@ from ..._extras import REMOTE_STREAMS, require
 from ..records.records import CaptionedImage, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
-from ..remote.shard_urls import list_shards, name_shards
+from ..remote.shard_urls import find_format, list_shards, name_shards
+from ..sources.shard_columns import ShardColumns, read_columns
 from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
 from ..validation_errors import ErrorCollector
 from .stream_report import StreamReport
 from .stream_run import PartEnd, Prepare, ShardReader, StreamRun
+
+_FIRST_SHARDS = 2  # of which one may be missing
 
 
 class UrlShards:
@@ -35,12 +38,18 @@ class UrlShards:
     Args:
         shards: from `list_shards`.
         policy: how often and how patiently requests are tried.
+
+    Raises:
+        AccessError: access to the first shards is denied, or their host cannot be reached.
+        LostFileError: the first shards are missing.
     """
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self._urls = list(shards)
         self._names = name_shards(self._urls)
         self._policy = policy
+        _require_access(self._urls, policy)
+        self._columns = self._read_first_columns()
 
     @property
     def shards(self) -> Sequence[str]:
@@ -56,9 +65,29 @@ class UrlShards:
             shard: its number.
             first: number of the first sample to yield.
             on_retry: called with the URL and the reason before a request is made again.
+
+        Raises:
+            ShardColumnsError: it is a Parquet file with other columns than the first one.
         """
         file = RemoteFile(self._urls[shard], self._policy, on_retry=on_retry)
-        return read_shard(file, self._names[shard], first=first)
+        return read_shard(
+            file, self._names[shard], first=first, on_columns=self._require_same_columns
+        )
+
+    def _read_first_columns(self) -> ShardColumns | None:
+        """Read the columns of the first shard that has any, so that every process has the same."""
+        if find_format(self._urls[0]) != ".parquet":
+            return None
+        for url, name in zip(self._urls[:_FIRST_SHARDS], self._names, strict=False):
+            columns = read_columns(RemoteFile(url, self._policy), name)
+            if columns is not None:
+                return columns
+        return None
+
+    def _require_same_columns(self, columns: ShardColumns) -> None:
+        if self._columns is None:  # the first shards are broken
+            self._columns = columns
+        self._columns.require_same(columns)
 
 
 def stream_records(
@@ -94,17 +123,16 @@ def stream_records(
 
     Raises:
         AccessError: access is denied, or a host cannot be reached.
-        ValueError: there are no shards, or of several formats.
+        ValueError: there are no shards, or of several formats. While it is read: TooManyLostError,
+            and ShardColumnsError for Parquet files whose columns differ.
 
     Examples:
         >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
         >>> record = next(iter(stream))  # doctest: +SKIP
     """
     policy = retry or RetryPolicy()
-    shards = list_shards(source, policy)
-    _require_access(shards, policy)
     return RecordStream(
-        UrlShards(shards, policy),
+        UrlShards(list_shards(source, policy), policy),
         seed=seed,
         buffer_size=buffer_size,
         process_index=process_index,
@@ -117,7 +145,8 @@ def stream_records(
 
 def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
     """Raise unless one of the first two shards can be opened: a single one may be missing."""
-    for is_last, shard in zip((len(shards) == 1, True), shards[:2], strict=False):
+    first = shards[:_FIRST_SHARDS]
+    for is_last, shard in zip((len(first) == 1, True), first, strict=False):
         try:
             RemoteFile(shard, policy, is_first=True).require_access()
             return
