@@ -42,6 +42,11 @@ class StreamReport:
     problems: ErrorCollector = field(default_factory=ErrorCollector)
 
     @property
+    def numbers(self) -> dict[str, int]:
+        """How many there are of what the attributes count."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
+
+    @property
     def counts(self) -> dict[str, int]:
         """What went wrong to how often."""
         return self.problems.counts
@@ -103,6 +108,21 @@ class StreamReport:
                 "Correct the source, leave its broken shards out, or allow more."
             )
 
+    def describe_losses(self) -> str:
+        """Describe in one line how much was read and how much was not."""
+        parts = [
+            f"{self.samples:,} samples read",
+            f"{self.lost_samples:,} lost",
+            f"{self.dropped_samples:,} of smaller last batches dropped",
+            f"{self.lost_shards:,} of {self.shards + self.lost_shards:,} shards lost",
+        ]
+        return ", ".join(parts)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether samples or shards were lost."""
+        return bool(self.lost_samples or self.lost_shards)
+
     def describe(self) -> str:
         """Describe what went wrong: how often, and where the first were."""
         return "\n".join(describe_errors(self.counts, self.places))
@@ -113,15 +133,13 @@ class StreamReport:
         Args:
             other: its report, which is not changed.
         """
-        for name, value in vars(other).items():
-            if isinstance(value, int):
-                setattr(self, name, getattr(self, name) + value)
+        for name, value in other.numbers.items():
+            setattr(self, name, getattr(self, name) + value)
         self.problems.extend(other.problems)
 
     def to_state(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
-        return {**numbers, "counts": self.counts, "places": self.places}
+        return {**self.numbers, "counts": self.counts, "places": self.places}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:

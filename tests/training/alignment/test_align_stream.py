@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import tarfile
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -22,7 +23,9 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, stream_records
 from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.alignment.alignment_stream import (
     AlignmentStream,
     decode_sample,
@@ -80,6 +83,17 @@ class Kill(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if state.global_step == self.step:
             raise KilledError
+
+
+class Interrupt(TrainerCallback):
+    """Sends SIGTERM at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -153,6 +167,58 @@ def test_an_image_that_cannot_be_decoded_is_a_lost_sample(
             prepared.model, stream_records(damaged, max_lost_share=0.0), tmp_path / "strict",
             AlignConfig(**ONLINE),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_record_of_a_run_has_the_losses_of_all_epochs(
+    prepared: Prepared,
+    damaged: Path,
+    tmp_path: Path,
+    num_workers: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 22 samples, an epoch has five batches of four, or four where workers have 11 each."""
+    changed = {"max_steps": 12, "num_workers": num_workers, "save_steps": 1}
+    config = AlignConfig(**{**ONLINE, **changed})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    align(prepared.model, stream_records(damaged), whole, config)
+    said = capsys.readouterr().err
+    for epoch in range(2):
+        assert f"epoch {epoch}: 22 samples read, 2 lost, " in said
+    for stop_at in (1, 4, 5, 7, 9, 10, 12):
+        with pytest.raises(KilledError):
+            align(
+                prepared.model, stream_records(damaged), parts, config,
+                resume=stop_at > 1, callbacks=[Kill(stop_at)],
+            )  # fmt: skip
+    align(prepared.model, stream_records(damaged), parts, config, resume=True)
+    report = read_results(whole)["stream"]
+    assert read_results(parts)["stream"] == report
+    first, second, third = report["epochs"]
+    for epoch in (first, second):
+        assert (epoch["samples"], epoch["lost_samples"], epoch["shards"]) == (22, 2, 4)
+        assert epoch["dropped_samples"] in ((2, 6) if num_workers else (2,))
+    for name in first:
+        assert report[name] == first[name] + second[name] + third[name]
+    assert report["counts"] == {"image unreadable": report["lost_samples"]}
+    described = "\n".join(describe_alignment(parts))
+    assert f"Stream, 3 epochs: {report['samples']} samples read, {report['lost_samples']} lost" in (
+        described
+    )
+    assert "image unreadable: " in described and ".jpg: the image is truncated" in described
+
+
+def test_a_run_that_is_stopped_has_its_losses_so_far(
+    prepared: Prepared, damaged: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**{**ONLINE, "max_steps": 9})
+    with pytest.raises(StageInterrupt):
+        align(
+            prepared.model, stream_records(damaged), tmp_path, config,
+            callbacks=[Interrupt(6)],
+        )  # fmt: skip
+    report = read_results(tmp_path)["stream"]
+    assert report["epochs"][0]["lost_samples"] == 2
 
 
 def test_batches_are_full_although_images_are_lost(prepared: Prepared, damaged: Path) -> None:
