@@ -163,7 +163,8 @@ class StreamRun:
     def _lose_prepared(self, record: CaptionedImage, error: ValueError) -> None:
         """Count a sample that was good until its image was decoded."""
         self.report.samples -= 1
-        self.report.add_lost_sample("image unreadable", f"{record.place} ({error})")
+        place = str(error) if record.place in str(error) else f"{record.place} ({error})"
+        self.report.add_lost_sample("image unreadable", place)
         self._require_most()
 
     def _read_one(self) -> bool:

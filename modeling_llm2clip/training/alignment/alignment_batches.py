@@ -229,7 +229,9 @@ class StreamedBatches:
                     report.merge(StreamReport.from_state(state))
             epochs.append(report.numbers)
             total.merge(report)
-        return {**total.to_state(), "epochs": epochs}
+        # What is broken is so in every epoch.
+        places = {kind: list(dict.fromkeys(where)) for kind, where in total.places.items()}
+        return {**total.to_state(), "places": places, "epochs": epochs}
 
     def _name_file(self) -> str:
         return f"stream-{self._arguments.process_index}.pt"

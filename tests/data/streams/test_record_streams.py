@@ -358,7 +358,7 @@ def test_a_request_that_fails_within_parquet_is_not_taken_for_damage(
 
 
 def prepare_most(record: CaptionedImage) -> str:
-    """Stands for decoding: the third sample of each shard is broken."""
+    """In place of decoding: the third sample of each shard is broken."""
     if record.name.endswith("/0002.png"):
         raise ValueError(f"{record.name}: broken")
     return record.name

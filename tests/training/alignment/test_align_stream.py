@@ -201,6 +201,7 @@ def test_the_record_of_a_run_has_the_losses_of_all_epochs(
     for name in first:
         assert report[name] == first[name] + second[name] + third[name]
     assert report["counts"] == {"image unreadable": report["lost_samples"]}
+    assert len(report["places"]["image unreadable"]) == 2  # each once
     described = "\n".join(describe_alignment(parts))
     assert f"Stream, 3 epochs: {report['samples']} samples read, {report['lost_samples']} lost" in (
         described
