@@ -8,6 +8,7 @@ import signal
 import tarfile
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, stream_records
-from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.data.streams.stream_report import StreamReport, TooManyLostError
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
+from modeling_llm2clip.training.alignment import alignment_batches
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_batches import StreamedBatches
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.alignment.alignment_stream import (
     AlignmentStream,
     decode_sample,
     hold_out_of_stream,
 )
+from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.run_folder import read_results
 
 pytest.importorskip("torchdata")
@@ -207,6 +211,29 @@ def test_the_record_of_a_run_has_the_losses_of_all_epochs(
         described
     )
     assert "image unreadable: " in described and ".jpg: the image is truncated" in described
+
+
+def test_losses_of_all_processes_are_added_by_epoch(
+    prepared: Prepared, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is still in its first epoch when this one, of six batches, is in its next."""
+    config = AlignConfig(**ONLINE)
+    dataset = AlignmentStream(
+        stream_records(shards, buffer_size=1), LLM2CLIPProcessor.from_pretrained(prepared.model)
+    )
+    batches = StreamedBatches(
+        dataset, config=config, batch_size=4, arguments=make_training_arguments(tmp_path, config)
+    )
+    assert len(list(islice(batches, 7))) == 7
+    other = StreamReport(samples=10, lost_samples=3, shards=1, lost_shards=1)
+    monkeypatch.setattr(alignment_batches, "gather_object", lambda own: [*own, [other.to_state()]])
+    report = batches.collect_report()
+    first, second = report["epochs"]
+    assert (first["samples"], first["lost_samples"], first["lost_shards"]) == (34, 3, 1)
+    # Four samples, and one in the buffer.
+    assert 4 <= second["samples"] <= 5 and not second["lost_samples"]
+    assert report["samples"] == first["samples"] + second["samples"]
+    assert report["lost_shards"] == 1
 
 
 def test_a_run_that_is_stopped_has_its_losses_so_far(
