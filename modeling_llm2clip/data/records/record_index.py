@@ -39,7 +39,7 @@ from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
@@ -100,6 +100,7 @@ def _build(
         try:
             table = _write(rebatch(batches), unfinished)
             find_repeated(table, errors)
+            errors.compare_columns()
             if table.file is not None:
                 table = _keep(table.file, file, errors)
         finally:

@@ -169,6 +169,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
             batches.append(columns.take_batch())
     if len(columns):
         batches.append(columns.take_batch())
+    stray.compare_columns()
     table = RecordTable(batches, skipped=stray.skipped)
     for row, place in list_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)
