@@ -3,8 +3,8 @@
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. Of images that are files of their own, some are looked at when the index
-is found; it is built anew if one of them has another size or is gone.
+file is read again. So is everything if images that are files of their own have changed
+(`image_changes.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from ..atomic_files import (
 from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
-from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA
+from .image_changes import folder_times_file, has_same_images, note_folders
+from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
 
@@ -44,7 +46,6 @@ _FORMAT_VERSION = 4
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
-_IMAGES_LOOKED_AT = 32
 
 
 def open_index(
@@ -70,21 +71,30 @@ def open_index(
         file = temporary_folder() / f"{hash_json(states)[:16]}.arrow"
         return _build(job, file, show_progress, states)
     file = _name_index(job, states)
+    if (found := _find(file)) is not None:
+        return found, ErrorCollector()
     with _lock(file):  # of several processes, the first one builds it
-        with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
-            table = RecordTable.open(file)
-            if _has_same_images(table):
-                return table, ErrorCollector()
+        if (found := _find(file)) is not None:
+            return found, ErrorCollector()
         table, errors = _build(job, file, show_progress, states)
         if table.file == file:
             _remove_earlier(file)
     return table, errors
 
 
+def _find(file: Path) -> RecordTable | None:
+    """Open an index, if there is a complete one whose images are as they were."""
+    try:
+        table = RecordTable.open(file)
+    except (OSError, ValueError):  # none yet, or an incomplete or damaged one
+        return None
+    return table if has_same_images(table) else None
+
+
 def _build(
     job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
 ) -> tuple[RecordTable, ErrorCollector]:
-    errors = ErrorCollector()
+    errors, started = ErrorCollector(), time.time_ns()
     # A server that does not say how long a file is, is taken to have a long one.
     num_bytes = sum(math.inf if state is None else state[1] for state in states)
     parts = job.source.split()
@@ -103,25 +113,11 @@ def _build(
             errors.compare_columns()
             if table.file is not None:
                 table = _keep(table.file, file, errors)
+                note_folders(table, since=started)
         finally:
             unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
     return table, errors
-
-
-def _has_same_images(table: RecordTable) -> bool:
-    """Whether images that are files have the sizes of the index; a few, evenly spread."""
-    rows = np.unique(np.linspace(0, len(table) - 1, _IMAGES_LOOKED_AT).astype(np.int64))
-    for row in rows.tolist():
-        kind, file, size = table.read(row, ("image_kind", "image_file", "image_size"))
-        if kind == IMAGE_FILE:
-            try:
-                found = os.stat(file)  # noqa: PTH116
-            except OSError:
-                return False
-            if found.st_size != size:
-                return False
-    return True
 
 
 def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
@@ -130,6 +126,7 @@ def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
         with tempfile.NamedTemporaryFile(dir=temporary_folder(), delete=False) as kept:
             file = Path(shutil.move(unfinished, kept.name))
     else:
+        skipped_file(file).unlink(missing_ok=True)  # may be damaged
         if errors.skipped:
             skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
         unfinished.replace(file)
@@ -254,9 +251,11 @@ def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
 
 def _hash_source(job: IndexJob) -> str:
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
-    how = [job.image_dir and job.image_dir.resolve(), job.require_images, job.ignore_fields]
-    place = base.resolve() if isinstance(base, Path) else base
-    return hash_json([place, names, job.source.suffix, how])[:16]
+    folders = [folder for folder in (base, job.image_dir) if isinstance(folder, Path)]
+    # An index has the paths of images as they were given: from this folder, if they are relative.
+    start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
+    how = [job.image_dir, job.require_images, job.ignore_fields]
+    return hash_json([base, start, names, job.source.suffix, how])[:16]
 
 
 def _remove_earlier(file: Path) -> None:
@@ -266,6 +265,7 @@ def _remove_earlier(file: Path) -> None:
         if other != file:
             other.unlink(missing_ok=True)
             skipped_file(other).unlink(missing_ok=True)
+            folder_times_file(other).unlink(missing_ok=True)
 
 
 @contextmanager

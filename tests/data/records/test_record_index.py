@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from modeling_llm2clip.data.records import (
@@ -145,6 +146,35 @@ def test_an_index_that_was_cut_off_is_built_anew(
     assert file is not None
     os.truncate(file, size if size >= 0 else file.stat().st_size - 1)
     assert list(load_records(source, require_images=False)) == in_memory(source, monkeypatch)
+
+
+@pytest.mark.parametrize("damage", ["another schema", "notes that are not JSON"])
+def test_an_index_that_is_damaged_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    file = load_records(source, require_images=False).file
+    assert file is not None
+    if damage == "another schema":
+        with pa.ipc.new_file(str(file), pa.schema([("name", pa.string())])) as writer:
+            writer.write_table(pa.table({"name": ["a"]}))
+    else:
+        record_table.skipped_file(file).write_text("{", encoding="utf-8")
+    assert list(load_records(source, require_images=False)) == in_memory(source, monkeypatch)
+
+
+def test_a_relative_path_from_another_folder_has_another_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same path leads to other images there."""
+    for place in ("a", "b"):
+        (tmp_path / place / "data").mkdir(parents=True)
+        (tmp_path / place / "data" / "0.png").write_bytes(b"image")
+    write(tmp_path / "a" / "data", [{"image": "0.png", "captions": ["x"]}])
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_records("data")[0].path.resolve() == tmp_path / "a" / "data" / "0.png"
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_records("../a/data")[0].path.resolve() == tmp_path / "a" / "data" / "0.png"
 
 
 def test_without_a_cache_nothing_is_kept(tmp_path: Path, small_parts: Path) -> None:
