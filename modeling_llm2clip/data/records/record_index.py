@@ -15,9 +15,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..atomic_files import (
+    FREE_TEMPORARY_FOLDER,
     default_cache_folder,
     explain_full_disk,
     hash_json,
@@ -35,7 +36,7 @@ from ..atomic_files import (
 from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
-from .image_changes import folder_times_file, has_same_images, note_folders
+from .image_changes import has_same_images, note_folders
 from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
@@ -46,6 +47,9 @@ _FORMAT_VERSION = 4
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
+_UNFINISHED, _PARTS = ".tmp", ".parts"
+_LEFTOVERS = (_UNFINISHED, _PARTS)  # of a process that was killed
+_FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
 
 def open_index(
@@ -76,9 +80,10 @@ def open_index(
     with _lock(file):  # of several processes, the first one builds it
         if (found := _find(file)) is not None:
             return found, ErrorCollector()
+        _remove_all(other for other in _list_files(file) if other.suffix in _LEFTOVERS)
         table, errors = _build(job, file, show_progress, states)
-        if table.file == file:
-            _remove_earlier(file)
+        if table.file == file:  # who has an earlier index mapped keeps it
+            _remove_all(o for o in _list_files(file) if not o.name.startswith(file.stem))
     return table, errors
 
 
@@ -95,24 +100,16 @@ def _build(
     job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
 ) -> tuple[RecordTable, ErrorCollector]:
     errors, started = ErrorCollector(), time.time_ns()
-    # A server that does not say how long a file is, is taken to have a long one.
-    num_bytes = sum(math.inf if state is None else state[1] for state in states)
-    parts = job.source.split()
-    num_processes = min(len(parts), os.cpu_count() or 1)
-    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
-        if num_processes > 1 and num_bytes > _LEAST_BYTES_FOR_PROCESSES:
-            batches = read_parts_in_processes(
-                job, parts, errors, num_processes=num_processes, on_part=progress.update
-            )
-        else:
-            batches = (b for part in parts for b in read_part(job, part, errors))
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with _explain_full_disk(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
-            table = _write(rebatch(batches), unfinished)
+            with closing(_read(job, file, errors, show_progress, states)) as batches:
+                table = _write(rebatch(batches), unfinished)
             find_repeated(table, errors)
             errors.compare_columns()
             if table.file is not None:
-                table = _keep(table.file, file, errors)
+                table = _keep(table, file, errors)
                 note_folders(table, since=started)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -120,16 +117,45 @@ def _build(
     return table, errors
 
 
-def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
-    """Give an index its name once it is known to have no errors; others go with this process."""
-    if errors.total:
-        with tempfile.NamedTemporaryFile(dir=temporary_folder(), delete=False) as kept:
-            file = Path(shutil.move(unfinished, kept.name))
-    else:
-        skipped_file(file).unlink(missing_ok=True)  # may be damaged
-        if errors.skipped:
-            skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
-        unfinished.replace(file)
+def _read(
+    job: IndexJob,
+    file: Path,
+    errors: ErrorCollector,
+    show_progress: bool,
+    states: list[FileState | None],
+) -> Generator[pa.RecordBatch, None, None]:
+    """Read all parts, those of a large source in processes, which write beside the index."""
+    # A server that does not say how long a file is, is taken to have a long one.
+    num_bytes = sum(math.inf if state is None else state[1] for state in states)
+    parts = job.source.split()
+    num_processes = min(len(parts), os.cpu_count() or 1)
+    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
+        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+            for part in parts:
+                yield from read_part(job, part, errors)
+                progress.update()
+            return
+        prefix = f"{file.name}."
+        with tempfile.TemporaryDirectory(_PARTS, prefix, file.parent) as folder:
+            yield from read_parts_in_processes(
+                job,
+                parts,
+                errors,
+                folder=Path(folder),
+                num_processes=num_processes,
+                on_part=progress.update,
+            )
+
+
+def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable:
+    """Give an index its name once it is known to have no errors; others are removed."""
+    assert table.file is not None
+    if errors.total:  # what is mapped stays readable until this process ends
+        return RecordTable([*table.iterate_columns(SCHEMA.names)])
+    skipped_file(file).unlink(missing_ok=True)  # may be damaged
+    if errors.skipped:
+        skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
+    table.file.replace(file)
     return RecordTable.open(file)
 
 
@@ -169,16 +195,19 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     second = next(batches, None)
     if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
         return RecordTable([first])
-    remedy = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
-    with explain_full_disk(file.parent, "for the index of the data", remedy):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
-            writer.write_batch(first)
-            if second is not None:
-                writer.write_batch(second)
-            for batch in batches:
-                writer.write_batch(batch)
+    with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
+        writer.write_batch(first)
+        if second is not None:
+            writer.write_batch(second)
+        for batch in batches:
+            writer.write_batch(batch)
     return RecordTable.open(file)
+
+
+def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
+    is_cache = folder.is_relative_to(default_cache_folder())
+    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
+    return explain_full_disk(folder, "for the index of the data", remedy)
 
 
 def find_repeated(table: RecordTable, errors: ErrorCollector) -> None:
@@ -258,21 +287,29 @@ def _hash_source(job: IndexJob) -> str:
     return hash_json([base, start, names, job.source.suffix, how])[:16]
 
 
-def _remove_earlier(file: Path) -> None:
-    """Remove the indexes of earlier states of a source; who has one mapped keeps it."""
-    source = file.name.partition("-")[0]
-    for other in file.parent.glob(f"{source}-*.arrow"):
-        if other != file:
-            other.unlink(missing_ok=True)
-            skipped_file(other).unlink(missing_ok=True)
-            folder_times_file(other).unlink(missing_ok=True)
+def _list_files(file: Path) -> list[Path]:
+    """List what belongs to the indexes of a source, finished or not, of any state of its files."""
+    return [*file.parent.glob(f"{_name_source(file)}-*")]
+
+
+def _name_source(file: Path) -> str:
+    return file.name.partition("-")[0]
+
+
+def _remove_all(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _lock(file: Path) -> Iterator[None]:
+    """Hold the lock of a source; there is one for all states of its files."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file.with_suffix(".lock"))
+        lock = FileLock(file.with_name(f"{_name_source(file)}.lock"))
         lock.acquire()
     except OSError as error:
         raise OSError(
