@@ -19,7 +19,7 @@ from ..images.image_sources import ParquetImage
 from ..images.parquet_images import find_layout, read_group_column
 from ..records.records import RawRecord, list_fields_read
 from ..remote.file_places import FilePlace, find_version, open_place
-from ..remote.remote_access import AccessError
+from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import (
     DOWNLOAD_COLUMNS,
@@ -149,7 +149,8 @@ def _open(file: FilePlace, name: str, errors: ErrorCollector) -> Any:
 
 def _add_broken(name: str, error: Exception, errors: ErrorCollector) -> None:
     reason = str(error).partition("\n")[0]
-    errors.add("not a Parquet file, or broken", f"{name} ({reason})")
+    kind = name_reading_error(error) or "not a Parquet file, or broken"
+    errors.add(kind, f"{name} ({reason})")
 
 
 def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRecord:

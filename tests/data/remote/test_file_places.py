@@ -183,6 +183,32 @@ def test_access_that_is_lost_on_the_way_is_no_error_of_the_data(tmp_path: Path) 
             load_records(f"{server.url}/{{00000..00001}}.tar")
 
 
+@pytest.mark.parametrize(("write", "names"), FORMATS[:2])
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_shard_whose_requests_fail_is_not_called_broken(
+    write: Callable[[Path], Path],
+    names: str,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write(tmp_path / "data")
+    last = max(file.name for file in folder.iterdir() if file.is_file())
+    with ShardServer(folder) as server:
+
+        def describe_and_fail(places: Any) -> Any:
+            found = describe_states(places)
+            server.status[last] = status
+            return found
+
+        monkeypatch.setattr(record_index, "describe_states", describe_and_fail)
+        with pytest.raises(DataValidationError) as caught:
+            load_records(f"{server.url}/{names}")
+    assert caught.value.counts == {"file missing, or its requests fail": 1}
+    (place,) = caught.value.places["file missing, or its requests fail"]
+    assert place.startswith(last) and str(status) in place
+
+
 @pytest.mark.parametrize("write", [write_shards, write_parquet])
 def test_a_broken_shard_is_an_error_of_the_data(
     write: Callable[[Path], Path], tmp_path: Path
