@@ -38,6 +38,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, open_image
 from modeling_llm2clip.data.records.record_loading import collect_records, load_records
+from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.image_loading_llm2clip import load_images
@@ -87,6 +88,34 @@ def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None
     assert load_records(shards / "00001.tar") == whole[2:]
     folder = write_folder(tmp_path / "folder")
     assert load_records(folder / "captions.jsonl") == load_records(folder)
+
+
+@pytest.mark.parametrize(
+    "names", ["{00000..00001}.tar", "0000?.tar", "*.tar", "[0]000?.tar", "list"]
+)
+def test_an_index_and_a_stream_take_the_same_names_of_shards(names: str, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    source = f"{shards}/{names}"
+    if names == "list":
+        source = str(tmp_path / "list.txt")
+        lines = [f"{shards}/00000.tar # the first", "", f"{shards}/0000[1].tar"]
+        Path(source).write_text("\n".join(lines), encoding="utf-8-sig")
+    assert load_records(source) == load_records(shards)
+    assert {record.name for record in stream_records(source)} == {r.name for r in RECORDS}
+
+
+def test_a_list_of_shards_is_read_as_their_formats_are(tmp_path: Path) -> None:
+    shards = tmp_path / "list.txt"
+    folder = write_folder(tmp_path / "folder")
+    shards.write_text(f"{folder}/captions.jsonl", encoding="utf-8")
+    assert load_records(shards) == load_records(folder)
+    shards.write_text("pipe:cat a.tar", encoding="utf-8")
+    with pytest.raises(ValueError, match="output of a command can be read once only"):
+        load_records(shards)
+    write_folder(tmp_path / "other")
+    shards.write_text("\n".join(f"{tmp_path}/{n}/captions.jsonl" for n in ("folder", "other")))
+    with pytest.raises(ValueError, match=r"list\.txt: 2 \.jsonl files\. Give one of them"):
+        load_records(shards)
 
 
 def test_images_may_be_in_another_folder(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from shard_server import ShardServer
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.cli.captioned_data import is_streamed
+from modeling_llm2clip.configs.data_config import StreamConfig
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
 from modeling_llm2clip.data.records import record_index
@@ -75,6 +77,21 @@ def test_records_from_a_web_server_are_those_of_the_folder(
         assert hash_image_sizes(remote) == hash_image_sizes(local)
         assert describe_images(remote)["first"].startswith(server.url)
         assert not find_unreadable_images(record.image for record in remote if record.image)
+
+
+def test_a_list_may_name_shards_here_and_elsewhere(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    local = load_records(folder)
+    with ShardServer(folder) as server:
+        shards = tmp_path / "shards.txt"
+        for first in (folder, server.url):
+            shards.write_text(f"{first}/00000.tar\n{server.url}/00001.tar\n", encoding="utf-8")
+            found = load_records(shards)
+            assert [describe(record) for record in found] == [describe(record) for record in local]
+            # Such data are streamed for training, and not decoded whole before anything starts.
+            assert is_streamed(str(shards), StreamConfig())
+    shards.write_text(f"{folder}/00000.tar", encoding="utf-8")
+    assert not is_streamed(str(shards), StreamConfig())
 
 
 def test_captions_of_json_lines_are_read_and_their_images_are_not(tmp_path: Path) -> None:
