@@ -88,10 +88,14 @@ def embed(
     # A run that continues has checked the images, and one that skips checks each as it comes.
     is_checked = config.skip_invalid or is_begun(output)
     if modality == "image" and Path(data).is_dir() and not is_source(Path(data)):
-        records = _read_image_folder(data, reading, check_images=not is_checked)
+        records = _read_image_folder(data, reading, config, check_images=not is_checked)
     else:
         records = read_captioned_images(
-            data, reading, require_images=modality == "image", resume=is_checked
+            data,
+            reading,
+            require_images=modality == "image",
+            resume=is_checked,
+            show_progress=config.show_progress,
         )
     run(model, records, output, config, modality=modality, partition=partition, engine=engine)
     state = PartialState()
@@ -101,7 +105,9 @@ def embed(
     return 0
 
 
-def _read_image_folder(data: str, reading: DataConfig, *, check_images: bool) -> RecordTable:
+def _read_image_folder(
+    data: str, reading: DataConfig, config: EmbedConfig, *, check_images: bool
+) -> RecordTable:
     """Read a folder that has images alone, of which options on captions say nothing."""
     from ..search.image_folder_records import records_from_images
 
@@ -112,4 +118,6 @@ def _read_image_folder(data: str, reading: DataConfig, *, check_images: bool) ->
         )
     if reading.check_images is not None:
         check_images = reading.check_images
-    return records_from_images(data, check_images=check_images, show_progress=True, report=report)
+    return records_from_images(
+        data, check_images=check_images, show_progress=config.show_progress, report=report
+    )

@@ -16,7 +16,12 @@ from .record_table import RecordTable
 
 
 def read_configured_records(
-    data: str | Path, config: DataConfig, *, require_images: bool, check_images: bool
+    data: str | Path,
+    config: DataConfig,
+    *,
+    require_images: bool,
+    check_images: bool,
+    show_progress: bool = True,
 ) -> RecordTable:
     """Read all records; what was skipped or not joined is printed to stderr.
 
@@ -25,6 +30,7 @@ def read_configured_records(
         config: How it is read.
         require_images: Whether a record without its image is an error.
         check_images: Whether every image is decoded too.
+        show_progress: Show progress bars on stderr.
 
     Raises:
         DataValidationError: Records are invalid; all errors are reported at once.
@@ -37,7 +43,7 @@ def read_configured_records(
         check_images=check_images,
         ignore_fields=config.ignore_fields,
         cache=config.cache,
-        show_progress=True,
+        show_progress=show_progress,
     )
     for reason, count in records.skipped.items():
         tqdm.write(f"{data}: {count} rows skipped: {reason}.", file=sys.stderr)
