@@ -37,6 +37,7 @@ from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
+from .image_checks import forget_checks
 from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
@@ -153,6 +154,7 @@ def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable
     if errors.total:  # what is mapped stays readable until this process ends
         return RecordTable([*table.iterate_columns(SCHEMA.names)])
     skipped_file(file).unlink(missing_ok=True)  # may be damaged
+    forget_checks(file)
     if errors.skipped:
         skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     table.file.replace(file)

@@ -12,16 +12,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..records.records import CAPTION_FIELDS, LONG_CAPTION_FIELDS
+from ..records.records import list_fields_read
 from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import RemoteFile
 from .download_notes import choose_download_columns, is_download
-
-_NAMES_OF_CAPTIONS = frozenset(("captions", "caption", "text"))
-_COMPARED = frozenset(
-    (*CAPTION_FIELDS, *LONG_CAPTION_FIELDS,
-     "image", "file_name", "group_id", "lang", "keywords", "url")
-)  # fmt: skip
 
 
 class ShardColumnsError(ValueError):
@@ -100,8 +94,4 @@ def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
 
 def _choose_fields(columns: Collection[str]) -> frozenset[str]:
     fields = choose_download_columns(columns) if is_download(columns) else columns
-    return frozenset(
-        "captions" if field in _NAMES_OF_CAPTIONS else field
-        for field in fields
-        if field in _COMPARED
-    )
+    return frozenset(list_fields_read(fields))
