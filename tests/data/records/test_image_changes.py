@@ -95,7 +95,7 @@ def test_of_many_images_only_some_and_their_folders_are_looked_at(
 def test_a_folder_that_changed_while_it_was_read_is_looked_through_again(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image may have gone after it was looked at; the time of its folder is then no help."""
+    """An image may have gone after it was looked at, before the time of its folder was noted."""
     repeated = record_index.find_repeated
 
     def remove(*found: Any) -> None:

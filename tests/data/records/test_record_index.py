@@ -117,7 +117,7 @@ def test_a_process_that_ends_is_an_error_with_its_last_words(
 def test_an_error_of_a_process_is_raised_as_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Access that ends while a large source is read is no crash, and has no log."""
+    """Access may end while a large source is read: that is not a crash, and has no log."""
     write_shards(tmp_path)
     monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
     with ShardServer(tmp_path) as server:

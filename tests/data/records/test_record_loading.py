@@ -242,7 +242,7 @@ def write_columns(file: Path, *without: str, **others: list[Any]) -> None:
 
 
 def test_a_file_that_lacks_a_column_of_the_others_is_an_error(tmp_path: Path) -> None:
-    """Its records would be English, each in a group of its own, without anyone being told."""
+    """Its records would silently be English, each in a group of its own."""
     for number in range(4):
         write_columns(tmp_path / f"{number}.parquet", *(("lang",) if number > 1 else ()))
     write_columns(tmp_path / "4.parquet", "group_id", "long_captions")
