@@ -26,6 +26,9 @@ _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _UNSCALED = "do_rescale=False requires floats in [0, 1]; give those, or leave it out."
 _MOST_SHOWN = 200  # characters of a path in an error message
+# The longer side, in shorter ones: resizing the shorter side would make a strip of 60,000 × 1
+# pixels, a file of 100 bytes, fill gigabytes.
+_MOST_TIMES_LONGER = 100
 
 
 def load_images(images: Any, *, rescales: bool | None = True) -> Any:
@@ -45,8 +48,9 @@ def load_images(images: Any, *, rescales: bool | None = True) -> Any:
         One image for one image, a list for a list.
 
     Raises:
-        ValueError: an image is missing, corrupt, too large, or has pixels of an unknown range. The
-            message names the first eight of these and counts the others.
+        ValueError: an image is missing, corrupt, too large, more than 100 times longer than wide,
+            or has pixels of an unknown range. The message names the first eight of these and counts
+            the others.
 
     Examples:
         >>> from PIL import Image
@@ -125,6 +129,7 @@ def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
             f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Convert "
             "grayscale or transparent pixels with PIL.Image.fromarray first."
         )
+    _require_no_strip(*(shape[1:] if shape[0] == 3 else shape[:2]), name)
     image = image.detach() if hasattr(image, "detach") else image
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
     if dtype in ("uint8", "uint16") and rescales is False:
@@ -139,6 +144,14 @@ def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
     if shape[0] == 1:  # one row of pixels would be read as one channel
         image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
     return image
+
+
+def _require_no_strip(width: int, height: int, name: str) -> None:
+    if max(width, height) > _MOST_TIMES_LONGER * min(width, height):
+        raise ValueError(
+            f"{name}: one side of {width} × {height} pixels is more than {_MOST_TIMES_LONGER} "
+            "times longer than the other. Crop the image."
+        )
 
 
 def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -> None:
@@ -208,6 +221,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     """Decode in full, apply EXIF rotation, and convert to RGB on white."""
     if 0 in image.size:
         raise ValueError(f"{name}: the image has no pixels ({image.size}).")
+    _require_no_strip(*image.size, name)
     try:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one

@@ -339,6 +339,18 @@ def test_pixels_are_unpacked_as_numpy_reads_them() -> None:
     np.testing.assert_array_equal(found, pixels.transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("size", [(60_000, 1), (2, 201)])
+def test_a_strip_that_resizing_would_make_enormous_is_rejected(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    image = Image.new("RGB", size)
+    image.save(tmp_path / "strip.png")
+    for source in (tmp_path / "strip.png", image, np.asarray(image), as_tensor(np.asarray(image))):
+        with pytest.raises(ValueError, match=r"times longer than the other\. Crop the image"):
+            load_images(source)
+    assert load_images(Image.new("RGB", (2, 200))).size == (2, 200)
+
+
 @pytest.mark.parametrize("shape", [(1, 9, 3), (3, 9, 1), (3, 1, 9), (9, 1, 3), (1, 1, 3)])
 def test_one_row_or_column_of_pixels_is_not_read_as_a_channel(
     processor: LLM2CLIPProcessor, shape: tuple[int, int, int]

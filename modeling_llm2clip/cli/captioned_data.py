@@ -23,24 +23,25 @@ def require_data(data: str, reading: DataConfig) -> None:
     """
     from ..data.remote.remote_files import is_remote
 
-    if not is_remote(data) and not Path(data).exists() and not re.search(r"[*?[]", data):
+    if not is_remote(data) and not Path(data).exists() and not re.search(r"[*?[{]", data):
         raise ValueError(
-            f"{data}: no such data. Give a folder, *.parquet, *.tar, a COCO *.json file, or a URL."
+            f"{data}: no such data. Give a folder, *.parquet, *.tar, a COCO *.json file, a URL, or "
+            "a .txt file that names shards."
         )
     if reading.image_dir is not None and not reading.image_dir.is_dir():
         raise ValueError(f"image_dir={reading.image_dir}: no such folder.")
 
 
 def is_streamed(data: str, streaming: StreamConfig) -> bool:
-    """Whether data are streamed: URLs always, local shards if asked for.
+    """Whether data are streamed: what is elsewhere always, local shards if asked for.
 
     Args:
         data: Folder, file, pattern, URL or command.
         streaming: How they are streamed.
     """
-    from ..data.remote.remote_files import is_remote
+    from ..data.remote.shard_urls import has_remote_shards
 
-    return streaming.stream or is_remote(data)
+    return streaming.stream or has_remote_shards(data)
 
 
 def stream_captioned_images(
@@ -90,17 +91,17 @@ def read_captioned_images(
             checked first.
         resume: Whether a run continues, which has checked them.
         modality: What alone is read, so that records need not be pairs; None for both.
-        show_progress: Whether to show progress bars.
+        show_progress: Show progress bars.
 
     Raises:
         DataValidationError: Records are invalid; every error is named at once.
     """
     from ..data.records.configured_records import read_configured_records
-    from ..data.remote.remote_files import is_remote
+    from ..data.remote.shard_urls import has_remote_shards
 
     check_images = reading.check_images
     if check_images is None:
-        check_images = require_images and not resume and not is_remote(data)
+        check_images = require_images and not resume and not has_remote_shards(data)
     return read_configured_records(
         data,
         reading,

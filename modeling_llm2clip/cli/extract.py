@@ -71,7 +71,9 @@ def extract(
 
     parse_partition(partition)
     find_model_folder(model)  # reading the data may take long
-    records = read_captioned_images(data, reading, require_images=modality == "image")
+    records = read_captioned_images(
+        data, reading, require_images=modality == "image", show_progress=config.show_progress
+    )
     run(
         model, records, output, config,
         modality=modality, partition=partition, engine=engine, storage=storage,

@@ -39,4 +39,4 @@ class StreamConfig(Config):
     buffer_size: Annotated[int, Range(min=1)] = 1000
     """Samples that each worker shuffles."""
     max_lost_share: Annotated[float, Range(min=0, max=1)] = 0.01
-    """Share of the samples, or of the shards, that may be broken or missing."""
+    """Share of each worker's samples, or of its shards, that may be broken or missing."""

@@ -23,6 +23,10 @@ except ImportError:  # Windows
 _UNFINISHED = ".tmp"
 _HASHED_AT_ONCE = 2**20  # bytes
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Remedy of `explain_full_disk` for a temporary folder.
+FREE_TEMPORARY_FOLDER = (
+    "Free some space, or name another folder for temporary files by the variable TMPDIR"
+)
 
 
 def default_cache_folder() -> Path:
@@ -36,8 +40,14 @@ def default_cache_folder() -> Path:
 
 @cache
 def temporary_folder() -> Path:
-    """Make a folder that is removed when this process ends; the same one at each call."""
-    folder = Path(tempfile.mkdtemp(prefix="llm2clip-"))
+    """Make a folder that is removed when this process ends; the same one at each call.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    parent = Path(tempfile.gettempdir())
+    with explain_full_disk(parent, "for temporary files", FREE_TEMPORARY_FOLDER):
+        folder = Path(tempfile.mkdtemp(prefix="llm2clip-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
@@ -59,7 +69,7 @@ def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_IS_FULL:
             raise
-        message = f"No room {what} ({error.strerror}). {remedy}"
+        message = f"No room {what} ({os.strerror(error.errno)}). {remedy}"
         raise OSError(error.errno, message, str(folder)) from error
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _PLACES_SHOWN = 5
+_NO_COLUMN = "no column '"
 
 
 class DataValidationError(ValueError):
@@ -42,6 +43,10 @@ class DataValidationError(ValueError):
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
             lines.append("Name a field that is meant to be there: ignore_fields.")
+        if any(kind.startswith(_NO_COLUMN) for kind in self.counts):
+            lines.append(
+                "Write the columns into those files too; null says that a record has no such field."
+            )
         if "class name repeated" in self.counts:
             lines.append(
                 "Give each class a name of its own (class_names), or let images of these count as "
@@ -76,6 +81,8 @@ class ErrorCollector:
     _counts: dict[str, int] = field(default_factory=dict, init=False)
     _places: dict[str, list[str]] = field(default_factory=dict, init=False)
     _skipped: dict[str, int] = field(default_factory=dict, init=False)
+    # Names of columns to how many files have exactly these, and the first of the files.
+    _files: dict[tuple[str, ...], tuple[int, list[str]]] = field(default_factory=dict, init=False)
 
     def add(self, kind: str, place: str) -> None:
         """Add one error.
@@ -97,6 +104,32 @@ class ErrorCollector:
         """
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
 
+    def note_columns(self, columns: Iterable[str], file: str) -> None:
+        """Note the columns of a file, which are compared by `compare_columns`.
+
+        Args:
+            columns: names of the columns that are read.
+            file: name of the file.
+        """
+        self._note_files(tuple(sorted(columns)), 1, [file])
+
+    def _note_files(self, columns: tuple[str, ...], count: int, files: Sequence[str]) -> None:
+        before, first = self._files.get(columns, (0, []))
+        self._files[columns] = before + count, [*first, *files][:_PLACES_SHOWN]
+
+    def compare_columns(self) -> None:
+        """Add the files that lack a column which another file of the source has.
+
+        Their records would silently get the default of a field that was forgotten.
+        """
+        for column in sorted({column for columns in self._files for column in columns}):
+            having = next(files for columns, (_, files) in self._files.items() if column in columns)
+            kind = f"{_NO_COLUMN}{column}', which {having[0]} has"
+            for columns, (count, files) in self._files.items():
+                if column not in columns:
+                    self.extend(ErrorCollector.of({kind: count}, {kind: files}))
+        self._files.clear()
+
     def extend(self, other: ErrorCollector) -> None:
         """Add the errors of another collector.
 
@@ -109,10 +142,17 @@ class ErrorCollector:
             places += other._places[kind][: _PLACES_SHOWN - len(places)]
         for reason, count in other._skipped.items():
             self._skipped[reason] = self._skipped.get(reason, 0) + count
+        for columns, (count, files) in other._files.items():
+            self._note_files(columns, count, files)
 
     def to_json(self) -> str:
         """Return what was collected as JSON."""
-        content = {"counts": self._counts, "places": self._places, "skipped": self._skipped}
+        content = {
+            "counts": self._counts,
+            "places": self._places,
+            "skipped": self._skipped,
+            "files": [[columns, *found] for columns, found in self._files.items()],
+        }
         return json.dumps(content)
 
     @classmethod
@@ -125,6 +165,8 @@ class ErrorCollector:
         content = json.loads(text)
         collected = cls.of(content["counts"], content["places"])
         collected._skipped = content["skipped"]
+        for columns, count, files in content["files"]:
+            collected._note_files(tuple(columns), count, files)
         return collected
 
     @classmethod

@@ -36,16 +36,28 @@ def open_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
 
 
 def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:
-    """Return unit embeddings of paths or files, (images, P) float32."""
+    """Return unit embeddings of paths, files or RGB images of Pillow, (images, P) float32."""
     how = json.loads((folder / "preprocessor_config.json").read_text())
-    pixels = np.stack([prepare_image(image, how) for image in images])
+    opened = (one if isinstance(one, Image.Image) else open_image(one) for one in images)
+    pixels = np.stack([prepare_image(image, how) for image in opened])
     return run_graph(folder, "vision_model", {"pixel_values": pixels})
 
 
-def prepare_image(source: Any, how: dict[str, Any]) -> Any:
-    """Return an upright image on white, resized and cropped, as (3, H, W) float32."""
-    image = ImageOps.exif_transpose(Image.open(source)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+def open_image(source: Any) -> Image.Image:
+    """Return an upright image on white, of 8 bits per channel."""
+    image = ImageOps.exif_transpose(Image.open(source))
+    if max(image.size) > 100 * min(image.size) or image.mode == "F":
+        raise ValueError(f"{source}: a strip, or of floats. Crop it, or convert it to 8 bits.")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        pixels = np.array(image, np.int64)
+        pixels[pixels == image.info.get("transparency", -1)] = 65535
+        image = Image.fromarray((pixels // 257).astype(np.uint8))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def prepare_image(image: Image.Image, how: dict[str, Any]) -> Any:
+    """Return an image, resized and cropped, as (3, H, W) float32."""
     width, height = (
         how["size"].get("shortest_edge") or how["size"][k] for k in ("width", "height")
     )

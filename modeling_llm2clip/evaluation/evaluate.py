@@ -199,10 +199,12 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     names = [source.spec.name for source in found]
     if not found:
         raise ValueError("Got no datasets to evaluate on; give at least one.")
-    if len(set(names)) < len(names):
+    same = [source for source in found if names.count(source.spec.name) > 1]
+    if same:
+        listed = ", ".join(f"{one.spec.name} ({one.folder or 'records'})" for one in same)
         raise ValueError(
-            f"Two datasets have one name, and their results would be mixed up: {', '.join(names)}. "
-            "Evaluate on them in two runs, with two output folders."
+            f"Two datasets have one name, and their results would be mixed up: {listed}. Evaluate "
+            "on them in two runs, with two output folders."
         )
     return found
 

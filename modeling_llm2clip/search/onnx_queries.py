@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .._extras import ONNX_RUNTIME, require
+from ..image_loading_llm2clip import load_images
 from ..model_folders.onnx_folder import choose_graph, read_onnx_record
 from .query_encoding import QueryEncoder
 
@@ -65,15 +65,5 @@ class OnnxQueryEncoder(QueryEncoder):
                 f"{self._folder} cannot encode images without torch: {reason}. Leave --model out, "
                 "to search with the model of the index."
             )
-        files = [_write_png(one) if isinstance(one, Image.Image) else one for one in images]
-        try:
-            embeds: np.ndarray[Any, Any] = encode_images(files, self._folder)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"A query image cannot be read: {error}") from error
+        embeds: np.ndarray[Any, Any] = encode_images(load_images(list(images)), self._folder)
         return embeds
-
-
-def _write_png(image: Image.Image) -> io.BytesIO:
-    file = io.BytesIO()
-    ImageOps.exif_transpose(image).save(file, "PNG")
-    return file

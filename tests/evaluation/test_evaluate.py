@@ -366,6 +366,10 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
         evaluate(**arguments(tmp_path, data, clip, tasks=("retrieval",), languages=("en", "de")))
     with pytest.raises(ValueError, match=r"Two models have one name"):
         evaluate(**arguments(tmp_path, data, clip, clip))
+    with pytest.raises(
+        ValueError, match=rf"Two datasets .*: folder \({data}\), folder \({data}\)\."
+    ):
+        evaluate(**arguments(tmp_path, data, clip, data=[data, data]))
     with pytest.raises(ValueError, match=r"There is no task 'recall'"):
         evaluate(**arguments(tmp_path, data, clip, tasks=("recall",)))
     with pytest.raises(ValueError, match=r"no dataset 'flickr'"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared_models import CAPTIONS, INSTRUCTION, ROUNDING
 from tiny import LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
@@ -126,17 +127,42 @@ def test_the_script_needs_no_torch_and_gives_the_golden_embeddings(
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
     for image, path in zip(render_golden_images(), paths, strict=True):
         image.save(path)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(exported / "encode.py"),
-         json.dumps([golden[0], paths])],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    texts, images = map(np.array, json.loads(done.stdout))
+    texts, images = run_script(exported, golden[0], paths)
     assert np.allclose(texts, golden[1]["text_embeds"], atol=ROUNDING)
     # Pillow and torchvision round some pixels to neighboring values.
     assert ((images * golden[1]["image_embeds"].numpy()).sum(1) > 0.999).all()
+
+
+def test_the_script_reads_unusual_images_as_the_model_does(exported: Path, tmp_path: Path) -> None:
+    column = np.linspace(0, 65535, 60).astype(np.uint16)
+    gray = np.stack([column] * 80)
+    colors = Image.merge("RGB", [Image.fromarray((gray // 257).astype(np.uint8))] * 3)
+    rotated = colors.getexif()
+    rotated[0x0112] = 6
+    paths = [
+        str(tmp_path / name) for name in ("16.png", "marked.png", "c.jpg", "gray.png", "r.jpg")
+    ]
+    Image.fromarray(gray).save(paths[0])
+    Image.fromarray(gray).save(paths[1], transparency=int(column[9]))
+    colors.convert("CMYK").save(paths[2])
+    colors.convert("L").save(paths[3], transparency=90)
+    colors.save(paths[4], exif=rotated)
+    _, found = run_script(exported, ["a dog"], paths)
+    wanted = load_onnx_encoder(exported).encode_images(paths).numpy()
+    # Pillow and torchvision round some pixels to neighboring values.
+    assert ((found * wanted).sum(1) > 0.999).all()
+
+
+def run_script(folder: Path, texts: list[str], images: list[str]) -> list[np.ndarray]:
+    """Embeddings by `encode.py`, where torch cannot be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(folder / "encode.py"),
+         json.dumps([texts, images])],
+        cwd=folder.parent, capture_output=True, text=True, timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [np.array(embeds) for embeds in json.loads(done.stdout)]
 
 
 def test_the_page_shows_the_script_that_is_written(exported: Path) -> None:

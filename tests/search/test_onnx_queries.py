@@ -55,6 +55,17 @@ def test_an_image_finds_itself_from_a_file_and_from_memory(db: Path, images: Pat
         assert path == images / "1.png" and cosine == pytest.approx(1, abs=1e-2)
 
 
+def test_an_image_of_sixteen_bits_is_not_clipped(db: Path, images: Path, tmp_path: Path) -> None:
+    bright = np.asarray(Image.open(images / "1.png").convert("L")).astype(np.uint16) * 257
+    Image.fromarray(bright).save(tmp_path / "16.png")
+    found, wanted = (
+        ImageIndex.open(db, model=model).search(tmp_path / "16.png").hits
+        for model in (shared_graphs(), None)
+    )
+    cosines = [[cosine for _, cosine in hits] for hits in (found, wanted)]
+    assert np.allclose(*cosines, atol=1e-2)  # Pillow resizes in 8 bits, torchvision in 32
+
+
 def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
     db: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
 from ..records.record_columns import SCHEMA, hash_text
 from ..records.record_index import rebatch
@@ -89,6 +90,7 @@ def join_captions(
     Raises:
         ValueError: no record matches, records carry no URL, a key is that of several images, or
             the file cannot be read.
+        OSError: the temporary folder or the disk of `output` is full.
 
     Examples:
         >>> images = load_records("cc3m")  # doctest: +SKIP
@@ -96,18 +98,19 @@ def join_captions(
         >>> print(joined)  # doctest: +SKIP
     """
     keys = _sort_keys(records, on)
-    with tempfile.TemporaryDirectory(prefix="llm2clip-captions-") as folder, ExitStack() as stack:
-        spool = _Spool(Path(folder) / "captions.arrow")
-        counts = _Counts()
-        places = _spool_rows(read_caption_rows(captions_from, on, key_column=key_column),
-                             keys, spool, counts)  # fmt: skip
+    counts = _Counts()
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
+        with _explain_full_disk(Path(folder)):
+            spool = _Spool(Path(folder) / "captions.arrow")
+            rows = read_caption_rows(captions_from, on, key_column=key_column)
+            places = _spool_rows(rows, keys, spool, counts)
+            spooled = spool.open(stack)
         if not counts.matched_rows:
             raise ValueError(
                 f"No record of {len(records)} matches a row of {captions_from} by {on}"
                 f"{_show(tuple(counts.first), counts.unmatched)}. Correct the file, or what it is "
                 "joined by."
             )
-        spooled = spool.open(stack)
         joined = (
             _join_batch(batch, on, keys, places, spooled, counts, replace, keep_unmatched)
             for batch in records.iterate_columns(SCHEMA.names)
@@ -302,13 +305,18 @@ def _collect(batches: Iterator[pa.RecordBatch], output: Path | None) -> RecordTa
         return RecordTable(list(rebatch(batches)))
     unfinished = output.with_name(f"{output.name}.tmp")
     try:
-        with pa.OSFile(str(unfinished), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
-            for batch in rebatch(batches):
-                writer.write_batch(batch)
+        with _explain_full_disk(output.parent), pa.OSFile(str(unfinished), "wb") as opened:
+            with pa.ipc.new_file(opened, SCHEMA) as writer:
+                for batch in rebatch(batches):
+                    writer.write_batch(batch)
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
     return RecordTable.open(output)
+
+
+def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
+    return explain_full_disk(folder, "for the joined captions", FREE_TEMPORARY_FOLDER)
 
 
 def _show(names: tuple[str, ...], total: int) -> str:

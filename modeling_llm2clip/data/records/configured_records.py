@@ -33,7 +33,7 @@ def read_configured_records(
         require_images: Whether a record without its image is an error.
         check_images: Whether every image is decoded too.
         modality: What alone is read, so that records need not be pairs; None for both.
-        show_progress: Whether to show progress bars.
+        show_progress: Show progress bars on stderr.
 
     Raises:
         DataValidationError: Records are invalid; all errors are reported at once.

@@ -15,6 +15,8 @@ from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, hash_text
 from .record_table import RecordTable
 
+_NOTE = ".checked-"
+
 
 def check_images(
     records: RecordTable, errors: ErrorCollector, *, show_progress: bool = False
@@ -50,6 +52,16 @@ def check_images(
         _note_file(records.file, process, num_processes).touch()
 
 
+def forget_checks(file: Path) -> None:
+    """Forget that images were checked: an index that is built anew may be of others.
+
+    Args:
+        file: of the index.
+    """
+    for note in file.parent.glob(f"{file.stem}{_NOTE}*"):
+        note.unlink(missing_ok=True)
+
+
 def _is_checked(file: Path | None, process: int, num_processes: int) -> bool:
     """Whether another run has checked all images of an index, or those of this process."""
     if file is None:
@@ -59,4 +71,4 @@ def _is_checked(file: Path | None, process: int, num_processes: int) -> bool:
 
 
 def _note_file(file: Path, process: int, num_processes: int) -> Path:
-    return file.with_suffix(f".checked-{process}-of-{num_processes}")
+    return file.with_suffix(f"{_NOTE}{process}-of-{num_processes}")

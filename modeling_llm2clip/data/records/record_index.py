@@ -3,8 +3,8 @@
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. Of images that are files of their own, some are looked at when the index
-is found; it is built anew if one of them has another size or is gone.
+file is read again. So is everything if images that are files of their own have changed
+(`image_changes.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..atomic_files import (
+    FREE_TEMPORARY_FOLDER,
     default_cache_folder,
     explain_full_disk,
     hash_json,
@@ -35,19 +37,23 @@ from ..atomic_files import (
 from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
-from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA
+from .image_changes import has_same_images, note_folders
+from .image_checks import forget_checks
+from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
 from .records import Modality
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
-_IMAGES_LOOKED_AT = 32
+_UNFINISHED, _PARTS = ".tmp", ".parts"
+_LEFTOVERS = (_UNFINISHED, _PARTS)  # of a process that was killed
+_FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
 
 def open_index(
@@ -74,68 +80,88 @@ def open_index(
         return _build(job, file, show_progress, states)
     job = _prefer_pairs(job, states)
     file = _name_index(job, states)
+    if (found := _find(file)) is not None:
+        return found, ErrorCollector()
     with _lock(file):  # of several processes, the first one builds it
-        with suppress(FileNotFoundError, pa.ArrowInvalid):  # none yet, or an incomplete one
-            table = RecordTable.open(file)
-            if _has_same_images(table):
-                return table, ErrorCollector()
+        if (found := _find(file)) is not None:
+            return found, ErrorCollector()
+        _remove_all(other for other in _list_files(file) if other.suffix in _LEFTOVERS)
         table, errors = _build(job, file, show_progress, states)
-        if table.file == file:
-            _remove_earlier(file)
+        if table.file == file:  # who has an earlier index mapped keeps it
+            _remove_all(o for o in _list_files(file) if not o.name.startswith(file.stem))
     return table, errors
+
+
+def _find(file: Path) -> RecordTable | None:
+    """Open an index, if there is a complete one whose images are as they were."""
+    try:
+        table = RecordTable.open(file)
+    except (OSError, ValueError):  # none yet, or an incomplete or damaged one
+        return None
+    return table if has_same_images(table) else None
 
 
 def _build(
     job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
 ) -> tuple[RecordTable, ErrorCollector]:
-    errors = ErrorCollector()
-    # A server that does not say how long a file is, is taken to have a long one.
-    num_bytes = sum(math.inf if state is None else state[1] for state in states)
-    parts = job.source.split()
-    num_processes = min(len(parts), os.cpu_count() or 1)
-    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
-        if num_processes > 1 and num_bytes > _LEAST_BYTES_FOR_PROCESSES:
-            batches = read_parts_in_processes(
-                job, parts, errors, num_processes=num_processes, on_part=progress.update
-            )
-        else:
-            batches = (b for part in parts for b in read_part(job, part, errors))
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    errors, started = ErrorCollector(), time.time_ns()
+    with _explain_full_disk(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
-            table = _write(rebatch(batches), unfinished)
+            with closing(_read(job, file, errors, show_progress, states)) as batches:
+                table = _write(rebatch(batches), unfinished)
             find_repeated(table, errors, modality=job.modality)
+            errors.compare_columns()
             if table.file is not None:
-                table = _keep(table.file, file, errors)
+                table = _keep(table, file, errors)
+                note_folders(table, since=started)
         finally:
             unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
     return table, errors
 
 
-def _has_same_images(table: RecordTable) -> bool:
-    """Whether images that are files have the sizes of the index; a few, evenly spread."""
-    rows = np.unique(np.linspace(0, len(table) - 1, _IMAGES_LOOKED_AT).astype(np.int64))
-    for row in rows.tolist():
-        kind, file, size = table.read(row, ("image_kind", "image_file", "image_size"))
-        if kind == IMAGE_FILE:
-            try:
-                found = os.stat(file)  # noqa: PTH116
-            except OSError:
-                return False
-            if found.st_size != size:
-                return False
-    return True
+def _read(
+    job: IndexJob,
+    file: Path,
+    errors: ErrorCollector,
+    show_progress: bool,
+    states: list[FileState | None],
+) -> Generator[pa.RecordBatch, None, None]:
+    """Read all parts, those of a large source in processes, which write beside the index."""
+    # A server that does not say how long a file is, is taken to have a long one.
+    num_bytes = sum(math.inf if state is None else state[1] for state in states)
+    parts = job.source.split()
+    num_processes = min(len(parts), os.cpu_count() or 1)
+    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
+        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+            for part in parts:
+                yield from read_part(job, part, errors)
+                progress.update()
+            return
+        prefix = f"{file.name}."
+        with tempfile.TemporaryDirectory(_PARTS, prefix, file.parent) as folder:
+            yield from read_parts_in_processes(
+                job,
+                parts,
+                errors,
+                folder=Path(folder),
+                num_processes=num_processes,
+                on_part=progress.update,
+            )
 
 
-def _keep(unfinished: Path, file: Path, errors: ErrorCollector) -> RecordTable:
-    """Give an index its name once it is known to have no errors; others go with this process."""
-    if errors.total:
-        with tempfile.NamedTemporaryFile(dir=temporary_folder(), delete=False) as kept:
-            file = Path(shutil.move(unfinished, kept.name))
-    else:
-        if errors.skipped:
-            skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
-        unfinished.replace(file)
+def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable:
+    """Give an index its name once it is known to have no errors; others are removed."""
+    assert table.file is not None
+    if errors.total:  # what is mapped stays readable until this process ends
+        return RecordTable([*table.iterate_columns(SCHEMA.names)])
+    skipped_file(file).unlink(missing_ok=True)  # may be damaged
+    forget_checks(file)
+    if errors.skipped:
+        skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
+    table.file.replace(file)
     return RecordTable.open(file)
 
 
@@ -175,16 +201,19 @@ def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     second = next(batches, None)
     if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
         return RecordTable([first])
-    remedy = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
-    with explain_full_disk(file.parent, "for the index of the data", remedy):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
-            writer.write_batch(first)
-            if second is not None:
-                writer.write_batch(second)
-            for batch in batches:
-                writer.write_batch(batch)
+    with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
+        writer.write_batch(first)
+        if second is not None:
+            writer.write_batch(second)
+        for batch in batches:
+            writer.write_batch(batch)
     return RecordTable.open(file)
+
+
+def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
+    is_cache = folder.is_relative_to(default_cache_folder())
+    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
+    return explain_full_disk(folder, "for the index of the data", remedy)
 
 
 def find_repeated(
@@ -267,26 +296,36 @@ def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
 
 def _hash_source(job: IndexJob) -> str:
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
-    image_dir = job.image_dir and job.image_dir.resolve()
-    how = [image_dir, job.require_images, job.ignore_fields, job.modality]
-    place = base.resolve() if isinstance(base, Path) else base
-    return hash_json([place, names, job.source.suffix, how])[:16]
+    folders = [folder for folder in (base, job.image_dir) if isinstance(folder, Path)]
+    # An index has the paths of images as they were given: from this folder, if they are relative.
+    start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
+    how = [job.image_dir, job.require_images, job.ignore_fields, job.modality]
+    return hash_json([base, start, names, job.source.suffix, how])[:16]
 
 
-def _remove_earlier(file: Path) -> None:
-    """Remove the indexes of earlier states of a source; who has one mapped keeps it."""
-    source = file.name.partition("-")[0]
-    for other in file.parent.glob(f"{source}-*.arrow"):
-        if other != file:
-            other.unlink(missing_ok=True)
-            skipped_file(other).unlink(missing_ok=True)
+def _list_files(file: Path) -> list[Path]:
+    """List what belongs to the indexes of a source, finished or not, of any state of its files."""
+    return [*file.parent.glob(f"{_name_source(file)}-*")]
+
+
+def _name_source(file: Path) -> str:
+    return file.name.partition("-")[0]
+
+
+def _remove_all(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _lock(file: Path) -> Iterator[None]:
+    """Hold the lock of a source; there is one for all states of its files."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file.with_suffix(".lock"))
+        lock = FileLock(file.with_name(f"{_name_source(file)}.lock"))
         lock.acquire()
     except OSError as error:
         raise OSError(

@@ -2,7 +2,8 @@
 
 A process is `python -m modeling_llm2clip.data.records.record_index_worker FOLDER NUMBER`, and not
 one of `multiprocessing`, which would run the user's script again or fork threads that torch has
-started. It reads every n-th part and leaves two files of each: batches, and then the errors.
+started. It reads every n-th part and leaves two files of each: batches, and then the errors of the
+data. An error that stops it, such as denied access, is raised in the process that started it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,9 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..._extras import MissingExtraError
 from ..remote.file_places import parse_place
+from ..remote.remote_access import AccessError, LostFileError
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
 from .records import Modality, RawRecord, check_record
@@ -31,6 +33,13 @@ from .source_files import SourceFiles, SourcePart
 _JOB_FILE = "job.json"
 _PACKAGES = Path(__file__).resolve().parents[3]
 _SECONDS_BETWEEN_LOOKS = 0.02
+_MOST_LAST_WORDS = 2000  # characters
+_MOST_CHARACTERS = 8000  # of a message, so that a pipe holds it
+# Errors that say all that there is to know; others are shown with where they came from.
+_EXPECTED: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (AccessError, LostFileError, MissingExtraError, OSError, ValueError)
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ def read_parts_in_processes(
     parts: Sequence[SourcePart],
     errors: ErrorCollector,
     *,
+    folder: Path,
     num_processes: int,
     on_part: Callable[[], object],
 ) -> Iterator[pa.RecordBatch]:
@@ -138,6 +148,7 @@ def read_parts_in_processes(
         job: the source, and how it is read.
         parts: its parts.
         errors: gets every error.
+        folder: empty folder, in which the processes write.
         num_processes: how many to start.
         on_part: called after each part.
 
@@ -145,17 +156,18 @@ def read_parts_in_processes(
         Batches of at most `ROWS_PER_BATCH` records.
 
     Raises:
-        RuntimeError: a process ended before its parts were read; its last output is shown.
+        AccessError: access to a URL is denied, or its host cannot be reached.
+        OSError: a file cannot be read, or a part not be written.
+        RuntimeError: a process ended unexpectedly; its last output is shown.
     """
-    with tempfile.TemporaryDirectory(prefix="llm2clip-index-") as name, ExitStack() as stack:
-        folder = Path(name)
-        shares = [list(range(w, len(parts), num_processes)) for w in range(num_processes)]
-        described = [[str(p.file), p.name, p.start, p.stop, p.first_line] for p in parts]
-        content = {"job": job.to_json(), "parts": described, "shares": shares}
-        (folder / _JOB_FILE).write_text(json.dumps(content), encoding="utf-8")
+    shares = [list(range(w, len(parts), num_processes)) for w in range(num_processes)]
+    described = [[str(p.file), p.name, p.start, p.stop, p.first_line] for p in parts]
+    content = {"job": job.to_json(), "parts": described, "shares": shares}
+    (folder / _JOB_FILE).write_text(json.dumps(content), encoding="utf-8")
+    with ExitStack() as stack:
         workers = [stack.enter_context(_start(folder, number)) for number in range(num_processes)]
         for number in range(len(parts)):
-            _wait_for(folder, number, workers[number % num_processes])
+            _wait_for(folder, number, workers)
             file = _part_file(folder, number)
             with pa.memory_map(str(file)) as mapped:
                 yield from pa.ipc.open_stream(mapped)
@@ -168,11 +180,11 @@ def read_parts_in_processes(
 def _start(folder: Path, number: int) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process, and end it if it is not needed any more."""
     paths = os.pathsep.join([str(_PACKAGES), os.environ.get("PYTHONPATH", "")])
-    with (folder / f"worker-{number}.log").open("wb") as log:
+    with _log_file(folder, number).open("wb") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", __name__, str(folder), str(number)],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=subprocess.PIPE,
             stderr=log,
             env={**os.environ, "PYTHONPATH": paths},
         )
@@ -180,25 +192,49 @@ def _start(folder: Path, number: int) -> Iterator[subprocess.Popen[bytes]]:
         yield worker
     finally:
         worker.terminate()
-        worker.wait()
+        worker.communicate()
 
 
-def _wait_for(folder: Path, number: int, worker: subprocess.Popen[bytes]) -> None:
-    done = _errors_file(folder, number)
+def _wait_for(folder: Path, part: int, workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until a part is written; raise as soon as any process has failed."""
+    done = _errors_file(folder, part)
     while not done.is_file():
-        # In this order: a process that has ended may have written the part just before.
-        if worker.poll() is not None and not done.is_file():
-            logs = [log.read_text("utf-8", "replace") for log in folder.glob("worker-*.log")]
-            raise RuntimeError(
-                f"A process that reads the data ended with code {worker.returncode}: "
-                f"{' '.join(logs)[-2000:]}"
-            )
+        for number, worker in enumerate(workers):
+            # In this order: a process that has ended may have written the part just before.
+            code = worker.poll()
+            if code or (code == 0 and number == part % len(workers) and not done.is_file()):
+                raise _explain_end(worker, _log_file(folder, number))
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _explain_end(worker: subprocess.Popen[bytes], log: Path) -> Exception:
+    """Return the error that ended a process."""
+    assert worker.stdout is not None
+    if described := worker.stdout.read():
+        name, arguments = json.loads(described)
+        return _EXPECTED[name](*arguments)
+    last_words = log.read_text("utf-8", "replace").strip()[-_MOST_LAST_WORDS:]
+    hint = "it said nothing; the operating system ends processes when memory is full"
+    return RuntimeError(
+        f"A process that reads the data ended with code {worker.returncode}: {last_words or hint}"
+    )
+
+
+def _describe_error(error: Exception) -> tuple[str, list[Any]] | None:
+    """Describe an expected error by its type and arguments; None for another one."""
+    is_other_value_error = isinstance(error, ValueError) and type(error) is not ValueError
+    known = (kind.__name__ for kind in type(error).__mro__ if kind in _EXPECTED.values())
+    name = None if is_other_value_error else next(known, None)
+    if name is None:
+        return None
+    if not isinstance(error, OSError) or error.errno is None:
+        return name, [str(error)[:_MOST_CHARACTERS]]
+    file = None if error.filename is None else str(error.filename)
+    return name, [error.errno, str(error.strerror)[:_MOST_CHARACTERS], file]
 
 
 def _work(folder: Path, worker: int) -> None:
     """Read the parts of one process."""
-    gc.disable()  # nothing here makes cycles, and a collection looks at every text of a batch
     content = json.loads((folder / _JOB_FILE).read_text(encoding="utf-8"))
     job = IndexJob.from_json(content["job"])
     for number in content["shares"][worker]:
@@ -213,6 +249,21 @@ def _work(folder: Path, worker: int) -> None:
         unfinished.replace(_errors_file(folder, number))
 
 
+def _run(folder: Path, worker: int) -> None:
+    """Read the parts of one process, and write to its output which expected error has ended it."""
+    gc.disable()  # nothing here makes cycles, and a collection looks at every text of a batch
+    output = os.dup(1)
+    os.dup2(2, 1)  # whatever is printed belongs to the log
+    try:
+        _work(folder, worker)
+    except Exception as error:
+        described = _describe_error(error)
+        if described is None:
+            raise
+        os.write(output, json.dumps(described).encode())
+        sys.exit(1)
+
+
 def _part_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.arrow"
 
@@ -221,5 +272,9 @@ def _errors_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.json"
 
 
+def _log_file(folder: Path, worker: int) -> Path:
+    return folder / f"worker-{worker}.log"
+
+
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), int(sys.argv[2]))
+    _run(Path(sys.argv[1]), int(sys.argv[2]))

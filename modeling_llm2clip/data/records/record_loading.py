@@ -56,9 +56,9 @@ def load_records(
 
     The records of a large source are read once into an index in the user's cache
     (`$XDG_CACHE_HOME/llm2clip/records`) and are not in memory. The index is found again as long as
-    the source's files have the same names, sizes and modification times; of images that are files
-    of their own, only some are then looked at again. Images at URLs are read when they are opened,
-    best in their order.
+    the source's files have the same names, sizes and modification times, and images that are files
+    of their own the same sizes, as far as `image_changes.py` looks. Images at URLs are read when
+    they are opened, best in their order.
 
     Args:
         source: a folder, file, pattern or URL; see `source_files.py`.
@@ -164,6 +164,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
             batches.append(columns.take_batch())
     if len(columns):
         batches.append(columns.take_batch())
+    stray.compare_columns()
     table = RecordTable(batches, skipped=stray.skipped)
     for row, place in list_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)

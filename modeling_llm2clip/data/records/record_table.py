@@ -83,9 +83,15 @@ class RecordTable(Sequence[CaptionedImage]):
 
         Args:
             file: Arrow file of `record_columns.SCHEMA`.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is damaged, or has other columns.
         """
         with pa.memory_map(str(file)) as mapped:
             reader = pa.ipc.open_file(mapped)
+            if reader.schema != SCHEMA:
+                raise ValueError(f"{file} is not an index of records. Remove it.")
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         notes = skipped_file(file)
         skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None

@@ -233,6 +233,19 @@ def check_record(
     return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
 
 
+def list_fields_read(names: Collection[str]) -> list[str]:
+    """List the fields of records, but for notes, which training does not read.
+
+    Args:
+        names: of fields, also unknown ones. `caption` and `text` are other names of `captions`.
+
+    Returns:
+        Each field once.
+    """
+    known = _KNOWN_FIELDS.intersection(names).difference(_NOTES)
+    return sorted({_CAPTIONS[0] if name in _CAPTIONS else name for name in known})
+
+
 def clean_text(text: str) -> str:
     """Strip a text, and replace each line break and the whitespace around it by one space.
 

@@ -7,9 +7,11 @@
 | `*.tar`: a file, a folder of them, a pattern | webdataset shards; see `sources/tar_shards.py` |
 | `*.json`: a file | COCO's captions as published; see `sources/coco.py` |
 | `*.csv`: a file, a pattern | a text per row, for modality text; see `sources/csv_files.py` |
+| a `.txt` file | the shards that its lines name; see `remote/shard_urls.py` |
 
-A pattern contains `*`, `?` or `[…]`. Files are read in the order of their names. Images that are
-files are beside the source, those of COCO in a folder that is named.
+A pattern contains `*`, `?` or `[…]`, whose files are read in the order of their names, or braces as
+in `{00000..00331}.tar`. Images that are files are beside the source, those of COCO in a folder that
+is named.
 
 Shards at URLs are named as for a stream (`remote/shard_urls.py`) and are read where they are: texts
 when the source is read, images when they are opened. Images in files beside a remote `.jsonl` are
@@ -18,16 +20,21 @@ not found.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..remote.file_places import FilePlace
+from ..remote.file_places import FilePlace, parse_place
 from ..remote.remote_access import RetryPolicy
 from ..remote.remote_files import PIPE, is_remote
-from ..remote.shard_urls import find_base, find_format, list_shards, name_shards
+from ..remote.shard_urls import (
+    find_base,
+    find_format,
+    find_local_files,
+    list_shards,
+    name_shards,
+    names_shards,
+)
 from ..sources.coco import read_coco
 from ..sources.csv_files import read_csv_file
 from ..sources.json_files import find_line_starts, read_json_lines
@@ -123,18 +130,12 @@ def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles
         ValueError: the source is missing or ambiguous, or its format is unknown.
         AccessError: access is denied, or a host cannot be reached.
     """
-    if is_remote(source):
-        return _find_shards(source)
     path = Path(source)
-    if path.is_dir():
+    if not is_remote(source) and path.is_dir():
         return _search_folder(path)
-    files: list[Path] = [path] if path.is_file() else []
-    base = path.parent
-    if not files and (wildcard := re.search(r"[*?\[]", source)):
-        # Names are relative to the last folder before the first wildcard.
-        start = max(source.rfind(mark, 0, wildcard.start()) for mark in ("/", os.sep)) + 1
-        base = Path(source[:start])
-        files = sorted(file for file in base.glob(source[start:]) if file.is_file())
+    if is_remote(source) or names_shards(source):
+        return _find_shards(source)
+    base, files = (path.parent, [path]) if path.is_file() else find_local_files(source)
     if not files:
         raise ValueError(f"{source}: no such folder or file. Correct the path.")
     return SourceFiles([*files], base, _find_suffix(source, files, modality))
@@ -150,18 +151,27 @@ def _find_suffix(source: str, files: list[Path], modality: Modality | None) -> s
             f".jsonl, {', '.join(several)}, or COCO's .json."
         )
     if len(files) > 1 and suffixes[0] not in several:
-        raise ValueError(f"{source}: {len(files)} {suffixes[0]} files. Give one of them.")
+        raise _refuse_several(source, len(files), suffixes[0])
     return suffixes[0]
 
 
 def _find_shards(source: str) -> SourceFiles:
-    if PIPE in source:
+    shards = [source] if PIPE in source else list_shards(source, RetryPolicy())
+    if any(shard.startswith(PIPE) for shard in shards):
         raise ValueError(
             f"{source}: the output of a command can be read once only, from its beginning. Stream "
             "it (align does), or write it to files."
         )
-    shards = list_shards(source, RetryPolicy())
-    return SourceFiles([*shards], find_base(shards), find_format(shards[0]))
+    base, suffix = find_base(shards), find_format(shards[0])
+    if any(is_remote(shard) for shard in shards):
+        return SourceFiles([parse_place(shard) for shard in shards], base, suffix)
+    if len(shards) > 1 and suffix not in _SEVERAL_FILES:
+        raise _refuse_several(source, len(shards), suffix)
+    return SourceFiles([Path(shard) for shard in shards], Path(base), suffix)
+
+
+def _refuse_several(source: str, count: int, suffix: str) -> ValueError:
+    return ValueError(f"{source}: {count} {suffix} files. Give one of them.")
 
 
 def find_image_folder(

@@ -139,6 +139,24 @@ def sort_failure(error: BaseException) -> Failure:
     return "passing"
 
 
+def name_reading_error(error: BaseException) -> str | None:
+    """Name the kind of error of a file that could not be read, whatever is in it.
+
+    Args:
+        error: from reading a file.
+
+    Returns:
+        The kind; None if the file was read, and its content is what is wrong.
+    """
+    if isinstance(error, LostFileError):
+        return "file missing, or its requests fail"
+    if isinstance(error, PermissionError):
+        return "file may not be read"
+    if isinstance(error, FileNotFoundError):
+        return "file missing"
+    return None
+
+
 def describe(error: BaseException) -> str:
     """Describe an error in one line, by the cause that says most.
 

@@ -3,7 +3,7 @@
 | source | shards |
 | --- | --- |
 | a folder, local or at a service that lists files | its `*.tar`, else `*.parquet`, else `*.jsonl` |
-| a pattern with `*`, local or at such a service | the files that match |
+| a pattern with `*`, at such a service, or with `*`, `?` or `[…]`, local | the files that match |
 | a pattern with braces, `shard-{00000..00199}.tar` or `{a,b}.tar` | each one that it spells |
 | a `.txt` file, local or remote | the sources in its lines, which end at `#` |
 | `pipe:COMMAND` | the output of a shell command, a tar shard; with braces, several |
@@ -14,6 +14,7 @@ Web servers list no files: name their shards by braces or in a `.txt`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,10 @@ from .remote_access import RetryPolicy, try_request
 from .remote_files import PIPE, RemoteFile, is_remote, open_filesystem
 
 SHARD_SUFFIXES = (".tar", ".parquet", ".jsonl")
+_LIST = ".txt"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_WILDCARD = re.compile(r"[*?\[]")  # of local patterns; in a URL, ? begins a query
 _HTTP = ("http://", "https://")
 
 
@@ -126,12 +129,51 @@ def expand_braces(text: str) -> Iterator[str]:
             yield f"{text[: match.start()]}{choice}{rest}"
 
 
+def names_shards(source: str) -> bool:
+    """Whether a local source is a list of shards, or a pattern with braces.
+
+    Args:
+        source: as the user gave it.
+    """
+    is_list = find_format(source) == _LIST
+    return is_list or (_BRACES.search(source) is not None and not Path(source).exists())
+
+
+def has_remote_shards(source: str) -> bool:
+    """Whether a source is elsewhere, or a local list of shards of which some are.
+
+    Args:
+        source: as the user gave it.
+    """
+    if is_remote(source) or find_format(source) != _LIST or not Path(source).is_file():
+        return is_remote(source)
+    return any(is_remote(line) for line in _read_lines(source, RetryPolicy()))
+
+
+def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
+    """Find the local files that a pattern matches.
+
+    Args:
+        pattern: with `*`, `?` or `[…]`, or without any of them.
+
+    Returns:
+        The last folder before the first of them, and the files in the order of their names; none
+        for a pattern without any of them.
+    """
+    wildcard = _WILDCARD.search(pattern)
+    if wildcard is None:
+        return Path(pattern).parent, []
+    start = max(pattern.rfind(mark, 0, wildcard.start()) for mark in ("/", os.sep)) + 1
+    base = Path(pattern[:start])
+    return base, sorted(file for file in base.glob(pattern[start:]) if file.is_file())
+
+
 def _expand(source: str, policy: RetryPolicy) -> list[str]:
     found = []
     for one in expand_braces(source):
         if one.startswith(PIPE):
             found.append(one)
-        elif find_format(one) == ".txt":
+        elif find_format(one) == _LIST:
             found += [shard for line in _read_lines(one, policy) for shard in _expand(line, policy)]
         elif is_remote(one):
             found += _list_remote(one, policy)
@@ -146,7 +188,9 @@ def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
     while part := opened.read(2**20):
         parts.append(part)
     opened.close()
-    lines = (line.partition("#")[0].strip() for line in b"".join(parts).decode().splitlines())
+    lines = (
+        line.partition("#")[0].strip() for line in b"".join(parts).decode("utf-8-sig").splitlines()
+    )
     return [line for line in lines if line]
 
 
@@ -155,13 +199,12 @@ def _list_local(source: str) -> list[str]:
     if path.is_dir():
         names = sorted(file.as_posix() for file in path.iterdir())
         return _choose_format(names)
-    if "*" in source:
-        first = source.index("*")
-        start = source.rfind("/", 0, first) + 1
-        return sorted(file.as_posix() for file in Path(source[:start]).glob(source[start:]))
-    if not path.is_file():
+    if path.is_file():
+        return [source]
+    _, files = find_local_files(source)
+    if not files:
         raise ValueError(f"{source}: no such folder or file. Correct the path.")
-    return [source]
+    return [file.as_posix() for file in files]
 
 
 def _list_remote(source: str, policy: RetryPolicy) -> list[str]:

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
 from ..images.parquet_images import find_layout, read_group_column
-from ..records.records import RawRecord
+from ..records.records import RawRecord, list_fields_read
 from ..remote.file_places import FilePlace, find_version, open_place
-from ..remote.remote_access import AccessError
+from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import (
     DOWNLOAD_COLUMNS,
@@ -46,7 +46,8 @@ def read_parquet(
     Args:
         files: Parquet files, in their order.
         base: folder that names and places are relative to.
-        errors: gets the files that cannot be read, and those that lack a column.
+        errors: gets the files that cannot be read, and those that lack a column; and, of files
+            that are read whole, their columns.
         columns: field of a record to the column that holds it, such as
             `{"image": "img", "file_name": "id", "captions": "raw"}`; other columns are not read.
             Default: every column, named as the fields of a record.
@@ -97,6 +98,8 @@ def read_parquet_file(
     if lost:
         errors.add(f"no column {', '.join(sorted(lost))}", name)
         return
+    if columns is None and opened.metadata.num_rows:
+        errors.note_columns(list_fields_read(sources), name)
     read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
     reader = _FileReader(file, opened, read)
     for number, row, paths in _read_all(reader, name, errors):
@@ -146,7 +149,8 @@ def _open(file: FilePlace, name: str, errors: ErrorCollector) -> Any:
 
 def _add_broken(name: str, error: Exception, errors: ErrorCollector) -> None:
     reason = str(error).partition("\n")[0]
-    errors.add("not a Parquet file, or broken", f"{name} ({reason})")
+    kind = name_reading_error(error) or "not a Parquet file, or broken"
+    errors.add(kind, f"{name} ({reason})")
 
 
 def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRecord:

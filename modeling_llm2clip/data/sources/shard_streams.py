@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
 from ..records.records import RawRecord
-from ..remote.remote_access import LostFileError
+from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import ByteStream, RemoteFile
 from ..remote.shard_urls import find_format
 from .download_notes import (
@@ -27,6 +27,7 @@ from .download_notes import (
 )
 from .json_files import BYTE_ORDER_MARK, parse_object
 from .parquet import is_image_type
+from .shard_columns import ShardColumns, ShardColumnsError, find_columns
 from .tar_shards import TarSample, read_member, split_member
 
 _TAR_BUFFER = 2**18
@@ -56,13 +57,21 @@ class BrokenShardError(Exception):
     """A shard ends early or is damaged; the samples before were good."""
 
 
-def read_shard(file: RemoteFile, name: str, *, first: int = 0) -> Iterator[StreamedSample]:
+def read_shard(
+    file: RemoteFile,
+    name: str,
+    *,
+    first: int = 0,
+    on_columns: Callable[[ShardColumns], None] | None = None,
+) -> Iterator[StreamedSample]:
     """Yield the samples of a shard.
 
     Args:
         file: the shard.
         name: of the shard, as places and names have it.
         first: number of the first sample to yield.
+        on_columns: called with the columns of a Parquet file before its first sample; raises
+            ShardColumnsError for others than the source has.
 
     Yields:
         Each sample, in its order.
@@ -71,10 +80,11 @@ def read_shard(file: RemoteFile, name: str, *, first: int = 0) -> Iterator[Strea
         BrokenShardError: the shard ends early or is damaged.
         LostFileError: the rest of it cannot be read.
         AccessError: nothing of the source can be read.
+        ShardColumnsError: from `on_columns`.
     """
     suffix = find_format(file.url)
     if suffix == ".parquet":
-        yield from _read_parquet(file, name, first)
+        yield from _read_parquet(file, name, first, on_columns)
         return
     stream = file.open_stream()
     try:
@@ -162,10 +172,18 @@ def _finish(number: int, name: str, key: str, sample: TarSample, problem: str) -
     )
 
 
-def _read_parquet(file: RemoteFile, name: str, first: int) -> Iterator[StreamedSample]:
+def _read_parquet(
+    file: RemoteFile,
+    name: str,
+    first: int,
+    on_columns: Callable[[ShardColumns], None] | None,
+) -> Iterator[StreamedSample]:
     source = file.open_seekable()
     try:
         with pq.ParquetFile(source) as opened:
+            columns = find_columns(opened, name)
+            if on_columns is not None and columns is not None:
+                on_columns(columns)
             counts = [
                 opened.metadata.row_group(group).num_rows
                 for group in range(opened.metadata.num_row_groups)
@@ -183,7 +201,9 @@ def _read_parquet(file: RemoteFile, name: str, first: int) -> Iterator[StreamedS
                     if number >= first:
                         yield read_row(number, name, row, images)
                     number += 1
-    except (pa.ArrowException, ValueError) as error:
+    except (ShardColumnsError, AccessError, LostFileError):
+        raise  # the last two of requests, which were made again as often as allowed
+    except (pa.ArrowException, ValueError, OSError) as error:  # the last one for a damaged page
         raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
     finally:
         source.close()

@@ -21,7 +21,7 @@ from typing import Any
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
 from ..records.records import CAPTION_FIELDS, RawRecord
 from ..remote.file_places import FilePlace, open_buffered
-from ..remote.remote_access import AccessError
+from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
 from .json_files import parse_object
@@ -144,7 +144,8 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
     except AccessError:
         raise
     except (tarfile.TarError, OSError) as error:
-        errors.add("not a tar shard, or compressed, or broken", f"{name} ({error})")
+        kind = name_reading_error(error) or "not a tar shard, or compressed, or broken"
+        errors.add(kind, f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
             sample.is_broken = True  # its other members may be missing
     return samples

@@ -22,11 +22,14 @@ from ..._extras import REMOTE_STREAMS, require
 from ..records.records import CaptionedImage, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
-from ..remote.shard_urls import list_shards, name_shards
+from ..remote.shard_urls import find_format, list_shards, name_shards
+from ..sources.shard_columns import ShardColumns, read_columns
 from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
 from ..validation_errors import ErrorCollector
 from .stream_report import StreamReport
-from .stream_run import ShardReader, StreamRun
+from .stream_run import PartEnd, Prepare, ShardReader, StreamRun
+
+_FIRST_SHARDS = 2  # of which one may be missing
 
 
 class UrlShards:
@@ -35,12 +38,18 @@ class UrlShards:
     Args:
         shards: from `list_shards`.
         policy: how often and how patiently requests are tried.
+
+    Raises:
+        AccessError: access to the first shards is denied, or their host cannot be reached.
+        LostFileError: the first shards are missing.
     """
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self._urls = list(shards)
         self._names = name_shards(self._urls)
         self._policy = policy
+        _require_access(self._urls, policy)
+        self._columns = self._read_first_columns()
 
     @property
     def shards(self) -> Sequence[str]:
@@ -56,9 +65,29 @@ class UrlShards:
             shard: its number.
             first: number of the first sample to yield.
             on_retry: called with the URL and the reason before a request is made again.
+
+        Raises:
+            ShardColumnsError: it is a Parquet file with other columns than the first one.
         """
         file = RemoteFile(self._urls[shard], self._policy, on_retry=on_retry)
-        return read_shard(file, self._names[shard], first=first)
+        return read_shard(
+            file, self._names[shard], first=first, on_columns=self._require_same_columns
+        )
+
+    def _read_first_columns(self) -> ShardColumns | None:
+        """Read the columns of the first shard that has any, so that every process has the same."""
+        if find_format(self._urls[0]) != ".parquet":
+            return None
+        for url, name in zip(self._urls[:_FIRST_SHARDS], self._names, strict=False):
+            columns = read_columns(RemoteFile(url, self._policy), name)
+            if columns is not None:
+                return columns
+        return None
+
+    def _require_same_columns(self, columns: ShardColumns) -> None:
+        if self._columns is None:  # the first shards are broken
+            self._columns = columns
+        self._columns.require_same(columns)
 
 
 def stream_records(
@@ -83,8 +112,10 @@ def stream_records(
         num_processes: how many train together; each gets other shards.
         require_images: whether a sample without its image is broken.
         ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of samples, or of shards, that may be broken before a worker stops;
-            up to 1,000 samples count as 1,000.
+        max_lost_share: share of its samples, or of its shards, that may be broken before a worker
+            stops. Up to 1,000 samples count as 1,000 while it reads, and at its end as many as its
+            part of 1,000. A worker of fewer shards than 1 / `max_lost_share` stops at the first
+            lost one.
         retry: how often and how patiently requests are tried.
 
     Returns:
@@ -92,17 +123,16 @@ def stream_records(
 
     Raises:
         AccessError: access is denied, or a host cannot be reached.
-        ValueError: there are no shards, or of several formats.
+        ValueError: there are no shards, or of several formats. While it is read: TooManyLostError,
+            and ShardColumnsError for Parquet files whose columns differ.
 
     Examples:
         >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
         >>> record = next(iter(stream))  # doctest: +SKIP
     """
     policy = retry or RetryPolicy()
-    shards = list_shards(source, policy)
-    _require_access(shards, policy)
     return RecordStream(
-        UrlShards(shards, policy),
+        UrlShards(list_shards(source, policy), policy),
         seed=seed,
         buffer_size=buffer_size,
         process_index=process_index,
@@ -115,7 +145,8 @@ def stream_records(
 
 def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
     """Raise unless one of the first two shards can be opened: a single one may be missing."""
-    for is_last, shard in zip((len(shards) == 1, True), shards[:2], strict=False):
+    first = shards[:_FIRST_SHARDS]
+    for is_last, shard in zip((len(first) == 1, True), first, strict=False):
         try:
             RemoteFile(shard, policy, is_first=True).require_access()
             return
@@ -135,7 +166,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         num_processes: how many train together; each gets other shards.
         require_images: whether a sample without its image is broken.
         ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of samples, or of shards, that may be broken.
+        max_lost_share: share of a worker's samples, or of its shards, that may be broken.
     """
 
     def __init__(
@@ -194,17 +225,26 @@ class RecordStream(IterableDataset[CaptionedImage]):
             )
 
     def __iter__(self) -> Iterator[CaptionedImage]:
+        return self.start().iterate()
+
+    def start(self, prepare: Prepare | None = None) -> StreamRun:
+        """Begin the part of this worker in the epoch, or go on where a state was saved.
+
+        Args:
+            prepare: decodes the image of a record; None to yield records as they are.
+        """
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(num_workers)
         number = self.process_index * num_workers + worker
         state, self._resumed = self._resumed, None
         epoch = self.epoch if state is None else state["epoch"]
-        run = StreamRun(self, epoch, number, self.num_processes * num_workers)
+        num_readers = self.num_processes * num_workers
+        run = StreamRun(self, epoch, number, num_readers, prepare=prepare)
         if state is not None:
             run.resume(state)
         self._run = run
-        return run.iterate()
+        return run
 
     def for_process(
         self,
@@ -291,11 +331,34 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return checked.build(), ""
 
 
+class _BatchedStream(IterableDataset[list[Any] | PartEnd]):
+    """Yields batches of a stream, which are full although samples are lost while they are made."""
+
+    def __init__(
+        self, stream: RecordStream, batch_size: int, *, drop_last: bool, prepare: Prepare | None
+    ) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+        self._prepare = prepare
+
+    def __iter__(self) -> Iterator[list[Any] | PartEnd]:
+        run = self._stream.start(self._prepare)
+        return run.iterate_batches(self._batch_size, drop_last=self._drop_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+
 def make_loader(
     stream: RecordStream,
     *,
     batch_size: int,
-    collate: Callable[[list[CaptionedImage]], Any] = list,
+    collate: Callable[[list[Any]], Any] = list,
+    prepare: Prepare | None = None,
     num_workers: int = 0,
     drop_last: bool = False,
     **options: Any,
@@ -309,10 +372,14 @@ def make_loader(
     Args:
         stream: from `stream_records`.
         batch_size: samples of a batch.
-        collate: makes a batch of a list of records; decoding and tokenizing belong there, because
-            it runs in the workers.
-        num_workers: processes that read and collate.
-        drop_last: drop a last batch that is smaller. Each worker has one of its own.
+        collate: makes a batch of a list of records, or of what `prepare` returned; it runs in the
+            workers.
+        prepare: decodes the image of a record, in the workers. If it raises ValueError, the sample
+            is lost, counted and named, and another one takes its place in the batch; an error of
+            `collate` ends the iteration.
+        num_workers: processes that read, prepare and collate.
+        drop_last: drop a last batch that is smaller. Each worker has one of its own; the report
+            counts its samples.
         options: of `torchdata.stateful_dataloader.StatefulDataLoader`, such as `prefetch_factor`.
 
     Returns:
@@ -320,27 +387,27 @@ def make_loader(
 
     Raises:
         MissingExtraError: torchdata is not installed.
-        ValueError: there are fewer shards than workers in all processes, or workers are to
-            outlive an epoch.
+        ValueError: the batch size is not positive, there are fewer shards than workers in all
+            processes, or workers are to outlive an epoch.
     """
     require(REMOTE_STREAMS)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: want at least 1.")
     stream.require_workers(num_workers)
     if options.get("persistent_workers"):
         raise ValueError(
             "persistent_workers keep the epoch that they began with, and with it the order. Leave "
             "it off; workers start in a second."
         )
-    from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+    from .stream_loader import StreamLoader
 
     with warnings.catch_warnings():
         # Of torch, about a function that torchdata calls.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
-        return StatefulDataLoader(
-            stream,
-            batch_size=batch_size,
-            collate_fn=collate,
+        return StreamLoader(
+            _BatchedStream(stream, batch_size, drop_last=drop_last, prepare=prepare),
+            collate,
             num_workers=num_workers,
-            drop_last=drop_last,
             **options,
         )
 

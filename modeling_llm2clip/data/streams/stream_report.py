@@ -7,7 +7,8 @@ from typing import Any
 
 from ..validation_errors import ErrorCollector, describe_errors
 
-_LEAST_SAMPLES = 1000
+# Fewer samples count as so many, since a few lost ones at the beginning say little.
+LEAST_SAMPLES = 1000
 
 
 class TooManyLostError(ValueError):
@@ -23,6 +24,7 @@ class StreamReport:
         lost_samples: broken ones.
         skipped_samples: rows of images that were never downloaded, which are not samples.
         excluded_samples: of groups that are held out.
+        dropped_samples: of last batches that were smaller, of those read.
         shards: read to their end.
         lost_shards: missing ones, and those that ended early.
         retries: requests that were made again.
@@ -33,10 +35,16 @@ class StreamReport:
     lost_samples: int = 0
     skipped_samples: int = 0
     excluded_samples: int = 0
+    dropped_samples: int = 0
     shards: int = 0
     lost_shards: int = 0
     retries: int = 0
     problems: ErrorCollector = field(default_factory=ErrorCollector)
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """How many there are of what the attributes count."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -77,24 +85,43 @@ class StreamReport:
         self.lost_shards += 1
         self.add_problem("shard lost", f"{place} ({reason})")
 
-    def require_most(self, max_lost_share: float, *, num_shards: int) -> None:
-        """Raise if too much is lost: samples of those seen so far, or shards of the source.
+    def require_most(
+        self, max_lost_share: float, *, num_shards: int, least_samples: int = LEAST_SAMPLES
+    ) -> None:
+        """Raise if one worker lost too much: of the samples seen so far, or of its own shards.
 
         Args:
             max_lost_share: largest share.
-            num_shards: of the whole source.
+            num_shards: that this worker reads in the epoch.
+            least_samples: fewer samples count as so many.
 
         Raises:
             TooManyLostError: more is lost; the message has the counts and the first places.
         """
-        seen = max(self.samples + self.lost_samples, _LEAST_SAMPLES)
+        seen = max(self.samples + self.lost_samples, least_samples)
         lost_samples = self.lost_samples > max_lost_share * seen
         if lost_samples or self.lost_shards > max_lost_share * num_shards:
             raise TooManyLostError(
                 f"The stream lost {self.lost_samples} samples (of {self.samples} read) and "
-                f"{self.lost_shards} of {num_shards} shards, more than max_lost_share = "
-                f"{max_lost_share:g}:\n{self.describe()}\nCorrect the source, or allow more."
+                f"{self.lost_shards} of {num_shards} shards that this worker reads, more than "
+                f"max_lost_share = {max_lost_share:g}:\n{self.describe()}\n"
+                "Correct the source, leave its broken shards out, or allow more."
             )
+
+    def describe_losses(self) -> str:
+        """Describe in one line how much was read and how much was not."""
+        parts = [
+            f"{self.samples:,} samples read",
+            f"{self.lost_samples:,} lost",
+            f"{self.dropped_samples:,} of smaller last batches dropped",
+            f"{self.lost_shards:,} of {self.shards + self.lost_shards:,} shards lost",
+        ]
+        return ", ".join(parts)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether samples or shards were lost."""
+        return bool(self.lost_samples or self.lost_shards)
 
     def describe(self) -> str:
         """Describe what went wrong: how often, and where the first were."""
@@ -106,15 +133,13 @@ class StreamReport:
         Args:
             other: its report, which is not changed.
         """
-        for name, value in vars(other).items():
-            if isinstance(value, int):
-                setattr(self, name, getattr(self, name) + value)
+        for name, value in other.numbers.items():
+            setattr(self, name, getattr(self, name) + value)
         self.problems.extend(other.problems)
 
     def to_state(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
-        return {**numbers, "counts": self.counts, "places": self.places}
+        return {**self.numbers, "counts": self.counts, "places": self.places}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:

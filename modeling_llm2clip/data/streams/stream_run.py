@@ -12,10 +12,13 @@ import numpy as np
 from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
 from ..sources.shard_streams import BrokenShardError, StreamedSample
-from .stream_report import StreamReport
+from .stream_report import LEAST_SAMPLES, StreamReport
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _DRAWS_AT_ONCE = 4096
+
+# Makes of a record what is yielded; a ValueError is of this record, and names it.
+Prepare = Callable[[CaptionedImage], Any]
 
 
 class ShardReader(Protocol):
@@ -57,6 +60,10 @@ class Stream(Protocol):
         """
 
 
+class PartEnd:
+    """Comes behind the last batch of a worker."""
+
+
 class StreamRun:
     """One iteration of one worker.
 
@@ -65,10 +72,20 @@ class StreamRun:
         epoch: number of the epoch.
         number: of the worker among those of all processes.
         num_readers: how many of these there are.
+        prepare: decodes the image of a record; None to yield records as they are.
     """
 
-    def __init__(self, stream: Stream, epoch: int, number: int, num_readers: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        epoch: int,
+        number: int,
+        num_readers: int,
+        *,
+        prepare: Prepare | None = None,
+    ) -> None:
         self._stream = stream
+        self._prepare = prepare
         self._epoch = epoch
         self._number = number
         self._num_readers = num_readers
@@ -76,37 +93,79 @@ class StreamRun:
         self._order: list[int] = order[number::num_readers].tolist()
         self._place = 0  # in the order
         self._next_sample = 0  # in that shard
-        self._yielded = 0
-        self._drawn = -1  # block of numbers in the next line
+        self._num_drawn = 0  # samples that left the buffer
+        self._block = -1  # of numbers in the next line
         self._draws: list[int] = []
         self._buffer: list[tuple[int, int, CaptionedImage]] = []
         self._rest: Iterator[StreamedSample] | None = None
         self.report = StreamReport()
 
-    def iterate(self) -> Iterator[CaptionedImage]:
-        """Yield the samples."""
+    def iterate(self) -> Iterator[Any]:
+        """Yield the samples: records, or what is prepared of them."""
         size = self._stream.buffer_size
         while True:
             while len(self._buffer) < size and self._read_one():
                 pass
             if not self._buffer:
+                self._require_most_of_all()
                 return
-            chosen = self._draw() % len(self._buffer)
-            *_, record = self._buffer[chosen]
-            self._buffer[chosen] = self._buffer[-1]
-            self._buffer.pop()
-            self._yielded += 1
-            yield record
+            record = self._draw_record()
+            if self._prepare is None:
+                yield record
+                continue
+            try:
+                prepared = self._prepare(record)
+            except ValueError as error:
+                self._lose_prepared(record, error)
+            else:
+                yield prepared
+
+    def iterate_batches(self, batch_size: int, *, drop_last: bool) -> Iterator[list[Any] | PartEnd]:
+        """Yield the samples in batches, which are full except for the last one.
+
+        Args:
+            batch_size: samples of a batch.
+            drop_last: drop a last batch that is smaller; its samples are counted.
+
+        Yields:
+            The batches, and a `PartEnd`.
+        """
+        batch: list[Any] = []
+        for sample in self.iterate():
+            batch.append(sample)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if drop_last:
+            self.report.dropped_samples += len(batch)
+        elif batch:
+            yield batch
+        yield PartEnd()
+
+    def _draw_record(self) -> CaptionedImage:
+        chosen = self._draw() % len(self._buffer)
+        *_, record = self._buffer[chosen]
+        self._buffer[chosen] = self._buffer[-1]
+        self._buffer.pop()
+        self._num_drawn += 1
+        return record
 
     def _draw(self) -> int:
         """Return a number that depends on nothing but seed, epoch, reader and place."""
-        within = self._yielded % _DRAWS_AT_ONCE
-        block = self._yielded // _DRAWS_AT_ONCE
-        if self._drawn != block:
+        within = self._num_drawn % _DRAWS_AT_ONCE
+        block = self._num_drawn // _DRAWS_AT_ONCE
+        if self._block != block:
             seeds = [self._stream.seed, self._epoch, self._number, block]
             self._draws = np.random.default_rng(seeds).integers(2**62, size=_DRAWS_AT_ONCE).tolist()
-            self._drawn = block
+            self._block = block
         return self._draws[within]
+
+    def _lose_prepared(self, record: CaptionedImage, error: ValueError) -> None:
+        """Count a sample that was good until its image was decoded."""
+        self.report.samples -= 1
+        place = str(error) if record.place in str(error) else f"{record.place} ({error})"
+        self.report.add_lost_sample("image unreadable", place)
+        self._require_most()
 
     def _read_one(self) -> bool:
         """Read a sample into the buffer, or note what is wrong with it; False at the end."""
@@ -160,8 +219,14 @@ class StreamRun:
         self._rest = None
 
     def _require_most(self) -> None:
+        self.report.require_most(self._stream.max_lost_share, num_shards=len(self._order))
+
+    def _require_most_of_all(self) -> None:
+        """At the end, so that few samples in each of many workers are not many lost ones in all."""
         self.report.require_most(
-            self._stream.max_lost_share, num_shards=len(self._stream.reader.shards)
+            self._stream.max_lost_share,
+            num_shards=len(self._order),
+            least_samples=LEAST_SAMPLES // self._num_readers,
         )
 
     def save(self) -> dict[str, Any]:
@@ -170,7 +235,7 @@ class StreamRun:
             **self._identity,
             "epoch": self._epoch,
             "place": [self._place, self._next_sample],
-            "yielded": self._yielded,
+            "num_drawn": self._num_drawn,
             "buffer": [number for shard, sample, _ in self._buffer for number in (shard, sample)],
             "report": self.report.to_state(),
         }
@@ -202,7 +267,7 @@ class StreamRun:
                 "same shards, seed, buffer_size, processes and workers."
             )
         self._place, self._next_sample = state["place"]
-        self._yielded = state["yielded"]
+        self._num_drawn = state["num_drawn"]
         self.report = StreamReport.from_state(state["report"])
         numbers = state["buffer"]
         self._refill(list(zip(numbers[::2], numbers[1::2], strict=True)))
@@ -235,6 +300,7 @@ class StreamRun:
                 self._buffer.append((*address, found[address]))
             else:
                 place = f"{self._stream.reader.shards[address[0]]} sample {address[1]}"
+                self.report.samples -= 1
                 self.report.add_lost_sample("not found again after a restart", place)
         self._require_most()
 

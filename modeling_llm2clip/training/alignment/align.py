@@ -264,6 +264,9 @@ def _record_end(
 ) -> None:
     """Add what came of a finished run to its record; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
+    report = trainer.batches.collect_report()
+    if report is not None and trainer.args.should_save:
+        add_results(output, stream=report)
     stopped_early = best is not None and best.has_stopped_early
     if state.global_step < state.max_steps and not stopped_early:
         stop.raise_interrupt(
@@ -272,11 +275,8 @@ def _record_end(
             resume=True,
             is_main_process=trainer.args.should_save,
         )
-    report = trainer.batches.collect_report()
     if not trainer.args.should_save:
         return
-    if report is not None:
-        add_results(output, stream=report)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     best_step = state.global_step if best is None else best.best_step
     was_trained = trainer.alignment_model.config.text_adapter_trained

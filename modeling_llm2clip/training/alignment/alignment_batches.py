@@ -7,13 +7,16 @@ which is saved with every checkpoint.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from ...configs.align_config import AlignConfig
@@ -21,7 +24,7 @@ from ...data.streams.record_streams import make_loader, read_report
 from ...data.streams.stream_report import StreamReport
 from ...encoding.preparation import default_num_workers
 from .alignment_data import AlignmentDataset, keep_batch
-from .alignment_stream import AlignmentStream
+from .alignment_stream import AlignmentStream, decode_sample
 from .sampling import Array, ResumableBatchSampler
 
 
@@ -127,12 +130,15 @@ class StreamedBatches:
             dataset.stream,
             batch_size=batch_size // arguments.world_size,
             collate=dataset.collate,
+            prepare=decode_sample,
             num_workers=count_workers(config, arguments, decodes=True),
             drop_last=True,
             pin_memory=arguments.device.type == "cuda",
         )
         self._epoch = 0
         self._is_resumed = False
+        self._resumed_state: Any = None  # of the loader, until it has given a batch
+        self._ended: list[StreamReport] = []  # of the epochs before
 
     def make_loader(self) -> Any:
         """Return an endless iterable of this process's batches."""
@@ -144,14 +150,33 @@ class StreamedBatches:
             num_batches = int(self._is_resumed)  # the epoch may have ended with the checkpoint
             self._is_resumed = False
             for batch in self._loader:
+                self._resumed_state = None
                 num_batches += 1
                 yield batch
+            self._end_epoch()
             if not num_batches:
                 raise ValueError(
                     "The stream has fewer samples than a batch in each worker. Set a smaller "
                     "global_batch_size, or fewer num_workers."
                 )
-            self._epoch += 1
+
+    def _end_epoch(self) -> None:
+        """Keep the report of an epoch, and say what this process lost in it."""
+        self._resumed_state = None  # there may have been nothing left behind the checkpoint
+        report = self._read_current()
+        self._ended.append(report)
+        if report.has_losses:
+            process = self._arguments.process_index
+            of_process = f" of process {process}" if self._arguments.world_size > 1 else ""
+            tqdm.write(
+                f"epoch {self._epoch}{of_process}: {report.describe_losses()}", file=sys.stderr
+            )
+        self._epoch += 1
+
+    def _read_current(self) -> StreamReport:
+        """Read what this process read and lost in its current epoch."""
+        state = self._resumed_state
+        return read_report(self._loader.state_dict() if state is None else state)
 
     def epoch_at(self, step: int) -> float:  # noqa: ARG002
         """Return the whole passes over the data so far, since the length of one is not known.
@@ -168,7 +193,11 @@ class StreamedBatches:
             folder: Of a checkpoint.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"epoch": self._epoch, "loader": self._loader.state_dict()}
+        state = {
+            "epoch": self._epoch,
+            "ended": [report.to_state() for report in self._ended],
+            "loader": self._loader.state_dict(),
+        }
         torch.save(state, folder / self._name_file())
 
     def load(self, checkpoint: Path) -> None:
@@ -179,15 +208,30 @@ class StreamedBatches:
         """
         state = torch.load(checkpoint / self._name_file(), weights_only=True)
         self._epoch = state["epoch"]
+        self._ended = [StreamReport.from_state(report) for report in state["ended"]]
         self._loader.load_state_dict(state["loader"])
         self._is_resumed = True
+        self._resumed_state = state["loader"]
 
     def collect_report(self) -> dict[str, Any]:
-        """Return what all processes read and lost in their current epoch; all of them call it."""
-        total = StreamReport()
-        for state in gather_object([read_report(self._loader.state_dict()).to_state()]):
-            total.merge(StreamReport.from_state(state))
-        return total.to_state()
+        """Return what all processes read and lost in the whole run; all of them call it.
+
+        Returns:
+            The numbers of the run, what went wrong and where first; and the numbers of each epoch,
+            as `epochs`, of which the last one may have been in progress.
+        """
+        own = [report.to_state() for report in (*self._ended, self._read_current())]
+        total, epochs = StreamReport(), []
+        for states in zip_longest(*gather_object([own])):
+            report = StreamReport()
+            for state in states:
+                if state is not None:  # of a process that is in an earlier epoch
+                    report.merge(StreamReport.from_state(state))
+            epochs.append(report.numbers)
+            total.merge(report)
+        # What is broken is so in every epoch.
+        places = {kind: list(dict.fromkeys(where)) for kind, where in total.places.items()}
+        return {**total.to_state(), "places": places, "epochs": epochs}
 
     def _name_file(self) -> str:
         return f"stream-{self._arguments.process_index}.pt"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...data.streams.stream_report import StreamReport
+from ...data.validation_errors import describe_errors
 from ...model_folders.model_card_data import CardResult
 from ..run_folder import read_run_record
 from .held_out import HeldOutScores
@@ -26,6 +28,7 @@ def describe_alignment(output: Path) -> list[str]:
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
+    lines += _describe_stream(results)
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
         source = record["inputs"]["source"]
@@ -91,6 +94,19 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         f"  after step {results['held_out']['best_step']:<6} {_show(after)}",
         f"  chance            {after.chance_t2i_r1:6.1%} {after.chance_i2t_r1:6.1%}",
     ]
+
+
+def _describe_stream(results: Mapping[str, Any]) -> list[str]:
+    """Say what was read and lost of a stream; nothing for records of an index."""
+    state = results.get("stream")
+    if state is None:
+        return []
+    report = StreamReport.from_state(state)
+    epochs = len(state["epochs"])
+    lines = [
+        f"Stream, {epochs} {'epoch' if epochs == 1 else 'epochs'}: {report.describe_losses()}."
+    ]
+    return lines + describe_errors(report.counts, report.places)
 
 
 def _describe_start(start: Mapping[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +18,41 @@ from ...data.records.record_columns import hash_identity, hash_text
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
+from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .held_out import count_held_out
 from .sampling import Array, sample_captions
-from .step_times import measure_input, no_input_seconds
+from .step_times import INPUT_PARTS, measure_input, no_input_seconds
 
 _NAMES_SHOWN = 5
+
+
+class DecodedSample(NamedTuple):
+    """A record of a stream whose image is decoded.
+
+    Attributes:
+        record: Of the stream.
+        image: Its pixels, a PIL image.
+        seconds: That decoding took.
+    """
+
+    record: CaptionedImage
+    image: Any
+    seconds: float
+
+
+def decode_sample(record: CaptionedImage) -> DecodedSample:
+    """Decode the image of a record, before it is in a batch: so a broken one can be replaced.
+
+    Args:
+        record: Of a stream.
+
+    Raises:
+        ValueError: The image cannot be decoded; it is named.
+    """
+    begin = time.perf_counter()
+    image = load_images(open_image(record.image))
+    return DecodedSample(record, image, time.perf_counter() - begin)
 
 
 class AlignmentStream:
@@ -58,16 +89,17 @@ class AlignmentStream:
             self._keys = keys[self._order]
             self._counts = caption_store.count_rows()
 
-    def collate(self, records: Sequence[CaptionedImage]) -> dict[str, Tensor]:
+    def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
         """Make a batch, as `AlignmentDataset` does.
 
         Args:
-            records: Of the stream.
+            samples: From `decode_sample`.
 
         Raises:
-            ValueError: An image cannot be decoded, or the store lacks a record or has another
-                number of captions for it; it is named.
+            ValueError: The store lacks a record or has another number of captions for it; it is
+                named.
         """
+        records = [sample.record for sample in samples]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
         num_short = np.array([len(record.captions) for record in records])
         num_long = np.array([len(record.long_captions) for record in records])
@@ -83,7 +115,8 @@ class AlignmentStream:
         with measure_input(seconds, "tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(records, keys, num_short, num_long, numbers)
         with measure_input(seconds, "decode"):
-            images = dict(self.processor(images=[open_image(r.image) for r in records]))
+            images = dict(self.processor(images=[sample.image for sample in samples]))
+        seconds[INPUT_PARTS.index("decode")] += sum(sample.seconds for sample in samples)
         group_ids = torch.tensor([hash_text(record.group_id) for record in records])
         return {"group_ids": group_ids, "input_seconds": seconds, **captions, **images}
 
@@ -163,7 +196,8 @@ def hold_out_of_stream(
 ) -> tuple[list[CaptionedImage], frozenset[str]]:
     """Hold out the first groups of a stream's shards; every process finds the same.
 
-    The number of all images is estimated from the first shard.
+    The number of all images is estimated from the first shard. A group with an image that cannot be
+    decoded is not held out, so that training comes to the image and counts it as lost.
 
     Args:
         stream: The records.
@@ -180,6 +214,7 @@ def hold_out_of_stream(
         return [], frozenset()
     records: list[CaptionedImage] = []
     groups: dict[str, None] = {}
+    broken: set[str] = set()
     wanted = None
     for number in range(len(stream.reader.shards)):
         found = stream.read_shard(number)
@@ -192,12 +227,27 @@ def hold_out_of_stream(
                     "to hold out two of them. Give more images, or held_out_ratio=0."
                 )
         for record in found:
-            if record.group_id in groups or len(groups) < wanted:
-                groups[record.group_id] = None
+            group = record.group_id
+            if group in broken or (group not in groups and len(groups) >= wanted):
+                continue
+            if _can_be_decoded(record):
+                groups[group] = None
                 records.append(record)
+            else:
+                broken.add(group)
+                groups.pop(group, None)
         if len(groups) >= wanted:
             break
-    return [_write_image(record, folder, n) for n, record in enumerate(records)], frozenset(groups)
+    held = [record for record in records if record.group_id in groups]
+    return [_write_image(record, folder, n) for n, record in enumerate(held)], frozenset(groups)
+
+
+def _can_be_decoded(record: CaptionedImage) -> bool:
+    try:
+        decode_sample(record)
+    except ValueError:
+        return False
+    return True
 
 
 def _write_image(record: CaptionedImage, folder: Path, number: int) -> CaptionedImage:

@@ -253,12 +253,12 @@ class AlignmentTrainer(
             self.train()
             return
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.batches.load(checkpoint)
         if self.best_weights is not None:
             self.best_weights.read_earlier(state.global_step)
             if self.best_weights.has_stopped_early and state.global_step < state.max_steps:
                 self.state = state  # a step more would be one that the run never had
                 return
-        self.batches.load(checkpoint)
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:

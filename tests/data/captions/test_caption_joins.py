@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from downloads import URLS, write_downloaded_tar
+from interruptions import largest_file
 
+from modeling_llm2clip.data.atomic_files import temporary_folder
 from modeling_llm2clip.data.captions import caption_files, caption_joins
 from modeling_llm2clip.data.captions.caption_joins import join_captions
 from modeling_llm2clip.data.records import record_columns, record_index, record_table
@@ -217,3 +220,15 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "c.csv", make_rows([1]))
     with pytest.raises(ValueError, match="None of 1 records has a url"):
         join_captions(nameless, file, on="url")
+
+
+@pytest.mark.parametrize("size", [1, 6_000])
+def test_a_full_temporary_folder_is_named_with_a_remedy(size: int, tmp_path: Path) -> None:
+    """The matched rows do not fit, or the joined records do not."""
+    file = write_csv(tmp_path / "captions.csv", make_rows(range(20)))
+    output = tmp_path / "joined.arrow"
+    with largest_file(size), pytest.raises(OSError, match="No room for the joined") as caught:
+        join_captions(make_records(20), file, on="url", output=output)
+    folder = tmp_path if size > 1 else temporary_folder()
+    assert re.search(rf"File too large.*Free some space.*TMPDIR: '{folder}", str(caught.value))
+    assert [one.name for one in tmp_path.iterdir()] == ["captions.csv"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from downloads import CAPTIONS, URLS, write_downloaded_tar
 
+from modeling_llm2clip.cli.captioned_data import read_captioned_images
 from modeling_llm2clip.configs.data_config import DataConfig
 from modeling_llm2clip.data.records.configured_records import read_configured_records
 
@@ -46,3 +47,12 @@ def test_without_published_captions_nothing_is_joined(
     records = read_configured_records(data, DataConfig(), require_images=False, check_images=False)
     assert [record.captions for record in records] == [(CAPTIONS[0],), (CAPTIONS[2],)]
     assert "matched" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("show_progress", [True, False])
+def test_progress_is_shown_only_where_it_is_wanted(
+    show_progress: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_downloaded_tar(tmp_path / "data")
+    read_captioned_images(str(data), DataConfig(), require_images=True, show_progress=show_progress)
+    assert ("index:" in capsys.readouterr().err) is show_progress

@@ -90,6 +90,15 @@ def test_images_of_a_cached_index_are_checked_once(tmp_path: Path, decoded: list
     assert len(decoded) == 6
 
 
+def test_a_changed_image_is_checked_again(tmp_path: Path, decoded: list[str]) -> None:
+    data = write_images(tmp_path / "data", 3)
+    load_records(data, check_images=True)
+    (data / "1.png").write_bytes(b"not an image")
+    with pytest.raises(DataValidationError, match=r"1\.png"):
+        load_records(data, check_images=True)
+    assert len(decoded) == 6
+
+
 def test_a_check_that_found_an_error_is_done_again(tmp_path: Path, decoded: list[str]) -> None:
     data = write_images(tmp_path / "data", 3, broken=(1,))
     for count in (3, 6):

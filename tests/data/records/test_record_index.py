@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import pyarrow as pa
 import pytest
+from captioned_files import write_shards
+from interruptions import largest_file
+from shard_server import ShardServer
 
+from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.data.records import (
     record_columns,
     record_index,
@@ -21,6 +30,7 @@ from modeling_llm2clip.data.records.record_index_worker import IndexJob
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.source_files import find_source
+from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
 # Lines whose errors are found in different parts, with texts that are more than ASCII.
@@ -103,6 +113,81 @@ def test_a_process_that_ends_is_an_error_with_its_last_words(
         load_records(source, require_images=False)
 
 
+@pytest.mark.slow
+def test_an_error_of_a_process_is_raised_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Access may end while a large source is read: that is not a crash, and has no log."""
+    write_shards(tmp_path)
+    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
+    with ShardServer(tmp_path) as server:
+        server.deny_after = 1
+        with pytest.raises(AccessError, match=r"tar: access denied .*expired") as caught:
+            load_records(f"{server.url}/{{00000..00001}}.tar")
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AccessError("https://host/0.tar: access denied"),
+        LostFileError("https://host/0.tar: no such file"),
+        MissingExtraError("not installed: aiohttp"),
+        PermissionError(13, "Permission denied", "/data/0.tar"),
+        ValueError("0.json: not JSON"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_expected_errors_pass_between_processes_unchanged(error: Exception) -> None:
+    described = json.dumps(record_index_worker._describe_error(error))
+    ended = Mock(stdout=io.BytesIO(described.encode()))
+    again = record_index_worker._explain_end(ended, Path("log"))
+    assert type(again) is type(error) and str(again) == str(error)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), pa.ArrowInvalid("x"), TypeError("x")])
+def test_other_errors_of_a_process_are_shown_with_where_they_came_from(error: Exception) -> None:
+    assert record_index_worker._describe_error(error) is None
+
+
+def test_a_process_that_ends_in_silence_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    ended = Mock(stdout=io.BytesIO(b""), returncode=-9)
+    found = record_index_worker._explain_end(ended, tmp_path / "log")
+    assert re.search(r"ended with code -9: .* when memory is full", str(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_disk_that_processes_fill_is_named_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: Path, cache: bool
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(record_index, "temporary_folder", lambda: temporary)
+    remedy = "XDG_CACHE_HOME" if cache else "TMPDIR"
+    with largest_file(2000), pytest.raises(OSError, match=r"No room for the index") as caught:
+        load_records(source, require_images=False, cache=cache)
+    folder = small_parts if cache else temporary
+    assert re.search(rf"File too large.*Free some space.*{remedy}: '{folder}'", str(caught.value))
+    assert list_indexes(folder) == []
+
+
+@pytest.mark.slow
+def test_processes_need_no_temporary_folder_beside_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    assert len(load_records(source, require_images=False)) == 70
+    with pytest.raises(DataValidationError, match="image missing: 70"):
+        load_records(source)
+
+
 def test_an_index_is_found_again_and_its_source_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: Path
 ) -> None:
@@ -123,8 +208,10 @@ def test_a_changed_source_is_read_again_and_its_old_index_removed(
     write(source, [*LINES[:-1], {**LINES[-1], "lang": "fr"}])  # type: ignore[dict-item]
     # Of the same size, a nanosecond later.
     os.utime(source / "captions.jsonl", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    for name in ("tmp", "parts"):  # of a process that was killed
+        (small_parts / f"{next(small_parts.glob('*.arrow')).name}.1.{name}").mkdir()
     assert load_records(source, require_images=False)[-1].lang == "fr"
-    assert len(list(small_parts.glob("*.arrow"))) == 1
+    assert sorted(file.suffix for file in small_parts.iterdir()) == [".arrow", ".lock"]
 
 
 def test_other_options_have_another_index(tmp_path: Path) -> None:
@@ -145,6 +232,35 @@ def test_an_index_that_was_cut_off_is_built_anew(
     assert file is not None
     os.truncate(file, size if size >= 0 else file.stat().st_size - 1)
     assert list(load_records(source, require_images=False)) == in_memory(source, monkeypatch)
+
+
+@pytest.mark.parametrize("damage", ["another schema", "notes that are not JSON"])
+def test_an_index_that_is_damaged_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    source = write(tmp_path / "data", LINES)
+    file = load_records(source, require_images=False).file
+    assert file is not None
+    if damage == "another schema":
+        with pa.ipc.new_file(str(file), pa.schema([("name", pa.string())])) as writer:
+            writer.write_table(pa.table({"name": ["a"]}))
+    else:
+        record_table.skipped_file(file).write_text("{", encoding="utf-8")
+    assert list(load_records(source, require_images=False)) == in_memory(source, monkeypatch)
+
+
+def test_a_relative_path_from_another_folder_has_another_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same path leads to other images there."""
+    for place in ("a", "b"):
+        (tmp_path / place / "data").mkdir(parents=True)
+        (tmp_path / place / "data" / "0.png").write_bytes(b"image")
+    write(tmp_path / "a" / "data", [{"image": "0.png", "captions": ["x"]}])
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_records("data")[0].path.resolve() == tmp_path / "a" / "data" / "0.png"
+    monkeypatch.chdir(tmp_path / "b")
+    assert load_records("../a/data")[0].path.resolve() == tmp_path / "a" / "data" / "0.png"
 
 
 def test_without_a_cache_nothing_is_kept(tmp_path: Path, small_parts: Path) -> None:

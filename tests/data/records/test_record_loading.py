@@ -7,9 +7,12 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from captioned_files import (
     LINES,
@@ -34,7 +37,9 @@ from captioned_files import (
 from tiny import tiny_model
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, open_image
-from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_loading import collect_records, load_records
+from modeling_llm2clip.data.streams.record_streams import stream_records
+from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
@@ -83,6 +88,34 @@ def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None
     assert load_records(shards / "00001.tar") == whole[2:]
     folder = write_folder(tmp_path / "folder")
     assert load_records(folder / "captions.jsonl") == load_records(folder)
+
+
+@pytest.mark.parametrize(
+    "names", ["{00000..00001}.tar", "0000?.tar", "*.tar", "[0]000?.tar", "list"]
+)
+def test_an_index_and_a_stream_take_the_same_names_of_shards(names: str, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    source = f"{shards}/{names}"
+    if names == "list":
+        source = str(tmp_path / "list.txt")
+        lines = [f"{shards}/00000.tar # the first", "", f"{shards}/0000[1].tar"]
+        Path(source).write_text("\n".join(lines), encoding="utf-8-sig")
+    assert load_records(source) == load_records(shards)
+    assert {record.name for record in stream_records(source)} == {r.name for r in RECORDS}
+
+
+def test_a_list_of_shards_is_read_as_their_formats_are(tmp_path: Path) -> None:
+    shards = tmp_path / "list.txt"
+    folder = write_folder(tmp_path / "folder")
+    shards.write_text(f"{folder}/captions.jsonl", encoding="utf-8")
+    assert load_records(shards) == load_records(folder)
+    shards.write_text("pipe:cat a.tar", encoding="utf-8")
+    with pytest.raises(ValueError, match="output of a command can be read once only"):
+        load_records(shards)
+    write_folder(tmp_path / "other")
+    shards.write_text("\n".join(f"{tmp_path}/{n}/captions.jsonl" for n in ("folder", "other")))
+    with pytest.raises(ValueError, match=r"list\.txt: 2 \.jsonl files\. Give one of them"):
+        load_records(shards)
 
 
 def test_images_may_be_in_another_folder(tmp_path: Path) -> None:
@@ -191,3 +224,54 @@ def test_coco_is_read_as_published(tmp_path: Path) -> None:
         make_image("images/red.png").save(images / name)
     found = load_records(file, image_dir=images, check_images=True)
     assert [record.path for record in found] == [images / nine.name, images / four.name]
+
+
+COLUMNS = {
+    "image": [{"bytes": encode("images/red.png"), "path": None}],
+    "captions": [["a"]],
+    "lang": ["de"],
+    "group_id": ["g"],
+    "long_captions": [["a long one"]],
+    "notes": ["x"],
+}
+
+
+def write_columns(file: Path, *without: str, **others: list[Any]) -> None:
+    columns = {name: column for name, column in COLUMNS.items() if name not in without}
+    pq.write_table(pa.table({**columns, **others}), file)
+
+
+def test_a_file_that_lacks_a_column_of_the_others_is_an_error(tmp_path: Path) -> None:
+    """Its records would silently be English, each in a group of its own."""
+    for number in range(4):
+        write_columns(tmp_path / f"{number}.parquet", *(("lang",) if number > 1 else ()))
+    write_columns(tmp_path / "4.parquet", "group_id", "long_captions")
+    with pytest.raises(DataValidationError, match="null says that a record has no such") as caught:
+        load_records(tmp_path)
+    assert caught.value.counts == {
+        "no column 'group_id', which 0.parquet has": 1,
+        "no column 'lang', which 0.parquet has": 2,
+        "no column 'long_captions', which 0.parquet has": 1,
+    }
+    assert caught.value.places["no column 'lang', which 0.parquet has"] == [
+        "2.parquet",
+        "3.parquet",
+    ]
+    stray = collect_records(tmp_path).stray
+    assert (stray.counts, stray.places) == (caught.value.counts, caught.value.places)
+
+
+def test_columns_that_change_no_record_may_differ_between_files(tmp_path: Path) -> None:
+    """Notes, other names of captions, files without rows; and columns that no file has."""
+    write_columns(tmp_path / "0.parquet", "notes", "group_id", "long_captions")
+    write_columns(
+        tmp_path / "1.parquet", "captions", "group_id", "long_captions", caption=["another"]
+    )
+    pq.write_table(pa.table({"image": pa.array([], pa.string())}), tmp_path / "2.parquet")
+    assert [record.captions for record in load_records(tmp_path)] == [("a",), ("another",)]
+
+
+def test_lines_of_json_may_differ_in_their_fields(tmp_path: Path) -> None:
+    lines = [{"image": "a", "caption": "a", "lang": "de"}, {"image": "b", "caption": "b"}]
+    records = load_records(write_lines(tmp_path, lines), require_images=False)
+    assert [record.lang for record in records] == ["de", "en"]

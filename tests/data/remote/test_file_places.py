@@ -20,6 +20,8 @@ from shard_server import ShardServer
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.cli.captioned_data import is_streamed
+from modeling_llm2clip.configs.data_config import StreamConfig
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
 from modeling_llm2clip.data.records import record_index
@@ -75,6 +77,21 @@ def test_records_from_a_web_server_are_those_of_the_folder(
         assert hash_image_sizes(remote) == hash_image_sizes(local)
         assert describe_images(remote)["first"].startswith(server.url)
         assert not find_unreadable_images(record.image for record in remote if record.image)
+
+
+def test_a_list_may_name_shards_here_and_elsewhere(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    local = load_records(folder)
+    with ShardServer(folder) as server:
+        shards = tmp_path / "shards.txt"
+        for first in (folder, server.url):
+            shards.write_text(f"{first}/00000.tar\n{server.url}/00001.tar\n", encoding="utf-8")
+            found = load_records(shards)
+            assert [describe(record) for record in found] == [describe(record) for record in local]
+            # Such data are streamed for training, and not decoded whole before anything starts.
+            assert is_streamed(str(shards), StreamConfig())
+    shards.write_text(f"{folder}/00000.tar", encoding="utf-8")
+    assert not is_streamed(str(shards), StreamConfig())
 
 
 def test_captions_of_json_lines_are_read_and_their_images_are_not(tmp_path: Path) -> None:
@@ -181,6 +198,32 @@ def test_access_that_is_lost_on_the_way_is_no_error_of_the_data(tmp_path: Path) 
         server.deny_after = 1
         with pytest.raises(AccessError, match="access denied"):
             load_records(f"{server.url}/{{00000..00001}}.tar")
+
+
+@pytest.mark.parametrize(("write", "names"), FORMATS[:2])
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_shard_whose_requests_fail_is_not_called_broken(
+    write: Callable[[Path], Path],
+    names: str,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write(tmp_path / "data")
+    last = max(file.name for file in folder.iterdir() if file.is_file())
+    with ShardServer(folder) as server:
+
+        def describe_and_fail(places: Any) -> Any:
+            found = describe_states(places)
+            server.status[last] = status
+            return found
+
+        monkeypatch.setattr(record_index, "describe_states", describe_and_fail)
+        with pytest.raises(DataValidationError) as caught:
+            load_records(f"{server.url}/{names}")
+    assert caught.value.counts == {"file missing, or its requests fail": 1}
+    (place,) = caught.value.places["file missing, or its requests fail"]
+    assert place.startswith(last) and str(status) in place
 
 
 @pytest.mark.parametrize("write", [write_shards, write_parquet])

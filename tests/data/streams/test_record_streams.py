@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.remote import remote_files
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
+from modeling_llm2clip.data.sources.shard_columns import ShardColumnsError
 from modeling_llm2clip.data.streams.record_streams import (
     RecordStream,
     make_loader,
@@ -315,6 +317,167 @@ def test_a_shard_cut_at_a_block_is_noticed(size: int, tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[:size])
     stream = stream_records(tmp_path / "cut.tar", max_lost_share=1)
     assert len(list_names(stream)) < SAMPLES and stream.report.lost_shards == 1
+
+
+def damage_page(file: Path) -> None:
+    """Overwrite the header of a page in the second of three row groups."""
+    page = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    content = file.read_bytes()
+    file.write_bytes(content[:page] + b"\xff" * 8 + content[page + 8 :])
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_a_damaged_page_of_parquet_is_a_lost_shard(tmp_path: Path, remote: bool) -> None:
+    folder = write_parquets(tmp_path / "data")
+    damage_page(folder / "00003.parquet")
+    with ShardServer(folder) as server:
+        source = spell(server, "parquet") if remote else str(folder)
+        stream = stream_records(source, max_lost_share=0.2, retry=FAST)
+        found = Counter(name.split("/")[0] for name in list_names(stream))
+    assert found.pop("00003.parquet", 0) < SAMPLES and set(found.values()) == {SAMPLES}
+    assert len(found) == SHARDS - 1 == stream.report.shards
+    assert stream.report.lost_shards == 1
+    assert "00003.parquet before sample" in stream.report.describe()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(403, AccessError), (503, TooManyLostError)], ids=["denied", "overloaded"]
+)
+def test_a_request_that_fails_within_parquet_is_not_taken_for_damage(
+    tmp_path: Path, status: int, error: type[Exception]
+) -> None:
+    with ShardServer(write_parquets(tmp_path / "data")) as server:
+        stream = stream_records(spell(server, "parquet"), buffer_size=1, retry=FAST)
+        iterator = iter(stream)
+        next(iterator)
+        for number in range(SHARDS):
+            server.status[f"{number:05d}.parquet"] = status
+        with pytest.raises(error) as raised:
+            list(iterator)
+        assert "not a Parquet file" not in str(raised.value)
+
+
+def prepare_most(record: CaptionedImage) -> str:
+    """In place of decoding: the third sample of each shard is broken."""
+    if record.name.endswith("/0002.png"):
+        raise ValueError(f"{record.name}: broken")
+    return record.name
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_others_take_the_place_of_samples_that_cannot_be_prepared(
+    tars: Path, num_workers: int
+) -> None:
+    pytest.importorskip("torchdata")
+
+    def make() -> Any:
+        stream = stream_records(tars, seed=1, buffer_size=10)
+        return make_loader(stream, batch_size=4, prepare=prepare_most, num_workers=num_workers)
+
+    loader = make()
+    batches = list(loader)
+    # Four shards of six samples in each of two workers, or eight of six in one.
+    assert {len(batch) for batch in batches} == {4}
+    names = [f"{shard:05d}.tar/{n:04d}.png" for shard in range(SHARDS) for n in range(SAMPLES)]
+    found = sorted(name for batch in batches for name in batch)
+    assert found == [name for name in names if not name.endswith("2.png")]
+    report = read_report(loader.state_dict())
+    assert (report.samples, report.lost_samples) == (SHARDS * (SAMPLES - 1), SHARDS)
+    assert report.counts == {"image unreadable": SHARDS}
+    assert all("0002.png: broken" in place for place in report.places["image unreadable"])
+
+    stopped = make()
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(5)]
+    state = pickle.loads(pickle.dumps(stopped.state_dict()))
+    del iterator
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert head + list(resumed) == batches
+    assert read_report(resumed.state_dict()).lost_samples == SHARDS
+
+
+def test_more_samples_that_cannot_be_prepared_than_the_share_stop_a_stream(tars: Path) -> None:
+    pytest.importorskip("torchdata")
+    stream = stream_records(tars, max_lost_share=0.005)
+    loader = make_loader(stream, batch_size=4, prepare=prepare_most)
+    with pytest.raises(TooManyLostError, match=r"lost 6 samples .*\n.*image unreadable: 6 "):
+        list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_samples_of_dropped_batches_are_counted(
+    tars: Path, num_workers: int, drop_last: bool
+) -> None:
+    pytest.importorskip("torchdata")
+    loader = make_loader(
+        stream_records(tars), batch_size=5, num_workers=num_workers, drop_last=drop_last
+    )
+    for _ in range(2):  # each epoch anew
+        found = len(flatten(loader))
+        report = read_report(loader.state_dict())
+        assert found + report.dropped_samples == SHARDS * SAMPLES == report.samples
+        # 56 is 1 above a multiple of 5; two workers have 28 each, which is 3 above one.
+        assert report.dropped_samples == (2 * 3 if num_workers else 1) * drop_last
+
+
+def write_columns(folder: Path, *without: Collection[str]) -> Path:
+    """A shard of Parquet for each collection of columns, which it lacks."""
+    folder.mkdir()
+    for shard, columns in enumerate(without):
+        row = {
+            "image": {"bytes": encode_noise(shard), "path": None}, "captions": ["ein Bild"],
+            "long_captions": ["ein langer Satz"], "lang": "de", "group_id": "g", "license": "CC0",
+        }  # fmt: skip
+        kept = {name: value for name, value in row.items() if name not in columns}
+        pq.write_table(pa.Table.from_pylist([kept] * 3), folder / f"{shard:05d}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("column", ["lang", "group_id", "long_captions", "captions", "image"])
+@pytest.mark.parametrize("lacking", [0, 2])
+def test_shards_of_other_columns_are_an_error(tmp_path: Path, column: str, lacking: int) -> None:
+    """Whoever reads which shard: each compares with the first shard of the source."""
+    columns: list[tuple[str, ...]] = [(), (), ()]
+    columns[lacking] = (column,)
+    folder = write_columns(tmp_path / "data", *columns)
+    first, other = ("00000", "0000[12]") if lacking == 0 else ("00000", "00002")
+    message = rf"{other}\.parquet.*{first}\.parquet.*: {column}\. Write"
+    stopped = 0
+    for number in range(3):
+        stream = stream_records(
+            folder, process_index=number, num_processes=3, max_lost_share=1, require_images=False
+        )
+        try:
+            list(stream)
+        except ShardColumnsError as error:
+            assert re.search(message, str(error))
+            stopped += 1
+    assert stopped == (2 if lacking == 0 else 1)
+
+
+def test_columns_that_no_shard_has_and_notes_may_be_missing(tmp_path: Path) -> None:
+    most = ("lang", "group_id", "long_captions")
+    folder = write_columns(tmp_path / "data", most, (*most, "license"), most)
+    assert {record.lang for record in stream_records(folder)} == {"en"}
+
+
+def test_another_name_of_the_captions_is_not_another_column(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "data", ())
+    table = pq.read_table(folder / "00000.parquet").rename_columns({"captions": "text"})
+    pq.write_table(table, folder / "00001.parquet")
+    pq.write_table(table.drop_columns(["lang"]).slice(0, 0), folder / "00002.parquet")  # no rows
+    assert len(list_names(stream_records(folder))) == 6
+
+
+def test_columns_are_compared_although_the_first_shard_cannot_be_read(tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "data", (), (), ("lang",))
+    (folder / "00000.parquet").write_bytes(b"no Parquet")
+    with pytest.raises(ShardColumnsError, match=r"00002\.parquet.*00001\.parquet.*: lang\."):
+        list(stream_records(folder, max_lost_share=1))
+    (folder / "00001.parquet").write_bytes(b"no Parquet")
+    assert len(list_names(stream_records(folder, max_lost_share=1))) == 3
 
 
 @pytest.mark.slow  # two processes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from modeling_llm2clip.data.images.image_sources import EncodedImage
 from modeling_llm2clip.data.records.records import RawRecord
 from modeling_llm2clip.data.sources.shard_streams import BrokenShardError, StreamedSample
 from modeling_llm2clip.data.streams.record_streams import RecordStream
+from modeling_llm2clip.data.streams.stream_report import TooManyLostError
 
 GOOD, BROKEN, SKIPPED, END = range(4)
 
@@ -101,3 +103,50 @@ def test_stopped_again_and_again_is_never_stopped(
         state = stream.state_dict()
     assert found == wanted
     assert stream.report == whole.report
+
+
+def list_readers(content: list[list[int]], num_readers: int, **options: Any) -> list[RecordStream]:
+    """The parts of several readers, as processes have them."""
+    return [
+        RecordStream(
+            ListedShards(content), process_index=number, num_processes=num_readers, **options
+        )
+        for number in range(num_readers)
+    ]
+
+
+@pytest.mark.parametrize("num_lost", [9, 11, 80])
+@pytest.mark.parametrize("num_readers", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_share_of_lost_shards_holds_however_many_read(
+    num_lost: int, num_readers: int, seed: int
+) -> None:
+    """With a share of 0.1, a run either stops or has lost at most 10 of 100 shards."""
+    content = [[GOOD]] * (100 - num_lost) + [[END]] * num_lost
+    lost, stopped = 0, 0
+    for stream in list_readers(content, num_readers, seed=seed, max_lost_share=0.1):
+        try:
+            list(stream)
+        except TooManyLostError as error:
+            assert f"of {100 // num_readers} shards that this worker reads" in str(error)
+            stopped += 1
+        lost += stream.report.lost_shards
+    assert stopped or lost == num_lost <= 10
+    assert stopped == (num_lost > 10) or num_readers > 1
+
+
+def test_a_reader_of_few_shards_stops_at_the_first_lost_one() -> None:
+    content = [[GOOD, GOOD], [END], [GOOD, GOOD]]
+    with pytest.raises(TooManyLostError, match="1 of 3 shards"):
+        list(RecordStream(ListedShards(content), max_lost_share=0.1))
+
+
+@pytest.mark.parametrize("num_readers", [1, 10])
+def test_the_share_of_lost_samples_holds_however_many_read(num_readers: int) -> None:
+    """Of 200 samples 20 are lost: as many as 2 % of 1,000, which one reader or ten may lose."""
+    content = [[BROKEN, BROKEN, *[GOOD] * 18]] * 10
+    for stream in list_readers(content, num_readers, max_lost_share=0.02):
+        assert len(list(stream)) == 180 // num_readers
+    for stream in list_readers(content, num_readers, max_lost_share=0.019):
+        with pytest.raises(TooManyLostError, match=r"lost \d+ samples"):
+            list(stream)

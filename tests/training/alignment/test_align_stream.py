@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import tarfile
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,20 @@ from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.data.streams.record_streams import RecordStream, stream_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, stream_records
+from modeling_llm2clip.data.streams.stream_report import StreamReport, TooManyLostError
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
+from modeling_llm2clip.training.alignment import alignment_batches
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_batches import StreamedBatches
+from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.alignment.alignment_stream import (
     AlignmentStream,
+    decode_sample,
     hold_out_of_stream,
 )
+from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.run_folder import read_results
 
 pytest.importorskip("torchdata")
@@ -31,22 +42,36 @@ OPTIONS: dict[str, Any] = {**SHORT_RUN, "global_batch_size": 4, "num_workers": 0
 ONLINE: dict[str, Any] = {**OPTIONS, "text_training": "frozen-online"}
 
 
-@pytest.fixture(scope="module")
-def shards(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of the other tests in four tar shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    records = list(prepared.records)
+def write_shards(
+    folder: Path, records: Sequence[CaptionedImage], truncated: Collection[int] = ()
+) -> Path:
+    """Write records into four tar shards; some images, by number, only in part."""
+    folder.mkdir(exist_ok=True)
+    numbered = list(enumerate(records))
     for shard in range(4):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
-            for record in records[shard::4]:
+            for number, record in numbered[shard::4]:
                 fields = {
                     "file_name": record.name, "captions": record.captions,
                     "long_captions": record.long_captions, "group_id": record.group_id,
                 }  # fmt: skip
-                key = Path(record.name).stem
-                add(archive, f"{key}.jpg", record.path.read_bytes())
+                key, content = Path(record.name).stem, record.path.read_bytes()
+                size = len(content) // 2 if number in truncated else None
+                add(archive, f"{key}.jpg", content[:size])
                 add(archive, f"{key}.json", json.dumps(fields).encode())
     return folder
+
+
+@pytest.fixture(scope="module")
+def shards(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the other tests in four tar shards."""
+    return write_shards(tmp_path_factory.mktemp("shards"), list(prepared.records))
+
+
+@pytest.fixture(scope="module")
+def damaged(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with two images that cannot be decoded."""
+    return write_shards(tmp_path_factory.mktemp("damaged"), list(prepared.records), {5, 14})
 
 
 class KilledError(Exception):
@@ -62,6 +87,17 @@ class Kill(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if state.global_step == self.step:
             raise KilledError
+
+
+class Interrupt(TrainerCallback):
+    """Sends SIGTERM at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -92,10 +128,16 @@ def test_a_stream_over_http_trains_as_one_of_the_disk(
     assert len(read_losses(tmp_path / "disk")) == 6
 
 
+@pytest.mark.parametrize("source", ["shards", "damaged"])
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    prepared: Prepared, shards: Path, tmp_path: Path, num_workers: int
+    prepared: Prepared,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    num_workers: int,
+    source: str,
 ) -> None:
+    shards: Path = request.getfixturevalue(source)
     # Seven steps of four are more than an epoch of 24 images.
     changed = {"max_steps": 8, "save_steps": 3, "num_workers": num_workers}
     config = AlignConfig(**{**ONLINE, **changed})
@@ -113,6 +155,119 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     whole, parts = read_weights(tmp_path / "whole"), read_weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_an_image_that_cannot_be_decoded_is_a_lost_sample(
+    prepared: Prepared, damaged: Path, tmp_path: Path
+) -> None:
+    align(prepared.model, stream_records(damaged), tmp_path, AlignConfig(**ONLINE))
+    assert len(read_losses(tmp_path)) == 6
+    report = read_results(tmp_path)["stream"]
+    # Six steps of four, of 24 images of which two are broken: five steps are the first epoch.
+    assert report["counts"]["image unreadable"] == report["lost_samples"] >= 1
+    assert ".jpg: the image is truncated or corrupt" in report["places"]["image unreadable"][0]
+    with pytest.raises(TooManyLostError, match=r"image unreadable: 1 .*\.jpg: the image is trunc"):
+        align(
+            prepared.model, stream_records(damaged, max_lost_share=0.0), tmp_path / "strict",
+            AlignConfig(**ONLINE),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_record_of_a_run_has_the_losses_of_all_epochs(
+    prepared: Prepared,
+    damaged: Path,
+    tmp_path: Path,
+    num_workers: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 22 samples, an epoch has five batches of four, or four where workers have 11 each."""
+    changed = {"max_steps": 12, "num_workers": num_workers, "save_steps": 1}
+    config = AlignConfig(**{**ONLINE, **changed})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    align(prepared.model, stream_records(damaged), whole, config)
+    said = capsys.readouterr().err
+    for epoch in range(2):
+        assert f"epoch {epoch}: 22 samples read, 2 lost, " in said
+    for stop_at in (1, 4, 5, 7, 9, 10, 12):
+        with pytest.raises(KilledError):
+            align(
+                prepared.model, stream_records(damaged), parts, config,
+                resume=stop_at > 1, callbacks=[Kill(stop_at)],
+            )  # fmt: skip
+    align(prepared.model, stream_records(damaged), parts, config, resume=True)
+    report = read_results(whole)["stream"]
+    assert read_results(parts)["stream"] == report
+    first, second, third = report["epochs"]
+    for epoch in (first, second):
+        assert (epoch["samples"], epoch["lost_samples"], epoch["shards"]) == (22, 2, 4)
+        assert epoch["dropped_samples"] in ((2, 6) if num_workers else (2,))
+    for name in first:
+        assert report[name] == first[name] + second[name] + third[name]
+    assert report["counts"] == {"image unreadable": report["lost_samples"]}
+    assert len(report["places"]["image unreadable"]) == 2  # each once
+    described = "\n".join(describe_alignment(parts))
+    assert f"Stream, 3 epochs: {report['samples']} samples read, {report['lost_samples']} lost" in (
+        described
+    )
+    assert "image unreadable: " in described and ".jpg: the image is truncated" in described
+
+
+def test_losses_of_all_processes_are_added_by_epoch(
+    prepared: Prepared, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is still in its first epoch when this one, of six batches, is in its next."""
+    config = AlignConfig(**ONLINE)
+    dataset = AlignmentStream(
+        stream_records(shards, buffer_size=1), LLM2CLIPProcessor.from_pretrained(prepared.model)
+    )
+    batches = StreamedBatches(
+        dataset, config=config, batch_size=4, arguments=make_training_arguments(tmp_path, config)
+    )
+    assert len(list(islice(batches, 7))) == 7
+    other = StreamReport(samples=10, lost_samples=3, shards=1, lost_shards=1)
+    monkeypatch.setattr(alignment_batches, "gather_object", lambda own: [*own, [other.to_state()]])
+    report = batches.collect_report()
+    first, second = report["epochs"]
+    assert (first["samples"], first["lost_samples"], first["lost_shards"]) == (34, 3, 1)
+    # Four samples, and one in the buffer.
+    assert 4 <= second["samples"] <= 5 and not second["lost_samples"]
+    assert report["samples"] == first["samples"] + second["samples"]
+    assert report["lost_shards"] == 1
+
+
+def test_a_run_that_is_stopped_has_its_losses_so_far(
+    prepared: Prepared, damaged: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**{**ONLINE, "max_steps": 9})
+    with pytest.raises(StageInterrupt):
+        align(
+            prepared.model, stream_records(damaged), tmp_path, config,
+            callbacks=[Interrupt(6)],
+        )  # fmt: skip
+    report = read_results(tmp_path)["stream"]
+    assert report["epochs"][0]["lost_samples"] == 2
+
+
+def test_batches_are_full_although_images_are_lost(prepared: Prepared, damaged: Path) -> None:
+    stream = stream_records(damaged, buffer_size=8)
+    dataset = AlignmentStream(stream, LLM2CLIPProcessor.from_pretrained(prepared.model))
+    loader = make_loader(
+        stream, batch_size=5, collate=dataset.collate, prepare=decode_sample, drop_last=True
+    )
+    assert [len(batch["pixel_values"]) for batch in loader] == [5, 5, 5, 5]
+    assert (stream.report.samples, stream.report.lost_samples) == (22, 2)
+    assert stream.report.dropped_samples == 2
+
+
+def test_an_image_that_cannot_be_decoded_is_not_held_out(
+    prepared: Prepared, shards: Path, damaged: Path, tmp_path: Path
+) -> None:
+    records, groups = hold_out_of_stream(stream_records(damaged), 0.99, tmp_path)
+    broken = {list(prepared.records)[number].group_id for number in (5, 14)}
+    assert not groups & broken
+    assert groups == hold_out_of_stream(stream_records(shards), 0.99, tmp_path)[1] - broken
+    assert {record.group_id for record in records} == groups
 
 
 def test_held_out_images_are_never_trained_on(
@@ -145,7 +300,8 @@ def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path
     )  # fmt: skip
     online = AlignmentStream(stream_records(shards, buffer_size=1), processor, seed=3)
     records = list(stream_records(shards, buffer_size=1))
-    stored, tokens = joined.collate(records), online.collate(records)
+    samples = [decode_sample(record) for record in records]
+    stored, tokens = joined.collate(samples), online.collate(samples)
     assert torch.equal(stored["pixel_values"], tokens["pixel_values"])
     assert torch.equal(stored["group_ids"], tokens["group_ids"])
     model = LLM2CLIPModel.from_pretrained(prepared.model)
@@ -173,7 +329,7 @@ def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path
     record = next(iter(stream_records(shards)))
     for changed in ({"name": "other.jpg"}, {"captions": ("one",)}):
         with pytest.raises(ValueError, match=r"1 of 1 records of a batch are not in .*\(en\)"):
-            dataset.collate([replace(record, **changed)])  # type: ignore[arg-type]
+            dataset.collate([decode_sample(replace(record, **changed))])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""The loader of a stream's batches: the last state of each worker comes with its last batch.
+
+StatefulDataLoader keeps the states that came with batches. What a worker found behind its last full
+batch would be in none: samples that are dropped, lost ones, shards that end early. So each worker
+sends a mark when it has nothing left, which this loader keeps to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+
+from .stream_run import PartEnd
+
+
+class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
+    """Yields the batches of a dataset that makes them itself.
+
+    Args:
+        dataset: yields lists of samples, and a `PartEnd` behind the last one of a worker.
+        collate: makes a batch of a list.
+        options: of `StatefulDataLoader`.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> None:
+        super().__init__(
+            dataset, batch_size=None, collate_fn=partial(_collate, collate=collate), **options
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if not isinstance(batch, PartEnd):
+                yield batch
+
+
+def _collate(batch: Any, *, collate: Callable[[list[Any]], Any]) -> Any:
+    return batch if isinstance(batch, PartEnd) else collate(batch)

@@ -1,0 +1,134 @@
+"""An image that changes under a cached index is found, and the source is read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modeling_llm2clip.data.records import image_changes, record_index
+from modeling_llm2clip.data.records.data_hashes import hash_image_sizes
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.validation_errors import DataValidationError
+
+NUM_IMAGES = 40
+CHANGED = "images/1/7.png"  # which no evenly spread sample of five has
+
+
+@pytest.fixture(autouse=True)
+def _kept_index(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:  # noqa: ARG001
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    monkeypatch.setattr(image_changes, "_IMAGES_SAMPLED", 5)
+
+
+@pytest.fixture(params=["every image", "folders"])
+def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source with two folders of images, few or many for this package."""
+    if request.param == "folders":
+        monkeypatch.setattr(image_changes, "_MOST_IMAGES", NUM_IMAGES - 1)
+    names = [f"images/{number % 2}/{number}.png" for number in range(NUM_IMAGES)]
+    for name in names:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"an image")
+        # Images are mostly older than their index.
+        os.utime(file.parent, ns=(10**18, 10**18))
+    lines = [json.dumps({"image": name, "captions": ["a"]}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    os.utime(tmp_path / "images" / "0", ns=(10**18, 10**18))
+    return tmp_path
+
+
+def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    built: list[Any] = []
+    build = record_index._build
+    monkeypatch.setattr(record_index, "_build", lambda *a: built.append(a) or build(*a))  # type: ignore[func-returns-value]
+    return built
+
+
+def test_an_image_of_another_size_is_found(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = count_builds(monkeypatch)
+    before = hash_image_sizes(load_records(source))
+    assert hash_image_sizes(load_records(source)) == before and len(built) == 1
+    other = source / "other"
+    other.write_bytes(b"another image")
+    other.replace(source / CHANGED)
+    after = load_records(source)
+    assert len(built) == 2 and hash_image_sizes(after) != before
+    assert load_records(source) == after and len(built) == 2
+
+
+def test_a_missing_image_is_an_error_again(source: Path) -> None:
+    load_records(source)
+    (source / CHANGED).unlink()
+    with pytest.raises(DataValidationError, match=r"image missing: 1 \(captions.jsonl line 8\)"):
+        load_records(source)
+
+
+def test_another_file_beside_the_images_builds_nothing_anew(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = count_builds(monkeypatch)
+    load_records(source)
+    (source / "images" / "0" / "thumbs.db").touch()
+    assert len(load_records(source)) == NUM_IMAGES and len(built) == 1
+
+
+def test_of_many_images_only_some_and_their_folders_are_looked_at(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_records(source)
+    looked_at = watch_stat(monkeypatch)
+    load_records(source)
+    images = [path for path in looked_at if path.endswith(".png")]
+    is_large = image_changes._MOST_IMAGES < NUM_IMAGES
+    assert len(images) == (5 if is_large else NUM_IMAGES)
+    assert sum(path.startswith(f"{source}/images/") for path in looked_at) == len(images) + (
+        2 if is_large else 0
+    )
+
+
+def test_a_folder_that_changed_while_it_was_read_is_looked_through_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image may have gone after it was looked at, before the time of its folder was noted."""
+    repeated = record_index.find_repeated
+
+    def remove(*found: Any) -> None:
+        (source / CHANGED).unlink()
+        repeated(*found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_index, "find_repeated", remove)
+        load_records(source)
+    with pytest.raises(DataValidationError, match="image missing: 1"):
+        load_records(source)
+
+
+def test_notes_of_folders_that_are_broken_are_made_again(source: Path) -> None:
+    file = load_records(source).file
+    assert file is not None
+    notes = image_changes.folder_times_file(file)
+    for content in ("", "[]", "{"):
+        notes.write_text(content, encoding="utf-8")
+        assert len(load_records(source)) == NUM_IMAGES
+    if image_changes._MOST_IMAGES < NUM_IMAGES:
+        assert set(json.loads(notes.read_text("utf-8"))) == {
+            f"{source}/images/{number}" for number in range(2)
+        }
+
+
+def watch_stat(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    looked_at: list[str] = []
+    stat: Callable[..., os.stat_result] = os.stat
+
+    def watch(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        looked_at.append(str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(image_changes.os, "stat", watch)
+    return looked_at
