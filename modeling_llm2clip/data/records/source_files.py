@@ -45,7 +45,7 @@ from .records import Modality, RawRecord
 
 _LINES_FILES = ("captions.jsonl", "metadata.jsonl")
 _SEVERAL_FILES = (".parquet", ".tar")
-_CSV = ".csv"
+_CSV, _SHARD_LIST = ".csv", ".txt"
 _BYTES_PER_PART = 2**24
 
 
@@ -134,7 +134,7 @@ def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles
     if not is_remote(source) and path.is_dir():
         return _search_folder(path)
     if is_remote(source) or names_shards(source):
-        return _find_shards(source)
+        return _find_shards(source, modality)
     base, files = (path.parent, [path]) if path.is_file() else find_local_files(source)
     if not files:
         raise ValueError(f"{source}: no such folder or file. Correct the path.")
@@ -155,8 +155,14 @@ def _find_suffix(source: str, files: list[Path], modality: Modality | None) -> s
     return suffixes[0]
 
 
-def _find_shards(source: str) -> SourceFiles:
-    shards = [source] if PIPE in source else list_shards(source, RetryPolicy())
+def _find_shards(source: str, modality: Modality | None) -> SourceFiles:
+    try:
+        shards = [source] if PIPE in source else list_shards(source, RetryPolicy())
+    except ValueError as error:
+        if modality == "text" and find_format(source) == _SHARD_LIST:
+            remedy = "Its lines name shards; put texts into .csv, .jsonl or .parquet."
+            raise ValueError(f"{source}: {error} {remedy}") from error
+        raise
     if any(shard.startswith(PIPE) for shard in shards):
         raise ValueError(
             f"{source}: the output of a command can be read once only, from its beginning. Stream "

@@ -98,9 +98,9 @@ def test_a_folder_that_changed_while_it_was_read_is_looked_through_again(
     """An image may have gone after it was looked at, before the time of its folder was noted."""
     repeated = record_index.find_repeated
 
-    def remove(*found: Any) -> None:
+    def remove(*found: Any, **how: Any) -> None:
         (source / CHANGED).unlink()
-        repeated(*found)
+        repeated(*found, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(record_index, "find_repeated", remove)
