@@ -85,7 +85,7 @@ class ImageIndex:
             where: As in `search`.
 
         Raises:
-            ValueError: The filter is not SQL, or names an unknown column.
+            ValueError: The filter is not one, or names an unknown column.
         """
         return self._database.count(where)
 
@@ -241,7 +241,8 @@ class ImageIndex:
                 list is one query of several parts, by the mean of their embeddings. Or embeddings
                 of queries, (Q, P), of any length. An image of the index finds itself.
             top_k: Images per query; all of them where there are fewer.
-            where: Filter in SQL over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`.
+            where: Filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
+                comparisons of SQL, joined by AND, OR, NOT and parentheses.
             exact: Compare with every image, even if there is an approximate index.
 
         Returns:
@@ -249,7 +250,7 @@ class ImageIndex:
             is without hits where no image passes the filter.
 
         Raises:
-            ValueError: `top_k` is below 1, the filter is not SQL or names an unknown column, a
+            ValueError: `top_k` is below 1, the filter is not one or names an unknown column, a
                 sentence is blank, a query image is missing or broken, embeddings are of another
                 shape, the model is no longer that of the index, or the index is empty.
         """

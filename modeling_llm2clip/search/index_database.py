@@ -21,6 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
 from ..data.atomic_files import lock_file
+from .filters import check_filter, explain_filter
 from .index_about import (
     ABOUT,
     ERRORS,
@@ -168,21 +169,19 @@ class IndexDatabase:
         """Count the images.
 
         Args:
-            where: SQL over the columns; None for all images.
+            where: Filter over the columns, see `filters`; None for all images.
 
         Raises:
-            ValueError: The filter is not SQL, or names a column that is not there.
+            ValueError: The filter is not one, or names a column that is not there.
         """
         if where is None:
             with explained(self.location, "read"):
                 return int(self._table.count_rows())
+        check_filter(where, COLUMNS)
         try:
             return int(self._table.count_rows(where))
         except ERRORS as error:
-            raise ValueError(
-                f"where={where!r} cannot be used: {shorten(error)}. The columns are "
-                f"{', '.join(COLUMNS)}; write texts as 'this', times as date '2024-01-31'."
-            ) from error
+            raise ValueError(explain_filter(where, shorten(error), COLUMNS)) from error
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read columns of all images.
@@ -309,12 +308,14 @@ class IndexDatabase:
         Args:
             embedding: (P,) of unit length.
             top_k: How many.
-            where: SQL over the columns, which `count` has taken; None for all images.
+            where: Filter over the columns, see `filters`; None for all images.
             ann: The approximate index to use; None compares with every image.
 
         Returns:
             Values of the columns and `cosine`, best first; of equal cosines by path.
         """
+        if where is not None:
+            check_filter(where, COLUMNS)
         query = self._table.search(embedding, vector_column_name="embedding")
         query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
         if where is not None:

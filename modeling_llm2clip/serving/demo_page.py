@@ -84,7 +84,7 @@ class DemoPage:
             text: What to look for; may be blank, and is None in a box that was never used.
             image: Uploaded file.
             top_k: How many images.
-            where: Filter in SQL; blank or None for none.
+            where: Filter; blank or None for none.
 
         Returns:
             File of a small copy and caption of each hit, best first; and a line on them.
@@ -312,7 +312,7 @@ def _add_search(page: DemoPage) -> None:
                 where = gr.Textbox(
                     label="Filter",
                     placeholder="width > 1000 AND path LIKE '2024/%'",
-                    info=f"SQL over {', '.join(index.columns)}",
+                    info=f"Comparisons of {', '.join(index.columns)}",
                     elem_id="filter",
                 )
             button = gr.Button("Search", variant="primary", elem_id="search-button")

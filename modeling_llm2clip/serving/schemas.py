@@ -249,7 +249,7 @@ class SearchRequest(_Options):
     queries: Items
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
     where: str | None = Field(
-        None, min_length=1, max_length=10_000, description="Filter on columns, as in SQL."
+        None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."
     )
 
 

@@ -26,6 +26,7 @@ from ..configs.serve_config import ServeConfig
 from ..encoding.preparation import use_one_core
 from ..image_loading_llm2clip import load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+from ..search.filters import check_filter
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.tag_labels import Label, make_labels
 from .batching import BatchWorker, Lane, OnBatch
@@ -242,7 +243,7 @@ class EmbeddingService:
         Args:
             queries: Texts and images, at least one.
             top_k: Images per query.
-            where: Filter in SQL over the columns of the index.
+            where: Filter over the columns of the index, as `ImageIndex.search` takes it.
 
         Returns:
             A result for each query, and the tokens of all texts.
@@ -256,6 +257,11 @@ class EmbeddingService:
             raise RequestError(
                 404, "This server has no index. Start it with --index DB.", code="no_index"
             )
+        if where is not None:
+            try:
+                check_filter(where, index.columns)
+            except ValueError as error:
+                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
         embedded = await self.embed(queries)
         try:
             found = await self._run(lambda: index.search(embedded.embeds, top_k=top_k, where=where))
