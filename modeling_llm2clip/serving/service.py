@@ -10,7 +10,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..configs.serve_config import ServeConfig
-from ..encoding.preparation import use_one_core
 from ..image_loading_llm2clip import load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..search.filters import check_filter
@@ -33,6 +32,7 @@ from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
 from .served_encoder import ServedEncoder
+from .worker_threads import WorkerThreads
 
 if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
 _MEASURED_AT_ONCE = 64  # texts
+_CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ class EmbeddingService:
             max_wait_s=config.max_wait_ms / 1000,
             on_batch=self._report_batch,
         )
-        self._threads = ThreadPoolExecutor(
-            config.num_workers, "llm2clip-prepare", initializer=use_one_core
-        )
+        # Apart, so that images that are slow to decode hold up neither texts nor searches.
+        self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
+        self._image_threads = WorkerThreads(config.num_workers, "llm2clip-image")
+        self._search_threads = WorkerThreads(config.num_workers, "llm2clip-search")
         self._lock = threading.Lock()
         self._num_pending = 0
         self._is_closed = False
@@ -150,7 +152,10 @@ class EmbeddingService:
 
     @property
     def num_pending(self) -> int:
-        """Number of texts and images in work and waiting."""
+        """Number of texts and images in work and waiting.
+
+        An image that is being decoded counts until that ends, even if its request was given up.
+        """
         return self._num_pending
 
     @property
@@ -159,10 +164,14 @@ class EmbeddingService:
         return self._worker.is_alive
 
     def close(self) -> None:
-        """Finish what is queued, and end all threads; may be called again."""
+        """End all threads, after the batches that are queued; may be called again.
+
+        What is decoded or searched after a second more is left behind.
+        """
         self._is_closed = True
         self._worker.close()
-        self._threads.shutdown()
+        for threads in (self._text_threads, self._image_threads, self._search_threads):
+            threads.close(wait_s=_CLOSE_WAIT_S)
 
     async def embed(
         self,
@@ -230,9 +239,10 @@ class EmbeddingService:
             raise RequestError(400, str(error), param="candidate_labels") from None
         prompts = [prompt for label in candidates for prompt in label.prompts]
         embedded = await self.embed([*prompts, *images])
-        tags = await self._run(
-            partial(self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k)
+        rank = partial(
+            self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k
         )
+        tags = await self._run(self._text_threads, rank)
         return ClassifiedImages(tags, embedded.num_tokens)
 
     async def search(
@@ -264,7 +274,10 @@ class EmbeddingService:
                 raise RequestError(400, str(error), param="where", code="invalid_filter") from None
         embedded = await self.embed(queries)
         try:
-            found = await self._run(lambda: index.search(embedded.embeds, top_k=top_k, where=where))
+            found = await self._run(
+                self._search_threads,
+                lambda: index.search(embedded.embeds, top_k=top_k, where=where),
+            )
         except ValueError as error:
             raise RequestError(400, str(error)) from error
         return found, embedded.num_tokens
@@ -357,7 +370,9 @@ class EmbeddingService:
         for start in range(0, len(texts), _MEASURED_AT_ONCE):
             part = texts[start : start + _MEASURED_AT_ONCE]
             try:
-                counts, flags = await self._run(partial(self.encoder.measure_texts, part))
+                counts, flags = await self._run(
+                    self._text_threads, partial(self.encoder.measure_texts, part)
+                )
             except ValueError as error:
                 raise RequestError(400, str(error), code="invalid_text") from None
             lengths += counts.tolist()
@@ -371,8 +386,9 @@ class EmbeddingService:
         parts = [self._no_embeds()]
         try:
             for start in range(0, len(images), size):
+                part = [partial(self._prepare, image) for image in images[start : start + size]]
                 prepared = await _all_or_none(
-                    *(self._run(partial(self._prepare, i)) for i in images[start : start + size])
+                    *(self._run(self._image_threads, prepare) for prepare in part)
                 )
                 computed = self._compute("image", prepared, [1] * len(prepared))
                 running.append(asyncio.ensure_future(computed))
@@ -421,8 +437,25 @@ class EmbeddingService:
         if self.on_batch is not None:
             self.on_batch(name, count, cost, seconds)
 
-    async def _run(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
+        future = threads.submit(function)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancel():  # it runs, and nobody can stop it
+                self._count_until_done(future)
+            raise
+
+    def _count_until_done(self, future: Future[Any]) -> None:
+        """Keep a place of the queue for what runs on although its request was given up."""
+        with self._lock:
+            self._num_pending += 1
+
+        def release(_: Future[Any]) -> None:
+            with self._lock:
+                self._num_pending -= 1
+
+        future.add_done_callback(release)
 
 
 async def _all_or_none(*awaitables: Any) -> Any:
