@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from ..configs.search_config import IndexConfig
+from ..data.atomic_files import list_differences
 from ..model_folders.model_types import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
-from .index_about import About, require_same_fingerprint
+from .index_about import About, IndexUnavailableError, require_same_fingerprint
 from .index_database import COLUMNS, IndexDatabase
 from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
@@ -42,7 +43,9 @@ _UNINDEXED = "The index holds no image. Index a folder into it: llm2clip index M
 class ImageIndex:
     """Images and their embeddings, searched by sentences and images.
 
-    Several threads may search at once. What another process adds is seen within five seconds.
+    Several threads may search at once. What another process changes is seen within five seconds:
+    images, and how the approximate index is searched. If it puts an index of another model in the
+    place of this one, or removes it, searches fail until that is set right.
 
     Args:
         database: The open database.
@@ -69,6 +72,7 @@ class ImageIndex:
         device: str = "auto",
     ) -> None:
         self._database = database
+        self._opened = database.about
         self._image_dir = image_dir
         self._encoder = encoder
         self._device = device
@@ -76,7 +80,7 @@ class ImageIndex:
 
     def __len__(self) -> int:
         """Number of images."""
-        return self._database.count()
+        return self.count()
 
     def count(self, where: str | None = None) -> int:
         """Count the images that pass a filter.
@@ -86,8 +90,12 @@ class ImageIndex:
 
         Raises:
             ValueError: The filter is not one, or names an unknown column.
+            IndexUnavailableError: The index is gone, cannot be read any more, or is of another
+                model than when it was opened.
         """
-        return self._database.count(where)
+        num_rows = self._database.count(where)
+        self._require_same_model()
+        return num_rows
 
     @property
     def model(self) -> str:
@@ -252,24 +260,27 @@ class ImageIndex:
         Raises:
             ValueError: `top_k` is below 1, the filter is not one or names an unknown column, a
                 sentence is blank, a query image is missing or broken, embeddings are of another
-                shape, the model is no longer that of the index, or the index is empty.
+                shape, or the model is no longer that of the index.
+            IndexUnavailableError: As `count`, or the index is empty.
         """
         require_top_k(top_k)
         if isinstance(query, str | Path | Image.Image):
             return self.search([query], top_k=top_k, where=where, exact=exact)[0]
-        num_rows = self._database.count(where)
+        num_rows = self.count(where)
         if where is None and num_rows == 0:
-            raise ValueError(f"{self._database.location}: {_UNINDEXED}")
+            raise IndexUnavailableError(f"{self._database.location}: {_UNINDEXED}")
         if hasattr(query, "shape"):
             embeds = check_embeddings(query, width=self.about.width)
             named = [NamedQuery(f"embedding {row}", (), None) for row in range(len(embeds))]
         else:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
-        return [
+        found = [
             self._search_one(one, row, min(top_k, num_rows), where, exact, num_rows)
             for one, row in zip(named, embeds, strict=True)
         ]
+        self._require_same_model()  # it may have been replaced meanwhile
+        return found
 
     def iterate_embeddings(self) -> Iterator[tuple[list[Path], np.ndarray[Any, Any]]]:
         """Read all images and their embeddings in parts.
@@ -296,6 +307,16 @@ class ImageIndex:
         from .faiss_export import export_faiss
 
         return export_faiss(self._database, self._image_dir, Path(file))
+
+    def _require_same_model(self) -> None:
+        """Refuse to compare embeddings of one model with images of another."""
+        opened, about = self._opened, self._database.about
+        if differences := list_differences(about.fingerprint, opened.fingerprint):
+            raise IndexUnavailableError(
+                f"{self._database.location} was replaced by an index of the model {about.model}, "
+                f"and was opened for {opened.model}, which gives other embeddings: "
+                f"{'; '.join(differences)}. Put back an index of that model, or open this one anew."
+            )
 
     def _search_one(
         self,

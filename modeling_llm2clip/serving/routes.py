@@ -75,7 +75,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The request, an image, or the number of inputs is too large.",
         429: "The queue is full; Retry-After says when to try again.",
         500: "The model failed.",
-        503: "The server is stopping.",
+        503: "The server is stopping, or the index cannot be searched.",
         504: "The request took too long.",
     }.items()
 }

@@ -350,13 +350,17 @@ class SearchResponse(BaseModel):
 class Health(BaseModel):
     """Whether the server can answer."""
 
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "degraded", "failed"] = Field(
+        description="degraded: everything works but searches; failed: no model is running."
+    )
+    working_routes: list[str]
     model: str
     modalities: list[str]
     embedding_dim: int
     max_text_length: int
     num_pending: int
     num_images: int | None = Field(description="Images of the index.")
+    index_error: str | None = Field(description="Why the index cannot be searched.")
 
 
 class ModelCard(BaseModel):

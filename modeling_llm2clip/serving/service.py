@@ -26,6 +26,7 @@ from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..search.filters import check_filter
+from ..search.index_about import IndexUnavailableError
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.tag_labels import Label, make_labels
 from .batching import BatchWorker, Lane, OnBatch
@@ -259,8 +260,8 @@ class EmbeddingService:
             A result for each query, and the tokens of all texts.
 
         Raises:
-            RequestError: There is no index, a query or the filter is not valid, or the queue is
-                full.
+            RequestError: There is no index, or it is gone or of another model by now, a query or
+                the filter is not valid, or the queue is full.
         """
         index = self.index
         if index is None:
@@ -278,9 +279,25 @@ class EmbeddingService:
                 self._search_threads,
                 lambda: index.search(embedded.embeds, top_k=top_k, where=where),
             )
+        except IndexUnavailableError as error:
+            raise RequestError(503, str(error), code="index_unavailable") from error
         except ValueError as error:
             raise RequestError(400, str(error)) from error
         return found, embedded.num_tokens
+
+    async def find_index_error(self) -> tuple[int | None, str | None]:
+        """Look whether the index can be searched.
+
+        Returns:
+            Its number of images, and why it cannot be searched; None for what does not apply.
+        """
+        index = self.index
+        if index is None:
+            return None, None
+        try:
+            return await asyncio.to_thread(index.count), None
+        except IndexUnavailableError as error:
+            return None, str(error)
 
     def _check(self, inputs: Sequence[Input], dimensions: int | None) -> None:
         width = self.encoder.embedding_dim

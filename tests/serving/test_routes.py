@@ -218,7 +218,8 @@ def test_health_and_metrics_tell_what_happens(url: str) -> None:
     assert status == 200
     assert health == {
         "status": "ok", "model": MODEL_NAME, "modalities": ["text", "image"], "embedding_dim": 32,
-        "max_text_length": 32, "num_pending": 0, "num_images": None,
+        "max_text_length": 32, "num_pending": 0, "num_images": None, "index_error": None,
+        "working_routes": ["/v1/embeddings", "/v2/embed", "/v1/classify"],
     }  # fmt: skip
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()

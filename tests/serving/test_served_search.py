@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -82,9 +83,46 @@ def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
         assert answer["error"]["param"] == "where"
 
 
-def test_the_number_of_images_is_in_the_health(url: str) -> None:
+def read_health(url: str) -> Any:
     with urllib.request.urlopen(f"{url}/health") as response:
-        assert json.load(response)["num_images"] == 6
+        return json.load(response)
+
+
+def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
+    other = export_tiny_model(tmp_path / "other", vision="siglip")
+    ImageIndex.build(other, folder / "images", tmp_path / "new", IndexConfig(show_progress=False))
+    database = Path(shutil.copytree(folder / "db", tmp_path / "db"))
+    service = EmbeddingService.open(
+        folder / "model", ServeConfig(device="cpu"), index=str(database)
+    )
+    with run_app(create_app(service)) as url:
+        assert search(url, {"queries": ["a dog"]})[0] == 200
+        assert read_health(url)["status"] == "ok"
+        for replacement, message in (
+            (None, "no such database"),
+            (tmp_path / "new", "gives other embeddings"),
+        ):
+            shutil.rmtree(database, ignore_errors=True)
+            if replacement is not None:
+                shutil.copytree(replacement, database)
+            status, answer = search(url, {"queries": ["a dog"]})
+            assert (status, answer["error"]["code"]) == (503, "index_unavailable")
+            assert message in answer["error"]["message"]
+            health = read_health(url)
+            assert health["status"] == "degraded" and message in health["index_error"]
+            assert health["num_images"] is None
+            assert health["working_routes"] == ["/v1/embeddings", "/v2/embed", "/v1/classify"]
+        shutil.rmtree(database)
+        shutil.copytree(folder / "db", database)
+        assert search(url, {"queries": ["a dog"]})[0] == 200
+        assert "/v1/search" in read_health(url)["working_routes"]
+
+
+def test_the_number_of_images_is_in_the_health(url: str) -> None:
+    assert read_health(url)["num_images"] == 6
 
 
 def test_an_index_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
