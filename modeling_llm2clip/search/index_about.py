@@ -16,6 +16,9 @@ from ..data.atomic_files import list_differences
 FORMAT_VERSION = 2
 ABOUT = "about"  # name of the table
 HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
+# Candidates per result with a filter, against without: in the worst case that was measured, images
+# of 24 topics and queries about 36 others, recall@10 is 0.945 with as many, and 0.992 with these.
+_REFINED_MORE = 4
 # What LanceDB raises.
 ERRORS = (RuntimeError, ValueError, OSError, KeyError)
 
@@ -51,6 +54,19 @@ class AnnIndex:
     exact_query_ms: float
     build_s: float
     is_used: bool
+
+    def widen(self) -> AnnIndex:
+        """Return how to search with a filter: all partitions, and more candidates.
+
+        Partitions were counted without one. Images that pass a filter are often alike, such as
+        those of one folder, and may be in none of the partitions that are nearest to the query; and
+        among images that are alike, one bit per dimension misses more.
+        """
+        return dataclasses.replace(
+            self,
+            nprobes=self.num_partitions,
+            refine_factor=_REFINED_MORE * self.refine_factor,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
