@@ -91,7 +91,7 @@ def test_embeddings_of_any_width_get_one(tmp_path: Path) -> None:
 def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images are sorted by how near they are to the queries, and the filter leaves out the nearest."""
+    """Images are sorted by how near they are to the queries; the nearest do not pass."""
     monkeypatch.setattr(ann_index, "_ROWS_PER_PARTITION", 100)
     images, queries = make_embeddings(3000), make_text_embeddings(60)
     queries = queries[np.argsort(-(queries @ queries[0]))][:20]  # about one topic
