@@ -19,6 +19,7 @@ from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
+from .json_bodies import JsonRoute
 from .service import EmbeddedInputs, EmbeddingService, Input
 
 _PIXEL = (  # a PNG of one red pixel
@@ -101,7 +102,9 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         service: What answers.
         images: Reads the images of requests.
     """
-    router = APIRouter(responses=_ERRORS, default_response_class=JsonResponse)
+    router = APIRouter(
+        responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
+    )
     _add_embeddings(router, service, images)
     _add_uses(router, service, images)
 
@@ -123,7 +126,7 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         _require_model(service, body.model)
         inputs = await _read_inputs(_list_items(body), images)
         found = await service.embed(inputs, dimensions=body.dimensions, truncate=body.truncate)
-        rows = _encode(found.embeds, body.encoding_format)
+        rows = _encode(found.embeds, body.encoding_format or "float")
         return JsonResponse(
             {
                 "object": "list",

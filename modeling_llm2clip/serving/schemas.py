@@ -23,9 +23,22 @@ MOST_CHARACTERS = 100_000
 MOST_HITS = 1000
 """Maximum images per query of a search."""
 
+
+def _require_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text must not be blank")
+    return text
+
+
 # What Python strips is blank to the model; some of it is no white space to a regular expression.
 Text: TypeAlias = Annotated[
-    str, Field(min_length=1, max_length=MOST_CHARACTERS, pattern=r"[^\s\x1c-\x1f]")
+    str,
+    Field(
+        min_length=1,
+        max_length=MOST_CHARACTERS,
+        json_schema_extra={"pattern": r"[^\s\x1c-\x1f]"},
+    ),
+    AfterValidator(_require_text),
 ]
 ImageText: TypeAlias = Annotated[
     str, Field(min_length=1, description="Data URL, http or https URL, or base64 of an image.")
@@ -121,7 +134,7 @@ class _OpenAIOptions(_Options):
     dimensions: int | None = Field(
         None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
     )
-    encoding_format: Literal["float", "base64"] = Field(
+    encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="base64 is of little-endian float32."
     )
     user: str | None = Field(None, description="Changes nothing.")

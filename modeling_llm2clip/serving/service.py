@@ -28,7 +28,7 @@ from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
 from ..search.label_ranking import Tag, average_prompts, rank_labels
-from ..search.tag_labels import Label, make_labels
+from ..search.tag_labels import Label, check_templates, make_labels
 from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
@@ -234,10 +234,13 @@ class EmbeddingService:
         """
         if self.encoder.logit_scale is None:
             raise RequestError(400, "This model has one tower; classifying needs both.")
+        param = "templates"
         try:
+            check_templates(templates)
+            param = "candidate_labels"
             candidates = make_labels(labels, templates=templates)
         except ValueError as error:
-            raise RequestError(400, str(error), param="candidate_labels") from None
+            raise RequestError(400, str(error), param=param) from None
         prompts = [prompt for label in candidates for prompt in label.prompts]
         embedded = await self.embed([*prompts, *images])
         rank = partial(

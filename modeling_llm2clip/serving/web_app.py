@@ -67,6 +67,7 @@ def add_redirect(app: FastAPI) -> None:
 def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
     """Add what load balancers and Prometheus ask for."""
 
+    @app.head("/health", include_in_schema=False)
     @app.get(
         "/health", tags=["Operation"], response_model=schemas.Health,
         responses={503: {"model": schemas.Health, "description": "No model is running."}},
