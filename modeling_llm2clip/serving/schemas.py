@@ -259,7 +259,15 @@ class ClassifyRequest(_Options):
 class SearchRequest(_Options):
     """Texts and images to find images for."""
 
-    queries: Items
+    queries: Annotated[
+        list[
+            Annotated[
+                Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")],
+                Discriminator(_tag_list),
+            ]
+        ],
+        Field(min_length=1, max_length=MOST_INPUTS),
+    ] = Field(description="A list among them is one query, by the mean of its embeddings.")
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
     where: str | None = Field(
         None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."
@@ -332,6 +340,9 @@ class ClassifyResponse(BaseModel):
     data: list[ImageLabels]
     model: str
     usage: Usage
+    truncated: list[int] = Field(
+        description="Places of the candidate labels of which a prompt was truncated."
+    )
 
 
 class Hit(BaseModel):
@@ -358,6 +369,7 @@ class SearchResponse(BaseModel):
     data: list[QueryHits]
     model: str
     usage: Usage
+    truncated: list[int] = Field(description="Places of the queries of which a text was truncated.")
 
 
 class Health(BaseModel):

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -33,47 +32,21 @@ from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
 from .served_encoder import ServedEncoder
+from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
 from .worker_threads import WorkerThreads
 
 if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
-    from ..search.search_results import SearchResult
 
 Input: TypeAlias = str | bytes | Image.Image
 """A text, an encoded image, or an image."""
+Query: TypeAlias = Input | list[Input]
+"""What one search looks for; several inputs by the mean of their embeddings."""
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
 _MEASURED_AT_ONCE = 64  # texts
 _CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
-
-
-@dataclass(frozen=True)
-class EmbeddedInputs:
-    """Embeddings of the inputs of one request.
-
-    Attributes:
-        embeds: (N, D) float32 of unit length, in the order of the inputs.
-        num_tokens: Tokens of all texts as the model read them, prompts included.
-        truncated: Places of the texts that were truncated.
-    """
-
-    embeds: NDArray[np.float32]
-    num_tokens: int
-    truncated: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ClassifiedImages:
-    """Labels of images.
-
-    Attributes:
-        tags: For each image its labels, best first.
-        num_tokens: Tokens of all prompts as the model read them.
-    """
-
-    tags: list[list[Tag]]
-    num_tokens: int
 
 
 class EmbeddingService:
@@ -247,46 +220,55 @@ class EmbeddingService:
             self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k
         )
         tags = await self._run(self._text_threads, rank)
-        return ClassifiedImages(tags, embedded.num_tokens)
+        truncated = sorted({place // len(templates) for place in embedded.truncated})
+        return ClassifiedImages(tags, embedded.num_tokens, truncated)
 
     async def search(
-        self, queries: Sequence[Input], *, top_k: int = 6, where: str | None = None
-    ) -> tuple[list[SearchResult], int]:
+        self, queries: Sequence[Query], *, top_k: int = 6, where: str | None = None
+    ) -> FoundImages:
         """Find the images of the index that fit texts and images best.
 
         Args:
-            queries: Texts and images, at least one.
+            queries: Texts and images, at least one; a list among them is one query of several
+                inputs, by the mean of their embeddings.
             top_k: Images per query.
             where: Filter over the columns of the index, as `ImageIndex.search` takes it.
-
-        Returns:
-            A result for each query, and the tokens of all texts.
 
         Raises:
             RequestError: There is no index, or it is gone or of another model by now, a query or
                 the filter is not valid, or the queue is full.
         """
-        index = self.index
-        if index is None:
-            raise RequestError(
-                404, "This server has no index. Start it with --index DB.", code="no_index"
-            )
-        if where is not None:
-            try:
-                check_filter(where, index.columns)
-            except ValueError as error:
-                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
-        embedded = await self.embed(queries)
+        index = self._require_index(where)
+        parts_of = [query if isinstance(query, list) else [query] for query in queries]
+        if empty := [number for number, parts in enumerate(parts_of) if not parts]:
+            raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
+        query_of = [number for number, parts in enumerate(parts_of) for _ in parts]
+        embedded = await self.embed([part for parts in parts_of for part in parts])
+        starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
+        means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
         try:
             found = await self._run(
-                self._search_threads,
-                lambda: index.search(embedded.embeds, top_k=top_k, where=where),
+                self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
             )
         except IndexUnavailableError as error:
             raise RequestError(503, str(error), code="index_unavailable") from error
         except ValueError as error:
             raise RequestError(400, str(error)) from error
-        return found, embedded.num_tokens
+        truncated = sorted({query_of[place] for place in embedded.truncated})
+        return FoundImages(found, embedded.num_tokens, truncated)
+
+    def _require_index(self, where: str | None) -> ImageIndex:
+        """Return the index, and refuse a filter before anything is encoded."""
+        if self.index is None:
+            raise RequestError(
+                404, "This server has no index. Start it with --index DB.", code="no_index"
+            )
+        if where is not None:
+            try:
+                check_filter(where, self.index.columns)
+            except ValueError as error:
+                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
+        return self.index
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
         """Look whether the index can be searched.

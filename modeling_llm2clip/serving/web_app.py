@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import groupby
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -160,7 +159,8 @@ def _name_field(error: dict[str, Any]) -> str:
     """Return the path of a field, without `body` and the tags of what it was checked as."""
     place = [str(part) for part in error["loc"] if part != "body"]
     place = [part for part in place if not part.startswith("[")]
-    return ".".join(name for name, _ in groupby(place))
+    before = [None, *place]
+    return ".".join(n for n, last in zip(place, before, strict=False) if n != last or n.isdigit())
 
 
 class _App(FastAPI):

@@ -157,6 +157,12 @@ def test_images_are_classified_by_labels(url: str) -> None:
         np.testing.assert_allclose([c for _, c in found], [c for c, _ in best], atol=ROUNDING)
 
 
+def test_labels_whose_prompts_are_truncated_are_listed(url: str) -> None:
+    labels = ["red", "very " * 40 + "blue", "dog"]
+    body = {"images": URLS[:1], "candidate_labels": labels, "templates": ["a {}", "the {}"]}
+    assert send(f"{url}/v1/classify", body)[1]["truncated"] == [1]
+
+
 @pytest.mark.parametrize(
     ("body", "message", "param"),
     [

@@ -71,6 +71,31 @@ def test_hits_are_those_of_the_index(url: str, folder: Path) -> None:
     assert answer["data"][1]["hits"][0]["height"] == 33
 
 
+def test_a_list_is_one_query_as_in_python(url: str, folder: Path) -> None:
+    image = folder / "images" / "3.png"
+    item = {"image": to_data_url(image.read_bytes())}
+    long = "the sea at night " * 40
+    body = {"queries": [["a dog", item, {"text": "at night"}], item, [long, item], ["a dog"]]}
+    status, answer = search(url, {**body, "top_k": 6})
+    assert status == 200, answer
+    queries: list[Any] = [["a dog", image, "at night"], image, [long, image], "a dog"]
+    expected = ImageIndex.open(folder / "db").search(queries, top_k=6)
+    assert [row["index"] for row in answer["data"]] == [0, 1, 2, 3]
+    for row, result in zip(answer["data"], expected, strict=True):
+        found = {hit["path"]: hit["cosine"] for hit in row["hits"]}
+        wanted = {path.name: cosine for path, cosine in result.hits}
+        assert found == pytest.approx(wanted, abs=ROUNDING)
+    assert answer["truncated"] == [2]
+    for queries, param in (
+        ([[]], "queries.0"),
+        ([["a", ["b"]]], "queries.0.1"),
+        ([["a", " "]], ""),
+    ):
+        status, answer = search(url, {"queries": queries})
+        assert status == 400
+        assert answer["error"]["param"].startswith(param or "queries.0.1")
+
+
 def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
     status, answer = search(url, {"queries": ["a dog"], "where": "height >= 34"})
     assert status == 200
