@@ -55,8 +55,8 @@ def search(
         image: Query image, instead of a sentence or beside it; repeatable. Default: none.
         combine: Take all sentences and images as one query, by the mean of their embeddings.
         top_k: Images per query.
-        where: Filter in SQL over path, sha256, bytes, modified, width, height and taken. Default:
-            none.
+        where: Filter by comparisons of path, sha256, bytes, modified, width, height and taken, as
+            in SQL. Default: none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
         output: New folder for search.png and search.html. Default: none.

@@ -31,7 +31,7 @@ class ServeConfig(BackendConfig):
     """Milliseconds that a batch which is not full waits for further requests. Under load it waits
     in any case for as many as the last one had, up to a twentieth of what that took."""
     num_workers: Annotated[int, Range(min=1)] = 2
-    """Threads that decode images and tokenize texts."""
+    """Threads that decode images; as many more tokenize texts, and as many search."""
     max_queue: Annotated[int, Range(min=1)] = 4096
     """Texts and images in work and waiting; a request beyond gets 429 and Retry-After."""
     max_request_mb: Annotated[float, Range(above=0)] = 32
@@ -45,7 +45,7 @@ class ServeConfig(BackendConfig):
     timeout_s: Annotated[float, Range(above=0)] = 60
     """Seconds that a request may take, from its first byte on."""
     drain_s: Annotated[float, Range(min=0)] = 30
-    """Seconds that running requests get to finish after SIGTERM."""
+    """Seconds that running requests get to finish after SIGTERM; what still runs then is left."""
     image_urls: bool = False
     """Fetch images from http and https URLs; data URLs are always read."""
     image_networks: tuple[str, ...] = ()

@@ -57,10 +57,10 @@ class DatabaseProcess(IndexDatabase):
         """Count the images.
 
         Args:
-            where: SQL over the columns; None for all images.
+            where: Filter over the columns; None for all images.
 
         Raises:
-            ValueError: The filter is not SQL, or names a column that is not there.
+            ValueError: The filter is not one, or names a column that is not there.
         """
         return self._pool.submit(_count, where).result()
 
@@ -77,7 +77,7 @@ class DatabaseProcess(IndexDatabase):
         Args:
             embedding: (P,) of unit length.
             top_k: How many.
-            where: SQL over the columns; None for all images.
+            where: Filter over the columns; None for all images.
             ann: The approximate index to use; None compares with every image.
 
         Returns:

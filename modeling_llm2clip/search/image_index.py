@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from ..configs.search_config import IndexConfig
+from ..data.atomic_files import list_differences
 from ..model_folders.model_types import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
-from .index_about import About, require_same_fingerprint
+from .index_about import About, AnnIndex, IndexUnavailableError, require_same_fingerprint
 from .index_database import COLUMNS, IndexDatabase
 from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
@@ -34,15 +35,18 @@ if TYPE_CHECKING:
 
 Report: TypeAlias = Callable[[str], object]
 
-# Of so few images that pass a filter, all are compared: it takes no longer.
-_MOST_COMPARED = 50_000
+# Of so few images that pass a filter, all are compared. On two cores that takes about a second for
+# 768 dimensions, most of it for reading the table, so that fewer images take no less.
+_MOST_COMPARED = 250_000
 _UNINDEXED = "The index holds no image. Index a folder into it: llm2clip index MODEL IMAGES DB."
 
 
 class ImageIndex:
     """Images and their embeddings, searched by sentences and images.
 
-    Several threads may search at once. What another process adds is seen within five seconds.
+    Several threads may search at once. What another process changes is seen within five seconds:
+    images, and how the approximate index is searched. If it puts an index of another model in the
+    place of this one, or removes it, searches fail until that is set right.
 
     Args:
         database: The open database.
@@ -69,6 +73,7 @@ class ImageIndex:
         device: str = "auto",
     ) -> None:
         self._database = database
+        self._opened = database.about
         self._image_dir = image_dir
         self._encoder = encoder
         self._device = device
@@ -76,7 +81,7 @@ class ImageIndex:
 
     def __len__(self) -> int:
         """Number of images."""
-        return self._database.count()
+        return self.count()
 
     def count(self, where: str | None = None) -> int:
         """Count the images that pass a filter.
@@ -85,9 +90,13 @@ class ImageIndex:
             where: As in `search`.
 
         Raises:
-            ValueError: The filter is not SQL, or names an unknown column.
+            ValueError: The filter is not one, or names an unknown column.
+            IndexUnavailableError: The index is gone, cannot be read any more, or is of another
+                model than when it was opened.
         """
-        return self._database.count(where)
+        num_rows = self._database.count(where)
+        self._require_same_model()
+        return num_rows
 
     @property
     def model(self) -> str:
@@ -241,7 +250,8 @@ class ImageIndex:
                 list is one query of several parts, by the mean of their embeddings. Or embeddings
                 of queries, (Q, P), of any length. An image of the index finds itself.
             top_k: Images per query; all of them where there are fewer.
-            where: Filter in SQL over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`.
+            where: Filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
+                comparisons of SQL, joined by AND, OR, NOT and parentheses.
             exact: Compare with every image, even if there is an approximate index.
 
         Returns:
@@ -249,26 +259,29 @@ class ImageIndex:
             is without hits where no image passes the filter.
 
         Raises:
-            ValueError: `top_k` is below 1, the filter is not SQL or names an unknown column, a
+            ValueError: `top_k` is below 1, the filter is not one or names an unknown column, a
                 sentence is blank, a query image is missing or broken, embeddings are of another
-                shape, the model is no longer that of the index, or the index is empty.
+                shape, or the model is no longer that of the index.
+            IndexUnavailableError: As `count`, or the index is empty.
         """
         require_top_k(top_k)
         if isinstance(query, str | Path | Image.Image):
             return self.search([query], top_k=top_k, where=where, exact=exact)[0]
-        num_rows = self._database.count(where)
+        num_rows = self.count(where)
         if where is None and num_rows == 0:
-            raise ValueError(f"{self._database.location}: {_UNINDEXED}")
+            raise IndexUnavailableError(f"{self._database.location}: {_UNINDEXED}")
         if hasattr(query, "shape"):
             embeds = check_embeddings(query, width=self.about.width)
             named = [NamedQuery(f"embedding {row}", (), None) for row in range(len(embeds))]
         else:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
-        return [
+        found = [
             self._search_one(one, row, min(top_k, num_rows), where, exact, num_rows)
             for one, row in zip(named, embeds, strict=True)
         ]
+        self._require_same_model()  # it may have been replaced meanwhile
+        return found
 
     def iterate_embeddings(self) -> Iterator[tuple[list[Path], np.ndarray[Any, Any]]]:
         """Read all images and their embeddings in parts.
@@ -296,6 +309,16 @@ class ImageIndex:
 
         return export_faiss(self._database, self._image_dir, Path(file))
 
+    def _require_same_model(self) -> None:
+        """Refuse to compare embeddings of one model with images of another."""
+        opened, about = self._opened, self._database.about
+        if differences := list_differences(about.fingerprint, opened.fingerprint):
+            raise IndexUnavailableError(
+                f"{self._database.location} was replaced by an index of the model {about.model}, "
+                f"and was opened for {opened.model}, which gives other embeddings: "
+                f"{'; '.join(differences)}. Put back an index of that model, or open this one anew."
+            )
+
     def _search_one(
         self,
         query: NamedQuery,
@@ -307,18 +330,22 @@ class ImageIndex:
     ) -> SearchResult:
         if num_rows == 0:
             return SearchResult(query.name, [], query.image)
-        ann = self.about.ann
-        uses_ann = ann is not None and ann.is_used and not exact
-        if where is not None and num_rows <= _MOST_COMPARED:
-            uses_ann = False
-        rows = self._database.search(
-            embedding, top_k=top_k, where=where, ann=ann if uses_ann else None
-        )
-        if uses_ann and len(rows) < top_k:  # the partitions that were visited have no more
+        ann = self._choose_ann(where, exact, num_rows)
+        rows = self._database.search(embedding, top_k=top_k, where=where, ann=ann)
+        if ann is not None and len(rows) < top_k:  # the partitions that were visited have no more
             rows = self._database.search(embedding, top_k=top_k, where=where)
         hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
         columns = [{name: row[name] for name in COLUMNS} for row in rows]
         return SearchResult(query.name, hits, query.image, columns)
+
+    def _choose_ann(self, where: str | None, exact: bool, num_rows: int) -> AnnIndex | None:
+        """Return the approximate index to use, if any, where so many images pass the filter."""
+        ann = self.about.ann
+        if exact or ann is None or not ann.is_used:
+            return None
+        if where is None:
+            return ann
+        return None if num_rows <= _MOST_COMPARED else ann.widen()
 
 
 def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:

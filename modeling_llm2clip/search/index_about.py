@@ -16,8 +16,15 @@ from ..data.atomic_files import list_differences
 FORMAT_VERSION = 2
 ABOUT = "about"  # name of the table
 HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
+# Candidates per result with a filter, against without: in the worst case that was measured, images
+# of 24 topics and queries about 36 others, recall@10 is 0.945 with as many, and 0.992 with these.
+_REFINED_MORE = 4
 # What LanceDB raises.
 ERRORS = (RuntimeError, ValueError, OSError, KeyError)
+
+
+class IndexUnavailableError(ValueError):
+    """An index that cannot be searched, whatever the query: gone, damaged or of another model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,19 @@ class AnnIndex:
     exact_query_ms: float
     build_s: float
     is_used: bool
+
+    def widen(self) -> AnnIndex:
+        """Return how to search with a filter: all partitions, and more candidates.
+
+        Partitions were counted without one. Images that pass a filter are often alike, such as
+        those of one folder, and may be in none of the partitions that are nearest to the query; and
+        among images that are alike, one bit per dimension misses more.
+        """
+        return dataclasses.replace(
+            self,
+            nprobes=self.num_partitions,
+            refine_factor=_REFINED_MORE * self.refine_factor,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +161,19 @@ def read_about(location: str, connection: Any) -> About | None:
         connection: LanceDB's.
 
     Raises:
-        ValueError: It is something else, damaged, or of another version.
+        IndexUnavailableError: It is something else, damaged, or of another version.
     """
     with explained(location, "read"):
         if ABOUT not in list_tables(connection):
             return None
         found = connection.open_table(ABOUT).to_arrow()
     if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
-        raise ValueError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
+        raise IndexUnavailableError(
+            f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}"
+        )
     version = found["format_version"][0].as_py()
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise IndexUnavailableError(
             f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
             "Index the images again into a new database, or use the version that wrote it."
         )
@@ -160,7 +182,7 @@ def read_about(location: str, connection: Any) -> About | None:
         ann = values.pop("ann")
         return About(**values, ann=None if ann is None else AnnIndex(**ann))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise IndexUnavailableError(
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
             "and index the images again."
         ) from error
@@ -175,14 +197,14 @@ def explained(location: str, what: str) -> Iterator[None]:
         what: What could not be done to it, such as "read".
 
     Raises:
-        ValueError: The body failed.
+        IndexUnavailableError: The body failed.
     """
     try:
         yield
     except ERRORS as error:
-        if isinstance(error, ValueError) and str(error).startswith(location):
+        if isinstance(error, IndexUnavailableError):
             raise
-        raise ValueError(
+        raise IndexUnavailableError(
             f"{location} cannot be {what}: {shorten(error)}. If it is damaged, remove it, and "
             "index the images again."
         ) from error

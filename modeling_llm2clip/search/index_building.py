@@ -121,6 +121,9 @@ def _update_ann(
     is_kept = about.ann is not None and about.ann.is_used
     if needs_training(database) or (config.ann == "always" and not is_kept):
         queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+        if about.ann is not None:
+            # Who searches meanwhile must not visit new partitions in the number of the old ones.
+            database.write_about(replace(about, ann=None))
         ann = train_ann(
             database,
             queries,

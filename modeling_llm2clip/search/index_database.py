@@ -9,30 +9,37 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
 from ..data.atomic_files import lock_file
+from .filters import check_filter, explain_filter
 from .index_about import (
     ABOUT,
     ERRORS,
     HOW_TO_INDEX,
     About,
     AnnIndex,
+    IndexUnavailableError,
     explained,
     list_tables,
     read_about,
     shorten,
     write_about,
 )
+
+T = TypeVar("T")
 
 COLUMNS = {
     "path": pa.string(),
@@ -48,7 +55,7 @@ _LOCK = ".llm2clip-lock"
 _VALUES_AT_ONCE = 500  # in a filter
 _READ_AT_ONCE = 8192
 # How soon an open index sees what another process has written.
-_SEEN_AFTER = timedelta(seconds=5)
+_SEEN_AFTER_S = 5
 # Readers that opened the table before may still read the versions of this time.
 _KEPT_FOR = timedelta(hours=1)
 # Partitions are rough by nature: more images or iterations take longer, and improve no recall.
@@ -85,6 +92,8 @@ class IndexDatabase:
         self.location = location
         self.about = about
         self._connection = connection
+        self._lock = threading.Lock()
+        self._looked_at = time.monotonic()
         with explained(location, "read"):
             self._table = connection.open_table(_IMAGES)
 
@@ -104,7 +113,7 @@ class IndexDatabase:
         connection = _connect(location)
         about = read_about(location, connection)
         if about is None:
-            raise ValueError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
+            raise _refuse(location)
         return cls(location, connection, about)
 
     @classmethod
@@ -137,6 +146,41 @@ class IndexDatabase:
                 connection.create_table(_IMAGES, schema=_make_schema(about.width))
         return cls(location, connection, about)
 
+    def refresh(self) -> None:
+        """See what other processes have written, if the last look was some seconds ago.
+
+        Images and `about` are looked at together, and `about` on both sides: whoever reads it after
+        a search has that of the images that were searched, even if they were replaced meanwhile.
+
+        Raises:
+            IndexUnavailableError: The database is gone, or is another thing now.
+        """
+        with self._lock:
+            if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
+                return
+            if "://" not in self.location:
+                require_database_folder(Path(self.location))
+            self.about = self._read_about()
+            with explained(self.location, "read"):
+                self._table.checkout_latest()
+            self.about = self._read_about()
+            self._looked_at = time.monotonic()
+
+    def _read_about(self) -> About:
+        about = read_about(self.location, self._connection)
+        if about is None:
+            raise _refuse(self.location)
+        return about
+
+    def _read(self, function: Callable[[], T]) -> T:
+        """Read, and once more after a new look, since files go when a database is replaced."""
+        try:
+            return function()
+        except ERRORS:
+            self._looked_at = -_SEEN_AFTER_S
+            self.refresh()
+            return function()
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Keep other processes from writing a database in a folder meanwhile.
@@ -168,21 +212,24 @@ class IndexDatabase:
         """Count the images.
 
         Args:
-            where: SQL over the columns; None for all images.
+            where: Filter over the columns, see `filters`; None for all images.
 
         Raises:
-            ValueError: The filter is not SQL, or names a column that is not there.
+            ValueError: The filter is not one, or names a column that is not there.
+            IndexUnavailableError: The database cannot be read any more.
         """
+        if where is not None:
+            check_filter(where, COLUMNS)
+        self.refresh()
         if where is None:
             with explained(self.location, "read"):
-                return int(self._table.count_rows())
+                return int(self._read(self._table.count_rows))
         try:
-            return int(self._table.count_rows(where))
+            return int(self._read(partial(self._table.count_rows, where)))
+        except IndexUnavailableError:
+            raise
         except ERRORS as error:
-            raise ValueError(
-                f"where={where!r} cannot be used: {shorten(error)}. The columns are "
-                f"{', '.join(COLUMNS)}; write texts as 'this', times as date '2024-01-31'."
-            ) from error
+            raise ValueError(explain_filter(where, shorten(error), COLUMNS)) from error
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read columns of all images.
@@ -190,6 +237,7 @@ class IndexDatabase:
         Args:
             columns: Their names.
         """
+        self.refresh()
         with explained(self.location, "read"):
             found = self._table.search().select(list(columns))
             return found.to_batches(_READ_AT_ONCE).read_all()
@@ -200,6 +248,7 @@ class IndexDatabase:
         Yields:
             Paths below the folder, and their embeddings, (rows, P) float32.
         """
+        self.refresh()
         with explained(self.location, "read"):
             found = self._table.search().select(["path", "embedding"]).to_batches(_READ_AT_ONCE)
             for batch in found:
@@ -309,12 +358,14 @@ class IndexDatabase:
         Args:
             embedding: (P,) of unit length.
             top_k: How many.
-            where: SQL over the columns, which `count` has taken; None for all images.
+            where: Filter over the columns, see `filters`; None for all images.
             ann: The approximate index to use; None compares with every image.
 
         Returns:
             Values of the columns and `cosine`, best first; of equal cosines by path.
         """
+        if where is not None:
+            check_filter(where, COLUMNS)
         query = self._table.search(embedding, vector_column_name="embedding")
         query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
         if where is not None:
@@ -324,27 +375,34 @@ class IndexDatabase:
         else:
             query = query.nprobes(ann.nprobes).refine_factor(ann.refine_factor)
         with explained(self.location, "read"):
-            rows: list[dict[str, Any]] = query.to_arrow().to_pylist()
+            rows: list[dict[str, Any]] = self._read(query.to_arrow).to_pylist()
         for row in rows:
             row["cosine"] = 1 - row.pop("_distance")
         return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))
 
 
 def require_database_folder(folder: Path) -> None:
-    """Raise ValueError where a path cannot be a database, and say what it is instead.
+    """Refuse a path that cannot be a database, and say what it is instead.
 
     Args:
         folder: Of the database.
+
+    Raises:
+        IndexUnavailableError: There is no folder, or no database in it.
     """
     if not folder.exists():
-        raise ValueError(f"{folder}: no such database. {HOW_TO_INDEX}")
+        raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")
     if not folder.is_dir():
-        raise ValueError(
+        raise IndexUnavailableError(
             f"{folder} is a file, and a database is a folder. An index file of an earlier version "
             f"is not read any more. {HOW_TO_INDEX}"
         )
     if not (folder / f"{ABOUT}.lance").is_dir():
-        raise ValueError(f"{folder} is not a database of llm2clip index. {HOW_TO_INDEX}")
+        raise _refuse(str(folder))
+
+
+def _refuse(location: str) -> IndexUnavailableError:
+    return IndexUnavailableError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
 
 
 def _list_foreign(folder: Path) -> list[str]:
@@ -361,7 +419,6 @@ def _connect(location: str) -> Any:
     with explained(location, "opened"):
         return lancedb.connect(
             location,
-            read_consistency_interval=_SEEN_AFTER,
             storage_options=_find_storage_options(location),
         )
 

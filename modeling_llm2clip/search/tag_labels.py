@@ -25,6 +25,7 @@ from typing import Any
 from ..data.sources.json_files import parse_object
 
 _SHOWN = 5
+_SHOWN_CHARACTERS = 100  # of a template
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
         ValueError: The file cannot be read or has no label, a label repeats or is blank, a prompt
             is blank, or a template does not have exactly one `{}`.
     """
-    _check_templates(templates)
+    check_templates(templates)
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         prompts_of = _parse(text, file.suffix.lower())
@@ -78,14 +79,23 @@ def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> 
         ValueError: There is no label, a label repeats or is blank, or a template does not have
             exactly one `{}`.
     """
-    _check_templates(templates)
+    check_templates(templates)
     prompts_of: list[tuple[str, list[str]]] = [(name.strip(), []) for name in names]
     _check(prompts_of)
     return _fill_templates(prompts_of, templates)
 
 
-def _check_templates(templates: Sequence[str]) -> None:
-    if broken := [text for text in templates if text.count("{}") != 1]:
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates that say nowhere, or more than once, where a label goes.
+
+    Args:
+        templates: Prompts.
+
+    Raises:
+        ValueError: One does not have exactly one `{}`.
+    """
+    broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
+    if broken:
         raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-import numpy as np
 from fastapi import FastAPI
 from starlette.routing import Match, Mount
 
@@ -84,7 +83,7 @@ class DemoPage:
             text: What to look for; may be blank, and is None in a box that was never used.
             image: Uploaded file.
             top_k: How many images.
-            where: Filter in SQL; blank or None for none.
+            where: Filter; blank or None for none.
 
         Returns:
             File of a small copy and caption of each hit, best first; and a line on them.
@@ -102,13 +101,10 @@ class DemoPage:
         return await self._await(self._search(queries, top_k=count, where=condition))
 
     async def _search(
-        self, queries: Sequence[Input], *, top_k: int, where: str | None
+        self, query: list[Input], *, top_k: int, where: str | None
     ) -> tuple[list[tuple[str, str]], str]:
-        if len(queries) == 1:
-            (result,), _ = await self.service.search(queries, top_k=top_k, where=where)
-        else:
-            result = await self._search_combined(queries, top_k=top_k, where=where)
-        return await asyncio.to_thread(self._list_hits, result)
+        found = await self.service.search([query], top_k=top_k, where=where)
+        return await asyncio.to_thread(self._list_hits, found.results[0])
 
     async def _await(self, work: Coroutine[Any, Any, T]) -> T:
         """Await an answer as long as the API would, and show what the service refuses."""
@@ -119,16 +115,6 @@ class DemoPage:
             raise _show(f"It took more than {seconds:g} seconds. Try again later.") from None
         except (RequestError, ValueError) as error:
             raise _show(str(error)) from error
-
-    async def _search_combined(
-        self, queries: Sequence[Input], *, top_k: int, where: str | None
-    ) -> SearchResult:
-        embeds = (await self.service.embed(queries)).embeds
-        mean: np.ndarray[Any, Any] = embeds.mean(axis=0, keepdims=True)
-        index = self.service.index
-        assert index is not None
-        found = await asyncio.to_thread(lambda: index.search(mean, top_k=top_k, where=where))
-        return found[0]
 
     def _list_hits(self, result: SearchResult) -> tuple[list[tuple[str, str]], str]:
         shown, num_gone = [], 0
@@ -312,7 +298,7 @@ def _add_search(page: DemoPage) -> None:
                 where = gr.Textbox(
                     label="Filter",
                     placeholder="width > 1000 AND path LIKE '2024/%'",
-                    info=f"SQL over {', '.join(index.columns)}",
+                    info=f"Comparisons of {', '.join(index.columns)}",
                     elem_id="filter",
                 )
             button = gr.Button("Search", variant="primary", elem_id="search-button")

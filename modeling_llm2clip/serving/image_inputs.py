@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import io
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,13 @@ FORMATS = frozenset(
 )  # fmt: skip
 _AT_ONCE = 8  # of one request; each may be a URL to be fetched
 _SHOWN = 40  # characters of an input in an error
+# Progressive JPEGs have about ten scans; a few bytes suffice for one more pass over all pixels.
+_MOST_SCANS = 100
+_MOST_SEGMENTS = 10_000
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+_WITHOUT_LENGTH = (0x01, 0xD8)
+# Neither a byte of the pixels (FF00), nor one of the restarts within a scan, nor a fill byte.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
 
@@ -122,7 +130,8 @@ def decode_image(content: bytes, *, max_megapixels: float) -> Image.Image:
         max_megapixels: Maximum size.
 
     Raises:
-        RequestError: It is not an image of one of `FORMATS`, is broken, or is too large.
+        RequestError: It is not an image of one of `FORMATS`, is broken, is too large, or is a JPEG
+            of more scans than any camera or program writes.
     """
     register_heif_reader()
     try:
@@ -139,10 +148,37 @@ def decode_image(content: bytes, *, max_megapixels: float) -> Image.Image:
                     "(--max-megapixels). Shrink it.",
                     code="image_too_large",
                 )
+            if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
+                raise ValueError(
+                    f"An image of the request is a JPEG of more than {_MOST_SCANS} scans, each of "
+                    "which goes over all of its pixels. Save it anew."
+                )
             decoded: Image.Image = load_images(image)
             return decoded
     except ValueError as error:
         raise RequestError(400, str(error), code="invalid_image") from error
+
+
+def _has_too_many_scans(content: bytes) -> bool:
+    """Go through the segments of a JPEG as libjpeg does, up to the end of its first image.
+
+    What cameras append to it, such as a video, has the bytes of markers by chance.
+    """
+    if content.count(b"\xff\xda") <= _MOST_SCANS:  # the most that there can be
+        return False
+    num_scans = place = 0
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.search(content, place)
+        marker = _END_OF_IMAGE if found is None else content[found.end() - 1]
+        if found is None or marker == _END_OF_IMAGE:
+            return False
+        num_scans += marker == _START_OF_SCAN
+        if num_scans > _MOST_SCANS:
+            return True
+        place = found.end()
+        if marker not in _WITHOUT_LENGTH:
+            place += max(int.from_bytes(content[place : place + 2], "big"), 2)
+    return True
 
 
 def _strip_data_url(url: str) -> str:

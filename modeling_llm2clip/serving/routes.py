@@ -19,7 +19,9 @@ from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
-from .service import EmbeddedInputs, EmbeddingService, Input
+from .json_bodies import JsonRoute
+from .service import EmbeddingService, Input
+from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
 
 _PIXEL = (  # a PNG of one red pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ"
@@ -64,6 +66,7 @@ _CLASSIFY_EXAMPLES: dict[str, Any] = {
 _SEARCH_EXAMPLES: dict[str, Any] = {
     "text": {"value": {"queries": ["a dog in the snow"], "top_k": 3}},
     "text and image": {"value": {"queries": ["a dog", {"image": _PIXEL}]}},
+    "text and image combined": {"value": {"queries": [["at night", {"image": _PIXEL}]]}},
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorResponse, "description": description}
@@ -75,7 +78,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The request, an image, or the number of inputs is too large.",
         429: "The queue is full; Retry-After says when to try again.",
         500: "The model failed.",
-        503: "The server is stopping.",
+        503: "The server is stopping, or the index cannot be searched.",
         504: "The request took too long.",
     }.items()
 }
@@ -101,7 +104,9 @@ def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
         service: What answers.
         images: Reads the images of requests.
     """
-    router = APIRouter(responses=_ERRORS, default_response_class=JsonResponse)
+    router = APIRouter(
+        responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
+    )
     _add_embeddings(router, service, images)
     _add_uses(router, service, images)
 
@@ -123,19 +128,12 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         _require_model(service, body.model)
         inputs = await _read_inputs(_list_items(body), images)
         found = await service.embed(inputs, dimensions=body.dimensions, truncate=body.truncate)
-        rows = _encode(found.embeds, body.encoding_format)
-        return JsonResponse(
-            {
-                "object": "list",
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": row}
-                    for index, row in enumerate(rows)
-                ],
-                "model": service.model_name,
-                "usage": _make_usage(found.num_tokens),
-                "truncated": found.truncated,
-            }
-        )
+        rows = _encode(found.embeds, body.encoding_format or "float")
+        data = [
+            {"object": "embedding", "index": index, "embedding": row}
+            for index, row in enumerate(rows)
+        ]
+        return JsonResponse(_make_list(service, data, found))
 
     @router.post("/v2/embed", tags=["Cohere"], response_model=schemas.CohereResponse)
     async def embed(
@@ -169,21 +167,27 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
             {"object": "classification", "index": index, "labels": list(map(asdict, tags))}
             for index, tags in enumerate(found.tags)
         ]
-        return JsonResponse(_make_list(service, data, found.num_tokens))
+        return JsonResponse(_make_list(service, data, found))
 
     @router.post("/v1/search", tags=["LLM2CLIP"], response_model=schemas.SearchResponse)
     async def search(
         body: Annotated[schemas.SearchRequest, Body(openapi_examples=_SEARCH_EXAMPLES)],
     ) -> Response:
-        """Find the images of the index that fit texts and images best."""
+        """Find the images of the index that fit texts and images best.
+
+        A list in `queries` is one query of several texts and images, by the mean of their
+        embeddings.
+        """
         _require_model(service, body.model)
-        queries = await _read_inputs(body.queries, images)
-        found, num_tokens = await service.search(queries, top_k=body.top_k, where=body.where)
+        lists = [query if isinstance(query, list) else [query] for query in body.queries]
+        inputs = iter(await _read_inputs([item for items in lists for item in items], images))
+        queries = [[next(inputs) for _ in items] for items in lists]
+        found = await service.search(queries, top_k=body.top_k, where=body.where)
         data = [
             {"object": "search_result", "index": index, "hits": _list_hits(result)}
-            for index, result in enumerate(found)
+            for index, result in enumerate(found.results)
         ]
-        return JsonResponse(_make_list(service, data, num_tokens))
+        return JsonResponse(_make_list(service, data, found))
 
 
 def _require_model(service: EmbeddingService, name: str | None) -> None:
@@ -242,16 +246,17 @@ def _encode(embeds: _Embeds, form: str) -> list[Any]:
     return rows
 
 
-def _make_usage(num_tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-
-
-def _make_list(service: EmbeddingService, data: list[Any], num_tokens: int) -> dict[str, Any]:
+def _make_list(
+    service: EmbeddingService,
+    data: list[Any],
+    found: EmbeddedInputs | ClassifiedImages | FoundImages,
+) -> dict[str, Any]:
     return {
         "object": "list",
         "data": data,
         "model": service.model_name,
-        "usage": _make_usage(num_tokens),
+        "usage": {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens},
+        "truncated": found.truncated,
     }
 
 

@@ -23,9 +23,22 @@ MOST_CHARACTERS = 100_000
 MOST_HITS = 1000
 """Maximum images per query of a search."""
 
+
+def _require_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a text must not be blank")
+    return text
+
+
 # What Python strips is blank to the model; some of it is no white space to a regular expression.
 Text: TypeAlias = Annotated[
-    str, Field(min_length=1, max_length=MOST_CHARACTERS, pattern=r"[^\s\x1c-\x1f]")
+    str,
+    Field(
+        min_length=1,
+        max_length=MOST_CHARACTERS,
+        json_schema_extra={"pattern": r"[^\s\x1c-\x1f]"},
+    ),
+    AfterValidator(_require_text),
 ]
 ImageText: TypeAlias = Annotated[
     str, Field(min_length=1, description="Data URL, http or https URL, or base64 of an image.")
@@ -121,7 +134,7 @@ class _OpenAIOptions(_Options):
     dimensions: int | None = Field(
         None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
     )
-    encoding_format: Literal["float", "base64"] = Field(
+    encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="base64 is of little-endian float32."
     )
     user: str | None = Field(None, description="Changes nothing.")
@@ -246,10 +259,18 @@ class ClassifyRequest(_Options):
 class SearchRequest(_Options):
     """Texts and images to find images for."""
 
-    queries: Items
+    queries: Annotated[
+        list[
+            Annotated[
+                Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")],
+                Discriminator(_tag_list),
+            ]
+        ],
+        Field(min_length=1, max_length=MOST_INPUTS),
+    ] = Field(description="A list among them is one query, by the mean of its embeddings.")
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
     where: str | None = Field(
-        None, min_length=1, max_length=10_000, description="Filter on columns, as in SQL."
+        None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."
     )
 
 
@@ -319,6 +340,9 @@ class ClassifyResponse(BaseModel):
     data: list[ImageLabels]
     model: str
     usage: Usage
+    truncated: list[int] = Field(
+        description="Places of the candidate labels of which a prompt was truncated."
+    )
 
 
 class Hit(BaseModel):
@@ -345,18 +369,23 @@ class SearchResponse(BaseModel):
     data: list[QueryHits]
     model: str
     usage: Usage
+    truncated: list[int] = Field(description="Places of the queries of which a text was truncated.")
 
 
 class Health(BaseModel):
     """Whether the server can answer."""
 
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "degraded", "failed"] = Field(
+        description="degraded: everything works but searches; failed: no model is running."
+    )
+    working_routes: list[str]
     model: str
     modalities: list[str]
     embedding_dim: int
     max_text_length: int
     num_pending: int
     num_images: int | None = Field(description="Images of the index.")
+    index_error: str | None = Field(description="Why the index cannot be searched.")
 
 
 class ModelCard(BaseModel):

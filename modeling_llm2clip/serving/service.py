@@ -10,9 +10,8 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -23,54 +22,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..configs.serve_config import ServeConfig
-from ..encoding.preparation import use_one_core
 from ..image_loading_llm2clip import load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+from ..search.filters import check_filter
+from ..search.index_about import IndexUnavailableError
 from ..search.label_ranking import Tag, average_prompts, rank_labels
-from ..search.tag_labels import Label, make_labels
+from ..search.tag_labels import Label, check_templates, make_labels
 from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
 from .served_encoder import ServedEncoder
+from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
+from .worker_threads import WorkerThreads
 
 if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
-    from ..search.search_results import SearchResult
 
 Input: TypeAlias = str | bytes | Image.Image
 """A text, an encoded image, or an image."""
+Query: TypeAlias = Input | list[Input]
+"""What one search looks for; several inputs by the mean of their embeddings."""
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
 _MEASURED_AT_ONCE = 64  # texts
-
-
-@dataclass(frozen=True)
-class EmbeddedInputs:
-    """Embeddings of the inputs of one request.
-
-    Attributes:
-        embeds: (N, D) float32 of unit length, in the order of the inputs.
-        num_tokens: Tokens of all texts as the model read them, prompts included.
-        truncated: Places of the texts that were truncated.
-    """
-
-    embeds: NDArray[np.float32]
-    num_tokens: int
-    truncated: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ClassifiedImages:
-    """Labels of images.
-
-    Attributes:
-        tags: For each image its labels, best first.
-        num_tokens: Tokens of all prompts as the model read them.
-    """
-
-    tags: list[list[Tag]]
-    num_tokens: int
+_CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
 
 
 class EmbeddingService:
@@ -116,9 +92,10 @@ class EmbeddingService:
             max_wait_s=config.max_wait_ms / 1000,
             on_batch=self._report_batch,
         )
-        self._threads = ThreadPoolExecutor(
-            config.num_workers, "llm2clip-prepare", initializer=use_one_core
-        )
+        # Apart, so that images that are slow to decode hold up neither texts nor searches.
+        self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
+        self._image_threads = WorkerThreads(config.num_workers, "llm2clip-image")
+        self._search_threads = WorkerThreads(config.num_workers, "llm2clip-search")
         self._lock = threading.Lock()
         self._num_pending = 0
         self._is_closed = False
@@ -149,7 +126,10 @@ class EmbeddingService:
 
     @property
     def num_pending(self) -> int:
-        """Number of texts and images in work and waiting."""
+        """Number of texts and images in work and waiting.
+
+        An image that is being decoded counts until that ends, even if its request was given up.
+        """
         return self._num_pending
 
     @property
@@ -158,10 +138,14 @@ class EmbeddingService:
         return self._worker.is_alive
 
     def close(self) -> None:
-        """Finish what is queued, and end all threads; may be called again."""
+        """End all threads, after the batches that are queued; may be called again.
+
+        What is decoded or searched after a second more is left behind.
+        """
         self._is_closed = True
         self._worker.close()
-        self._threads.shutdown()
+        for threads in (self._text_threads, self._image_threads, self._search_threads):
+            threads.close(wait_s=_CLOSE_WAIT_S)
 
     async def embed(
         self,
@@ -223,45 +207,82 @@ class EmbeddingService:
         """
         if self.encoder.logit_scale is None:
             raise RequestError(400, "This model has one tower; classifying needs both.")
+        param = "templates"
         try:
+            check_templates(templates)
+            param = "candidate_labels"
             candidates = make_labels(labels, templates=templates)
         except ValueError as error:
-            raise RequestError(400, str(error), param="candidate_labels") from None
+            raise RequestError(400, str(error), param=param) from None
         prompts = [prompt for label in candidates for prompt in label.prompts]
         embedded = await self.embed([*prompts, *images])
-        tags = await self._run(
-            partial(self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k)
+        rank = partial(
+            self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k
         )
-        return ClassifiedImages(tags, embedded.num_tokens)
+        tags = await self._run(self._text_threads, rank)
+        truncated = sorted({place // len(templates) for place in embedded.truncated})
+        return ClassifiedImages(tags, embedded.num_tokens, truncated)
 
     async def search(
-        self, queries: Sequence[Input], *, top_k: int = 6, where: str | None = None
-    ) -> tuple[list[SearchResult], int]:
+        self, queries: Sequence[Query], *, top_k: int = 6, where: str | None = None
+    ) -> FoundImages:
         """Find the images of the index that fit texts and images best.
 
         Args:
-            queries: Texts and images, at least one.
+            queries: Texts and images, at least one; a list among them is one query of several
+                inputs, by the mean of their embeddings.
             top_k: Images per query.
-            where: Filter in SQL over the columns of the index.
-
-        Returns:
-            A result for each query, and the tokens of all texts.
+            where: Filter over the columns of the index, as `ImageIndex.search` takes it.
 
         Raises:
-            RequestError: There is no index, a query or the filter is not valid, or the queue is
-                full.
+            RequestError: There is no index, or it is gone or of another model by now, a query or
+                the filter is not valid, or the queue is full.
         """
-        index = self.index
-        if index is None:
+        index = self._require_index(where)
+        parts_of = [query if isinstance(query, list) else [query] for query in queries]
+        if empty := [number for number, parts in enumerate(parts_of) if not parts]:
+            raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
+        query_of = [number for number, parts in enumerate(parts_of) for _ in parts]
+        embedded = await self.embed([part for parts in parts_of for part in parts])
+        starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
+        means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
+        try:
+            found = await self._run(
+                self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
+            )
+        except IndexUnavailableError as error:
+            raise RequestError(503, str(error), code="index_unavailable") from error
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
+        truncated = sorted({query_of[place] for place in embedded.truncated})
+        return FoundImages(found, embedded.num_tokens, truncated)
+
+    def _require_index(self, where: str | None) -> ImageIndex:
+        """Return the index, and refuse a filter before anything is encoded."""
+        if self.index is None:
             raise RequestError(
                 404, "This server has no index. Start it with --index DB.", code="no_index"
             )
-        embedded = await self.embed(queries)
+        if where is not None:
+            try:
+                check_filter(where, self.index.columns)
+            except ValueError as error:
+                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
+        return self.index
+
+    async def find_index_error(self) -> tuple[int | None, str | None]:
+        """Look whether the index can be searched.
+
+        Returns:
+            Its number of images, and why it cannot be searched; None for what does not apply.
+        """
+        index = self.index
+        if index is None:
+            return None, None
         try:
-            found = await self._run(lambda: index.search(embedded.embeds, top_k=top_k, where=where))
-        except ValueError as error:
-            raise RequestError(400, str(error)) from error
-        return found, embedded.num_tokens
+            return await asyncio.to_thread(index.count), None
+        except IndexUnavailableError as error:
+            return None, str(error)
 
     def _check(self, inputs: Sequence[Input], dimensions: int | None) -> None:
         width = self.encoder.embedding_dim
@@ -351,7 +372,9 @@ class EmbeddingService:
         for start in range(0, len(texts), _MEASURED_AT_ONCE):
             part = texts[start : start + _MEASURED_AT_ONCE]
             try:
-                counts, flags = await self._run(partial(self.encoder.measure_texts, part))
+                counts, flags = await self._run(
+                    self._text_threads, partial(self.encoder.measure_texts, part)
+                )
             except ValueError as error:
                 raise RequestError(400, str(error), code="invalid_text") from None
             lengths += counts.tolist()
@@ -365,8 +388,9 @@ class EmbeddingService:
         parts = [self._no_embeds()]
         try:
             for start in range(0, len(images), size):
+                part = [partial(self._prepare, image) for image in images[start : start + size]]
                 prepared = await _all_or_none(
-                    *(self._run(partial(self._prepare, i)) for i in images[start : start + size])
+                    *(self._run(self._image_threads, prepare) for prepare in part)
                 )
                 computed = self._compute("image", prepared, [1] * len(prepared))
                 running.append(asyncio.ensure_future(computed))
@@ -415,8 +439,25 @@ class EmbeddingService:
         if self.on_batch is not None:
             self.on_batch(name, count, cost, seconds)
 
-    async def _run(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
+        future = threads.submit(function)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancel():  # it runs, and nobody can stop it
+                self._count_until_done(future)
+            raise
+
+    def _count_until_done(self, future: Future[Any]) -> None:
+        """Keep a place of the queue for what runs on although its request was given up."""
+        with self._lock:
+            self._num_pending += 1
+
+        def release(_: Future[Any]) -> None:
+            with self._lock:
+                self._num_pending -= 1
+
+        future.add_done_callback(release)
 
 
 async def _all_or_none(*awaitables: Any) -> Any:

@@ -29,7 +29,22 @@ _CHUNK = 2**16  # bytes
 _SHOWN = 100  # characters of a URL in an error
 _PORTS = {"http": 80, "https": 443}
 # IPv6 addresses that routers translate to the IPv4 address in their last 32 bits (RFC 6052).
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+# What Python's `is_global` lets through, or does in some versions.
+_NEVER_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "192.0.0.0/24",  # protocol assignments (RFC 6890)
+            "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
+            "::/96",  # IPv4-compatible (RFC 4291)
+            "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765)
+            "64:ff9b:1::/48",  # translated within a network (RFC 8215)
+            "2001::/32",  # Teredo (RFC 4380)
+            "fec0::/10",  # site-local (RFC 3879)
+        ),
+    )
+)
 
 
 class UrlFetcher:
@@ -130,15 +145,11 @@ class UrlFetcher:
     def _is_allowed(self, address: _Address) -> bool:
         if any(address in network for network in self._networks):
             return True
-        if isinstance(address, ipaddress.IPv6Address):
-            embedded = address.ipv4_mapped or address.sixtofour
-            if embedded is None and address in _TRANSLATED:
-                embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-            if embedded is not None:
-                return self._is_allowed(embedded)
-            if address.teredo is not None:
-                return False
-        return address.is_global and not address.is_multicast
+        if (embedded := _find_embedded(address)) is not None:
+            return self._is_allowed(embedded)
+        if any(address in network for network in _NEVER_PUBLIC):
+            return False
+        return address.is_global and not (address.is_multicast or address.is_unspecified)
 
     @asynccontextmanager
     async def _connect(
@@ -154,6 +165,15 @@ class UrlFetcher:
             yield reader, writer
         finally:
             writer.transport.abort()
+
+
+def _find_embedded(address: _Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that an IPv6 address leads to, by routers or the system itself."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _TRANSLATED:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def _parse(url: str) -> SplitResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import groupby
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -67,21 +66,26 @@ def add_redirect(app: FastAPI) -> None:
 def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
     """Add what load balancers and Prometheus ask for."""
 
+    @app.head("/health", include_in_schema=False)
     @app.get(
         "/health", tags=["Operation"], response_model=schemas.Health,
         responses={503: {"model": schemas.Health, "description": "No model is running."}},
     )  # fmt: skip
     async def health() -> Response:
-        """Say whether the server can answer."""
+        """Say whether the server can answer, and which routes work."""
         encoder = service.encoder
+        num_images, index_error = await service.find_index_error()
+        status = "ok" if index_error is None else "degraded"
         state = {
-            "status": "ok" if service.is_alive else "failed",
+            "status": status if service.is_alive else "failed",
+            "working_routes": _list_working_routes(service, num_images),
             "model": service.model_name,
             "modalities": list(encoder.modalities),
             "embedding_dim": encoder.embedding_dim,
             "max_text_length": encoder.max_text_length,
             "num_pending": service.num_pending,
-            "num_images": None if service.index is None else len(service.index),
+            "num_images": num_images,
+            "index_error": index_error,
         }
         return JsonResponse(state, status_code=200 if service.is_alive else 503)
 
@@ -92,6 +96,17 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
     def show_metrics() -> Response:
         """Return the metrics for Prometheus."""
         return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _list_working_routes(service: EmbeddingService, num_images: int | None) -> list[str]:
+    if not service.is_alive:
+        return []
+    routes = ["/v1/embeddings", "/v2/embed"]
+    if service.encoder.logit_scale is not None:
+        routes.append("/v1/classify")
+    if num_images is not None:
+        routes.append("/v1/search")
+    return routes
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -144,7 +159,8 @@ def _name_field(error: dict[str, Any]) -> str:
     """Return the path of a field, without `body` and the tags of what it was checked as."""
     place = [str(part) for part in error["loc"] if part != "body"]
     place = [part for part in place if not part.startswith("[")]
-    return ".".join(name for name, _ in groupby(place))
+    before = [None, *place]
+    return ".".join(n for n, last in zip(place, before, strict=False) if n != last or n.isdigit())
 
 
 class _App(FastAPI):

@@ -17,10 +17,11 @@ from indexes import (
     save_model,
 )
 
-from modeling_llm2clip.search import ann_index, index_building
+from modeling_llm2clip.search import ann_index, image_index, index_building
 from modeling_llm2clip.search.ann_index import needs_training, search_all, train_ann
 from modeling_llm2clip.search.exact_search import find_greatest_cosines, measure_recall
 from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.search.index_about import AnnIndex
 from modeling_llm2clip.search.index_building import choose_texts
 from modeling_llm2clip.search.index_database import IndexDatabase
 
@@ -85,6 +86,31 @@ def test_cosines_of_the_approximate_index_are_exact(
 def test_embeddings_of_any_width_get_one(tmp_path: Path) -> None:
     database = make_database(tmp_path / "index", make_embeddings(3000, width=12))
     assert train(database, make_text_embeddings(20, width=12)).recall_at_10 >= 0.97
+
+
+def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are sorted by how near they are to the queries; the nearest do not pass."""
+    monkeypatch.setattr(ann_index, "_ROWS_PER_PARTITION", 100)
+    images, queries = make_embeddings(3000), make_text_embeddings(60)
+    queries = queries[np.argsort(-(queries @ queries[0]))][:20]  # about one topic
+    images = images[np.argsort(images @ queries.mean(axis=0))]
+    database = make_database(tmp_path / "index", images)
+    ann = dataclasses.replace(train(database, queries), nprobes=8)  # if eight were enough without
+    database.write_about(dataclasses.replace(database.about, ann=ann))
+    index, where = ImageIndex.open(tmp_path / "index"), "width < 2500"
+
+    def measure(most_compared: int) -> float:
+        monkeypatch.setattr(image_index, "_MOST_COMPARED", most_compared)
+        found = index.search(queries, top_k=10, where=where)
+        greatest = find_greatest_cosines(queries, [images[:2500]], top_k=10)
+        return measure_recall([[c for _, c in result.hits] for result in found], greatest)
+
+    assert measure(2500) == 1  # compared one by one
+    assert measure(2499) >= 0.97
+    monkeypatch.setattr(AnnIndex, "widen", lambda self: self)
+    assert measure(2499) < 0.7  # what the number of partitions without a filter would find
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ def test_a_row_of_the_same_path_is_replaced(tmp_path: Path) -> None:
 
 
 def test_what_another_process_adds_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER", timedelta(0))
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
     writer = make_database(tmp_path / "index", make_embeddings(20))
     reader = IndexDatabase.open(tmp_path / "index")
     add_rows(writer, make_embeddings(5, seed=1), first=20)

@@ -115,6 +115,36 @@ def test_other_formats_are_refused(form: str) -> None:
     assert caught.value.status == 400
 
 
+def write_progressive(num_scans: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated, and after whose end follows a video."""
+    buffer = io.BytesIO()
+    NOISE.save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    repeated = num_scans - content.count(b"\xff\xda")
+    return content[:-2] + last * repeated + content[-2:] + b"\xff\xda" * 200
+
+
+def test_a_jpeg_of_more_scans_than_anyone_writes_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each scan of 50 bytes goes over all pixels again."""
+    most = write_progressive(100)
+    expected = load_images(Image.open(io.BytesIO(most)))
+    assert np.array_equal(np.asarray(decode(most)), np.asarray(expected))
+    monkeypatch.setattr("modeling_llm2clip.serving.image_inputs.load_images", None)
+    for content in (write_progressive(101), write_progressive(1500)):
+        with pytest.raises(RequestError, match="more than 100 scans") as caught:
+            decode(content)
+        assert caught.value.status == 400
+
+
+def test_many_empty_segments_before_the_scans_are_refused_as_well() -> None:
+    content = write_progressive(101)
+    with pytest.raises(RequestError, match="more than 100 scans"):
+        decode(content[:2] + b"\xff\xfe\x00\x02" * 20_000 + content[2:])
+
+
 @pytest.mark.parametrize("content", [b"", b"GIF89a", PNG[: len(PNG) // 2], b"\xff\xd8\xff" * 50])
 def test_broken_images_are_refused(content: bytes) -> None:
     with pytest.raises(RequestError) as caught:

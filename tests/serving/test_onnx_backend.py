@@ -67,7 +67,7 @@ def test_an_index_is_searched_by_the_graphs_of_its_model(tmp_path: Path) -> None
     for config in (ONNX, replace(ONNX, text_weights="int8")):
         service = EmbeddingService.open(shared_graphs(), config, index=str(tmp_path / "db"))
         queries = ["a dog", (images / "1.png").read_bytes()]
-        (of_text, of_image), _ = asyncio.run(service.search(queries, top_k=6))
+        of_text, of_image = asyncio.run(service.search(queries, top_k=6)).results
         service.close()
         assert of_image.hits[0][0] == images / "1.png"
         wanted = dict(index.search("a dog").hits)

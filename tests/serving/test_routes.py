@@ -12,11 +12,21 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from served_apps import MIXED_TEXTS, MODEL_NAME, from_base64, run_service, to_data_url, to_png
+from served_apps import (
+    MIXED_TEXTS,
+    MODEL_NAME,
+    from_base64,
+    open_service,
+    run_app,
+    run_service,
+    to_data_url,
+    to_png,
+)
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images
 
 from modeling_llm2clip import encode_images, encode_texts
+from modeling_llm2clip.serving.app import create_app
 
 IMAGES = [draw_noise(), *tiny_images(2)]
 URLS = [to_data_url(to_png(image)) for image in IMAGES]
@@ -147,12 +157,18 @@ def test_images_are_classified_by_labels(url: str) -> None:
         np.testing.assert_allclose([c for _, c in found], [c for c, _ in best], atol=ROUNDING)
 
 
+def test_labels_whose_prompts_are_truncated_are_listed(url: str) -> None:
+    labels = ["red", "very " * 40 + "blue", "dog"]
+    body = {"images": URLS[:1], "candidate_labels": labels, "templates": ["a {}", "the {}"]}
+    assert send(f"{url}/v1/classify", body)[1]["truncated"] == [1]
+
+
 @pytest.mark.parametrize(
     ("body", "message", "param"),
     [
         ({"input": ""}, "at least 1 character", "input"),
         ({"input": []}, "at least 1 item", "input"),
-        ({"input": ["a", " \t"]}, "should match pattern", "input.1"),
+        ({"input": ["a", " \t\x1f\u2003"]}, "input.1: a text must not be blank", "input.1"),
         ({"input": ["a", 3]}, "token ids are not taken", "input.1"),
         ({"input": "a", "dimensions": 1000}, "dimensions=1000", "dimensions"),
         ({"input": "a", "dimensions": True}, "valid integer", "dimensions"),
@@ -182,6 +198,41 @@ def test_what_is_not_valid_is_refused_by_name(
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (b'{"input": "a", "dimensions": ' + b"9" * 5000 + b"}", "more than 4,300 digits", None),
+        (b"[" * 200_000, "too many lists and objects within each other", None),
+        (b'{"input": "\xe9"}', "not UTF-8 (byte 11: ", None),
+        (b'{"input": "a"', "not valid JSON: Expecting ',' delimiter: line 1 column 14", None),
+        (b'{"input": "a", "input": "b"}', "key 'input' twice", "input"),
+        (b'{"input": [{"text": "a", "text": "b"}]}', "key 'text' twice", "text"),
+    ],
+    ids=["digits", "deep", "latin-1", "cut", "twice", "twice-below"],
+)
+def test_a_body_that_cannot_be_read_is_refused_with_the_reason(
+    url: str, body: bytes, message: str, param: str | None
+) -> None:
+    for path in ("/v1/embeddings", "/v1/search"):
+        status, answer, _ = send(url + path, body)
+        assert status == 400
+        assert message in answer["error"]["message"]
+        assert answer["error"]["param"] == param
+
+
+def test_null_is_as_if_it_were_absent(url: str) -> None:
+    body = {"input": "a", "dimensions": None, "encoding_format": None, "model": None}
+    np.testing.assert_array_equal(embed(url, body), embed(url, {"input": "a"}))
+
+
+def test_what_a_template_lacks_is_reported_of_the_templates(url: str) -> None:
+    body = {"images": URLS[:1], "candidate_labels": ["a", "a"], "templates": ["a {}", "no place"]}
+    status, answer, _ = send(f"{url}/v1/classify", body)
+    assert (status, answer["error"]["param"]) == (400, "templates")
+    status, answer, _ = send(f"{url}/v1/classify", {**body, "templates": ["{}"]})
+    assert (status, answer["error"]["param"]) == (400, "candidate_labels")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 10_000, b'{"input": NaN}'])
@@ -218,13 +269,25 @@ def test_health_and_metrics_tell_what_happens(url: str) -> None:
     assert status == 200
     assert health == {
         "status": "ok", "model": MODEL_NAME, "modalities": ["text", "image"], "embedding_dim": 32,
-        "max_text_length": 32, "num_pending": 0, "num_images": None,
+        "max_text_length": 32, "num_pending": 0, "num_images": None, "index_error": None,
+        "working_routes": ["/v1/embeddings", "/v2/embed", "/v1/classify"],
     }  # fmt: skip
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values['llm2clip_inputs_total{modality="text"}']) >= 2
     assert float(values['llm2clip_requests_total{route="/v1/embeddings",status="200"}']) >= 1
+
+
+def test_health_answers_head_where_a_page_takes_all_other_routes() -> None:
+    def add_page(app: Any, _: Any) -> None:
+        app.mount("/", lambda *_: None)
+
+    with open_service() as service, run_app(create_app(service, page=add_page)) as url:
+        request = urllib.request.Request(f"{url}/health", method="HEAD")
+        with urllib.request.urlopen(request) as response:
+            assert response.status == 200
+            assert int(response.headers["Content-Length"]) > 0 and response.read() == b""
 
 
 def test_every_example_of_the_openapi_is_answered(url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -70,19 +71,83 @@ def test_hits_are_those_of_the_index(url: str, folder: Path) -> None:
     assert answer["data"][1]["hits"][0]["height"] == 33
 
 
+def test_a_list_is_one_query_as_in_python(url: str, folder: Path) -> None:
+    image = folder / "images" / "3.png"
+    item = {"image": to_data_url(image.read_bytes())}
+    long = "the sea at night " * 40
+    body = {"queries": [["a dog", item, {"text": "at night"}], item, [long, item], ["a dog"]]}
+    status, answer = search(url, {**body, "top_k": 6})
+    assert status == 200, answer
+    queries: list[Any] = [["a dog", image, "at night"], image, [long, image], "a dog"]
+    expected = ImageIndex.open(folder / "db").search(queries, top_k=6)
+    assert [row["index"] for row in answer["data"]] == [0, 1, 2, 3]
+    for row, result in zip(answer["data"], expected, strict=True):
+        found = {hit["path"]: hit["cosine"] for hit in row["hits"]}
+        wanted = {path.name: cosine for path, cosine in result.hits}
+        assert found == pytest.approx(wanted, abs=ROUNDING)
+    assert answer["truncated"] == [2]
+    for queries, param in (
+        ([[]], "queries.0"),
+        ([["a", ["b"]]], "queries.0.1"),
+        ([["a", " "]], ""),
+    ):
+        status, answer = search(url, {"queries": queries})
+        assert status == 400
+        assert answer["error"]["param"].startswith(param or "queries.0.1")
+
+
 def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
     status, answer = search(url, {"queries": ["a dog"], "where": "height >= 34"})
     assert status == 200
     assert {hit["path"] for hit in answer["data"][0]["hits"]} == {"4.png", "5.png"}
-    for where in ("height >=", "nothing = 3", "1; drop table images"):
+    deep = "height > " + "1+" * 3000 + "1"  # overflows the stack of LanceDB's parser
+    for where in ("height >=", "nothing = 3", "1; drop table images", "height > 1 LIMIT 1", deep):
         status, answer = search(url, {"queries": ["a dog"], "where": where})
         assert status == 400, answer
-        assert answer["error"]["message"]
+        assert "The columns are path" in answer["error"]["message"]
+        assert answer["error"]["param"] == "where"
+
+
+def read_health(url: str) -> Any:
+    with urllib.request.urlopen(f"{url}/health") as response:
+        return json.load(response)
+
+
+def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
+    other = export_tiny_model(tmp_path / "other", vision="siglip")
+    ImageIndex.build(other, folder / "images", tmp_path / "new", IndexConfig(show_progress=False))
+    database = Path(shutil.copytree(folder / "db", tmp_path / "db"))
+    service = EmbeddingService.open(
+        folder / "model", ServeConfig(device="cpu"), index=str(database)
+    )
+    with run_app(create_app(service)) as url:
+        assert search(url, {"queries": ["a dog"]})[0] == 200
+        assert read_health(url)["status"] == "ok"
+        for replacement, message in (
+            (None, "no such database"),
+            (tmp_path / "new", "gives other embeddings"),
+        ):
+            shutil.rmtree(database, ignore_errors=True)
+            if replacement is not None:
+                shutil.copytree(replacement, database)
+            status, answer = search(url, {"queries": ["a dog"]})
+            assert (status, answer["error"]["code"]) == (503, "index_unavailable")
+            assert message in answer["error"]["message"]
+            health = read_health(url)
+            assert health["status"] == "degraded" and message in health["index_error"]
+            assert health["num_images"] is None
+            assert health["working_routes"] == ["/v1/embeddings", "/v2/embed", "/v1/classify"]
+        shutil.rmtree(database)
+        shutil.copytree(folder / "db", database)
+        assert search(url, {"queries": ["a dog"]})[0] == 200
+        assert "/v1/search" in read_health(url)["working_routes"]
 
 
 def test_the_number_of_images_is_in_the_health(url: str) -> None:
-    with urllib.request.urlopen(f"{url}/health") as response:
-        assert json.load(response)["num_images"] == 6
+    assert read_health(url)["num_images"] == 6
 
 
 def test_an_index_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

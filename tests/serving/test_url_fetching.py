@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -121,6 +122,39 @@ def test_addresses_that_are_not_public_are_refused(host: str) -> None:
     assert error.status == 400
     assert error.code in ("url_not_allowed", "invalid_image_url")
     assert "public" in error.message or "cannot be found" in error.message
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "64:ff9b:1::a00:1", "64:ff9b:1::808:808", "::127.0.0.1", "::8.8.8.8", "::", "::1",
+        "::ffff:0:127.0.0.1", "::ffff:0:8.8.8.8", "::ffff:10.0.0.1", "fec0::1", "fe80::1",
+        "64:ff9b::10.0.0.1", "64:ff9b::192.0.0.8", "2002:a00:1::", "2002:c058:6301::", "ff02::1",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:db8::1", "100::1", "192.0.0.8", "fc00::1",
+        "192.88.99.1", "198.18.0.1", "192.0.2.1", "224.0.0.1", "240.0.0.1", "0.0.0.0", "0.1.2.3",
+    ],
+)  # fmt: skip
+def test_addresses_that_lead_into_a_network_are_not_public(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer_with(address))
+    assert refuse("http://example.com/", networks=()).code == "url_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::"]
+)
+def test_public_addresses_are_connected_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def connect(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise OSError
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer_with(address))
+    monkeypatch.setattr(asyncio, "open_connection", connect)
+    assert refuse("http://example.com/", networks=()).code == "invalid_image_url"
+    assert [ipaddress.ip_address(host) for host in asked] == [ipaddress.ip_address(address)]
 
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,109 @@
+"""Filters are checked before LanceDB sees them: what is allowed works, the rest is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from indexes import make_database, make_embeddings
+
+from modeling_llm2clip.search.filters import MOST_NESTED, MOST_WORDS, check_filter
+from modeling_llm2clip.search.index_database import COLUMNS, IndexDatabase
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> IndexDatabase:
+    """Twenty images, whose widths are 0 to 19 and whose names are those numbers."""
+    return make_database(tmp_path_factory.mktemp("filters") / "index", make_embeddings(20))
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ("width > 3", 16),
+        ("3 < WIDTH", 16),
+        ("width<=3\n\tAND\r\nnot width=1", 3),
+        ("width == 3 or width <> 3", 20),
+        ("width BETWEEN 1 AND 4 AND height = 9", 4),
+        ("width NOT BETWEEN height AND bytes", 19),
+        ("width IN (1, 2, -3) OR path NOT IN ('it''s', '000000.png')", 19),
+        ("path LIKE '00000_.png' AND NOT (path ILIKE '%3.PNG' OR width != 3)", 0),
+        ("path NOT LIKE '%1%'", 9),
+        ("taken IS NULL AND path IS NOT NULL", 20),
+        ("modified >= date '2024-01-31' AND timestamp '2024-01-31 18:00:00' < modified", 20),
+        ("path = 'a\\' OR width > 3 OR path='b'", 16),  # a backslash escapes nothing
+        ("path = '); DROP TABLE images --'", 0),
+        ("(" * MOST_NESTED + "width = 1" + ")" * MOST_NESTED, 1),
+        ("NOT " * MOST_NESTED + "width = 1", 1),
+        (" OR ".join(["width = 1"] * (MOST_WORDS // 4)), 1),
+        (f"width IN ({', '.join(['1'] * 3000)})", 1),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
+def test_what_a_filter_may_use_finds_what_sql_would(
+    database: IndexDatabase, where: str, count: int
+) -> None:
+    assert database.count(where) == count
+    assert len(database.search(make_embeddings(1)[0], top_k=20, where=where)) == count
+
+
+@pytest.mark.parametrize(
+    ("where", "problem"),
+    [
+        ("", "it ends where a column, a text, a number or a time is missing"),
+        ("width", "it ends where =, <, >, LIKE, IN, BETWEEN or IS is missing"),
+        ("width >", "it ends where a column"),
+        ("color = 'red'", "\"color = 'red'\" at character 1 is neither a column nor a known word"),
+        ("width > 100 LIMIT 1", "'LIMIT 1' at character 13 is neither"),
+        ("width > 100 width", "'width' at character 13 is in place of AND, OR or the end"),
+        ("width > 1; DROP TABLE images", "at character 10 begins no column"),
+        ("width > 1 -- all", "'-- all' at character 11 begins no"),
+        ("width > 1 /* all */", "begins no"),
+        ("width > 1 + 1", "'\\+ 1' at character 11 begins no"),
+        ("width > 3-1", "'-1' at character 10 is in place of AND"),
+        ("width > " + "1+" * 3000 + "1", "begins no"),
+        ("repeat('a', 1000000000) = path", "at character 1 is neither"),
+        ("path = lpad('a', 2000000000)", "at character 8 is neither"),
+        ("lower(path) = 'a'", "is neither"),
+        ("path(1) = 2", "'\\(1\\) = 2' at character 5 is in place of ="),
+        ("(SELECT 1) = 1", "is neither"),
+        ('"width" > 3', "begins no"),
+        ("width > 1_000", "at character 9 begins no"),
+        ("path LIKE width", "is in place of a text such as 'this'"),
+        ("path = 'a", "at character 8 begins no"),
+        ("path = 'a' 'b'", "in place of AND"),
+        ("path = X'00'", "is neither"),
+        ("width\xa0> 3", "begins no"),
+        ("width IN ()", "in place of a text, a number"),
+        ("width IN (height)", "in place of a text, a number"),
+        ("(width > 3", "it ends where \\) is missing"),
+        ("width > 3)", "in place of AND"),
+        ("width = NULL", "'NULL' at character 9 is in place of"),
+        ("width = date 3", "in place of a time"),
+        ("width = 'a'", "literal"),  # which only LanceDB knows
+        ("(" * 4900 + "1=1" + ")" * 4900, "more than 20 parentheses and NOTs are nested"),
+        ("NOT " * 2400 + "1=1", "more than 20 parentheses"),
+        (" OR ".join(["width=1"] * 900), "more than 200 words"),
+        (f"path = '{'a' * 10_000}'", "more than 10,000 characters"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_anything_else_is_refused_with_the_place_and_what_is_allowed(
+    database: IndexDatabase, where: str, problem: str
+) -> None:
+    wanted = rf"where=.* cannot be used: .*{problem}.*The columns are path, sha256.*BETWEEN"
+    with pytest.raises(ValueError, match=wanted) as caught:
+        database.count(where)
+    assert len(str(caught.value)) < 900
+    with pytest.raises(ValueError):  # the search does not rely on the count
+        database.search(make_embeddings(1)[0], top_k=1, where=where)
+
+
+def test_the_filters_of_the_documents_are_allowed() -> None:
+    document = Path(__file__).parents[2] / "docs" / "encode-and-search.md"
+    lines = document.read_text(encoding="utf-8").splitlines()
+    filters = [line.split("--where ")[1].strip('"') for line in lines if "--where " in line]
+    filters = [where for where in filters if "`" not in where]
+    assert len(filters) == 2
+    for where in filters:
+        check_filter(where, COLUMNS)

@@ -1,0 +1,112 @@
+"""An open index whose database another process replaces, retrains or removes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from indexes import add_rows, make_database, make_embeddings
+
+from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.search.index_about import AnnIndex, IndexUnavailableError
+from modeling_llm2clip.search.index_database import IndexDatabase
+
+IMAGES = make_embeddings(20)
+ANN = AnnIndex(
+    num_rows=20, num_partitions=9, nprobes=2, refine_factor=5, recall_at_10=1, num_queries=1,
+    query_ms=1, exact_query_ms=2, build_s=1, is_used=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
+
+
+def make(path: Path, *, model: str = "made", seed: int = 0) -> IndexDatabase:
+    """A database of 20 images, said to be of a model."""
+    database = make_database(path, make_embeddings(20, seed=seed))
+    about = dataclasses.replace(database.about, model=model, fingerprint={"text weights": model})
+    database.write_about(about)
+    return database
+
+
+def find_best(index: ImageIndex, embedding: np.ndarray) -> str:
+    return index.search(embedding[None], top_k=1)[0].hits[0][0].name
+
+
+def replace(path: Path, new: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(new, path)
+
+
+def test_an_index_of_another_model_is_refused_until_the_right_one_is_back(tmp_path: Path) -> None:
+    for name, model, seed in (("db", "a", 0), ("of-b", "b", 1), ("of-a", "a", 2)):
+        make(tmp_path / name, model=model, seed=seed)
+    index = ImageIndex.open(tmp_path / "db")
+    assert find_best(index, IMAGES[3]) == "000003.png"
+    replace(tmp_path / "db", tmp_path / "of-b")
+    for search in (lambda: find_best(index, IMAGES[3]), lambda: len(index), index.count):
+        with pytest.raises(
+            IndexUnavailableError,
+            match=r"replaced by an index of the model b, and was opened for a, .*text weights: 'b'",
+        ):
+            search()
+    replace(tmp_path / "db", tmp_path / "of-a")
+    assert find_best(index, make_embeddings(20, seed=2)[7]) == "000007.png"
+
+
+def test_an_index_that_is_replaced_during_a_search_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "db", model="a"), make(tmp_path / "of-b", model="b", seed=1)
+    index = ImageIndex.open(tmp_path / "db")
+    search = index._database.search
+
+    def replace_first(*args: object, **options: object) -> object:
+        replace(tmp_path / "db", tmp_path / "of-b")
+        return search(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index._database, "search", replace_first)
+    with pytest.raises(IndexUnavailableError, match="replaced by an index of the model b"):
+        find_best(index, IMAGES[3])
+
+
+def test_a_removed_index_is_refused_by_name_and_found_again(tmp_path: Path) -> None:
+    make(tmp_path / "db")
+    index = ImageIndex.open(tmp_path / "db")
+    shutil.move(tmp_path / "db", tmp_path / "moved")
+    for where in (None, "width > 3"):
+        with pytest.raises(IndexUnavailableError, match="db: no such database"):
+            index.search(IMAGES[:1], where=where)
+    shutil.move(tmp_path / "moved", tmp_path / "db")
+    assert find_best(index, IMAGES[3]) == "000003.png"
+
+
+def test_between_two_looks_missing_files_ask_for_another_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("db", "new"):
+        make(tmp_path / name)
+    add_rows(IndexDatabase.open(tmp_path / "new"), make_embeddings(5, seed=4), first=20)
+    index = ImageIndex.open(tmp_path / "db")
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 3600)
+    replace(tmp_path / "db", tmp_path / "new")
+    assert find_best(index, make_embeddings(5, seed=4)[1]) == "000021.png"
+    shutil.rmtree(tmp_path / "db")
+    with pytest.raises(IndexUnavailableError, match="db: no such database"):
+        find_best(index, IMAGES[3])
+
+
+def test_how_the_approximate_index_is_searched_is_read_anew(tmp_path: Path) -> None:
+    writer = make(tmp_path / "db")
+    index = ImageIndex.open(tmp_path / "db")
+    for nprobes in (2, 7):
+        writer.write_about(
+            dataclasses.replace(writer.about, ann=dataclasses.replace(ANN, nprobes=nprobes))
+        )
+        find_best(index, IMAGES[3])
+        assert index.about.ann is not None and index.about.ann.nprobes == nprobes
