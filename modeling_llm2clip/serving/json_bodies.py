@@ -48,7 +48,7 @@ def read_json(body: bytes) -> Any:
         Its value.
 
     Raises:
-        RequestError: It is no JSON, in no such encoding, nested too deeply, has an integer that is
+        RequestError: It is not JSON, not in such an encoding, nested too deeply, has an integer that is
             too long, or an object has a key twice, of which one value would be dropped.
     """
     try:
