@@ -48,8 +48,8 @@ def read_json(body: bytes) -> Any:
         Its value.
 
     Raises:
-        RequestError: It is not JSON, not in such an encoding, nested too deeply, has an integer that is
-            too long, or an object has a key twice, of which one value would be dropped.
+        RequestError: It is not JSON, not in such an encoding, nested too deeply, has an integer
+            that is too long, or an object has a key twice, of which one value would be dropped.
     """
     try:
         return json.loads(body.decode(json.detect_encoding(body)), object_pairs_hook=_make_object)
