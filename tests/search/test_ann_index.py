@@ -97,7 +97,7 @@ def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
     queries = queries[np.argsort(-(queries @ queries[0]))][:20]  # about one topic
     images = images[np.argsort(images @ queries.mean(axis=0))]
     database = make_database(tmp_path / "index", images)
-    ann = dataclasses.replace(train(database, queries), nprobes=8)  # if eight were enough without
+    ann = dataclasses.replace(train(database, queries), nprobes=4)  # if four were enough without
     database.write_about(dataclasses.replace(database.about, ann=ann))
     index, where = ImageIndex.open(tmp_path / "index"), "width < 2500"
 
@@ -110,7 +110,9 @@ def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
     assert measure(2500) == 1  # compared one by one
     assert measure(2499) >= 0.97
     monkeypatch.setattr(AnnIndex, "widen", lambda self: self)
-    assert measure(2499) < 0.7  # what the number of partitions without a filter would find
+    # What the number of partitions without a filter would find: 0.4 to 0.9, since clusters are
+    # drawn at random.
+    assert measure(2499) < 0.95
 
 
 @pytest.mark.parametrize(
