@@ -74,6 +74,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "llm2clip"
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every batch of a shard that is written."""
+    from interruptions import count_written_rows  # here, since most tests write none
+
+    return count_written_rows(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The dataset, model and stores of `aligning`, which no test may change."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
 from ..data.records.data_hashes import hash_image_sizes, hash_texts
 from ..data.records.record_table import RecordTable
-from ..data.records.records import CaptionedImage
+from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.stage_source import Source, open_source
 from ..model_folders.training_state import require_trained
@@ -49,7 +49,6 @@ from .shard_encoding import ShardEncoder, load_shard_encoder
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _SHOWN = 5
-Modality: TypeAlias = Literal["text", "image"]
 
 
 def embed(

@@ -21,7 +21,7 @@ from .errors import RequestError
 from .image_inputs import ImageInputs
 from .json_bodies import JsonRoute
 from .service import EmbeddingService, Input
-from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
+from .service_results import EmbeddedInputs, ServiceResult
 
 _PIXEL = (  # a PNG of one red pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ"
@@ -246,11 +246,7 @@ def _encode(embeds: _Embeds, form: str) -> list[Any]:
     return rows
 
 
-def _make_list(
-    service: EmbeddingService,
-    data: list[Any],
-    found: EmbeddedInputs | ClassifiedImages | FoundImages,
-) -> dict[str, Any]:
+def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult) -> dict[str, Any]:
     return {
         "object": "list",
         "data": data,

@@ -183,7 +183,7 @@ class EmbeddingService:
             embeds = embeds[:, :dimensions]
             embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
         truncated = [places["text"][place] for place in of_texts.truncated]
-        return EmbeddedInputs(embeds, of_texts.num_tokens, truncated)
+        return EmbeddedInputs(embeds=embeds, num_tokens=of_texts.num_tokens, truncated=truncated)
 
     async def classify(
         self,
@@ -221,7 +221,7 @@ class EmbeddingService:
         )
         tags = await self._run(self._text_threads, rank)
         truncated = sorted({place // len(templates) for place in embedded.truncated})
-        return ClassifiedImages(tags, embedded.num_tokens, truncated)
+        return ClassifiedImages(tags=tags, num_tokens=embedded.num_tokens, truncated=truncated)
 
     async def search(
         self, queries: Sequence[Query], *, top_k: int = 6, where: str | None = None
@@ -255,7 +255,7 @@ class EmbeddingService:
         except ValueError as error:
             raise RequestError(400, str(error)) from error
         truncated = sorted({query_of[place] for place in embedded.truncated})
-        return FoundImages(found, embedded.num_tokens, truncated)
+        return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
 
     def _require_index(self, where: str | None) -> ImageIndex:
         """Return the index, and refuse a filter before anything is encoded."""
@@ -349,7 +349,7 @@ class EmbeddingService:
 
     async def _embed_texts(self, texts: list[str], *, truncate: bool) -> EmbeddedInputs:
         if not texts:
-            return EmbeddedInputs(self._no_embeds(), 0)
+            return EmbeddedInputs(embeds=self._no_embeds(), num_tokens=0)
         lengths, truncated = await self._measure(texts)
         if truncated and not truncate:
             raise RequestError(
@@ -360,7 +360,7 @@ class EmbeddingService:
                 code="text_too_long",
             )
         embeds = await self._compute("text", texts, lengths)
-        return EmbeddedInputs(embeds, sum(lengths), truncated)
+        return EmbeddedInputs(embeds=embeds, num_tokens=sum(lengths), truncated=truncated)
 
     async def _measure(self, texts: list[str]) -> tuple[list[int], list[int]]:
         """Return the tokens of each text, and which are truncated.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ class StopAfter(StopRequest):
     @property
     def signal(self) -> signal.Signals | None:
         return signal.SIGTERM if self.count() > self.before else None
+
+
+def stop_after_one(
+    monkeypatch: pytest.MonkeyPatch, stage: ModuleType, count: Callable[[], int]
+) -> None:
+    """Let the runs of a stage be asked to stop as soon as there is one more of something."""
+    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
 
 
 @contextmanager

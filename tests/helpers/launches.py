@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # By the loopback interface alone: the machine's own name may be looked up in a network.
@@ -30,3 +34,50 @@ def run_python(*arguments: object, processes: int = 1, timeout: float = 400) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def kill_repeatedly(folder: Path, command: Sequence[str], *, times: int) -> dict[str, Any]:
+    """Run a command undisturbed, and killed at random moments until it ends.
+
+    Args:
+        folder: where its outputs go; each replaces `{output}` in the command.
+        command: words after `llm2clip`.
+        times: kills.
+
+    Returns:
+        The report of `kill_repeatedly.py`.
+    """
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
+         str(folder), "--", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def start_with_ray(
+    folder: Path, stage: str, *arguments: object, modality: str
+) -> subprocess.Popen[str]:
+    """Run a stage with Ray in a process of its own, which a hanging cluster cannot outlive.
+
+    Args:
+        folder: where the script goes.
+        stage: public name of the function.
+        *arguments: as it takes them; they are pickled.
+        modality: as it takes it.
+    """
+    script, pickled = folder / "with_ray.py", folder / "arguments.pickle"
+    script.write_text(
+        "import pickle, sys\n"
+        f"from modeling_llm2clip import {stage} as run\n"
+        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "run(*arguments, modality=sys.argv[2], engine='ray')\n"
+    )
+    pickled.write_bytes(pickle.dumps(arguments))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    return subprocess.Popen(
+        [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip

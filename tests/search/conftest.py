@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from embedding_runs import embed_texts, make_records
+from embedding_runs import embed_texts, make_few_texts
 from interruptions import read_bytes
 from tiny_folders import export_tiny_model, save_captioned_images
 
@@ -19,7 +19,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def records() -> list[CaptionedImage]:
-    return make_records(14)
+    return make_few_texts(14)
 
 
 @pytest.fixture(scope="session")

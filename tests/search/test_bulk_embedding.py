@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from embedding_runs import IMAGE, TEXT, embed_texts, make_records
+from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
 from interruptions import read_bytes
 from tiny import tiny_model
 
@@ -75,7 +75,7 @@ def test_every_file_says_what_made_it(
 def test_the_prompt_is_text(tmp_path: Path) -> None:
     pair = tiny_model(prompt="chatml", max_text_length=128)
     folder = save_model(*pair, tmp_path / "model")
-    embed_texts(folder, make_records(1), tmp_path / "texts")
+    embed_texts(folder, make_few_texts(1), tmp_path / "texts")
     assert read_description(tmp_path / "texts")["prompt"] == (
         "<|begin|><|im_start|>user\n{text}<|im_end|>"
     )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
-from embedding_runs import IMAGE, TEXT, embed_texts, make_records
-from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
-from launches import run_python
+from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
+from interruptions import largest_file, read_bytes, stop_after_one
+from launches import kill_repeatedly, run_python, start_with_ray
+from made_up_records import write_captions
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -32,23 +29,7 @@ FLAGS = ["--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A larger dataset as a user has it: enough work to be interrupted in."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = [
-        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
-        for r in make_records(400)
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch that is written."""
-    return count_written_rows(monkeypatch)
-
-
-def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
-    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
+    return write_captions(tmp_path_factory.mktemp("data"), make_few_texts(400))
 
 
 def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
@@ -64,7 +45,7 @@ def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
     folder = tmp_path / "texts"
     num_stops = 0
     for _ in range(100):
-        stop_after_one(monkeypatch, partial(len, written))
+        stop_after_one(monkeypatch, stage, partial(len, written))
         try:
             embed_texts(model, records, folder)
         except StageInterrupt as error:
@@ -122,7 +103,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
 ) -> None:
     folder = tmp_path / "texts"
     with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one(patch, lambda: len(list(folder.glob("*.parquet"))))
+        stop_after_one(patch, stage, lambda: len(list(folder.glob("*.parquet"))))
         embed_texts(model, records, folder)
     there = set(folder.glob("*.parquet"))
     with largest_file(1500), pytest.raises(OSError, match=r"No room to write embeddings-0000"):
@@ -139,13 +120,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
 ) -> None:
     command = ["embed", str(model), str(data), "{output}", "--modality", "text", "--columns",
                "text", "--dtype", "int8", *FLAGS]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
-         str(tmp_path), "--", *command],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = kill_repeatedly(tmp_path, command, times=times)
     assert len(report["kills"]) == times
     undisturbed = read_bytes(tmp_path / "undisturbed")
     assert len(undisturbed) > 20
@@ -161,21 +136,11 @@ def test_ray_leaves_the_same_bytes_as_one_process(
     pytest.importorskip("ray")
     records = load_records(images)
     alone = embed(model, records, tmp_path / "alone", IMAGE, modality="image")
-    script, pickled = tmp_path / "with_ray.py", tmp_path / "arguments.pickle"
-    script.write_text(
-        "import pickle, sys\n"
-        "from modeling_llm2clip import embed\n"
-        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "embed(*arguments, modality='image', engine='ray')\n"
+    run = start_with_ray(
+        tmp_path, "embed", model, records, tmp_path / "ray", IMAGE, modality="image"
     )
-    pickled.write_bytes(pickle.dumps((model, records, tmp_path / "ray", IMAGE)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    # In a process of its own, which a hanging cluster cannot outlive.
-    run = subprocess.run(
-        [sys.executable, str(script), str(pickled)], env=environment, cwd=tmp_path,
-        stderr=subprocess.PIPE, text=True, timeout=240,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]
     assert read_bytes(tmp_path / "ray") == read_bytes(alone)
 
 

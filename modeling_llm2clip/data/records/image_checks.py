@@ -6,6 +6,8 @@ It takes as long as a pass over the images, so it is noted beside a cached index
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,6 @@ from ..images.image_sources import find_unreadable_images
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, hash_text
 from .record_table import RecordTable
-
-_NOTE = ".checked-"
 
 
 def check_images(
@@ -32,43 +32,44 @@ def check_images(
     """
     process = int(os.environ.get("LOCAL_RANK", "0"))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if _is_checked(records.file, process, num_processes):
+    index = _identify(records.file)
+    if index is not None and _is_noted(index, {(process, num_processes), (0, 1)}):
         return
     part = records
     if num_processes > 1:  # records that share an image are next to each other
         ends = [len(records) * number // num_processes for number in (process, process + 1)]
         part = records.select(range(*ends))
-    is_broken = False
-    keys = np.fromiter((hash_text(str(i)) for i in part.iterate_images()), np.int64)
+    before = errors.total
+    _decode(part, errors, show_progress=show_progress)
+    if index is not None and errors.total == before:
+        file, built = index
+        _note_file(file, process, num_processes).write_text(built, encoding="utf-8")
+
+
+def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:
+    keys = np.fromiter((hash_text(str(i)) for i in records.iterate_images()), np.int64)
     firsts = np.sort(np.unique(keys, return_index=True)[1])
     # A part at a time, so that the addresses of a large dataset are not all in memory.
     for start in range(0, len(firsts), ROWS_PER_BATCH):
-        some = part.select(firsts[start : start + ROWS_PER_BATCH])
-        images = (image for image in some.iterate_images() if image is not None)
+        part = records.select(firsts[start : start + ROWS_PER_BATCH])
+        images = (image for image in part.iterate_images() if image is not None)
         for error in find_unreadable_images(images, show_progress=show_progress).values():
             errors.add("image unreadable", error)
-            is_broken = True
-    if records.file is not None and not is_broken:
-        _note_file(records.file, process, num_processes).touch()
 
 
-def forget_checks(file: Path) -> None:
-    """Forget that images were checked: an index that is built anew may be of others.
-
-    Args:
-        file: of the index.
-    """
-    for note in file.parent.glob(f"{file.stem}{_NOTE}*"):
-        note.unlink(missing_ok=True)
+def _identify(file: Path | None) -> tuple[Path, str] | None:
+    """Return the file of an index and when it was built: one built anew may be of other images."""
+    with suppress(FileNotFoundError):  # of an earlier state of the source, removed meanwhile
+        return None if file is None else (file, str(file.stat().st_mtime_ns))
+    return None
 
 
-def _is_checked(file: Path | None, process: int, num_processes: int) -> bool:
-    """Whether another run has checked all images of an index, or those of this process."""
-    if file is None:
-        return False
-    parts = {(0, 1), (process, num_processes)}
-    return any(_note_file(file, *part).is_file() for part in parts)
+def _is_noted(index: tuple[Path, str], parts: Iterable[tuple[int, int]]) -> bool:
+    """Whether another run has found the images of one of these parts whole."""
+    file, built = index
+    notes = (_note_file(file, *part) for part in parts)
+    return any(note.is_file() and note.read_text(encoding="utf-8") == built for note in notes)
 
 
 def _note_file(file: Path, process: int, num_processes: int) -> Path:
-    return file.with_suffix(f"{_NOTE}{process}-of-{num_processes}")
+    return file.with_suffix(f".checked-{process}-of-{num_processes}")

@@ -38,7 +38,6 @@ from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
-from .image_checks import forget_checks
 from .record_columns import ROWS_PER_BATCH, SCHEMA
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
@@ -86,8 +85,10 @@ def open_index(
         if (found := _find(file)) is not None:
             return found, ErrorCollector()
         _remove_all(other for other in _list_files(file) if other.suffix in _LEFTOVERS)
+        started = time.time_ns()
         table, errors = _build(job, file, show_progress, states)
         if table.file == file:  # who has an earlier index mapped keeps it
+            note_folders(table, since=started)
             _remove_all(o for o in _list_files(file) if not o.name.startswith(file.stem))
     return table, errors
 
@@ -104,7 +105,7 @@ def _find(file: Path) -> RecordTable | None:
 def _build(
     job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
 ) -> tuple[RecordTable, ErrorCollector]:
-    errors, started = ErrorCollector(), time.time_ns()
+    errors = ErrorCollector()
     with _explain_full_disk(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
@@ -115,7 +116,6 @@ def _build(
             errors.compare_columns()
             if table.file is not None:
                 table = _keep(table, file, errors)
-                note_folders(table, since=started)
         finally:
             unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
@@ -158,7 +158,6 @@ def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable
     if errors.total:  # what is mapped stays readable until this process ends
         return RecordTable([*table.iterate_columns(SCHEMA.names)])
     skipped_file(file).unlink(missing_ok=True)  # may be damaged
-    forget_checks(file)
     if errors.skipped:
         skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     table.file.replace(file)

@@ -45,7 +45,7 @@ from ..validation_errors import ErrorCollector
 if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
     from ..images.image_sources import ImageSource, PackedImage
 
-# What alone is read of data whose records need not be pairs.
+# One side of the pairs: what is embedded, or alone read of records that need not be pairs.
 Modality: TypeAlias = Literal["text", "image"]
 _CAPTIONS = ("captions", "caption", "text")
 _SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")

@@ -16,7 +16,8 @@ from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource, find_unreadable_images
 from ...data.validation_errors import ErrorCollector
 
-_OF_DISTRACTORS = ("no caption", "no image")  # errors of a record that may be a distractor
+OF_DISTRACTORS = ("no caption", "no image")
+"""Errors of a record that may be a distractor."""
 _ALLOW_DISTRACTORS = (
     "To evaluate with images without captions, or captions without images, as candidates: "
     "allow_distractors."
@@ -168,7 +169,7 @@ class DatasetValidator:
             DataValidationError: There are errors, and invalid samples are not to be skipped.
         """
         if not self.skip_invalid:
-            may_be_distractors = any(kind in self.errors.counts for kind in _OF_DISTRACTORS)
+            may_be_distractors = any(kind in self.errors.counts for kind in OF_DISTRACTORS)
             advice = _ALLOW_DISTRACTORS if may_be_distractors else ""
             self.errors.raise_if_any(self.source, advice=advice)
         return self.errors.counts

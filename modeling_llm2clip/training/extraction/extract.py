@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from ...configs.extract_config import ExtractConfig
 from ...data.records.record_table import RecordTable
-from ...data.records.records import CaptionedImage
+from ...data.records.records import CaptionedImage, Modality
 from ...data.remote.object_storage import ObjectStorage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter
@@ -28,7 +28,7 @@ from ...scheduling.shard_computation import (
     require_engine,
 )
 from .extraction_plan import ExtractionPlan
-from .shard_extraction import Modality, make_plan, make_worker
+from .shard_extraction import make_plan, make_worker
 from .shared_work import share_work
 
 

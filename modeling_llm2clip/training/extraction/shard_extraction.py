@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 
 from ...configs.extract_config import ExtractConfig
 from ...data.records.record_table import RecordTable
+from ...data.records.records import Modality
 from ...model_folders.model_folder import find_model_folder
 from ...scheduling.processes import choose_device
 from ...scheduling.shard_computation import ShardWorker
@@ -16,8 +16,6 @@ from .caption_extraction import plan_captions
 from .extraction_plan import ExtractionPlan
 from .image_extraction import plan_images
 from .shared_work import SharedWork
-
-Modality: TypeAlias = Literal["text", "image"]
 
 
 def make_plan(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from extracting import extract_captions, make_records
+from extracting import extract_captions
 from interruptions import read_bytes
+from made_up_records import make_records
 from tiny_folders import export_tiny_model, save_captioned_images
 
 from modeling_llm2clip.data.records.records import CaptionedImage

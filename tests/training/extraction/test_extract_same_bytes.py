@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from extracting import EXACT, extract_captions, make_records
-from interruptions import StopAfter, count_written_rows, largest_file, read_bytes
-from launches import run_python
+from extracting import EXACT, extract_captions
+from interruptions import largest_file, read_bytes, stop_after_one
+from launches import kill_repeatedly, run_python, start_with_ray
+from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
 from modeling_llm2clip.__main__ import main
@@ -38,19 +36,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The records of a larger set as a user has them: enough work to be interrupted in."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = [
-        json.dumps({"image": r.name, "captions": r.captions, "long_captions": r.long_captions})
-        for r in make_records(250)
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch that is written."""
-    return count_written_rows(monkeypatch)
+    return write_captions(tmp_path_factory.mktemp("data"), make_records(250))
 
 
 def count_records(folder: Path) -> int:
@@ -85,10 +71,6 @@ def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
         extract_captions(model, records, tmp_path / "store")
 
 
-def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
-    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
-
-
 @pytest.mark.parametrize("thing", ["shard", "batch"])
 def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     model: Path,
@@ -103,7 +85,7 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     num_stops = 0
     for _ in range(200):
         count = partial(count_records, folder) if thing == "shard" else partial(len, written)
-        stop_after_one(monkeypatch, count)
+        stop_after_one(monkeypatch, stage, count)
         try:
             extract_captions(model, records, folder)
         except StageInterrupt as error:
@@ -117,24 +99,13 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     assert read_bytes(folder) == undisturbed
 
 
-def kill(folder: Path, model: Path, data: Path, *, times: int) -> dict[str, Any]:
-    command = shorten(["extract", str(model), str(data), "{output}"])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
-         str(folder), "--", *command],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [3, 20])
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, times: int
 ) -> None:
-    report = kill(tmp_path, model, data, times=times)
+    command = shorten(["extract", str(model), str(data), "{output}"])
+    report = kill_repeatedly(tmp_path, command, times=times)
     assert len(report["kills"]) == times
     undisturbed = read_bytes(tmp_path / "undisturbed")
     assert len(undisturbed) > 20
@@ -207,23 +178,6 @@ def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
     assert read_bytes(together) == read_bytes(alone)
 
 
-def start_with_ray(folder: Path, *arguments: object, modality: str) -> subprocess.Popen[str]:
-    """Extract in a process of its own, which a hanging cluster cannot outlive."""
-    script, pickled = folder / "with_ray.py", folder / "arguments.pickle"
-    script.write_text(
-        "import pickle, sys\n"
-        "from modeling_llm2clip.training.extraction.extract import extract\n"
-        "arguments = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "extract(*arguments, modality=sys.argv[2], engine='ray')\n"
-    )
-    pickled.write_bytes(pickle.dumps(arguments))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    return subprocess.Popen(
-        [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_ray_leaves_the_same_bytes_of_images_as_one_process(
@@ -233,7 +187,9 @@ def test_ray_leaves_the_same_bytes_of_images_as_one_process(
     records = load_records(images)
     config = replace(EXACT, token_budget=None, batch_size=3)
     alone = extract(model, records, tmp_path / "alone", config, modality="image")
-    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", config, modality="image")
+    run = start_with_ray(
+        tmp_path, "extract", model, records, tmp_path / "ray", config, modality="image"
+    )
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors[-3000:]
     assert read_bytes(tmp_path / "ray") == read_bytes(alone)
@@ -248,7 +204,9 @@ def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
     psutil = pytest.importorskip("psutil")
     records = make_records(600)
     alone = extract_captions(model, records, tmp_path / "alone")
-    run = start_with_ray(tmp_path, model, records, tmp_path / "ray", EXACT, modality="text")
+    run = start_with_ray(
+        tmp_path, "extract", model, records, tmp_path / "ray", EXACT, modality="text"
+    )
     killed: set[int] = set()
     deadline = time.monotonic() + 300  # Ray takes a minute to start beside other work
     while run.poll() is None and len(killed) < 2 and time.monotonic() < deadline:
@@ -315,7 +273,7 @@ def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
 ) -> None:
     folder = tmp_path / "store"
     with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one(patch, partial(count_records, folder))
+        stop_after_one(patch, stage, partial(count_records, folder))
         extract_captions(model, records, folder)
     with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
         extract_captions(model, records, folder)

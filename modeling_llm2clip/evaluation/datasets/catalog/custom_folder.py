@@ -19,7 +19,7 @@ from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
 from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
-from ..validation import DatasetValidator
+from ..validation import OF_DISTRACTORS, DatasetValidator
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
 _OWN: dict[str, Any] = {
@@ -30,7 +30,6 @@ _OWN: dict[str, Any] = {
     "citation": "none",
     "takes_distractors": True,
 }
-_OF_DISTRACTORS = ("no caption", "no image")  # errors of a record that may be a distractor
 _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 
 
@@ -62,7 +61,7 @@ def read_custom_folder(
         if "no image" in errors.counts:
             without_image.add(row)
         if request.allow_distractors:
-            errors = errors.without(*_OF_DISTRACTORS)
+            errors = errors.without(*OF_DISTRACTORS)
         if errors.total:
             invalid.add(row)
         if not validator.skip_invalid or records.read(row, ("lang",)) == (request.lang,):
