@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -24,11 +24,6 @@ from .sentence_transformers_llm2clip import (
     write_sentence_transformers_files,
 )
 from .vision_llm2clip import find_width, has_class_token
-
-if TYPE_CHECKING:
-    # transformers copies the files that this one imports. So a folder with a model and without a
-    # processor still has the processor's code, which its config names.
-    from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
