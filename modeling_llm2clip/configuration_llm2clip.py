@@ -5,7 +5,9 @@ Uploaded with the weights.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -22,9 +24,10 @@ TEXT_POOLINGS = ("mean", "last_token")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
-# unknown ones raise.
+# unknown ones raise. Trainer of transformers before 5.17 writes the tokenizer's three token ids
+# here. They are kept and change nothing, because the model reads those of the LLM.
 _BASE_FIELDS = {
-    "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
+    "bos_token_id", "eos_token_id", "pad_token_id", "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
     "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
     "label2id", "id2label", "transformers.js_config",
 }  # fmt: skip
@@ -174,6 +177,29 @@ class LLM2CLIPConfig(PreTrainedConfig):
         config._check_values()
         config.text_config.is_causal = not config.bidirectional
         return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, but only what loads again.
+
+        Args:
+            save_directory: folder to write.
+            push_to_hub: also upload the file.
+            **kwargs: further arguments of transformers.
+
+        Raises:
+            ValueError: the file would not load, for example because of a field that another
+                library has set. Nothing is written.
+        """
+        try:
+            self.from_dict(json.loads(self.to_json_string()))
+        except (ValueError, TypeError) as error:
+            reason = f"JSON cannot hold it: {error}" if isinstance(error, TypeError) else error
+            raise ValueError(
+                f"The configuration is not saved, because it would not load again. {reason}"
+            ) from error
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _check_values(self) -> None:
         errors = [

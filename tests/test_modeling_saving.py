@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.losses import MultipleNegativesRankingLoss
 from shared_models import (
     CAPTIONS,
     ROUNDING,
@@ -26,7 +34,13 @@ from shared_models import (
 )
 from tiny import tiny_images, tiny_model
 from torch import Tensor
-from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoProcessor,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.llama import modeling_llama
 
 from modeling_llm2clip import (
@@ -325,3 +339,62 @@ def test_a_bfloat16_model_saves_its_dtype_and_keeps_its_temperature_in_float32(
     assert {p.dtype for p in loaded.text_model.parameters()} == {torch.bfloat16}
     assert loaded.logit_scale.log_scale.dtype == torch.float32
     assert torch.equal(loaded.logit_scale.log_scale, shared_model()[0].logit_scale.log_scale)
+
+
+# Checkpoints of others' trainers
+
+
+def train_with_transformers(folder: Path, output: Path) -> Any:
+    model = LLM2CLIPModel.from_pretrained(folder)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    batch = shared_batch()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(output), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=[{n: v[row] for n, v in batch.items()} for row in range(3)],
+        processing_class=processor,
+        data_collator=lambda rows: {
+            "return_loss": True,
+            **{name: torch.stack([row[name] for row in rows]) for name in batch},
+        },
+    )  # fmt: skip
+    trainer.train()
+    return model
+
+
+def train_with_sentence_transformers(folder: Path, output: Path) -> Any:
+    encoder = SentenceTransformer(str(folder), device="cpu")
+    trainer = SentenceTransformerTrainer(
+        model=encoder,
+        args=SentenceTransformerTrainingArguments(
+            str(output), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"anchor": CAPTIONS, "positive": CAPTIONS[::-1]}),
+        loss=MultipleNegativesRankingLoss(encoder),
+    )  # fmt: skip
+    trainer.train()
+    return encoder[0].model
+
+
+@pytest.mark.parametrize("train", [train_with_transformers, train_with_sentence_transformers])
+def test_a_checkpoint_of_a_trainer_loads_everywhere(
+    train: Any, folder: Path, tmp_path: Path
+) -> None:
+    before = LLM2CLIPModel.from_pretrained(folder)
+    complete = Path(shutil.copytree(folder, tmp_path / "complete"))
+    trained = train(complete, tmp_path / "output").eval()
+    checkpoint = tmp_path / "output" / "checkpoint-1"
+    batch = LLM2CLIPProcessor.from_pretrained(checkpoint)(text=CAPTIONS)
+    assert torch.equal(batch["input_ids"], shared_batch()["input_ids"])
+    with torch.no_grad():
+        wanted = trained.get_text_features(**batch).pooler_output
+        loaded = AutoModel.from_pretrained(checkpoint)
+        assert torch.equal(loaded.get_text_features(**batch).pooler_output, wanted)
+        assert not torch.equal(before.get_text_features(**batch).pooler_output, wanted)
+    encoder = SentenceTransformer(str(checkpoint), device="cpu")
+    found = torch.tensor(encoder.encode(CAPTIONS))
+    # It normalizes by itself, and sorts texts by length.
+    torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), atol=1e-5, rtol=0)
