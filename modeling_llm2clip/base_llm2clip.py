@@ -17,7 +17,12 @@ from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import LogitScale, TextAdapter
-from .loading_llm2clip import build_tower, refuse_unaccounted_keys
+from .loading_llm2clip import (
+    bounded_by_weights,
+    build_tower,
+    list_loaded_files,
+    refuse_unaccounted_keys,
+)
 from .quantization_llm2clip import quantize_llm_only, require_restorable
 from .sentence_transformers_llm2clip import (
     find_instructions,
@@ -89,7 +94,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: a weight is missing, unexpected or of another shape, a weight file is
-                truncated, or a class without an LLM is to be quantized.
+                truncated, the folder has two layouts of weights, the configuration describes a
+                much larger model than the weights, or a class without an LLM is to be quantized.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_only(
@@ -99,12 +105,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             )
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         try:
-            loaded: Any = super().from_pretrained(
-                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            with bounded_by_weights(lambda: list_loaded_files(source, kwargs)):
+                loaded: Any = super().from_pretrained(
+                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
         except SafetensorError as error:
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise ValueError(
                 f"{source}: a weight file is truncated or damaged ({error}). Download or save it "
                 "again."

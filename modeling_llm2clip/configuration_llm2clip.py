@@ -27,7 +27,8 @@ VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 # unknown ones raise. Trainer of transformers before 5.17 writes the tokenizer's three token ids
 # here. They are kept and change nothing, because the model reads those of the LLM.
 _BASE_FIELDS = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+    "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
     "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
     "label2id", "id2label", "transformers.js_config",
 }  # fmt: skip

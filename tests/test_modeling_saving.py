@@ -50,6 +50,15 @@ from modeling_llm2clip import (
     LLM2CLIPTextModel,
     LLM2CLIPVisionModel,
 )
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.model_folders.fingerprint import (
+    fingerprint_embeddings,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+)
+from modeling_llm2clip.model_folders.model_loading import load_model, load_partial_model
+from modeling_llm2clip.model_folders.model_writing import open_model
 
 
 @pytest.fixture(scope="module")
@@ -398,3 +407,65 @@ def test_a_checkpoint_of_a_trainer_loads_everywhere(
     found = torch.tensor(encoder.encode(CAPTIONS))
     # It normalizes by itself, and sorts texts by length.
     torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), atol=1e-5, rtol=0)
+
+
+# Which files load
+
+
+def test_two_layouts_of_weights_load_nowhere(folder: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(folder, tmp_path / "both"))
+    other = tmp_path / "other"
+    shared_model()[0].save_pretrained(other, max_shard_size="50KB")
+    for file in other.glob("model*"):
+        shutil.copy(file, both)
+    for load in (
+        LLM2CLIPModel.from_pretrained,
+        LLM2CLIPTextModel.from_pretrained,
+        AutoModel.from_pretrained,
+        lambda source: SentenceTransformer(str(source), device="cpu"),
+        load_model,
+        load_partial_model,
+        open_model,
+        fingerprint_model,
+        fingerprint_text,
+        fingerprint_vision,
+        lambda source: fingerprint_embeddings(source, "image"),
+    ):
+        with pytest.raises(ValueError, match=r"weights twice.* Delete model\.safetensors"):
+            load(both)
+    report = check_model(both, device="cpu")
+    assert {c.name for c in report.failed} >= {"finite weights", "weight dtype", "weights"}
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "absolute"])
+def test_an_index_that_names_a_file_of_another_folder_loads_nowhere(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    moved = (copied / "model.safetensors").rename(tmp_path / "other.safetensors")
+    named = str(moved) if name == "absolute" else name
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(moved), named)}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
+        with pytest.raises(ValueError, match="files of its own folder"):
+            load(copied)
+    assert not check_model(copied, device="cpu").healthy
+
+
+def test_a_lora_beside_the_weights_loads_nowhere(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    (copied / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(folder)}), encoding="utf-8"
+    )
+    for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
+        with pytest.raises(ValueError, match=r"adapter_config\.json of a LoRA"):
+            load(copied)
+
+
+def test_a_configuration_cannot_name_another_weight_file(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    config["transformers_weights"] = "other.safetensors"
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no fields \['transformers_weights'\]"):
+        AutoModel.from_pretrained(copied)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.safetensors_files import iterate_tensors, list_weight_files
-from ..loading_llm2clip import list_foreign_code
+from ..data.safetensors_files import iterate_tensors
+from ..loading_llm2clip import list_foreign_code, list_model_files
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.model_loading import MODEL_CLASSES
 from ..model_folders.training_state import describe_untrained
-from ..model_folders.weights import open_weights
+from ..model_folders.weights import open_model_weights
 from ..modeling_llm2clip import LLM2CLIPModel
 from .model_report import ConcernError, NotApplicableError
 from .model_under_test import ModelUnderTest
@@ -75,7 +75,7 @@ def check_weight_dtypes(tested: ModelUnderTest) -> str:
     Args:
         tested: The model.
     """
-    dtypes = {name: tensor.dtype for name, tensor in open_weights(tested.folder).items()}
+    dtypes = {name: tensor.dtype for name, tensor in open_model_weights(tested.folder).items()}
     if getattr(tested.config, "quantization_config", None):
         found = sorted({_name(dtype) for dtype in dtypes.values()})
         if set(dtypes.values()) <= _PLAIN_DTYPES:
@@ -118,7 +118,7 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
         tested: The model.
     """
     count, errors = 0, []
-    for name, tensor in iterate_tensors(list_weight_files(tested.folder)):
+    for name, tensor in iterate_tensors(list_model_files(tested.folder)):
         count += 1
         # One-byte floats have no isfinite of their own.
         wide = tensor.float() if tensor.element_size() == 1 else tensor

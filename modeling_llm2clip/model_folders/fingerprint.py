@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
-from ..data.safetensors_files import iterate_tensors, list_weight_files
+from ..data.safetensors_files import iterate_tensors
+from ..loading_llm2clip import list_model_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
@@ -100,7 +101,7 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
     Raises:
         ValueError: The folder has no weights.
     """
-    files = list_weight_files(folder)
+    files = list_model_files(folder)
     if modality == "image":
         head = _describe_weights(iterate_tensors(files, prefix="visual_projection."))
         return {**fingerprint_vision(folder), "head weights": head["weights"]}
@@ -129,30 +130,24 @@ def fingerprint_model(folder: Path) -> dict[str, str]:
     """
     config = LLM2CLIPConfig.from_pretrained(folder)
     setting = str(getattr(config, _ADAPTER_SETTING))
-    return {**fingerprint_weights(folder), _ADAPTER_SETTING: setting}
+    return {**fingerprint_weights(list_model_files(folder)), _ADAPTER_SETTING: setting}
 
 
-def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") -> dict[str, str]:
-    """Hash all tensors of a folder's safetensors files, however they are distributed over files.
+def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> dict[str, str]:
+    """Hash all tensors of safetensors files, however they are distributed over files.
 
     Args:
-        folder: Folder.
-        pattern: Which files, as `Path.glob` takes it; the name of a subfolder is part of the names
-            of its tensors.
+        files: Files of one model.
+        base: Folder of the model, if some are in subfolders, whose names become part of the names
+            of their tensors.
 
     Returns:
         `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
 
     Raises:
-        ValueError: No file fits, or a name occurs in two of them.
+        ValueError: There are no weights, or a name occurs in two files.
     """
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise ValueError(
-            f"{folder} has no {pattern}. Save the model's weights as safetensors; of "
-            "a model on the Hub, name a revision that has them (revision, --revision refs/pr/N)."
-        )
-    return _describe_weights(iterate_tensors(files, base=folder))
+    return _describe_weights(iterate_tensors(files, base=base))
 
 
 def _open(
@@ -162,7 +157,7 @@ def _open(
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    return config, iterate_tensors(list_weight_files(folder), prefix=prefix), processor
+    return config, iterate_tensors(list_model_files(folder), prefix=prefix), processor
 
 
 def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
