@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -110,6 +111,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
+        _refuse_large_counts(kwargs, name="config.json")
         _check_types(locals())
         # The base class sets the attention implementation of the towers that it finds. So it is
         # initialized before they are assigned, and a requested implementation is set afterwards.
@@ -208,6 +210,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
             for name, least in _LEAST_VALUES.items()
             if getattr(self, name) < least
         ]
+        if self.max_text_length > _MOST_TOKENS:
+            errors.append(f"max_text_length={self.max_text_length} must be at most {_MOST_TOKENS}")
         if self.text_pooling not in TEXT_POOLINGS:
             errors.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
         if self.vision_pooling not in VISION_POOLINGS:
@@ -224,6 +228,12 @@ class LLM2CLIPConfig(PreTrainedConfig):
             raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
 
 
+# A configuration makes a list entry for each layer, and a dictionary entry for each label, before
+# anything is compared with the weights. ImageNet-21k has 21,841 labels, the deepest LLMs have a few
+# hundred layers.
+_MOST_COUNTED = 100_000
+_COUNTED = re.compile("layer|depth|block|stage|head|expert|label|class")
+_MOST_TOKENS = 1 << 20  # per text; checks write texts of this length
 _LEAST_VALUES = {
     "projection_dim": 1, "text_width": 1, "text_adapter_layers": 0, "text_adapter_expansion": 1,
 }  # fmt: skip
@@ -319,6 +329,21 @@ def _refuse_unknown_fields(kwargs: dict[str, Any]) -> None:
         )
 
 
+def _refuse_large_counts(content: Any, *, name: str) -> None:
+    """Refuse numbers of layers, labels and the like, at any depth, that no model has."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            _refuse_large_counts(value, name=f"{name}: {key}")
+    elif isinstance(content, list | tuple):
+        for value in content:
+            _refuse_large_counts(value, name=name)
+    elif _is_number(content) and content > _MOST_COUNTED and _COUNTED.search(name.split(": ")[-1]):
+        raise ValueError(
+            f"{name} is {content}, and must be at most {_MOST_COUNTED}. Restore it from the "
+            "original model folder."
+        )
+
+
 def _tower_config(
     config: PreTrainedConfig | dict[str, Any] | None, *, name: str
 ) -> PreTrainedConfig:
@@ -334,6 +359,7 @@ def _tower_config(
             f"{name} has model_type={config['model_type']!r}, which this version of "
             "transformers lacks. Upgrade transformers, or choose another tower."
         )
+    _refuse_large_counts(config, name=name)
     tower_class = CONFIG_MAPPING[config["model_type"]]
     _warn_of_misspelled_fields(config, tower_class, name=name)
     return _state_image_size(tower_class.from_dict(config))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_model
 
+from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.loading_llm2clip import (
     list_model_files,
     list_weight_files,
     read_weight_shapes,
 )
+from modeling_llm2clip.model_folders.model_loading import load_model
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -115,3 +120,76 @@ def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
     assert read_weight_shapes(files[:1]) == {"weight": ((2,), "F32")}
     with pytest.raises(ValueError, match=r"b\.safetensors repeats the weights \['weight'\]"):
         read_weight_shapes(files)
+
+
+# Bounds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a saved model, which no test may change."""
+    path = tmp_path_factory.mktemp("model")
+    model, processor = tiny_model()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def change_config(folder: Path, target: Path, change: dict[str, Any]) -> Path:
+    """Copy a folder, with other values of dotted fields of its `config.json`."""
+    copied = Path(shutil.copytree(folder, target))
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    for field, value in change.items():
+        *above, last = field.split(".")
+        place = config
+        for name in above:
+            place = place[name]
+        place[last] = value
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return copied
+
+
+HUGE = 10**12
+OVERSIZED: dict[str, dict[str, Any]] = {
+    "labels": {"num_labels": 10**7},
+    "labels of a tower": {"vision_config.num_labels": 10**7},
+    "labels of the LLM": {"text_config.num_labels": 10**7},
+    "layers": {"text_config.num_hidden_layers": 20_000},
+    "very many layers": {"text_config.num_hidden_layers": 10**9},
+    "layers of the vision tower": {"vision_config.num_hidden_layers": 20_000},
+    "width": {"text_config.hidden_size": HUGE},
+    "width and text width": {"text_config.hidden_size": HUGE, "text_width": HUGE},
+    "text width": {"text_width": HUGE},
+    "inner width": {"text_config.intermediate_size": HUGE},
+    "width of the vision tower": {"vision_config.hidden_size": HUGE},
+    "vocabulary": {"text_config.vocab_size": HUGE},
+    "head width": {"text_config.head_dim": HUGE},
+    "image size": {"vision_config.image_size": 10**8},
+    "patch size": {"vision_config.patch_size": 10**8},
+    "adapter layers": {"text_adapter_layers": HUGE},
+    "adapter expansion": {"text_adapter_expansion": HUGE},
+    "shared space": {"projection_dim": HUGE},
+    "text length": {"max_text_length": 10**9},
+}
+
+
+@pytest.mark.parametrize("change", OVERSIZED.values(), ids=OVERSIZED.keys())
+def test_a_configuration_far_beyond_the_weights_is_refused_at_once(
+    change: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    changed = change_config(folder, tmp_path / "changed", change)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="larger model than the weight files|at most"):
+        load_model(changed, device="cpu")
+    # Building 20,000 layers, or a dictionary of 10 million labels, takes a minute and more.
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("change", OVERSIZED.values(), ids=OVERSIZED.keys())
+def test_doctor_reports_an_oversized_configuration_at_once(
+    change: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    changed = change_config(folder, tmp_path / "changed", change)
+    started = time.monotonic()
+    assert not check_model(changed, device="cpu").healthy
+    assert time.monotonic() - started < 30
