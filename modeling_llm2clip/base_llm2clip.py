@@ -18,10 +18,13 @@ from transformers import initialization as init
 from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import LogitScale, TextAdapter
 from .loading_llm2clip import (
+    WEIGHT_FILE,
     bounded_by_weights,
     build_tower,
     list_loaded_files,
+    read_file_state,
     refuse_unaccounted_keys,
+    remove_old_layout,
 )
 from .quantization_llm2clip import quantize_llm_only, require_restorable
 from .sentence_transformers_llm2clip import (
@@ -126,8 +129,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """Save as transformers does, and add the code and the files of sentence-transformers.
 
         If the processor is saved to the same folder, AutoModel, pipelines and sentence-transformers
-        load it and give the same embeddings. Warns if the towers differ in dtype, because a loaded
-        model has one dtype.
+        load it and give the same embeddings. An earlier save's weights are removed: transformers
+        would leave them beside shards, and load them. Warns if the towers differ in dtype, because
+        a loaded model has one dtype.
 
         Args:
             save_directory: folder to write. Instructions that sentence-transformers or a user put
@@ -152,9 +156,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", folder.name)
         own = self.config.instructions
         self.config.instructions = find_instructions(folder, own)
+        old_file = read_file_state(folder / WEIGHT_FILE)
         try:
             super().save_pretrained(save_directory, **kwargs)
             if kwargs.get("is_main_process", True):
+                remove_old_layout(folder, old_file)
                 write_sentence_transformers_files(
                     folder,
                     instructions=self.config.instructions,

@@ -178,6 +178,32 @@ def _refuse_stray_shards(folder: Path, name: str, files: Sequence[Path]) -> None
         )
 
 
+def read_file_state(file: Path) -> tuple[int, ...] | None:
+    """Read what changes in a file that is written again; None if there is no such file.
+
+    Args:
+        file: the file.
+    """
+    if not file.is_file():
+        return None
+    state = file.stat()
+    return state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_size
+
+
+def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
+    """Remove the weight file, or else the index, that the last save did not write.
+
+    transformers itself removes shards that a save does not replace.
+
+    Args:
+        folder: model folder that a model was saved to.
+        old_file: state of its weight file before that, from `read_file_state`.
+    """
+    file, index = folder / WEIGHT_FILE, folder / f"{WEIGHT_FILE}.index.json"
+    if file.is_file() and index.is_file():
+        (file if read_file_state(file) == old_file else index).unlink()
+
+
 def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Read the headers of safetensors files.
 

@@ -179,7 +179,7 @@ def test_a_configuration_far_beyond_the_weights_is_refused_at_once(
 ) -> None:
     changed = change_config(folder, tmp_path / "changed", change)
     started = time.monotonic()
-    with pytest.raises(ValueError, match="larger model than the weight files|at most"):
+    with pytest.raises(ValueError, match=r"larger model than the weight files|at most"):
         load_model(changed, device="cpu")
     # Building 20,000 layers, or a dictionary of 10 million labels, takes a minute and more.
     assert time.monotonic() - started < 5

@@ -469,3 +469,46 @@ def test_a_configuration_cannot_name_another_weight_file(folder: Path, tmp_path:
     (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"no fields \['transformers_weights'\]"):
         AutoModel.from_pretrained(copied)
+
+
+def changed_model() -> LLM2CLIPModel:
+    """A copy of the shared model with another projection."""
+    model = copy.deepcopy(shared_model()[0])
+    with torch.no_grad():
+        model.text_projection.weight += 1
+    return model
+
+
+@pytest.mark.parametrize("first", ["5GB", "50KB"])
+@pytest.mark.parametrize("second", ["5GB", "50KB", "90KB"])
+def test_saving_over_a_folder_leaves_the_new_weights_alone(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    shared_model()[0].save_pretrained(tmp_path, max_shard_size=first)
+    model = changed_model()
+    model.save_pretrained(tmp_path, max_shard_size=second)
+    (fresh := tmp_path / "fresh").mkdir()
+    model.save_pretrained(fresh, max_shard_size=second)
+    weights = {path.name for path in tmp_path.glob("*.safetensors*")}
+    assert weights == {path.name for path in fresh.glob("*.safetensors*")}
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.text_projection.weight, model.text_projection.weight)
+    assert fingerprint_model(tmp_path) == fingerprint_model(fresh)
+
+
+def test_a_save_by_another_process_removes_nothing(tmp_path: Path) -> None:
+    shared_model()[0].save_pretrained(tmp_path, max_shard_size="50KB")
+    before = sorted(path.name for path in tmp_path.glob("model*"))
+    changed_model().save_pretrained(tmp_path, is_main_process=False)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == before
+
+
+def test_sentence_transformers_saves_over_a_folder_too(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    LLM2CLIPModel.from_pretrained(copied).save_pretrained(copied, max_shard_size="50KB")
+    encoder = SentenceTransformer(str(copied), device="cpu")
+    with torch.no_grad():
+        encoder[0].model.text_projection.weight += 1
+    encoder.save_pretrained(str(copied))
+    loaded = AutoModel.from_pretrained(copied)
+    assert torch.equal(loaded.text_projection.weight, encoder[0].model.text_projection.weight)

@@ -392,5 +392,5 @@ def test_an_image_size_that_no_tower_takes_is_refused_before_an_image_is_made(
     content = json.loads(file.read_text(encoding="utf-8"))
     content["image_processor"] |= settings
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="images that no tower takes.* at most"):
+    with pytest.raises(ValueError, match=r"images that no tower takes.* at most"):
         LLM2CLIPProcessor.from_pretrained(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -34,8 +35,10 @@ _NOT_OF_THE_TOWER = {
 _NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 # Files of this package and of downloads that say nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
-# They name the library that an image processor computes with, not what it computes.
+# Entries of an image processor that change nothing; its class has an entry of its own.
 _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
+# The library that an image processor computes with, at the end of its class's name.
+_IMAGE_LIBRARY = re.compile("(Fast|Pil)$")
 
 
 def fingerprint_text(model: str | Path) -> dict[str, str]:
@@ -54,7 +57,9 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
     config, tensors, processor = _open(model, prefix="text_model.")
     return {
         **_describe_weights(tensors),
-        "architecture": hash_json(_tower_settings(config.text_config)),
+        "architecture": hash_json(
+            {**_tower_settings(config.text_config), **_find_quantization(config)}
+        ),
         "tokenizer": _hash_tokenizer(processor),
         "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
         "pooling": config.text_pooling,
@@ -81,7 +86,11 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
         **_describe_weights(tensors),
         "architecture": hash_json(_tower_settings(config.vision_config)),
         "image_processor": hash_json(
-            {k: v for k, v in settings.items() if k not in _NOT_OF_THE_IMAGES and v is not None}
+            {
+                **{k: v for k, v in settings.items() if v is not None},
+                **dict.fromkeys(_NOT_OF_THE_IMAGES),
+                "class": _IMAGE_LIBRARY.sub("", type(processor.image_processor).__name__),
+            }
         ),
         "pooling": config.vision_pooling,
     }
@@ -182,10 +191,25 @@ def _tower_settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in _NOT_OF_THE_TOWER}
 
 
+def _find_quantization(config: LLM2CLIPConfig) -> dict[str, Any]:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return {}
+    return {"quantization": found if isinstance(found, dict) else found.to_dict()}
+
+
 def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
-    written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    # These two are state of the last call.
-    return hash_json({**written, "truncation": None, "padding": None})
+    tokenizer = processor.tokenizer
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    return hash_json(
+        {
+            **written,
+            # State of the last call, which these settings determine.
+            "truncation": tokenizer.truncation_side,
+            "padding": None,
+            "split_special_tokens": tokenizer.split_special_tokens,
+        }
+    )
 
 
 def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:
