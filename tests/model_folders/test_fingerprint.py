@@ -85,8 +85,6 @@ def _add_a_word(_: Any, processor: LLM2CLIPProcessor) -> None:
          "tokenizer"),
         (lambda _, processor: setattr(processor.tokenizer, "truncation_side", "left"),
          "tokenizer"),
-        (lambda _, processor: setattr(processor.tokenizer, "split_special_tokens", True),
-         "tokenizer"),
         (_add_a_word, "tokenizer"),
     ],
 )  # fmt: skip
@@ -112,6 +110,22 @@ def test_images_prepared_otherwise_are_another_model(folder: Path, tmp_path: Pat
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     changed = fingerprint_vision(save((model, processor), tmp_path))
     assert difference(changed, fingerprint_vision(folder)) == {"image_processor"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"truncation_side": "left"}, {"split_special_tokens": True}], ids=str
+)
+def test_settings_beside_the_tokenizers_file_that_change_ids_count(
+    settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    file = other / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, **settings}), encoding="utf-8")
+    text = "<|im_end|> a dog" * 40
+    ids = [LLM2CLIPProcessor.from_pretrained(f)(text=[text])["input_ids"] for f in (folder, other)]
+    assert ids[0].tolist() != ids[1].tolist()
+    assert difference(fingerprint_text(other), fingerprint_text(folder)) == {"tokenizer"}
 
 
 def test_another_class_of_image_processor_is_another_model(folder: Path, tmp_path: Path) -> None:
