@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_json
+from ..data.atomic_files import hash_file, hash_json
 from ..data.safetensors_files import iterate_tensors
 from ..loading_llm2clip import list_model_files
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -33,6 +33,21 @@ _NOT_OF_THE_TOWER = {
 }  # fmt: skip
 # What of the small files of any model changes no embedding: where it was saved, and by whom.
 _NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+# Files of a model folder, beside its weights, that decide an embedding in some loader.
+_DECIDING_FILES = (
+    "config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "modules.json", "sentence_bert_config.json",
+)  # fmt: skip
+# Entries at any depth of those files that change no embedding, or that another check compares. Some
+# of them change when a folder is loaded and saved again.
+_DECIDING_NOTHING = {
+    "__version__", "_name_or_path", "_processor_class", "architectures", "auto_map",
+    "chat_template", "dtype", "instructions", "is_local", "local_files_only", "name_or_path",
+    "processor_class", "projections_trained", "text_adapter_trained", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+WEIGHTS_ENTRY = "weights"
 # Files of this package and of downloads that say nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
 # Entries of an image processor that change nothing; its class has an entry of its own.
@@ -210,6 +225,40 @@ def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
             "split_special_tokens": tokenizer.split_special_tokens,
         }
     )
+
+
+def hash_deciding_files(folder: Path) -> dict[str, str]:
+    """Hash each file of a model folder that decides its embeddings.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Name of each file → SHA-256 of its content, of JSON without what changes no embedding;
+        `weights` → that of all tensors, however they are distributed over files.
+
+    Raises:
+        ValueError: The folder has no weights, or a file is not valid JSON.
+    """
+    found = {
+        name: hash_json(_keep_deciding(json.loads((folder / name).read_text(encoding="utf-8"))))
+        if name.endswith(".json")
+        else hash_file(folder / name)
+        for name in _DECIDING_FILES
+        if (folder / name).is_file()
+    }
+    return {**found, WEIGHTS_ENTRY: fingerprint_weights(list_model_files(folder))["weights"]}
+
+
+def _keep_deciding(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_keep_deciding(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {k: _keep_deciding(v) for k, v in content.items() if k not in _DECIDING_NOTHING}
+    if set(kept) == {"idx", "name", "path", "type"}:  # sentence-transformers moves its classes
+        kept["type"] = str(kept["type"]).rsplit(".", 1)[-1]
+    return kept
 
 
 def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from ..data.safetensors_files import serialize_tensors
 from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .fingerprint import hash_deciding_files
 
 GOLDEN_FILE = "golden_embeddings.safetensors"
 GOLDEN_TEXTS = (
@@ -71,13 +72,13 @@ def compute_golden(
 
 
 def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
-    """Record the embeddings that a model gives now, beside its weights.
+    """Record the embeddings that a model gives now, beside its weights, and hashes of its files.
 
     Also `caption_embeds` (T, D), the LLM's part, so that the embeddings of another text adapter can
     be recorded without the LLM; and of a whole model `logit_scale` (1,), which no embedding shows.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, complete but for its card.
         model: A whole, text-only or vision-only model.
         processor: Its processor.
 
@@ -155,6 +156,33 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
         return texts, {name: file.get_tensor(name) for name in file.keys()}
 
 
+def find_changed_files(folder: Path) -> list[str] | None:
+    """Find the files that differ from those that the recorded embeddings were computed with.
+
+    Embeddings of a few texts do not show every change: an edited tokenizer may give them the same
+    ids.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Names of files that were changed, added or removed, and `weights`; None where nothing was
+        recorded.
+
+    Raises:
+        ValueError: The folder has no weights, or a file is not valid JSON.
+    """
+    path = folder / GOLDEN_FILE
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        recorded = json.loads(file.metadata().get("files", "null"))
+    if recorded is None:
+        return None
+    found = hash_deciding_files(folder)
+    return sorted(n for n in {*found, *recorded} if found.get(n) != recorded.get(n))
+
+
 def find_tolerance(dtype: torch.dtype, *, other_machine: bool = False) -> float:
     """Return the largest harmless distance between two computations of a unit embedding.
 
@@ -196,6 +224,10 @@ def _save(
         raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
     content = serialize_tensors(
         {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
-        {"texts": json.dumps(texts, ensure_ascii=False), "dtype": str(dtype)},
+        {
+            "texts": json.dumps(texts, ensure_ascii=False),
+            "dtype": str(dtype),
+            "files": json.dumps(hash_deciding_files(folder), sort_keys=True),
+        },
     )
     (folder / GOLDEN_FILE).write_bytes(content)
