@@ -55,6 +55,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules: set[str] | list[str] | None = ["AdapterBlock"]  # noqa: RUF012
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
+    num_switches_to_training = 0
     text_model: Any
     vision_model: Any
     text_adapter: Any
@@ -191,6 +192,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             for name in ("text_model", "vision_model"):
                 if hasattr(self, name):
                     settle_frozen(getattr(self, name))
+            # Last: who encodes in another thread reads it last, and then refuses the embeddings.
+            self.num_switches_to_training += 1
         return self
 
     def get_input_embeddings(self) -> nn.Module:

@@ -280,6 +280,30 @@ def test_padding_without_a_mask_is_rejected_if_the_model_has_no_prompt() -> None
         assert torch.equal(model(input_ids=alone["input_ids"]).text_embeds, wanted)
 
 
+PROMPTS_WITH_THE_PAD_ID = {
+    "suffix": {"prompt_prefix": "<|im_start|>user", "prompt_suffix": "<|pad|>"},
+    "suffix of two": {"prompt_prefix": "<|im_start|>", "prompt_suffix": "<|pad|><|pad|>"},
+    "end of the suffix": {"prompt_suffix": "<|im_end|><|pad|>"},
+    "prefix": {"prompt_prefix": "<|pad|>user"},
+    "both": {"prompt_prefix": "<|pad|>", "prompt_suffix": "<|pad|>"},
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS_WITH_THE_PAD_ID.values(), ids=PROMPTS_WITH_THE_PAD_ID)
+def test_padding_without_a_mask_is_rejected_if_the_pad_id_is_in_the_prompt(prompt: Any) -> None:
+    model, processor = tiny_model(**prompt)
+    batch = processor(text=CAPTIONS)
+    ids, left = batch["input_ids"], move_padding_left(batch)["input_ids"]
+    with torch.no_grad():
+        for padded in (ids, left, torch.cat([ids[:1], ids[:1, -1:].expand(1, 3)], dim=1)):
+            with pytest.raises(ValueError, match=r"have padding|do not (begin|end)"):
+                model(input_ids=padded)
+        for caption in CAPTIONS:
+            alone = processor(text=caption)
+            wanted = model(**alone).text_embeds
+            assert torch.equal(model(input_ids=alone["input_ids"]).text_embeds, wanted)
+
+
 def test_an_empty_batch_of_texts_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"shape \(0, 5\): give at least one text"):
         shared_model()[0](input_ids=torch.zeros(0, 5, dtype=torch.long))
@@ -404,3 +428,57 @@ def test_a_server_that_would_run_the_llm_causally_is_rejected(model_class: Any) 
     # vLLM checks this before it replaces the attention. It would pool the last token of a causal
     # pass.
     assert model_class.is_backend_compatible() is False
+
+
+# Compiled
+
+CUT = {
+    "a gap in their attention_mask": lambda ids, mask: (
+        ids,
+        mask.index_fill(1, torch.tensor(3), 0),
+    ),
+    "no token to pool": lambda ids, mask: (ids, mask.index_fill(0, torch.tensor(1), 0)),
+    "more than max_text_length": lambda ids, _: (
+        ids[:, [*range(5), *[5] * 40, *range(5, ids.shape[1])]],
+        torch.ones(len(ids), ids.shape[1] + 40, dtype=torch.long),
+    ),
+    "do not begin with the model's prompt": lambda ids, mask: (ids[:, 1:], mask[:, 1:]),
+    "outside the vocabulary": lambda ids, mask: (ids + 10**6, mask),
+    "have padding": lambda ids, _: (ids, None),
+}
+
+
+@pytest.mark.parametrize("complaint", CUT)
+def test_a_compiled_model_rejects_what_a_plain_one_does(complaint: str) -> None:
+    model, processor = shared_model()
+    batch = processor(text=CAPTIONS)
+    ids, mask = CUT[complaint](batch["input_ids"], batch["attention_mask"])
+    torch.compiler.reset()
+    compiled = torch.compile(model.get_caption_embeds, backend="eager", fullgraph=True)
+    for encode in (model.get_caption_embeds, compiled):
+        with torch.no_grad(), pytest.raises(ValueError, match=complaint):
+            encode(ids, mask)
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_a_compiled_model_is_one_graph_for_texts_that_pass(has_mask: bool) -> None:
+    model, processor = shared_model()
+    torch.compiler.reset()
+    compiled = torch.compile(model.get_caption_embeds, backend="aot_eager", fullgraph=True)
+    batch = processor(text=CAPTIONS if has_mask else CAPTIONS[1])
+    given = dict(batch) if has_mask else {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        wanted = model.get_caption_embeds(**batch)
+        torch.testing.assert_close(compiled(**given), wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_an_exported_graph_has_no_operator_of_ours() -> None:
+    model, processor = shared_model()
+    batch = processor(text=CAPTIONS)
+    exported = torch.export.export(
+        LLM2CLIPTextModel(model.config, model.text_model).eval(),
+        (batch["input_ids"], batch["attention_mask"]),
+        strict=False,
+    )
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert names and not {name for name in names if "llm2clip" in name}
