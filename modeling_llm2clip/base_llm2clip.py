@@ -196,6 +196,27 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             self.num_switches_to_training += 1
         return self
 
+    def _set_gradient_checkpointing(self, enable: bool = True, **settings: Any) -> None:
+        """Switch gradient checkpointing of both towers; transformers' would miss timm networks.
+
+        A frozen tower that cannot recompute is left out, because it keeps nothing to recompute.
+        """
+        towers = {n: m for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
+        for name, tower in towers.items():
+            try:
+                tower._set_gradient_checkpointing(enable, **settings)
+            # timm networks without it raise the last two.
+            except (ValueError, AssertionError, AttributeError) as error:
+                if enable and any(p.requires_grad for p in tower.parameters()):
+                    raise ValueError(
+                        f"The {tower.config.model_type!r} tower cannot recompute its activations: "
+                        f"{error}. Train without gradient checkpointing, or freeze the tower first "
+                        f"(model.{name}.requires_grad_(False))."
+                    ) from error
+            else:
+                if hasattr(tower, "timm_model"):
+                    tower.gradient_checkpointing = enable  # which transformers and peft look for
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings of the LLM."""
         return self.text_model.get_input_embeddings()  # type: ignore[no-any-return]
