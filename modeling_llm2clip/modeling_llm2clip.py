@@ -33,6 +33,7 @@ from .packing_llm2clip import (
 from .pooling_llm2clip import (
     build_pooling_mask,
     build_position_ids,
+    check_rotary_positions,
     count_unpooled,
     mask_checked,
     mask_checked_in_graph,
@@ -155,6 +156,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Run the LLM and pool its output; `keep_tokens` also returns its last hidden states."""
         config = self.config
+        check_rotary_positions(config.text_config, max_length=config.max_text_length)
         num_unpooled = count_unpooled(
             prompt_length,
             num_prefix=len(config.prompt_prefix_ids),

@@ -48,7 +48,7 @@ _MOST_DIFFERENCE = 1e-3
 # The attention implementation is a field of the shared configuration, so only one packed pass runs
 # at a time. A plain pass of another thread that meets the packed setting computes what SDPA does.
 _switch = threading.RLock()
-_pass = threading.local()  # `is_packed`: whether this thread runs a pack
+_pass = threading.local()  # `longest`: tokens of the longest text while this thread runs a pack
 # LLM → whether packing gives the same numbers; checked before the first use.
 _checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -129,8 +129,10 @@ def pool_on_cpu(
 
 
 def _runs_packs(text_model: PreTrainedModel, longest: int, device: torch.device) -> bool:
-    window = getattr(text_model.config, "sliding_window", None)
-    if (window is not None and longest > window) or not packing_allowed(text_model):
+    config = text_model.config
+    # Tokens within a window, or within a chunk of this many tokens, attend to each other.
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(span and longest > span for span in spans) or not packing_allowed(text_model):
         return False
     if text_model not in _checked:
         _checked[text_model] = can_pack(text_model, device)
@@ -252,7 +254,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
     position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
-    with _packed_attention(text_model):
+    with _packed_attention(text_model, longest=max(lengths)):
         output = text_model(
             input_ids=torch.cat(list(texts)).unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
@@ -448,28 +450,31 @@ def acquire_text_forward_lock() -> Iterator[None]:
 
 
 @contextmanager
-def _packed_attention(text_model: PreTrainedModel) -> Iterator[None]:
+def _packed_attention(text_model: PreTrainedModel, *, longest: int) -> Iterator[None]:
     """Switch the LLM to packed attention for one pass."""
     AttentionInterface.register(_NAME, attend_packed)
     AttentionMaskInterface.register(_NAME, _build_mask)
     with _switch:
         before = text_model.config._attn_implementation
-        _pass.is_packed = True
+        _pass.longest = longest
         text_model.config._attn_implementation = _NAME
         try:
             yield
         finally:
             text_model.config._attn_implementation = before
-            _pass.is_packed = False
+            _pass.longest = 0
 
 
 def _runs_a_pack() -> bool:
-    return getattr(_pass, "is_packed", False)
+    return getattr(_pass, "longest", 0) > 0
 
 
 def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Build the mask of a plain pass of another thread, as for SDPA; a pack needs none."""
     if _runs_a_pack():
+        span = kwargs.get("local_size")  # of a window or a chunk
+        if span is not None and _pass.longest > span:
+            raise ValueError(f"A window or chunk of {span} tokens {_NEEDS_MORE}")
         return None
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
     return mask

@@ -26,11 +26,46 @@ def build_position_ids(attention_mask: Tensor) -> Tensor:
         attention_mask: (B, L), 1 at real tokens, which are contiguous.
 
     Returns:
-        (B, L) int64; 0, 1, 2, … without left padding.
+        (B, L) int64; 0, 1, 2, … for the real tokens, and 0 for padding: some LLMs choose their
+        rotary frequencies by the largest position of a batch.
     """
-    first_real = attention_mask.long().argmax(dim=1, keepdim=True)  # (B, 1)
+    real = attention_mask.long()
+    first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (positions - first_real).clamp(min=0)
+    return (positions - first_real) * (real != 0)
+
+
+def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
+    """Check that an LLM's rotary frequencies do not depend on the other texts of a batch.
+
+    Some LLMs take other frequencies for a whole batch once its longest text has more tokens than
+    they were first trained with.
+
+    Args:
+        text_config: configuration of the LLM.
+        max_length: maximum number of real tokens per text.
+
+    Raises:
+        ValueError: a text may be that long.
+    """
+    stated = getattr(text_config, "rope_parameters", None) or {}
+    # Some LLMs state them per type of layer.
+    for rope in [stated, *stated.values()]:
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = text_config.max_position_embeddings
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limit = rope.get(name) or getattr(text_config, name, None) or limit
+        if max_length > limit:
+            raise ValueError(
+                f"max_text_length={max_length}, but from {limit + 1} tokens on, the rotary "
+                f"positions of this LLM (rope_type={kind!r}) depend on the longest text of a "
+                "batch, and embeddings would depend on their neighbors. Set max_text_length to at "
+                f"most {limit} (llm2clip build --max-text-length, or config.json and "
+                "processor_config.json)."
+            )
 
 
 def count_unpooled(

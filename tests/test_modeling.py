@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -20,7 +21,7 @@ from shared_models import (
     shared_model,
     texts_of,
 )
-from tiny import tiny_images, tiny_model, tiny_tokenizer, tiny_vision
+from tiny import tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -77,6 +78,56 @@ def test_a_caption_is_the_mean_of_its_own_tokens_and_the_suffix(llm: str) -> Non
     wanted = hidden[:, start:].mean(dim=1)
     # Relative, because the length is not 1; sums in another order.
     assert torch.allclose(caption_embeds, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+ROTARY: dict[str, dict[str, Any]] = {
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 24, "rope_theta": 10000.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+}  # fmt: skip
+
+
+def rotary_model(kind: str, *, max_text_length: int) -> tuple[LLM2CLIPModel, Any]:
+    text_model = tiny_llm()
+    config = copy.deepcopy(text_model.config)
+    config.rope_parameters = ROTARY[kind]
+    config.max_position_embeddings = 128 if kind == "longrope" else 24
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_model = AutoModel.from_config(config).eval()
+    return join_towers(
+        tiny_vision(),
+        (text_model, tiny_tokenizer()),
+        BuildConfig(projection_dim=32, max_text_length=max_text_length, prompt="llama-3"),
+    )
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_rotary_frequencies_that_depend_on_the_batch_do_so_for_no_text(
+    kind: str, with_gradients: bool
+) -> None:
+    model, processor = rotary_model(kind, max_text_length=24)
+    texts = ["a dog", "two red apples on a wooden table by the window at night in a red car"]
+    batch = dict(processor(text=texts))
+    assert batch["attention_mask"].sum(dim=1).max() == 24
+    with torch.set_grad_enabled(with_gradients):
+        alone = model(**processor(text=texts[:1])).text_embeds
+        for given in (batch, processor(text=texts[:1], padding="max_length", max_length=24)):
+            padded = {name: F.pad(value, (0, 8)) for name, value in given.items()}
+            for one in (given, padded, move_padding_left(padded)):
+                found = model(**one).text_embeds[:1]
+                assert torch.allclose(found, alone, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_texts_so_long_that_rotary_frequencies_depend_on_the_batch_are_rejected(kind: str) -> None:
+    shown = rf"max_text_length=25, but from 25 tokens .*rope_type='{kind}'.*at most 24"
+    model, processor = rotary_model(kind, max_text_length=25)
+    with pytest.raises(ValueError, match=shown):
+        model(**processor(text=CAPTIONS))
 
 
 def test_an_instruction_is_attended_to_and_not_pooled() -> None:

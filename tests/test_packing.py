@@ -53,6 +53,23 @@ def test_packed_embeddings_equal_those_of_one_padded_batch(family, bidirectional
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
 
 
+def test_texts_longer_than_a_chunk_of_attention_are_not_packed():
+    model, processor = tiny_model(llm="llama4_text", bidirectional=False)
+    inputs = processor(text=TEXTS)
+    chunk = model.config.text_config.attention_chunk_size
+    assert inputs["attention_mask"].sum(dim=1).max() > chunk
+    padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
+    with torch.inference_mode():
+        found = model.get_caption_embeds(**inputs)
+        # Order of sums in float32.
+        torch.testing.assert_close(found, padded, atol=2e-6, rtol=1e-5)
+        short, long = torch.arange(20, 20 + chunk), torch.arange(20, 21 + chunk)
+        assert can_pack(model.text_model, CPU)
+        run_packed(model.text_model, [short, short])
+        with pytest.raises(ValueError, match=f"chunk of {chunk} tokens needs more"):
+            run_packed(model.text_model, [short, long])
+
+
 def test_the_last_token_is_pooled_the_same_way_packed_and_padded():
     model, processor = tiny_model(text_pooling="last_token")
     inputs = processor(text=TEXTS)
@@ -176,7 +193,7 @@ def test_attention_that_needs_more_than_dot_products_is_rejected(extra):
     heads = torch.ones(1, 2, 4, 8)
     packs = {"packed_texts": PackedTexts(torch.tensor([0, 4]), is_causal=False)} if extra else {}
     with (
-        _packed_attention(tiny_llm("llama")),
+        _packed_attention(tiny_llm("llama"), longest=4),
         pytest.raises(ValueError, match="more than packed attention computes"),
     ):
         attend_packed(nn.Identity(), heads, heads, heads, None, **packs, **extra)
