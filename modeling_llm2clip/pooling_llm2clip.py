@@ -26,13 +26,14 @@ def build_position_ids(attention_mask: Tensor) -> Tensor:
         attention_mask: (B, L), 1 at real tokens, which are contiguous.
 
     Returns:
-        (B, L) int64; 0, 1, 2, … for the real tokens, and 0 for padding: some LLMs choose their
-        rotary frequencies by the largest position of a batch.
+        (B, L) int64; 0, 1, 2, … for the real tokens. Padding has no larger position, because some
+        LLMs choose their rotary frequencies by the largest one.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
+    last = real.sum(dim=1, keepdim=True) - 1
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (positions - first_real) * (real != 0)
+    return (positions - first_real).minimum(last).clamp(min=0)
 
 
 def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
