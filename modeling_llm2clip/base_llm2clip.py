@@ -196,7 +196,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             self.num_switches_to_training += 1
         return self
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **settings: Any) -> None:
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, **settings: Any
+    ) -> None:
         """Switch gradient checkpointing of both towers; transformers' would miss timm networks.
 
         A frozen tower that cannot recompute is left out, because it keeps nothing to recompute.

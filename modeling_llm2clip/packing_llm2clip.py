@@ -39,7 +39,7 @@ MAX_PADDING_SHARE = 0.1
 _MODULE = re.sub(r"\W", "_", __name__)
 _NAME = f"{_MODULE}_packed"
 # torch before 2.7 has only is_compiling, which is also true while compiling.
-_TELLS_EXPORTS = hasattr(torch.compiler, "is_exporting")
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _NEEDS_MORE = "needs more than packed attention computes."
 # Both paths compute the same numbers and differ by the order of sums; a missing mask would change
@@ -439,7 +439,7 @@ def is_traced() -> bool:
 
 def is_exported() -> bool:
     """Whether this call is being traced by an export."""
-    return _is_exporting() and (_TELLS_EXPORTS or not torch.compiler.is_dynamo_compiling())
+    return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
 
 
 @contextmanager

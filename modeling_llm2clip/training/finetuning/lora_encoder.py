@@ -156,7 +156,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
             (N, D) float32.
         """
         was_training = self.llm2clip.training
-        self.llm2clip.eval()
+        self.llm2clip.eval()  # type: ignore[no-untyped-call]
         try:
             return encode_texts(self.llm2clip, self.processor, captions, project=False)
         finally:
