@@ -58,6 +58,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules: set[str] | list[str] | None = ["AdapterBlock"]  # noqa: RUF012
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
+    num_switches_to_training = 0
     text_model: Any
     vision_model: Any
     text_adapter: Any
@@ -203,7 +204,32 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             for name in ("text_model", "vision_model"):
                 if hasattr(self, name):
                     settle_frozen(getattr(self, name))
+            # Last: who encodes in another thread reads it last, and then refuses the embeddings.
+            self.num_switches_to_training += 1
         return self
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, **settings: Any
+    ) -> None:
+        """Switch gradient checkpointing of both towers; transformers' would miss timm networks.
+
+        A frozen tower that cannot recompute is left out, because it keeps nothing to recompute.
+        """
+        towers = {n: m for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
+        for name, tower in towers.items():
+            try:
+                tower._set_gradient_checkpointing(enable, **settings)
+            # timm networks without it raise the last two.
+            except (ValueError, AssertionError, AttributeError) as error:
+                if enable and any(p.requires_grad for p in tower.parameters()):
+                    raise ValueError(
+                        f"The {tower.config.model_type!r} tower cannot recompute its activations: "
+                        f"{error}. Train without gradient checkpointing, or freeze the tower first "
+                        f"(model.{name}.requires_grad_(False))."
+                    ) from error
+            else:
+                if hasattr(tower, "timm_model"):
+                    tower.gradient_checkpointing = enable  # which transformers and peft look for
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings of the LLM."""

@@ -23,13 +23,20 @@ from .base_llm2clip import LLM2CLIPPreTrainedModel, settle_frozen
 from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import LogitScale, check_width, contrastive_loss
 from .outputs_llm2clip import LLM2CLIPOutput, find_requested_states, keep_states, name_requests
-from .packing_llm2clip import acquire_text_forward_lock, is_traced, pool_on_cpu, splits_batches
+from .packing_llm2clip import (
+    acquire_text_forward_lock,
+    is_exported,
+    is_traced,
+    pool_on_cpu,
+    splits_batches,
+)
 from .pooling_llm2clip import (
     build_pooling_mask,
     build_position_ids,
-    check_token_rows,
+    check_rotary_positions,
     count_unpooled,
-    mask_unpadded,
+    mask_checked,
+    mask_checked_in_graph,
     pool_tokens,
 )
 from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
@@ -158,24 +165,26 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Run the LLM and pool its output; `keep_tokens` also returns its last hidden states."""
         config = self.config
-        if attention_mask is None:
-            pad_token_id = None if is_traced() else self._padding_id
-            attention_mask = mask_unpadded(input_ids, pad_token_id=pad_token_id)
+        check_rotary_positions(config.text_config, max_length=config.max_text_length)
         num_unpooled = count_unpooled(
             prompt_length,
             num_prefix=len(config.prompt_prefix_ids),
             num_suffix=len(config.prompt_suffix_ids),
             suffix_ends_special=config.prompt_suffix_ends_special,
         )
-        if not is_traced():
-            check_token_rows(
+        if is_exported():  # a graph for other runtimes checks nothing
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        else:
+            check = mask_checked_in_graph if is_traced() else mask_checked
+            mask = check(
                 input_ids,
                 attention_mask,
-                prefix_ids=config.prompt_prefix_ids,
-                suffix_ids=config.prompt_suffix_ids,
-                max_length=config.max_text_length,
-                vocabulary_size=config.text_config.vocab_size,
-                num_unpooled=num_unpooled,
+                getattr(config.text_config, "pad_token_id", None),
+                config.prompt_prefix_ids,
+                config.prompt_suffix_ids,
+                config.max_text_length,
+                config.text_config.vocab_size,
+                num_unpooled,
             )
         splits = (
             input_ids.device.type == "cpu"
@@ -183,13 +192,11 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             and splits_batches(self.text_model, packs_in_training=self.packs_in_training)
         )
         if not splits:
-            return self._pool_batch(
-                input_ids, attention_mask, num_unpooled=num_unpooled, requested=requested
-            )
+            return self._pool_batch(input_ids, mask, num_unpooled=num_unpooled, requested=requested)
         return pool_on_cpu(
             self.text_model,
             input_ids,
-            attention_mask,
+            mask,
             num_unpooled=num_unpooled,
             pooling=config.text_pooling,
             width=config.text_width,
@@ -221,13 +228,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         mask = mask.to(hidden_states.device)
         pooled = pool_tokens(hidden_states, mask, pooling=self.config.text_pooling)
         return keep_states(output, self.text_model, requested, pooled=pooled)
-
-    @property
-    def _padding_id(self) -> int | None:
-        """Id of the padding token, or None if the prompt contains it too."""
-        config = self.config
-        pad = getattr(config.text_config, "pad_token_id", None)
-        return None if pad in (*config.prompt_prefix_ids, *config.prompt_suffix_ids) else pad
 
 
 class _VisionMixin(LLM2CLIPPreTrainedModel):

@@ -65,14 +65,25 @@ def find_requested_states(
 
     Returns:
         Any of "output_attentions" and "output_hidden_states".
+
+    Raises:
+        ValueError: a request selects layers.
     """
     given = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-    configs = (config, tower.config)
-    return tuple(
-        name
-        for name, value in given.items()
-        if (any(getattr(c, name, False) for c in configs) if value is None else value)
-    )
+    requested = []
+    for name, value in given.items():
+        stated = [getattr(c, name, None) for c in (config, tower.config)]
+        values = stated if value is None else [value]
+        for one in values:
+            # Newer versions of transformers take indices of layers, older ones return all.
+            if not (one is None or isinstance(one, bool)):
+                raise ValueError(
+                    f"{name}={one!r} must be True or False. Request all layers, and select from "
+                    f"the {_STATES[name]} that are returned."
+                )
+        if any(values):
+            requested.append(name)
+    return tuple(requested)
 
 
 def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, bool]:

@@ -23,8 +23,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CPU_TOKEN_BUDGET = 2048
 # Reading the weights once costs as much as about this many tokens. Merging two small batches is
@@ -36,14 +39,16 @@ MAX_PADDING_SHARE = 0.1
 _MODULE = re.sub(r"\W", "_", __name__)
 _NAME = f"{_MODULE}_packed"
 # torch before 2.7 has only is_compiling, which is also true while compiling.
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _NEEDS_MORE = "needs more than packed attention computes."
 # Both paths compute the same numbers and differ by the order of sums; a missing mask would change
 # them by more than a tenth.
 _MOST_DIFFERENCE = 1e-3
-# The attention implementation is a field of the shared configuration, so only one pass runs at a
-# time, packed or plain: a plain pass that saw the packed setting would attend without its mask.
+# The attention implementation is a field of the shared configuration, so only one packed pass runs
+# at a time. A plain pass of another thread that meets the packed setting computes what SDPA does.
 _switch = threading.RLock()
+_pass = threading.local()  # `longest`: tokens of the longest text while this thread runs a pack
 # LLM → whether packing gives the same numbers; checked before the first use.
 _checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -106,7 +111,7 @@ def pool_on_cpu(
     # One text fills no pack, and is spared the check of packs, which takes five passes.
     packs = len(texts) > 1 and _runs_packs(text_model, max(lengths), input_ids.device)
     plan = plan_packs if packs else plan_token_batches
-    pooled = torch.empty(len(texts), width)
+    pooled = torch.empty(len(texts), width, dtype=torch.float32)
     tokens = None
     if keep_tokens:
         tokens = torch.zeros(*input_ids.shape, width, dtype=text_model.dtype)
@@ -124,8 +129,10 @@ def pool_on_cpu(
 
 
 def _runs_packs(text_model: PreTrainedModel, longest: int, device: torch.device) -> bool:
-    window = getattr(text_model.config, "sliding_window", None)
-    if (window is not None and longest > window) or not packing_allowed(text_model):
+    config = text_model.config
+    # Tokens within a window, or within a chunk of this many tokens, attend to each other.
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(span and longest > span for span in spans) or not packing_allowed(text_model):
         return False
     if text_model not in _checked:
         _checked[text_model] = can_pack(text_model, device)
@@ -247,7 +254,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
     position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
-    with _packed_attention(text_model):
+    with _packed_attention(text_model, longest=max(lengths)):
         output = text_model(
             input_ids=torch.cat(list(texts)).unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
@@ -281,10 +288,11 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """
     rows = torch.arange(12, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
-    was_training = text_model.training
-    text_model.eval()  # dropout would make any two passes differ
+    plain = torch.autocast(device.type, enabled=False)
     try:
-        with torch.autocast(device.type, enabled=False), acquire_text_forward_lock():
+        # Dropout would make any two passes differ. Other threads may use the model, so its mode
+        # stays. What is random in another way fails the check.
+        with plain, _WithoutDropout(), acquire_text_forward_lock():
             packed = run_packed(text_model, texts)
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
@@ -292,8 +300,6 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
             ]
     except (TypeError, ValueError):  # forward rejects the argument, or attend_packed the model
         return False
-    finally:
-        text_model.train(was_training)
     expected = torch.cat(alone).float()
     difference = (packed.float() - expected).norm() / expected.norm()
     return bool(difference < _MOST_DIFFERENCE)
@@ -311,9 +317,12 @@ def attend_packed(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each text of a pack, as an implementation of transformers' interface.
+
+    A plain pass of another thread, which meets this implementation in the shared configuration,
+    attends as SDPA does.
 
     Args:
         module: attention layer that calls this.
@@ -327,7 +336,7 @@ def attend_packed(
         sliding_window: window in tokens, which no text may exceed.
         softcap: must be None or 0.
         s_aux: attention sinks; must be None.
-        **_: further arguments of the interface, which are not used.
+        **others: further arguments of the interface, which a pack does not use.
 
     Returns:
         (1, T, heads, d), and None in place of attention weights.
@@ -335,6 +344,12 @@ def attend_packed(
     Raises:
         ValueError: the layer needs a mask, soft capping, sinks or a window.
     """
+    if packed_texts is None and not _runs_a_pack():
+        more = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
+        plain: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
+        return plain
     if packed_texts is None or attention_mask is not None or softcap or s_aux is not None:
         raise ValueError(f"{type(module).__name__} {_NEEDS_MORE}")
     # Under autocast, rotary embeddings leave queries and keys in float32.
@@ -422,21 +437,58 @@ def is_traced() -> bool:
     return torch.compiler.is_dynamo_compiling() or _is_exporting()
 
 
+def is_exported() -> bool:
+    """Whether this call is being traced by an export."""
+    return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
+
+
 @contextmanager
 def acquire_text_forward_lock() -> Iterator[None]:
-    """Block packed and plain passes of other threads while one thread uses the LLM."""
+    """Block this package's passes through LLMs in other threads."""
     with _switch:
         yield
 
 
 @contextmanager
-def _packed_attention(text_model: PreTrainedModel) -> Iterator[None]:
+def _packed_attention(text_model: PreTrainedModel, *, longest: int) -> Iterator[None]:
     """Switch the LLM to packed attention for one pass."""
     AttentionInterface.register(_NAME, attend_packed)
+    AttentionMaskInterface.register(_NAME, _build_mask)
     with _switch:
         before = text_model.config._attn_implementation
+        _pass.longest = longest
         text_model.config._attn_implementation = _NAME
         try:
             yield
         finally:
             text_model.config._attn_implementation = before
+            _pass.longest = 0
+
+
+def _runs_a_pack() -> bool:
+    return getattr(_pass, "longest", 0) > 0
+
+
+def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Build the mask of a plain pass of another thread, as for SDPA; a pack needs none."""
+    if _runs_a_pack():
+        span = kwargs.get("local_size")  # of a window or a chunk
+        if span is not None and _pass.longest > span:
+            raise ValueError(f"A window or chunk of {span} tokens {_NEEDS_MORE}")
+        return None
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return mask
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Switches dropout off in this thread alone, whatever the mode of the modules."""
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.dropout:
+            return args[0]
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)

@@ -5,8 +5,18 @@ Uploaded with the weights. Shapes: B texts, L tokens, D width of the LLM.
 
 from __future__ import annotations
 
+import inspect
+import re
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# The package and its copy from the Hub may both be loaded, so each needs its own name.
+_MODULE = re.sub(r"\W", "_", __name__)
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # unknown to older versions
+_TAKES_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
+_TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
 
 
 def build_position_ids(attention_mask: Tensor) -> Tensor:
@@ -16,11 +26,47 @@ def build_position_ids(attention_mask: Tensor) -> Tensor:
         attention_mask: (B, L), 1 at real tokens, which are contiguous.
 
     Returns:
-        (B, L) int64; 0, 1, 2, … without left padding.
+        (B, L) int64; 0, 1, 2, … for the real tokens. Padding has no larger position, because some
+        LLMs choose their rotary frequencies by the largest one.
     """
-    first_real = attention_mask.long().argmax(dim=1, keepdim=True)  # (B, 1)
+    real = attention_mask.long()
+    first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
+    last = real.sum(dim=1, keepdim=True) - 1
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (positions - first_real).clamp(min=0)
+    return (positions - first_real).minimum(last).clamp(min=0)
+
+
+def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
+    """Check that an LLM's rotary frequencies do not depend on the other texts of a batch.
+
+    Some LLMs take other frequencies for a whole batch once its longest text has more tokens than
+    they were first trained with.
+
+    Args:
+        text_config: configuration of the LLM.
+        max_length: maximum number of real tokens per text.
+
+    Raises:
+        ValueError: a text may be that long.
+    """
+    stated = getattr(text_config, "rope_parameters", None) or {}
+    # Some LLMs state them per type of layer.
+    for rope in [stated, *stated.values()]:
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = text_config.max_position_embeddings
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limit = rope.get(name) or getattr(text_config, name, None) or limit
+        if max_length > limit:
+            raise ValueError(
+                f"max_text_length={max_length}, but from {limit + 1} tokens on, the rotary "
+                f"positions of this LLM (rope_type={kind!r}) depend on the longest text of a "
+                "batch, and embeddings would depend on their neighbors. Set max_text_length to at "
+                f"most {limit} (llm2clip build --max-text-length, or config.json and "
+                "processor_config.json)."
+            )
 
 
 def count_unpooled(
@@ -90,12 +136,19 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
     return summed / weights.sum(dim=1, keepdim=True)
 
 
-def mask_unpadded(input_ids: Tensor, *, pad_token_id: int | None) -> Tensor:
+def mask_unpadded(
+    input_ids: Tensor, *, pad_token_id: int | None, prefix_ids: list[int], suffix_ids: list[int]
+) -> Tensor:
     """Build the mask of ids that came without one, in which every token is real.
+
+    The pad id may be part of the prompt, so a row is padded if it begins or ends with more of them
+    than the prompt does.
 
     Args:
         input_ids: (B, L).
-        pad_token_id: id of padding; None if it cannot be distinguished from text.
+        pad_token_id: id of padding; None if it is unknown.
+        prefix_ids: ids of the prompt's prefix.
+        suffix_ids: ids of the prompt's suffix.
 
     Returns:
         (B, L) int64, all ones.
@@ -104,11 +157,24 @@ def mask_unpadded(input_ids: Tensor, *, pad_token_id: int | None) -> Tensor:
         ValueError: a row starts or ends with padding.
     """
     if pad_token_id is not None and input_ids.ndim == 2:
-        ends = input_ids[:, :1], input_ids[:, -1:]
-        padded = torch.cat(ends, dim=1).eq(pad_token_id).any(dim=1)
+        is_pad = input_ids == pad_token_id
+        num_first = _count_first(prefix_ids, pad_token_id)
+        num_last = _count_first(suffix_ids[::-1], pad_token_id)
+        padded = _are_all(is_pad[:, : num_first + 1], num_first + 1)
+        padded |= _are_all(is_pad[:, -num_last - 1 :], num_last + 1)
         _refuse(padded, input_ids, f"have padding (id {pad_token_id}) and no attention_mask; pass "
                 "the attention_mask that the tokenizer returned")  # fmt: skip
     return torch.ones_like(input_ids)
+
+
+def _count_first(ids: list[int], wanted: int) -> int:
+    """Count how often a list begins with an id."""
+    return next((count for count, i in enumerate(ids) if i != wanted), len(ids))
+
+
+def _are_all(is_pad: Tensor, count: int) -> Tensor:
+    """Whether a row has this many tokens, and all are padding."""
+    return is_pad.sum(dim=1) == count
 
 
 def check_token_rows(
@@ -169,6 +235,68 @@ def check_token_rows(
     _check_piece(input_ids, first_real, prefix_ids, where="begin with the model's prompt")
     _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
                  where="end with the prompt's suffix")  # fmt: skip
+
+
+def mask_checked(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    pad_token_id: int | None,
+    prefix_ids: list[int],
+    suffix_ids: list[int],
+    max_length: int,
+    vocabulary_size: int,
+    num_unpooled: int,
+) -> Tensor:
+    """Check token ids, and return their mask.
+
+    Args:
+        input_ids: as in `check_token_rows`.
+        attention_mask: as in `check_token_rows`; None if every token is real.
+        pad_token_id: as in `mask_unpadded`.
+        prefix_ids: as in `check_token_rows`.
+        suffix_ids: as in `check_token_rows`.
+        max_length: as in `check_token_rows`.
+        vocabulary_size: as in `check_token_rows`.
+        num_unpooled: as in `check_token_rows`.
+
+    Returns:
+        (B, L), 1 at real tokens; never the given tensor itself, as an operator requires.
+
+    Raises:
+        ValueError: a row is invalid, or is padded and has no mask.
+    """
+    mask = attention_mask
+    if mask is None:
+        mask = mask_unpadded(
+            input_ids, pad_token_id=pad_token_id, prefix_ids=prefix_ids, suffix_ids=suffix_ids
+        )
+    check_token_rows(
+        input_ids,
+        mask,
+        prefix_ids=prefix_ids,
+        suffix_ids=suffix_ids,
+        max_length=max_length,
+        vocabulary_size=vocabulary_size,
+        num_unpooled=num_unpooled,
+    )
+    return mask if attention_mask is None else mask.clone()
+
+
+# As an operator, it also checks the ids that a compiled model gets: it is one node of the graph,
+# whose result the pooling reads. It looks at the ids, so it must not be recorded in a CUDA graph.
+mask_checked_in_graph = torch.library.custom_op(
+    f"{_MODULE}::mask_checked",
+    mask_checked,
+    mutates_args=(),
+    schema="(Tensor input_ids, Tensor? attention_mask, int? pad_token_id, int[] prefix_ids, "
+    "int[] suffix_ids, SymInt max_length, SymInt vocabulary_size, SymInt num_unpooled) -> Tensor",
+    **_TAGS,
+)
+mask_checked_in_graph.register_fake(
+    lambda input_ids, attention_mask, *_: torch.empty_like(
+        input_ids if attention_mask is None else attention_mask
+    )
+)
 
 
 def _check_piece(input_ids: Tensor, starts: Tensor, piece: list[int], *, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_a_request_in_the_config_applies_unless_the_call_overrides_it(
         overridden = list_towers(model(**inputs, output_hidden_states=False))
     assert all(len(tower.hidden_states) == 3 for tower in by_config.values())
     assert all(tower.hidden_states is None for tower in overridden.values())
+
+
+@every_class
+@pytest.mark.parametrize("request_", [[0], (0, -1), [], 0, 1, "False"])
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_a_selection_of_layers_is_rejected(
+    models: dict[str, Any], part: str, name: str, request_: Any
+) -> None:
+    inputs = INPUTS[part](shared_batch())
+    shown = rf"{name}={re.escape(repr(request_))} must be True or False"
+    with pytest.raises(ValueError, match=shown):
+        models[part](**inputs, **{name: request_})
+
+
+@every_class
+def test_a_selection_of_layers_in_the_config_is_rejected(models: dict[str, Any], part: str) -> None:
+    model = copy.deepcopy(models[part])
+    model.config.output_hidden_states = [0]
+    with pytest.raises(ValueError, match=r"output_hidden_states=\[0\] must be True or False"):
+        model(**INPUTS[part](shared_batch()))
 
 
 @every_class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -20,7 +21,7 @@ from shared_models import (
     shared_model,
     texts_of,
 )
-from tiny import tiny_images, tiny_model, tiny_tokenizer, tiny_vision
+from tiny import tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -77,6 +78,56 @@ def test_a_caption_is_the_mean_of_its_own_tokens_and_the_suffix(llm: str) -> Non
     wanted = hidden[:, start:].mean(dim=1)
     # Relative, because the length is not 1; sums in another order.
     assert torch.allclose(caption_embeds, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+ROTARY: dict[str, dict[str, Any]] = {
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 24, "rope_theta": 10000.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+}  # fmt: skip
+
+
+def rotary_model(kind: str, *, max_text_length: int) -> tuple[LLM2CLIPModel, Any]:
+    text_model = tiny_llm()
+    config = copy.deepcopy(text_model.config)
+    config.rope_parameters = ROTARY[kind]
+    config.max_position_embeddings = 128 if kind == "longrope" else 24
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_model = AutoModel.from_config(config).eval()
+    return join_towers(
+        tiny_vision(),
+        (text_model, tiny_tokenizer()),
+        BuildConfig(projection_dim=32, max_text_length=max_text_length, prompt="llama-3"),
+    )
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_rotary_frequencies_that_depend_on_the_batch_do_so_for_no_text(
+    kind: str, with_gradients: bool
+) -> None:
+    model, processor = rotary_model(kind, max_text_length=24)
+    texts = ["a dog", "two red apples on a wooden table by the window at night in a red car"]
+    batch = dict(processor(text=texts))
+    assert batch["attention_mask"].sum(dim=1).max() == 24
+    with torch.set_grad_enabled(with_gradients):
+        alone = model(**processor(text=texts[:1])).text_embeds
+        for given in (batch, processor(text=texts[:1], padding="max_length", max_length=24)):
+            padded = {name: F.pad(value, (0, 8)) for name, value in given.items()}
+            for one in (given, padded, move_padding_left(padded)):
+                found = model(**one).text_embeds[:1]
+                assert torch.allclose(found, alone, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_texts_so_long_that_rotary_frequencies_depend_on_the_batch_are_rejected(kind: str) -> None:
+    shown = rf"max_text_length=25, but from 25 tokens .*rope_type='{kind}'.*at most 24"
+    model, processor = rotary_model(kind, max_text_length=25)
+    with pytest.raises(ValueError, match=shown):
+        model(**processor(text=CAPTIONS))
 
 
 def test_an_instruction_is_attended_to_and_not_pooled() -> None:
@@ -280,6 +331,30 @@ def test_padding_without_a_mask_is_rejected_if_the_model_has_no_prompt() -> None
         assert torch.equal(model(input_ids=alone["input_ids"]).text_embeds, wanted)
 
 
+PROMPTS_WITH_THE_PAD_ID = {
+    "suffix": {"prompt_prefix": "<|im_start|>user", "prompt_suffix": "<|pad|>"},
+    "suffix of two": {"prompt_prefix": "<|im_start|>", "prompt_suffix": "<|pad|><|pad|>"},
+    "end of the suffix": {"prompt_suffix": "<|im_end|><|pad|>"},
+    "prefix": {"prompt_prefix": "<|pad|>user"},
+    "both": {"prompt_prefix": "<|pad|>", "prompt_suffix": "<|pad|>"},
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS_WITH_THE_PAD_ID.values(), ids=PROMPTS_WITH_THE_PAD_ID)
+def test_padding_without_a_mask_is_rejected_if_the_pad_id_is_in_the_prompt(prompt: Any) -> None:
+    model, processor = tiny_model(**prompt)
+    batch = processor(text=CAPTIONS)
+    ids, left = batch["input_ids"], move_padding_left(batch)["input_ids"]
+    with torch.no_grad():
+        for padded in (ids, left, torch.cat([ids[:1], ids[:1, -1:].expand(1, 3)], dim=1)):
+            with pytest.raises(ValueError, match=r"have padding|do not (begin|end)"):
+                model(input_ids=padded)
+        for caption in CAPTIONS:
+            alone = processor(text=caption)
+            wanted = model(**alone).text_embeds
+            assert torch.equal(model(input_ids=alone["input_ids"]).text_embeds, wanted)
+
+
 def test_an_empty_batch_of_texts_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"shape \(0, 5\): give at least one text"):
         shared_model()[0](input_ids=torch.zeros(0, 5, dtype=torch.long))
@@ -404,3 +479,57 @@ def test_a_server_that_would_run_the_llm_causally_is_rejected(model_class: Any) 
     # vLLM checks this before it replaces the attention. It would pool the last token of a causal
     # pass.
     assert model_class.is_backend_compatible() is False
+
+
+# Compiled
+
+CUT = {
+    "a gap in their attention_mask": lambda ids, mask: (
+        ids,
+        mask.index_fill(1, torch.tensor(3), 0),
+    ),
+    "no token to pool": lambda ids, mask: (ids, mask.index_fill(0, torch.tensor(1), 0)),
+    "more than max_text_length": lambda ids, _: (
+        ids[:, [*range(5), *[5] * 40, *range(5, ids.shape[1])]],
+        torch.ones(len(ids), ids.shape[1] + 40, dtype=torch.long),
+    ),
+    "do not begin with the model's prompt": lambda ids, mask: (ids[:, 1:], mask[:, 1:]),
+    "outside the vocabulary": lambda ids, mask: (ids + 10**6, mask),
+    "have padding": lambda ids, _: (ids, None),
+}
+
+
+@pytest.mark.parametrize("complaint", CUT)
+def test_a_compiled_model_rejects_what_a_plain_one_does(complaint: str) -> None:
+    model, processor = shared_model()
+    batch = processor(text=CAPTIONS)
+    ids, mask = CUT[complaint](batch["input_ids"], batch["attention_mask"])
+    torch.compiler.reset()
+    compiled = torch.compile(model.get_caption_embeds, backend="eager", fullgraph=True)
+    for encode in (model.get_caption_embeds, compiled):
+        with torch.no_grad(), pytest.raises(ValueError, match=complaint):
+            encode(ids, mask)
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_a_compiled_model_is_one_graph_for_texts_that_pass(has_mask: bool) -> None:
+    model, processor = shared_model()
+    torch.compiler.reset()
+    compiled = torch.compile(model.get_caption_embeds, backend="aot_eager", fullgraph=True)
+    batch = processor(text=CAPTIONS if has_mask else CAPTIONS[1])
+    given = dict(batch) if has_mask else {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        wanted = model.get_caption_embeds(**batch)
+        torch.testing.assert_close(compiled(**given), wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_an_exported_graph_has_no_operator_of_ours() -> None:
+    model, processor = shared_model()
+    batch = processor(text=CAPTIONS)
+    exported = torch.export.export(
+        LLM2CLIPTextModel(model.config, model.text_model).eval(),
+        (batch["input_ids"], batch["attention_mask"]),
+        strict=False,
+    )
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert names and not {name for name in names if "llm2clip" in name}

@@ -17,12 +17,12 @@ from shared_models import (
     shared_batch,
     shared_model,
 )
-from tiny import tiny_images
+from tiny import tiny_images, tiny_model
 
-from modeling_llm2clip import (
-    LLM2CLIPModel,
-)
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from modeling_llm2clip.heads_llm2clip import LogitScale, contrastive_loss
+from modeling_llm2clip.training.alignment.tower_layers import find_layers
+from modeling_llm2clip.training.trainer_mixins import recompute_activations
 
 # Loss and gradients
 
@@ -73,20 +73,71 @@ def test_a_trained_step_is_saved_and_loaded_bit_for_bit(vision: str, tmp_path: P
     assert [name for name in trained if not torch.equal(again[name], trained[name])] == []
 
 
-def test_activation_checkpointing_gives_equal_gradients() -> None:
-    batch = shared_batch()
+def count_passes(model: LLM2CLIPModel) -> dict[str, int]:
+    """Count the passes through the first part of every layer of both towers from here on."""
+    counts = dict.fromkeys(("text_model", "vision_model"), 0)
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    for name in counts:
+        layers = find_layers(model.get_submodule(name))[1]
+        for layer in layers.children():
+            # Hooks of the layer itself are outside of what is recomputed.
+            part = next(layer.children())
+            part.register_forward_pre_hook(lambda *_, name=name: count(name))
+    return counts
+
+
+@every_vision
+def test_activation_checkpointing_recomputes_both_towers_and_gives_equal_gradients(
+    vision: str,
+) -> None:
+    batch = shared_batch(vision)
     gradients = []
     for checkpointing in (False, True):
-        model = copy.deepcopy(shared_model()[0]).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
-        model(**batch, return_loss=True).loss.backward()
+        model = copy.deepcopy(shared_model(vision)[0]).train()
+        model.gradient_checkpointing_enable()
+        if not checkpointing:
+            model.gradient_checkpointing_disable()
+        assert model.is_gradient_checkpointing is checkpointing
+        counts = count_passes(model)
+        torch.manual_seed(0)  # DINOv3 shifts its positions at random
+        loss = model(**batch, return_loss=True).loss
+        forward = dict(counts)
+        loss.backward()
+        assert all(forward.values())
+        assert counts == {n: c * (2 if checkpointing else 1) for n, c in forward.items()}
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         # The same operations in the same order; 1e-6 allows for threading.
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("part", ["", "vision_model"])
+def test_a_timm_tower_that_is_trained_alone_recomputes(part: str, tmp_path: Path) -> None:
+    shared_model("timm")[0].save_pretrained(tmp_path)
+    model = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    recompute_activations(model.get_submodule(part))
+    assert all(m.grad_checkpointing for m in model.modules() if hasattr(m, "grad_checkpointing"))
+    assert any(hasattr(m, "grad_checkpointing") for m in model.modules())
+
+
+def test_a_trained_tower_that_cannot_recompute_is_refused_and_a_frozen_one_left_out() -> None:
+    model, processor = tiny_model("timm with batch norm")
+
+    def refuse(enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"  # as timm's networks do
+
+    model.vision_model.timm_model.set_grad_checkpointing = refuse
+    with pytest.raises(ValueError, match="'timm_wrapper' tower cannot recompute"):
+        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    model.vision_model.requires_grad_(False)
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    model.train()(**processor(text=["a dog"], images=tiny_images(1)), return_loss=True)
 
 
 # Temperature

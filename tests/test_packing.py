@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llm, tiny_model
+from torch import nn
 
 from modeling_llm2clip import packing_llm2clip
 from modeling_llm2clip.base_llm2clip import set_attention_direction
@@ -18,6 +20,7 @@ from modeling_llm2clip.packing_llm2clip import (
     PackedTexts,
     _attend_in_graph,
     _checked,
+    _packed_attention,
     attend_packed,
     can_pack,
     plan_packs,
@@ -48,6 +51,23 @@ def test_packed_embeddings_equal_those_of_one_padded_batch(family, bidirectional
     assert _checked[model.text_model] is True
     # The same float32 products, summed in another order.
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
+
+
+def test_texts_longer_than_a_chunk_of_attention_are_not_packed():
+    model, processor = tiny_model(llm="llama4_text", bidirectional=False)
+    inputs = processor(text=TEXTS)
+    chunk = model.config.text_config.attention_chunk_size
+    assert inputs["attention_mask"].sum(dim=1).max() > chunk
+    padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
+    with torch.inference_mode():
+        found = model.get_caption_embeds(**inputs)
+        # Order of sums in float32.
+        torch.testing.assert_close(found, padded, atol=2e-6, rtol=1e-5)
+        short, long = torch.arange(20, 20 + chunk), torch.arange(20, 21 + chunk)
+        assert can_pack(model.text_model, CPU)
+        run_packed(model.text_model, [short, short])
+        with pytest.raises(ValueError, match=f"chunk of {chunk} tokens needs more"):
+            run_packed(model.text_model, [short, long])
 
 
 def test_the_last_token_is_pooled_the_same_way_packed_and_padded():
@@ -83,6 +103,50 @@ def test_threads_of_packed_and_padded_passes_do_not_affect_each_other():
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(encode, range(40)):
             torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)  # order of sums
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_plain_pass_through_the_llm_is_right_while_another_thread_packs(bidirectional):
+    model, processor = tiny_model(bidirectional=bidirectional)
+    inputs = dict(processor(text=TEXTS))
+    real = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        wanted = model.text_model(**inputs).last_hidden_state[real]
+        packed = model.get_caption_embeds(**inputs)  # the check of packs, too
+    found = []
+
+    def run_plain_beside(*_):
+        if threading.current_thread() is threading.main_thread() and not found:
+            with ThreadPoolExecutor(1) as pool:  # begins and ends within the pack
+                found.append(pool.submit(run_plain).result())
+
+    def run_plain():
+        with torch.no_grad():
+            return model.text_model(**inputs).last_hidden_state[real]
+
+    layer = model.text_model.layers[1]
+    handle = layer.register_forward_pre_hook(run_plain_beside)
+    with torch.inference_mode():
+        again = model.get_caption_embeds(**inputs)
+    handle.remove()
+    assert torch.equal(again, packed)
+    assert torch.equal(found[0], wanted)
+
+
+def test_the_check_of_packs_switches_no_mode_and_no_dropout_misleads_it():
+    text_model = tiny_llm("llama").train()
+    for module in text_model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    text_model.layers[0].mlp.up_proj = nn.Sequential(text_model.layers[0].mlp.up_proj, nn.Dropout())
+    text_model.layers[1].eval()
+    modes = [module.training for module in text_model.modules()]
+    seen = []
+    for module in text_model.modules():
+        module.register_forward_hook(lambda one, *_: seen.append(one.training))
+    assert can_pack(text_model, CPU)
+    assert set(seen) == {True, False}
+    assert modes == [module.training for module in text_model.modules()]
 
 
 def test_one_text_is_spared_the_check_of_packs(monkeypatch):
@@ -128,8 +192,11 @@ def test_the_attention_implementation_is_restored_after_a_pack_and_after_an_erro
 def test_attention_that_needs_more_than_dot_products_is_rejected(extra):
     heads = torch.ones(1, 2, 4, 8)
     packs = {"packed_texts": PackedTexts(torch.tensor([0, 4]), is_causal=False)} if extra else {}
-    with pytest.raises(ValueError, match="more than packed attention computes"):
-        attend_packed(torch.nn.Identity(), heads, heads, heads, None, **packs, **extra)
+    with (
+        _packed_attention(tiny_llm("llama"), longest=4),
+        pytest.raises(ValueError, match="more than packed attention computes"),
+    ):
+        attend_packed(nn.Identity(), heads, heads, heads, None, **packs, **extra)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from modeling_llm2clip.pooling_llm2clip import (
     build_pooling_mask,
     build_position_ids,
     check_token_rows,
+    mask_checked_in_graph,
+    mask_unpadded,
     pool_tokens,
 )
 
@@ -209,3 +213,36 @@ def test_ids_and_mask_of_different_shapes_are_rejected_with_both() -> None:
 def test_the_error_for_floating_point_ids_names_project_caption_embeds() -> None:
     with pytest.raises(ValueError, match=r"torch.float32.*project_caption_embeds"):
         check_token_rows(torch.ones(1, 4), torch.ones(1, 4), **RULES)
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_the_operator_that_checks_is_registered_correctly(has_mask: bool) -> None:
+    ids = torch.tensor([[1, 5, 2], [1, 6, 2]])
+    mask = torch.ones_like(ids) if has_mask else None
+    torch.library.opcheck(mask_checked_in_graph, (ids, mask, 0, [1], [2], 8, 10, 1))
+
+
+@pytest.mark.parametrize(
+    ("row", "is_padded"),
+    [
+        ([7, 8, 0, 5, 0], False),
+        ([7, 8, 0, 5, 0, 0], True),
+        ([0, 7, 8, 0, 5, 0], True),
+        ([5, 0], False),
+        ([0, 0], True),
+        ([0], True),
+        ([5], False),
+    ],
+)
+def test_more_pads_at_an_end_than_the_prompt_has_are_padding(
+    row: list[int], is_padded: bool
+) -> None:
+    settings: Any = {"pad_token_id": 0, "prefix_ids": [7, 0], "suffix_ids": [0]}
+    ids = torch.tensor([row])
+    if is_padded:
+        with pytest.raises(ValueError, match=r"1 of 1 texts have padding \(id 0\)"):
+            mask_unpadded(ids, **settings)
+    else:
+        assert mask_unpadded(ids, **settings).tolist() == [[1] * len(row)]
+    for unknown in ({"pad_token_id": None}, {"pad_token_id": 9}):
+        assert mask_unpadded(ids, **{**settings, **unknown}).all()

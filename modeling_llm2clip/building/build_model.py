@@ -28,8 +28,8 @@ from .prompts import derive_prompt, resolve_template, write_prompt
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
     measure_text_width,
-    require_bidirectional,
     require_deterministic,
+    require_direction,
     require_pixels_alone,
 )
 from .tower_sources import require_sources
@@ -100,7 +100,7 @@ def join_towers(
         ValueError: No prompt is chosen; a source does not exist, which is reported before any is
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
             tower cannot take the image size, or samples at random; the LoRA is for another LLM; or
-            the LLM's family cannot be made bidirectional.
+            the LLM's family cannot be made bidirectional, or kept causal.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -208,8 +208,7 @@ def _join(
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32
-    if config.bidirectional:
-        require_bidirectional(model.text_model)
+    require_direction(model.text_model, bidirectional=config.bidirectional)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
     require_deterministic(model, processor)
     return model, processor

@@ -29,6 +29,8 @@ _ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 # Two runs over an image may sum in another order; random sampling moves the embedding far more.
 _MOST_DIFFERENCE = 0.02
+# Number of pads, and what errors call it.
+_PADDINGS = ((0, "without padding"), (3, "with padding"))
 # What a model passes to a vision tower.
 _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
@@ -65,14 +67,11 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
     Returns:
         What is wrong, in words; empty for a tower that is bidirectional on every path.
     """
-    ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
-    ids = ids % text_model.config.vocab_size
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 7) % text_model.config.vocab_size
+    ids, changed = _make_texts(text_model)
     layers = _list_layers(text_model)
     errors = []
     plain: Tensor | None = None
-    for num_pads, name in ((0, "without padding"), (3, "with padding")):
+    for num_pads, name in _PADDINGS:
         with _LayerCheck(layers) as check:
             before = _run(text_model, ids, num_pads=num_pads)
         plain = before if plain is None else plain
@@ -90,33 +89,73 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
                 "beside them does, which hides it)"
             )
-        effect = _relative(plain[0], before[0])
-        if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
-            errors.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
+        errors += _find_padding_effect(plain, before, name)
     if not layers:
         errors.append("its layers are not in a list of modules, so none can be tested alone")
     return errors
 
 
-def require_bidirectional(text_model: PreTrainedModel) -> None:
-    """Refuse a text tower that is not bidirectional on every path.
+@torch.no_grad()
+def find_causality_errors(text_model: PreTrainedModel) -> list[str]:
+    """Perturb the last token and check that no other one changes, with and without padding.
 
     Args:
         text_model: LLM without its head.
 
+    Returns:
+        What is wrong, in words; empty for a tower that is causal on every path.
+    """
+    ids, changed = _make_texts(text_model)
+    errors = []
+    plain: Tensor | None = None
+    for num_pads, name in _PADDINGS:
+        before, after = (_run(text_model, one, num_pads=num_pads) for one in (ids, changed))
+        plain = before if plain is None else plain
+        moved = max(map(_relative, before[0, :-1], after[0, :-1]))
+        if not moved <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
+            errors.append(f"{name}, a token sees a later one (moved by {moved:.1e})")
+        errors += _find_padding_effect(plain, before, name)
+    return errors
+
+
+def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
+    """Refuse a text tower that is not bidirectional, or not causal, on every path.
+
+    Args:
+        text_model: LLM without its head.
+        bidirectional: Which of both it has to be.
+
     Raises:
         ValueError: It is not; the message says where.
     """
+    find_errors = find_attention_errors if bidirectional else find_causality_errors
     try:
-        errors = find_attention_errors(text_model)
+        errors = find_errors(text_model)
     except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
         raise ValueError(
-            f"The {text_model.config.model_type!r} family cannot be made bidirectional here: "
+            f"The {text_model.config.model_type!r} family cannot be "
+            f"{'made bidirectional' if bidirectional else 'kept causal'} here: "
             f"{'; '.join(errors)}. Take another LLM, another attention implementation, or build "
-            "with bidirectional=False."
+            f"with bidirectional={not bidirectional}."
         )
+
+
+def _make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Make the ids of a text, (1, L), and of one with another last token."""
+    ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
+    ids = ids % text_model.config.vocab_size
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 7) % text_model.config.vocab_size
+    return ids, changed
+
+
+def _find_padding_effect(plain: Tensor, padded: Tensor, name: str) -> list[str]:
+    effect = _relative(plain[0], padded[0])
+    if effect <= _MOST_PADDING_EFFECT.get(padded.dtype, 1e-3):
+        return []
+    return [f"{name}, the hidden states differ by {effect:.1e} from those without"]
 
 
 class _LayerCheck:

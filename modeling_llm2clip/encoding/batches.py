@@ -171,7 +171,7 @@ def encode_distinct_images(
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_distinct(
     inputs: Sequence[Any],
     *,
@@ -185,7 +185,7 @@ def encode_distinct(
     """Encode every distinct input once, in batches that are prepared ahead.
 
     Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
-    last bit, and no longer tie. The model must be in eval mode; see `eval_mode`.
+    last bit, and no longer tie.
 
     Args:
         inputs: Texts, addresses of images, or images; at least one. PIL images and arrays are
@@ -214,7 +214,7 @@ def encode_distinct(
         inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
     ):
         if embeddings is None:
-            embeddings = torch.empty(len(firsts), embeds.shape[1])
+            embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
         embeddings[[place_of[row] for row in rows]] = embeds
         if on_batch is not None:
             on_batch(rows, embeds)
@@ -224,7 +224,7 @@ def encode_distinct(
     return embeddings[[place_of[first_of[key]] for key in keys]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def iterate_batches(
     inputs: Sequence[Any],
     plan: Sequence[Sequence[int]],

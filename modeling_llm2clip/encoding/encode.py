@@ -1,8 +1,8 @@
 """Texts and images into embeddings: each distinct input once, in batches, from loaded objects.
 
 N texts or images, D width of a tower, P `projection_dim`. Every result is float32 on the CPU, in
-the order of the input. Dropout and TF32 are off, whatever the model's mode and the program's
-settings; the numbers do not depend on batches, device or padding beyond rounding.
+the order of the input. TF32 is off, whatever the program's settings; the numbers do not depend on
+batches, device or padding beyond rounding. The model must be in evaluation mode.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .batches import (
     require_finite,
     split_evenly,
 )
-from .eval_mode import eval_mode
+from .eval_mode import require_eval_mode
 from .float32 import float32_as_such
 
 _PROJECTED_AT_ONCE = 4096
@@ -67,7 +67,8 @@ def encode_texts(
 
     Raises:
         ValueError: `texts` is one string or not a list, a text is blank or not a string, the
-            budget is below one, or the model gives NaN or infinity. Every such text is named.
+            budget is below one, the model is in training mode, or it gives NaN or infinity. Every
+            such text is named.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -77,18 +78,17 @@ def encode_texts(
     """
     texts = clean_list(texts)
     budget = default_token_budget(model.device) if token_budget is None else token_budget
-    with eval_mode(model):
-        embeds = encode_distinct_texts(
-            processor,
-            texts,
-            encode=partial(_embed_captions, model),
-            device=model.device,
-            token_budget=budget,
-            # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
-            plan=plan_packs if model.device.type == "cpu" else plan_token_batches,
-            show_progress=show_progress,
-            on_batch=on_batch,
-        )
+    embeds = encode_distinct_texts(
+        processor,
+        texts,
+        encode=partial(_embed_captions, model),
+        device=model.device,
+        token_budget=budget,
+        # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
+        plan=plan_packs if model.device.type == "cpu" else plan_token_batches,
+        show_progress=show_progress,
+        on_batch=on_batch,
+    )
     return _project(model, model.to_text_embeds, embeds, inputs=texts) if project else embeds
 
 
@@ -122,7 +122,8 @@ def encode_images(
 
     Raises:
         ValueError: `images` is not a list or is empty, an image is missing or broken (it is
-            named), a number is below one, or the model gives NaN or infinity.
+            named), a number is below one, the model is in training mode, or it gives NaN or
+            infinity.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -133,17 +134,16 @@ def encode_images(
     if model.device.type == "cpu":
         raise_malloc_thresholds()
     size = default_batch_size(model.device) if batch_size is None else batch_size
-    with eval_mode(model):
-        embeds = encode_distinct_images(
-            processor,
-            images,
-            encode=partial(_embed_images, model),
-            device=model.device,
-            batch_size=size,
-            num_workers=num_workers,
-            show_progress=show_progress,
-            on_batch=on_batch,
-        )
+    embeds = encode_distinct_images(
+        processor,
+        images,
+        encode=partial(_embed_images, model),
+        device=model.device,
+        batch_size=size,
+        num_workers=num_workers,
+        show_progress=show_progress,
+        on_batch=on_batch,
+    )
     return _project(model, model.to_image_embeds, embeds, inputs=images) if project else embeds
 
 
@@ -167,14 +167,13 @@ def encode_prepared_images(
         ValueError: The model gives NaN or infinity.
     """
     size = default_batch_size(model.device) if batch_size is None else batch_size
-    with eval_mode(model):
-        embeds = encode_distinct(
-            images,
-            batches=lambda rows: split_evenly(len(rows), size=size),
-            prepare=join_prepared,
-            encode=partial(_embed_images, model),
-            device=model.device,
-        )
+    embeds = encode_distinct(
+        images,
+        batches=lambda rows: split_evenly(len(rows), size=size),
+        prepare=join_prepared,
+        encode=partial(_embed_images, model),
+        device=model.device,
+    )
     return _project(model, model.to_image_embeds, embeds)
 
 
@@ -235,15 +234,14 @@ def iterate_token_batches(
     Raises:
         ValueError: The model gives NaN or infinity.
     """
-    with eval_mode(model):
-        yield from iterate_id_batches(
-            processor,
-            ids,
-            plan,
-            encode=partial(_embed_captions, model),
-            device=model.device,
-            texts=texts,
-        )
+    yield from iterate_id_batches(
+        processor,
+        ids,
+        plan,
+        encode=partial(_embed_captions, model),
+        device=model.device,
+        texts=texts,
+    )
 
 
 def iterate_image_batches(
@@ -272,16 +270,15 @@ def iterate_image_batches(
     """
     if model.device.type == "cpu":
         raise_malloc_thresholds()
-    with eval_mode(model):
-        for _, embeds in iterate_batches(
-            images,
-            plan,
-            prepare=partial(decode_images, processor),
-            encode=partial(_embed_images, model),
-            device=model.device,
-            num_workers=num_workers,
-        ):
-            yield embeds
+    for _, embeds in iterate_batches(
+        images,
+        plan,
+        prepare=partial(decode_images, processor),
+        encode=partial(_embed_images, model),
+        device=model.device,
+        num_workers=num_workers,
+    ):
+        yield embeds
 
 
 def default_token_budget(device: torch.device) -> int:
@@ -324,7 +321,7 @@ def raise_malloc_thresholds() -> bool:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _project(
     model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
     to_embeds: Callable[[Tensor], Tensor],
@@ -333,7 +330,7 @@ def _project(
     inputs: Sequence[Any] | None = None,
 ) -> Tensor:
     """Project in parts, because all embeddings of a large dataset may not fit on the device."""
-    with eval_mode(model), float32_as_such():
+    with require_eval_mode(model), float32_as_such():
         parts = embeds.split(_PROJECTED_AT_ONCE)
         projected = torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
     require_finite(projected, range(len(projected)), inputs)
@@ -344,11 +341,13 @@ def _embed_captions(
     model: LLM2CLIPModel | LLM2CLIPTextModel, inputs: tuple[Tensor, Tensor]
 ) -> Tensor:
     input_ids, attention_mask = (value.to(model.device) for value in inputs)
-    return model.get_caption_embeds(input_ids=input_ids, attention_mask=attention_mask)
+    with require_eval_mode(model):
+        return model.get_caption_embeds(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def _embed_images(
     model: LLM2CLIPModel | LLM2CLIPVisionModel, inputs: Mapping[str, Tensor]
 ) -> Tensor:
     on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
-    return model.get_vision_embeds(**on_device)
+    with require_eval_mode(model):
+        return model.get_vision_embeds(**on_device)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..encoding.batches import iterate_batches, join_prepared, prepare_images, split_evenly
 from ..encoding.encode import default_batch_size, raise_malloc_thresholds
-from ..encoding.eval_mode import eval_mode
+from ..encoding.eval_mode import require_eval_mode
 from ..image_loading_llm2clip import load_images, read_image_header
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -71,7 +71,7 @@ def encode_readable_images(
         Embeddings of the files that can be read, and the errors of the others.
 
     Raises:
-        ValueError: The model gives NaN or infinity for an image.
+        ValueError: The model is in training mode, or gives NaN or infinity for an image.
     """
     if model.device.type == "cpu":
         raise_malloc_thresholds()
@@ -79,24 +79,25 @@ def encode_readable_images(
     plan = split_evenly(len(paths), size=batch_size or default_batch_size(model.device))
     kept: list[tuple[Path, ImageFacts]] = []
     parts: list[Tensor] = []
-    with eval_mode(model):
-        for rows, embeds in iterate_batches(
-            paths,
-            plan,
-            prepare=reader.read,
-            encode=_make_encoder(model),
-            device=model.device,
-            num_workers=num_workers,
-        ):
-            read = [reader.facts.pop(paths[row], None) for row in rows]
-            places = [place for place, facts in enumerate(read) if facts is not None]
-            parts.append(embeds[places])
-            kept += [(paths[rows[place]], facts) for place in places if (facts := read[place])]
-            if progress is not None:
-                progress.update(len(rows))
+    for rows, embeds in iterate_batches(
+        paths,
+        plan,
+        prepare=reader.read,
+        encode=_make_encoder(model),
+        device=model.device,
+        num_workers=num_workers,
+    ):
+        read = [reader.facts.pop(paths[row], None) for row in rows]
+        places = [place for place, facts in enumerate(read) if facts is not None]
+        parts.append(embeds[places])
+        kept += [(paths[rows[place]], facts) for place in places if (facts := read[place])]
+        if progress is not None:
+            progress.update(len(rows))
     return EncodedImages(
         paths=[path for path, _ in kept],
-        embeds=torch.cat(parts) if parts else torch.empty(0, model.config.projection_dim),
+        embeds=torch.cat(parts)
+        if parts
+        else torch.empty(0, model.config.projection_dim, dtype=torch.float32),
         facts=[facts for _, facts in kept],
         errors={path: reader.errors[path] for path in paths if path in reader.errors},
     )
@@ -143,7 +144,8 @@ def _make_encoder(
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     def encode(inputs: dict[str, Tensor]) -> Tensor:
         on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
-        return model.to_image_embeds(model.get_vision_embeds(**on_device))
+        with require_eval_mode(model):
+            return model.to_image_embeds(model.get_vision_embeds(**on_device))
 
     return encode
 

@@ -134,7 +134,7 @@ class OnnxImageShardEncoder(ImageShardEncoder):
             yield embeds
 
     def _embed(self, batch: DecodedBatch) -> Tensor:
-        embeds = torch.zeros(batch.size, self.dim)
+        embeds = torch.zeros(batch.size, self.dim, dtype=torch.float32)
         if batch.places:
             embeds[batch.places] = self._encoder.encode_pixels(batch.inputs[IMAGE_INPUT])
         return embeds

@@ -25,7 +25,7 @@ from ..encoding.encode import (
     project_captions,
     raise_malloc_thresholds,
 )
-from ..encoding.eval_mode import eval_mode
+from ..encoding.eval_mode import require_eval_mode
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..image_loading_llm2clip import load_images
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
@@ -231,16 +231,15 @@ class ImageShardEncoder:
     def _encode(self, images: list[ImageSource], batches: Sequence[Array]) -> Iterator[Tensor]:
         if self._model.device.type == "cpu":
             raise_malloc_thresholds()
-        with eval_mode(self._model):
-            for _, embeds in iterate_batches(
-                images,
-                [places.tolist() for places in batches],
-                prepare=partial(self._decode, images),
-                encode=self._embed,
-                device=self._model.device,
-                num_workers=self._num_workers,
-            ):
-                yield embeds
+        for _, embeds in iterate_batches(
+            images,
+            [places.tolist() for places in batches],
+            prepare=partial(self._decode, images),
+            encode=self._embed,
+            device=self._model.device,
+            num_workers=self._num_workers,
+        ):
+            yield embeds
 
     def _decode(self, images: list[ImageSource], part: list[ImageSource]) -> DecodedBatch:
         """Decode a batch; of several that cannot be, all of the shard are named."""
@@ -260,13 +259,14 @@ class ImageShardEncoder:
         return DecodedBatch(prepare_images(self._processor, open_all()), places, len(part))
 
     def _embed(self, batch: DecodedBatch) -> Tensor:
-        embeds = torch.zeros(batch.size, self.dim)
+        embeds = torch.zeros(batch.size, self.dim, dtype=torch.float32)
         if batch.places:
             on_device: dict[str, Any] = {
                 name: value.to(self._model.device) for name, value in batch.inputs.items()
             }
-            vision_embeds = self._model.get_vision_embeds(**on_device)
-            embeds[batch.places] = self._model.to_image_embeds(vision_embeds).cpu()
+            with require_eval_mode(self._model):
+                vision_embeds = self._model.get_vision_embeds(**on_device)
+                embeds[batch.places] = self._model.to_image_embeds(vision_embeds).cpu()
         return embeds
 
 

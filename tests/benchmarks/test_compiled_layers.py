@@ -101,14 +101,11 @@ def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:
     torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
-def test_a_graph_of_the_whole_checks_no_ids_but_compiled_layers_do() -> None:
+def test_compiled_layers_leave_the_check_of_ids() -> None:
     model, _ = shared_model()
     ids = torch.arange(20, 50)[None]  # without the prompt
     with compiled_layers(model, backend="eager"), pytest.raises(ValueError, match="prompt"):
         model.get_caption_embeds(ids)
-    compiled = torch.compile(model.get_caption_embeds, backend="eager")
-    with torch.no_grad():
-        assert compiled(ids).shape == (1, model.config.text_config.hidden_size)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a compiler")

@@ -12,7 +12,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.tower_checks import find_attention_errors, require_bidirectional
+from modeling_llm2clip.building.tower_checks import (
+    find_attention_errors,
+    find_causality_errors,
+    require_direction,
+)
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_texts
@@ -52,9 +56,11 @@ REFUSED = {
 
 
 def build_decoder(family: str, extras: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModel.from_config(
-        AutoConfig.for_model(family, **{**SIZE, **extras})
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModel.from_config(
+            AutoConfig.for_model(family, **{**SIZE, **extras})
+        )
     return model.eval()
 
 
@@ -64,14 +70,14 @@ def test_a_causal_decoder_is_refused_with_and_without_padding(llm: str) -> None:
     assert len(errors) == 2
     assert "without padding" in errors[0] and "with padding" in errors[1]
     with pytest.raises(ValueError, match=rf"'{llm}' family cannot be .*{BLIND}.*bidirectional=Fal"):
-        require_bidirectional(tiny_llm(llm))
+        require_direction(tiny_llm(llm), bidirectional=True)
 
 
 @pytest.mark.parametrize("llm", LLM_FAMILIES)
 def test_a_decoder_passes_once_its_direction_is_set(llm: str) -> None:
     model = tiny_llm(llm)
     set_attention_direction(model, bidirectional=True)
-    require_bidirectional(model)
+    require_direction(model, bidirectional=True)
     set_attention_direction(model, bidirectional=False)
     assert len(find_attention_errors(model)) == 2
 
@@ -81,9 +87,9 @@ def test_the_configuration_alone_is_found_out_where_a_family_forgets_it(family: 
     model = build_decoder(family, FORGETFUL[family])
     model.config.is_causal = False
     with pytest.raises(ValueError, match=f"without padding, the {BLIND}"):
-        require_bidirectional(model)
+        require_direction(model, bidirectional=True)
     set_attention_direction(model, bidirectional=True)
-    require_bidirectional(model)
+    require_direction(model, bidirectional=True)
 
 
 def test_a_decoder_whose_pass_fails_without_its_causal_mask_is_refused_with_the_error() -> None:
@@ -91,14 +97,59 @@ def test_a_decoder_whose_pass_fails_without_its_causal_mask_is_refused_with_the_
     model = AutoModel.from_config(config).eval()
     set_attention_direction(model, bidirectional=True)
     with pytest.raises(ValueError, match=r"'mpt' family cannot be .* pass fails \(AttributeError"):
-        require_bidirectional(model)
+        require_direction(model, bidirectional=True)
 
 
 @pytest.mark.parametrize("family", OTHER_POSITIONS)
 def test_decoders_with_other_positions_pass(family: str) -> None:
     model = build_decoder(family, OTHER_POSITIONS[family])
     set_attention_direction(model, bidirectional=True)
-    require_bidirectional(model)
+    require_direction(model, bidirectional=True)
+
+
+# Text encoders are causal only without padding, and one configuration of Gemma 3 never is.
+NEVER_CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {"pad_token_id": 0}),
+    "xlm-roberta": ("xlm-roberta", {"pad_token_id": 0}),
+    "modernbert": ("modernbert", {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "num_key_value_heads": 2, "use_bidirectional_attention": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_CAUSAL)
+def test_building_refuses_an_encoder_that_does_not_stay_causal(name: str) -> None:
+    family, extras = NEVER_CAUSAL[name]
+    encoder = build_decoder(family, extras)
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0, bidirectional=False)
+    with pytest.raises(
+        ValueError,
+        match=rf"{family}' family cannot be kept causal here: .* sees a later .*bidirectional=True",
+    ):
+        join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
+
+
+@pytest.mark.parametrize("name", NEVER_CAUSAL)
+def test_an_encoder_that_does_not_stay_causal_is_bidirectional_on_every_path(name: str) -> None:
+    family, extras = NEVER_CAUSAL[name]
+    encoder = build_decoder(family, extras)
+    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
+    model, _ = join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
+    assert find_attention_errors(model.text_model) == []
+
+
+@pytest.mark.parametrize("llm", LLM_FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoders_pass_as_causal_until_their_direction_is_changed(
+    llm: str, dtype: torch.dtype
+) -> None:
+    model = tiny_llm(llm).to(dtype)
+    require_direction(model, bidirectional=False)
+    set_attention_direction(model, bidirectional=True)
+    errors = find_causality_errors(model)
+    assert "without padding" in errors[0] and "with padding" in errors[1]
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -147,7 +198,7 @@ def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None
     with pytest.raises(
         ValueError, match=f"{num_causal} of its 4 layers do not look ahead .*: numb"
     ):
-        require_bidirectional(model)
+        require_direction(model, bidirectional=True)
     errors = find_attention_errors(model)
     assert [error.split(",")[0] for error in errors] == ["without padding", "with padding"]
 
@@ -162,11 +213,14 @@ def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
         join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_of_which_each_sees_one_token_are_no_error(dtype: torch.dtype) -> None:
+def test_experts_of_which_each_sees_one_token_are_no_error(
+    dtype: torch.dtype, bidirectional: bool
+) -> None:
     decoder = build_decoder("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4})
-    set_attention_direction(decoder, bidirectional=True)
-    require_bidirectional(decoder.to(dtype))
+    set_attention_direction(decoder, bidirectional=bidirectional)
+    require_direction(decoder.to(dtype), bidirectional=bidirectional)
 
 
 @pytest.mark.parametrize("family", OTHER_WIDTHS)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from breaking import load_tested
+from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.doctor.forward_checks import (
@@ -27,7 +29,23 @@ def test_a_loaded_model_that_turned_causal_is_found(good: Path) -> None:
 def test_a_causal_model_that_sees_ahead_is_found(good: Path) -> None:
     tested = load_tested(good)
     tested.model.config.bidirectional = False
-    with pytest.raises(ValueError, match=r"contradict.*the first token sees the last .* though"):
+    with pytest.raises(ValueError, match=r"contradict.*, a token sees a later one"):
+        check_attention_direction(tested)
+
+
+def test_a_causal_encoder_that_sees_ahead_with_padding_alone_is_found(good: Path) -> None:
+    tested = load_tested(good)
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = AutoModel.from_config(config).eval()
+    set_attention_direction(encoder, bidirectional=False)
+    tested.model.text_model = encoder
+    tested.model.config.text_config = config
+    tested.model.config.bidirectional = False
+    with pytest.raises(ValueError, match=r"^with padding, a token sees a later one"):
         check_attention_direction(tested)
 
 

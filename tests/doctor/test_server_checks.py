@@ -109,7 +109,7 @@ def set_dtype(dtype: torch.dtype) -> Break:
 
 
 def leave_adapter_out(endpoint: Endpoint) -> None:
-    endpoint.model.text_adapter = torch.nn.Identity()
+    endpoint.model.text_adapter = torch.nn.Identity().eval()
 
 
 def skip_instruction(endpoint: Endpoint) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,57 +23,122 @@ from modeling_llm2clip.encoding import batches
 from modeling_llm2clip.encoding.batches import measure_texts, prepare_images
 from modeling_llm2clip.encoding.encode import (
     encode_images,
+    encode_prepared_images,
     encode_texts,
+    iterate_image_batches,
+    iterate_token_batches,
     project_captions,
     project_images,
 )
-from modeling_llm2clip.encoding.eval_mode import eval_mode
 
 CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 
 
-def test_a_model_in_training_encodes_as_at_inference_and_goes_on_training() -> None:
+ENCODINGS: dict[str, Callable[[Any, Any], Any]] = {
+    "texts": lambda model, processor: encode_texts(model, processor, CAPTIONS, project=False),
+    "images": lambda model, processor: encode_images(model, processor, [draw_noise()]),
+    "prepared images": lambda model, processor: encode_prepared_images(
+        model, [processor(images=draw_noise())]
+    ),
+    "stored captions": lambda model, _: project_captions(model, torch.ones(1, 32)),
+    "stored images": lambda model, _: project_images(model, torch.ones(1, 32)),
+    "batches of texts": lambda model, processor: next(
+        iterate_token_batches(
+            model, processor, processor.list_ids(CAPTIONS)[0], [[0, 1, 2]], texts=CAPTIONS
+        )
+    ),
+    "batches of images": lambda model, processor: next(
+        iterate_image_batches(model, processor, [draw_noise()], [[0]])
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ["", "text_model.layers.1", "vision_model", "text_adapter"])
+@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
+def test_a_model_in_training_mode_is_refused_and_left_as_it_is(
+    encode: Callable[[Any, Any], Any], part: str
+) -> None:
     model, processor = tiny_model()
-    model.eval()
-    wanted = encode_texts(model, processor, CAPTIONS, project=False)
-    model.text_model.config.attention_dropout = 0.5
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.5
-    model.train()
-    model.text_projection.eval()
+    model.get_submodule(part).train()
     modes = [module.training for module in model.modules()]
-    assert torch.equal(encode_texts(model, processor, CAPTIONS, project=False), wanted)
+    named = re.escape(part) if part else "LLM2CLIPModel"
+    with pytest.raises(ValueError, match=rf"in training mode .*{named}.* Call model\.eval\(\)"):
+        encode(model, processor)
     assert modes == [module.training for module in model.modules()]
+    encode(model.eval(), processor)
 
 
-def test_a_tower_in_training_learns_nothing_from_what_it_encodes() -> None:
+def test_a_tower_in_training_mode_learns_nothing_from_what_it_is_given() -> None:
     model, processor = tiny_model("timm with batch norm")
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    images = [draw_noise(seed=seed) for seed in range(3)]
-    model.eval()
-    wanted = encode_images(model, processor, images, project=False)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
-    assert torch.equal(encode_images(model, processor, images, project=False), wanted)
-    assert model.training
+    with pytest.raises(ValueError, match="in training mode"):
+        encode_images(model, processor, [draw_noise()])
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def test_of_two_threads_the_last_one_gives_the_mode_back() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
-    with ExitStack() as first:
-        first.enter_context(eval_mode(model))
-        with eval_mode(model):  # another thread's, which ends before the first one's
-            pass
-        assert not any(module.training for module in model.modules())
-    assert [module.training for module in model.modules()] == [True, True, False]
-    other = eval_mode(model)
-    with eval_mode(model):
-        other.__enter__()
-    assert not model.training  # now the first one has ended first
-    other.__exit__(None, None, None)
-    assert model.training
+@pytest.mark.parametrize("switches_back", [True, False])
+@pytest.mark.parametrize("tower", ["text_model", "vision_model"])
+def test_embeddings_are_refused_if_another_thread_trains_the_model_meanwhile(
+    tower: str, switches_back: bool
+) -> None:
+    model, processor = tiny_model()
+    model.get_submodule(tower).register_forward_hook(lambda *_: in_a_thread(switch))
+
+    def switch() -> None:
+        model.train()
+        if switches_back:
+            model.eval()
+
+    def in_a_thread(run: Callable[[], None]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+
+    encode = ENCODINGS["texts" if tower == "text_model" else "images"]
+    with pytest.raises(ValueError, match="was switched to training mode while it encoded"):
+        encode(model, processor)
+    assert model.training is not switches_back  # as the other thread left it
+
+
+def test_threads_that_encode_do_not_disturb_each_other() -> None:
+    model, processor = shared_model()
+    wanted = encode_texts(model, processor, CAPTIONS)
+
+    def encode(_: int) -> torch.Tensor:
+        model.eval()  # as a server may do in each of its threads
+        return encode_texts(model, processor, CAPTIONS)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, wanted) for found in pool.map(encode, range(12)))
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["texts", "images", "prepared images", "stored captions"])
+def test_embeddings_can_be_trained_on(name: str) -> None:
+    embeds = ENCODINGS[name](*shared_model())
+    assert not embeds.is_inference() and not embeds.requires_grad
+    probe = nn.Linear(embeds.shape[1], 1)
+    probe(embeds).sum().backward()
+    assert probe.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in ENCODINGS if "stored" not in name])
+def test_another_default_dtype_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    model, processor = shared_model()
+
+    def encode() -> Any:
+        return ENCODINGS[name](model, processor)
+
+    wanted, before = encode(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = encode()
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, wanted)
 
 
 ERRORS = """

@@ -85,6 +85,12 @@ _LLM_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "phi": {"partial_rotary_factor": 0.5},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "head_dim": 8,
+        "moe_layers": [],
+        "intermediate_size_mlp": 64,
+    },
 }
 
 
@@ -146,7 +152,7 @@ def tiny_llm(
     hidden_size: int = _TRANSFORMER_SIZE["hidden_size"],
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Build a causal decoder without its head; see `LLM_FAMILIES`."""
+    """Build a causal decoder without its head; see `LLM_FAMILIES` and `_LLM_EXTRAS`."""
     grouped = {} if family == "phi" else {"num_key_value_heads": 2}
     config = AutoConfig.for_model(
         family,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from shared_models import ROUNDING, shared_model
-from tiny import draw_noise
+from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
@@ -48,6 +48,23 @@ def test_embeddings_are_those_of_the_facade_whatever_else_is_broken(
     assert "2.png: not an image" in found.errors[paths[2]]
     wanted = encode_images(model, processor, readable)
     assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+
+
+def test_a_model_in_training_mode_is_refused(paths: list[Path]) -> None:
+    model, processor = tiny_model()
+    with pytest.raises(ValueError, match="in training mode"):
+        encode_readable_images(model.train(), processor, paths)
+
+
+def test_another_default_dtype_changes_nothing(paths: list[Path]) -> None:
+    model, processor = shared_model()
+    wanted = encode_readable_images(model, processor, paths).embeds
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = encode_readable_images(model, processor, paths).embeds
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 40), (40, 3), (3, 3), (2, 2)])

@@ -178,10 +178,15 @@ class TileScorer:
         self._tile_of_pair, order = tiles.sort()
         self._image_in_tile = (image % shape.images)[order].to(device)
         self._text_in_tile = (text % shape.texts)[order].to(device)
-        self._image_buffer = torch.empty(shape.images, images.width, device=device)
-        self._text_buffer = torch.empty(shape.texts, texts.width, device=device)
+        self._image_buffer = torch.empty(
+            shape.images, images.width, dtype=torch.float32, device=device
+        )
+        self._text_buffer = torch.empty(
+            shape.texts, texts.width, dtype=torch.float32, device=device
+        )
         self._scores, self._memory = (
-            torch.empty(shape.images * shape.texts, device=device) for _ in range(2)
+            torch.empty(shape.images * shape.texts, dtype=torch.float32, device=device)
+            for _ in range(2)
         )
 
     def score_all(self) -> Iterator[Tile]:

@@ -147,7 +147,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
             )
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Encode many captions without gradients.
+        """Encode many captions without gradients, in evaluation mode.
 
         Args:
             captions: N texts.
@@ -155,7 +155,12 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         Returns:
             (N, D) float32.
         """
-        return encode_texts(self.llm2clip, self.processor, captions, project=False)
+        was_training = self.llm2clip.training
+        self.llm2clip.eval()  # type: ignore[no-untyped-call]
+        try:
+            return encode_texts(self.llm2clip, self.processor, captions, project=False)
+        finally:
+            self.llm2clip.train(was_training)
 
 
 def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:

@@ -32,6 +32,22 @@ def list_ranks(ranking):
     return [ranks for side in sides for ranks in (side.best_ranks, side.positive_ranks)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_another_default_dtype_changes_no_score(dtype):
+    generator = torch.Generator().manual_seed(6)
+    images, texts = (
+        F.normalize(torch.randn(40, 16, generator=generator), dim=-1) for _ in range(2)
+    )
+    pairs = Correspondence.from_image_of_text(torch.arange(40), 40)
+    wanted = list_ranks(rank_retrieval(images, texts, pairs, all_positives=True))
+    torch.set_default_dtype(dtype)
+    try:
+        found = list_ranks(rank_retrieval(images, texts, pairs, all_positives=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def rank_whole_matrix(scores, positive):
     """For each row: ranks of its positives, best first; negatives that tie come first."""
     ranks = []
