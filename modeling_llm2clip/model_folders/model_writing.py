@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
 from .golden_embeddings import renew_golden, require_golden, write_golden
 from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
-from .model_folder import find_records, list_uploaded_files
+from .model_folder import find_records, is_inside, list_uploaded_files
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
 from .weights import LazyTensor, open_weights, require_disk_space, write_weights
 
@@ -222,7 +222,7 @@ def save_trained_model(
 
 
 def require_intact(source: Path, *, with_llm: bool) -> None:
-    """Refuse to train a whole model that no longer gives its golden embeddings.
+    """Refuse to train a whole model that no longer gives its golden embeddings, or has bad links.
 
     Args:
         source: Folder of a whole model.
@@ -231,8 +231,10 @@ def require_intact(source: Path, *, with_llm: bool) -> None:
             still sees a damaged LLM there.
 
     Raises:
-        ValueError: It gives other embeddings; see `require_golden`.
+        ValueError: It gives other embeddings, see `require_golden`; or a file that the new folder
+            gets leads out of it, see `find_carried_files`.
     """
+    find_carried_files(source)
     require_golden(
         source,
         load_partial_model(source, with_llm=with_llm, with_vision_tower=True),
@@ -263,9 +265,41 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
 
     Returns:
         Name in the new folder → file.
+
+    Raises:
+        ValueError: One of them is a link that leads out of the folder, whose target is not copied.
     """
-    legal = {p.name: p for p in source.iterdir() if p.is_file() and _LEGAL_FILE.fullmatch(p.name)}
-    return {**legal, **find_records(source, trained_since=trained_since)}
+    legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
+    carried = {**legal, **find_records(source, trained_since=trained_since)}
+    require_inside(source, carried.values())
+    return carried
+
+
+def is_legal_file(name: str) -> bool:
+    """Return whether a file is named like a license or a notice, which every copy needs.
+
+    Args:
+        name: Name of a file, or its path in a model folder.
+    """
+    return _LEGAL_FILE.fullmatch(name) is not None
+
+
+def require_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse to copy files that are links out of their folder.
+
+    Args:
+        folder: The folder.
+        files: Files in it.
+
+    Raises:
+        ValueError: One of them is such a link.
+    """
+    links = [f"{file.name} -> {file.resolve()}" for file in files if not is_inside(file, folder)]
+    if links:
+        raise ValueError(
+            f"{folder} has links that lead out of it: {', '.join(links)}. What they lead to is not "
+            "copied: put copies of the files in their places, or remove the links."
+        )
 
 
 def _require_own_class(model: Any) -> None:

@@ -29,6 +29,7 @@ from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
 from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
 from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
 from ..model_folders.model_types import ONNX_RECORD, read_json_object
+from ..model_folders.model_writing import require_inside
 from ..model_folders.onnx_folder import (
     DTYPES,
     GRAPHS,
@@ -296,6 +297,7 @@ class _OnnxWriter:
         _write_image_settings(reference.processor, folder)
         self._write_config()
         if (reference.folder / GOLDEN_FILE).is_file():
+            require_inside(reference.folder, [reference.folder / GOLDEN_FILE])
             shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
         from ..encoding import encode_onnx  # imports onnxruntime
 
