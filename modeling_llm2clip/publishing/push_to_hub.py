@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..doctor.check_model import check_model
 from ..model_folders.model_card import update_model_card
-from ..model_folders.model_card_data import read_card_data, require_license
+from ..model_folders.model_card_data import read_card_data, relicense, require_license
 from ..model_folders.training_state import require_trained
 from .uploaded_files import PlannedFile, describe_files, list_files, require_no_credentials
 
@@ -129,7 +128,7 @@ def check_publishable(
             f"{folder} is not a model folder: it has no config.json. Export a model first."
         )
     card = read_card_data(folder)
-    require_license(replace(card, license=license) if license else card, folder)
+    require_license(relicense(card, license), folder)
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..data.atomic_files import is_unfinished
 from ..model_folders.model_folder import is_inside
 from ..model_folders.model_writing import is_legal_file
 
@@ -64,7 +65,9 @@ class PlannedFile:
 
 
 def list_files(folder: Path) -> list[PlannedFile]:
-    """List all files of a folder but hidden ones, by their path inside it.
+    """List all files of a folder, by their path inside it.
+
+    Hidden ones are left out, and what killed writers left unfinished.
 
     Args:
         folder: Any folder; it may itself be a link, or a snapshot in huggingface_hub's cache.
@@ -154,7 +157,9 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *files]:
             path = Path(parent, name)
-            if not name.startswith(".") and (path.is_symlink() or not path.is_dir()):
+            if name.startswith(".") or is_unfinished(path):
+                continue
+            if path.is_symlink() or not path.is_dir():
                 yield path
 
 
