@@ -43,10 +43,10 @@ def push_to_hub(
 ) -> str:
     """Upload a model folder in one commit, after which the branch has its files and no others.
 
-    All files are shown with their sizes before anything is sent. The card is first written with the repository's name and the license; a card that somebody
-    edited only gets the license. Large files are uploaded next and become visible by the commit
-    alone: an upload that breaks off shows nothing, and when it is repeated, files that had arrived
-    are not sent again.
+    The card is first written with the repository's name and the license; a card that somebody
+    edited only gets the license. Then all files are shown with their sizes. Large files are sent
+    first and become visible by the commit alone: an upload that breaks off shows nothing, and when
+    it is repeated, files that had arrived are not sent again.
 
     Args:
         model_folder: Folder of a trained, healthy model.

@@ -133,8 +133,8 @@ def require_no_credentials(
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ValueError(
-            f"{folder} holds what looks like credentials: {'; '.join(found[:_SHOWN])}{more}. Remove "
-            "them from it; name a file that has none with allow_files (--allow-files)."
+            f"{folder} holds what looks like credentials: {'; '.join(found[:_SHOWN])}{more}. "
+            "Remove them from it; name a file that has none with allow_files (--allow-files)."
         )
 
 

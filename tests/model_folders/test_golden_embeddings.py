@@ -1,4 +1,4 @@
-"""Golden embeddings: what is written from a folder is what the folder was, or nothing is written."""
+"""Golden embeddings: what is written from a damaged folder would be healthy, so nothing is."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_an_export_under_a_new_license_states_nothing_of_the_old_one() -> None:
     assert update_card_data(LLAMA, CardConfig()) == LLAMA
 
 
-def test_the_stated_license_stated_again_keeps_its_name_and_drops_leftovers(llama: Path) -> None:
+def test_the_stated_license_stated_again_keeps_its_name_and_drops_leftovers() -> None:
     assert relicense(LLAMA, "other") == relicense(LLAMA, None) == LLAMA
     leftover = replace(LLAMA, license="apache-2.0")  # as older versions wrote it
     assert relicense(leftover, "apache-2.0") == CardData(license="apache-2.0")
