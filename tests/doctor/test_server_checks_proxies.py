@@ -192,6 +192,8 @@ IMAGES = {
     ),
 }  # fmt: skip
 CASES = {**TEXTS, **IMAGES}
+# Each makes a second of work, and others of its kind are in the default suite.
+SLOW = {"bilinear, 512", "nearest, 1024", "nearest, 300", "JPEG 90", "sharpened", "cache by size"}
 
 
 def run_until(monkeypatch: pytest.MonkeyPatch, name: str, of_images: bool) -> None:
@@ -210,7 +212,10 @@ def check(folder: Path, endpoint: Endpoint, **options: Any) -> Any:
     return check_server(folder, config)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
+)
 def test_a_proxy_that_changes_something_is_found_and_rightly_named(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
