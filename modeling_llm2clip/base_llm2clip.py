@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -17,18 +17,21 @@ from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import LogitScale, TextAdapter
-from .loading_llm2clip import build_tower, refuse_unaccounted_keys
+from .loading_llm2clip import (
+    WEIGHT_FILE,
+    bounded_by_weights,
+    build_tower,
+    list_loaded_files,
+    read_file_state,
+    refuse_unaccounted_keys,
+    remove_old_layout,
+)
 from .quantization_llm2clip import quantize_llm_only, require_restorable
 from .sentence_transformers_llm2clip import (
     find_instructions,
     write_sentence_transformers_files,
 )
 from .vision_llm2clip import find_width, has_class_token
-
-if TYPE_CHECKING:
-    # transformers copies the files that this one imports. So a folder with a model and without a
-    # processor still has the processor's code, which its config names.
-    from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
@@ -94,7 +97,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: a weight is missing, unexpected or of another shape, a weight file is
-                truncated, or a class without an LLM is to be quantized.
+                truncated, the folder has two layouts of weights, the configuration describes a
+                much larger model than the weights, or a class without an LLM is to be quantized.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_only(
@@ -104,12 +108,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             )
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         try:
-            loaded: Any = super().from_pretrained(
-                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            with bounded_by_weights(lambda: list_loaded_files(source, kwargs)):
+                loaded: Any = super().from_pretrained(
+                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
         except SafetensorError as error:
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise ValueError(
                 f"{source}: a weight file is truncated or damaged ({error}). Download or save it "
                 "again."
@@ -124,8 +129,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """Save as transformers does, and add the code and the files of sentence-transformers.
 
         If the processor is saved to the same folder, AutoModel, pipelines and sentence-transformers
-        load it and give the same embeddings. Warns if the towers differ in dtype, because a loaded
-        model has one dtype.
+        load it and give the same embeddings. An earlier save's weights are removed: transformers
+        would leave them beside shards, and load them. Warns if the towers differ in dtype, because
+        a loaded model has one dtype.
 
         Args:
             save_directory: folder to write. Instructions that sentence-transformers or a user put
@@ -150,9 +156,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", folder.name)
         own = self.config.instructions
         self.config.instructions = find_instructions(folder, own)
+        old_file = read_file_state(folder / WEIGHT_FILE)
         try:
             super().save_pretrained(save_directory, **kwargs)
             if kwargs.get("is_main_process", True):
+                remove_old_layout(folder, old_file)
                 write_sentence_transformers_files(
                     folder,
                     instructions=self.config.instructions,

@@ -5,7 +5,10 @@ Uploaded with the weights.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -22,8 +25,10 @@ TEXT_POOLINGS = ("mean", "last_token")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
-# unknown ones raise.
+# unknown ones raise. Trainer of transformers before 5.17 writes the tokenizer's three token ids
+# here. They are kept and change nothing, because the model reads those of the LLM.
 _BASE_FIELDS = {
+    "bos_token_id", "eos_token_id", "pad_token_id",
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
     "name_or_path", "num_labels", "quantization_config", "use_cache", "tie_word_embeddings",
     "label2id", "id2label", "transformers.js_config",
@@ -106,6 +111,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_format(format_version)
         _refuse_unknown_fields(kwargs)
+        _refuse_large_counts(kwargs, name="config.json")
         _check_types(locals())
         # The base class sets the attention implementation of the towers that it finds. So it is
         # initialized before they are assigned, and a requested implementation is set afterwards.
@@ -175,12 +181,37 @@ class LLM2CLIPConfig(PreTrainedConfig):
         config.text_config.is_causal = not config.bidirectional
         return loaded
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, but only what loads again.
+
+        Args:
+            save_directory: folder to write.
+            push_to_hub: also upload the file.
+            **kwargs: further arguments of transformers.
+
+        Raises:
+            ValueError: the file would not load, for example because of a field that another
+                library has set. Nothing is written.
+        """
+        try:
+            self.from_dict(json.loads(self.to_json_string()))
+        except (ValueError, TypeError) as error:
+            reason = f"JSON cannot hold it: {error}" if isinstance(error, TypeError) else error
+            raise ValueError(
+                f"The configuration is not saved, because it would not load again. {reason}"
+            ) from error
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def _check_values(self) -> None:
         errors = [
             f"{name}={getattr(self, name)!r} must be at least {least}"
             for name, least in _LEAST_VALUES.items()
             if getattr(self, name) < least
         ]
+        if self.max_text_length > _MOST_TOKENS:
+            errors.append(f"max_text_length={self.max_text_length} must be at most {_MOST_TOKENS}")
         if self.text_pooling not in TEXT_POOLINGS:
             errors.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
         if self.vision_pooling not in VISION_POOLINGS:
@@ -197,6 +228,12 @@ class LLM2CLIPConfig(PreTrainedConfig):
             raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
 
 
+# A configuration makes a list entry for each layer, and a dictionary entry for each label, before
+# anything is compared with the weights. ImageNet-21k has 21,841 labels, the deepest LLMs have a few
+# hundred layers.
+_MOST_COUNTED = 100_000
+_COUNTED = re.compile("layer|depth|block|stage|head|expert|label|class")
+_MOST_TOKENS = 1 << 20  # per text; checks write texts of this length
 _LEAST_VALUES = {
     "projection_dim": 1, "text_width": 1, "text_adapter_layers": 0, "text_adapter_expansion": 1,
 }  # fmt: skip
@@ -292,6 +329,21 @@ def _refuse_unknown_fields(kwargs: dict[str, Any]) -> None:
         )
 
 
+def _refuse_large_counts(content: Any, *, name: str) -> None:
+    """Refuse numbers of layers, labels and the like, at any depth, that no model has."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            _refuse_large_counts(value, name=f"{name}: {key}")
+    elif isinstance(content, list | tuple):
+        for value in content:
+            _refuse_large_counts(value, name=name)
+    elif _is_number(content) and content > _MOST_COUNTED and _COUNTED.search(name.split(": ")[-1]):
+        raise ValueError(
+            f"{name} is {content}, and must be at most {_MOST_COUNTED}. Restore it from the "
+            "original model folder."
+        )
+
+
 def _tower_config(
     config: PreTrainedConfig | dict[str, Any] | None, *, name: str
 ) -> PreTrainedConfig:
@@ -307,6 +359,7 @@ def _tower_config(
             f"{name} has model_type={config['model_type']!r}, which this version of "
             "transformers lacks. Upgrade transformers, or choose another tower."
         )
+    _refuse_large_counts(config, name=name)
     tower_class = CONFIG_MAPPING[config["model_type"]]
     _warn_of_misspelled_fields(config, tower_class, name=name)
     return _state_image_size(tower_class.from_dict(config))

@@ -1,4 +1,4 @@
-"""Strict loading: every weight must fit, and custom code in a folder is never run.
+"""Strict loading: which files are read, every weight must fit, and no custom code is run.
 
 Uploaded with the weights.
 """
@@ -6,13 +6,19 @@ Uploaded with the weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import try_to_load_from_cache
+from transformers.utils.hub import cached_file, try_to_load_from_cache
 
 _OWN_CODE = ("configuration_llm2clip.", "modeling_llm2clip.", "processing_llm2clip.")
 # Files in which transformers looks for references to custom code.
@@ -22,6 +28,290 @@ _NAMING_FILES = (
 _REMEDY = "Choose one whose classes are part of transformers."
 # Errors of a loader that lacks a class which only the folder's code defines.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)
+WEIGHT_FILE = "model.safetensors"
+_LORA_CONFIG = "adapter_config.json"
+# Options of `from_pretrained` that name weights other than those of `list_model_files`.
+_OTHER_WEIGHTS = ("state_dict", "gguf_file", "variant")
+_PLAIN_NAME = re.compile(r"[^/\\:]*[^/\\:.][^/\\:]*")  # no "..", on any system
+_NAMES_SHOWN = 8
+# Integers in files may hold two numbers of 4 bits in each byte.
+_PACKED_DTYPES = {"U8": 2, "I8": 2}
+# Weights that are registered for every weight in the files: up to three that are stored as one, and
+# those again in quantized layers. The same in numbers: each once, and once more where it is
+# quantized or tied. Buffers that are not saved may be as large as the weights, and 1 GiB more. What
+# is within these bounds is built at once, and the error names every weight that does not fit.
+_REGISTERED_PER_TENSOR, _MORE_TENSORS = 8, 256
+_REGISTERED_PER_NUMBER, _MORE_NUMBERS = 2, 1 << 20
+_UNSAVED_NUMBERS = 1 << 28
+
+
+def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
+    """List the weight files that `from_pretrained` of a model reads.
+
+    Args:
+        source: folder or Hub repository, whose files must be in the cache.
+        options: keyword arguments of `from_pretrained`.
+
+    Returns:
+        The files; none where a state dict or another format was asked for.
+
+    Raises:
+        ValueError: as `list_model_files`.
+    """
+    if source is None or any(options.get(name) for name in _OTHER_WEIGHTS):
+        return []
+    subfolder = options.get("subfolder") or ""
+    if Path(source).is_dir():
+        return list_model_files(Path(source) / subfolder)
+    if Path(source).exists():
+        return []
+    place = {name: options[name] for name in ("cache_dir", "revision") if options.get(name)}
+    name = f"{subfolder}/{WEIGHT_FILE}" if subfolder else WEIGHT_FILE
+    file: Any = try_to_load_from_cache(str(source), name, **place)
+    # transformers asks for the index only if there is no such file.
+    more = {name: options[name] for name in ("token", "local_files_only") if name in options}
+    index = cached_file(
+        str(source), f"{name}.index.json", **place, **more,
+        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    found = next((path for path in (file, index) if isinstance(path, str)), None)
+    return list_model_files(Path(found).parent) if found else []
+
+
+def list_model_files(folder: Path) -> list[Path]:
+    """List the weight files of an LLM2CLIP model, as loading reads them.
+
+    Whatever hashes, checks, copies or counts a model's weights uses this list.
+
+    Args:
+        folder: model folder.
+
+    Returns:
+        The files, sorted by name.
+
+    Raises:
+        ValueError: there are none, or more than one loader would agree on; see `list_weight_files`.
+            Or the folder holds a LoRA too: transformers would load the base that it names, in place
+            of the folder's own weights.
+    """
+    if (folder / _LORA_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} has the {_LORA_CONFIG} of a LoRA. transformers would load the model that it "
+            "names, and not the weights beside it. Merge the LoRA (llm2clip build --lora), or move "
+            "its files to another folder."
+        )
+    return list_weight_files(folder)
+
+
+def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> list[Path]:
+    """List the weight files that transformers reads of a saved model.
+
+    Args:
+        path: folder as transformers saves it, or a weight file, which is returned as it is.
+        names: file names to look for, in this order: each file, or its index `NAME.index.json`,
+            which lists the files of sharded weights.
+
+    Returns:
+        The files, sorted by name.
+
+    Raises:
+        ValueError: the folder has no such file, or both a file and an index, or shards beside those
+            that are listed; or the index is damaged, or names a file that is missing or in another
+            folder.
+    """
+    if path.is_file():
+        return [path]
+    for name in names:
+        file, index = path / name, path / f"{name}.index.json"
+        if file.is_file() and index.is_file():
+            raise ValueError(
+                f"{path} has its weights twice, in {name} and in the files of {index.name}. One is "
+                f"left from an earlier save. Delete {name}, or the index and its files, or save "
+                "the model into a new folder."
+            )
+        if file.is_file() or index.is_file():
+            files = [file] if file.is_file() else _read_index(index)
+            _refuse_stray_shards(path, name, files)
+            return files
+    raise ValueError(
+        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
+        f"of a saved model, or the weight file itself.{_explain_bin(names)}"
+    )
+
+
+def _explain_bin(names: Sequence[str]) -> str:
+    if not any(name.endswith(".bin") for name in names):
+        return ""
+    return (
+        " From a repository on the Hub, .bin files are not fetched: download such a file yourself "
+        "and give its folder."
+    )
+
+
+def _read_index(index: Path) -> list[Path]:
+    try:
+        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in listed if not _PLAIN_NAME.fullmatch(name)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
+    if outside or not listed:
+        raise ValueError(
+            f"{index} names {outside[:_NAMES_SHOWN] or 'no files'}, wanted files of its own "
+            "folder. Download it again from a source that you trust."
+        )
+    if lost := [name for name in listed if not (index.parent / name).is_file()]:
+        raise ValueError(
+            f"{index.parent} lacks the weight files {lost}. Save or download it again."
+        )
+    return [index.parent / name for name in listed]
+
+
+def _refuse_stray_shards(folder: Path, name: str, files: Sequence[Path]) -> None:
+    stem, dot, suffix = name.rpartition(".")
+    pattern = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}{re.escape(dot + suffix)}")
+    found = {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
+    if stray := sorted(found - {file.name for file in files}):
+        raise ValueError(
+            f"{folder} has weight files that are not loaded: {stray[:_NAMES_SHOWN]}. They are left "
+            "from an earlier save. Delete them, or save the model into a new folder."
+        )
+
+
+def read_file_state(file: Path) -> tuple[int, ...] | None:
+    """Read what changes in a file that is written again; None if there is no such file.
+
+    Args:
+        file: the file.
+    """
+    if not file.is_file():
+        return None
+    state = file.stat()
+    return state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_size
+
+
+def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
+    """Remove the weight file, or else the index, that the last save did not write.
+
+    transformers itself removes shards that a save does not replace.
+
+    Args:
+        folder: model folder that a model was saved to.
+        old_file: state of its weight file before that, from `read_file_state`.
+    """
+    file, index = folder / WEIGHT_FILE, folder / f"{WEIGHT_FILE}.index.json"
+    if file.is_file() and index.is_file():
+        (file if read_file_state(file) == old_file else index).unlink()
+
+
+def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Read the headers of safetensors files.
+
+    Args:
+        files: weight files of one model.
+
+    Returns:
+        Name of each tensor to its shape, and its dtype as safetensors names it.
+
+    Raises:
+        ValueError: a file is damaged, or a name is in two of them, of which transformers would load
+            the last.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                parts = {name: opened.get_slice(name) for name in opened.keys()}
+                heads = {n: (tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: a weight file is truncated or damaged ({error}). Download or save it "
+                "again."
+            ) from error
+        if twice := sorted(set(found) & set(heads)):
+            raise ValueError(
+                f"{file} repeats the weights {twice[:_NAMES_SHOWN]} of another file beside it. "
+                "Keep one copy."
+            )
+        found |= heads
+    return found
+
+
+@contextmanager
+def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[None]:
+    """Stop the construction of a network that has far more weights than there are in its files.
+
+    A configuration may state any number of layers, or any width. Such a network would be built for
+    minutes, and fill the memory, before its weights are found not to fit.
+
+    Args:
+        list_files: lists the weight files; called when the first weight is registered, which is
+            after transformers has downloaded them. If there are none, nothing is bounded.
+
+    Raises:
+        ValueError: the network in the body of the `with` statement is too large.
+    """
+    bound = _Bound(list_files)
+    hooks = (
+        torch_module.register_module_parameter_registration_hook(bound.count_parameter),
+        torch_module.register_module_buffer_registration_hook(bound.count_buffer),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Bound:
+    """Counts what the calling thread registers; torch calls its hooks in every thread."""
+
+    def __init__(self, list_files: Callable[[], Sequence[Path]]) -> None:
+        self.list_files = list_files
+        self.thread = threading.get_ident()
+        self.limits: tuple[int, int] | None = None
+        self.seen: set[tuple[int, str]] = set()
+        self.num_parameters = self.num_numbers = self.num_in_buffers = 0
+
+    def count_parameter(self, module: nn.Module, name: str, value: Tensor | None) -> None:
+        if self._is_new(module, name, value):
+            self.num_parameters += 1
+            self.num_numbers += value.numel()  # type: ignore[union-attr]
+            self._check(module, name, value)
+
+    def count_buffer(self, module: nn.Module, name: str, value: Tensor | None) -> None:
+        if self._is_new(module, name, value):
+            self.num_in_buffers += value.numel()  # type: ignore[union-attr]
+            self._check(module, name, value)
+
+    def _is_new(self, module: nn.Module, name: str, value: Tensor | None) -> bool:
+        # Weights are registered again when they are loaded.
+        key = (id(module), name)
+        if threading.get_ident() != self.thread or value is None or key in self.seen:
+            return False
+        self.seen.add(key)
+        return True
+
+    def _check(self, module: nn.Module, name: str, value: Any) -> None:
+        if self.limits is None:
+            shapes = read_weight_shapes(self.list_files())
+            self.limits = (
+                len(shapes),
+                sum(prod(shape) * _PACKED_DTYPES.get(dtype, 1) for shape, dtype in shapes.values()),
+            )
+        tensors, numbers = self.limits
+        if tensors and (
+            self.num_parameters > _REGISTERED_PER_TENSOR * tensors + _MORE_TENSORS
+            or self.num_numbers > _REGISTERED_PER_NUMBER * numbers + _MORE_NUMBERS
+            or self.num_in_buffers > numbers + _UNSAVED_NUMBERS
+        ):
+            raise ValueError(
+                f"config.json describes a larger model than the weight files hold: {tensors} "
+                f"tensors with {numbers:,} numbers. It was still being built at {name!r} of shape "
+                f"{tuple(value.shape)} in a {type(module).__name__}, after {self.num_parameters} "
+                f"weights with {self.num_numbers:,} numbers. Use the class that saved the folder, "
+                "or restore config.json or the weights that belong to it."
+            )
 
 
 def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:

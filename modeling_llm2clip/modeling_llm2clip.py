@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,15 @@ from .pooling_llm2clip import (
     pool_tokens,
 )
 from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
+
+if TYPE_CHECKING:
+    # Some versions of transformers copy only the files that the loaded file itself names. The
+    # processor is one of them, because config.json names its code even where it is not saved.
+    from .image_loading_llm2clip import load_images  # noqa: F401
+    from .loading_llm2clip import build_tower  # noqa: F401
+    from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+    from .quantization_llm2clip import quantize_llm_only  # noqa: F401
+    from .sentence_transformers_llm2clip import read_instructions  # noqa: F401
 
 
 class _TextMixin(LLM2CLIPPreTrainedModel):

@@ -30,6 +30,8 @@ _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always pa
 _LOCATION_OPTIONS = (
     "cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder",
 )  # fmt: skip
+# Pixels of a side, and patches of an image: no tower takes more, and memory holds what is read.
+_MOST_PIXELS, _MOST_PATCHES = 4096, 1 << 16
 # Entries of a processor's dictionary that transformers reads from other files.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
 # A tokenizer stores truncation and padding as state before it reads a text, so threads that share
@@ -52,7 +54,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer.
+        ValueError: `max_text_length` is not a positive integer, or the image processor makes images
+            of more pixels than any tower takes.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
@@ -74,6 +77,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> None:
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
+        _check_image_size(image_processor)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -327,6 +331,22 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         raise ValueError(f"{refused}: a row is one caption or one image. Leave them out.")
     if any(options.get("return_attention_mask") is False for options in places.values()):
         raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
+
+
+def _check_image_size(image_processor: Any) -> None:
+    sides = {
+        f"{name} {side}": pixels
+        for name in ("size", "crop_size")
+        for side, pixels in dict(getattr(image_processor, name, None) or {}).items()
+    }
+    most = dict.fromkeys(sides, _MOST_PIXELS) | {"max_num_patches": _MOST_PATCHES}
+    found = sides | {"max_num_patches": getattr(image_processor, "max_num_patches", None)}
+    wrong = [f"{n}={v}, at most {most[n]}" for n, v in found.items() if (v or 0) > most[n]]
+    if wrong:
+        raise ValueError(
+            f"The image processor would make images that no tower takes: {'; '.join(wrong)}. "
+            "Restore processor_config.json from the original model folder."
+        )
 
 
 def _check_length(length: Any, name: str) -> int:

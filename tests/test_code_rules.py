@@ -215,6 +215,23 @@ def test_what_transformers_copies_is_what_python_imports(path: Path) -> None:
     assert {f"{node.module}.py" for node in relative} <= {other.name for other in UPLOADED}
 
 
+def find_relative_imports(path: Path) -> set[str]:
+    """Return the uploaded modules that a file needs, directly or through others."""
+    found, waiting = set(), [path]
+    while waiting:
+        named = set(get_relative_imports(waiting.pop())) - found
+        found |= named
+        waiting += [path.parent / f"{name}.py" for name in named]
+    return found - {path.stem}
+
+
+@pytest.mark.parametrize("name", ["configuration", "modeling", "processing"])
+def test_a_file_that_configs_name_names_itself_every_file_that_it_needs(name: str) -> None:
+    # transformers 5.6 to 5.9 copy from a folder what the named file imports, and go no deeper.
+    entry = PACKAGE / f"{name}_llm2clip.py"
+    assert set(get_relative_imports(entry)) - {entry.stem} == find_relative_imports(entry)
+
+
 @every_uploaded
 def test_uploaded_files_need_only_what_every_user_has(path: Path) -> None:
     # get_imports leaves out imports in `try`, so our own reading of the tree is added.

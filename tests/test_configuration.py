@@ -304,3 +304,56 @@ def test_no_absolute_path_is_written(tmp_path: Path) -> None:
         content = (tmp_path / folder / "config.json").read_text(encoding="utf-8")
         assert str(tmp_path) not in content
         assert "_name_or_path" not in json.loads(content)
+
+
+# What others set on a configuration
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_token_id_that_a_trainer_sets_is_saved_and_changes_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    config = build()
+    setattr(config, name, 7)
+    config.save_pretrained(tmp_path)
+    loaded = LLM2CLIPConfig.from_pretrained(tmp_path)
+    assert getattr(loaded, name) == 7
+    assert loaded.text_config.to_dict() == build().text_config.to_dict()
+
+
+def set_direction_of_the_llm(config: LLM2CLIPConfig) -> None:
+    config.text_config.is_causal = True
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda config: setattr(config, "my_note", "a"), r"no fields \['my_note'\]"),
+        (lambda config: setattr(config, "projection_dims", 32), r"no fields \['projection_dims'\]"),
+        (lambda config: setattr(config, "text_pooling", "max"), "text_pooling='max'"),
+        (lambda config: setattr(config, "max_text_length", "32"), "max_text_length='32'"),
+        (lambda config: delattr(config, "projection_dim"), "projection_dim"),
+        (set_direction_of_the_llm, "contradicts text_config.is_causal"),
+        (lambda config: setattr(config, "instructions", {"query": object()}), "JSON"),
+        (lambda config: setattr(config.text_config, "my_note", object()), "JSON"),
+    ],
+    ids=["unknown", "misspelled", "value", "type", "lost", "direction", "object", "in a tower"],
+)
+def test_what_would_not_load_is_refused_when_it_is_saved(
+    change: Any, error: str, tmp_path: Path
+) -> None:
+    config = build(text_adapter_layers=1)
+    config.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    change(config)
+    with pytest.raises(ValueError, match=error):
+        config.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_an_extra_field_of_a_tower_is_saved_and_loaded(tmp_path: Path) -> None:
+    config = build()
+    config.text_config.my_note, config.vision_config.my_note = "a", "b"
+    config.save_pretrained(tmp_path)
+    loaded = LLM2CLIPConfig.from_pretrained(tmp_path)
+    assert (loaded.text_config.my_note, loaded.vision_config.my_note) == ("a", "b")

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.losses import MultipleNegativesRankingLoss
 from shared_models import (
     CAPTIONS,
     ROUNDING,
@@ -26,7 +34,13 @@ from shared_models import (
 )
 from tiny import tiny_images, tiny_model
 from torch import Tensor
-from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoProcessor,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.llama import modeling_llama
 
 from modeling_llm2clip import (
@@ -36,6 +50,15 @@ from modeling_llm2clip import (
     LLM2CLIPTextModel,
     LLM2CLIPVisionModel,
 )
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.model_folders.fingerprint import (
+    fingerprint_embeddings,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+)
+from modeling_llm2clip.model_folders.model_loading import load_model, load_partial_model
+from modeling_llm2clip.model_folders.model_writing import open_model
 
 
 @pytest.fixture(scope="module")
@@ -325,3 +348,167 @@ def test_a_bfloat16_model_saves_its_dtype_and_keeps_its_temperature_in_float32(
     assert {p.dtype for p in loaded.text_model.parameters()} == {torch.bfloat16}
     assert loaded.logit_scale.log_scale.dtype == torch.float32
     assert torch.equal(loaded.logit_scale.log_scale, shared_model()[0].logit_scale.log_scale)
+
+
+# Checkpoints of others' trainers
+
+
+def train_with_transformers(folder: Path, output: Path) -> Any:
+    model = LLM2CLIPModel.from_pretrained(folder)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    batch = shared_batch()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(output), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=[{n: v[row] for n, v in batch.items()} for row in range(3)],
+        processing_class=processor,
+        data_collator=lambda rows: {
+            "return_loss": True,
+            **{name: torch.stack([row[name] for row in rows]) for name in batch},
+        },
+    )  # fmt: skip
+    trainer.train()
+    return model
+
+
+def train_with_sentence_transformers(folder: Path, output: Path) -> Any:
+    encoder = SentenceTransformer(str(folder), device="cpu")
+    trainer = SentenceTransformerTrainer(
+        model=encoder,
+        args=SentenceTransformerTrainingArguments(
+            str(output), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"anchor": CAPTIONS, "positive": CAPTIONS[::-1]}),
+        loss=MultipleNegativesRankingLoss(encoder),
+    )  # fmt: skip
+    trainer.train()
+    return encoder[0].model
+
+
+@pytest.mark.parametrize("train", [train_with_transformers, train_with_sentence_transformers])
+def test_a_checkpoint_of_a_trainer_loads_everywhere(
+    train: Any, folder: Path, tmp_path: Path
+) -> None:
+    before = LLM2CLIPModel.from_pretrained(folder)
+    complete = Path(shutil.copytree(folder, tmp_path / "complete"))
+    trained = train(complete, tmp_path / "output").eval()
+    checkpoint = tmp_path / "output" / "checkpoint-1"
+    batch = LLM2CLIPProcessor.from_pretrained(checkpoint)(text=CAPTIONS)
+    assert torch.equal(batch["input_ids"], shared_batch()["input_ids"])
+    with torch.no_grad():
+        wanted = trained.get_text_features(**batch).pooler_output
+        loaded = AutoModel.from_pretrained(checkpoint)
+        assert torch.equal(loaded.get_text_features(**batch).pooler_output, wanted)
+        assert not torch.equal(before.get_text_features(**batch).pooler_output, wanted)
+    encoder = SentenceTransformer(str(checkpoint), device="cpu")
+    found = torch.tensor(encoder.encode(CAPTIONS))
+    # It normalizes by itself, and sorts texts by length.
+    torch.testing.assert_close(found, wanted / wanted.norm(dim=1, keepdim=True), atol=1e-5, rtol=0)
+
+
+# Which files load
+
+
+def test_two_layouts_of_weights_load_nowhere(folder: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(folder, tmp_path / "both"))
+    other = tmp_path / "other"
+    shared_model()[0].save_pretrained(other, max_shard_size="50KB")
+    for file in other.glob("model*"):
+        shutil.copy(file, both)
+    for load in (
+        LLM2CLIPModel.from_pretrained,
+        LLM2CLIPTextModel.from_pretrained,
+        AutoModel.from_pretrained,
+        lambda source: SentenceTransformer(str(source), device="cpu"),
+        load_model,
+        load_partial_model,
+        open_model,
+        fingerprint_model,
+        fingerprint_text,
+        fingerprint_vision,
+        lambda source: fingerprint_embeddings(source, "image"),
+    ):
+        with pytest.raises(ValueError, match=r"weights twice.* Delete model\.safetensors"):
+            load(both)
+    report = check_model(both, device="cpu")
+    assert {c.name for c in report.failed} >= {"finite weights", "weight dtype", "weights"}
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "absolute"])
+def test_an_index_that_names_a_file_of_another_folder_loads_nowhere(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    moved = (copied / "model.safetensors").rename(tmp_path / "other.safetensors")
+    named = str(moved) if name == "absolute" else name
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(moved), named)}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
+        with pytest.raises(ValueError, match="files of its own folder"):
+            load(copied)
+    assert not check_model(copied, device="cpu").healthy
+
+
+def test_a_lora_beside_the_weights_loads_nowhere(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    (copied / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(folder)}), encoding="utf-8"
+    )
+    for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
+        with pytest.raises(ValueError, match=r"adapter_config\.json of a LoRA"):
+            load(copied)
+
+
+def test_a_configuration_cannot_name_another_weight_file(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    config["transformers_weights"] = "other.safetensors"
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no fields \['transformers_weights'\]"):
+        AutoModel.from_pretrained(copied)
+
+
+def changed_model() -> LLM2CLIPModel:
+    """A copy of the shared model with another projection."""
+    model = copy.deepcopy(shared_model()[0])
+    with torch.no_grad():
+        model.text_projection.weight += 1
+    return model
+
+
+@pytest.mark.parametrize("first", ["5GB", "50KB"])
+@pytest.mark.parametrize("second", ["5GB", "50KB", "90KB"])
+def test_saving_over_a_folder_leaves_the_new_weights_alone(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    shared_model()[0].save_pretrained(tmp_path, max_shard_size=first)
+    model = changed_model()
+    model.save_pretrained(tmp_path, max_shard_size=second)
+    (fresh := tmp_path / "fresh").mkdir()
+    model.save_pretrained(fresh, max_shard_size=second)
+    weights = {path.name for path in tmp_path.glob("*.safetensors*")}
+    assert weights == {path.name for path in fresh.glob("*.safetensors*")}
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.text_projection.weight, model.text_projection.weight)
+    assert fingerprint_model(tmp_path) == fingerprint_model(fresh)
+
+
+def test_a_save_by_another_process_removes_nothing(tmp_path: Path) -> None:
+    shared_model()[0].save_pretrained(tmp_path, max_shard_size="50KB")
+    before = sorted(path.name for path in tmp_path.glob("model*"))
+    changed_model().save_pretrained(tmp_path, is_main_process=False)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == before
+
+
+def test_sentence_transformers_saves_over_a_folder_too(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    LLM2CLIPModel.from_pretrained(copied).save_pretrained(copied, max_shard_size="50KB")
+    encoder = SentenceTransformer(str(copied), device="cpu")
+    with torch.no_grad():
+        encoder[0].model.text_projection.weight += 1
+    encoder.save_pretrained(str(copied))
+    loaded = AutoModel.from_pretrained(copied)
+    assert torch.equal(loaded.text_projection.weight, encoder[0].model.text_projection.weight)

@@ -372,3 +372,25 @@ def test_a_processor_without_its_tokenizers_prompt_differs() -> None:
     assert (
         bare(text="a dog")["input_ids"].shape != shared_model()[1](text="a dog")["input_ids"].shape
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 30_000, "width": 30_000}},
+        {"size": {"shortest_edge": 10**9}},
+        {"crop_size": {"height": 10**6, "width": 224}},
+        {"max_num_patches": 10**9},
+    ],
+    ids=str,
+)
+def test_an_image_size_that_no_tower_takes_is_refused_before_an_image_is_made(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    shared_model()[1].save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["image_processor"] |= settings
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"images that no tower takes.* at most"):
+        LLM2CLIPProcessor.from_pretrained(tmp_path)

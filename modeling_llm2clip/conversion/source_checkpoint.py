@@ -11,8 +11,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..configs.source_format import SOURCE_FORMATS
-from ..data.safetensors_files import list_weight_files
-from ..loading_llm2clip import load_without_code
+from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, open_weights
 from .layouts.eva02 import EVA02

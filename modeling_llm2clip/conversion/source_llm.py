@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ..building.lora_merging import merge_lora_weights
 from ..building.text_towers import require_decoder, require_own_tokenizer
-from ..data.safetensors_files import list_weight_files
-from ..loading_llm2clip import load_without_code
+from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
 from .key_mapping import Drop, RenamedWeights, apply_rules, rename

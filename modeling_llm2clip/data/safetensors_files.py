@@ -1,10 +1,10 @@
-"""Weight files: which of them a folder has, where a tensor is in one, reading and writing."""
+"""safetensors files: where a tensor is in one, reading and writing."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,56 +48,6 @@ class TensorPlace:
                 f"{file.name}: a tensor of shape {self.shape} needs {wanted} bytes, the file has "
                 f"{self.bytes}"
             )
-
-
-def list_weight_files(path: Path, *, names: Sequence[str] = ("model.safetensors",)) -> list[Path]:
-    """List the weight files of a saved model.
-
-    Args:
-        path: folder as transformers saves it, or a weight file, which is returned as it is.
-        names: file names to look for, in this order: first the index of each, `NAME.index.json`,
-            which lists the files of sharded weights, then the file itself.
-
-    Returns:
-        The files, sorted by name.
-
-    Raises:
-        ValueError: the folder has no such file, or a file that the index lists is missing.
-    """
-    if path.is_file():
-        return [path]
-    for index in (path / f"{name}.index.json" for name in names):
-        if index.is_file():
-            return _read_index(index)
-    for file in (path / name for name in names):
-        if file.is_file():
-            return [file]
-    raise ValueError(
-        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
-        f"of a saved model, or the weight file itself.{_explain_bin(names)}"
-    )
-
-
-def _explain_bin(names: Sequence[str]) -> str:
-    if not any(name.endswith(".bin") for name in names):
-        return ""
-    return (
-        " From a repository on the Hub, .bin files are not fetched: download such a file yourself "
-        "and give its folder."
-    )
-
-
-def _read_index(index: Path) -> list[Path]:
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [index.parent / name for name in sorted(set(listed))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
-    if lost := [file.name for file in files if not file.is_file()]:
-        raise ValueError(
-            f"{index.parent} lacks the weight files {lost}. Save or download it again."
-        )
-    return files
 
 
 def read_header(file: Path) -> dict[str, TensorPlace]:
@@ -164,7 +114,7 @@ def iterate_tensors(
     """Yield the tensors of safetensors files by name; one is in memory at a time.
 
     Args:
-        files: safetensors files; see `list_weight_files`.
+        files: safetensors files.
         prefix: yield only names that begin so.
         base: put the folder of a file, relative to this one, before its names: `vision/weight`.
 

@@ -13,6 +13,7 @@ from ..model_folders.model_folder import find_model_folder
 from .file_checks import (
     check_config,
     check_finite_weights,
+    check_recorded_files,
     check_remote_code,
     check_training,
     check_weight_dtypes,
@@ -55,6 +56,7 @@ _PLANNED_CHECKS = (
     _PlannedCheck("training", check_training, ("config",)),
     _PlannedCheck("remote code", check_remote_code),
     _PlannedCheck("finite weights", check_finite_weights),
+    _PlannedCheck("recorded files", check_recorded_files, ("config", "finite weights")),
     _PlannedCheck("weight dtype", check_weight_dtypes, ("config",)),
     _PlannedCheck("weights", check_loading, ("config",)),
     _PlannedCheck("tokenizer", check_tokenizer, ("config",), _TEXT),

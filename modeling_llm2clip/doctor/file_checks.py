@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.safetensors_files import iterate_tensors, list_weight_files
-from ..loading_llm2clip import list_foreign_code
+from ..data.safetensors_files import iterate_tensors
+from ..loading_llm2clip import list_foreign_code, list_model_files
+from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.model_loading import MODEL_CLASSES
 from ..model_folders.training_state import describe_untrained
-from ..model_folders.weights import open_weights
+from ..model_folders.weights import open_model_weights
 from ..modeling_llm2clip import LLM2CLIPModel
 from .model_report import ConcernError, NotApplicableError
 from .model_under_test import ModelUnderTest
@@ -75,7 +76,7 @@ def check_weight_dtypes(tested: ModelUnderTest) -> str:
     Args:
         tested: The model.
     """
-    dtypes = {name: tensor.dtype for name, tensor in open_weights(tested.folder).items()}
+    dtypes = {name: tensor.dtype for name, tensor in open_model_weights(tested.folder).items()}
     if getattr(tested.config, "quantization_config", None):
         found = sorted({_name(dtype) for dtype in dtypes.values()})
         if set(dtypes.values()) <= _PLAIN_DTYPES:
@@ -118,7 +119,7 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
         tested: The model.
     """
     count, errors = 0, []
-    for name, tensor in iterate_tensors(list_weight_files(tested.folder)):
+    for name, tensor in iterate_tensors(list_model_files(tested.folder)):
         count += 1
         # One-byte floats have no isfinite of their own.
         wide = tensor.float() if tensor.element_size() == 1 else tensor
@@ -170,6 +171,17 @@ def check_remote_code(tested: ModelUnderTest) -> str:
             "install the version that wrote the folder."
         )
     return f"{len(wanted)} files equal the installed package, and its classes are named"
+
+
+def check_recorded_files(tested: ModelUnderTest) -> str:
+    """Compare the files with those that the golden embeddings were computed with.
+
+    Args:
+        tested: The model.
+    """
+    if not require_recorded_files(tested.folder):
+        raise NotApplicableError(f"{GOLDEN_FILE} is absent, or records no files")
+    return "the files that decide embeddings are those that the folder was written with"
 
 
 def _find_code_inside(folder: Path) -> list[str]:

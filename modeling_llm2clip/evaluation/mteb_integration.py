@@ -31,6 +31,7 @@ from sentence_transformers import SentenceTransformer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.images.image_sources import ImageSource
+from ..loading_llm2clip import list_model_files
 from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ..model_folders.training_state import warn_of_untrained
 from .datasets.dataset_registry import find_dataset, list_datasets, load_dataset
@@ -151,7 +152,8 @@ def _describe_model(
 
 def _hash_folder(folder: Path) -> str:
     """Return forty hexadecimal digits, as a commit has."""
-    weights, files = fingerprint_weights(folder)["weights"], hash_model_files(folder, ["**/*.json"])
+    weights = fingerprint_weights(list_model_files(folder))["weights"]
+    files = hash_model_files(folder, ["**/*.json"])
     return hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40]
 
 

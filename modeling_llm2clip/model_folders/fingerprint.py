@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_json
-from ..data.safetensors_files import iterate_tensors, list_weight_files
+from ..data.atomic_files import hash_file, hash_json
+from ..data.safetensors_files import iterate_tensors
+from ..loading_llm2clip import list_model_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
@@ -31,10 +33,27 @@ _NOT_OF_THE_TOWER = {
 }  # fmt: skip
 # What of the small files of any model changes no embedding: where it was saved, and by whom.
 _NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+# Files of a model folder, beside its weights, that decide an embedding in some loader.
+_DECIDING_FILES = (
+    "config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "modules.json", "sentence_bert_config.json",
+)  # fmt: skip
+# Entries at any depth of those files that change no embedding, or that another check compares. Some
+# of them change when a folder is loaded and saved again.
+_DECIDING_NOTHING = {
+    "__version__", "_name_or_path", "_processor_class", "architectures", "auto_map",
+    "chat_template", "dtype", "instructions", "is_local", "local_files_only", "name_or_path",
+    "processor_class", "projections_trained", "text_adapter_trained", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+WEIGHTS_ENTRY = "weights"
 # Files of this package and of downloads that say nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
-# They name the library that an image processor computes with, not what it computes.
+# Entries of an image processor that change nothing; its class has an entry of its own.
 _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
+# The library that an image processor computes with, at the end of its class's name.
+_IMAGE_LIBRARY = re.compile("(Fast|Pil)$")
 
 
 def fingerprint_text(model: str | Path) -> dict[str, str]:
@@ -53,7 +72,9 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
     config, tensors, processor = _open(model, prefix="text_model.")
     return {
         **_describe_weights(tensors),
-        "architecture": hash_json(_tower_settings(config.text_config)),
+        "architecture": hash_json(
+            {**_tower_settings(config.text_config), **_find_quantization(config)}
+        ),
         "tokenizer": _hash_tokenizer(processor),
         "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
         "pooling": config.text_pooling,
@@ -80,7 +101,11 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
         **_describe_weights(tensors),
         "architecture": hash_json(_tower_settings(config.vision_config)),
         "image_processor": hash_json(
-            {k: v for k, v in settings.items() if k not in _NOT_OF_THE_IMAGES and v is not None}
+            {
+                **{k: v for k, v in settings.items() if v is not None},
+                **dict.fromkeys(_NOT_OF_THE_IMAGES),
+                "class": _IMAGE_LIBRARY.sub("", type(processor.image_processor).__name__),
+            }
         ),
         "pooling": config.vision_pooling,
     }
@@ -100,7 +125,7 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
     Raises:
         ValueError: The folder has no weights.
     """
-    files = list_weight_files(folder)
+    files = list_model_files(folder)
     if modality == "image":
         head = _describe_weights(iterate_tensors(files, prefix="visual_projection."))
         return {**fingerprint_vision(folder), "head weights": head["weights"]}
@@ -129,30 +154,24 @@ def fingerprint_model(folder: Path) -> dict[str, str]:
     """
     config = LLM2CLIPConfig.from_pretrained(folder)
     setting = str(getattr(config, _ADAPTER_SETTING))
-    return {**fingerprint_weights(folder), _ADAPTER_SETTING: setting}
+    return {**fingerprint_weights(list_model_files(folder)), _ADAPTER_SETTING: setting}
 
 
-def fingerprint_weights(folder: Path, *, pattern: str = "model*.safetensors") -> dict[str, str]:
-    """Hash all tensors of a folder's safetensors files, however they are distributed over files.
+def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> dict[str, str]:
+    """Hash all tensors of safetensors files, however they are distributed over files.
 
     Args:
-        folder: Folder.
-        pattern: Which files, as `Path.glob` takes it; the name of a subfolder is part of the names
-            of its tensors.
+        files: Files of one model.
+        base: Folder of the model, if some are in subfolders, whose names become part of the names
+            of their tensors.
 
     Returns:
         `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
 
     Raises:
-        ValueError: No file fits, or a name occurs in two of them.
+        ValueError: There are no weights, or a name occurs in two files.
     """
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise ValueError(
-            f"{folder} has no {pattern}. Save the model's weights as safetensors; of "
-            "a model on the Hub, name a revision that has them (revision, --revision refs/pr/N)."
-        )
-    return _describe_weights(iterate_tensors(files, base=folder))
+    return _describe_weights(iterate_tensors(files, base=base))
 
 
 def _open(
@@ -162,7 +181,7 @@ def _open(
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    return config, iterate_tensors(list_weight_files(folder), prefix=prefix), processor
+    return config, iterate_tensors(list_model_files(folder), prefix=prefix), processor
 
 
 def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -187,10 +206,59 @@ def _tower_settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in _NOT_OF_THE_TOWER}
 
 
+def _find_quantization(config: LLM2CLIPConfig) -> dict[str, Any]:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return {}
+    return {"quantization": found if isinstance(found, dict) else found.to_dict()}
+
+
 def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
-    written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-    # These two are state of the last call.
-    return hash_json({**written, "truncation": None, "padding": None})
+    tokenizer = processor.tokenizer
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    return hash_json(
+        {
+            **written,
+            # State of the last call, which these settings determine.
+            "truncation": tokenizer.truncation_side,
+            "padding": None,
+            "split_special_tokens": tokenizer.split_special_tokens,
+        }
+    )
+
+
+def hash_deciding_files(folder: Path) -> dict[str, str]:
+    """Hash each file of a model folder that decides its embeddings.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Name of each file → SHA-256 of its content, of JSON without what changes no embedding;
+        `weights` → that of all tensors, however they are distributed over files.
+
+    Raises:
+        ValueError: The folder has no weights, or a file is not valid JSON.
+    """
+    found = {
+        name: hash_json(_keep_deciding(json.loads((folder / name).read_text(encoding="utf-8"))))
+        if name.endswith(".json")
+        else hash_file(folder / name)
+        for name in _DECIDING_FILES
+        if (folder / name).is_file()
+    }
+    return {**found, WEIGHTS_ENTRY: fingerprint_weights(list_model_files(folder))["weights"]}
+
+
+def _keep_deciding(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_keep_deciding(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {k: _keep_deciding(v) for k, v in content.items() if k not in _DECIDING_NOTHING}
+    if set(kept) == {"idx", "name", "path", "type"}:  # sentence-transformers moves its classes
+        kept["type"] = str(kept["type"]).rsplit(".", 1)[-1]
+    return kept
 
 
 def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:

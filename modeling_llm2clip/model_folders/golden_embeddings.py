@@ -20,6 +20,7 @@ from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..encoding.float32 import float32_as_such
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .fingerprint import hash_deciding_files
 
 GOLDEN_FILE = "golden_embeddings.safetensors"
 GOLDEN_TEXTS = (
@@ -83,13 +84,13 @@ def compute_golden(
 
 
 def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
-    """Record the embeddings that a model gives now, beside its weights.
+    """Record the embeddings that a model gives now, beside its weights, and hashes of its files.
 
     Also `caption_embeds` (T, D), the LLM's part, so that the embeddings of another text adapter can
     be recorded without the LLM; and of a whole model `logit_scale` (1,), which no embedding shows.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, complete but for its card.
         model: A whole, text-only or vision-only model.
         processor: Its processor.
 
@@ -202,7 +203,7 @@ def require_golden(
     dtype: torch.dtype | None = None,
     runs_llm: bool = True,
 ) -> None:
-    """Refuse to write a folder from one that no longer gives its own recorded embeddings.
+    """Refuse to write a folder from one that differs from its recorded embeddings and files.
 
     The new folder would record the embeddings of the damage, and be healthy by them. Where nothing
     is recorded, a warning says that damage would not show.
@@ -215,14 +216,16 @@ def require_golden(
         runs_llm: False to start from the recorded caption embeddings.
 
     Raises:
-        ValueError: They differ by more than rounding on another machine.
+        ValueError: Embeddings differ by more than rounding on another machine, or a file that
+            decides embeddings is another.
     """
     try:
         compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
+        require_recorded_files(folder)
     except ValueError as error:
         raise ValueError(
-            f"Nothing is written from {folder}: it fails the check of its golden embeddings. "
-            f"{error} `llm2clip doctor {folder}` makes all checks."
+            f"Nothing is written from {folder}: it fails the check of its golden embeddings and "
+            f"recorded files. {error} `llm2clip doctor {folder}` makes all checks."
         ) from error
     if compared is None:
         warnings.warn(
@@ -260,6 +263,55 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
     with safe_open(path, framework="pt") as file:
         texts = json.loads(file.metadata()["texts"])
         return texts, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def find_changed_files(folder: Path) -> list[str] | None:
+    """Find the files that differ from those that the recorded embeddings were computed with.
+
+    Embeddings of a few texts do not show every change: an edited tokenizer may give them the same
+    ids.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Names of files that were changed, added or removed, and `weights`; None where nothing was
+        recorded.
+
+    Raises:
+        ValueError: The folder has no weights, or a file is not valid JSON.
+    """
+    path = folder / GOLDEN_FILE
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        recorded = json.loads(file.metadata().get("files", "null"))
+    if recorded is None:
+        return None
+    found = hash_deciding_files(folder)
+    return sorted(n for n in {*found, *recorded} if found.get(n) != recorded.get(n))
+
+
+def require_recorded_files(folder: Path) -> bool:
+    """Refuse a folder whose files differ from those that the golden embeddings were computed with.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        Whether files are recorded.
+
+    Raises:
+        ValueError: A file was changed, added or removed.
+    """
+    changed = find_changed_files(folder)
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}: not as when the folder was written, so that some inputs get "
+            "other embeddings. Restore these files, or, if the change is wanted, remove "
+            f"{GOLDEN_FILE} and write the folder anew (llm2clip export)."
+        )
+    return changed is not None
 
 
 def find_tolerance(dtype: torch.dtype, *, other_machine: bool = False) -> float:
@@ -303,6 +355,10 @@ def _save(
         raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
     content = serialize_tensors(
         {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
-        {"texts": json.dumps(texts, ensure_ascii=False), "dtype": str(dtype)},
+        {
+            "texts": json.dumps(texts, ensure_ascii=False),
+            "dtype": str(dtype),
+            "files": json.dumps(hash_deciding_files(folder), sort_keys=True),
+        },
     )
     (folder / GOLDEN_FILE).write_bytes(content)

@@ -15,7 +15,7 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import write_atomically
 from .model_card_data import CardData, read_card_data, relicense
 from .training_state import describe_untrained
-from .weights import open_weights
+from .weights import open_model_weights
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -232,7 +232,7 @@ def _name_origin(config: LLM2CLIPConfig, side: str) -> str:
 def _count_parameters(folder: Path) -> dict[str, int]:
     """Count the parameters of each direct part of the model, by the headers of its weight files."""
     counts: dict[str, int] = {}
-    for name, tensor in open_weights(folder).items():
+    for name, tensor in open_model_weights(folder).items():
         part = name.split(".")[0]
         counts[part] = counts.get(part, 0) + tensor.num_elements
     return counts

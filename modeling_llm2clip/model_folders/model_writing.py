@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..loading_llm2clip import list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..sentence_transformers_llm2clip import (
@@ -32,7 +33,7 @@ from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
 from .model_folder import find_records, is_inside, list_uploaded_files
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
-from .weights import LazyTensor, open_weights, require_disk_space, write_weights
+from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
 # As transformers has it; the Hub takes files up to 50 GB.
 SHARD_SIZE = "50GB"
@@ -217,7 +218,7 @@ def save_trained_model(
         instructions=read_instructions(source),
         card=replace(stated, results=tuple(results), caution=caution, training_data=tuple(data)),
         files=find_carried_files(source, trained_since=True),
-        max_shard_size=max(file.stat().st_size for file in source.glob("model*.safetensors")),
+        max_shard_size=max(file.stat().st_size for file in list_model_files(source)),
     )
 
 
@@ -253,7 +254,7 @@ def open_model(source: Path) -> LazyModel:
         ValueError: It is not one, or weights are missing.
     """
     config = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
-    return LazyModel(find_model_class(source), config, open_weights(source))
+    return LazyModel(find_model_class(source), config, open_model_weights(source))
 
 
 def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.safetensors_files import list_weight_files
+from ..loading_llm2clip import list_model_files, list_weight_files
 
 _INDEX = "model.safetensors.index.json"
 # Where the official training code and DeepSpeed put the weights, in its order.
@@ -103,6 +103,15 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
             two files.
     """
     return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
+
+
+def open_model_weights(folder: Path) -> dict[str, LazyTensor]:
+    """Open the weights of an LLM2CLIP model; result and errors are those of `open_weights`.
+
+    Args:
+        folder: Model folder.
+    """
+    return open_weight_files(list_model_files(folder))
 
 
 def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:

@@ -13,7 +13,7 @@ from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import MODEL_CLASSES
 from ..model_folders.model_writing import cast_weights, find_carried_files
-from ..model_folders.weights import open_weights, plan_shards
+from ..model_folders.weights import open_model_weights, plan_shards
 from .card_results import require_own_results
 from .export_model import CLASS_OF_COMPONENTS, plan_card
 from .hosting_files import render_hosting_files
@@ -73,7 +73,7 @@ def _plan_weights(folder: Path, config: ExportConfig) -> list[PlannedFile]:
     left_out = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
     weights = {
         name: tensor
-        for name, tensor in open_weights(folder).items()
+        for name, tensor in open_model_weights(folder).items()
         if not any(re.search(pattern, name) for pattern in left_out)
     }
     if config.dtype is not None:

@@ -68,6 +68,10 @@ def _make_causal(model: LLM2CLIPModel, _: Any) -> None:
     model.config.text_config.is_causal = True
 
 
+def _add_a_word(_: Any, processor: LLM2CLIPProcessor) -> None:
+    processor.tokenizer.add_tokens("photo")
+
+
 @pytest.mark.parametrize(
     ("change", "entry"),
     [
@@ -79,6 +83,9 @@ def _make_causal(model: LLM2CLIPModel, _: Any) -> None:
         (lambda _, processor: setattr(processor, "max_text_length", 31), "max_text_length"),
         (lambda _, processor: setattr(processor, "tokenizer", tiny_tokenizer(begins=False)),
          "tokenizer"),
+        (lambda _, processor: setattr(processor.tokenizer, "truncation_side", "left"),
+         "tokenizer"),
+        (_add_a_word, "tokenizer"),
     ],
 )  # fmt: skip
 def test_whatever_changes_a_captions_embedding_changes_one_entry(
@@ -103,6 +110,63 @@ def test_images_prepared_otherwise_are_another_model(folder: Path, tmp_path: Pat
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     changed = fingerprint_vision(save((model, processor), tmp_path))
     assert difference(changed, fingerprint_vision(folder)) == {"image_processor"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"truncation_side": "left"}, {"split_special_tokens": True}], ids=str
+)
+def test_settings_beside_the_tokenizers_file_that_change_ids_count(
+    settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    file = other / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, **settings}), encoding="utf-8")
+    text = "<|im_end|> a dog" * 40
+    ids = [LLM2CLIPProcessor.from_pretrained(f)(text=[text])["input_ids"] for f in (folder, other)]
+    assert ids[0].tolist() != ids[1].tolist()
+    assert difference(fingerprint_text(other), fingerprint_text(folder)) == {"tokenizer"}
+
+
+def test_another_class_of_image_processor_is_another_model(folder: Path, tmp_path: Path) -> None:
+    # Its settings are the same, and it is free to do something else with them.
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    file = other / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["image_processor"]["image_processor_type"].startswith("CLIPImageProcessor")
+    content["image_processor"]["image_processor_type"] = "ViTImageProcessor"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert "image_processor" in difference(fingerprint_vision(other), fingerprint_vision(folder))
+
+
+def test_the_library_that_prepares_images_does_not_count(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    file = other / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    name = content["image_processor"]["image_processor_type"]
+    content["image_processor"]["image_processor_type"] = (
+        name.removesuffix("Pil") if name.endswith("Pil") else f"{name}Pil"
+    )
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert fingerprint_vision(other) == fingerprint_vision(folder)
+
+
+def test_a_quantized_folder_is_another_model(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert difference(fingerprint_text(other), fingerprint_text(folder)) == {"architecture"}
+
+
+def test_a_tower_of_another_checkpoint_folder_is_the_same(folder: Path, tmp_path: Path) -> None:
+    # Where a tower came from, and what the tokenizer's special ids are called, changes no number.
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["eos_token_id"] = 5
+    config["text_config"]["_name_or_path"] = "owner/other"
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert fingerprint_text(other) == fingerprint_text(folder)
 
 
 def test_adapter_and_projections_do_not_count(folder: Path, tmp_path: Path) -> None:

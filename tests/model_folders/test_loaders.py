@@ -1,7 +1,7 @@
 """One exported folder reaches every loader: Auto classes, pipelines, sentence-transformers, Hub.
 
 The first part loads in clean processes: with the package and without `trust_remote_code`, and the
-other way about. Starting a process costs seconds, so three do everything and the tests read what
+other way about. Starting a process costs seconds, so four do everything and the tests read what
 they found. The second part holds what sentence-transformers makes of the folder.
 """
 
@@ -143,11 +143,14 @@ see("remote, hub resaved", "{RESAVED}")
 np.savez(here / "remote.npz", **found)
 """
 OFFLINE = f"""
-see("remote, folder", sys.argv[4])
 see("remote, offline", "{REPOSITORY}")
 see("remote, offline pinned", "{REPOSITORY}", revision=sys.argv[3])
 see("remote, offline resaved", "{RESAVED}")
 np.savez(here / "offline.npz", **found)
+"""
+ALONE = """
+see("remote, folder", sys.argv[3])
+np.savez(here / "alone.npz", **found)
 """
 WAYS = (
     "package, hub", "package, hub resaved", "remote, folder", "remote, hub", "remote, hub resaved",
@@ -202,9 +205,15 @@ def seen(
         environment.pop("PYTHONPATH", None)
         run_clean(DOWNLOAD, environment, here, "remote", old)
         asked_before = len(hub.requests)
-        run_clean(OFFLINE, environment | {"HF_HUB_OFFLINE": "1"}, here, "remote", old, folder)
+        run_clean(OFFLINE, environment | {"HF_HUB_OFFLINE": "1"}, here, "remote", old)
+        # With a cache of its own: code that was copied for another source would stand in for what
+        # the folder's own code does not bring.
+        environment = hub.environment(here / "stranger", offline=True)
+        environment.pop("PYTHONPATH", None)
+        run_clean(ALONE, environment, here, "remote", folder)
         assert len(hub.requests) == asked_before
-    found |= dict(np.load(here / "remote.npz")) | dict(np.load(here / "offline.npz"))
+    for way in ("remote", "offline", "alone"):
+        found |= dict(np.load(here / f"{way}.npz"))
     by_way: dict[str, dict[str, Any]] = {}
     for name, embeddings in found.items():
         way, loader = name.split("/")

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...encoding.devices import find_device
-from ...loading_llm2clip import load_without_code
+from ...loading_llm2clip import list_weight_files, load_without_code
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ...processing_llm2clip import check_texts
 from .descriptions import describe_activation, describe_image_processor, is_uncased
@@ -169,7 +169,7 @@ class ClipSiglipEncoder:
 
     @cached_property
     def _description(self) -> EncoderDescription:
-        weights = fingerprint_weights(self._folder)
+        weights = fingerprint_weights(list_weight_files(self._folder))
         files = hash_model_files(self._folder, ("*.json", "*.txt", "*.model"))
         return EncoderDescription(
             model_type=self._config.model_type,

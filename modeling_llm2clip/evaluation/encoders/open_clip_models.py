@@ -235,7 +235,7 @@ class OpenClipEncoder:
 
     def _fingerprint(self) -> tuple[dict[str, str], str]:
         if self._weights.suffix == ".safetensors":
-            found = fingerprint_weights(self._weights.parent, pattern=self._weights.name)
+            found = fingerprint_weights([self._weights])
         else:
             found = {"weights": hash_file(self._weights), "dtype": "unknown"}
         if self._path.is_dir():

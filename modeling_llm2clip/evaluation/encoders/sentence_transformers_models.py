@@ -136,7 +136,7 @@ class SentenceTransformerEncoder:
 
     @cached_property
     def _description(self) -> EncoderDescription:
-        weights = fingerprint_weights(self._folder, pattern="**/*.safetensors")
+        weights = fingerprint_weights(self._folder.glob("**/*.safetensors"), base=self._folder)
         files = hash_model_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
         facts = self._facts
         return EncoderDescription(

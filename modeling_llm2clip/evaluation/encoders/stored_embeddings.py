@@ -238,7 +238,7 @@ def _open_named(file: Path) -> _Side:
         width=found.embeddings.shape[1],
         dtype=str(found.embeddings.dtype).removeprefix("torch."),
         made_by={
-            **fingerprint_weights(file.parent, pattern=file.name),
+            **fingerprint_weights([file]),
             "names": hash_json(found.names),
         },
     )

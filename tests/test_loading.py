@@ -1,0 +1,195 @@
+"""Which weight files load, and that everything else reads the same; no network outgrows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model
+
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.loading_llm2clip import (
+    list_model_files,
+    list_weight_files,
+    read_weight_shapes,
+)
+from modeling_llm2clip.model_folders.model_loading import load_model
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def write_shards(folder: Path) -> None:
+    for number, shard in enumerate(SHARDS):
+        save_file({f"weight.{number}": torch.ones(2)}, folder / shard)
+    write_index(folder, {f"weight.{number}": shard for number, shard in enumerate(SHARDS)})
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+def write_file(folder: Path, name: str = FILE) -> None:
+    save_file({"weight": torch.ones(2)}, folder / name)
+
+
+# Which files
+
+
+def test_a_file_or_the_shards_of_an_index_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no weights: none of model\.safetensors"):
+        list_weight_files(tmp_path)
+    write_shards(tmp_path)
+    assert list_weight_files(tmp_path) == [tmp_path / shard for shard in SHARDS]
+    assert list_weight_files(tmp_path / SHARDS[0]) == [tmp_path / SHARDS[0]]
+    (tmp_path / SHARDS[1]).unlink()
+    with pytest.raises(ValueError, match=r"lacks the weight files \['model-00002-of-00002"):
+        list_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": [1]}',
+                                     '{"weight_map": {"a": 1}}'])  # fmt: skip
+def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        list_weight_files(tmp_path)
+
+
+def test_names_are_looked_for_in_the_order_of_transformers(tmp_path: Path) -> None:
+    names = (FILE, "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert list_weight_files(tmp_path, names=names) == [tmp_path / "pytorch_model.bin"]
+    write_file(tmp_path)
+    assert list_weight_files(tmp_path, names=names) == [tmp_path / FILE]
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{")  # transformers does not read it
+    assert list_weight_files(tmp_path, names=names) == [tmp_path / FILE]
+
+
+def test_two_layouts_in_one_folder_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    write_file(tmp_path)
+    with pytest.raises(ValueError, match=r"twice, in model\.safetensors and .* Delete model"):
+        list_weight_files(tmp_path)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"not loaded: \['model-00001-of-00002.* Delete them"):
+        list_weight_files(tmp_path)
+    write_index(tmp_path, {"weight.0": SHARDS[0]})
+    (tmp_path / FILE).unlink()
+    with pytest.raises(ValueError, match=r"not loaded: \['model-00002-of-00002"):
+        list_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "sub/a.safetensors",
+                                  "..\\\\other.safetensors", "..", ""])  # fmt: skip
+def test_an_index_that_names_a_file_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    write_file(tmp_path, "other.safetensors")
+    write_file(folder / "sub", "a.safetensors")
+    write_shards(folder)
+    write_index(folder, {"weight.0": SHARDS[0], "weight.1": SHARDS[1], "weight": name})
+    with pytest.raises(ValueError, match="files of its own folder"):
+        list_weight_files(folder)
+
+
+def test_an_index_without_files_is_refused(tmp_path: Path) -> None:
+    write_index(tmp_path, {})
+    with pytest.raises(ValueError, match="no files"):
+        list_weight_files(tmp_path)
+
+
+def test_a_lora_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    write_file(tmp_path)
+    assert list_model_files(tmp_path) == [tmp_path / FILE]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json of a LoRA.* Merge"):
+        list_model_files(tmp_path)
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        write_file(tmp_path, name)
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    assert read_weight_shapes(files[:1]) == {"weight": ((2,), "F32")}
+    with pytest.raises(ValueError, match=r"b\.safetensors repeats the weights \['weight'\]"):
+        read_weight_shapes(files)
+
+
+# Bounds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a saved model, which no test may change."""
+    path = tmp_path_factory.mktemp("model")
+    model, processor = tiny_model()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def change_config(folder: Path, target: Path, change: dict[str, Any]) -> Path:
+    """Copy a folder, with other values of dotted fields of its `config.json`."""
+    copied = Path(shutil.copytree(folder, target))
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
+    for field, value in change.items():
+        *above, last = field.split(".")
+        place = config
+        for name in above:
+            place = place[name]
+        place[last] = value
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return copied
+
+
+HUGE = 10**12
+OVERSIZED: dict[str, dict[str, Any]] = {
+    "labels": {"num_labels": 10**7},
+    "labels of a tower": {"vision_config.num_labels": 10**7},
+    "labels of the LLM": {"text_config.num_labels": 10**7},
+    "layers": {"text_config.num_hidden_layers": 20_000},
+    "very many layers": {"text_config.num_hidden_layers": 10**9},
+    "layers of the vision tower": {"vision_config.num_hidden_layers": 20_000},
+    "width": {"text_config.hidden_size": HUGE},
+    "width and text width": {"text_config.hidden_size": HUGE, "text_width": HUGE},
+    "text width": {"text_width": HUGE},
+    "inner width": {"text_config.intermediate_size": HUGE},
+    "width of the vision tower": {"vision_config.hidden_size": HUGE},
+    "vocabulary": {"text_config.vocab_size": HUGE},
+    "head width": {"text_config.head_dim": HUGE},
+    "image size": {"vision_config.image_size": 10**8},
+    "patch size": {"vision_config.patch_size": 10**8},
+    "adapter layers": {"text_adapter_layers": HUGE},
+    "adapter expansion": {"text_adapter_expansion": HUGE},
+    "shared space": {"projection_dim": HUGE},
+    "text length": {"max_text_length": 10**9},
+}
+
+
+@pytest.mark.parametrize("change", OVERSIZED.values(), ids=OVERSIZED.keys())
+def test_a_configuration_far_beyond_the_weights_is_refused_at_once(
+    change: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    changed = change_config(folder, tmp_path / "changed", change)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"larger model than the weight files|at most"):
+        load_model(changed, device="cpu")
+    # Building 20,000 layers, or a dictionary of 10 million labels, takes a minute and more.
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("change", OVERSIZED.values(), ids=OVERSIZED.keys())
+def test_doctor_reports_an_oversized_configuration_at_once(
+    change: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    changed = change_config(folder, tmp_path / "changed", change)
+    started = time.monotonic()
+    assert not check_model(changed, device="cpu").healthy
+    assert time.monotonic() - started < 30
