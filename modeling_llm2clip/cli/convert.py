@@ -112,6 +112,9 @@ def convert(
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     for reason, keys in sorted(record["dropped"].items()):
         print(f"left out, {reason}: {', '.join(keys)}")
+    unchecked = [file["name"] for file in record["files"] if not file["as_published"]]
+    if unchecked:
+        print(f"not compared with a checksum, as none of the Hub's is there: {unchecked}")
     print(
         f"Wrote {folder}, healthy: {record['num_parameters']:,} parameters. Its embeddings are "
         f"recorded; check any copy with: llm2clip doctor {output}"

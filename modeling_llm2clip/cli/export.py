@@ -111,9 +111,9 @@ def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
 def _list_files(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
     """Print what would be written, after the same checks."""
     from ..publishing.export_plan import plan_export
+    from ..publishing.uploaded_files import describe_files
 
-    for file in plan_export(model, output, config, revision=revision):
-        print(f"{file.num_bytes:>15,}  {file.path}")
+    print(describe_files(plan_export(model, output, config, revision=revision)))
     print(
         f"Nothing was written to {output}. Sizes of weight files are exact but for their headers, "
         "the others are those in MODEL. Leave out --dry-run to write it."

@@ -28,6 +28,7 @@ def push(
     private: bool = True,
     revision: str = "main",
     commit_message: str = "Upload LLM2CLIP model",
+    allow_files: tuple[str, ...] = (),
     dry_run: bool = False,
     config: DeviceConfig,
 ) -> int:
@@ -44,6 +45,7 @@ def push(
             taken back.
         revision: Branch to upload to; made if it does not exist.
         commit_message: Message of the commit.
+        allow_files: Paths in FOLDER of files that look like credentials and are not. Default: none.
         dry_run: Check the folder, and list files and sizes; upload nothing.
         config: Where the model runs while it is checked.
     """
@@ -53,11 +55,12 @@ def push(
     require_own_model(folder)
     device = str(use_device(config.device))
     from ..publishing.push_to_hub import check_publishable, push_to_hub, require_repo_id
+    from ..publishing.uploaded_files import describe_files
 
     require_repo_id(repo_id)
     if dry_run:
-        for file in check_publishable(folder, license=license, device=device):
-            print(f"{file.num_bytes:>15,}  {file.path}")
+        files = check_publishable(folder, license=license, device=device, allow_files=allow_files)
+        print(describe_files(files))
         shown = "private" if private else "public"
         print(
             f"Nothing was uploaded to {repo_id} ({shown}, branch {revision}). "
@@ -72,6 +75,7 @@ def push(
         revision=revision,
         commit_message=commit_message,
         device=device,
+        allow_files=allow_files,
     )
     print(f"Published {address}. Pin its last part with revision=… when you load it.")
     return 0

@@ -28,6 +28,7 @@ from .conversion_plan import ConversionPlan, plan_conversion
 from .source_checkpoint import (
     CheckpointSource,
     find_commit,
+    find_published_hash,
     open_checkpoint,
     public_name,
     split_revision,
@@ -60,11 +61,13 @@ def convert_checkpoint(
         name: What the card calls the model; None for the folder's last name.
 
     Returns:
-        The folder. Its `conversion.json` records the sources, and the keys that were left out.
+        The folder. Its `conversion.json` records the sources, whether each file was compared with
+            the Hub's SHA-256 (`as_published`), and the keys that were left out.
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The sources do not fit each other or the source format; see `plan_conversion`.
+        ValueError: The sources do not fit each other or the source format, see `plan_conversion`;
+            or a file that was downloaded from the Hub has not the SHA-256 that it had there.
         OSError: There is too little disk space.
         RuntimeError: The written model is not healthy; nothing is left of it.
 
@@ -156,4 +159,13 @@ def _describe_lora(lora: str | Path, paths: list[Path]) -> dict[str, str | None]
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+    """Hash a file, which has to be the one that the Hub published where that is known."""
+    found, published = hash_file(path), find_published_hash(path)
+    if published not in (None, found):
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {found}, the Hub's was {published}. Delete it, and "
+            "download it again."
+        )
+    checked = published is not None
+    size = path.stat().st_size
+    return {"name": path.name, "bytes": size, "sha256": found, "as_published": checked}

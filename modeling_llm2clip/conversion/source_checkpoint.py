@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from .layouts.siglip2 import SIGLIP2
 
 _LAYOUTS = (HUB_CLIP, OPENAI, EVA02, SIGLIP2)
 _KEYS_SHOWN = 6
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Where huggingface_hub notes what it downloaded into a folder that a user named.
+_NOTES = Path(".cache") / "huggingface" / "download"
 
 
 @dataclass(frozen=True)
@@ -177,4 +181,25 @@ def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
             folder, *rest = parts[parts.index(cache) + 1 :]
             if folder == "snapshots" and rest:
                 return rest[0]
+    return None
+
+
+def find_published_hash(file: Path) -> str | None:
+    """Find the SHA-256 that the Hub had for a file when it was downloaded.
+
+    Args:
+        file: File in huggingface_hub's cache, whose contents are named by their hashes, or in a
+            folder that `hf download --local-dir` wrote, which notes them beside its files.
+
+    Returns:
+        64 hexadecimal digits; None where none is recorded, as for small files and other folders.
+    """
+    content = file.resolve()
+    if content.parent.name == "blobs":
+        return content.name if _SHA256.fullmatch(content.name) else None
+    for folder in file.absolute().parents:
+        notes = folder / _NOTES / f"{file.absolute().relative_to(folder)}.metadata"
+        if notes.is_file():  # commit, hash and time, a line each
+            lines = notes.read_text(encoding="utf-8").splitlines()
+            return next((line for line in lines[1:2] if _SHA256.fullmatch(line)), None)
     return None

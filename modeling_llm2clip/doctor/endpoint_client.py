@@ -345,5 +345,6 @@ def _to_data_url(image: Image.Image) -> str:
     """Write an image as PNG, with its EXIF data."""
     file = io.BytesIO()
     exif = image.getexif()
-    image.save(file, format="PNG", **({"exif": exif} if exif else {}))
+    # Noise, as in photographs, is not made smaller by trying harder.
+    image.save(file, format="PNG", compress_level=1, **({"exif": exif} if exif else {}))
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

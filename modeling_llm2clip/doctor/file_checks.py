@@ -14,7 +14,7 @@ from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import iterate_tensors
 from ..loading_llm2clip import list_foreign_code, list_model_files
-from ..model_folders.golden_embeddings import GOLDEN_FILE, find_changed_files
+from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.model_loading import MODEL_CLASSES
 from ..model_folders.training_state import describe_untrained
@@ -179,15 +179,8 @@ def check_recorded_files(tested: ModelUnderTest) -> str:
     Args:
         tested: The model.
     """
-    changed = find_changed_files(tested.folder)
-    if changed is None:
+    if not require_recorded_files(tested.folder):
         raise NotApplicableError(f"{GOLDEN_FILE} is absent, or records no files")
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)}: not as when the folder was written, so that some inputs get "
-            "other embeddings. Restore these files, or, if the change is wanted, write the folder "
-            "anew (llm2clip export)."
-        )
     return "the files that decide embeddings are those that the folder was written with"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,9 +26,16 @@ _PROMISING = 0.5
 _ROUNDING = find_tolerance(torch.float32, other_machine=True)
 # Rounding errors of two machines are of one size, and not equal.
 _AS_MUCH = 3.0
+# The weights are rounded alike everywhere, so that half precision moves embeddings about where it
+# moves them here. Measured on tiny models of three families: cosines of the errors 0.5 to 0.7 for
+# the right dtype, at most 0.1 for the other one and for 8-bit weights.
+_SAME_ERROR = 0.4
 # int8 of unit embeddings; other inputs and other errors are further off.
 _QUANTIZED = 0.05
 _MOST_DECIMALS = 5
+_DECIMALS = " decimals"
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARED_SHOWN = 20  # characters that two texts have in common, from which on they are mentioned
 _ROWS_SHOWN = 3
 
 
@@ -42,8 +50,8 @@ class Comparison:
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
         variant_inputs: N texts or images, for the variants.
-        measure_half_precisions: Returns how far each half precision moves the model's own
-            embeddings.
+        encode_in_half: Returns the model's own embeddings in each half precision.
+        in_sequence: Whether each input was sent alone, after the reply to the one before it.
     """
 
     served: Tensor
@@ -52,7 +60,8 @@ class Comparison:
     tolerance: float
     list_variants: Callable[[], Sequence[Variant]]
     variant_inputs: Sequence[Any]
-    measure_half_precisions: Callable[[], dict[str, float]]
+    encode_in_half: Callable[[], dict[str, Tensor]]
+    in_sequence: bool = False
 
     def measure(self) -> float:
         """Return the largest distance; infinite where the width is another."""
@@ -72,10 +81,10 @@ class Comparison:
         """
         if self.measure() <= self.tolerance:
             return _find_closer(self) if thorough and self.measure() > _ROUNDING else None
-        for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length, _find_cause):
+        for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length):
             if (text := find(self)) is not None:
                 return text
-        return self._describe_unknown()
+        return _find_rounded(self) or _find_cause(self)
 
     def measure_direction(self) -> float:
         """Return the largest distance once lengths are 1; infinite where the width is another."""
@@ -146,31 +155,66 @@ class Comparison:
             f"(allowed: {self.tolerance:.0e})"
         )
 
-    def _describe_unknown(self) -> str:
-        found = self.find_variants()
-        nearest = f"; the nearest: {found[0][1]} (still {found[0][0]:.1e} apart)" if found else ""
-        return f"{self.describe_distance()}. No known error gives them{nearest}."
+
+def _find_rounded(compared: Comparison) -> str | None:
+    """Name the rounding of the values, where it alone moved the embeddings as far."""
+    rounding = find_rounding(compared.served)
+    if rounding is None or compared.served.shape != compared.wanted.shape:
+        return None
+    if rounding in _HALF:
+        rounded = compared.wanted.to(_HALF[rounding]).float()
+    elif rounding.endswith(_DECIMALS):
+        rounded = compared.wanted.round(decimals=int(rounding.removesuffix(_DECIMALS)))
+    else:
+        return None
+    by = float(measure_distances(rounded, compared.wanted).max())
+    # Values near the middle of two steps may be rounded to the other one.
+    if compared.measure() > 1.5 * by + _ROUNDING:
+        return None
+    return f"{compared.describe_distance()}: the values are rounded to {rounding}."
 
 
-def _find_cause(compared: Comparison) -> str | None:
-    """Name the variant, or the dtype, that gives these embeddings."""
+def _find_cause(compared: Comparison) -> str:
+    """Name the variant, or the dtype, that gives these embeddings, or say that none is known."""
     found, moved = compared.find_variants(), compared.measure_direction()
-    if found and found[0][0] <= max(compared.tolerance, _EXPLAINED * min(moved, 2.0)):
+    if found and _explains(found[0][0], moved, tolerance=compared.tolerance):
         distance, name = found[0]
         return (
             f"{compared.describe_distance()}: {name} (which gives them within {distance:.1e}"
             f"{compared.describe_lengths()})."
         )
-    if compared.served.shape != compared.wanted.shape:
+    if (dtype := _find_half_precision(compared)) is not None:
+        return (
+            f"{compared.describe_distance()}, as computing in {dtype} moves them here: the server "
+            f"computes in less than float32. If it is meant to, give --served-dtype {dtype}."
+        )
+    nearest = f"; the nearest: {found[0][1]} (still {found[0][0]:.1e} apart)" if found else ""
+    return f"{compared.describe_distance()}. No known error gives them{nearest}."
+
+
+def _find_half_precision(compared: Comparison) -> str | None:
+    """Return the dtype that moves embeddings as far, and to the same side.
+
+    A single embedding says too little: whatever moves it may do so to the same side by chance.
+    """
+    if compared.served.shape != compared.wanted.shape or len(compared.wanted) < 2:
         return None
-    for dtype, by in sorted(compared.measure_half_precisions().items(), key=lambda item: item[1]):
-        if moved <= _AS_MUCH * by:
-            return (
-                f"{compared.describe_distance()}, as much as computing in {dtype} moves them here "
-                f"({by:.1e}): the server computes in less than float32. If it is meant to, give "
-                f"--served-dtype {dtype}."
-            )
+    error = F.normalize(compared.served, dim=-1) - compared.wanted  # (N, P)
+    for dtype, embeds in compared.encode_in_half().items():
+        wanted = embeds - compared.wanted
+        ratio = float(error.norm() / wanted.norm().clamp(min=_ROUNDING))
+        alike = float(F.cosine_similarity(error.flatten(), wanted.flatten(), dim=0))
+        if 1 / _AS_MUCH <= ratio <= _AS_MUCH and alike >= _SAME_ERROR:
+            return dtype
     return None
+
+
+def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
+    """Return whether an error that leaves this distance of so much is the cause.
+
+    In half precision the tolerance may be larger than what an error costs.
+    """
+    return distance <= max(_EXPLAINED * min(moved, 2.0), min(tolerance, moved / 2))
 
 
 def _find_closer(compared: Comparison) -> str | None:
@@ -195,14 +239,14 @@ def find_rounding(served: Tensor) -> str | None:
     values = served[served.isfinite()]
     if bool((values == values.round()).all()):
         return "integers"
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+    for name, dtype in _HALF.items():
         if bool((values == values.to(dtype).float()).all()):
             return name
     for decimals in range(1, _MOST_DECIMALS + 1):
         scaled = values.double() * 10**decimals
         # float32 holds 7 digits: less than a hundredth of the last decimal.
         if bool(((scaled - scaled.round()).abs() < 0.01).all()):
-            return f"{decimals} decimals"
+            return f"{decimals}{_DECIMALS}"
     return None
 
 
@@ -237,14 +281,43 @@ def _find_crosstalk(compared: Comparison) -> str | None:
         distances = (wanted - served[row]).norm(dim=-1)
         nearest = int(distances.argmin())
         if nearest != row and float(distances[nearest]) <= compared.tolerance:
-            swapped.append(f"{compared.inputs[row]} has that of {compared.inputs[nearest]}")
+            swapped.append((row, nearest))
     if not swapped:
         return None
+    # A change of inputs can make two of them one, such as a text in capitals and in small letters.
+    found = compared.find_variants()
+    if found and found[0][0] <= _ROUNDING:
+        return f"{compared.describe_distance()}: {found[0][1]}."
+    shown = [
+        f"{compared.inputs[row]} has that of {compared.inputs[nearest]}"
+        + _describe_shared(compared.variant_inputs[row], compared.variant_inputs[nearest])
+        for row, nearest in swapped[:_ROWS_SHOWN]
+    ]
     more = f"; and {len(swapped) - _ROWS_SHOWN} more" if len(swapped) > _ROWS_SHOWN else ""
+    cause = (
+        "Each was sent alone, so that a cache, or a change of the inputs, takes them for the same."
+        if compared.in_sequence
+        else "Rows or requests are mixed up (cross-talk)."
+    )
     return (
         f"{len(swapped)} of {len(served)} inputs have another input's embedding: "
-        f"{'; '.join(swapped[:_ROWS_SHOWN])}{more}. Rows or requests are mixed up (cross-talk)."
+        f"{'; '.join(shown)}{more}. {cause}"
     )
+
+
+def _describe_shared(first: Any, second: Any) -> str:
+    """Return how many characters two texts begin or end with in common."""
+    if not isinstance(first, str) or not isinstance(second, str):
+        return ""
+    for place, one, other in (
+        ("first", first, second),
+        ("last", first[::-1], second[::-1]),
+    ):
+        pairs = zip(one, other, strict=False)  # of other lengths
+        count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if count >= _SHARED_SHOWN:
+            return f" (the {place} {count} characters are the same)"
+    return ""
 
 
 def _find_length(compared: Comparison) -> str | None:

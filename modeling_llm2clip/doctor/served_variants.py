@@ -20,6 +20,7 @@ from torch import Tensor
 from ..base_llm2clip import set_attention_direction
 from ..image_loading_llm2clip import load_images
 from ..pooling_llm2clip import build_pooling_mask, pool_tokens
+from .input_changes import list_image_changes, list_text_changes
 from .model_under_test import ModelUnderTest
 
 # What servers and libraries truncate to by default.
@@ -88,10 +89,8 @@ class TextVariants:
             if instruction.strip():
                 changed = partial(self._encode_changed, instruction.__add__)
                 variants.append(Variant(f"texts get the instruction {name!r}", changed))
-        if any(text != text.lower() for text in texts):
-            variants.append(
-                Variant("texts are lowercased", partial(self._encode_changed, str.lower))
-            )
+        for name, change in list_text_changes(list(texts)):
+            variants.append(Variant(name, partial(self._encode_changed, change)))
         if len({len(self.list_ids(text)) for text in texts}) > 1:
             variants += self._list_paddings()
         return [*variants, *self._list_truncations(longest)]
@@ -267,11 +266,12 @@ class TextVariants:
         return F.normalize(head(embeds).float(), dim=-1).cpu()
 
 
-def list_image_variants(tested: ModelUnderTest) -> list[Variant]:
+def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> list[Variant]:
     """List errors in how a server prepares and encodes images.
 
     Args:
         tested: The model, with a vision tower and a processor.
+        images: N images.
     """
     variants = [
         Variant(
@@ -292,6 +292,10 @@ def list_image_variants(tested: ModelUnderTest) -> list[Variant]:
         ),
         Variant("the visual projection is left out", partial(_encode_unprojected, tested)),
         *_list_pixel_variants(tested),
+    ]
+    variants += [
+        Variant(name, partial(_encode_changed_images, tested, change))
+        for name, change in list_image_changes(list(images))
     ]
     current = getattr(tested.processor.image_processor, "resample", None)
     return variants + [
@@ -351,6 +355,14 @@ def _to_statistics(mean: Sequence[float], std: Sequence[float]) -> _Statistics:
 def _encode_batch(tested: ModelUnderTest, batch: Any) -> Tensor:
     batch = batch.to(tested.device)
     return F.normalize(tested.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
+
+
+def _encode_changed_images(
+    tested: ModelUnderTest,
+    change: Callable[[Image.Image], Image.Image],
+    images: Sequence[Image.Image],
+) -> Tensor:
+    return tested.encode_images([change(image) for image in images])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from ..encoding.encode import encode_images, encode_texts
 from ..encoding.float32 import float32_as_such
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
-    compute_golden,
+    compare_golden,
     find_tolerance,
     measure_distances,
-    read_golden,
     render_golden_images,
 )
 from ..model_folders.model_folder import find_model_folder
@@ -33,12 +32,15 @@ from .endpoint_client import EndpointClient, EndpointError
 from .model_report import Check, ConcernError, ModelReport, NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 from .served_difference import Comparison, find_rounding
+from .served_inputs import EXACT_TEXTS, render_photographs
 from .served_variants import TextVariants, Variant, list_image_variants
 
 _EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
 _WORDS = "a dog and two red apples lie on a wooden table beside an open window at night "
+# Words of one token or a few, by which texts differ that have all else in common.
+_ENDS, _TOKENS_OF_ENDS = ("cats", "dogs"), 8
 _BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
 
 
@@ -52,7 +54,6 @@ class _Served:
     texts: list[str]
     tolerance: float
     unit_dimensions: int
-    single: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def in_half_precision(self) -> dict[str, ModelUnderTest]:
@@ -92,41 +93,49 @@ class _Served:
         return _encode(self.tested, inputs)
 
     def compare(
-        self, served: Tensor, inputs: Sequence[Any], *, wanted: Tensor | None = None
+        self, served: Tensor, inputs: Sequence[Any], *, in_sequence: bool = False
     ) -> Comparison:
         """Put the endpoint's embeddings beside the model's own."""
-        wanted = self.encode(inputs) if wanted is None else wanted
         is_text = isinstance(inputs[0], str)
 
         def list_variants() -> Sequence[Variant]:
             if is_text:
                 return TextVariants(self.tested).list_variants(inputs)
-            return list_image_variants(self.tested)
+            return list_image_variants(self.tested, inputs)
 
-        def measure_half_precisions() -> dict[str, float]:
-            return {
-                name: float(measure_distances(_encode(half, inputs), wanted).max())
-                for name, half in self.in_half_precision.items()
-            }
+        def encode_in_half() -> dict[str, Tensor]:
+            halves = self.in_half_precision.items()
+            return {name: _encode(half, inputs) for name, half in halves}
 
         return Comparison(
             served=served,
-            wanted=wanted,
+            wanted=self.encode(inputs),
             inputs=[_name(one, row) for row, one in enumerate(inputs)],
             tolerance=self.tolerance,
             list_variants=list_variants,
             variant_inputs=inputs,
-            measure_half_precisions=measure_half_precisions,
+            encode_in_half=encode_in_half,
+            in_sequence=in_sequence,
         )
 
-    def require_equal(
-        self, served: Tensor, inputs: Sequence[Any], *, where: str, thorough: bool = False
-    ) -> float:
+    def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> float:
         """Raise ValueError with the cause where embeddings differ; returns the distance."""
         compared = self.compare(served, inputs)
-        if (text := compared.explain(thorough=thorough)) is not None:
+        if (text := compared.explain()) is not None:
             raise ValueError(f"{where}: {text}")
         return compared.measure()
+
+    def require_equal_alone(self, inputs: Sequence[Any]) -> tuple[Tensor, float]:
+        """Send each input alone, as `require_equal`; returns the embeddings too.
+
+        Errors are looked for also in what half precision allows.
+        """
+        embed = self.client.embed_texts if isinstance(inputs[0], str) else self.client.embed_images
+        served = torch.cat([embed([one]) for one in inputs])
+        compared = self.compare(served, inputs, in_sequence=True)
+        if (text := compared.explain(thorough=True)) is not None:
+            raise ValueError(f"one at a time: {text}")
+        return served, compared.measure()
 
 
 def _encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
@@ -143,19 +152,16 @@ def _name(one: Any, row: int) -> str:
 
 def _check_model(served: _Served) -> str:
     """The folder itself has to give what it recorded, or nothing can be said of a server."""
-    golden = read_golden(served.tested.folder)
-    if golden is None:
+    tested = served.tested
+    try:
+        compared = compare_golden(tested.folder, tested.model, tested.processor)
+    except ValueError as error:
+        raise ValueError(
+            f"The folder itself fails: {error} Check it with llm2clip doctor, without --server."
+        ) from error
+    if compared is None:
         raise NotApplicableError("the folder has no recorded embeddings; its model is compared")
-    found = compute_golden(served.tested.model, served.tested.processor, golden[0])
-    tolerance = find_tolerance(served.tested.model.dtype, other_machine=True)
-    for name, embeds in found.items():
-        distance = float(measure_distances(embeds, golden[1][name]).max())
-        if not distance <= tolerance:
-            raise ValueError(
-                f"{name} of the folder itself differ by {distance:.1e} from those recorded. Check "
-                "it with llm2clip doctor, without --server."
-            )
-    return f"{sum(map(len, found.values()))} recorded embeddings are the folder's own"
+    return compared
 
 
 def _check_connection(served: _Served) -> str:
@@ -165,8 +171,7 @@ def _check_connection(served: _Served) -> str:
 
 def _check_texts(served: _Served) -> str:
     texts = served.texts
-    embeds = torch.cat([served.client.embed_texts([text]) for text in texts])
-    distance = served.require_equal(embeds, texts, where="one at a time", thorough=True)
+    embeds, distance = served.require_equal_alone(texts)
     rounding = find_rounding(embeds)
     if rounding is not None and served.config.served_dtype in (None, "float32"):
         raise ConcernError(
@@ -176,10 +181,22 @@ def _check_texts(served: _Served) -> str:
     return _describe(len(texts), distance, served)
 
 
+def _check_exact_texts(served: _Served) -> str:
+    """Texts with what servers rewrite, and pairs that a cache by part of a text takes for one."""
+    room = served.tested.config.max_text_length - served.num_prompt_tokens
+    shared = served.write_text(max(room - _TOKENS_OF_ENDS, 1))
+    texts = [
+        *EXACT_TEXTS,
+        *(f"{shared} {end}" for end in _ENDS),
+        *(f"{end} {shared}" for end in _ENDS),
+    ]
+    return _describe(len(texts), served.require_equal_alone(texts)[1], served)
+
+
 def _check_batched_texts(served: _Served) -> str:
     texts = served.texts
     distance = served.require_equal(served.client.embed_texts(texts), texts, where="in one request")
-    backwards = [*reversed(texts), texts[0]]  # the last one twice
+    backwards = [texts[0], *reversed(texts)]  # the first one twice
     found = served.client.embed_texts(backwards)
     distance = max(distance, served.require_equal(found, backwards, where="in reverse order"))
     return _describe(len(texts) + len(backwards), distance, served)
@@ -298,12 +315,13 @@ def _check_dimensions(served: _Served) -> str:
 
 def _check_images(served: _Served) -> str:
     images = render_golden_images()
-    found = torch.cat([served.client.embed_images([image]) for image in images])
-    return _describe(
-        len(images),
-        served.require_equal(found, images, where="one at a time", thorough=True),
-        served,
-    )
+    return _describe(len(images), served.require_equal_alone(images)[1], served)
+
+
+def _check_photographs(served: _Served) -> str:
+    """Images of the sizes and the detail of photographs, which servers shrink and compress."""
+    images = render_photographs()
+    return _describe(len(images), served.require_equal_alone(images)[1], served)
 
 
 def _check_batched_images(served: _Served) -> str:
@@ -319,9 +337,7 @@ def _check_batched_images(served: _Served) -> str:
 def _check_image_decoding(served: _Served) -> str:
     """Images that libraries decode differently: transparent, and rotated by EXIF."""
     images = _render_odd_images()
-    found = torch.cat([served.client.embed_images([image]) for image in images])
-    distance = served.require_equal(found, images, where="transparent and rotated")
-    return _describe(len(images), distance, served)
+    return _describe(len(images), served.require_equal_alone(images)[1], served)
 
 
 def _check_concurrent_inputs(served: _Served) -> str:
@@ -375,6 +391,7 @@ _PLANNED = (
     _Planned("model", _check_model),
     _Planned("connection", _check_connection),
     _Planned("texts", _check_texts, ("connection",)),
+    _Planned("exact texts", _check_exact_texts, ("texts",)),
     _Planned("batched texts", _check_batched_texts, ("texts",)),
     _Planned("mixed lengths", _check_mixed_lengths, ("texts",)),
     _Planned("concurrent texts", _check_concurrent_texts, ("texts",)),
@@ -383,6 +400,7 @@ _PLANNED = (
     _Planned("base64", _check_base64, ("connection",)),
     _Planned("dimensions", _check_dimensions, ("texts",)),
     _Planned("images", _check_images, ("connection",), of_images=True),
+    _Planned("photographs", _check_photographs, ("images",), of_images=True),
     _Planned("image decoding", _check_image_decoding, ("images",), of_images=True),
     _Planned("batched images", _check_batched_images, ("image decoding",), of_images=True),
     _Planned("concurrent inputs", _check_concurrent_inputs, ("texts", "image decoding"),

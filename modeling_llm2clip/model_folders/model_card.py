@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from string import Template
 
@@ -13,7 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from .model_card_data import CardData, read_card_data
+from ..data.atomic_files import write_atomically
+from .model_card_data import CardData, read_card_data, relicense
 from .training_state import describe_untrained
 from .weights import open_model_weights
 
@@ -51,35 +51,47 @@ _SNIPPETS = {
 
 
 def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
-    """Write `README.md` with the Hub's metadata.
+    """Write `README.md` with the Hub's metadata: the old one or the new one is there, always.
 
     Args:
         folder: Folder that holds the saved model.
         card: What the card states beside what is in the folder.
         name: What the card calls the model: the folder's last name, or its Hub id.
     """
-    (folder / "README.md").write_text(_render(folder, card, name=name), encoding="utf-8")
+    _write(folder, _render(folder, card, name=name))
 
 
 def update_model_card(folder: Path, *, license: str | None, name: str) -> None:
     """State a license, and rename the model where nobody edited its card.
 
+    On an edited card, name and address of another license go with it, and so does the sentence
+    that this package wrote about it.
+
     Args:
         folder: Model folder with a card.
         license: License of the weights; None keeps the stated one.
         name: New name.
+
+    Raises:
+        ValueError: `license` is `"other"`, and the card has no name and address of it.
     """
     path = folder / "README.md"
     card = read_card_data(folder)
-    stated = replace(card, license=license) if license else card
+    stated = relicense(card, license)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     if not text or (title is not None and text == _render(folder, card, name=title[1])):
         write_model_card(folder, stated, name=name)
     elif stated != card:
         edited = ModelCard.load(path)
-        edited.data.license = license
-        edited.save(path)
+        for field in ("license", "license_name", "license_link"):
+            setattr(edited.data, field, getattr(stated, field))
+        edited.text = edited.text.replace(_describe_license(card), _describe_license(stated))
+        _write(folder, str(edited))
+
+
+def _write(folder: Path, text: str) -> None:
+    write_atomically(folder / "README.md", text.encode())
 
 
 def _render(folder: Path, card: CardData, *, name: str) -> str:

@@ -157,7 +157,23 @@ def update_card_data(
     changes: dict[str, Any] = {name: getattr(config, name) for name in names}
     changes["training_data"] = config.training_data or None
     changes["results"] = None if results is None else tuple(results)
-    return replace(card, **{name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(relicense(card, config.license), **given)
+
+
+def relicense(card: CardData, license: str | None) -> CardData:
+    """Return what a card states under another license, without name and address of the old one.
+
+    Args:
+        card: What it states so far.
+        license: License of the weights; None changes nothing.
+
+    Raises:
+        ValueError: As `CardData`.
+    """
+    if license is None or license == card.license == "other":
+        return card
+    return replace(card, license=license, license_name=None, license_link=None)
 
 
 def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None) -> None:

@@ -111,6 +111,21 @@ def find_source_file(source: str | Path, name: str, *, revision: str | None = No
         return None
 
 
+def is_inside(file: Path, folder: Path) -> bool:
+    """Return whether a file is a folder's own once all links are followed.
+
+    Args:
+        file: File in the folder.
+        folder: A folder; of a snapshot in huggingface_hub's cache, the contents that this cache
+            keeps for its repository are inside too.
+    """
+    content, root = file.resolve(), folder.resolve()
+    in_snapshots = root.parent.name == "snapshots"
+    return content.is_relative_to(root) or (
+        in_snapshots and content.parent == root.parent.parent / "blobs"
+    )
+
+
 def list_uploaded_files() -> list[Path]:
     """List the package's files that are copied beside the weights, as remote code."""
     package = Path(__file__).parents[1]

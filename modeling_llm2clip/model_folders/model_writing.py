@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from ..sentence_transformers_llm2clip import (
     write_sentence_transformers_files,
 )
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
-from .golden_embeddings import renew_golden, write_golden
+from .golden_embeddings import renew_golden, require_golden, write_golden
 from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
-from .model_folder import find_records, list_uploaded_files
+from .model_folder import find_records, is_inside, list_uploaded_files
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
@@ -192,15 +192,17 @@ def save_trained_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: A weight has another name or shape than in the source.
+        ValueError: A weight has another name or shape than in the source, or the source no longer
+            gives its golden embeddings, see `require_intact`.
     """
     require_new_folder(Path(folder))
+    keeps_llm = not any(name.startswith("text_model.") for name in trained)
+    require_intact(source, with_llm=not keeps_llm)
     model = open_model(source)
     _require_places(source, model.weights, trained)
     replaced = {
         name: LazyTensor.of(value.to(model.weights[name].dtype)) for name, value in trained.items()
     }
-    keeps_llm = not any(name.startswith("text_model.") for name in trained)
     model.config.text_adapter_trained = text_adapter_trained
     model.config.projections_trained = projections_trained
     stated = read_card_data(source)
@@ -217,6 +219,28 @@ def save_trained_model(
         card=replace(stated, results=tuple(results), caution=caution, training_data=tuple(data)),
         files=find_carried_files(source, trained_since=True),
         max_shard_size=max(file.stat().st_size for file in list_model_files(source)),
+    )
+
+
+def require_intact(source: Path, *, with_llm: bool) -> None:
+    """Refuse to train a whole model that no longer gives its golden embeddings, or has bad links.
+
+    Args:
+        source: Folder of a whole model.
+        with_llm: Whether the LLM is run. Without it the text adapter starts from the recorded
+            caption embeddings. The folder that is written takes these over, so that `check_model`
+            still sees a damaged LLM there.
+
+    Raises:
+        ValueError: It gives other embeddings, see `require_golden`; or a file that the new folder
+            gets leads out of it, see `find_carried_files`.
+    """
+    find_carried_files(source)
+    require_golden(
+        source,
+        load_partial_model(source, with_llm=with_llm, with_vision_tower=True),
+        LLM2CLIPProcessor.from_pretrained(source, local_files_only=True),
+        runs_llm=with_llm,
     )
 
 
@@ -242,9 +266,41 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
 
     Returns:
         Name in the new folder → file.
+
+    Raises:
+        ValueError: One of them is a link that leads out of the folder, whose target is not copied.
     """
-    legal = {p.name: p for p in source.iterdir() if p.is_file() and _LEGAL_FILE.fullmatch(p.name)}
-    return {**legal, **find_records(source, trained_since=trained_since)}
+    legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
+    carried = {**legal, **find_records(source, trained_since=trained_since)}
+    require_inside(source, carried.values())
+    return carried
+
+
+def is_legal_file(name: str) -> bool:
+    """Return whether a file is named like a license or a notice, which every copy needs.
+
+    Args:
+        name: Name of a file, or its path in a model folder.
+    """
+    return _LEGAL_FILE.fullmatch(name) is not None
+
+
+def require_inside(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse to copy files that are links out of their folder.
+
+    Args:
+        folder: The folder.
+        files: Files in it.
+
+    Raises:
+        ValueError: One of them is such a link.
+    """
+    links = [f"{file.name} -> {file.resolve()}" for file in files if not is_inside(file, folder)]
+    if links:
+        raise ValueError(
+            f"{folder} has links that lead out of it: {', '.join(links)}. What they lead to is not "
+            "copied: put copies of the files in their places, or remove the links."
+        )
 
 
 def _require_own_class(model: Any) -> None:

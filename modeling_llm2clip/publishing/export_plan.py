@@ -12,12 +12,13 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import MODEL_CLASSES
-from ..model_folders.model_writing import cast_weights
+from ..model_folders.model_writing import cast_weights, find_carried_files
 from ..model_folders.weights import open_model_weights, plan_shards
 from .card_results import require_own_results
 from .export_model import CLASS_OF_COMPONENTS, plan_card
 from .hosting_files import render_hosting_files
-from .push_to_hub import PlannedFile, list_files, require_healthy
+from .push_to_hub import require_healthy
+from .uploaded_files import PlannedFile, list_own_files
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
@@ -42,7 +43,8 @@ def plan_export(
         of the source's.
 
     Raises:
-        ValueError: The source is not healthy, or results were measured with another model.
+        ValueError: The source is not healthy, a file to copy is a link that leaves it, or results
+            were measured with another model.
         FileExistsError: `output` exists and is not empty.
     """
     config = config or ExportConfig()
@@ -51,13 +53,14 @@ def plan_export(
     card = plan_card(folder, config)
     if config.components == "full" and config.dtype is None:
         require_own_results(card.results, folder)
+    find_carried_files(folder)
     require_healthy(folder, device=config.device)
     hosting = render_hosting_files(
         config, LLM2CLIPConfig.from_pretrained(folder), name=Path(output).name
     )
     others = [
         file
-        for file in list_files(folder)
+        for file in list_own_files(folder)
         if not _WEIGHTS.fullmatch(file.path) and file.path not in hosting
     ]
     added = [PlannedFile(path, len(content.encode())) for path, content in hosting.items()]

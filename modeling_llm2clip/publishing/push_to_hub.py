@@ -6,7 +6,7 @@ Credentials are huggingface_hub's own: `HF_TOKEN`, or what `hf auth login` store
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,15 @@ from huggingface_hub.utils import validate_repo_id
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..doctor.check_model import check_model
 from ..model_folders.model_card import update_model_card
-from ..model_folders.model_card_data import read_card_data, require_license
+from ..model_folders.model_card_data import read_card_data, relicense, require_license
 from ..model_folders.training_state import require_trained
+from .uploaded_files import PlannedFile, describe_files, list_files, require_no_credentials
 
 COMMIT_MESSAGE = "Upload LLM2CLIP model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Formats that can carry code which runs when they are opened.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy"}
 _REFUSED = {401: "there is no valid token", 403: "the token has no permission"}
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file that is, or would be, uploaded.
-
-    Attributes:
-        path: Path inside the folder.
-        num_bytes: Its size.
-    """
-
-    path: str
-    num_bytes: int
 
 
 def push_to_hub(
@@ -50,13 +38,15 @@ def push_to_hub(
     commit_message: str = COMMIT_MESSAGE,
     token: str | None = None,
     device: str = "auto",
+    allow_files: Sequence[str] = (),
+    show: Callable[[str], object] = print,
 ) -> str:
     """Upload a model folder in one commit, after which the branch has its files and no others.
 
     The card is first written with the repository's name and the license; a card that somebody
-    edited only gets the license. Large files are uploaded next and become visible by the commit
-    alone: an upload that breaks off shows nothing, and when it is repeated, files that had arrived
-    are not sent again.
+    edited only gets the license. Then all files are shown with their sizes. Large files are sent
+    first and become visible by the commit alone: an upload that breaks off shows nothing, and when
+    it is repeated, files that had arrived are not sent again.
 
     Args:
         model_folder: Folder of a trained, healthy model.
@@ -67,6 +57,8 @@ def push_to_hub(
         commit_message: Message of the commit.
         token: None for huggingface_hub's own.
         device: Where the model is checked first; see `find_device`.
+        allow_files: Paths in the folder of files that look like credentials and are not.
+        show: Called with the list of the files; what it raises stops the upload.
 
     Returns:
         Address of the commit; its last part is the revision to pin.
@@ -82,9 +74,11 @@ def push_to_hub(
     require_repo_id(repo_id)
     if not commit_message.strip():
         raise ValueError("The commit message is blank; describe the commit.")
-    files = check_publishable(model_folder, license=license, device=device)
     folder = Path(model_folder)
+    check_publishable(folder, license=license, device=device, allow_files=allow_files)
     update_model_card(folder, license=license, name=repo_id)
+    files = list_files(folder)
+    show(describe_files(files))
     api = HfApi(token=token)
     try:
         _prepare_repository(api, repo_id, private=private, revision=revision)
@@ -105,7 +99,11 @@ def push_to_hub(
 
 
 def check_publishable(
-    model_folder: str | Path, *, license: str | None = None, device: str = "auto"
+    model_folder: str | Path,
+    *,
+    license: str | None = None,
+    device: str = "auto",
+    allow_files: Sequence[str] = (),
 ) -> list[PlannedFile]:
     """Refuse a folder that others should not get; nothing is sent or changed.
 
@@ -113,13 +111,15 @@ def check_publishable(
         model_folder: Folder of a model.
         license: License that would be stated on its card; None where that has one.
         device: Where the model is checked; see `find_device`.
+        allow_files: Paths in the folder of files that look like credentials and are not.
 
     Returns:
         The files that would be uploaded.
 
     Raises:
-        ValueError: It is not a model folder, states no license, is untrained, holds files that can
-            carry code, or `check_model` finds an error. There is no way around that: a folder that
+        ValueError: It is not a model folder, states no license, is untrained, has links that leave
+            it, holds files that can carry code or that look like credentials, or `check_model`
+            finds an error. There is no way around that: a folder that
             gives wrong embeddings here gives wrong embeddings everywhere.
     """
     folder = Path(model_folder)
@@ -128,15 +128,16 @@ def check_publishable(
             f"{folder} is not a model folder: it has no config.json. Export a model first."
         )
     card = read_card_data(folder)
-    require_license(replace(card, license=license) if license else card, folder)
+    require_license(relicense(card, license), folder)
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)
-    pickles = [file.path for file in files if Path(file.path).suffix in _PICKLES]
+    pickles = [file.path for file in files if Path(file.path).suffix.lower() in _PICKLES]
     if pickles:
         raise ValueError(
             f"{folder} holds files that can carry code: {pickles[:8]}. Remove them from it."
         )
+    require_no_credentials(folder, files, allowed=allow_files)
     require_healthy(folder, device=device)
     return files
 
@@ -172,21 +173,6 @@ def require_repo_id(repo_id: str) -> None:
     if not _HUB_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id={repo_id!r} must be 'owner/name'.")
     validate_repo_id(repo_id)
-
-
-def list_files(folder: Path) -> list[PlannedFile]:
-    """List all files of a folder but hidden ones, by their path inside it.
-
-    Args:
-        folder: Any folder.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    relative = ((path.relative_to(folder), path.stat().st_size) for path in paths)
-    return [
-        PlannedFile(path.as_posix(), num_bytes)
-        for path, num_bytes in relative
-        if not any(part.startswith(".") for part in path.parts)
-    ]
 
 
 def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: str) -> None:

@@ -40,7 +40,13 @@ def test_the_own_server_gives_the_embeddings_of_the_folder(
     assert (
         skipped
         == {
-            "openai": {"images", "image decoding", "batched images", "concurrent inputs"},
+            "openai": {
+                "images",
+                "photographs",
+                "image decoding",
+                "batched images",
+                "concurrent inputs",
+            },
             "chat": {"batched images"},
             "cohere": {"base64", "dimensions"},
             "jina": set(),

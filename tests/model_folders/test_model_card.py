@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
+from interruptions import largest_file
 from shared_models import shared_model
 from tiny import tiny_images, tiny_model
 
-from modeling_llm2clip.model_folders.model_card import update_model_card
+from modeling_llm2clip.configs.export_config import CardConfig
+from modeling_llm2clip.model_folders.model_card import update_model_card, write_model_card
 from modeling_llm2clip.model_folders.model_card_data import (
     CardData,
     CardResult,
     find_license,
     read_card_data,
+    relicense,
+    update_card_data,
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
 
@@ -156,7 +160,73 @@ def test_an_edited_card_gets_the_license_alone(folder: Path, tmp_path: Path) -> 
     update_model_card(copy, license="mit", name="me/other")
     assert read_card_data(copy) == replace(STATED, license="mit")
     body = "# owner/name" + edited.split("# owner/name", 1)[1]
+    body = body.replace("These weights: cc-by-nc-4.0.", "These weights: mit.")
     assert path.read_text(encoding="utf-8").endswith(body)
+
+
+# Relicensed, and written whole or not at all
+
+LLAMA = CardData(license="other", license_name="llama3", license_link="https://e.org/llama3")
+
+
+@pytest.fixture
+def llama(folder: Path, tmp_path: Path) -> Path:
+    """A folder under a license that has a name and an address."""
+    copy = Path(shutil.copytree(folder, tmp_path / "llama"))
+    write_model_card(copy, LLAMA, name="owner/name")
+    return copy
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_new_license_takes_name_and_address_of_the_old_one_away(
+    is_edited: bool, llama: Path
+) -> None:
+    card = llama / "README.md"
+    if is_edited:
+        card.write_text(card.read_text() + "\nMine.\n", encoding="utf-8")
+    update_model_card(llama, license="apache-2.0", name="owner/name")
+    assert read_card_data(llama) == CardData(license="apache-2.0")
+    text = card.read_text()
+    assert "llama3" not in text and "These weights: apache-2.0." in text
+    assert ("Mine." in text) == is_edited
+
+
+def test_an_export_under_a_new_license_states_nothing_of_the_old_one() -> None:
+    found = update_card_data(LLAMA, CardConfig(license="mit"))
+    assert found == CardData(license="mit")
+    named = CardConfig(license="other", license_name="ours", license_link="https://e.org/ours")
+    assert update_card_data(LLAMA, named).license_name == "ours"
+    assert update_card_data(LLAMA, CardConfig()) == LLAMA
+
+
+def test_the_stated_license_stated_again_keeps_its_name_and_drops_leftovers() -> None:
+    assert relicense(LLAMA, "other") == relicense(LLAMA, None) == LLAMA
+    leftover = replace(LLAMA, license="apache-2.0")  # as older versions wrote it
+    assert relicense(leftover, "apache-2.0") == CardData(license="apache-2.0")
+    with pytest.raises(ValueError, match="needs license_name and license_link"):
+        relicense(CardData(license="mit"), "other")
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_card_that_cannot_be_written_whole_stays_as_it_was(is_edited: bool, llama: Path) -> None:
+    card = llama / "README.md"
+    if is_edited:
+        card.write_text(card.read_text() + "\nMine.\n", encoding="utf-8")
+    before = card.read_bytes()
+    with largest_file(100), pytest.raises(OSError, match="File too large"):
+        update_model_card(llama, license="apache-2.0", name="me/other")
+    assert card.read_bytes() == before
+    assert read_card_data(llama) == LLAMA
+
+
+def test_a_card_that_is_a_link_is_replaced_and_its_target_kept(llama: Path) -> None:
+    card, blob = llama / "README.md", llama.parent / "blob"
+    card.rename(blob)  # as in huggingface_hub's cache
+    card.symlink_to(blob)
+    before = blob.read_bytes()
+    update_model_card(llama, license="apache-2.0", name="me/other")
+    assert blob.read_bytes() == before and not card.is_symlink()
+    assert read_card_data(llama).license == "apache-2.0"
 
 
 # Licenses of towers

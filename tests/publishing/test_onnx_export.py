@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import ExportConfig, LLM2CLIPConfig, export_model, load_onnx_encoder
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_FILE,
@@ -87,6 +89,43 @@ def test_graphs_give_the_models_embeddings_in_batches_and_alone(
     assert torch.allclose(
         encoder.encode_images(images), encode_images(model, processor, images), atol=ROUNDING
     )
+
+
+def crop_photographs(count: int) -> list[Image.Image]:
+    """The embedded photographs, and parts of them of odd sizes and other modes."""
+    files = sorted((find_example_data() / "photographs" / "images").glob("*.jpg"))
+    images = [Image.open(file).convert("RGB") for file in files]
+    generator = np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA", "P", "CMYK")
+    while len(images) < count:
+        whole = images[len(images) % len(files)]
+        width, height = (int(generator.integers(size // 3, size)) | 1 for size in whole.size)
+        left, top = (int(generator.integers(0, 1 + size // 4)) for size in whole.size)
+        part = whole.crop((left, top, min(left + width, whole.width), top + height))
+        images.append(part.convert(modes[len(images) % len(modes)]))
+    return images
+
+
+@pytest.mark.slow
+def test_graphs_give_the_models_embeddings_of_200_captions_and_50_photographs(
+    source: Path, exported: Path
+) -> None:
+    model, processor = load_model(source, device="cpu")
+    encoder = load_onnx_encoder(exported)
+    records = [
+        record
+        for name in ("photographs", "emoji")
+        for record in load_records(find_example_data() / name)
+    ]
+    captions = sorted({caption for record in records for caption in record.captions})
+    texts = random.Random(0).sample(captions, 200)  # of all languages and lengths
+    images = crop_photographs(50)
+    assert len({image.size for image in images}) > 30 and len({image.mode for image in images}) == 5
+    for found, wanted in (
+        (encoder.encode_texts(texts), encode_texts(model, processor, texts)),
+        (encoder.encode_images(images), encode_images(model, processor, images)),
+    ):
+        assert float((found - wanted).norm(dim=1).max()) <= ROUNDING
 
 
 def test_padding_on_the_left_changes_nothing(source: Path, exported: Path) -> None:

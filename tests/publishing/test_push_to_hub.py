@@ -34,10 +34,10 @@ from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.publishing.export_plan import plan_export
 from modeling_llm2clip.publishing.push_to_hub import (
     check_publishable,
-    list_files,
     push_to_hub,
     require_repo_id,
 )
+from modeling_llm2clip.publishing.uploaded_files import list_files
 
 pytestmark = pytest.mark.slow
 STATED = CardData(license="mit")

@@ -1,0 +1,95 @@
+"""What an endpoint is asked beside the golden inputs: what servers change without saying so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+# Each has something that libraries and gateways rewrite: line breaks, several spaces, ligatures and
+# other compatibility characters, accents in two characters and in one, emoji, typographic quotes,
+# markup, and a pair that differs in case alone.
+EXACT_TEXTS = (
+    "Two lines:\na red dog,\n\nand a cat.",
+    "A list\r\nof two\tcolumns  and   spaces",
+    "The ﬁrst oﬃce of №5, ½ price, ５ m²",
+    "Cafe\u0301 noir for the nin\u0303o",
+    "Ångström, naïve façade, São Paulo",
+    "👩\u200d🚀 with a 🐕 at the door ☕\ufe0f",
+    "“Curly” quotes — it’s a dash…",
+    'Q&amp;A: <b>5 > 3</b> & "so on"',
+    "the White House",
+    "the white house",
+    "  a dog at the edge  ",
+)
+# COCO's commonest size, an odd one, a large one, a small one, and one with a far longer side.
+_SIZES = ((640, 427), (333, 501), (1280, 853), (61, 47), (700, 96))
+_PATCH = 24  # pixels of the two patches by which the near copy of a photograph differs
+_CELLS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see these coarsely
+
+
+@cache
+def render_photographs() -> tuple[Image.Image, ...]:
+    """Render images with the sizes and the fine detail of photographs, always the same ones.
+
+    Returns:
+        One of each size, and a copy of the first with a white patch beside a black one. A server
+        that looks for known images by their thumbnails must not take it for the first.
+    """
+    images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
+    near_copy = images[0].copy()
+    left, top = near_copy.width // 2 + _PATCH, near_copy.height * 11 // 20
+    for number, color in enumerate(("white", "black")):
+        near_copy.paste(
+            color, (left, top + number * _PATCH, left + 2 * _PATCH, top + (number + 1) * _PATCH)
+        )
+    return (*images, near_copy)
+
+
+def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
+    """Render noise with detail of every size, as photographs have it, and edges of one pixel.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        seed: Of the noise.
+    """
+    generator = np.random.default_rng(seed)
+    light, *colors = (
+        _render_noise(generator, width, height, cells)
+        for cells in (_CELLS, *[[cell for cell in _CELLS if cell >= _COLORED]] * 3)
+    )
+    channels = [_stretch(light + color) for color in colors]
+    image = Image.fromarray(np.stack(channels, axis=-1))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y = (int(generator.integers(0, length)) for length in (width, height))
+        red, green, blue = (int(value) for value in generator.integers(0, 256, 3))
+        for step in range(0, min(width, height) // 3, 3):  # a fence, which coarse sampling misses
+            draw.line((x + step, y, x + step, y + height // 4), fill=(red, green, blue))
+    return image
+
+
+def _render_noise(
+    generator: np.random.Generator, width: int, height: int, cells: Sequence[int]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Add up smooth noise of several grids, the coarse ones stronger; (height, width)."""
+    values = np.zeros((height, width))
+    for cell in cells:
+        shape = (height // cell + 2, width // cell + 2) if cell > 1 else (height, width)
+        layer = Image.fromarray(generator.standard_normal(shape).astype(np.float32))
+        smooth = layer.resize((width, height), Image.Resampling.BICUBIC)
+        values += cell**0.5 * np.asarray(smooth)
+    return values
+
+
+def _stretch(
+    values: np.ndarray[Any, np.dtype[np.float64]],
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Use the whole range of pixels, but for a few that are clipped."""
+    low, high = np.percentile(values, (1, 99))
+    return np.clip((values - low) / (high - low) * 255, 0, 255).astype(np.uint8)
