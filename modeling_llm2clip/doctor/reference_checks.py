@@ -14,11 +14,9 @@ from torch import Tensor
 from ..loading_llm2clip import naming_code
 from ..model_folders.golden_embeddings import (
     GOLDEN_FILE,
-    compute_golden,
+    compare_golden,
     find_tolerance,
     measure_distances,
-    read_golden,
-    read_temperature,
     render_golden_images,
 )
 from ..sentence_transformers_llm2clip import (
@@ -31,10 +29,6 @@ from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 # All equal for unit embeddings; without a setting sentence-transformers takes the cosine.
 _COSINES = ("cosine", "dot", None)
-_PARTS = {
-    "text_embeds": "tokenizer, LLM, text adapter or text projection",
-    "image_embeds": "image processor, vision tower or visual projection",
-}
 
 
 def check_golden_embeddings(tested: ModelUnderTest) -> str:
@@ -43,41 +37,13 @@ def check_golden_embeddings(tested: ModelUnderTest) -> str:
     Args:
         tested: The model.
     """
-    golden = read_golden(tested.folder)
-    if golden is None:
+    if not (tested.folder / GOLDEN_FILE).is_file():
         raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
     if tested.processor is None:
         raise NotApplicableError("there is no processor to prepare the recorded inputs with")
-    texts, recorded = golden
-    found = compute_golden(tested.model, tested.processor, texts)
-    tolerance = find_tolerance(tested.model.dtype, other_machine=True)
-    errors, largest = [], 0.0
-    for name, embeddings in found.items():
-        if name not in recorded or recorded[name].shape != embeddings.shape:
-            errors.append(f"{name} was not recorded with shape {tuple(embeddings.shape)}")
-            continue
-        distances = measure_distances(embeddings, recorded[name])
-        row, furthest = int(distances.argmax()), float(distances.max())
-        largest = max(largest, furthest)
-        if not furthest <= tolerance:
-            errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_PARTS[name]})")
-    errors += _compare_temperatures(read_temperature(tested.model), recorded)
-    if errors:
-        raise ValueError(
-            f"{'; '.join(errors)}; allowed in {tested.model.dtype}: {tolerance:.0e}. Weights, "
-            "settings or code are not those the folder was written with: restore it."
-        )
-    count = sum(map(len, found.values()))
-    return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
-
-
-def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
-    # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
-    return [
-        f"{name} is {float(found[name]):.4f}, recorded was {float(recorded[name]):.4f}"
-        for name in set(found) & set(recorded)
-        if not torch.allclose(found[name], recorded[name].float(), atol=1e-6, rtol=0)
-    ]
+    compared = compare_golden(tested.folder, tested.model, tested.processor)
+    assert compared is not None
+    return compared
 
 
 def check_sentence_transformers(tested: ModelUnderTest) -> str:

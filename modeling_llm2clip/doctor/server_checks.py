@@ -21,10 +21,9 @@ from ..encoding.encode import encode_images, encode_texts
 from ..encoding.float32 import float32_as_such
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
-    compute_golden,
+    compare_golden,
     find_tolerance,
     measure_distances,
-    read_golden,
     render_golden_images,
 )
 from ..model_folders.model_folder import find_model_folder
@@ -143,19 +142,16 @@ def _name(one: Any, row: int) -> str:
 
 def _check_model(served: _Served) -> str:
     """The folder itself has to give what it recorded, or nothing can be said of a server."""
-    golden = read_golden(served.tested.folder)
-    if golden is None:
+    tested = served.tested
+    try:
+        compared = compare_golden(tested.folder, tested.model, tested.processor)
+    except ValueError as error:
+        raise ValueError(
+            f"The folder itself fails: {error} Check it with llm2clip doctor, without --server."
+        ) from error
+    if compared is None:
         raise NotApplicableError("the folder has no recorded embeddings; its model is compared")
-    found = compute_golden(served.tested.model, served.tested.processor, golden[0])
-    tolerance = find_tolerance(served.tested.model.dtype, other_machine=True)
-    for name, embeds in found.items():
-        distance = float(measure_distances(embeds, golden[1][name]).max())
-        if not distance <= tolerance:
-            raise ValueError(
-                f"{name} of the folder itself differ by {distance:.1e} from those recorded. Check "
-                "it with llm2clip doctor, without --server."
-            )
-    return f"{sum(map(len, found.values()))} recorded embeddings are the folder's own"
+    return compared
 
 
 def _check_connection(served: _Served) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..data.safetensors_files import serialize_tensors
 from ..encoding.encode import encode_images, encode_texts, project_captions
+from ..encoding.float32 import float32_as_such
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -26,7 +28,10 @@ GOLDEN_TEXTS = (
     "Eine Katze schläft auf dem Sofa.",
     "夜の東京タワー",
 )
-
+_PARTS = {
+    "text_embeds": "tokenizer, LLM, text adapter or text projection",
+    "image_embeds": "image processor, vision tower or visual projection",
+}
 
 # Distances of unit embeddings. One machine, another order of sums: rounding that adds up over
 # layers. Measured on a CPU with SmolLM2-135M (30 layers) and five texts, alone, batched, padded
@@ -49,7 +54,11 @@ def render_golden_images() -> list[Image.Image]:
 
 
 def compute_golden(
-    model: Any, processor: LLM2CLIPProcessor, texts: Sequence[str] = GOLDEN_TEXTS
+    model: Any,
+    processor: LLM2CLIPProcessor,
+    texts: Sequence[str] = GOLDEN_TEXTS,
+    *,
+    caption_embeds: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Encode texts and the golden images.
 
@@ -57,13 +66,16 @@ def compute_golden(
         model: A whole, text-only or vision-only model.
         processor: Its processor.
         texts: T texts.
+        caption_embeds: (T, D) of the texts, where the LLM is not to be run.
 
     Returns:
         `text_embeds` (T, P) and `image_embeds` (2, P), float32 of unit length on the CPU; only one
         of them for a text-only or vision-only model.
     """
     embeddings = {}
-    if hasattr(model, "text_model"):
+    if caption_embeds is not None:
+        embeddings["text_embeds"] = project_captions(model, caption_embeds)
+    elif hasattr(model, "text_model"):
         embeddings["text_embeds"] = encode_texts(model, processor, texts)
     if hasattr(model, "vision_model"):
         embeddings["image_embeds"] = encode_images(model, processor, render_golden_images())
@@ -116,13 +128,108 @@ def renew_golden(
     texts, recorded = golden
     caption_embeds = recorded["caption_embeds"]
     with _naming_the_save():
-        embeddings = {
-            "text_embeds": project_captions(model, caption_embeds),
-            "image_embeds": encode_images(model, processor, render_golden_images()),
-            "caption_embeds": caption_embeds,
-        }
-    _save(folder, {**embeddings, **read_temperature(model)}, texts, model.dtype)
+        embeddings = compute_golden(model, processor, caption_embeds=caption_embeds)
+    embeddings = {**embeddings, "caption_embeds": caption_embeds, **read_temperature(model)}
+    _save(folder, embeddings, texts, model.dtype)
     return True
+
+
+def compare_golden(
+    folder: Path,
+    model: Any,
+    processor: LLM2CLIPProcessor,
+    *,
+    dtype: torch.dtype | None = None,
+    runs_llm: bool = True,
+) -> str | None:
+    """Compare the embeddings of a model with those that were recorded in its folder.
+
+    Args:
+        folder: Folder that the model was loaded from.
+        model: The whole model, or the parts of it that are compared.
+        processor: Its processor.
+        dtype: Dtype of the folder's weights, which sets what may differ; None for the model's.
+        runs_llm: False to start from the recorded caption embeddings.
+
+    Returns:
+        What was compared, in words; None where the folder has no recorded embeddings of the model.
+
+    Raises:
+        ValueError: They differ by more than rounding on another machine.
+    """
+    golden = read_golden(folder)
+    if golden is None or not (runs_llm or "caption_embeds" in golden[1]):
+        return None
+    texts, recorded = golden
+    caption_embeds = None if runs_llm else recorded["caption_embeds"]
+    with float32_as_such():
+        found = compute_golden(model, processor, texts, caption_embeds=caption_embeds)
+    tolerance = find_tolerance(dtype or model.dtype, other_machine=True)
+    errors, largest = [], 0.0
+    for name, embeddings in found.items():
+        if name not in recorded or recorded[name].shape != embeddings.shape:
+            errors.append(f"{name} was not recorded with shape {tuple(embeddings.shape)}")
+            continue
+        distances = measure_distances(embeddings, recorded[name])
+        row, furthest = int(distances.argmax()), float(distances.max())
+        largest = max(largest, furthest)
+        if not furthest <= tolerance:
+            errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_PARTS[name]})")
+    errors += _compare_temperatures(read_temperature(model), recorded)
+    if errors:
+        raise ValueError(
+            f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.0e}. Weights, "
+            "settings or code are not those the folder was written with: restore it."
+        )
+    count = sum(map(len, found.values()))
+    return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
+
+
+def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
+    # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
+    return [
+        f"{name} is {float(found[name]):.4f}, recorded was {float(recorded[name]):.4f}"
+        for name in set(found) & set(recorded)
+        if not torch.allclose(found[name], recorded[name].float(), atol=1e-6, rtol=0)
+    ]
+
+
+def require_golden(
+    folder: Path,
+    model: Any,
+    processor: LLM2CLIPProcessor,
+    *,
+    dtype: torch.dtype | None = None,
+    runs_llm: bool = True,
+) -> None:
+    """Refuse to write a folder from one that no longer gives its own recorded embeddings.
+
+    The new folder would record the embeddings of the damage, and be healthy by them. Where nothing
+    is recorded, a warning says that damage would not show.
+
+    Args:
+        folder: As in `compare_golden`, like the other arguments.
+        model: The model, in the dtype of the folder unless `dtype` is given.
+        processor: Its processor.
+        dtype: Dtype of the folder's weights; None for the model's.
+        runs_llm: False to start from the recorded caption embeddings.
+
+    Raises:
+        ValueError: They differ by more than rounding on another machine.
+    """
+    try:
+        compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
+    except ValueError as error:
+        raise ValueError(
+            f"Nothing is written from {folder}: it fails the check of its golden embeddings. "
+            f"{error} `llm2clip doctor {folder}` makes all checks."
+        ) from error
+    if compared is None:
+        warnings.warn(
+            f"{folder} has no golden embeddings of this model ({GOLDEN_FILE}): damage to it would "
+            "not be seen, and what is written from it would be called healthy.",
+            stacklevel=3,
+        )
 
 
 def read_temperature(model: Any) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from ..sentence_transformers_llm2clip import (
     write_sentence_transformers_files,
 )
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
-from .golden_embeddings import renew_golden, write_golden
+from .golden_embeddings import renew_golden, require_golden, write_golden
 from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
 from .model_folder import find_records, list_uploaded_files
@@ -191,15 +191,17 @@ def save_trained_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: A weight has another name or shape than in the source.
+        ValueError: A weight has another name or shape than in the source, or the source no longer
+            gives its golden embeddings, see `require_intact`.
     """
     require_new_folder(Path(folder))
+    keeps_llm = not any(name.startswith("text_model.") for name in trained)
+    require_intact(source, with_llm=not keeps_llm)
     model = open_model(source)
     _require_places(source, model.weights, trained)
     replaced = {
         name: LazyTensor.of(value.to(model.weights[name].dtype)) for name, value in trained.items()
     }
-    keeps_llm = not any(name.startswith("text_model.") for name in trained)
     model.config.text_adapter_trained = text_adapter_trained
     model.config.projections_trained = projections_trained
     stated = read_card_data(source)
@@ -216,6 +218,26 @@ def save_trained_model(
         card=replace(stated, results=tuple(results), caution=caution, training_data=tuple(data)),
         files=find_carried_files(source, trained_since=True),
         max_shard_size=max(file.stat().st_size for file in source.glob("model*.safetensors")),
+    )
+
+
+def require_intact(source: Path, *, with_llm: bool) -> None:
+    """Refuse to train a whole model that no longer gives its golden embeddings.
+
+    Args:
+        source: Folder of a whole model.
+        with_llm: Whether the LLM is run. Without it the text adapter starts from the recorded
+            caption embeddings. The folder that is written takes these over, so that `check_model`
+            still sees a damaged LLM there.
+
+    Raises:
+        ValueError: It gives other embeddings; see `require_golden`.
+    """
+    require_golden(
+        source,
+        load_partial_model(source, with_llm=with_llm, with_vision_tower=True),
+        LLM2CLIPProcessor.from_pretrained(source, local_files_only=True),
+        runs_llm=with_llm,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
 from ..model_folders.atomic_folder import require_new_folder
+from ..model_folders.golden_embeddings import require_golden
 from ..model_folders.model_card_data import (
     CardData,
     read_card_data,
@@ -42,7 +44,7 @@ def export_model(
     revision: str | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write a model folder anew.
+    """Write a model folder anew, from one that still gives its recorded embeddings.
 
     Instructions, licenses, training data and the record of a conversion are carried over, and
     results where all weights stay the same.
@@ -59,8 +61,9 @@ def export_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The source is neither a folder nor a Hub id, or lacks the component; results
-            were measured with another model; or an ONNX graph fails its check, see `export_onnx`.
+        ValueError: The source is neither a folder nor a Hub id, lacks the component, or no longer
+            gives its golden embeddings; results were measured with another model; or an ONNX graph
+            fails its check, see `export_onnx`.
 
     Examples:
         >>> folder = export_model("my-model", "to-publish", ExportConfig(dtype="bfloat16"))
@@ -72,16 +75,14 @@ def export_model(
         return export_vision_tower(folder, output, license=config.license)
     if config.onnx:
         return export_onnx(folder, output, config)
-    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     card = plan_card(folder, config)
-    model = model_class.from_pretrained(
-        folder, dtype=getattr(torch, config.dtype) if config.dtype else "auto"
-    )
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = _load_checked(folder, processor, config)
     set_base_models(model.config, config.base_models)
     hosting = render_hosting_files(config, model.config, name=name or Path(output).name)
     return save_model(
-        model.eval().to(find_device(config.device)),
-        LLM2CLIPProcessor.from_pretrained(folder),
+        model,
+        processor,
         output,
         instructions=read_instructions(folder),
         card=card,
@@ -90,6 +91,22 @@ def export_model(
         max_shard_size=config.max_shard_size,
         verify=lambda written: require_own_results(card.results, written),
     )
+
+
+def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConfig) -> Any:
+    """Load what is exported, once it gave its golden embeddings in the dtype that it was saved in.
+
+    Another dtype is loaded anew: a model that is cast in memory loses digits of its temperature.
+    """
+    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
+    device = find_device(config.device)
+    model = model_class.from_pretrained(folder, dtype="auto").eval().to(device)
+    require_golden(folder, model, processor)
+    dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
+    if dtype != model.dtype:
+        del model
+        model = model_class.from_pretrained(folder, dtype=dtype).eval().to(device)
+    return model
 
 
 def plan_card(folder: Path, config: ExportConfig) -> CardData:

@@ -25,7 +25,7 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
-from ..model_folders.golden_embeddings import GOLDEN_FILE
+from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
 from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
 from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
 from ..model_folders.model_types import ONNX_RECORD, read_json_object
@@ -100,8 +100,9 @@ def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         FileExistsError: The output exists and is not empty.
-        ValueError: The model is quantized, or lacks a part that is wanted; a tower cannot be
-            exported; or a graph does not give the model's embeddings. Nothing is left behind.
+        ValueError: The model is quantized, lacks a part that is wanted, or no longer gives its
+            golden embeddings; a tower cannot be exported; or a graph does not give the model's
+            embeddings. Nothing is left behind.
     """
     require(*ONNX_EXPORT)
     require_new_folder(Path(output))
@@ -169,8 +170,9 @@ class _OnnxWriter:
         processor = LLM2CLIPProcessor.from_pretrained(source, local_files_only=True)
         stated = LLM2CLIPConfig.from_pretrained(source, local_files_only=True).dtype
         dtype = stated if isinstance(stated, torch.dtype) else torch.float32
+        require_golden(source, model.eval(), processor, dtype=dtype)
         inputs = load_check_inputs(config.onnx_data)
-        return cls(folder, Reference(model.eval(), processor, inputs, source, dtype), {})
+        return cls(folder, Reference(model, processor, inputs, source, dtype), {})
 
     @property
     def inputs(self) -> CheckInputs:

@@ -14,8 +14,10 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..loading_llm2clip import load_without_code
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
+from ..model_folders.golden_embeddings import require_golden
 from ..model_folders.model_folder import find_model_folder
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
 
 _CARD = """
 # {title}
@@ -46,11 +48,14 @@ def export_vision_tower(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
+        ValueError: The source no longer gives its golden embeddings of images.
     """
     require_new_folder(Path(output))  # before the weights are read
     folder = find_model_folder(source, revision=revision)
+    model = LLM2CLIPVisionModel.from_pretrained(folder)
+    require_golden(folder, model.eval(), LLM2CLIPProcessor.from_pretrained(folder))
     return save_vision_tower(
-        LLM2CLIPVisionModel.from_pretrained(folder),
+        model,
         load_without_code(AutoImageProcessor, folder),
         output,
         license=license,

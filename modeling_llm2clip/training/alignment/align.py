@@ -25,7 +25,7 @@ from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
-from ...model_folders.model_writing import save_trained_model
+from ...model_folders.model_writing import require_intact, save_trained_model
 from ...model_folders.stage_source import Source, StageSource, open_source
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
@@ -112,6 +112,7 @@ def align(
         ValueError: Before any tower is loaded: no data, too little for a batch, groups that leave
             no negatives, a batch that the processes cannot share, an `output` of another run,
             stores of another model or of other data, options that contradict each other.
+            A model that no longer gives its golden embeddings is refused before it is trained.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -152,6 +153,8 @@ def align(
             "loss_class": type(loss).__name__,
         }
         require_same_run(output, config, inputs, resume=resume)
+        if PartialState().is_main_process:  # now, not after hours of training
+            require_intact(found.folder, with_llm=config.text_training != "stored")
         trained = _train(found, run_data, output, config, inputs, loss, resume, callbacks)
         if PartialState().is_main_process:
             _write_model(found, trained, output, data_name)

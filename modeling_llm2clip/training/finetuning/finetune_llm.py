@@ -29,6 +29,7 @@ from ...data.records.records import CaptionedImage
 from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
+from ...model_folders.golden_embeddings import require_golden
 from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
 from ...model_folders.model_card_data import read_card_data
 from ...model_folders.model_writing import find_carried_files, save_model
@@ -121,6 +122,7 @@ def finetune_llm(
         plan = _plan(found, data, output, config, scratch, resume=resume)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
+        require_golden(found.folder, model.eval(), processor)
         _train(model, processor, plan, callbacks)
         state = PartialState()
         if config.merge and state.is_main_process:
@@ -387,10 +389,12 @@ def _write_merged(source: Path, lora: Path, folder: Path) -> None:
     Instructions, licenses and the record of a conversion are taken over.
     """
     model = LLM2CLIPModel.from_pretrained(source)
+    processor = LLM2CLIPProcessor.from_pretrained(source)
+    require_golden(source, model.eval(), processor)
     merge_lora(model.text_model, lora)
     save_model(
         model,
-        LLM2CLIPProcessor.from_pretrained(source),
+        processor,
         folder,
         instructions=read_instructions(source),
         card=replace(read_card_data(source), results=()),  # measured with other weights
