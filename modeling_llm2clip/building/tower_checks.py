@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model_folders.golden_embeddings import render_golden_images
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..model_folders.golden_embeddings import (
+    GOLDEN_TEXTS,
+    measure_distances,
+    render_golden_images,
+)
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -29,6 +35,13 @@ _ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 # Two runs over an image may sum in another order; random sampling moves the embedding far more.
 _MOST_DIFFERENCE = 0.02
+# The same weights in the same memory, so that nothing but an attention kernel may differ; in half
+# precision as above.
+_MOST_DIFFERENCE_LOADED = {torch.float32: 1e-4}
+_OWN_TOWERS = (
+    "Give towers as transformers and timm load them: sizes, windows and further layers are set "
+    "in their configuration."
+)
 # What a model passes to a vision tower.
 _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
@@ -305,4 +318,47 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
             f"The {model.config.vision_config.model_type!r} tower gives one image another "
             f"embedding each time (they differ by {difference:.0%}): it samples at random when it "
             "encodes, or gives NaN. Take another vision tower."
+        )
+
+
+@torch.inference_mode()
+def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a model that its configuration does not describe, so that its folder would load wrong.
+
+    It is loaded from its configuration and its weights, which both models share in memory.
+
+    Args:
+        model: Whole model.
+        processor: Its processor.
+
+    Raises:
+        ValueError: Its weights do not fit its configuration, or give other embeddings with it.
+    """
+    kept = json.loads(model.config.to_json_string(use_diff=False))  # what a file keeps of it
+    try:
+        loaded = LLM2CLIPModel.from_pretrained(
+            None,
+            config=LLM2CLIPConfig.from_dict(kept),
+            state_dict=model.state_dict(),
+            dtype=model.dtype,
+        )
+    except _MODEL_ERRORS as error:
+        raise ValueError(
+            f"The model could not be loaded again: {error} The configuration of a tower does not "
+            f"describe its network. {_OWN_TOWERS}"
+        ) from error
+    inputs = processor(text=GOLDEN_TEXTS[1], images=render_golden_images()[0]).to(model.device)
+    found, wanted = (m(**inputs) for m in (loaded.to(model.device), model))
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    most = max(_MOST_DIFFERENCE_LOADED.get(dtype, _MOST_DIFFERENCE) for dtype in dtypes)
+    towers = {"text_embeds": model.config.text_config, "image_embeds": model.config.vision_config}
+    errors = [
+        f"the {config.model_type!r} tower gives embeddings that are off by {off:.1e}"
+        for name, config in towers.items()
+        if not (off := float(measure_distances(found[name], wanted[name]))) <= most
+    ]
+    if errors:
+        raise ValueError(
+            f"The model would load as another one: {' and '.join(errors)} (allowed {most:.0e}). Its "
+            f"configuration does not describe the network. {_OWN_TOWERS}"
         )

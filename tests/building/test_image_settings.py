@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from shared_models import encode
-from tiny import tiny_images, tiny_llm, tiny_timm, tiny_tokenizer
+from tiny import tiny_timm
 from transformers import AutoModel
 
-from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.image_settings import set_image_size
-from modeling_llm2clip.configs.build_config import BuildConfig
 
 LARGER = 96
 _WINDOWS = {"img_size": 64, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4]}
