@@ -206,7 +206,7 @@ def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
 
 
 def make_rotary_tables(side: int, head_width: int, reference: int) -> dict[str, torch.Tensor]:
-    """Make the tables as the official code does: one rule for rows and columns, each angle twice."""
+    """Make the official code's tables: one rule for rows and columns, each angle twice."""
     frequencies = 10000.0 ** -(torch.arange(0, head_width // 2, 2).float() / (head_width // 2))
     angles = (torch.arange(side) / side * reference)[:, None] * frequencies
     angles = angles.repeat_interleave(2, dim=1)  # (side, head_width // 2)
@@ -264,3 +264,15 @@ def test_one_block_with_rotary_tables_of_its_own_is_refused(tmp_path) -> None:
     state = read_checkpoint("eva02")
     state["visual.blocks.1.attn.rope.freqs_sin"] = torch.rand(36, 12)
     refuse("eva02", tmp_path, r"blocks\.1\.attn\.rope\.freqs_sin.*No reference size", state=state)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
+def test_an_llm_whose_rotary_frequencies_are_not_its_configurations_is_refused(
+    theta: float, tmp_path
+) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    frequencies = theta ** -(torch.arange(0, 8, 2) / 8)
+    weights = {**load_file(llm / "model.safetensors"), "rotary_emb.inv_freq": frequencies}
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    refuse("openai", tmp_path, "other rotary frequencies than its configuration gives",
+           llm=LLMSource(llm))  # fmt: skip
