@@ -32,6 +32,7 @@ from .tower_checks import (
     require_deterministic,
     require_loadable,
     require_pixels_alone,
+    require_pooled_tokens,
 )
 from .tower_sources import require_sources
 from .vision_towers import load_vision_tower
@@ -221,6 +222,7 @@ def _join(
         require_bidirectional(model.text_model)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
     require_deterministic(model, processor)
+    require_pooled_tokens(model, processor)
     require_loadable(model, processor)
     return model, processor
 
