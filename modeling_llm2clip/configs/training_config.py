@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .config_fields import DeviceConfig, Range
+from .config_fields import DeviceConfig, Range, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class TrainingConfig(DeviceConfig):
     report_to: tuple[str, ...] | None = None
     """Where metrics are reported beside metrics.jsonl, as Trainer takes it: tensorboard, trackio,
     wandb, none. Default: tensorboard where it is installed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
 
     def find_conflicts(self) -> Iterator[str]:
