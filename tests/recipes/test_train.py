@@ -186,10 +186,10 @@ def test_text_pairs_that_were_replaced_are_refused(
     config = make_recipe(sources, tmp_path / "run", finetune={"text_pairs": [[str(file), 1.0]]})
 
     def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise RuntimeError("stopped")
 
     monkeypatch.setattr(stages, "build_model", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="stopped"):
         train(config, report=lambda _: None)
     file.write_text("\n".join(lines[::-1]), "utf-8")
     with pytest.raises(ValueError, match=r"another run: files\..*pairs\.jsonl"):
