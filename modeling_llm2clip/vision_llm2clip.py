@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 # Names of the token that represents the image as a whole.
 _CLASS_TOKENS = ("cls_token", "class_embedding")
+# Parts that pool tokens; AIMv2 calls its query there "cls_token".
+_POOLING_PARTS = {"head", "pooler", "attn_pool"}
 
 
 def check_pixels(pixel_values: Tensor) -> None:
@@ -62,7 +64,7 @@ def has_class_token(vision_model: nn.Module) -> bool:
     Args:
         vision_model: the vision tower.
     """
-    return any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in vision_model.named_parameters())
+    return bool(_list_own_tokens(vision_model) & {*_CLASS_TOKENS})
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
@@ -158,8 +160,7 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
-    names = {name.split(".")[-1] for name, _ in vision_model.named_parameters()}
-    num_special = len(names & {*_CLASS_TOKENS, "distillation_token"})
+    num_special = len(_list_own_tokens(vision_model) & {*_CLASS_TOKENS, "distillation_token"})
     config: Any = vision_model.config
     return num_special + int(getattr(config, "num_register_tokens", 0) or 0)
 
@@ -178,8 +179,6 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
     Raises:
         ValueError: the remaining tokens do not match the patches of an image of this size.
     """
-    num_prefix = count_prefix_tokens(vision_model)
-    patches = hidden_states[:, num_prefix:]
     side = find_patch_size(vision_model)
     if pixel_values.ndim == 3:
         expected = pixel_values.shape[1]
@@ -187,6 +186,10 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
         expected = (pixel_values.shape[-2] // side) * (pixel_values.shape[-1] // side)
     else:
         expected = 0
+    # Some towers remove their class token from what they return.
+    is_all_patches = hidden_states.shape[1] == expected
+    num_prefix = 0 if is_all_patches else count_prefix_tokens(vision_model)
+    patches = hidden_states[:, num_prefix:]
     # Hierarchical towers merge patches in equal numbers.
     if not patches.shape[1] or expected % patches.shape[1] or not expected:
         config: Any = vision_model.config
@@ -248,3 +251,9 @@ def pool_vision(
 
 def _can_interpolate(vision_model: nn.Module) -> bool:
     return "interpolate_pos_encoding" in inspect.signature(vision_model.forward).parameters
+
+
+def _list_own_tokens(vision_model: nn.Module) -> set[str]:
+    """Names of parameters outside of what pools, without the names of their modules."""
+    paths = (name.split(".") for name, _ in vision_model.named_parameters())
+    return {path[-1] for path in paths if _POOLING_PARTS.isdisjoint(path)}

@@ -149,6 +149,55 @@ def test_patch_mean_excludes_class_token_and_registers(family: str, num_prefix: 
         assert (wanted - tokens.mean(dim=1)).abs().max() > 1e-3
 
 
+def make_aimv2() -> Any:
+    """A tower of patches alone, whose "cls_token" is the query of its attention pool."""
+    config = AutoConfig.for_model(
+        "aimv2_vision_model", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        patch_size=8, image_size=IMAGE_SIZE, intermediate_size=48,
+    )  # fmt: skip
+    return AutoModel.from_config(config).eval()
+
+
+def make_vit_with_the_class_token_last() -> Any:
+    tower, _ = tiny_vision("vit")
+    tower.embeddings.dropout = _Roll()
+    return tower
+
+
+class _Roll(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.roll(-1, dims=1)
+
+
+def join(tower: Any, pooling: Any) -> Any:
+    tokenizer = tiny_tokenizer()
+    text = (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer)
+    config = BuildConfig(prompt="llama-3", vision_pooling=pooling, text_adapter_layers=0)
+    return join_towers((tower, tiny_vision("clip")[1]), text, config)[0]
+
+
+@pytest.mark.parametrize("make", [make_aimv2, make_vit_with_the_class_token_last])
+def test_cls_pooling_is_rejected_where_the_first_token_is_a_patch(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"vision_pooling='cls'.*no class token.*is a patch"):
+        join(make(), "cls")
+
+
+def test_patch_mean_is_the_mean_of_all_tokens_where_all_are_patches() -> None:
+    model = join(make_aimv2(), "patch_mean")
+    images = tiny_vision("clip")[1](tiny_images(2), return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.vision_model(**images).last_hidden_state
+        found = model.get_vision_embeds(**images)
+    assert tokens.shape[1] == (IMAGE_SIZE // 8) ** 2
+    # Sums of few numbers in another order.
+    assert torch.allclose(found, tokens.mean(dim=1), rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_patch_mean_is_rejected_if_the_class_token_is_behind_the_patches() -> None:
+    with pytest.raises(ValueError, match=r"has 1 tokens behind its prefix that are the same"):
+        join(make_vit_with_the_class_token_last(), "patch_mean")
+
+
 def test_patch_mean_is_rejected_if_the_tokens_do_not_match_the_patches() -> None:
     tower = tower_with_registers("dinov2_with_registers")
     tower.config.num_register_tokens = 0  # as in a family with another name for them

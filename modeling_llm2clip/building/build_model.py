@@ -19,7 +19,7 @@ from ..model_folders.model_card_data import (
     set_base_models,
     update_card_data,
 )
-from ..model_folders.model_writing import save_model
+from ..model_folders.model_writing import require_as_written, save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_settings import set_image_size, set_normalization
@@ -30,7 +30,9 @@ from .tower_checks import (
     measure_text_width,
     require_deterministic,
     require_direction,
+    require_loadable,
     require_pixels_alone,
+    require_pooled_tokens,
 )
 from .tower_sources import require_sources
 from .vision_towers import load_vision_tower
@@ -49,7 +51,7 @@ def build_model(
     *,
     card: CardConfig | None = None,
 ) -> Path:
-    """Build an untrained model from two towers and write its folder.
+    """Build an untrained model from two towers and write its folder, which is loaded and compared.
 
     Args:
         vision: As in `join_towers`.
@@ -64,7 +66,8 @@ def build_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: As `join_towers`.
+        ValueError: As `join_towers`; or what was written loads with other embeddings, and nothing
+            is left of it.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -79,7 +82,13 @@ def build_model(
     )
     set_base_models(model.config, card.base_models)
     model.to(find_device(config.device))  # type: ignore[arg-type]
-    return save_model(model, processor, output, card=update_card_data(stated, card))
+
+    def verify(folder: Path) -> None:
+        if not isinstance(vision, tuple) and not isinstance(text, tuple):
+            model.to("meta")  # type: ignore[arg-type]  # a large LLM does not fit twice
+        require_as_written(folder, device=config.device)
+
+    return save_model(model, processor, output, card=update_card_data(stated, card), verify=verify)
 
 
 def join_towers(
@@ -99,8 +108,9 @@ def join_towers(
     Raises:
         ValueError: No prompt is chosen; a source does not exist, which is reported before any is
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
-            tower cannot take the image size, or samples at random; the LoRA is for another LLM; or
-            the LLM's family cannot be made bidirectional, or kept causal.
+            tower cannot take the image size, or samples at random; the LoRA is for another LLM;
+            the LLM's family cannot be made bidirectional, or kept causal; or the configuration of a
+            tower does not describe its network, so that it would load as another one.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -211,6 +221,8 @@ def _join(
     require_direction(model.text_model, bidirectional=config.bidirectional)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
     require_deterministic(model, processor)
+    require_pooled_tokens(model, processor)
+    require_loadable(model, processor)
     return model, processor
 
 

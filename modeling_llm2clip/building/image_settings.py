@@ -7,6 +7,7 @@ image processor, so that loading it needs no options.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, get_args
 
 import torch
@@ -85,9 +86,7 @@ def set_image_size(
         if timm_model is None:
             vision_model = _resize_positions(vision_model, image_size, patch=patch)
         elif hasattr(timm_model, "set_input_size"):
-            timm_model.set_input_size(img_size=(image_size, image_size))
-            config = vision_model.config
-            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+            _resize_network(timm_model, vision_model.config, image_size)
     if not _counts_patches(image_processor):
         _require_taken(vision_model, image_size)
     return vision_model, _resize_images(image_processor, image_size, patch)
@@ -103,6 +102,21 @@ def _require_taken(vision_model: PreTrainedModel, image_size: int) -> None:
             f"This {vision_model.config.model_type!r} tower does not take images of {image_size} "
             f"× {image_size} pixels ({error}). Leave image_size out."
         ) from error
+
+
+def _resize_network(timm_model: Any, config: Any, image_size: int) -> None:
+    """Resize positions and windows of a timm network, and state both in its configuration."""
+    resize = timm_model.set_input_size
+    changed: dict[str, Any] = {"img_size": image_size}
+    if "window_size" in inspect.signature(resize).parameters:
+        # Windows grow with the image. Versions of timm differ in how; and a network that is built
+        # from its configuration would have those of its architecture.
+        windows = (m.window_size for m in timm_model.modules() if hasattr(m, "window_size"))
+        sides = zip(next(windows), timm_model.patch_embed.img_size, strict=True)
+        height, width = (max(1, side * image_size // own) for side, own in sides)
+        changed["window_size"] = height if height == width else (height, width)
+    resize(**{**changed, "img_size": (image_size, image_size)})
+    config.model_args = {**(config.model_args or {}), **changed}
 
 
 def _resize_positions(

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model_folders.golden_embeddings import render_golden_images
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..model_folders.golden_embeddings import (
+    GOLDEN_TEXTS,
+    measure_distances,
+    render_golden_images,
+)
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..vision_llm2clip import find_patches
 
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
@@ -31,6 +40,13 @@ _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16:
 _MOST_DIFFERENCE = 0.02
 # Number of pads, and what errors call it.
 _PADDINGS = ((0, "without padding"), (3, "with padding"))
+# The same weights in the same memory, so that nothing but an attention kernel may differ; in half
+# precision as above.
+_MOST_DIFFERENCE_LOADED = {torch.float32: 1e-4}
+_OWN_TOWERS = (
+    "Give towers as transformers and timm load them: sizes, windows and further layers are set "
+    "in their configuration."
+)
 # What a model passes to a vision tower.
 _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
@@ -344,4 +360,97 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
             f"The {model.config.vision_config.model_type!r} tower gives one image another "
             f"embedding each time (they differ by {difference:.0%}): it samples at random when it "
             "encodes, or gives NaN. Take another vision tower."
+        )
+
+
+@torch.inference_mode()
+def require_pooled_tokens(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a pooling that takes other tokens of a vision tower than its name says.
+
+    Where tokens enter the layers, a class token, a register or another special token is the same
+    for every image, and a patch is not. That is measured, because no name is common to all towers.
+
+    Args:
+        model: Whole model.
+        processor: Its processor.
+
+    Raises:
+        ValueError: `cls` would pool a patch, or `patch_mean` tokens that are no patches.
+    """
+    pooling, tower = model.config.vision_pooling, model.vision_model
+    if pooling not in ("cls", "patch_mean"):
+        return
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    inputs = processor(images=list(map(Image.fromarray, noise))).to(model.device)
+    sequences: list[Tensor] = []  # (L,) True where a token is the same in both images
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        tokens = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(tokens, Tensor) and tokens.ndim == 3 and len(tokens) == 2:
+            sequences.append((tokens[0] == tokens[1]).all(dim=-1).cpu())
+
+    handles = [module.register_forward_hook(note) for module in tower.modules()]
+    try:
+        length = model.get_image_features(**inputs).last_hidden_state.shape[1]  # type: ignore[union-attr]
+    finally:
+        for handle in handles:
+            handle.remove()
+    entering = [same for same in sequences if len(same) >= length and not same.all()]
+    name = f"vision_pooling={pooling!r}, but this {tower.config.model_type!r} tower"
+    if pooling == "cls" and not any(same[0] for same in entering):
+        raise ValueError(
+            f"{name} has no class token in the first place: its first token is a patch. Use "
+            "'pooler', 'mean' or 'patch_mean'."
+        )
+    exact = next((same for same in entering if len(same) == length), None)
+    if pooling == "patch_mean" and exact is not None:
+        is_real = inputs.get("pixel_attention_mask", torch.ones(1, length))[0].bool().cpu()
+        pooled = find_patches(tower, exact[None, :, None], inputs["pixel_values"])[0, :, 0]
+        if others := int((pooled & is_real[-len(pooled) :]).sum()):
+            raise ValueError(
+                f"{name} has {others} tokens behind its prefix that are the same for every image, "
+                "so they are no patches. Use 'pooler', 'cls' or 'mean'."
+            )
+
+
+@torch.inference_mode()
+def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a model that its configuration does not describe, so that its folder would load wrong.
+
+    It is loaded from its configuration and its weights, which both models share in memory.
+
+    Args:
+        model: Whole model.
+        processor: Its processor.
+
+    Raises:
+        ValueError: Its weights do not fit its configuration, or give other embeddings with it.
+    """
+    kept = json.loads(model.config.to_json_string(use_diff=False))  # what a file keeps of it
+    try:
+        loaded = LLM2CLIPModel.from_pretrained(
+            None,
+            config=LLM2CLIPConfig.from_dict(kept),
+            state_dict=model.state_dict(),
+            dtype=model.dtype,
+        )
+    except _MODEL_ERRORS as error:
+        raise ValueError(
+            f"The model could not be loaded again: {error} The configuration of a tower does not "
+            f"describe its network. {_OWN_TOWERS}"
+        ) from error
+    inputs = processor(text=GOLDEN_TEXTS[1], images=render_golden_images()[0]).to(model.device)
+    found, wanted = (m(**inputs) for m in (loaded.to(model.device), model))
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    most = max(_MOST_DIFFERENCE_LOADED.get(dtype, _MOST_DIFFERENCE) for dtype in dtypes)
+    towers = {"text_embeds": model.config.text_config, "image_embeds": model.config.vision_config}
+    errors = [
+        f"the {config.model_type!r} tower gives embeddings that are off by {off:.1e}"
+        for name, config in towers.items()
+        if not (off := float(measure_distances(found[name], wanted[name]))) <= most
+    ]
+    if errors:
+        raise ValueError(
+            f"The model would load as another one: {' and '.join(errors)} (allowed {most:.0e}). "
+            f"Its configuration does not describe the network. {_OWN_TOWERS}"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .._extras import DEMO, require
-from ..configs.config_fields import DeviceConfig, Range
+from ..configs.config_fields import DeviceConfig, Range, Seed
 from ..model_folders.atomic_folder import require_new_folder
 from .chosen_device import use_device
 from .command import command
@@ -28,7 +28,7 @@ def demo(
     *,
     output: Path = Path("llm2clip-demo"),
     max_steps: Annotated[int, Range(min=1)] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     config: DeviceConfig,
 ) -> int:
     """Runs the whole method on embedded towers and images, in minutes.

@@ -30,11 +30,11 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
 
     Args:
         recipe: YAML file; see docs/train.md.
-        dry_run: Print the plan with sizes and an estimate; compute nothing.
+        dry_run: Make all checks, and print the plan with sizes and an estimate; compute nothing.
     """
     config = read_config(recipe, TrainConfig)
     towers = (config.vision_model, config.text_model)
-    if "/" in (folder := config.data.rpartition("=")[2]):  # before the Hub is asked for the towers
+    if "/" in (folder := _find_folder(config.data)):  # before the Hub is asked for the towers
         require_data(folder, config)
     require(*(DEMO if _EMBEDDED in towers else ()))
     require(*CAPTION_TUNING)
@@ -43,12 +43,18 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
         require(*list_needs_of_model(config.vision_model))
     use_device(config.device)
     if dry_run:
-        from ..recipes.recipe_plan import plan_recipe
+        from ..recipes.train import plan_train
 
-        print(plan_recipe(config))
+        print(plan_train(config))
         print("Nothing was computed or written. Leave out --dry-run to do it.")
         return 0
     from ..recipes.train import train as run
 
     run(config)
     return 0
+
+
+def _find_folder(data: str) -> str:
+    """Return the folder of NAME=FOLDER; a name has no slash, and a path that exists is whole."""
+    name, sign, folder = data.partition("=")
+    return folder if sign and "/" not in name and not Path(data).exists() else data

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from .config_fields import DeviceConfig, Range
+from .config_fields import DeviceConfig, Range, Seed
 
 # Templates of the official text towers (upstream `llm2vec.py`, prepare_for_tokenization). The
 # tokenizer's own beginning-of-text token comes in front, where it has one.
@@ -70,7 +70,7 @@ class BuildConfig(DeviceConfig):
     """Commit of the LLM's Hub repository whose tokenizer code is run. Default: none is run."""
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the text adapter and the projections, which start at random."""
 
     def find_conflicts(self) -> Iterator[str]:

@@ -57,6 +57,10 @@ class Range:
         return " and ".join(f"{name} {limit:g}" for name, limit in named if limit is not None)
 
 
+# What all of torch, NumPy and transformers take.
+Seed = Annotated[int, Range(min=0, max=2**32 - 1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matches:
     """The strings that a field may have.

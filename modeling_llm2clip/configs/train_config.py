@@ -10,7 +10,7 @@ from typing import Annotated
 
 from .align_config import AlignConfig
 from .build_config import BuildConfig
-from .config_fields import Config, Device, Range
+from .config_fields import Config, Device, Range, Seed
 from .data_config import DataConfig
 from .evaluation_config import EvaluationConfig
 from .export_config import ExportConfig
@@ -58,7 +58,7 @@ class TrainConfig(DataConfig):
     """Tasks to evaluate. Default: what suits each dataset."""
     device: Device = "auto"
     """Where all stages run: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split and of all stages."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .config_fields import DeviceConfig, Range
+from .config_fields import DeviceConfig, Range, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class TrainingConfig(DeviceConfig):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation; auto is bfloat16 on GPUs that support it. Weights stay float32."""
+    """Dtype of the computation; auto is bfloat16 on GPUs that support it. Trained weights stay
+    float32. float32 also computes an LLM that is stored in half precision in float32."""
     save_steps: Annotated[int, Range(min=1)] = 500
     """Steps between checkpoints; the last step has one too."""
     logging_steps: Annotated[int, Range(min=1)] | None = None
@@ -32,7 +33,7 @@ class TrainingConfig(DeviceConfig):
     report_to: tuple[str, ...] | None = None
     """Where metrics are reported beside metrics.jsonl, as Trainer takes it: tensorboard, trackio,
     wandb, none. Default: tensorboard where it is installed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
 
     def find_conflicts(self) -> Iterator[str]:

@@ -9,6 +9,7 @@ file system has no `flock`, nothing is claimed and nothing is cleared.
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -52,16 +53,42 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_new_folder(folder: Path) -> None:
-    """Refuse a folder that exists and is not empty.
+    """Refuse a folder that exists and is not empty, or cannot be made.
 
     Args:
         folder: Folder that is going to be written.
 
     Raises:
         FileExistsError: It exists and is not empty.
+        OSError: It cannot be made.
     """
+    require_writable(folder.parent)  # a temporary folder there gets the name at the end
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made, or not be written, before the work for it is done.
+
+    Args:
+        folder: Folder, which may not exist yet.
+
+    Raises:
+        NotADirectoryError: It is a file, or would be inside one.
+        PermissionError: This process may not write where it is or would be.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(
+            f"{folder} cannot be written: {place} is not a folder. Name another folder."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: this process may not write into {place}. Name another "
+            "folder, or change its permissions."
+        )
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -28,7 +28,7 @@ from ..sentence_transformers_llm2clip import (
     write_sentence_transformers_files,
 )
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
-from .golden_embeddings import renew_golden, require_golden, write_golden
+from .golden_embeddings import compare_golden, renew_golden, require_golden, write_golden
 from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
 from .model_folder import find_records, is_inside, list_uploaded_files
@@ -242,6 +242,24 @@ def require_intact(source: Path, *, with_llm: bool) -> None:
         LLM2CLIPProcessor.from_pretrained(source, local_files_only=True),
         runs_llm=with_llm,
     )
+
+
+def require_as_written(folder: Path, *, device: str) -> None:
+    """Load a folder that was written from a model in memory, and require that model's embeddings.
+
+    Args:
+        folder: Model folder.
+        device: Where the model runs; see `find_device`.
+
+    Raises:
+        ValueError: It does not load, or gives other embeddings than it recorded.
+    """
+    try:
+        compare_golden(folder, *load_model(folder, device=device))
+    except ValueError as error:
+        raise ValueError(
+            f"The model is not saved: loaded again, it is not the one that was written. {error}"
+        ) from error
 
 
 def open_model(source: Path) -> LazyModel:

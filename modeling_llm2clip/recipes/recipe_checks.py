@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..building.pretrained_towers import EMBEDDED
 from ..building.tower_sources import require_sources
 from ..configs.train_config import TrainConfig
+from ..data.atomic_files import hash_file
+from ..data.records.data_hashes import hash_image_sizes, hash_records
+from ..data.records.records import CaptionedImage
+from ..data.remote.remote_files import is_remote
 from ..evaluation.evaluate import check_data as check_eval_data
+from ..model_folders.lora_base import LORA_WEIGHTS
 from ..training.alignment.align_checks import check_data, check_options
 from ..training.finetuning.finetune_llm import check_finetuning
 from ..training.losses.loss import load_loss
 from ..training.trainer_mixins import choose_reports
 from .recipe_plan import RecipePaths, Split, is_complete, list_eval_data, uses_stores
+
+# Images whose content is read to compare the data of two calls; all sizes are compared.
+_IMAGES_READ = 1000
+
+
+def identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
+    """Identify what a recipe reads beside its towers: records, images, text pairs and a LoRA.
+
+    Args:
+        config: The recipe.
+        split: Records to train on and to evaluate on; all have their image.
+
+    Raises:
+        OSError: The file of an image no longer exists.
+    """
+    train, test = split
+    finetune = config.finetune
+    files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
+    if finetune and finetune.init_lora:
+        files.append(finetune.init_lora / LORA_WEIGHTS)
+    return {
+        "train": hash_records(train),
+        "test": hash_records(test),
+        "train_images": _identify_images(train),
+        "test_images": _identify_images(test),
+        "files": {str(file): hash_file(file) if file.is_file() else None for file in files},
+    }
+
+
+def _identify_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
+    """Hash the sizes of all images, and the content of some, which are evenly spread."""
+    digest = hashlib.sha256()
+    rows = np.linspace(0, len(records) - 1, min(len(records), _IMAGES_READ)).astype(int)
+    for image in dict.fromkeys(records[row].image for row in rows.tolist()):
+        if image is not None and not is_remote(str(image)):
+            digest.update(hashlib.sha256(image.read_bytes()).digest())
+    return {"sizes": hash_image_sizes(records), "content": digest.hexdigest()}
 
 
 def check_recipe(config: TrainConfig, split: Split) -> None:

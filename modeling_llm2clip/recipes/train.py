@@ -8,9 +8,9 @@ never was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import PartialState
 from transformers import TrainerCallback
@@ -20,11 +20,11 @@ from ..building.pretrained_towers import EMBEDDED, fetch_embedded
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
-from ..data.records.data_hashes import hash_records
 from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
+from ..model_folders.atomic_folder import require_writable
 from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model
 from ..scheduling.graceful_stop import StageInterrupt
@@ -40,9 +40,10 @@ from ..training.run_folder import (
     require_same_run,
     write_run_record,
 )
-from .recipe_checks import check_recipe
+from .recipe_checks import check_recipe, identify_data
 from .recipe_plan import (
     RecipePaths,
+    RecipePlan,
     Split,
     is_complete,
     is_complete_store,
@@ -86,25 +87,58 @@ def train(
     Examples:
         >>> train("recipe.yaml")  # doctest: +SKIP
     """
+    checked = _check(config, records)
+    config = checked.config
+    is_main_process = PartialState().is_main_process
+    say: Report = report if is_main_process else _be_silent
+    say(str(checked.plan))
+    PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
+    if is_main_process:
+        write_run_record(config.output, config, checked.inputs)
+    try:
+        return _Recipe(config, checked.split, say, callbacks).run()
+    except StageInterrupt as error:
+        raise StageInterrupt(error.stopped, error.signal, resume=False) from None
+
+
+def plan_train(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
+    """Make every check that `train` makes before it begins, and write nothing.
+
+    Args:
+        config: The recipe, or its YAML file.
+        records: As in `train`.
+
+    Returns:
+        The plan, which prints as a table.
+
+    Raises:
+        ValueError: As `train` before anything is computed.
+    """
+    return _check(config, records).plan
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A recipe that has passed every check."""
+
+    config: TrainConfig
+    split: Split
+    inputs: dict[str, Any]
+    plan: RecipePlan
+
+
+def _check(config: TrainConfig | str | Path, records: Split | None) -> _Checked:
     config = load_recipe(config)
     choose_device(config.device)
-    is_main_process = PartialState().is_main_process
+    require_writable(config.output)
     is_begun = (config.output / RUN_FILE).is_file()
     if config.check_images is None:
         config = replace(config, check_images=not is_begun and not is_remote(config.data))
     split = read_split(config) if records is None else records
     check_recipe(config, split)
-    inputs = {"train": hash_records(split[0]), "test": hash_records(split[1])}
+    inputs = identify_data(config, split)
     require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
-    say: Report = report if is_main_process else _be_silent
-    say(str(plan_recipe(config, records=split)))
-    PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
-    if is_main_process:
-        write_run_record(config.output, config, inputs)
-    try:
-        return _Recipe(config, split, say, callbacks).run()
-    except StageInterrupt as error:
-        raise StageInterrupt(error.stopped, error.signal, resume=False) from None
+    return _Checked(config, split, inputs, plan_recipe(config, records=split))
 
 
 class _Recipe:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
 from ..data.atomic_files import is_unfinished, write_atomically
+from ..model_folders.atomic_folder import require_writable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,7 +110,9 @@ def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
 
     Raises:
         ValueError: The folder has other files, or a run that is not resumed.
+        OSError: The folder cannot be made or written.
     """
+    require_writable(folder)
     # A run that was killed while it wrote its record has done nothing yet.
     if not folder.exists() or all(is_unfinished(path) for path in folder.iterdir()):
         return

@@ -200,3 +200,79 @@ def test_an_activation_that_contradicts_the_repository(tmp_path) -> None:
 def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
     source_format = replace(FORMAT_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
     refuse("openai", tmp_path, "does not know as special tokens", source_format=source_format)
+
+
+# EVA02's tables of rotary positions
+
+
+def make_rotary_tables(side: int, head_width: int, reference: int) -> dict[str, torch.Tensor]:
+    """Make the official code's tables: one rule for rows and columns, each angle twice."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_width // 2, 2).float() / (head_width // 2))
+    angles = (torch.arange(side) / side * reference)[:, None] * frequencies
+    angles = angles.repeat_interleave(2, dim=1)  # (side, head_width // 2)
+    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+    both = torch.cat([rows, columns], dim=-1).reshape(side * side, head_width)
+    return {"freqs_cos": both.cos(), "freqs_sin": both.sin()}
+
+
+def replace_rotary_tables(state: dict[str, torch.Tensor], **sizes: int) -> dict[str, torch.Tensor]:
+    tables = make_rotary_tables(**{"side": 6, "head_width": 12, "reference": 4, **sizes})
+    return {
+        key: tables[key.rsplit(".", 1)[-1]] if ".rope." in key else value
+        for key, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(dtype, tmp_path) -> None:
+    made = replace_rotary_tables(read_checkpoint("eva02"))
+    for key, value in read_checkpoint("eva02").items():
+        # The rule above is the official code's, up to the rounding of a cosine.
+        torch.testing.assert_close(made[key], value, atol=1e-6, rtol=0)
+    state = {key: value.to(dtype) for key, value in made.items()}
+    plan(save_checkpoint("eva02", tmp_path, state), source_format=FORMAT_OF["eva02"])
+
+
+@pytest.mark.parametrize("reference", [3, 5, 16])
+def test_rotary_tables_of_another_reference_size_are_refused_and_it_is_named(
+    reference: int, tmp_path
+) -> None:
+    state = replace_rotary_tables(read_checkpoint("eva02"), reference=reference)
+    refuse("eva02", tmp_path, rf"reference size 4.*\(--rope-reference-size {reference}\)",
+           state=state)  # fmt: skip
+    right = replace(FORMAT_OF["eva02"], rope_reference_size=reference)
+    planned = plan(tmp_path / "source" / "epoch_3.pt", source_format=right)
+    assert planned.config.vision_config.model_args["ref_feat_shape"] == [reference] * 2
+
+
+def test_another_head_width_than_that_of_the_rotary_tables_is_refused(tmp_path) -> None:
+    wrong = replace(FORMAT_OF["eva02"], head_width=8)
+    refuse("eva02", tmp_path, r"shape \(36, 12\).*\(36, 8\).*--head-width 12", source_format=wrong)
+
+
+@pytest.mark.parametrize("kept", [(), ("freqs_cos",)])
+def test_a_checkpoint_without_rotary_tables_is_refused(kept: tuple[str, ...], tmp_path) -> None:
+    state = read_checkpoint("eva02")
+    state = {
+        key: value for key, value in state.items() if ".rope." not in key or key.endswith(kept)
+    }
+    assert any(".rope." in key for key in state) == bool(kept)
+    refuse("eva02", tmp_path, "has no tables of rotary positions", state=state)
+
+
+def test_one_block_with_rotary_tables_of_its_own_is_refused(tmp_path) -> None:
+    state = read_checkpoint("eva02")
+    state["visual.blocks.1.attn.rope.freqs_sin"] = torch.rand(36, 12)
+    refuse("eva02", tmp_path, r"blocks\.1\.attn\.rope\.freqs_sin.*No reference size", state=state)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
+def test_an_llm_whose_rotary_frequencies_are_not_its_configurations_is_refused(
+    theta: float, tmp_path
+) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    frequencies = theta ** -(torch.arange(0, 8, 2) / 8)
+    weights = {**load_file(llm / "model.safetensors"), "rotary_emb.inv_freq": frequencies}
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    refuse("openai", tmp_path, "other rotary frequencies than its configuration gives",
+           llm=LLMSource(llm))  # fmt: skip

@@ -165,7 +165,9 @@ def test_an_llm_with_its_head_makes_the_same_model(converted, tmp_path) -> None:
         f"model.{name}": value for name, value in load_file(llm / "model.safetensors").items()
     }
     weights["lm_head.weight"] = torch.ones(320, 32)
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    # Without the scaling of the configuration, as older versions saved it.
+    frequencies = 500_000.0 ** -(torch.arange(0, 8, 2) / 8)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = frequencies
     (llm / "model.safetensors").unlink()
     torch.save(weights, llm / "pytorch_model.bin")
     config = json.loads((llm / "config.json").read_text())

@@ -135,7 +135,7 @@ def tiny_tokenizer(
 def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     """Build a vision tower of 32 × 32 pixels and its image processor; see `VISION_FAMILIES`."""
     if family in _TIMM_NETWORKS:
-        return _tiny_timm(*_TIMM_NETWORKS[family], seed=seed)
+        return tiny_timm(*_TIMM_NETWORKS[family], seed=seed)
     model_type, extras = _VISION_CONFIGS[family]
     model = _build(AutoConfig.for_model(model_type, **_TRANSFORMER_SIZE, **extras), seed)
     if family == "siglip2":
@@ -227,11 +227,13 @@ def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-def _tiny_timm(
-    architecture: str, model_args: dict[str, Any], *, seed: int
+def tiny_timm(
+    architecture: str, model_args: dict[str, Any], *, seed: int = 0
 ) -> tuple[PreTrainedModel, Any]:
+    """Build a network of timm and its image processor."""
+    side = model_args.get("img_size", IMAGE_SIZE)
     pretrained_cfg = {
-        "input_size": [3, IMAGE_SIZE, IMAGE_SIZE],
+        "input_size": [3, side, side],
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
         "crop_pct": 1.0,

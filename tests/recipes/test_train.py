@@ -25,7 +25,8 @@ from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card_data import read_card_data
-from modeling_llm2clip.recipes.recipe_plan import plan_recipe
+from modeling_llm2clip.recipes import train as stages
+from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
@@ -143,6 +144,113 @@ def test_all_options_and_data_that_changed_are_named_together(done: Done) -> Non
         ValueError, match=r"another run: test: .*test_size: .*text_model: .*train: "
     ):
         train(changed)
+
+
+@pytest.fixture
+def moved(copied: TrainConfig, sources: Path, tmp_path: Path) -> TrainConfig:
+    """A copy of the finished run whose data are a copy too, as if it had been on them."""
+    data = shutil.copytree(sources / "data", tmp_path / "data")
+    file = copied.output / "run.json"
+    written = file.read_text("utf-8").replace(str(sources / "data"), str(data))
+    file.write_text(written, "utf-8")
+    return replace(copied, data=str(data))
+
+
+def test_data_that_were_copied_are_the_same_data(moved: TrainConfig) -> None:
+    assert "text to image R@1" in run(moved).text
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("is_of_the_same_size", [True, False])
+def test_images_that_were_replaced_are_refused(
+    moved: TrainConfig, part: str, is_of_the_same_size: bool
+) -> None:
+    record = read_split(moved)[part == "test"][0]
+    assert isinstance(record.image, Path)
+    content = bytearray(record.image.read_bytes())
+    if is_of_the_same_size:
+        content[-20] ^= 1
+    record.image.write_bytes(bytes(content) if is_of_the_same_size else bytes(content) + b"more")
+    before = read_files(moved.output)
+    with pytest.raises(ValueError, match=rf"another run: {part}_images\."):
+        train(replace(moved, check_images=False), report=lambda _: None)
+    assert read_files(moved.output) == before
+
+
+def test_text_pairs_that_were_replaced_are_refused(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    lines = [json.dumps({"query": f"q{n}", "positive": f"p{n}"}) for n in range(8)]
+    file.write_text("\n".join(lines), "utf-8")
+    config = make_recipe(sources, tmp_path / "run", finetune={"text_pairs": [[str(file), 1.0]]})
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(stages, "build_model", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(config, report=lambda _: None)
+    file.write_text("\n".join(lines[::-1]), "utf-8")
+    with pytest.raises(ValueError, match=r"another run: files\..*pairs\.jsonl"):
+        train(config, report=lambda _: None)
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    done: Done, sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_files(done.config.output)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"output": done.config.output, "build": {"projection_dim": 8}}, "build.projection_dim"),
+        ({"output": tmp_path / "run", "align": {"loss": "triplet"}}, "'triplet'"),
+        ({"output": tmp_path / "recipe.yaml"}, "is not a folder"),
+        ({"output": tmp_path / "run", "seed": -1}, "seed=-1 must be at least 0"),
+    ]
+    for changed, error in changes:
+        file = write_recipe(sources, tmp_path / "recipe.yaml", **changed)
+        assert main(["train", str(file), "--dry-run"]) == 2
+        assert error in capsys.readouterr().err
+    file = write_recipe(sources, tmp_path / "recipe.yaml", output=tmp_path / "run")
+    assert main(["train", str(file), "--dry-run"]) == 0
+    assert "27 images to train on" in capsys.readouterr().out
+    assert read_files(done.config.output) == before and not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_an_equals_sign_is_taken_whole(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(sources / "data", tmp_path / "size=32" / "data")
+    for given in (str(data), f"folder={data}"):
+        file = write_recipe(
+            sources, tmp_path / "recipe.yaml", data=given, output=tmp_path / "a=b" / "run"
+        )
+        assert main(["train", str(file), "--dry-run"]) == 0
+        assert "27 images to train on" in capsys.readouterr().out
+    file = write_recipe(sources, file, data=str(tmp_path / "size=33" / "data"), output="run")
+    assert main(["train", str(file), "--dry-run"]) == 2
+    assert "size=33/data: no such data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_some_stage_cannot_take_is_refused_when_the_recipe_is_read(
+    sources: Path, tmp_path: Path, seed: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"seed={seed} must be at least 0"):
+        make_recipe(sources, tmp_path / "run", seed=seed)
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> None:
+        raise AssertionError("The data were read.")
+
+    monkeypatch.setattr(stages, "read_split", read)
+    (tmp_path / "file").write_text("not a folder")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        config = replace(make_recipe(sources, tmp_path / "recipe"), output=output)
+        with pytest.raises(NotADirectoryError, match=r"cannot be written: .*file is not a folder"):
+            train(config)
 
 
 def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ...configs.source_format import SourceFormat
@@ -19,6 +23,12 @@ from .layout import (
 _BLOCK = r"visual\.blocks\.(\d+)\."
 _INTO = r"vision_model.timm_model.blocks.\1."
 _PART = r"(weight|bias)"
+# Buffers that the official code saves, once for the tower and once for each block.
+_ROTARY_TABLE = r"visual\.(?:blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)"
+# Between two tables of one rule: rounding to the dtype that they are saved in. With another
+# reference size or head width they differ by 0.1 and more.
+_MOST_DIFFERENCE = 0.01
+_REFERENCE_SIZES_TRIED = range(1, 129)
 
 
 def _make_vision_config(
@@ -33,6 +43,7 @@ def _make_vision_config(
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)
     inner = tensors["visual.blocks.0.mlp.w1.weight"].shape[0]
+    _require_rotary_tables(tensors, source_format, side)
     return make_timm_config(
         "eva02_large_patch14_clip_336",
         {
@@ -51,6 +62,61 @@ def _make_vision_config(
             "global_pool": "token",
         },
     )
+
+
+def _require_rotary_tables(tensors: Tensors, source_format: SourceFormat, side: int) -> None:
+    """Require that the tower computes the checkpoint's rotary tables, which it does not load."""
+    tables = {
+        key: (match[1], tensors[key].read().float())
+        for key in tensors
+        if (match := re.fullmatch(_ROTARY_TABLE, key))
+    }
+    if {part for part, _ in tables.values()} != {"cos", "sin"}:
+        raise ValueError(
+            "The checkpoint has no tables of rotary positions (visual.rope.freqs_cos and "
+            "freqs_sin), which the official code saves: it was trained without them, or they were "
+            "removed. The tower here has rotary positions. Give the checkpoint as it was saved."
+        )
+    heads, reference = source_format.head_width, source_format.rope_reference_size
+    for key, (part, table) in tables.items():
+        if tuple(table.shape) != (side * side, heads):
+            raise ValueError(
+                f"{key} has shape {tuple(table.shape)}, but a tower of {side} × {side} patches "
+                f"with heads of {heads} has {(side * side, heads)}. Give the head width that it "
+                f"was trained with (--head-width {table.shape[-1]})."
+            )
+        if _are_close(table, _compute_rotary_table(part, side, heads, reference)):
+            continue
+        fitting = (
+            size
+            for size in _REFERENCE_SIZES_TRIED
+            if _are_close(table, _compute_rotary_table(part, side, heads, size))
+        )
+        found = next(fitting, None)
+        raise ValueError(
+            f"{key} has other rotary positions than the tower would have with the reference size "
+            f"{reference}. "
+            + (
+                f"It is a table of the reference size {found} (--rope-reference-size {found})."
+                if found
+                else "No reference size gives this table, so the tower is not converted."
+            )
+        )
+
+
+def _compute_rotary_table(part: str, side: int, head_width: int, reference: int) -> Tensor:
+    """Compute a table as timm's EVA02 does, (side * side, head_width)."""
+    from timm.layers import build_rotary_pos_embed
+
+    sine, cosine = build_rotary_pos_embed(
+        [side, side], dim=head_width, in_pixels=False, ref_feat_shape=[reference, reference]
+    )
+    table: Tensor = cosine if part == "cos" else sine
+    return table
+
+
+def _are_close(table: Tensor, computed: Tensor) -> bool:
+    return torch.allclose(table, computed, atol=_MOST_DIFFERENCE, rtol=0)
 
 
 EVA02 = Layout(
@@ -76,8 +142,8 @@ EVA02 = Layout(
     ),
     drops=(
         Drop(
-            r"visual\.(?:blocks\.\d+\.attn\.)?rope\.freqs_(?:cos|sin)",
-            "rotary frequencies, which the tower computes from its sizes",
+            _ROTARY_TABLE,
+            "rotary frequencies, equal to those that the tower computes from its sizes",
         ),
     ),
     make_vision_config=_make_vision_config,

@@ -180,6 +180,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[misc]
     """Mixes tables: a batch of all processes is of one table, in each epoch as often as it weighs.
 
+    Only batches of the first table, which is that of captions, are hard ones.
+
     Yields the batches of the whole run, so that a resumed run skips the first ones. A table that is
     used up starts again, in a new order.
 
@@ -196,6 +198,9 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
         self.num_steps = num_steps
         lengths = [len(table) for table in self.dataset.datasets]
         self.steps = count_steps(lengths, weights, self.batch_size * self.num_processes)
+        # The nearest groups are those of the first table, of captions.
+        for sampler in self.batch_samplers[1:]:
+            sampler.num_hard_negatives = 0
 
     def __len__(self) -> int:
         return int(self.num_steps * self.num_processes)

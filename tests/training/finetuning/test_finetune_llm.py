@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,15 +13,20 @@ import torch
 from aligning import read_losses, read_tensorboard_losses
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tuning import GROUPS, RECORDS, SHORT, tune
+from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import export_model, save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
+from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.run_folder import read_results
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +222,64 @@ def test_truncated_texts_are_counted_and_reported(tmp_path, capsys):
     # Two captions of each of 24 images, and five other pairs.
     assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
     assert "9 of 58 texts are longer than 32 tokens and were truncated." in capsys.readouterr().out
+
+
+# What is written in half precision
+
+
+@pytest.fixture(scope="module")
+def in_half(tmp_path_factory):
+    return save_model(*tiny_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("half") / "base")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Embeddings of a text by what each accuracy is measured on."""
+    found = []
+
+    def measure(encode, groups):
+        found.append(encode(["a of 3"]))
+        return measure_caption_retrieval(encode, groups)
+
+    monkeypatch.setattr(stage, "measure_caption_retrieval", measure)
+    return found
+
+
+def test_the_accuracy_after_is_that_of_the_merged_folder_in_its_own_dtype(
+    in_half, tmp_path, measured
+):
+    # So small a rate that bfloat16 rounds most of the LoRA away.
+    config = replace(SHORT, merge=True, learning_rate=3e-5)
+    with pytest.warns(UserWarning, match=r"changes \d.*% of the entries .*bfloat16"):
+        folder = finetune_llm(in_half, RECORDS, tmp_path / "run", config)
+    results = read_results(tmp_path / "run")
+    model, processor = load_model(folder, device="cpu")
+    assert model.dtype == torch.bfloat16
+    encode = partial(encode_texts, model, processor, project=False)
+    assert results["cra_after"] == measure_caption_retrieval(encode, hold_out_short())
+    assert torch.equal(measured[-1], encode(["a of 3"]))
+    assert not torch.equal(measured[-1], measured[-2])  # before it was merged
+    before, after = (load_file(path / "model.safetensors") for path in (in_half, folder))
+    lora = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
+    changed = [name for name in before if name.removeprefix("text_model.") in {
+        key.removeprefix("base_model.model.").replace(".lora_A", "") for key in lora
+    }]  # fmt: skip
+    num_entries = sum(before[name].numel() for name in changed)
+    num_changed = sum(int((before[name] != after[name]).sum()) for name in changed)
+    assert results["share_changed_by_merging"] == num_changed / num_entries < 0.5
+
+
+def test_the_accuracy_of_a_lora_is_that_of_its_written_dtype(tmp_path, measured):
+    config = replace(SHORT, lora_dtype="bfloat16", max_steps=2)
+    tuned = tune(tmp_path / "run", config)
+    tune(tmp_path / "again", replace(config, init_lora=tuned.lora))
+    _, after, before_again, _ = measured
+    assert torch.equal(after, before_again)
+
+
+def test_float32_computes_a_folder_in_half_precision_in_float32(in_half, tmp_path):
+    model, processor = load_model(in_half, device="cpu")
+    exact = save_model(model.float(), processor, tmp_path / "exact")
+    for source, name in ((in_half, "half"), (exact, "float32")):
+        finetune_llm(source, RECORDS, tmp_path / name, SHORT)
+    assert read_losses(tmp_path / "half") == read_losses(tmp_path / "float32")

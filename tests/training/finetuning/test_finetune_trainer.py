@@ -58,6 +58,22 @@ def test_text_pairs_have_the_share_of_an_epoch_that_they_weigh(
     assert (sum(is_other), len(is_other)) == (num_batches, STEPS_PER_EPOCH + num_batches)
 
 
+def test_hard_batches_of_captions_leave_those_of_text_pairs_as_they_are(
+    tmp_path: Path, seen: list[list[str]]
+) -> None:
+    file = write_pairs(tmp_path / "pairs.jsonl", TEXT_PAIRS)
+    config = replace(SHORT, max_steps=None, text_pairs=[(file, 1.0)])
+    tune(tmp_path / "at random", config)
+    at_random = seen.copy()
+    seen.clear()
+    tune(tmp_path / "hard", replace(config, num_hard_negatives=3))
+    first, second = (
+        [texts for texts in batches if texts[0].startswith("q")] for batches in (at_random, seen)
+    )
+    assert len(first) == 7 and first == second
+    assert at_random != seen  # batches of captions are others
+
+
 def test_no_text_pair_shows_a_caption_that_is_held_out(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:
