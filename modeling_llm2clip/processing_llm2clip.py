@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
-from .image_loading_llm2clip import load_images, unpack_pixels
+from .image_loading_llm2clip import (
+    get_image_limits,
+    load_images,
+    read_image_header,
+    unpack_pixels,
+)
 from .loading_llm2clip import naming_code
 
 # Options of other processors, with which a row is more than one caption or one image. Callers of
@@ -195,6 +201,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 batch.update(super().__call__(text=text, **filled))
                 self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
+
+    @staticmethod
+    def open_image(source: Any, *, name: str, **limits: Any) -> Image.Image:
+        """Open an image for a later call, and refuse it by its header.
+
+        Args:
+            source: a path, a binary file, or a PIL image.
+            name: name of the image in error messages.
+            **limits: fields of `ImageLimits`, in place of those of `get_image_limits`.
+
+        Returns:
+            The image, which is decoded on first use.
+
+        Raises:
+            ValueError: it is not an image, or is beyond the limits.
+        """
+        return read_image_header(source, name=name, limits=replace(get_image_limits(), **limits))
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
         """Return the same token ids of each text as a call, without padding.
