@@ -30,12 +30,14 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
 # Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
-_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _UNSCALED = "do_rescale=False requires floats in [0, 1]; give those, or leave it out."
 _MOST_SHOWN = 200  # characters of a path in an error message
+_READ_AS_CHANNELS = (1, 2, 4)
 _PILLOWS_OWN = 2**30 // 4 // 3  # pixels, of which it warns
 _CHUNK_BYTES = 2**16  # of a download
-_TILE_SIDES = (322, 323)  # tags of TIFF
+_BAND_PIXELS = 2**22
+# Tags of TIFF, and a value of one.
+_TILE_SIDES, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = (322, 323), 258, 262, 0
 _MOST_SEGMENTS = 10_000  # of a JPEG
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _WITHOUT_LENGTH = (0x01, 0xD8)
@@ -122,8 +124,9 @@ def load_images(
     """Load one image or a list of images as RGB.
 
     PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
-    becomes white, 16 bits are scaled to 8, EXIF rotation is applied, and the first frame of an
-    animation is taken.
+    becomes white, 12 and 16 bits are scaled to 8, EXIF rotation is applied, the first frame of an
+    animation or page of a TIFF is taken, and color profiles (ICC) are ignored, as in the transforms
+    that CLIP models are trained and published with.
 
     Args:
         images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
@@ -232,7 +235,7 @@ def _check_array(image: Any, name: str, *, rescales: bool | None, limits: ImageL
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         image = (pixels // 257).astype(np.uint8)
-    if shape[0] == 1:  # one row of pixels would be read as one channel
+    if shape[0] in _READ_AS_CHANNELS:  # rows that image processors would take for channels
         image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
     return image
 
@@ -426,6 +429,7 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     _require_no_strip(*image.size, name, limits)
     if getattr(image, "fp", None) is not None:  # not decoded yet
         _require_within(image, name, limits)
+    black, white = _find_black_and_white(image)  # from the file, which a rotated copy lacks
     try:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
@@ -436,26 +440,50 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _SIXTEEN_BIT_MODES:
-        return _scale_sixteen_bit(image, name)
-    if image.mode == "F":
+    if image.mode[0] in "IF" and black == white:
+        kind = "float" if image.mode == "F" else "32-bit integer"
         raise ValueError(
-            f"{name}: float pixels have an unknown range. Convert the image to 8 or 16 bits."
+            f"{name}: {kind} pixels have an unknown range. Convert the image to 8 or 16 bits."
         )
+    if image.mode[0] == "I":
+        return _scale_to_eight_bits(image, name, black=black, white=white)
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _compose_on_white(image)
     return image.convert("RGB")
 
 
-def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
+def _find_black_and_white(image: Image.Image) -> tuple[int, int]:
+    """Return the values of gray pixels of more than 8 bits; twice 0 if the file does not say."""
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # of TIFF, whose pixels Pillow leaves as they are
+        white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        return (white, 0) if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else (0, white)
+    # Pillow scales a PPM of more than 8 bits to 16; a PNG has no others.
+    return (0, 65535) if image.format in ("PNG", "PPM") and image.mode == "I" else (0, 0)
+
+
+def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: int) -> Image.Image:
     # Pillow's conversion clips at 255, which would turn almost every image white.
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > max(black, white):
         raise ValueError(
-            f"{name}: pixels are outside [0, 65535]. Convert the image to 8 or 16 bits."
+            f"{name}: pixels are outside [0, {max(black, white)}]. Convert the image to 8 bits."
         )
-    # PNG may declare one gray value transparent.
-    pixels[pixels == image.info.get("transparency", -1)] = 65535
-    return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
+    # Each value has one of 8 bits; PNG may declare one transparent.
+    scaled = abs(np.arange(max(black, white) + 1) - black) * 255 // max(black, white)
+    if 0 <= (transparent := image.info.get("transparency", -1)) < len(scaled):
+        scaled[transparent] = 255
+    return Image.fromarray(scaled.astype(np.uint8)[pixels]).convert("RGB")
+
+
+def _compose_on_white(image: Image.Image) -> Image.Image:
+    """Put a transparent image on white; in bands, as each step of Pillow makes a copy."""
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        band = image.crop(box)
+        band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(white, band).convert("RGB"), box)
+    return flat
