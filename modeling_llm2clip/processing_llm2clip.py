@@ -49,7 +49,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
     Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
 
     Args:
-        image_processor: any image processor of transformers.
+        image_processor: any image processor of transformers. With `crop_rounding="torchvision"`,
+            one of CLIP's crops as torchvision does, which transformers misses by a pixel where
+            the margin is 3 modulo 4.
         tokenizer: the LLM's tokenizer, with the model's prompt as part of it.
         max_text_length: maximum number of tokens per text, prompt included.
         **kwargs: further arguments of `ProcessorMixin`.
@@ -58,7 +60,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer.
+        ValueError: `max_text_length` is not a positive integer, or `crop_rounding` is not known.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
@@ -80,6 +82,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> None:
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
+        if getattr(image_processor, "crop_rounding", None) is not None:
+            from .image_cropping_llm2clip import crop_as_stated  # imports torchvision
+
+            image_processor = crop_as_stated(image_processor)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod

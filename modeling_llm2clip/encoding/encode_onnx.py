@@ -55,7 +55,9 @@ def prepare_image(image: Image.Image, how: dict[str, Any]) -> Any:
     image = image.resize((width, height), how["resample"])
     if how.get("do_center_crop"):
         crop_width, crop_height = how["crop_size"]["width"], how["crop_size"]["height"]
-        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        rounds = round if how.get("crop_rounding") == "torchvision" else int
+        left, top = rounds(left), rounds(top)
         image = image.crop((left, top, left + crop_width, top + crop_height))
     scaled = np.asarray(image, np.float32) * np.float32(how["rescale_factor"])
     normal = (scaled - np.float32(how["image_mean"])) / np.float32(how["image_std"])

@@ -1,0 +1,64 @@
+"""Image processors that crop as torchvision does, one pixel beside those of transformers.
+
+CLIP, EVA and timm train with torchvision's `CenterCrop`. It rounds half of an odd margin to the
+even number, transformers rounds it down: of a margin of 3 pixels the one leaves out 2 on the left,
+the other 1, which changes every pixel. A folder whose image processor has
+`crop_rounding="torchvision"` gets the former.
+
+Uploaded with the weights. The classes have the names of their bases, which files state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+
+class _TorchvisionCrop:
+    def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:
+        """Crop the center of images.
+
+        Args:
+            image: (…, H, W), an array or a tensor.
+            size: height and width; what is smaller is padded, which the base does as torchvision.
+            **kwargs: of the base.
+        """
+        top, left = (
+            max(0, round((have - want) / 2))
+            for have, want in zip(image.shape[-2:], (size.height, size.width), strict=True)
+        )
+        image = image[..., top : top + size.height, left : left + size.width]
+        return super().center_crop(image, size, **kwargs)  # type: ignore[misc]
+
+
+class CLIPImageProcessor(_TorchvisionCrop, transformers.CLIPImageProcessor):  # type: ignore[misc]
+    """CLIP's, which computes with torchvision."""
+
+
+class CLIPImageProcessorPil(_TorchvisionCrop, transformers.CLIPImageProcessorPil):  # type: ignore[misc]
+    """CLIP's, which computes with Pillow."""
+
+
+_CLASSES = {cls.__bases__[1]: cls for cls in (CLIPImageProcessor, CLIPImageProcessorPil)}
+
+
+def crop_as_stated(image_processor: Any) -> Any:
+    """Return an image processor that crops as its `crop_rounding` says.
+
+    Args:
+        image_processor: any image processor with this setting; it stays as it is.
+
+    Raises:
+        ValueError: its class cannot crop so, or the setting is another one.
+    """
+    if type(image_processor) in _CLASSES.values():
+        return image_processor
+    own = _CLASSES.get(type(image_processor))
+    if own is None or image_processor.crop_rounding != "torchvision":
+        raise ValueError(
+            f"A {type(image_processor).__name__} cannot have crop_rounding="
+            f"{image_processor.crop_rounding!r}: a CLIPImageProcessor can have 'torchvision'. Take "
+            "a version of this package that knows it."
+        )
+    return own.from_dict(image_processor.to_dict())
