@@ -43,22 +43,23 @@ class CLIPImageProcessorPil(_TorchvisionCrop, transformers.CLIPImageProcessorPil
 _CLASSES = {cls.__bases__[1]: cls for cls in (CLIPImageProcessor, CLIPImageProcessorPil)}
 
 
-def crop_as_stated(image_processor: Any) -> Any:
-    """Return an image processor that crops as its `crop_rounding` says.
+def set_crop_rounding(image_processor: Any, crop_rounding: str) -> Any:
+    """Return an image processor that crops otherwise.
 
     Args:
-        image_processor: any image processor with this setting; it stays as it is.
+        image_processor: any image processor; it stays as it is.
+        crop_rounding: `"torchvision"`.
 
     Raises:
-        ValueError: its class cannot crop so, or the setting is another one.
+        ValueError: its class cannot crop so, or it is another rounding.
     """
-    if type(image_processor) in _CLASSES.values():
+    if type(image_processor) in _CLASSES.values() and crop_rounding == "torchvision":
         return image_processor
     own = _CLASSES.get(type(image_processor))
-    if own is None or image_processor.crop_rounding != "torchvision":
+    if own is None or crop_rounding != "torchvision":
         raise ValueError(
-            f"A {type(image_processor).__name__} cannot have crop_rounding="
-            f"{image_processor.crop_rounding!r}: a CLIPImageProcessor can have 'torchvision'. Take "
-            "a version of this package that knows it."
+            f"A {type(image_processor).__name__} cannot have crop_rounding={crop_rounding!r}: a "
+            "CLIPImageProcessor can have 'torchvision'. Take a version of this package that knows "
+            "it."
         )
-    return own.from_dict(image_processor.to_dict())
+    return own.from_dict({**image_processor.to_dict(), "crop_rounding": crop_rounding})

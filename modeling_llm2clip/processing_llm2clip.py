@@ -82,10 +82,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> None:
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
-        if getattr(image_processor, "crop_rounding", None) is not None:
-            from .image_cropping_llm2clip import crop_as_stated  # imports torchvision
+        if (crop_rounding := getattr(image_processor, "crop_rounding", None)) is not None:
+            from .image_cropping_llm2clip import set_crop_rounding  # imports torchvision
 
-            image_processor = crop_as_stated(image_processor)
+            image_processor = set_crop_rounding(image_processor, crop_rounding)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from ..image_cropping_llm2clip import crop_as_stated
+from ..image_cropping_llm2clip import set_crop_rounding
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
 from .tower_loading import (
@@ -146,9 +146,9 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         do_convert_rgb=True,
-        crop_rounding="torchvision",
     )
-    return crop_as_stated(image_processor)
+    cropping: CLIPImageProcessor = set_crop_rounding(image_processor, "torchvision")
+    return cropping
 
 
 def takes_images(config: PreTrainedConfig) -> bool:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
-from ..configs.data_config import DataConfig, StreamConfig
-from ..configs.image_limits_config import ImageLimitsConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from .captioned_data import (
     is_streamed,
     read_captioned_images,
@@ -19,7 +18,7 @@ from .captioned_data import (
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_limits import use_image_limits
+from .image_folder import use_image_limits
 
 if TYPE_CHECKING:
     from ..data.records.records import CaptionedImage
@@ -83,7 +82,6 @@ def align(
         require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)
-
     from accelerate import PartialState
 
     from ..model_folders.model_folder import find_model_folder

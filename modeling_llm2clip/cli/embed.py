@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .._extras import ONNX_RUNTIME, RAY, require
-from ..configs.data_config import DataConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.embed_config import EmbedConfig
-from ..configs.image_limits_config import ImageLimitsConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report
-from .image_limits import use_image_limits
+from .image_folder import report, use_image_limits
 from .modality_options import refuse_foreign_options
 
 if TYPE_CHECKING:
@@ -105,10 +103,9 @@ def embed(
             show_progress=config.show_progress,
         )
     run(model, records, output, config, modality=modality, partition=partition, engine=engine)
-    state = PartialState()
-    if state.is_main_process:
+    if PartialState().is_main_process:
         print("\n".join(describe_embeddings(output)))
-    state.destroy_process_group()
+    PartialState().destroy_process_group()
     return 0
 
 

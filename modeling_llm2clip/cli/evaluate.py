@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
 from ..configs.config_fields import Config, make_config
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.evaluation_config import (
     EvaluatedDataset,
     EvaluatedModel,
     EvaluationConfig,
     ModelType,
 )
-from ..configs.image_limits_config import ImageLimitsConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_evaluated
-from .image_limits import use_image_limits
+from .image_folder import use_image_limits
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result

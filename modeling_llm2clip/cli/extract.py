@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from .._extras import RAY, require
-from ..configs.data_config import DataConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.extract_config import ExtractConfig
-from ..configs.image_limits_config import ImageLimitsConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_limits import use_image_limits
+from .image_folder import use_image_limits
 from .modality_options import refuse_foreign_options
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import FAISS, LANCEDB, require
-from ..configs.image_limits_config import ImageLimitsConfig
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, require_image_folder
-from .image_limits import use_image_limits
+from .image_folder import report, require_image_folder, use_image_limits
 
 
 @command(

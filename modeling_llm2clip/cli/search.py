@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from .._extras import LANCEDB, require
 from ..configs.config_fields import DeviceConfig, Range
-from ..configs.image_limits_config import ImageLimitsConfig
+from ..configs.data_config import ImageLimitsConfig
 from .chosen_device import use_device
 from .command import Repeated, command
-from .image_folder import report, report_truncated
-from .image_limits import use_image_limits
+from .image_folder import report, report_truncated, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.index_database import IndexDatabase

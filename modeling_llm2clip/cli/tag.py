@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from .._extras import LANCEDB, require
 from ..configs.config_fields import Range
-from ..configs.image_limits_config import ImageLimitsConfig
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import TagConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, report_truncated, require_image_folder
-from .image_limits import use_image_limits
+from .image_folder import report, report_truncated, require_image_folder, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage

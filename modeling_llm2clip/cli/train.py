@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .._extras import CAPTION_TUNING, DEMO, require
 from ..configs.config_fields import read_config
-from ..configs.image_limits_config import ImageLimitsConfig
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.train_config import TrainConfig
 from .captioned_data import require_data
 from .chosen_device import use_device
@@ -16,7 +16,7 @@ from .extras import (
     list_needs_of_lora,
     list_needs_of_model,
 )
-from .image_limits import use_image_limits
+from .image_folder import use_image_limits
 
 _EMBEDDED = "embedded"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from .config_fields import Range
+from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
-from .image_limits_config import ImageLimitsConfig
 
 Port = Annotated[int, Range(min=0, max=65535)]
 

@@ -20,7 +20,7 @@ from ..configs.export_config import ConvertConfig
 from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..heads_llm2clip import MAX_LOG_SCALE
-from ..image_cropping_llm2clip import crop_as_stated
+from ..image_cropping_llm2clip import set_crop_rounding
 from ..model_folders.weights import LazyTensor
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from .key_mapping import RenamedWeights, Rule, apply_rules, rename
@@ -146,9 +146,9 @@ def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImagePro
         image_mean=list(mean),
         image_std=list(std),
         do_convert_rgb=True,
-        crop_rounding="torchvision",
     )
-    return crop_as_stated(image_processor)
+    cropping: CLIPImageProcessor = set_crop_rounding(image_processor, "torchvision")
+    return cropping
 
 
 def _configure(
