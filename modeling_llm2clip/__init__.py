@@ -45,7 +45,12 @@ if TYPE_CHECKING:
     from .encoding.encode import encode_images, encode_texts
     from .evaluation.datasets.dataset_registry import load_dataset
     from .evaluation.evaluate import evaluate
-    from .image_loading_llm2clip import load_images
+    from .image_loading_llm2clip import (
+        ImageLimits,
+        get_image_limits,
+        load_images,
+        set_image_limits,
+    )
     from .model_folders.model_loading import load_model
     from .model_folders.onnx_folder import load_onnx_encoder
     from .modeling_llm2clip import (
@@ -104,7 +109,12 @@ _HOMES = {
     "encoding.encode": ("encode_images", "encode_texts"),
     "evaluation.datasets.dataset_registry": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
-    "image_loading_llm2clip": ("load_images",),
+    "image_loading_llm2clip": (
+        "ImageLimits",
+        "get_image_limits",
+        "load_images",
+        "set_image_limits",
+    ),
     "model_folders.model_loading": ("load_model",),
     "model_folders.onnx_folder": ("load_onnx_encoder",),
     "modeling_llm2clip": (

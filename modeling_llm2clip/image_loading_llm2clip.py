@@ -10,47 +10,138 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import os
+import re
+import time
 import urllib.request
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Holds the limits of this process, because worker processes inherit it and because another copy of
+# this module, of a model folder, reads it too.
+LIMITS_VARIABLE = "LLM2CLIP_IMAGE_LIMITS"
 # Errors of Pillow's decoders, which differ by format.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
 # Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
-_FETCH_TIMEOUT_S = 30
 _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
-_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _UNSCALED = "do_rescale=False requires floats in [0, 1]; give those, or leave it out."
 _MOST_SHOWN = 200  # characters of a path in an error message
-# The longer side, in shorter ones: resizing the shorter side would make a strip of 60,000 × 1
-# pixels, a file of 100 bytes, fill gigabytes.
-_MOST_TIMES_LONGER = 100
+_READ_AS_CHANNELS = (1, 2, 4)
+_PILLOWS_OWN = 2**30 // 4 // 3  # pixels, of which it warns
+_CHUNK_BYTES = 2**16  # of a download
+_BAND_PIXELS = 2**22
+# Tags of TIFF, and a value of one.
+_TILE_SIDES, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = (322, 323), 258, 262, 0
+_MOST_SEGMENTS = 10_000  # of a JPEG
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+_WITHOUT_LENGTH = (0x01, 0xD8)
+# Neither a byte of the pixels (FF00), nor one of the restarts within a scan, nor a fill byte.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
-def load_images(images: Any, *, rescales: bool | None = True) -> Any:
+class ImageTooLargeError(ValueError):
+    """An image has more pixels or bytes than `ImageLimits` allows."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Which images are decoded; others are refused by their header.
+
+    Args:
+        max_megapixels: maximum size of a decoded image, in millions of pixels. Cameras have up to
+            151; one image of this size takes up to 1.5 GB while it is decoded.
+        max_image_mb: maximum size of an encoded image, in MB.
+        max_aspect_ratio: the longer side, in shorter ones. Resizing the shorter side of a strip of
+            60,000 × 1 pixels, a file of 100 bytes, would fill gigabytes.
+        max_jpeg_scans: maximum number of scans of a JPEG. Progressive ones have about ten; a few
+            bytes suffice for one more pass over all pixels.
+        max_download_s: seconds that the download of an image from a URL may take.
+        formats: Pillow's names of the file formats. Pillow runs other programs for some of the
+            rest, such as Ghostscript for EPS.
+    """
+
+    max_megapixels: float = 160
+    max_image_mb: float = 1000
+    max_aspect_ratio: float = 100
+    max_jpeg_scans: int = 100
+    max_download_s: float = 60
+    formats: tuple[str, ...] = (
+        "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PNG", "PPM", "TIFF",
+        "WEBP",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", tuple(self.formats))
+        numbers = {name: value for name, value in asdict(self).items() if name != "formats"}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name}={value!r} must be a number above 0.")
+
+
+def get_image_limits() -> ImageLimits:
+    """Return the limits of this process: its own, or those it inherited, or the default ones.
+
+    Raises:
+        ValueError: the environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object of fields
+            of `ImageLimits`.
+    """
+    return _parse_limits(os.environ.get(LIMITS_VARIABLE, "{}"))
+
+
+def set_image_limits(limits: ImageLimits) -> None:
+    """Set the limits for all threads of this process, and for processes that it starts from now on.
+
+    Args:
+        limits: replace those of `get_image_limits`.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> set_image_limits(replace(get_image_limits(), max_megapixels=160))
+    """
+    os.environ[LIMITS_VARIABLE] = json.dumps(asdict(limits))
+
+
+@lru_cache(maxsize=8)
+def _parse_limits(text: str) -> ImageLimits:
+    try:
+        return ImageLimits(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{LIMITS_VARIABLE}={text[:_MOST_SHOWN]!r} must be a JSON object of fields of "
+            f'ImageLimits, such as {{"max_megapixels": 300}} ({error}).'
+        ) from None
+
+
+def load_images(
+    images: Any, *, rescales: bool | None = True, limits: ImageLimits | None = None
+) -> Any:
     """Load one image or a list of images as RGB.
 
     PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
-    becomes white, 16 bits are scaled to 8, EXIF rotation is applied, and the first frame of an
-    animation is taken.
+    becomes white, 12 and 16 bits are scaled to 8, EXIF rotation is applied, the first frame of an
+    animation or page of a TIFF is taken, and color profiles (ICC) are ignored, as in the transforms
+    that CLIP models are trained and published with.
 
     Args:
         images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
             (H, W, 3) or (3, H, W). A 4-dimensional batch of these is read as a list.
         rescales: whether the image processor divides pixels by 255. True accepts integers, False
             floats in [0, 1]. None is for an image processor that never does, and accepts both.
+        limits: which encoded images are decoded. Default: `get_image_limits()`.
 
     Returns:
         One image for one image, a list for a list.
 
     Raises:
-        ValueError: an image is missing, corrupt, too large, more than 100 times longer than wide,
-            or has pixels of an unknown range. The message names the first eight of these and counts
-            the others.
+        ImageTooLargeError: one image is given, and it is too large.
+        ValueError: an image is missing, corrupt, beyond the limits, or has pixels of an unknown
+            range. The message names the first eight of these and counts the others.
 
     Examples:
         >>> from PIL import Image
@@ -62,16 +153,17 @@ def load_images(images: Any, *, rescales: bool | None = True) -> Any:
             ...
         ValueError: nowhere.png: no such image. Correct the path.
     """
+    limits = limits or get_image_limits()
     if len(getattr(images, "shape", ())) == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_image(images, 0, rescales=rescales)
+        return _load_image(images, 0, rescales=rescales, limits=limits)
     if not images:
         raise ValueError("images is an empty list; give at least one image.")
     loaded, errors = [], []
     for number, image in enumerate(images):
         try:
-            loaded.append(_load_image(image, number, rescales=rescales))
+            loaded.append(_load_image(image, number, rescales=rescales, limits=limits))
         except ValueError as error:
             errors.append(str(error))
     if errors:
@@ -98,13 +190,15 @@ def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return pixels
 
 
-def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
+def _load_image(image: Any, number: int, *, rescales: bool | None, limits: ImageLimits) -> Any:
     if hasattr(image, "shape") and hasattr(image, "dtype"):
-        return _check_array(image, f"image number {number}", rescales=rescales)
+        name = f"image number {number}"
+        return _check_array(image, name, rescales=rescales, limits=limits)
     if isinstance(image, str | os.PathLike):
-        loaded = _open_image(os.fspath(image))
+        loaded = _open_image(os.fspath(image), limits)
     elif isinstance(image, Image.Image):
-        loaded = _decode(image, getattr(image, "filename", "") or f"image number {number}")
+        name = getattr(image, "filename", "") or f"image number {number}"
+        loaded = _decode(image, name, limits)
     else:
         in_memory = isinstance(image, bytes | memoryview | io.IOBase)
         remedy = " Open it with PIL.Image.open, bytes as io.BytesIO." if in_memory else ""
@@ -117,7 +211,7 @@ def _load_image(image: Any, number: int, *, rescales: bool | None) -> Any:
     return loaded
 
 
-def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
+def _check_array(image: Any, name: str, *, rescales: bool | None, limits: ImageLimits) -> Any:
     """Reject pixels of unknown layout or range, and scale 16 bits to 8.
 
     The values of floats do not reveal their range: a dark image in [0, 255] is a bright one in
@@ -129,7 +223,7 @@ def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
             f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Convert "
             "grayscale or transparent pixels with PIL.Image.fromarray first."
         )
-    _require_no_strip(*(shape[1:] if shape[0] == 3 else shape[:2]), name)
+    _require_no_strip(*(shape[1:] if shape[0] == 3 else shape[:2]), name, limits)
     image = image.detach() if hasattr(image, "detach") else image
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
     if dtype in ("uint8", "uint16") and rescales is False:
@@ -141,16 +235,16 @@ def _check_array(image: Any, name: str, *, rescales: bool | None) -> Any:
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         image = (pixels // 257).astype(np.uint8)
-    if shape[0] == 1:  # one row of pixels would be read as one channel
+    if shape[0] in _READ_AS_CHANNELS:  # rows that image processors would take for channels
         image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
     return image
 
 
-def _require_no_strip(width: int, height: int, name: str) -> None:
-    if max(width, height) > _MOST_TIMES_LONGER * min(width, height):
+def _require_no_strip(width: int, height: int, name: str, limits: ImageLimits) -> None:
+    if max(width, height) > limits.max_aspect_ratio * min(width, height):
         raise ValueError(
-            f"{name}: one side of {width} × {height} pixels is more than {_MOST_TIMES_LONGER} "
-            "times longer than the other. Crop the image."
+            f"{name}: one side of {width} × {height} pixels is more than "
+            f"{limits.max_aspect_ratio:g} times longer than the other. Crop the image."
         )
 
 
@@ -168,60 +262,174 @@ def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -
         )
 
 
-def _open_image(path: str) -> Image.Image:
+def _open_image(path: str, limits: ImageLimits) -> Image.Image:
     if path.startswith("data:"):
         raise ValueError(
             f"{path[:40]}…: data URIs are not supported. Decode it (base64.b64decode), and open "
             "the bytes with PIL.Image.open(io.BytesIO(…))."
         )
     # transformers' load_image would turn transparency black and clip 16 bits.
-    source = _fetch(path) if path.lower().startswith(("http://", "https://")) else path
+    source = _fetch(path, limits) if path.lower().startswith(("http://", "https://")) else path
     if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for an invalid path
         raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
-    with read_image_header(source, name=path) as image:
-        return _decode(image, path)
+    with read_image_header(source, name=path, limits=limits) as image:
+        return _decode(image, path, limits)
 
 
-def read_image_header(source: Any, *, name: str) -> Image.Image:
-    """Open an image without decoding it.
+def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
+    """Open an image without decoding it. No other function opens one.
 
     Args:
-        source: a path or a binary file, as `PIL.Image.open` takes it.
+        source: a path or a binary file, as `PIL.Image.open` takes it, or what that returned.
         name: name of the image in error messages.
+        limits: which images are opened. Default: `get_image_limits()`.
 
     Returns:
         The image, which is decoded on first use.
 
     Raises:
-        ValueError: it is not an image, its header is corrupt, or it has more pixels than Pillow
-            considers safe.
+        ImageTooLargeError: it has more pixels or bytes than the limits allow.
+        ValueError: it is not an image of one of the formats, its header is corrupt, or it is beyond
+            another limit.
     """
+    limits = limits or get_image_limits()
+    if isinstance(source, Image.Image):
+        _require_within(source, name, limits)
+        return source
+    Image.init()  # else an unknown name in `formats` is a KeyError
+    known = [form for form in limits.formats if form in Image.OPEN]
+    _lift_pillows_limit(limits)
     try:
-        return Image.open(source)
+        _require_few_bytes(_count_bytes(source), name, limits)
+        image = Image.open(source, formats=known)
+    except ImageTooLargeError:
+        raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image that Pillow can read, or empty.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: {error} Shrink the image first.") from error
+        raise ValueError(
+            f"{name}: not an image that Pillow can read, or empty. Formats: {', '.join(known)}."
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(f"{name}: {error} Shrink the image first.") from error
     except _DECODER_ERRORS as error:
         from_system = getattr(error, "errno", None) is not None  # such as a missing permission
         problem = "cannot be read" if from_system else "the image is truncated or corrupt"
         raise ValueError(f"{name}: {problem} ({error}).") from error
-
-
-def _fetch(address: str) -> io.BytesIO:
-    request = urllib.request.Request(address, headers={"User-Agent": "modeling_llm2clip"})
     try:
-        with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT_S) as response:
-            return io.BytesIO(response.read())
+        _require_within(image, name, limits)
+    except ValueError:
+        image.close()
+        raise
+    return image
+
+
+def _lift_pillows_limit(limits: ImageLimits) -> None:
+    """Let Pillow open what the limits allow, unless its maximum was set; it refuses twice that."""
+    if Image.MAX_IMAGE_PIXELS == _PILLOWS_OWN and limits.max_megapixels * 1e6 > 2 * _PILLOWS_OWN:
+        Image.MAX_IMAGE_PIXELS = int(limits.max_megapixels * 5e5) + 1
+
+
+def _count_bytes(source: Any) -> int:
+    if isinstance(source, str | os.PathLike):
+        return os.path.getsize(source)  # noqa: PTH202  # may be a string
+    count: int = source.seek(0, io.SEEK_END)
+    source.seek(0)
+    return count
+
+
+def _require_few_bytes(count: int, name: str, limits: ImageLimits) -> None:
+    if count > limits.max_image_mb * 1e6:
+        raise ImageTooLargeError(
+            f"{name}: the image has more than {limits.max_image_mb:g} MB. Shrink it, or raise "
+            "max_image_mb."
+        )
+
+
+def _require_within(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    """Raise ValueError for an encoded image that must not be decoded."""
+    if image.format not in (*limits.formats, None):
+        raise ValueError(
+            f"{name}: {image.format} is not one of the formats that are read here "
+            f"({', '.join(limits.formats)}). Convert the image."
+        )
+    # A TIFF states the size of its tiles apart, and a decoder fills at least one of them.
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    tile = tuple(tags.get(side, 0) for side in _TILE_SIDES)
+    for width, height in (image.size, tile):
+        if width * height > limits.max_megapixels * 1e6:
+            raise ImageTooLargeError(
+                f"{name}: {width} × {height} pixels are more than {limits.max_megapixels:g} "
+                "million. Shrink the image, or raise max_megapixels."
+            )
+    if image.width and image.height:
+        _require_no_strip(*image.size, name, limits)
+    if image.format in ("JPEG", "MPO") and _has_too_many_scans(_read_all(image), limits):
+        raise ValueError(
+            f"{name}: a JPEG of more than {limits.max_jpeg_scans} scans, each of which goes over "
+            "all of its pixels. Save it anew."
+        )
+
+
+def _read_all(image: Image.Image) -> bytes:
+    """Return the bytes of an image; none if it is decoded already, or its file is closed."""
+    file: Any = getattr(image, "fp", None)
+    if file is None or file.closed:
+        return b""
+    place = file.tell()
+    file.seek(0)
+    content: bytes = file.read()
+    file.seek(place)
+    return content
+
+
+def _has_too_many_scans(content: bytes, limits: ImageLimits) -> bool:
+    """Go through the segments of a JPEG as libjpeg does, up to the end of its first image.
+
+    What cameras append to it, such as a video, has the bytes of markers by chance.
+    """
+    if content.count(b"\xff\xda") <= limits.max_jpeg_scans:  # the most that there can be
+        return False
+    num_scans = place = 0
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.search(content, place)
+        marker = _END_OF_IMAGE if found is None else content[found.end() - 1]
+        if found is None or marker == _END_OF_IMAGE:
+            return False
+        num_scans += marker == _START_OF_SCAN
+        if num_scans > limits.max_jpeg_scans:
+            return True
+        place = found.end()
+        if marker not in _WITHOUT_LENGTH:
+            place += max(int.from_bytes(content[place : place + 2], "big"), 2)
+    return True
+
+
+def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
+    request = urllib.request.Request(address, headers={"User-Agent": "modeling_llm2clip"})
+    content, deadline = io.BytesIO(), time.monotonic() + limits.max_download_s
+    try:
+        with urllib.request.urlopen(request, timeout=limits.max_download_s) as response:
+            while chunk := response.read1(_CHUNK_BYTES):
+                content.write(chunk)
+                _require_few_bytes(content.tell(), address, limits)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"more than {limits.max_download_s:g} seconds")
+            if response.length:  # read1 ends without an error where the connection breaks
+                raise http.client.IncompleteRead(b"", response.length)
+    except ImageTooLargeError:
+        raise
     except _FETCH_ERRORS as error:
         raise ValueError(f"{address}: the image cannot be downloaded ({error}).") from error
+    return content
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     """Decode in full, apply EXIF rotation, and convert to RGB on white."""
     if 0 in image.size:
         raise ValueError(f"{name}: the image has no pixels ({image.size}).")
-    _require_no_strip(*image.size, name)
+    _require_no_strip(*image.size, name, limits)
+    if getattr(image, "fp", None) is not None:  # not decoded yet
+        _require_within(image, name, limits)
+    black, white = _find_black_and_white(image)  # from the file, which a rotated copy lacks
     try:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
@@ -232,26 +440,50 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _SIXTEEN_BIT_MODES:
-        return _scale_sixteen_bit(image, name)
-    if image.mode == "F":
+    if image.mode[0] in "IF" and black == white:
+        kind = "float" if image.mode == "F" else "32-bit integer"
         raise ValueError(
-            f"{name}: float pixels have an unknown range. Convert the image to 8 or 16 bits."
+            f"{name}: {kind} pixels have an unknown range. Convert the image to 8 or 16 bits."
         )
+    if image.mode[0] == "I":
+        return _scale_to_eight_bits(image, name, black=black, white=white)
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _compose_on_white(image)
     return image.convert("RGB")
 
 
-def _scale_sixteen_bit(image: Image.Image, name: str) -> Image.Image:
+def _find_black_and_white(image: Image.Image) -> tuple[int, int]:
+    """Return the values of gray pixels of more than 8 bits; twice 0 if the file does not say."""
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # of TIFF, whose pixels Pillow leaves as they are
+        white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        return (white, 0) if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else (0, white)
+    # Pillow scales a PPM of more than 8 bits to 16; a PNG has no others.
+    return (0, 65535) if image.format in ("PNG", "PPM") and image.mode == "I" else (0, 0)
+
+
+def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: int) -> Image.Image:
     # Pillow's conversion clips at 255, which would turn almost every image white.
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > max(black, white):
         raise ValueError(
-            f"{name}: pixels are outside [0, 65535]. Convert the image to 8 or 16 bits."
+            f"{name}: pixels are outside [0, {max(black, white)}]. Convert the image to 8 bits."
         )
-    # PNG may declare one gray value transparent.
-    pixels[pixels == image.info.get("transparency", -1)] = 65535
-    return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
+    # Each value has one of 8 bits; PNG may declare one transparent.
+    scaled = abs(np.arange(max(black, white) + 1) - black) * 255 // max(black, white)
+    if 0 <= (transparent := image.info.get("transparency", -1)) < len(scaled):
+        scaled[transparent] = 255
+    return Image.fromarray(scaled.astype(np.uint8)[pixels]).convert("RGB")
+
+
+def _compose_on_white(image: Image.Image) -> Image.Image:
+    """Put a transparent image on white; in bands, as each step of Pillow makes a copy."""
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        band = image.crop(box)
+        band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(white, band).convert("RGB"), box)
+    return flat

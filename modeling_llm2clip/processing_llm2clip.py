@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
-from .image_loading_llm2clip import load_images, unpack_pixels
+from .image_loading_llm2clip import (
+    get_image_limits,
+    load_images,
+    read_image_header,
+    unpack_pixels,
+)
 from .loading_llm2clip import naming_code
 
 # Options of other processors, with which a row is more than one caption or one image. Callers of
@@ -45,7 +51,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
     Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
 
     Args:
-        image_processor: any image processor of transformers.
+        image_processor: any image processor of transformers. With `crop_rounding="torchvision"`,
+            one of CLIP's crops as torchvision does, which transformers misses by a pixel where
+            the margin is 3 modulo 4.
         tokenizer: the LLM's tokenizer, with the model's prompt as part of it.
         max_text_length: maximum number of tokens per text, prompt included.
         **kwargs: further arguments of `ProcessorMixin`.
@@ -54,8 +62,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer, or the image processor makes images
-            of more pixels than any tower takes.
+        ValueError: `max_text_length` is not a positive integer, `crop_rounding` is not known, or the
+            image processor makes images of more pixels than any tower takes.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
@@ -78,6 +86,10 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
         _check_image_size(image_processor)
+        if (crop_rounding := getattr(image_processor, "crop_rounding", None)) is not None:
+            from .image_cropping_llm2clip import set_crop_rounding  # imports torchvision
+
+            image_processor = set_crop_rounding(image_processor, crop_rounding)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -199,6 +211,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 batch.update(super().__call__(text=text, **filled))
                 self._count_truncated(text, batch, limit=limit, on_long_text=on_long_text)
         return batch
+
+    @staticmethod
+    def open_image(source: Any, *, name: str, **limits: Any) -> Image.Image:
+        """Open an image for a later call, and refuse it by its header.
+
+        Args:
+            source: a path, a binary file, or a PIL image.
+            name: name of the image in error messages.
+            **limits: fields of `ImageLimits`, in place of those of `get_image_limits`.
+
+        Returns:
+            The image, which is decoded on first use.
+
+        Raises:
+            ValueError: it is not an image, or is beyond the limits.
+        """
+        return read_image_header(source, name=name, limits=replace(get_image_limits(), **limits))
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
         """Return the same token ids of each text as a call, without padding.

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from ..image_cropping_llm2clip import set_crop_rounding
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
 from .tower_loading import (
@@ -111,8 +112,7 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
     """Build what timm's `create_transform` does for evaluation, with its numbers written out.
 
     Both crop modes enlarge by the crop ratio, rounded down, then crop the center: `center` keeps
-    the shape of the image, `squash` resizes both sides to that length. Where the margin is odd,
-    transformers may start one pixel before timm.
+    the shape of the image, `squash` resizes both sides to that length.
 
     Args:
         pretrained_cfg: timm's input size, mean, std, crop ratio, crop mode and interpolation.
@@ -138,7 +138,7 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
             f"{'; '.join(errors)}. Take another network of timm."
         )
     resized = {"height": int(height / ratio), "width": int(width / ratio)}
-    return CLIPImageProcessor(
+    image_processor = CLIPImageProcessor(
         size={"shortest_edge": resized["height"]} if crop_mode == "center" else resized,
         do_center_crop=crop_mode == "center" or ratio != 1.0,
         crop_size={"height": height, "width": width},
@@ -147,6 +147,8 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
         image_std=list(pretrained_cfg["std"]),
         do_convert_rgb=True,
     )
+    cropping: CLIPImageProcessor = set_crop_rounding(image_processor, "torchvision")
+    return cropping
 
 
 def takes_images(config: PreTrainedConfig) -> bool:

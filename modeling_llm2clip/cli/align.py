@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
-from ..configs.data_config import DataConfig, StreamConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from .captioned_data import (
     is_streamed,
     read_captioned_images,
@@ -18,6 +18,7 @@ from .captioned_data import (
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .image_folder import use_image_limits
 
 if TYPE_CHECKING:
     from ..data.records.records import CaptionedImage
@@ -42,6 +43,7 @@ def align(
     resume: bool = False,
     reading: DataConfig,
     streaming: StreamConfig,
+    limits: ImageLimitsConfig,
     config: AlignConfig,
 ) -> int:
     """Aligns images and captions: trains adapter, projections and what else is chosen (stage 3).
@@ -60,6 +62,7 @@ def align(
         resume: Continue a run that was stopped.
         reading: How the data are read.
         streaming: How shards at URLs are read.
+        limits: Which images are decoded.
         config: What is trained, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
@@ -77,8 +80,8 @@ def align(
     streamed = is_streamed(data, streaming)
     if not streamed:
         require_data(data, reading)
+    use_image_limits(limits)
     use_device(config.device)
-
     from accelerate import PartialState
 
     from ..model_folders.model_folder import find_model_folder

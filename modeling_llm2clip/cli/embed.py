@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .._extras import ONNX_RUNTIME, RAY, require
-from ..configs.data_config import DataConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.embed_config import EmbedConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report
+from .image_folder import report, use_image_limits
 from .modality_options import refuse_foreign_options
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def embed(
     partition: str | None = None,
     engine: Literal["local", "ray"] = "local",
     reading: DataConfig,
+    limits: ImageLimitsConfig,
     config: EmbedConfig,
 ) -> int:
     """Writes embeddings for a vector database to Parquet files.
@@ -56,6 +57,7 @@ def embed(
             output. Default: all of them.
         engine: What computes: the processes of this run, or the actors of a Ray cluster.
         reading: How the data are read.
+        limits: Which images are decoded.
         config: How embeddings are computed and stored.
     """
     is_onnx = config.backend == "onnx"
@@ -75,6 +77,7 @@ def embed(
     else:
         require_own_model(model)
     require_data(data, reading)
+    use_image_limits(limits)
     use_device(config.device)
     from accelerate import PartialState
 
@@ -100,10 +103,9 @@ def embed(
             show_progress=config.show_progress,
         )
     run(model, records, output, config, modality=modality, partition=partition, engine=engine)
-    state = PartialState()
-    if state.is_main_process:
+    if PartialState().is_main_process:
         print("\n".join(describe_embeddings(output)))
-    state.destroy_process_group()
+    PartialState().destroy_process_group()
     return 0
 
 

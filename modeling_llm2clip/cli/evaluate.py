@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
 from ..configs.config_fields import Config, make_config
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.evaluation_config import (
     EvaluatedDataset,
     EvaluatedModel,
@@ -19,6 +20,7 @@ from ..configs.evaluation_config import (
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_evaluated
+from .image_folder import use_image_limits
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -68,6 +70,7 @@ def evaluate(
     details: bool = False,
     plot: Path | None = None,
     of_models: ModelsConfig,
+    limits: ImageLimitsConfig,
     config: EvaluationConfig,
 ) -> int:
     """Scores models on datasets, side by side.
@@ -85,6 +88,7 @@ def evaluate(
         details: Also show what the scores depend on: models, prompts, data, scoring.
         plot: File (PNG, SVG, PDF) for R@1 against length. Default: none.
         of_models: What is said of the models.
+        limits: Which images are decoded.
         config: How datasets are read and models run.
     """
     if list:
@@ -97,6 +101,7 @@ def evaluate(
         require_plot_file(plot)
     if models:
         _require_models(models, datasets, of_models)
+        use_image_limits(limits)
         use_device(config.device)
         from ..evaluation.evaluate import evaluate as run
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from .._extras import RAY, require
-from ..configs.data_config import DataConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.extract_config import ExtractConfig
 from .captioned_data import read_captioned_images, require_data
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .image_folder import use_image_limits
 from .modality_options import refuse_foreign_options
 
 
@@ -34,6 +35,7 @@ def extract(
     engine: Literal["local", "ray"] = "local",
     storage: str | None = None,
     reading: DataConfig,
+    limits: ImageLimitsConfig,
     config: ExtractConfig,
 ) -> int:
     """Extracts unprojected embeddings into a store, for training (stage 2).
@@ -52,6 +54,7 @@ def extract(
         storage: URL of object storage, such as s3://bucket/captions, in which machines that share
             no folder put their shards. Default: they share the folder of the store.
         reading: How the data are read.
+        limits: Which images are decoded.
         config: How embeddings are computed and stored.
     """
     needs = list_needs_of_model(model, extra="train")
@@ -61,6 +64,7 @@ def extract(
     refuse_foreign_options(config, modality)
     require_own_model(model)
     require_data(data, reading)
+    use_image_limits(limits)
     use_device(config.device)
     from accelerate import PartialState
 

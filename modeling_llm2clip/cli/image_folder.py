@@ -1,12 +1,17 @@
-"""Folders of images and reports on them, for `index`, `search` and `tag`.
+"""Folders of images, the limits of images, and reports on them.
 
-The results of these commands go to stdout, everything else to stderr.
+The results of `index`, `search` and `tag` go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..configs.data_config import ImageLimitsConfig
 
 
 def require_image_folder(image_dir: Path) -> None:
@@ -41,3 +46,19 @@ def report_truncated(count: int, total: int, what: str, *, longest: int) -> None
         report(
             f"Truncated {count:,} of {total:,} {what} to the {longest} tokens that the model reads."
         )
+
+
+def use_image_limits(config: ImageLimitsConfig) -> None:
+    """Set the limits for this process and for all that it starts.
+
+    Args:
+        config: As the flags gave it; what was not given stays as it is in the environment.
+
+    Raises:
+        ValueError: The limits in the environment cannot be read.
+    """
+    if not (limits := config.list_limits()):
+        return
+    from ..image_loading_llm2clip import get_image_limits, set_image_limits
+
+    set_image_limits(replace(get_image_limits(), **limits))  # type: ignore[arg-type]

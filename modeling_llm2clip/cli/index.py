@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import FAISS, LANCEDB, require
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, require_image_folder
+from .image_folder import report, require_image_folder, use_image_limits
 
 
 @command(
@@ -20,7 +21,14 @@ from .image_folder import report, require_image_folder
     ),
 )
 def index(
-    model: str, images: Path, db: str, /, *, faiss: Path | None = None, config: IndexConfig
+    model: str,
+    images: Path,
+    db: str,
+    /,
+    *,
+    faiss: Path | None = None,
+    limits: ImageLimitsConfig,
+    config: IndexConfig,
 ) -> int:
     """Encodes the images of a folder into a database for search, or brings it up to date.
 
@@ -30,6 +38,7 @@ def index(
         db: Folder of the database, new or of an earlier call, or a URI such as s3://bucket/index.
         faiss: New file that gets the same images for FAISS, and beside it a JSON file of their
             paths. Default: none.
+        limits: Which images are decoded.
         config: How the images are encoded, and when an approximate index is built.
     """
     require(LANCEDB, *list_needs_of_model(model), *([FAISS] if faiss is not None else []))
@@ -39,6 +48,7 @@ def index(
         _require_new(faiss)
     require_image_folder(images)
     require_own_model(model)
+    use_image_limits(limits)
     use_device(config.device)
     from ..search.image_index import ImageIndex
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from .._extras import LANCEDB, require
 from ..configs.config_fields import DeviceConfig, Range
+from ..configs.data_config import ImageLimitsConfig
 from .chosen_device import use_device
 from .command import Repeated, command
-from .image_folder import report, report_truncated
+from .image_folder import report, report_truncated, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.index_database import IndexDatabase
@@ -45,6 +46,7 @@ def search(
     output: Path | None = None,
     model: str | None = None,
     image_dir: Path | None = None,
+    limits: ImageLimitsConfig,
     config: DeviceConfig,
 ) -> int:
     """Finds the images of an index that fit a sentence, or an image, best.
@@ -63,8 +65,10 @@ def search(
         model: Folder of the model, if it is no longer where it was, or of its ONNX graphs, which
             start in half the time. Default: as indexed.
         image_dir: Folder of the images, if it is no longer where it was. Default: as indexed.
+        limits: Which images are decoded.
         config: Where the model runs.
     """
+    use_image_limits(limits)
     _require_database(db, queries)
     require(LANCEDB)
     _require_queries(queries, image)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from .._extras import LANCEDB, require
 from ..configs.config_fields import Range
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import TagConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, report_truncated, require_image_folder
+from .image_folder import report, report_truncated, require_image_folder, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -38,6 +39,7 @@ def tag(
     top_k: Annotated[int, Range(min=1)] = 3,
     threshold: Annotated[float, Range(min=-1, max=1)] | None = None,
     output: Path | None = None,
+    limits: ImageLimitsConfig,
     config: TagConfig,
 ) -> int:
     """Labels the images of a folder, into CSV or JSON lines.
@@ -51,6 +53,7 @@ def tag(
         top_k: Labels per image.
         threshold: Smallest cosine of a label. Default: none.
         output: New file, *.csv or *.jsonl. Default: CSV on stdout.
+        limits: Which images are decoded.
         config: How the folder is encoded, and where its embeddings are kept.
     """
     kept_in = [LANCEDB] if config.index is not None else []
@@ -62,6 +65,7 @@ def tag(
     _check_output(output)  # before what takes long
     require_image_folder(image_dir)
     require_own_model(model)
+    use_image_limits(limits)
     use_device(config.device)
     from ..encoding.batches import measure_texts
     from ..search.tag_images import tag_folder

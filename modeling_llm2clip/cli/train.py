@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .._extras import CAPTION_TUNING, DEMO, require
 from ..configs.config_fields import read_config
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.train_config import TrainConfig
 from .captioned_data import require_data
 from .chosen_device import use_device
@@ -15,6 +16,7 @@ from .extras import (
     list_needs_of_lora,
     list_needs_of_model,
 )
+from .image_folder import use_image_limits
 
 _EMBEDDED = "embedded"
 
@@ -23,7 +25,7 @@ _EMBEDDED = "embedded"
     group="Train",
     examples=("llm2clip train recipe.yaml --dry-run", "llm2clip train recipe.yaml"),
 )
-def train(recipe: Path, /, *, dry_run: bool = False) -> int:
+def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) -> int:
     """Runs all stages from one YAML file, or continues where they were stopped.
 
     Build, fine-tune, extract, align, export, doctor and evaluate, each in a folder of its own.
@@ -31,6 +33,7 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     Args:
         recipe: YAML file; see docs/train.md.
         dry_run: Make all checks, and print the plan with sizes and an estimate; compute nothing.
+        limits: Which images are decoded.
     """
     config = read_config(recipe, TrainConfig)
     towers = (config.vision_model, config.text_model)
@@ -41,6 +44,7 @@ def train(recipe: Path, /, *, dry_run: bool = False) -> int:
     require(*list_needs_of_llm(config.text_model), *list_needs_of_lora(config.build.lora))
     if config.vision_model != _EMBEDDED:
         require(*list_needs_of_model(config.vision_model))
+    use_image_limits(limits)
     use_device(config.device)
     if dry_run:
         from ..recipes.train import plan_train

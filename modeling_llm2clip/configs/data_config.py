@@ -1,8 +1,8 @@
-"""How captioned images are read, and how they are streamed."""
+"""How captioned images are read, how they are streamed, and which images are decoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,3 +40,19 @@ class StreamConfig(Config):
     """Samples that each worker shuffles."""
     max_lost_share: Annotated[float, Range(min=0, max=1)] = 0.01
     """Share of each worker's samples, or of its shards, that may be broken or missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimitsConfig(Config):
+    """Limits of `ImageLimits` that a command sets; others are in the environment."""
+
+    max_megapixels: Annotated[float, Range(above=0)] | None = None
+    """Maximum size of a decoded image, in millions of pixels; a larger one counts as invalid.
+    Default: 160."""
+    max_image_mb: Annotated[float, Range(above=0)] | None = None
+    """Maximum size of an encoded image, in MB. Default: 1000."""
+
+    def list_limits(self) -> dict[str, float]:
+        """Return the limits that were given, by their names."""
+        limits = {field.name: getattr(self, field.name) for field in fields(ImageLimitsConfig)}
+        return {name: limit for name, limit in limits.items() if limit is not None}

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from .config_fields import Range
+from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
 Port = Annotated[int, Range(min=0, max=65535)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(BackendConfig):
+class ServeConfig(BackendConfig, ImageLimitsConfig):
     """How `serve` batches requests, and what it refuses."""
 
     host: str = "127.0.0.1"

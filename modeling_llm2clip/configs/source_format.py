@@ -35,8 +35,12 @@ class SourceFormat(Config):
     """What represents a text: the mean of caption and end-of-turn token, or the last token."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
-    activation: Literal["quick_gelu", "gelu", "silu"] = "quick_gelu"
-    """Activation of the vision tower's inner layers."""
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
+    """Activation of the vision tower's inner layers; gelu_tanh is that of timm's SO400M networks in
+    patches of 16."""
+    image_size: Annotated[int, Range(min=1)] | None = None
+    """Side of SigLIP2's images in pixels, where it is not that of the patches. 27 patches of 14
+    pixels need it: networks for 378 and for 384 pixels have them."""
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Mean and std of the pixels: OpenAI's, or 0.5."""
     head_width: Annotated[int, Range(min=1)] = 64
@@ -45,9 +49,14 @@ class SourceFormat(Config):
     """Side, in patches, that EVA02's rotary positions are scaled to."""
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence where a prompt is chosen twice."""
+        """Yield a sentence where a prompt is chosen twice, or an option is of another layout."""
         if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
             yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+        if self.layout != "siglip2":
+            if self.activation == "gelu_tanh":
+                yield f"activation=gelu_tanh is of layout siglip2 alone, not of {self.layout}."
+            if self.image_size is not None:
+                yield f"image_size={self.image_size} is of layout siglip2 alone. Leave it out."
 
 
 # Named after the vision tower. The text side is that of the official code: prompt, mean over

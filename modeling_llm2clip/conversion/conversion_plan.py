@@ -20,6 +20,7 @@ from ..configs.export_config import ConvertConfig
 from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..heads_llm2clip import MAX_LOG_SCALE
+from ..image_cropping_llm2clip import set_crop_rounding
 from ..model_folders.weights import LazyTensor
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from .key_mapping import RenamedWeights, Rule, apply_rules, rename
@@ -122,6 +123,8 @@ def plan_conversion(
 def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImageProcessor:
     """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
 
+    It does what the official code does with torchvision.
+
     Args:
         source_format: Which mean and standard deviation.
         size: Side of the images in pixels.
@@ -136,7 +139,7 @@ def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImagePro
             "SigLIP's own). The weights do not say, so it is not guessed."
         )
     mean, std = PREPROCESSINGS[source_format.preprocessing]
-    return CLIPImageProcessor(
+    image_processor = CLIPImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         resample=PILImageResampling.BICUBIC,
@@ -144,6 +147,8 @@ def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImagePro
         image_std=list(std),
         do_convert_rgb=True,
     )
+    cropping: CLIPImageProcessor = set_crop_rounding(image_processor, "torchvision")
+    return cropping
 
 
 def _configure(

@@ -1,6 +1,7 @@
 """Encodes texts and images with ONNX Runtime, tokenizers, Pillow and NumPy; torch is not needed.
 
 It is `encode.py` of every exported folder: `python encode.py "a dog" dog.jpg` prints the cosine.
+The file beside it that it imports loads images as the model was trained on them.
 """
 
 import json
@@ -11,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from onnxruntime import InferenceSession, SessionOptions
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer
+
+from ..image_loading_llm2clip import load_images
 
 FOLDER = Path(__file__).parent
 
@@ -36,24 +39,10 @@ def open_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
 
 
 def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:
-    """Return unit embeddings of paths, files or RGB images of Pillow, (images, P) float32."""
+    """Return unit embeddings of paths, URLs or images of Pillow, (images, P) float32."""
     how = json.loads((folder / "preprocessor_config.json").read_text())
-    opened = (one if isinstance(one, Image.Image) else open_image(one) for one in images)
-    pixels = np.stack([prepare_image(image, how) for image in opened])
+    pixels = np.stack([prepare_image(load_images(image), how) for image in images])
     return run_graph(folder, "vision_model", {"pixel_values": pixels})
-
-
-def open_image(source: Any) -> Image.Image:
-    """Return an upright image on white, of 8 bits per channel."""
-    image = ImageOps.exif_transpose(Image.open(source))
-    if max(image.size) > 100 * min(image.size) or image.mode == "F":
-        raise ValueError(f"{source}: a strip, or of floats. Crop it, or convert it to 8 bits.")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-        pixels = np.array(image, np.int64)
-        pixels[pixels == image.info.get("transparency", -1)] = 65535
-        image = Image.fromarray((pixels // 257).astype(np.uint8))
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def prepare_image(image: Image.Image, how: dict[str, Any]) -> Any:
@@ -66,7 +55,9 @@ def prepare_image(image: Image.Image, how: dict[str, Any]) -> Any:
     image = image.resize((width, height), how["resample"])
     if how.get("do_center_crop"):
         crop_width, crop_height = how["crop_size"]["width"], how["crop_size"]["height"]
-        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        rounds = round if how.get("crop_rounding") == "torchvision" else int
+        left, top = rounds(left), rounds(top)
         image = image.crop((left, top, left + crop_width, top + crop_height))
     scaled = np.asarray(image, np.float32) * np.float32(how["rescale_factor"])
     normal = (scaled - np.float32(how["image_mean"])) / np.float32(how["image_std"])

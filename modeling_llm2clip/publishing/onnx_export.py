@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
+from .. import image_loading_llm2clip
 from .._extras import ONNX_EXPORT, require
 from ..configs.encoding_config import TextWeights
 from ..configs.export_config import ExportConfig
@@ -60,6 +61,7 @@ from .onnx_graphs import (
 from .onnx_weights import choose_exact_layers, measure_layers, write_rounded_graph
 
 SCRIPT = "encode.py"
+_LOADER = Path(image_loading_llm2clip.__file__).name  # which the script imports
 _RECORD_FORMAT = 1
 _NUM_MEASURED = 16  # captions on which the effect of each layer is measured
 # The captions that errors are measured on are not those with the largest.
@@ -299,9 +301,7 @@ class _OnnxWriter:
         if (reference.folder / GOLDEN_FILE).is_file():
             require_inside(reference.folder, [reference.folder / GOLDEN_FILE])
             shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
-        from ..encoding import encode_onnx  # imports onnxruntime
-
-        shutil.copyfile(encode_onnx.__file__, folder / SCRIPT)
+        _write_script(folder)
         script = self._check_script()
         record = {
             "format": _RECORD_FORMAT,
@@ -332,6 +332,7 @@ class _OnnxWriter:
         reason = check_script(self.folder, self._encoder(text=text, vision=vision), text)
         if reason is not None:
             (self.folder / SCRIPT).unlink()
+            (self.folder / _LOADER).unlink()
         return reason
 
     def _write_config(self) -> None:
@@ -413,6 +414,17 @@ def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
     settings["image_processor_type"] = name.removesuffix("Pil").removesuffix("Fast")
     text = json.dumps(settings, indent=2, sort_keys=True, default=int) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def _write_script(folder: Path) -> None:
+    """Write the script and the module that it imports, which is not in a package there."""
+    from ..encoding import encode_onnx  # imports onnxruntime
+
+    loader = Path(image_loading_llm2clip.__file__)
+    script = Path(encode_onnx.__file__).read_text(encoding="utf-8")
+    script = script.replace(f"from ..{loader.stem} import", f"from {loader.stem} import")
+    (folder / SCRIPT).write_text(script, encoding="utf-8")
+    shutil.copyfile(loader, folder / _LOADER)
 
 
 def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: str) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from .._extras import RAY, require
 from ..encoding.devices import find_device
+from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
 
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
@@ -68,7 +69,7 @@ def compute_with_ray(
         rows = [{"shard": shard} for shard in shards]
         computed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
-            fn_constructor_args=(make_worker, threads),
+            fn_constructor_args=(make_worker, threads, get_image_limits()),
             compute=pool,
             batch_size=1,
             max_restarts=-1,
@@ -106,7 +107,10 @@ def _start_ray() -> None:
 class _Actor:
     """Computes shards in a process of Ray."""
 
-    def __init__(self, make_worker: Callable[[], Callable[[int], None]], threads: int) -> None:
+    def __init__(
+        self, make_worker: Callable[[], Callable[[int], None]], threads: int, limits: ImageLimits
+    ) -> None:
+        set_image_limits(limits)  # its node does not have this process's environment
         torch.set_num_threads(threads)  # another number gives other last bits
         self._compute = make_worker()
 

@@ -1,8 +1,4 @@
-"""Images of requests: base64, data URLs and, where allowed, web URLs; and their safe decoding.
-
-Only formats that images on the web and in cameras have are opened: Pillow runs other programs for
-some, such as Ghostscript for EPS. The size in pixels is read off the header, before any is decoded.
-"""
+"""Images of requests: base64, data URLs and, where allowed, web URLs; and their safe decoding."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,24 +13,14 @@ from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..data.images.image_sources import register_heif_reader
-from ..image_loading_llm2clip import load_images, read_image_header
+from ..image_loading_llm2clip import ImageLimits, ImageTooLargeError, load_images, read_image_header
 from .errors import RequestError
 
 if TYPE_CHECKING:
     from .url_fetching import UrlFetcher
 
-FORMATS = frozenset(
-    ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-)  # fmt: skip
 _AT_ONCE = 8  # of one request; each may be a URL to be fetched
 _SHOWN = 40  # characters of an input in an error
-# Progressive JPEGs have about ten scans; a few bytes suffice for one more pass over all pixels.
-_MOST_SCANS = 100
-_MOST_SEGMENTS = 10_000
-_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
-_WITHOUT_LENGTH = (0x01, 0xD8)
-# Neither a byte of the pixels (FF00), nor one of the restarts within a scan, nor a fill byte.
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
 
@@ -122,63 +107,26 @@ class ImageInputs:
         )
 
 
-def decode_image(content: bytes, *, max_megapixels: float) -> Image.Image:
+def decode_image(content: bytes, limits: ImageLimits) -> Image.Image:
     """Decode an image of a request, upright RGB as everywhere in this package.
 
     Args:
         content: The encoded image.
-        max_megapixels: Maximum size.
+        limits: Which images are decoded.
 
     Raises:
-        RequestError: It is not an image of one of `FORMATS`, is broken, is too large, or is a JPEG
-            of more scans than any camera or program writes.
+        RequestError: It is not an image, is broken, or is beyond the limits.
     """
     register_heif_reader()
+    name = "An image of the request"
     try:
-        with read_image_header(io.BytesIO(content), name="An image of the request") as image:
-            if image.format not in FORMATS:
-                raise ValueError(
-                    f"An image of the request is {image.format}; send one of {sorted(FORMATS)}."
-                )
-            width, height = image.size
-            if width * height > max_megapixels * 1e6:
-                raise RequestError(
-                    413,
-                    f"An image has {width} × {height} pixels, more than {max_megapixels:g} million "
-                    "(--max-megapixels). Shrink it.",
-                    code="image_too_large",
-                )
-            if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
-                raise ValueError(
-                    f"An image of the request is a JPEG of more than {_MOST_SCANS} scans, each of "
-                    "which goes over all of its pixels. Save it anew."
-                )
-            decoded: Image.Image = load_images(image)
+        with read_image_header(io.BytesIO(content), name=name, limits=limits) as image:
+            decoded: Image.Image = load_images(image, limits=limits)
             return decoded
+    except ImageTooLargeError as error:
+        raise RequestError(413, str(error), code="image_too_large") from error
     except ValueError as error:
         raise RequestError(400, str(error), code="invalid_image") from error
-
-
-def _has_too_many_scans(content: bytes) -> bool:
-    """Go through the segments of a JPEG as libjpeg does, up to the end of its first image.
-
-    What cameras append to it, such as a video, has the bytes of markers by chance.
-    """
-    if content.count(b"\xff\xda") <= _MOST_SCANS:  # the most that there can be
-        return False
-    num_scans = place = 0
-    for _ in range(_MOST_SEGMENTS):
-        found = _MARKER.search(content, place)
-        marker = _END_OF_IMAGE if found is None else content[found.end() - 1]
-        if found is None or marker == _END_OF_IMAGE:
-            return False
-        num_scans += marker == _START_OF_SCAN
-        if num_scans > _MOST_SCANS:
-            return True
-        place = found.end()
-        if marker not in _WITHOUT_LENGTH:
-            place += max(int.from_bytes(content[place : place + 2], "big"), 2)
-    return True
 
 
 def _strip_data_url(url: str) -> str:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..configs.serve_config import ServeConfig
-from ..image_loading_llm2clip import load_images
+from ..image_loading_llm2clip import get_image_limits, load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
@@ -80,6 +81,7 @@ class EmbeddingService:
     ) -> None:
         self.encoder = encoder
         self.config = config = config or ServeConfig()
+        self._limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
         self.model_name = model_name
         self.index = index
         self.on_batch = on_batch
@@ -411,7 +413,7 @@ class EmbeddingService:
         if isinstance(image, Image.Image):
             decoded = load_images(image)
         else:
-            decoded = decode_image(image, max_megapixels=self.config.max_megapixels)
+            decoded = decode_image(image, self._limits)
         return self.encoder.prepare_image(decoded)
 
     def _rank(

@@ -45,8 +45,8 @@ def require_timms_images(pretrained_cfg: dict[str, Any]) -> None:
     settings = resolve_data_config(pretrained_cfg=pretrained_cfg)
     transform = create_transform(**settings, is_training=False)
     processor = image_processor_from_timm(pretrained_cfg)
-    # Sides that leave an even margin: of an odd one timm crops the extra pixel on another side.
-    for image in (render(96, 120), render(120, 96)):
+    # Among them those whose margin is 0, 1, 2 and 3 modulo 4.
+    for image in (render(96, 120), render(120, 96), *(render(96, 97 + more) for more in range(8))):
         wanted = transform(image)
         found = processor(image, return_tensors="pt")["pixel_values"][0]
         assert found.shape == wanted.shape

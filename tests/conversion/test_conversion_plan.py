@@ -24,6 +24,7 @@ from tiny import tiny_llm, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts.siglip2 import SIGLIP2
 from modeling_llm2clip.conversion.source_llm import LLMSource
 
 
@@ -34,6 +35,64 @@ def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:
     source = save_checkpoint(family, folder / "source", state)
     with pytest.raises(ValueError, match=match):
         plan(source, **settings)
+
+
+@pytest.mark.parametrize("more", [0, 6, 13])
+def test_the_image_size_of_siglip2_may_be_more_than_its_patches(more: int, tmp_path) -> None:
+    """timm drops what is beyond the last patch, as of 384 pixels in patches of 14."""
+    source = save_checkpoint("siglip2", tmp_path)
+    own = plan(source, source_format=FORMAT_OF["siglip2"])
+    size = own.config.vision_config.model_args["img_size"]
+    stated = replace(FORMAT_OF["siglip2"], image_size=size + more)
+    planned = plan(source, source_format=stated)
+    assert planned.config.vision_config.model_args["img_size"] == size + more
+    assert planned.image_processor.crop_size == {"height": size + more, "width": size + more}
+    pixels = torch.rand(2, 3, size + more, size + more)
+    models = []
+    for one in (own, planned):
+        model = one.model_class(one.config).eval()
+        weights = {name: value.read() for name, value in one.weights.items()}
+        model.load_state_dict(weights, strict=False)
+        models.append(model)
+    with torch.no_grad():
+        wanted = models[0].get_vision_embeds(pixels[..., :size, :size])
+        assert torch.equal(models[1].get_vision_embeds(pixels), wanted)
+
+
+@pytest.mark.parametrize("more", [-1, 14])
+def test_an_image_size_of_other_patches_is_refused(more: int, tmp_path) -> None:
+    source = save_checkpoint("siglip2", tmp_path / "own")
+    own = plan(source, source_format=FORMAT_OF["siglip2"])
+    size = own.config.vision_config.model_args["img_size"] + more
+    refuse("siglip2", tmp_path, rf"image_size={size} is \d+ patches of 14 pixels; the weights have",
+           source_format=replace(FORMAT_OF["siglip2"], image_size=size))  # fmt: skip
+
+
+def test_patches_of_two_published_image_sizes_need_the_size() -> None:
+    """SO400M in patches of 14 is published for 378 and for 384 pixels; both have 27."""
+    shapes = {
+        "visual.trunk.patch_embed.proj.weight": (72, 3, 14, 14),
+        "visual.trunk.pos_embed": (1, 27 * 27, 72),
+        "visual.trunk.blocks.0.mlp.fc1.weight": (144, 72),
+        "visual.trunk.blocks.0.norm1.weight": (72,),
+    }
+    tensors: Any = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"378 and of 384 pixels have\. Give the image_size"):
+        SIGLIP2.make_vision_config(tensors, SOURCE_FORMATS["siglip2"], None)
+    for size in (378, 384):
+        stated = replace(SOURCE_FORMATS["siglip2"], image_size=size)
+        config = SIGLIP2.make_vision_config(tensors, stated, None)
+        assert config.model_args["img_size"] == size
+
+
+def test_gelu_tanh_of_siglip2_can_be_named(tmp_path) -> None:
+    named = replace(FORMAT_OF["siglip2"], activation="gelu_tanh")
+    planned = plan(save_checkpoint("siglip2", tmp_path), source_format=named)
+    model: Any = planned.model_class(planned.config)
+    activation = model.vision_model.timm_model.blocks[0].mlp.act
+    values = torch.linspace(-3, 3, 50)
+    wanted = torch.nn.functional.gelu(values, approximate="tanh")
+    assert torch.equal(activation(values), wanted)
 
 
 def test_an_llm_of_another_width_than_the_adapters(tmp_path) -> None:

@@ -210,9 +210,9 @@ BAD = {
     "a number": ({"inputs": 7}, "inputs: got '7'"),
     "another key": ({"inputs": {"audio": "x"}}, "got 'audio'; give an image or a text"),
     "not base64": ({"inputs": {"image": "§§"}}, "not base64: '§§'"),
-    "not an image": ({"inputs": {"image": base64.b64encode(b"hello").decode()}}, "cannot be read"),
+    "not an image": ({"inputs": {"image": base64.b64encode(b"hello").decode()}}, "not an image"),
     "an address": ({"inputs": {"image": "http://169.254.169.254/"}}, "not fetched"),
-    "a path": ({"inputs": {"image": "/etc/passwd"}}, "cannot be read|not base64"),
+    "a path": ({"inputs": {"image": "/etc/passwd"}}, "not an image|not base64"),
     "a bomb": ({"inputs": {"image": make_bomb()}}, "400000000 pixels|20000 x 20000 pixels"),
     "cut off": ({"inputs": {"image": to_base64(draw_noise())[:400]}}, "truncated|corrupt|broken"),
     "unknown parameter": (

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from odd_images import write_png_header, write_tiff
 from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -37,9 +38,10 @@ from modeling_llm2clip.publishing import onnx_graphs
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = """
-import json, runpy, sys
+import json, os, runpy, sys
 for name in ("torch", "transformers", "modeling_llm2clip"):
     sys.modules[name] = None  # importing it raises from here on
+sys.path[0] = os.path.dirname(sys.argv[1])  # as `python encode.py` sets it
 script = runpy.run_path(sys.argv[1])
 texts, images = json.loads(sys.argv[2])
 found = script["encode_texts"](texts), script["encode_images"](images)
@@ -186,10 +188,30 @@ def test_the_script_reads_unusual_images_as_the_model_does(exported: Path, tmp_p
     colors.convert("CMYK").save(paths[2])
     colors.convert("L").save(paths[3], transparency=90)
     colors.save(paths[4], exif=rotated)
+    inverted = write_tiff(60, 80, (65535 - gray).tobytes(), {258: 16, 262: 0})
+    paths.append(str(tmp_path / "white is zero.tif"))
+    Path(paths[-1]).write_bytes(inverted)
     _, found = run_script(exported, ["a dog"], paths)
     wanted = load_onnx_encoder(exported).encode_images(paths).numpy()
     # Pillow and torchvision round some pixels to neighboring values.
     assert ((found * wanted).sum(1) > 0.999).all()
+    assert np.allclose(found[0], found[-1], atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", write_png_header(13_000, 13_000), "13000 × 13000 pixels are more"),
+        ("b.tif", write_tiff(1, 1, b"\xa0\x86\1\0", {258: 32}), "32-bit integer pixels have an"),
+        ("c.png", b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
+    ],
+)
+def test_the_script_refuses_what_the_model_refuses(
+    name: str, content: bytes, message: str, exported: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AssertionError, match=message):
+        run_script(exported, ["a dog"], [str(tmp_path / name)])
 
 
 def run_script(folder: Path, texts: list[str], images: list[str]) -> list[np.ndarray]:

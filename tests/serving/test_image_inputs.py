@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
 import pytest
+from odd_images import write_png_header
 from PIL import Image
 from served_apps import to_data_url, to_png
 from tiny import draw_noise
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.image_loading_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import ImageLimits, load_images
 from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.image_inputs import ImageInputs, decode_image
 
@@ -68,21 +67,7 @@ def test_a_large_file_is_refused() -> None:
 
 
 def decode(content: bytes, max_megapixels: float = 1) -> Any:
-    return decode_image(content, max_megapixels=max_megapixels)
-
-
-def write_png_header(width: int, height: int) -> bytes:
-    """A PNG that states its size and has next to no pixels: a decompression bomb."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )  # fmt: skip
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(b"\0" * 100_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return decode_image(content, ImageLimits(max_megapixels=max_megapixels))
 
 
 @pytest.mark.parametrize("size", [(1001, 1000), (12_000, 12_000), (60_000, 60_000)])
@@ -90,7 +75,7 @@ def test_decompression_bombs_are_refused_by_their_header(size: tuple[int, int]) 
     """Above one million pixels here; Pillow itself refuses the last one."""
     with pytest.raises(RequestError, match=r"pixels|Shrink") as caught:
         decode(write_png_header(*size))
-    assert caught.value.status in (400, 413)
+    assert caught.value.status == 413
 
 
 def test_an_image_at_the_limit_is_decoded() -> None:
@@ -113,36 +98,6 @@ def test_other_formats_are_refused(form: str) -> None:
     with pytest.raises(RequestError, match=r"send one of|not an image") as caught:
         decode(buffer.getvalue())
     assert caught.value.status == 400
-
-
-def write_progressive(num_scans: int) -> bytes:
-    """A progressive JPEG whose last scan is repeated, and after whose end follows a video."""
-    buffer = io.BytesIO()
-    NOISE.save(buffer, "JPEG", progressive=True)
-    content = buffer.getvalue()
-    last = content[content.rindex(b"\xff\xda") : -2]
-    repeated = num_scans - content.count(b"\xff\xda")
-    return content[:-2] + last * repeated + content[-2:] + b"\xff\xda" * 200
-
-
-def test_a_jpeg_of_more_scans_than_anyone_writes_is_not_decoded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each scan of 50 bytes goes over all pixels again."""
-    most = write_progressive(100)
-    expected = load_images(Image.open(io.BytesIO(most)))
-    assert np.array_equal(np.asarray(decode(most)), np.asarray(expected))
-    monkeypatch.setattr("modeling_llm2clip.serving.image_inputs.load_images", None)
-    for content in (write_progressive(101), write_progressive(1500)):
-        with pytest.raises(RequestError, match="more than 100 scans") as caught:
-            decode(content)
-        assert caught.value.status == 400
-
-
-def test_many_empty_segments_before_the_scans_are_refused_as_well() -> None:
-    content = write_progressive(101)
-    with pytest.raises(RequestError, match="more than 100 scans"):
-        decode(content[:2] + b"\xff\xfe\x00\x02" * 20_000 + content[2:])
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", PNG[: len(PNG) // 2], b"\xff\xd8\xff" * 50])

@@ -34,9 +34,9 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go = threading.Event()
     decode = service_module.decode_image
 
-    def wait(content: bytes, **limits: Any) -> Any:
+    def wait(content: bytes, limits: Any) -> Any:
         go.wait(30)
-        return decode(content, **limits)
+        return decode(content, limits)
 
     monkeypatch.setattr(service_module, "decode_image", wait)
     yield go

@@ -16,6 +16,9 @@ from .layout import (
     square_side,
 )
 
+# Patches along a side, and their pixels: published as SO400M for 378 and for 384 pixels.
+_OF_SEVERAL_SIZES = ((27, 14),)
+
 
 def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
@@ -24,11 +27,12 @@ def _make_vision_config(
     trunk = "visual.trunk."
     width, _, patch_size, _ = tensors[f"{trunk}patch_embed.proj.weight"].shape
     side = square_side(tensors[f"{trunk}pos_embed"].shape[1])
+    image_size = _find_image_size(side, patch_size, source_format.image_size)
     inner = tensors[f"{trunk}blocks.0.mlp.fc1.weight"].shape[0]
     return make_timm_config(
         "vit_so400m_patch14_siglip_224",
         {
-            "img_size": patch_size * side,
+            "img_size": image_size,
             "patch_size": patch_size,
             "embed_dim": width,
             "depth": count_blocks(tensors, trunk + "blocks.{}.norm1.weight"),
@@ -39,6 +43,25 @@ def _make_vision_config(
             "act_layer": source_format.activation,
         },
     )
+
+
+def _find_image_size(side: int, patch_size: int, stated: int | None) -> int:
+    """Return the side of the images in pixels; timm drops what is beyond the last patch."""
+    if stated is None:
+        if (side, patch_size) in _OF_SEVERAL_SIZES:
+            raise ValueError(
+                f"The tower has {side} × {side} patches of {patch_size} pixels, as networks for "
+                "images of 378 and of 384 pixels have. Give the image_size that it was trained "
+                "with."
+            )
+        return patch_size * side
+    if stated // patch_size != side:
+        raise ValueError(
+            f"image_size={stated} is {stated // patch_size} patches of {patch_size} pixels; the "
+            f"weights have {side}. Give one from {patch_size * side} to "
+            f"{patch_size * (side + 1) - 1}, or leave it out."
+        )
+    return stated
 
 
 SIGLIP2 = Layout(
