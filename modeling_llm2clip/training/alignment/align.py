@@ -30,6 +30,7 @@ from ...model_folders.stage_source import Source, StageSource, open_source
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
+from ..distributed import is_sharded
 from ..losses.loss import Loss, load_loss, require_no_parameters
 from ..run_folder import (
     METRICS_FILE,
@@ -65,7 +66,7 @@ from .alignment_trainer import (
 from .held_out import BestWeightsCallback, HeldOutImages
 from .projection_init import ProjectionInit, init_projections
 from .run_data import RunData, open_records, open_stream
-from .trained_parts import choose_trained_parts, merge_loras
+from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
 
 MODEL_FOLDER = "model"
 _NUM_EVALUATIONS = 20
@@ -190,6 +191,9 @@ def _train(
         start = init_projections(model, data, config)
     else:
         start = ProjectionInit(**read_results(output)["start"])
+    if not is_sharded():
+        model.to(arguments.device)
+    freeze_unused(model, data.dataset.processor, config)
     _record_start(output, config, inputs, start, last=last, model=model)
     length = plan_length(config, start, num_items=data.num_items, batch_size=batch_size)
     with float32_as_such(), stop_on_signals() as stop:

@@ -82,8 +82,7 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
         save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],
-        # A tower may have weights that its pooling never uses.
-        ddp_find_unused_parameters=config.vision_training == "full",
+        ddp_find_unused_parameters=False,  # these are frozen: see `freeze_unused`
         report_to=choose_reports(config.report_to),
         seed=config.seed,
     )

@@ -39,6 +39,7 @@ from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
 from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
+from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import (
     add_results,
     discard_later_steps,
@@ -285,6 +286,11 @@ def _train(
     if state.is_main_process:
         counts |= count_truncated(processor, data, show_progress=True)
     encoder = _make_encoder(model, processor, config)
+    require_gradients(
+        find_without_gradient(model, encoder.compute_probe),
+        cause=f"lora_target_modules={' '.join(config.lora_target_modules)}",
+        remedy="Name all other layers as the target_modules of the LoRA (--lora-target-modules).",
+    )
     last = find_last_checkpoint(output) if plan.resume else None
     state.wait_for_everyone()  # every process has checked the folder before it is filled
     if state.is_main_process:
