@@ -44,6 +44,7 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
+from ..run_lock import lock_run
 from ..trainer_mixins import JsonLinesCallback, StopCallback, count_warmup_steps, show_progress
 from .align_checks import (
     check_align,
@@ -111,8 +112,8 @@ def align(
 
     Raises:
         ValueError: Before any tower is loaded: no data, too little for a batch, groups that leave
-            no negatives, a batch that the processes cannot share, an `output` of another run,
-            stores of another model or of other data, options that contradict each other.
+            no negatives, a batch that the processes cannot share, an `output` of another run or
+            one that is running in it, stores of another model or of other data, options that contradict each other.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -136,7 +137,11 @@ def align(
         check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
     choose_device(config.device)
-    with open_source(source, output) as found, TemporaryDirectory() as temporary:
+    with (
+        lock_run(output),
+        open_source(source, output) as found,
+        TemporaryDirectory() as temporary,
+    ):
         fingerprints = {
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),

@@ -79,7 +79,6 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
         logging_nan_inf_filter=False,  # a loss that is not finite stops the run
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],
         ddp_find_unused_parameters=False,  # these are frozen: see `freeze_unused`

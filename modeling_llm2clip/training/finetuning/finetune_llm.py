@@ -51,6 +51,7 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
+from ..run_lock import lock_run
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,
@@ -97,8 +98,8 @@ def finetune_llm(
 
     Raises:
         ValueError: Before anything is computed: images with one caption, data that cannot fill a
-            batch, a text-only model that is to be merged, an `output` of another run, a LoRA in
-            `init_lora` of another shape or LLM.
+            batch, a text-only model that is to be merged, an `output` of another run or one that
+            is running in it, a LoRA in `init_lora` of another shape or LLM.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -116,7 +117,11 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with open_source(source, output) as found, _open_scratch(output) as scratch:
+    with (
+        lock_run(output),
+        open_source(source, output) as found,
+        _open_scratch(output) as scratch,
+    ):
         if config.merge:
             _require_whole_model(found)
         plan = _plan(found, data, output, config, scratch, resume=resume)
