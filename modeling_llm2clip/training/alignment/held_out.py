@@ -58,7 +58,7 @@ class HeldOutScores:
         i2t_r1: Share of images whose first text is right.
         chance_t2i_r1: Expected `t2i_r1` of a random order.
         chance_i2t_r1: Expected `i2t_r1` of a random order.
-        num_images: Images that were compared.
+        num_images: Images that were compared, each once, whatever its languages.
         num_texts: Texts that were compared.
     """
 
@@ -160,8 +160,10 @@ class HeldOutImages:
         counts = short + long if dataset.image_store else np.ones_like(short)
         self._items, self._numbers = list_pairs(counts, chosen)
         self.group_ids = dataset.read_group_ids(self._items)
-        # An image is represented by the row of its first caption.
-        self.image_rows = np.flatnonzero(self._numbers == 0).tolist()
+        # An image is represented by the row of its first caption, in whichever language.
+        first = np.flatnonzero(self._numbers == 0)
+        names = dataset.records.read_numbers("name_key", self._items[first])
+        self.image_rows = np.sort(first[np.unique(names, return_index=True)[1]]).tolist()
 
     @torch.no_grad()
     def embed(

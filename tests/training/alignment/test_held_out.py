@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -132,6 +133,28 @@ def test_a_model_of_noise_is_near_chance_and_says_so(prepared: Prepared, tmp_pat
     card = (run.model / "README.md").read_text(encoding="utf-8")
     assert caution and caution in card and "chance_t2i_r1" in card
     assert describe_alignment(run.output)[-1] == NEAR_CHANCE
+
+
+def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared) -> None:
+    records = [
+        dataclasses.replace(record, lang=lang, group_id=record.name)
+        for record in prepared.records[:10]
+        for lang in ("en", "de", "fr")
+    ]
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    held_out = HeldOutImages(AlignmentDataset(records, processor), range(30))
+    images = F.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images = images.repeat_interleave(3, dim=0)
+    # Six images, in all languages, find their texts, and four those of their neighbors.
+    texts = images.clone()
+    texts[18:] = texts[18:].roll(3, dims=0)
+    scores = held_out.score(images, texts)
+    assert (scores.num_images, scores.num_texts) == (10, 30)
+    assert (scores.t2i_r1, scores.i2t_r1) == pytest.approx((0.6, 0.6))
+    assert (scores.chance_t2i_r1, scores.chance_i2t_r1) == pytest.approx((0.1, 0.1))
+    # With 95 % confidence, half of 30 images are above 0.33, and half of ten above 0.24 only.
+    few = dataclasses.replace(scores, t2i_r1=0.5, i2t_r1=0.5)
+    assert few.is_near_chance and not dataclasses.replace(few, num_images=30).is_near_chance
 
 
 @pytest.mark.parametrize(
