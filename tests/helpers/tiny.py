@@ -86,8 +86,14 @@ _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "beitv2": ("beitv2_base_patch16_224", _TIMM_SIZE),
     "swinv2": (
         "swinv2_tiny_window8_256",
-        {"img_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": 16, "depths": [1, 1],
-         "num_heads": [2, 2], "window_size": 4},
+        {
+            "img_size": IMAGE_SIZE,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+        },
     ),
 }
 _LLM_EXTRAS: dict[str, dict[str, Any]] = {

@@ -44,6 +44,7 @@ from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
+_KEYS = {"group_ids", "text_keys"}  # of a batch, that the loss takes and the model does not
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
@@ -352,11 +353,11 @@ class AlignmentTrainer(
         Raises:
             FloatingPointError: The loss is not finite; the step and the batch's groups are named.
         """
-        group_ids = inputs["group_ids"]
+        group_ids, text_keys = inputs["group_ids"], inputs["text_keys"]
         with self.step_times.measure("forward"):
-            outputs = model(**{k: value for k, value in inputs.items() if k != "group_ids"})
+            outputs = model(**{name: v for name, v in inputs.items() if name not in _KEYS})
             image_embeds, text_embeds, scale = outputs
-            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
+            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids, text_keys))
             self._inverse_temperature = scale.detach()
             is_finite = bool(loss.isfinite())  # waits for a GPU
         if not is_finite:

@@ -62,9 +62,7 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     return adapted
 
 
-def freeze_unused(
-    model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig
-) -> None:
+def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig) -> None:
     """Run a pair forward and backward, and freeze in place what of a whole tower has no gradient.
 
     A tower may have weights that its pooling never uses: they stay as they are, and count as such.
