@@ -92,15 +92,15 @@ def training_arguments_on(
     return arguments
 
 
-def gather_keys(keys: Tensor) -> Tensor:
-    """Concatenate the keys of all processes' rows in the order of their ranks.
+def gather_ids(ids: Tensor) -> Tensor:
+    """Concatenate the ids of all processes' rows in the order of their ranks.
 
     Args:
-        keys: (B, columns) int64, of this process; equally many on every process.
+        ids: (B, columns) int64, of this process; equally many on every process.
 
     Returns:
         (A, columns) int64.
     """
-    gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, keys.contiguous())
+    gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, ids.contiguous())
     return torch.cat(gathered)

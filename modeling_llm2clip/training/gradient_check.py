@@ -28,7 +28,7 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     was_training = module.training
     module.train()
     with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
-        compute().backward()  # type: ignore[no-untyped-call]
+        compute().backward()
     module.train(was_training)
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     missing = [name for name, parameter in trained if parameter.grad is None]

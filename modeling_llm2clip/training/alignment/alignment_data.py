@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data.images.image_sources import open_image
-from ...data.records.record_columns import ROWS_PER_BATCH
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
@@ -146,12 +145,7 @@ class AlignmentDataset(Dataset[Any]):
         Returns:
             (B,) int64.
         """
-        found = []
-        for start in range(0, len(items), ROWS_PER_BATCH):
-            part = slice(start, start + ROWS_PER_BATCH)
-            keys = self.records.take(items[part], ("text_keys",))
-            found += [of[number] for (of,), number in zip(keys, numbers[part], strict=True)]
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.from_numpy(self.records.read_text_keys(items, numbers))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
         """Find group ids by their hashes, which takes a pass over the records.

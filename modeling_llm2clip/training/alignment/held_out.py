@@ -207,7 +207,7 @@ class HeldOutImages:
 
     @property
     def groups(self) -> str:
-        """Digest of the group ids, which tells these images from others."""
+        """Digest of the group ids: other held-out groups have another one."""
         ids = np.unique(self.group_ids.numpy()).astype("<i8")
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 

@@ -75,7 +75,7 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
     Raises:
         ValueError: A LoRA has layers that the tower never runs; they are named.
     """
-    without = find_without_gradient(model, lambda: _compute_probe(model, processor))
+    without = find_without_gradient(model, lambda: _sum_outputs(model, processor))
     for tower, training, remedy in (
         ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
         ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),
@@ -90,7 +90,7 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
         model.get_parameter(name).requires_grad_(False)
 
 
-def _compute_probe(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
+def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
     """Add up what the model makes of two pairs; random embeddings stand for towers at rest."""
     config, inputs = model.config, dict[str, Any]()
     if model.trains_vision:

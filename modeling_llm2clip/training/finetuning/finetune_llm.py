@@ -292,7 +292,7 @@ def _train(
         counts |= count_truncated(processor, data, show_progress=True)
     encoder = _make_encoder(model, processor, config)
     require_gradients(
-        find_without_gradient(model, encoder.compute_probe),
+        find_without_gradient(model, encoder.sum_of_two),
         cause=f"lora_target_modules={' '.join(config.lora_target_modules)}",
         remedy="Name all other layers as the target_modules of the LoRA (--lora-target-modules).",
     )

@@ -115,7 +115,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         )
         return features
 
-    def compute_probe(self) -> Tensor:
+    def sum_of_two(self) -> Tensor:
         """Add up the embeddings of two texts: a number that depends on everything trained."""
         features = self.preprocess(["a dog", "two red apples on a wooden table"])
         placed = {name: value.to(self.llm2clip.device) for name, value in features.items()}

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed import gather_keys
+from ..distributed import gather_ids
 from .loss import LossInputs
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """Symmetric cross-entropy without the negatives that are none.
+    """Symmetric cross-entropy without false negatives.
 
     These are rows of one group, where two images of one thing would push each other's caption away,
     and rows of equal captions, which describe both images. If all groups and captions differ, the
@@ -53,15 +53,15 @@ class ContrastiveLoss:
         Raises:
             ValueError: The shapes differ.
         """
-        image_embeds, text_embeds, keys = _check(inputs)
+        image_embeds, text_embeds, ids = _check(inputs)
         logit_scale = inputs.logit_scale.float()
-        num_rows, first = len(keys), 0
-        images, texts, all_keys = image_embeds, text_embeds, keys
+        num_rows, first = len(ids), 0
+        images, texts, all_ids = image_embeds, text_embeds, ids
         if self.over_processes and dist.is_initialized() and dist.get_world_size() > 1:
             # One collective for both, so that their order cannot differ between processes.
             both = gather_with_gradient(torch.cat([image_embeds, text_embeds], dim=1))
             images, texts = both.chunk(2, dim=1)
-            all_keys = gather_keys(keys)
+            all_ids = gather_ids(ids)
             first = dist.get_rank() * num_rows
         total = torch.zeros((), device=image_embeds.device)
         size = self.chunk_size or num_rows
@@ -69,7 +69,7 @@ class ContrastiveLoss:
             rows = slice(start, min(start + size, num_rows))
             arguments = (
                 image_embeds[rows], text_embeds[rows], images, texts, logit_scale,
-                keys[rows], all_keys, first + start,
+                ids[rows], all_ids, first + start,
             )  # fmt: skip
             if size < num_rows:
                 total = total + checkpoint(_sum_of_rows, *arguments, use_reentrant=False)
@@ -79,9 +79,9 @@ class ContrastiveLoss:
 
 
 def _check(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return embeddings in float32, whatever a wrapper of the model made of them, and keys.
+    """Return embeddings in float32, whatever a wrapper of the model made of them, and ids.
 
-    Rows with the same key in one of the columns, (B, 1) or (B, 2) int64, are no negatives.
+    Rows with the same id in one of the columns, (B, 1) or (B, 2) int64, are no negatives.
     """
     image_embeds, text_embeds = inputs.image_embeds, inputs.text_embeds
     columns = (
@@ -102,8 +102,8 @@ def _sum_of_rows(
     images: Tensor,
     texts: Tensor,
     logit_scale: Tensor,
-    keys: Tensor,
-    all_keys: Tensor,
+    ids: Tensor,
+    all_ids: Tensor,
     first: int,
 ) -> Tensor:
     """Cross-entropy of some rows against all, both directions, summed.
@@ -114,21 +114,21 @@ def _sum_of_rows(
         images: (A, P), all rows.
         texts: (A, P), the same of texts.
         logit_scale: (1,).
-        keys: (b, columns) of the chunk.
-        all_keys: (A, columns).
+        ids: (b, columns) of the chunk.
+        all_ids: (A, columns).
         first: Number of the chunk's first row among all.
     """
-    labels = torch.arange(first, first + len(keys), device=keys.device)
-    own = labels[:, None] == torch.arange(len(all_keys), device=keys.device)[None, :]
-    same = keys[:, None, 0] == all_keys[None, :, 0]
-    for column in range(1, keys.shape[1]):
-        same |= keys[:, None, column] == all_keys[None, :, column]
+    labels = torch.arange(first, first + len(ids), device=ids.device)
+    own = labels[:, None] == torch.arange(len(all_ids), device=ids.device)[None, :]
+    same = ids[:, None, 0] == all_ids[None, :, 0]
+    for column in range(1, ids.shape[1]):
+        same |= ids[:, None, column] == all_ids[None, :, column]
     same &= ~own
     # Half-precision products of unit embeddings times 100 would be wrong in the second digit.
     with torch.autocast(image_rows.device.type, enabled=False):
         per_image = logit_scale * image_rows @ texts.T  # (b, A)
         # If all rows are here, the other direction is the transpose and is not computed again.
-        whole = len(keys) == len(all_keys)
+        whole = len(ids) == len(all_ids)
         per_text = per_image.T if whole else logit_scale * text_rows @ images.T
         losses = [
             F.cross_entropy(logits.masked_fill(same, -torch.inf), labels, reduction="sum")
