@@ -133,7 +133,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
     Args:
         config: Options of the alignment.
-        batch_size: Images per batch of all processes.
+        batch_size: Records per batch of all processes.
         num_processes: Number of processes.
 
     Raises:

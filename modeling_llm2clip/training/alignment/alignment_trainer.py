@@ -110,7 +110,7 @@ def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> 
     Args:
         config: Options of the alignment.
         num_items: Items to train on; None for a stream.
-        batch_size: Images per batch of all processes.
+        batch_size: Records per batch of all processes.
     """
     if config.max_steps is not None:
         return config.max_steps
@@ -147,7 +147,7 @@ def plan_length(
         config: Options of the alignment.
         start: Where the projections start.
         num_items: Items to train on; None for a stream.
-        batch_size: Images per batch of all processes.
+        batch_size: Records per batch of all processes.
     """
     num_steps = count_steps(config, num_items, batch_size)
     return RunLength(

@@ -14,6 +14,7 @@ from ...data.store.embedding_store import EmbeddingStore
 from .sampling import Array
 
 _NAMES_SHOWN = 5
+_MOST_READ = 100
 _IDENTITY = ("name", "lang")
 
 
@@ -166,9 +167,10 @@ def require_directions(
     """
     zeros = np.flatnonzero((embeds == 0).all(dim=1).numpy())
     if len(zeros):
+        names = list(dict.fromkeys(identify(zeros[:_MOST_READ])))
         raise ValueError(
             f"{store.folder}: {len(zeros)} of {len(embeds)} embeddings that were read are all "
-            f"zeros, those of {_show(identify(zeros[: _NAMES_SHOWN + 1]))}. Check the model that "
+            f"zeros, those of {_show(names)}. Check the model that "
             "made the store (llm2clip doctor), and extract again."
         )
     return embeds
