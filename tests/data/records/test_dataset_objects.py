@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,88 @@ def test_images_may_be_files_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert record.image is None
 
 
-def test_images_in_memory_and_parts_of_files_are_refused(saved: datasets.Dataset) -> None:
-    for dataset in (make_dataset(), saved.select(range(5, 9))):
+def number_image(number: int) -> bytes:
+    """An image of the same size for every number below 100."""
+    return encode("images/red.png") + b"%02d" % number
+
+
+def make_numbered(count: int = 20) -> datasets.Dataset:
+    """A dataset whose images can be told apart by their content alone."""
+    rows = {
+        "img": [{"bytes": number_image(n), "path": None} for n in range(count)],
+        "other": [{"bytes": number_image(50 + n), "path": None} for n in range(count)],
+        "texts": [[f"caption {n}"] for n in range(count)],
+    }
+    dataset = datasets.Dataset.from_dict(rows)
+    for name in ("img", "other"):
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def is_even(row: dict[str, Any]) -> bool:
+    return int(row["texts"][0].split()[1]) % 2 == 0
+
+
+CHANGES: dict[str, Callable[[datasets.Dataset], datasets.Dataset]] = {
+    "part": lambda rows: rows.select(range(5, 15)),
+    "part of a part": lambda rows: rows.select(range(5, 18)).select(range(4, 9)),
+    "part of shuffled rows": lambda rows: rows.shuffle(seed=3).select(range(5, 15)),
+    "rows by number": lambda rows: rows.select(range(3, 19)).select([9, 2]),
+    "filter": lambda rows: rows.select(range(3, 19)).filter(is_even),
+    "train_test_split": lambda rows: rows.train_test_split(test_size=6, seed=1)["test"],
+    "split in order": lambda rows: rows.train_test_split(test_size=6, shuffle=False)["test"],
+    "shard": lambda rows: rows.shard(num_shards=3, index=1, contiguous=True),
+    "skip and take": lambda rows: rows.skip(7).take(6),
+    "concatenated": lambda rows: datasets.concatenate_datasets(
+        [rows.select(range(12, 17)), rows.select(range(2, 8))]
+    ),
+    "concatenated with order": lambda rows: datasets.concatenate_datasets(
+        [rows.select([7, 1]), rows.select(range(12, 17))]
+    ),
+    "beside another column": lambda rows: rows.select(range(5, 15)).add_column(
+        "group_id", [f"{n}" for n in range(10)]
+    ),
+    "without a column": lambda rows: rows.remove_columns("other").select(range(5, 15)),
+    "swapped columns": lambda rows: (
+        rows.rename_columns({"img": "x", "other": "img"})
+        .rename_columns({"x": "other"})
+        .select(range(5, 15))
+    ),
+    "columns in another order": lambda rows: rows.select_columns(["texts", "other", "img"]),
+    "cast": lambda rows: rows.select(range(5, 15)).cast_column("img", datasets.Image()),
+}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_caption_keeps_its_image_whatever_was_done_to_the_dataset(
+    tmp_path: Path, change: str, num_shards: int
+) -> None:
+    """The sizes of all images are equal, so nothing but their rows tells them apart."""
+    make_numbered().save_to_disk(str(tmp_path / "saved"), num_shards=num_shards)
+    changed = CHANGES[change](datasets.load_from_disk(str(tmp_path / "saved")))
+    names = {"image": "img", "captions": "texts"}
+    records = records_from_dataset(changed, columns=names)
+    raw = changed.cast_column("img", datasets.Image(decode=False))
+    wanted = [(row["texts"][0], row["img"]["bytes"]) for row in raw]
+    assert len(records) == len(wanted) > 0
+    found = [(record.captions[0], record.image.read_bytes()) for record in records]  # type: ignore[union-attr]
+    assert found == wanted
+
+
+def test_images_in_memory_are_refused(saved: datasets.Dataset) -> None:
+    mixed = datasets.concatenate_datasets([saved, make_dataset()])
+    mapped = saved.map(lambda row: {"label": row["label"] + 1}, keep_in_memory=True)
+    for dataset in (make_dataset(), make_dataset().select(range(5, 9)), mixed, mapped):
         with pytest.raises(ValueError, match=r"in memory, or .* dataset\.save_to_disk"):
             records_from_dataset(dataset, columns=COLUMNS)
+
+
+def test_a_transform_that_would_not_be_applied_is_refused(saved: datasets.Dataset) -> None:
+    changed = saved.with_transform(lambda rows: {**rows, "texts": [["x"]] * len(rows["texts"])})
+    with pytest.raises(ValueError, match=r"transform.*dataset\.map.*reset_format"):
+        records_from_dataset(changed, columns=COLUMNS)
+    check(records_from_dataset(changed.with_format(None), columns=COLUMNS), list(range(20)))
 
 
 def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
