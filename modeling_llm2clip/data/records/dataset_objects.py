@@ -261,17 +261,20 @@ def stream_dataset(
 ) -> RecordStream:
     """Stream the samples of an `IterableDataset`.
 
+    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`
+    or `interleave_datasets`, is one shard, which one worker reads.
+
     Args:
-        dataset: not shuffled; it is shuffled here.
+        dataset: neither shuffled nor split by node; both is done here.
         columns: field of a record to the column that holds it; other columns are not read. Default:
             every column, named as the fields of a record.
         options: of `RecordStream`, such as `seed` and `buffer_size`.
 
     Returns:
-        The stream; its shards are those of the dataset.
+        The stream; its shards are those of the dataset, or all of it is one.
 
     Raises:
-        ValueError: it is not an `IterableDataset`.
+        ValueError: it is not an `IterableDataset`, or is split by node already.
 
     Examples:
         >>> import datasets
@@ -286,6 +289,12 @@ def stream_dataset(
         raise ValueError(
             f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset use "
             "records_from_dataset."
+        )
+    if getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            "The dataset is split by node, and the stream would split it again. Give the whole "
+            "dataset, without split_dataset_by_node; process_index and num_processes are options "
+            "of the stream."
         )
     return RecordStream(_DatasetShards(dataset, columns), **options)
 
@@ -302,6 +311,10 @@ class _DatasetShards:
         self._dataset = dataset
         self._columns = None if columns is None else dict(columns)
         self._names = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
+        indivisible = _find_indivisible(dataset._ex_iterable)
+        self._is_whole = indivisible is not None
+        if self._is_whole:
+            self._names = [f"all of the dataset, because of its {indivisible}"]
 
     @property
     def shards(self) -> Sequence[str]:
@@ -321,7 +334,9 @@ class _DatasetShards:
             first: number of the first sample to yield.
             on_retry: not used.
         """
-        part = self._dataset.shard(num_shards=len(self._names), index=shard)
+        part = self._dataset
+        if not self._is_whole:
+            part = part.shard(num_shards=len(self._names), index=shard)
         # Batches, because in a worker a plain iteration would drop other workers' samples.
         batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
         rows = (row for batch in batches for row in _split_rows(batch))
@@ -330,7 +345,35 @@ class _DatasetShards:
             if self._columns is not None:
                 fields = {field: row.get(column) for field, column in self._columns.items()}
             is_packed = isinstance(fields.get("image"), dict | bytes)
-            yield read_row(number, self._names[shard], fields, {"image"} if is_packed else set())
+            yield read_row(
+                number, f"{_NAME} shard {shard}", fields, {"image"} if is_packed else set()
+            )
+
+
+# Steps of a dataset that do the same to each of its shards as to all of them.
+_DIVISIBLE = frozenset(
+    ("ExamplesIterable", "ArrowExamplesIterable", "RebatchedArrowExamplesIterable",
+     "SelectColumnsIterable", "FormattedExamplesIterable", "TypedExamplesIterable",
+     "MappedExamplesIterable", "FilteredExamplesIterable", "RepeatExamplesIterable",
+     "BufferShuffledExamplesIterable", "ShuffledDataSourcesExamplesIterable",
+     "ShuffledDataSourcesArrowExamplesIterable", "InterleavedShardsExamplesIterable",
+     "VerticallyConcatenatedMultiSourcesExamplesIterable")
+)  # fmt: skip
+_COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
+
+
+def _find_indivisible(step: Any) -> str | None:
+    """Name a step that counts samples across shards, so that these apart have others; or None."""
+    kind = type(step).__name__
+    if kind not in _DIVISIBLE:
+        return _COUNTING.get(kind, kind.removesuffix("ExamplesIterable"))
+    if getattr(step, "with_indices", False):
+        return "with_indices"
+    if getattr(step, "batched", False) and (step.drop_last_batch or not step.batch_size):
+        return "batches across shards"
+    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
+    found = map(_find_indivisible, [*sources, *getattr(step, "ex_iterables", ())])
+    return next((name for name in found if name is not None), None)
 
 
 def _split_rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -199,3 +199,64 @@ def test_workers_share_the_shards(saved: datasets.Dataset) -> None:
     loader = make_loader(make_stream(saved), batch_size=3, num_workers=2)
     found = sorted(int(record.group_id) for batch in loader for record in batch)
     assert found == list(range(20))
+
+
+def interleave(rows: datasets.IterableDataset, **options: Any) -> datasets.IterableDataset:
+    other = rows.map(lambda row: {"label": row["label"] + 50}, features=rows.features)
+    return datasets.interleave_datasets([rows, other], **options)
+
+
+STREAMS: dict[str, Callable[[datasets.IterableDataset], datasets.IterableDataset]] = {
+    "skip": lambda rows: rows.skip(7),
+    "take": lambda rows: rows.take(7),
+    "skip and take": lambda rows: rows.skip(3).take(9),
+    "mapped": lambda rows: rows.take(7).map(lambda row: {"texts": [*row["texts"], "more"]}),
+    "filtered": lambda rows: rows.filter(lambda row: row["label"] % 2 == 0),
+    "filtered by number": lambda rows: rows.filter(lambda _, i: i < 5, with_indices=True),
+    "mapped by number": lambda rows: rows.map(lambda _, i: {"label": i}, with_indices=True),
+    "batches without the last": lambda rows: rows.map(
+        lambda batch: batch, batched=True, batch_size=3, drop_last_batch=True
+    ),
+    "concatenated": lambda rows: datasets.concatenate_datasets([rows.skip(15), rows.take(3)]),
+    "interleaved": lambda rows: interleave(rows, stopping_strategy="first_exhausted"),
+    "interleaved at random": lambda rows: interleave(rows, probabilities=[0.8, 0.2], seed=3),
+    "untouched": lambda rows: rows.select_columns(["img", "texts", "label"]),
+}
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("change", STREAMS)
+def test_a_stream_has_the_samples_of_its_dataset_whatever_was_done_to_it(
+    saved: datasets.Dataset, change: str, num_shards: int
+) -> None:
+    changed = STREAMS[change](saved.to_iterable_dataset(num_shards=num_shards))
+    stream = stream_dataset(changed, columns=COLUMNS, seed=2, buffer_size=5)
+    found = sorted(int(record.group_id) for record in stream)
+    assert found == sorted(row["label"] for row in changed)
+    is_split = change in ("filtered", "untouched")
+    assert len(stream.reader.shards) == (num_shards if is_split else 1)
+
+
+def test_a_stream_of_one_shard_is_resumed_and_says_why_workers_cannot_share_it(
+    saved: datasets.Dataset,
+) -> None:
+    def make() -> Any:
+        rows = saved.to_iterable_dataset(num_shards=4).skip(7)
+        return stream_dataset(rows, columns=COLUMNS, seed=2, buffer_size=5)
+
+    wanted, stopped = list(make()), make()
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(6)]
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert head + list(resumed) == wanted
+    with pytest.raises(ValueError, match=r"first shard is all of the dataset, because of its skip"):
+        make_loader(make(), batch_size=2, num_workers=2)
+
+
+def test_a_stream_that_is_split_by_node_is_refused(saved: datasets.Dataset) -> None:
+    from datasets.distributed import split_dataset_by_node
+
+    rows = split_dataset_by_node(saved.to_iterable_dataset(num_shards=4), rank=1, world_size=2)
+    with pytest.raises(ValueError, match="without split_dataset_by_node"):
+        stream_dataset(rows, columns=COLUMNS)
