@@ -2,7 +2,7 @@
 
 | source | shards |
 | --- | --- |
-| a folder, local or at a service that lists files | its `*.tar`, else `*.parquet`, else `*.jsonl` |
+| a folder, local or at a service that lists files | its `*.tar`, `*.parquet` or `*.jsonl` |
 | a pattern with `*`, at such a service, or with `*`, `?` or `[…]`, local | the files that match |
 | a pattern with braces, `shard-{00000..00199}.tar` or `{a,b}.tar` | each one that it spells |
 | a `.txt` file, local or remote | the sources in its lines, which end at `#` |
@@ -18,8 +18,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from urllib.parse import urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, urlsplit
 
 from .remote_access import RetryPolicy, try_request
 from .remote_files import PIPE, RemoteFile, is_remote, open_filesystem
@@ -85,6 +85,19 @@ def find_base(shards: Sequence[str]) -> str:
     while not all(shard.startswith(base) for shard in shards):
         base = base[: base.rstrip("/").rfind("/") + 1]
     return base
+
+
+def name_beside(url: str, path: str) -> str:
+    """Return the place of a file that is named by its path from another one's folder.
+
+    Args:
+        url: path or URL of the other file; what follows `?` is of that file alone.
+        path: relative to its folder, as a file is named, so that `#` and `%` are part of it.
+    """
+    if not url.startswith(_HTTP):
+        return url[: url.rfind("/") + 1] + path
+    bare = url.partition("#")[0].partition("?")[0]
+    return bare[: bare.rfind("/") + 1] + quote(path)
 
 
 def name_shards(shards: Sequence[str]) -> list[str]:
@@ -198,7 +211,7 @@ def _list_local(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
         names = sorted(file.as_posix() for file in path.iterdir())
-        return _choose_format(names)
+        return _choose_format(source, names)
     if path.is_file():
         return [source]
     _, files = find_local_files(source)
@@ -224,12 +237,34 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
         return sorted(filesystem.unstrip_protocol(name) for name in names)
 
     names: list[str] = try_request(source, find, policy, is_first=True)
-    return names if is_pattern else _choose_format(names)
+    return names if is_pattern else _choose_format(source, names)
 
 
-def _choose_format(names: Sequence[str]) -> list[str]:
-    """Return the files of the first format that is there: notes in Parquet may lie beside tars."""
-    for suffix in SHARD_SUFFIXES:
-        if found := [name for name in names if name.lower().endswith(suffix)]:
-            return found
-    return []
+def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
+    """Return the shards of a folder; notes in Parquet, as img2dataset writes them, are none."""
+    found = {
+        suffix: files
+        for suffix in SHARD_SUFFIXES
+        if (files := [name for name in names if name.lower().endswith(suffix)])
+    }
+    tar, parquet, _ = (found.get(suffix, []) for suffix in SHARD_SUFFIXES)
+    if are_download_notes(parquet, tar):
+        found.pop(".parquet")
+    if len(found) > 1:
+        formats = ", ".join(f"{len(files)} {suffix}" for suffix, files in found.items())
+        raise ValueError(
+            f"{folder} has files of several formats: {formats}. Name those of one by a pattern, "
+            f"such as {folder.rstrip('/')}/*{next(iter(found))}."
+        )
+    return next(iter(found.values()), [])
+
+
+def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
+    """Whether Parquet files each lie beside a tar of their name: img2dataset's notes on it.
+
+    Args:
+        parquet: names of Parquet files of a folder.
+        tar: names of tar files of the same folder.
+    """
+    stems = {PurePosixPath(name).stem for name in tar}
+    return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

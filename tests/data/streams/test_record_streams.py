@@ -651,3 +651,84 @@ def test_torchdata_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "torchdata", None)
     with pytest.raises(ImportError, match=r"torchdata .*modeling_llm2clip\[remote\]"):
         make_loader(stream_records(tars), batch_size=2)
+
+
+@pytest.mark.parametrize("path", ["", "  ", None])
+def test_rows_with_an_empty_path_are_images_of_their_own(tmp_path: Path, path: str | None) -> None:
+    """Otherwise all rows would have one name, so be one group, and have no negatives."""
+    rows = [
+        {"image": {"bytes": encode_noise(n), "path": path}, "caption": f"{n}"} for n in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    streamed = list(stream_records(tmp_path, buffer_size=1))
+    assert [record.group_id for record in streamed] == [f"0.parquet/{n}" for n in range(4)]
+    assert [r.name for r in streamed] == [r.name for r in load_records(tmp_path)]
+
+
+def test_a_folder_of_several_formats_is_refused_with_a_pattern(tars: Path) -> None:
+    write_parquets(tars.parent / "others")
+    for file in (tars.parent / "others").iterdir():
+        file.rename(tars / file.name)
+    # Beside each tar, and of its name, they are notes on it.
+    assert len(stream_records(tars).reader.shards) == SHARDS
+    (tars / "00000.parquet").rename(tars / "more.parquet")
+    match = rf"8 \.tar, 8 \.parquet.*such as {tars}/\*\.tar"
+    with pytest.raises(ValueError, match=match):
+        stream_records(tars)
+    with pytest.raises(ValueError, match="several sources"):
+        load_records(tars)
+    for source in (f"{tars}/*.tar", f"{tars}/*.parquet"):
+        assert len(stream_records(source).reader.shards) == SHARDS
+
+
+def test_a_folder_of_several_formats_at_a_service_is_refused() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("0.tar", "1.parquet", "captions.jsonl"):
+        memory.pipe(f"/mixed/{name}", b"")
+    try:
+        with pytest.raises(ValueError, match=r"1 \.tar, 1 \.parquet, 1 \.jsonl"):
+            stream_records("memory://mixed")
+    finally:
+        memory.rm("/mixed", recursive=True)
+
+
+NAMES = ["x#y.png", "50%.png", "a%20b.png", "a b.png", "what?.png", "größe.png", "a+b&c=d.png"]
+
+
+@pytest.mark.parametrize("query", ["", "?sig=a/b%2Fc"])
+def test_names_of_images_beside_json_lines_are_quoted_in_urls(tmp_path: Path, query: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x").write_bytes(encode_noise(99))  # what an unquoted "x#y" would be
+    lines = []
+    for number, name in enumerate(NAMES):
+        (tmp_path / "images" / name).write_bytes(encode_noise(number))
+        lines.append(json.dumps({"image": f"images/{name}", "caption": f"{number}"}))
+    (tmp_path / "0.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    local = [read(record) for record in load_records(tmp_path / "0.jsonl")]
+    with ShardServer(tmp_path) as server:
+        stream = stream_records(f"{server.url}/0.jsonl{query}", buffer_size=1, retry=FAST)
+        assert [read(record) for record in stream] == local
+    assert [read(r) for r in stream_records(tmp_path / "0.jsonl", buffer_size=1)] == local
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_in_a_tar(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    members = {
+        "0.png": encode_noise(0), "0.txt": mark + "größer".encode(),
+        "1.png": encode_noise(1), "1.json": mark + b'{"caption": "a"}',
+    }  # fmt: skip
+    write_shard(tmp_path / "0.tar", members)
+    for records in (load_records(tmp_path / "0.tar"), stream_records(tmp_path / "0.tar")):
+        assert sorted(record.captions for record in records) == [("a",), ("größer",)]
+
+
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path) -> None:
+    rows = [pa.array(["0"]), pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(rows, names=["group_id", "caption", "caption"])
+    pq.write_table(table, tmp_path / "0.parquet")
+    with pytest.raises(ShardColumnsError, match="two columns named 'caption'"):
+        list(stream_records(tmp_path, require_images=False))
+    with pytest.raises(ValueError, match="two columns of one name"):
+        load_records(tmp_path, require_images=False)
