@@ -30,6 +30,16 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILDCARD = re.compile(r"[*?\[]")  # of local patterns; in a URL, ? begins a query
 _HTTP = ("http://", "https://")
+# Parameters of signed URLs: of S3 and Google's storage, of CloudFront, and of Azure.
+_SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
+_SIGNATURE = frozenset(
+    ("signature", "expires", "awsaccesskeyid", "googleaccessid", "key-pair-id", "policy", "token",
+     "sig")
+)  # fmt: skip
+_SHARED_ACCESS = frozenset(
+    ("sv", "ss", "srt", "sr", "sp", "se", "st", "sip", "spr", "sdd", "skoid", "sktid", "skt", "ske",
+     "sks", "skv")
+)  # fmt: skip
 
 
 def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list[str]:
@@ -106,15 +116,33 @@ def name_shards(shards: Sequence[str]) -> list[str]:
     Args:
         shards: paths, URLs or commands.
     """
-    base = find_base(shards) if len(shards) > 1 else ""
-    base = base or shards[0][: shards[0].rfind("/") + 1]
-    names = [shard.removeprefix(base) for shard in shards]
-    # Signed URLs have another query each time they are made.
-    bare = [
-        name.partition("?")[0] if is_remote(shard) else name
-        for shard, name in zip(shards, names, strict=True)
+    # Without queries, in which slashes may be, and which sign a URL anew each time.
+    bare = [shard.partition("?")[0] if is_remote(shard) else shard for shard in shards]
+    if len(set(bare)) < len(bare):
+        bare = [drop_signature(shard) for shard in shards]
+    base = find_base(bare) if len(bare) > 1 else ""
+    base = base or bare[0][: bare[0].rfind("/") + 1]
+    return [shard.removeprefix(base) for shard in bare]
+
+
+def drop_signature(url: str) -> str:
+    """Return what of a URL identifies a file: all but the parameters that give access for a while.
+
+    Args:
+        url: of a shard. Others than those of web servers are returned as they are.
+    """
+    base, _, query = url.partition("?")
+    if not query or not url.startswith(_HTTP):
+        return url
+    parameters = query.split("&")
+    names = [parameter.partition("=")[0].lower() for parameter in parameters]
+    dropped = _SIGNATURE | (_SHARED_ACCESS if "sig" in names else frozenset())
+    kept = [
+        parameter
+        for parameter, name in zip(parameters, names, strict=True)
+        if name not in dropped and not name.startswith(_SIGNATURE_PREFIXES)
     ]
-    return bare if len(set(bare)) == len(bare) else names
+    return f"{base}?{'&'.join(kept)}" if kept else base
 
 
 def expand_braces(text: str) -> Iterator[str]:

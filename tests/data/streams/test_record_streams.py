@@ -27,6 +27,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.remote import remote_files
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
+from modeling_llm2clip.data.remote.shard_urls import drop_signature, name_shards
 from modeling_llm2clip.data.sources.shard_columns import ShardColumnsError
 from modeling_llm2clip.data.streams.record_streams import (
     RecordStream,
@@ -35,6 +36,7 @@ from modeling_llm2clip.data.streams.record_streams import (
     stream_records,
 )
 from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import hash_shards
 
 FAST = RetryPolicy(first_wait=0.001)
 SHARDS, SAMPLES = 8, 7
@@ -635,6 +637,76 @@ def test_the_query_of_a_signed_url_is_not_part_of_a_name(served: ShardServer) ->
     urls = [f"{served.url}/0000{number}.tar?signature={number}" for number in range(3)]
     names = list_names(stream_records(urls, buffer_size=1, retry=FAST))
     assert {name.partition("/")[0] for name in names} == {"00000.tar", "00001.tar", "00002.tar"}
+
+
+SIGNATURES = [
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date={n}&X-Amz-Signature=a/{n}",
+    "AWSAccessKeyId=k&Expires={n}&Signature=s{n}%3D",
+    "X-Goog-Credential=c%2F{n}&X-Goog-Signature={n}",
+    "sv=2024&sr=c&se={n}&sp=r&sig=a/b{n}",
+    "Policy=p{n}&Signature=s{n}&Key-Pair-Id=k",
+]
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_a_stream_of_urls_that_are_signed_anew_is_resumed(
+    served: ShardServer, signature: str
+) -> None:
+    def make(number: int) -> RecordStream:
+        query = signature.format(n=number)
+        urls = [f"{served.url}/0000{n}.tar?v=1&{query}{n}" for n in range(3)]
+        return stream_records(urls, seed=1, buffer_size=4, retry=FAST)
+
+    wanted = list_names(make(1))
+    stopped = make(1)
+    iterator = iter(stopped)
+    head = [next(iterator).name for _ in range(5)]
+    resumed = make(2)
+    resumed.load_state_dict(stopped.state_dict())
+    assert head + list_names(resumed) == wanted
+    assert {name.partition("/")[0] for name in wanted} == {f"0000{n}.tar" for n in range(3)}
+
+
+def test_a_query_that_names_the_shard_or_its_version_is_part_of_it() -> None:
+    host = "https://x.example/get"
+    one = [f"{host}?file={n}.tar&Signature=s{n}" for n in range(2)]
+    again = [f"{host}?file={n}.tar&Signature=t{n}" for n in range(2)]
+    other = [f"{host}?file={n}.tar&versionId=2&Signature=s{n}" for n in range(2)]
+    assert hash_shards(one) == hash_shards(again) != hash_shards(other)
+    assert name_shards(one) == name_shards(again) == ["get?file=0.tar", "get?file=1.tar"]
+    plain = ["a/0.tar", "https://x.example/1.tar", "s3://b/2.tar?versionId=3", "pipe:cat 3?sig=1"]
+    assert [drop_signature(shard) for shard in plain] == plain
+    assert (
+        drop_signature("https://x.example/0.tar?sp=1&st=2") == "https://x.example/0.tar?sp=1&st=2"
+    )
+
+
+def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
+    def make(num_workers: int) -> Any:
+        return make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=num_workers)
+
+    alone = make(0)
+    next(iter(alone))
+    state = alone.state_dict()
+    with pytest.raises(ValueError, match=r"num_workers=0, and this one has 2.*use as many"):
+        make(2).load_state_dict(state)
+    # As two workers save it.
+    of_two = {"_snapshot": {"_main_snapshot": {"_num_workers": 2}, "_worker_snapshots": {}}}
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError, match=f"num_workers=2, and this one has {num_workers}"):
+            make(num_workers).load_state_dict(of_two)
+    with pytest.raises(ValueError, match="no state of a loader"):
+        make(0).load_state_dict({"epoch": 1})
+    make(0).load_state_dict({})
+
+
+@pytest.mark.slow  # two processes
+def test_a_state_of_two_workers_says_so(tars: Path) -> None:
+    loader = make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=2)
+    next(iter(loader))
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    with pytest.raises(ValueError, match="num_workers=2, and this one has 0"):
+        make_loader(stream_records(tars, seed=1), batch_size=4).load_state_dict(state)
 
 
 def test_the_package_for_web_servers_is_named_where_it_is_missing(
