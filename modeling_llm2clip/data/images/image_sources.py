@@ -185,7 +185,7 @@ def open_image(image: Any) -> Any:
 
 
 def decode_image(image: ImageSource) -> Image.Image:
-    """Decode an image, and tell one that is invalid from one that cannot be read.
+    """Decode an image; one that is invalid, and one that cannot be read, are different errors.
 
     Args:
         image: address of the image.
@@ -194,7 +194,7 @@ def decode_image(image: ImageSource) -> Image.Image:
         Upright RGB.
 
     Raises:
-        ValueError: its content is no valid image.
+        ValueError: its content is not a valid image.
         OSError: its file is gone, or the disk or the server that has it fails. Requests were made
             again as often as allowed, and nothing is known of the image.
     """

@@ -269,7 +269,7 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
 
 
 def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
-    """Return the shards of a folder; notes in Parquet, as img2dataset writes them, are none."""
+    """Return the shards of a folder, without notes in Parquet, as img2dataset writes them."""
     found = {
         suffix: files
         for suffix in SHARD_SUFFIXES

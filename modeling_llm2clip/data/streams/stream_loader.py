@@ -37,7 +37,7 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
             state_dict: from `state_dict`, of a loader with as many workers.
 
         Raises:
-            ValueError: it is of another number of workers, or of no such loader.
+            ValueError: it is of another number of workers, or not a state of a loader.
         """
         if state_dict:
             found = _count_workers(state_dict)
@@ -61,7 +61,7 @@ def _count_workers(state: dict[str, Any]) -> int:
         return int(state["_snapshot"]["_main_snapshot"]["_num_workers"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "This is no state of a loader. Give what its state_dict() returned."
+            "This is not the state of a loader. Give what its state_dict() returned."
         ) from error
 
 

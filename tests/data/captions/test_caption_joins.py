@@ -293,7 +293,7 @@ def test_cells_that_are_quoted_from_end_to_end_lose_their_quotes(tmp_path: Path)
         ("c.tsv", "url\tcaption\tcaption\nhttps://x.example/1\ta\tb\n", "two columns named"),
     ],
 )
-def test_cells_that_cannot_be_told_apart_are_refused(
+def test_cells_that_are_ambiguous_are_refused(
     name: str, content: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An image that is invalid is told from one that cannot be read, wherever it is."""
+"""An image that is invalid and one that cannot be read are two things, wherever it is."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def number_image(number: int) -> bytes:
 
 
 def make_numbered(count: int = 20) -> datasets.Dataset:
-    """A dataset whose images can be told apart by their content alone."""
+    """A dataset whose images differ by their content alone."""
     rows = {
         "img": [{"bytes": number_image(n), "path": None} for n in range(count)],
         "other": [{"bytes": number_image(50 + n), "path": None} for n in range(count)],
@@ -134,7 +134,7 @@ CHANGES: dict[str, Callable[[datasets.Dataset], datasets.Dataset]] = {
 def test_a_caption_keeps_its_image_whatever_was_done_to_the_dataset(
     tmp_path: Path, change: str, num_shards: int
 ) -> None:
-    """The sizes of all images are equal, so nothing but their rows tells them apart."""
+    """The sizes of all images are equal, so that their rows alone make the difference."""
     make_numbered().save_to_disk(str(tmp_path / "saved"), num_shards=num_shards)
     changed = CHANGES[change](datasets.load_from_disk(str(tmp_path / "saved")))
     names = {"image": "img", "captions": "texts"}

@@ -364,7 +364,7 @@ def test_without_a_cache_other_options_have_another_index(tmp_path: Path) -> Non
     assert [record.path.parent for record in pairs] == [tmp_path / "images"] * 3
 
 
-def test_two_urls_whose_server_tells_no_tag_have_two_indexes(
+def test_two_urls_whose_server_has_no_tags_have_two_indexes(
     tmp_path: Path, small_parts: Path
 ) -> None:
     """Nothing is known of the state of such files, so it is the same for all."""

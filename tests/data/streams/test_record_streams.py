@@ -695,7 +695,7 @@ def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
     for num_workers in (0, 1):
         with pytest.raises(ValueError, match=f"num_workers=2, and this one has {num_workers}"):
             make(num_workers).load_state_dict(of_two)
-    with pytest.raises(ValueError, match="no state of a loader"):
+    with pytest.raises(ValueError, match="not the state of a loader"):
         make(0).load_state_dict({"epoch": 1})
     make(0).load_state_dict({})
 
