@@ -258,17 +258,17 @@ def find_repeated(
         ValueError: two names or group ids have the same key.
     """
     kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
-    for _, place in list_repeated(table):
+    for _, place in iterate_repeated(table):
         errors.add(kind, place)
 
 
-def list_repeated(table: RecordTable) -> list[tuple[int, str]]:
-    """List images that occur twice in a language.
+def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
+    """Yield images that occur twice in a language.
 
     Args:
         table: the records.
 
-    Returns:
+    Yields:
         Row and place of each record whose name and language an earlier one has.
 
     Raises:
@@ -276,18 +276,16 @@ def list_repeated(table: RecordTable) -> list[tuple[int, str]]:
     """
     with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
         same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
-    repeated = []
+    for rows, earlier in _pair_repeated(groups):
+        pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
+        for one, other in pairs:
+            _require_same(one, other, "group ids")
     for rows, earlier in _pair_repeated(same):
         columns = ["name", "lang", "place"]
         records = zip(rows, table.take(rows, columns), table.take(earlier, columns), strict=True)
         for row, one, other in records:
             _require_same(one[:2], other[:2], "names")
-            repeated.append((int(row), one[2]))
-    for rows, earlier in _pair_repeated(groups):
-        pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
-        for one, other in pairs:
-            _require_same(one, other, "group ids")
-    return repeated
+            yield int(row), one[2]
 
 
 def _find_first_rows(table: RecordTable, column: str) -> Array:

@@ -18,7 +18,7 @@ from .image_checks import check_images as decode_images
 from .record_columns import ROWS_PER_BATCH, RecordColumns
 from .record_index import (
     IMAGE_REPEATED,
-    list_repeated,
+    iterate_repeated,
     name_build,
     open_index,
     rebatch,
@@ -181,7 +181,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
     table = write_index(rebatch(read()), name_build(temporary_folder() / "records"))
     table.skipped = stray.skipped
     stray.compare_columns()
-    for row, place in list_repeated(table):
+    for row, place in iterate_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)
     return CollectedRecords(table, errors_of, lost, stray)
 
