@@ -26,6 +26,9 @@ class DataConfig(Config):
     added to the data's own. Default: none."""
     join_on: Literal["url", "key"] = "url"
     """What captions_from is joined by: an image's URL, or its name without folder and suffix."""
+    captions_lang: str | None = None
+    """Language of captions_from; records in other languages do not get them. Default: that of all
+    records."""
     cache: bool = True
     """Keep the index of large data in the user's cache, and find it there the next time."""
 

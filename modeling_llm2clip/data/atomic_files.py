@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -133,6 +134,44 @@ def lock_file(opened: IO[Any], *, shared: bool = False, wait: bool = True) -> bo
         fcntl.flock(opened, flags)
     except BlockingIOError:
         return False
+    return True
+
+
+class FileHold:
+    """Keeps a file from `remove_unless_held` of any process, as long as this object lives.
+
+    Args:
+        file: an existing file.
+
+    Raises:
+        OSError: there is no such file, or it is being removed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        opened = file.open("rb")
+        weakref.finalize(self, opened.close)
+        with suppress(OSError):  # no such locks here: then nothing can be kept
+            lock_file(opened, shared=True)
+        if os.fstat(opened.fileno()).st_ino != file.stat().st_ino:
+            raise FileNotFoundError(errno.ENOENT, "The file was replaced just now", str(file))
+
+
+def remove_unless_held(file: Path) -> bool:
+    """Remove a file that nobody holds.
+
+    Args:
+        file: may be missing.
+
+    Returns:
+        Whether it is gone.
+    """
+    with suppress(FileNotFoundError), file.open("rb") as opened:
+        is_free = True
+        with suppress(OSError):  # no such locks here: then nobody can hold it
+            is_free = lock_file(opened, wait=False)
+        if not is_free:
+            return False
+        file.unlink(missing_ok=True)
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
-from ..data.images.image_sources import ImageSource, find_unreadable_images, open_image
+from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..encoding.batches import iterate_batches, prepare_images, split_evenly
 from ..encoding.encode import (
     default_batch_size,
@@ -27,7 +27,6 @@ from ..encoding.encode import (
 )
 from ..encoding.eval_mode import require_eval_mode
 from ..encoding.tokenized_texts import TokenizedTexts
-from ..image_loading_llm2clip import load_images
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -248,7 +247,7 @@ class ImageShardEncoder:
         def open_all() -> Iterator[Any]:
             for place, image in enumerate(part):
                 try:
-                    opened = load_images(open_image(image))
+                    opened = decode_image(image)
                 except ValueError:
                     if not self._skip_invalid:
                         raise ValueError(_describe_unreadable(images)) from None

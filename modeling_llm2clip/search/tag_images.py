@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..configs.search_config import IndexConfig, TagConfig
+from ..data.images.image_sources import find_unreadable_images
 from ..encoding.devices import find_device
 from ..encoding.encode import encode_texts
 from ..model_folders.model_loading import load_model
@@ -144,6 +145,7 @@ def _encode(
             batch_size=config.batch_size, num_workers=config.num_workers,
         )  # fmt: skip
     if encoded.errors:
+        find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails
         _judge_errors(list(encoded.errors.values()), len(paths), config, report)
     if not encoded.paths:
         raise ValueError(f"None of the {len(paths)} images can be read.")

@@ -10,6 +10,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 class ShardServer(ThreadingHTTPServer):
@@ -63,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send a file, a part of it, or an error."""
-        name = self.path.partition("?")[0].lstrip("/")
+        name = unquote(self.path.partition("?")[0]).lstrip("/")
         file, server = self.server.folder / name, self.server
         if self.command == "GET":
             server.requests[name] += 1

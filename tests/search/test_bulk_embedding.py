@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
+from failing_disk import make_failing_file
 from interruptions import read_bytes
 from tiny import tiny_model
 
@@ -213,6 +214,27 @@ def test_broken_images_are_named_together_or_left_out_and_counted(
     assert ids == [f"{number}.png" for number in (0, 1, *range(4, 10))]
     assert embeddings.any(axis=1).all()
     assert read_embedding_manifest(folder).shards[0].skipped == ("2.png", "3.png")
+
+
+def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    """What it has is embedded once it works: an image that was left out would stay so."""
+    data = break_images(images, tmp_path / "data")
+    records = load_records(data)
+    config = replace(IMAGE, rows_per_shard=2, skip_invalid=True)
+    wanted = embed(model, records, tmp_path / "undisturbed", config, modality="image")
+    for disaster in (make_failing_file, Path.unlink):
+        content = (data / "5.png").read_bytes()
+        folder = tmp_path / disaster.__name__
+        disaster(data / "5.png")
+        with pytest.raises(OSError, match=r"5\.png: cannot be read"):
+            embed(model, records, folder, config, modality="image")
+        (data / "5.png").unlink(missing_ok=True)
+        (data / "5.png").write_bytes(content)
+        embed(model, records, folder, config, modality="image")
+        assert read_bytes(folder) == read_bytes(wanted)
+        assert len(read_embeddings(folder)[0]) == 8
 
 
 def test_a_file_of_broken_images_alone_has_no_rows(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from failing_disk import make_failing_file
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 from transformers import pipeline
@@ -227,3 +228,17 @@ def test_invalid_flags_are_refused_before_the_model_is_looked_at(
     assert tag("no-such-model", images, labels, *flags) == 2
     assert error in capsys.readouterr().err
     assert Path("labels.jsonl").read_text() == "mine"
+
+
+def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
+    model_folder: str, images: Path, labels: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    assert tag(model_folder, folder, labels, "--skip-invalid") == 0
+    assert "Skipped 1 of 4 images" in capsys.readouterr().err
+    make_failing_file(folder / "d.png")
+    assert tag(model_folder, folder, labels, "--skip-invalid") != 0
+    assert "d.png: cannot be read" in capsys.readouterr().err

@@ -17,15 +17,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_llm2clip.data.images.image_sources import ImageSource, open_image
+from modeling_llm2clip.data.images.image_sources import ImageSource, find_unreadable_images
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import ErrorCollector
-from modeling_llm2clip.image_loading_llm2clip import load_images
 
 PLACEHOLDER = "<image>"  # where the image is in a question
 _FIELDS = {"id", "image", "conversations", "model"}
@@ -118,7 +116,7 @@ def read_conversations(
         conversations += [] if found else [conversation]
         _note(found, f"{file.name} number {number}", errors, counts)
     if check_images:
-        broken = _find_broken(conversations)
+        broken = find_unreadable_images(c.image for c in conversations if c.image is not None)
         for conversation in conversations:
             if conversation.image in broken:  # which several may be about
                 _note(["image unreadable"], broken[conversation.image], errors, counts)
@@ -200,23 +198,3 @@ def _check_placeholders(
     if counts != [int(has_image)] + [0] * (len(turns) - 1):
         wanted = "once, in the first question" if has_image else "nowhere without an image"
         found.append(f"{PLACEHOLDER} wanted {wanted}")
-
-
-def _find_broken(conversations: Sequence[Conversation]) -> dict[Any, str]:
-    """Decode every image once; returns those that fail, with what is wrong."""
-    images = list(dict.fromkeys(c.image for c in conversations if c.image is not None))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        problems = pool.map(_try_image, images)
-        return {
-            image: problem
-            for image, problem in zip(images, problems, strict=True)
-            if problem is not None
-        }
-
-
-def _try_image(image: ImageSource) -> str | None:
-    try:
-        load_images(open_image(image))
-    except ValueError as error:
-        return str(error)
-    return None

@@ -2,7 +2,8 @@
 
 | file | what |
 | --- | --- |
-| `*.csv`, `*.csv.gz`, `*.tsv` | a header, then a row per image |
+| `*.csv`, `*.csv.gz` | a header, then a row per image; quotes as in RFC 4180 |
+| `*.tsv` | the same with tabs; a quote is part of its cell, unless it encloses all of it |
 | `*.jsonl` | an object per line |
 | `*.parquet`: a file, a folder, a pattern | a row per image |
 
@@ -19,12 +20,15 @@ variants, or as below; others are not read.
 
 from __future__ import annotations
 
+import csv
+import gzip
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.csv as pa_csv  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..records.records import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
@@ -147,38 +151,90 @@ def _read(file: Path, key_column: str | None) -> Iterator[list[dict[str, Any]]]:
     try:
         if name.endswith(".parquet"):
             yield from _read_parquet(file, wanted)
-        elif name.endswith((".csv", ".tsv")):
-            yield from _read_csv(file, "\t" if name.endswith(".tsv") else ",", wanted)
+        elif name.endswith(".csv"):
+            yield from _read_csv(file, wanted)
+        elif name.endswith(".tsv"):
+            yield from _read_tsv(file, wanted)
         elif name.endswith(".jsonl"):
             yield from _read_json_lines(file)
         else:
             raise ValueError(f"{file}: give .csv, .tsv, .jsonl or .parquet.")
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: broken ({error}). Download it again.") from error
 
 
 def _read_parquet(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
     with pq.ParquetFile(file) as opened:
-        names = opened.schema_arrow.names
-        for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=_choose(names, wanted)):
+        columns = _choose(_require_distinct(file, opened.schema_arrow.names), wanted)
+        for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns):
             yield batch.to_pylist()
 
 
-def _read_csv(file: Path, delimiter: str, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
-    parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pa_csv.open_csv(file, parse_options=parsing) as opened:
-        names = opened.schema.names
-    columns = _choose(names, wanted)
-    # Everything is text: a caption may be digits, or the word "null".
-    converting = pa_csv.ConvertOptions(
-        include_columns=columns,
-        column_types=dict.fromkeys(columns, pa.string()),
-        strings_can_be_null=False,
-    )
-    with pa_csv.open_csv(file, parse_options=parsing, convert_options=converting) as opened:
-        for batch in opened:
-            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                yield batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+def _read_csv(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
+    with _open_text(file, newline="") as opened:
+        rows = csv.reader(opened, strict=True)
+        numbered = ((rows.line_num, row) for row in rows if row)
+        try:
+            yield from _make_dicts(file, numbered, wanted)
+        except csv.Error as error:
+            raise ValueError(
+                f"{file} line {rows.line_num}: {error}. Put cells that begin with a quote into "
+                "quotes, and double those inside."
+            ) from error
+
+
+def _read_tsv(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
+    """Read tab-separated lines, in which a quote at the beginning of a cell is part of a caption.
+
+    Only a cell that is quoted from end to end loses its quotes. Others' quotes would join lines.
+    """
+    with _open_text(file, newline="\n") as opened:
+        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(opened, start=1))
+        numbered = (
+            (number, [_unquote(cell) for cell in line.split("\t")])
+            for number, line in lines
+            if line
+        )
+        yield from _make_dicts(file, numbered, wanted)
+
+
+def _open_text(file: Path, *, newline: str) -> IO[str]:
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
+    return file.open(encoding="utf-8-sig", newline=newline)
+
+
+def _unquote(cell: str) -> str:
+    inside = cell[1:-1]
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if is_quoted else cell
+
+
+def _make_dicts(
+    file: Path, rows: Iterator[tuple[int, list[str]]], wanted: set[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Make dictionaries of the columns that are read; the first row names all of them."""
+    _, header = next(rows, (0, []))
+    chosen = _choose(_require_distinct(file, header), wanted)
+    places = [header.index(name) for name in chosen]
+    found: list[dict[str, Any]] = []
+    for number, row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{file} line {number}: {len(row)} cells for {len(header)} columns. Cells with "
+                "tabs or line breaks need quotes, and CSV instead of TSV."
+            )
+        found.append({name: row[place] for name, place in zip(chosen, places, strict=True)})
+        if len(found) == _ROWS_AT_ONCE:
+            yield found
+            found = []
+    yield found
+
+
+def _require_distinct(file: Path, names: Sequence[str]) -> Sequence[str]:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{file} has two columns named {repeated[0]!r}. Rename one.")
+    return names
 
 
 def _read_json_lines(file: Path) -> Iterator[list[dict[str, Any]]]:

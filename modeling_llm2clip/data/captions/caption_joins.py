@@ -67,6 +67,7 @@ def join_captions(
     captions_from: str | Path,
     *,
     on: JoinColumn,
+    lang: str | None = None,
     key_column: str | None = None,
     replace: bool = False,
     keep_unmatched: bool = True,
@@ -78,6 +79,8 @@ def join_captions(
         records: the records; joined by URL, they carry it, as img2dataset's do.
         captions_from: file of captions; see `caption_files.py`.
         on: `url`, or `key`, which is the name of an image without folder and suffix.
+        lang: language of the captions; records in others count as without a row. Default: that of
+            all records.
         key_column: column that holds it. Default: one of the usual names.
         replace: whether the joined captions replace a record's own, those of each length that the
             row has. Default: they come after them, without repeating one.
@@ -88,8 +91,8 @@ def join_captions(
         The joined records, in their order, and counts of both sides.
 
     Raises:
-        ValueError: no record matches, records carry no URL, a key is that of several images, or
-            the file cannot be read.
+        ValueError: no record matches, records carry no URL or are in several languages of which
+            none is named, a key is that of several images, or the file cannot be read.
         OSError: the temporary folder or the disk of `output` is full.
 
     Examples:
@@ -97,7 +100,8 @@ def join_captions(
         >>> joined = join_captions(images, "cc3m_captions.csv", on="url")  # doctest: +SKIP
         >>> print(joined)  # doctest: +SKIP
     """
-    keys = _sort_keys(records, on)
+    lang = _choose_language(records, lang)
+    keys = _sort_keys(_select_language(records, lang), on)
     counts = _Counts()
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
         with _explain_full_disk(Path(folder)):
@@ -112,7 +116,7 @@ def join_captions(
                 "joined by."
             )
         joined = (
-            _join_batch(batch, on, keys, places, spooled, counts, replace, keep_unmatched)
+            _join_batch(batch, on, lang, keys, places, spooled, counts, replace, keep_unmatched)
             for batch in records.iterate_columns(SCHEMA.names)
         )
         table = _collect(joined, output)
@@ -180,6 +184,27 @@ class _Spool:
             for number, row in zip(chosen.tolist(), columns, strict=True):
                 found[number] = CaptionRow(*row)
         return found
+
+
+def _choose_language(records: RecordTable, lang: str | None) -> str:
+    """Return the language of the captions: as it is given, or that of all records."""
+    batches = records.iterate_columns(("lang",))
+    found = sorted({one for batch in batches for one in batch.column(0).unique().to_pylist()})
+    if lang is None and len(found) == 1:
+        return str(found[0])
+    if lang is None or lang not in found:
+        given = "" if lang is None else f", and not in {lang!r}"
+        raise ValueError(
+            f"The records are in {', '.join(map(repr, found))}{given}. Name the language of the "
+            "captions by lang (--captions-lang): records in other languages do not get them."
+        )
+    return lang
+
+
+def _select_language(records: RecordTable, lang: str) -> RecordTable:
+    batches = records.iterate_columns(("lang",))
+    found = [np.asarray(pa.compute.equal(batch.column(0), lang)) for batch in batches]
+    return records.select(np.flatnonzero(np.concatenate(found)))
 
 
 def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
@@ -250,6 +275,7 @@ def _spool_rows(
 def _join_batch(
     batch: Any,
     on: JoinColumn,
+    lang: str,
     keys: Array,
     places: Array,
     spool: _Spool,
@@ -257,7 +283,10 @@ def _join_batch(
     replace: bool,
     keep_unmatched: bool,
 ) -> pa.RecordBatch:
-    wanted = _list_keys(batch, on)
+    langs = batch.column("lang").to_pylist()
+    wanted = [
+        key if one == lang else None for key, one in zip(_list_keys(batch, on), langs, strict=True)
+    ]
     hashes = np.array([0 if key is None else hash_text(key) for key in wanted], np.int64)
     found = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
     numbers = np.where(keys[found] == hashes, places[found], -1)

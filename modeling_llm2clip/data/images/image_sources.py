@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ...image_loading_llm2clip import load_images, read_image_header
 from ..remote.file_places import FilePlace, read_range
+from ..remote.remote_access import describe, find_reading_failure
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -183,6 +184,44 @@ def open_image(image: Any) -> Any:
     return opened
 
 
+def decode_image(image: ImageSource) -> Image.Image:
+    """Decode an image; one that is invalid, and one that cannot be read, are different errors.
+
+    Args:
+        image: address of the image.
+
+    Returns:
+        Upright RGB.
+
+    Raises:
+        ValueError: its content is not a valid image.
+        OSError: its file is gone, or the disk or the server that has it fails. Requests were made
+            again as often as allowed, and nothing is known of the image.
+    """
+    try:
+        decoded: Image.Image = load_images(open_image(image))
+    except ValueError as error:
+        failure = find_reading_failure(error)
+        if failure is None and isinstance(image, Path):
+            failure = _find_missing(image)
+        if failure is None:
+            raise
+        raise OSError(
+            f"{image}: cannot be read ({describe(failure)}), so that nothing is known of the "
+            "image, and it is not taken for an invalid one. Run the same command again when its "
+            "disk or server works."
+        ) from error
+    return decoded
+
+
+def _find_missing(file: Path) -> OSError | None:
+    try:
+        file.stat()
+    except OSError as error:
+        return error
+    return None
+
+
 def find_unreadable_images(
     images: Iterable[ImageSource], *, show_progress: bool = False
 ) -> dict[ImageSource, str]:
@@ -194,6 +233,9 @@ def find_unreadable_images(
 
     Returns:
         Each image that cannot be decoded, in their order, with an error that names it.
+
+    Raises:
+        OSError: an image cannot be read, whatever its content is.
     """
     distinct = list(dict.fromkeys(images))
     unreadable = {}
@@ -219,7 +261,7 @@ def find_unreadable_images(
 def _find_error(image: ImageSource) -> str:
     """Decode one image; return the error, or nothing."""
     try:
-        load_images(open_image(image))
+        decode_image(image)
     except ValueError as error:
         return str(error)
     return ""

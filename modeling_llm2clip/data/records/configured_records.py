@@ -57,6 +57,7 @@ def read_configured_records(
         records,
         config.captions_from,
         on=config.join_on,
+        lang=config.captions_lang,
         output=temporary_folder() / f"{uuid4().hex}.arrow",
     )
     tqdm.write(f"{config.captions_from}: {joined}", file=sys.stderr)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import count_bytes
+from ..images.image_sources import ParquetImage, TarImage, count_bytes
 from ..key_arrays import iterate_ranges
 from ..remote.remote_files import is_remote
+from ..remote.shard_urls import drop_signature
 from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
@@ -86,13 +87,19 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
         records: at least one; all have their image.
 
     Returns:
-        `first`, the path of the first image, and `sizes`, from `hash_image_sizes`.
+        `first`, the path of the first image, without what signs a URL for a while; and `sizes`,
+        from `hash_image_sizes`.
 
     Raises:
         OSError: the file of an image no longer exists.
     """
     table = RecordTable.from_records(records)
-    first = str(table[0].image)
+    image = table[0].image
+    first = str(image)
+    shard = image.shard if isinstance(image, TarImage) else None
+    shard = image.file if isinstance(image, ParquetImage) else shard
+    if isinstance(shard, str):
+        first = first.replace(shard, drop_signature(shard), 1)
     first = first if is_remote(first) else str(Path(first).absolute())
     return {"first": first, "sizes": hash_image_sizes(table)}
 

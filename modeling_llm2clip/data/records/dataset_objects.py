@@ -8,8 +8,9 @@ when it is resumed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -57,7 +58,8 @@ def records_from_dataset(
 
     Raises:
         DataValidationError: records have errors, or the dataset lacks a column.
-        ValueError: it has packed images that are not in files as they are, or is not a `Dataset`.
+        ValueError: it has packed images that are not in files as they are, or a transform, or is
+            not a `Dataset`.
 
     Examples:
         >>> import datasets
@@ -71,6 +73,11 @@ def records_from_dataset(
         raise ValueError(
             f"{type(dataset).__name__} is not a datasets.Dataset. For an IterableDataset use "
             "stream_dataset."
+        )
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The dataset has a transform, which is not applied here. Apply it by dataset.map, or "
+            "remove it by dataset.reset_format()."
         )
     table = dataset.data.table
     sources = dict(columns) if columns else {name: name for name in table.column_names}
@@ -127,7 +134,6 @@ class _Images:
     """Finds the images of a dataset in its Arrow files."""
 
     def __init__(self, dataset: Any, table: Any, column: str) -> None:
-        self._column = column
         values = table.column(column)
         self._paths = None
         if pa.types.is_struct(values.type):
@@ -136,25 +142,20 @@ class _Images:
             has_bytes = values.type.get_field_index("bytes") >= 0
             values = pc.struct_field(values, "bytes") if has_bytes else pa.nulls(len(table))
         self._sizes = np.zeros(len(table), np.int64) - 1
-        self._files: list[Path] = []
+        self._parts: list[_Part] = []
         self._first_rows = [0]
         if values.null_count == len(table):
             return
         self._sizes = _measure(values)
-        self._find_files(dataset, len(table))
-
-    def _find_files(self, dataset: Any, num_rows: int) -> None:
-        """List the files; require that they are the table, row by row, as images' sizes show."""
-        for path in _list_files(dataset.data, self._column):
-            sizes = _measure_file(path, self._column)
+        for part in _list_parts(dataset.data, column):
             first = self._first_rows[-1]
-            if sizes is None or not np.array_equal(self._sizes[first : first + len(sizes)], sizes):
+            if not part.has_sizes(self._sizes[first : first + part.num_rows]):
                 break
-            self._files.append(path)
-            self._first_rows.append(first + len(sizes))
-        if self._first_rows[-1] != num_rows:
+            self._parts.append(part)
+            self._first_rows.append(first + part.num_rows)
+        if self._first_rows[-1] != len(table):
             raise ValueError(
-                "The images of the dataset are in memory, or it is a part or a mixture of files. "
+                "Images of the dataset are in memory, or its files cannot be read as they are. "
                 f"{_SAVE_FIRST}"
             )
 
@@ -163,18 +164,75 @@ class _Images:
         size = int(self._sizes[row])
         if size >= 0:
             number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-            within = row - self._first_rows[number]
-            return ArrowImage(self._files[number], self._column, within, size)
+            part = self._parts[number]
+            assert part.file is not None
+            within = part.start + row - self._first_rows[number]
+            return ArrowImage(part.file, part.column, within, size)
         return None if self._paths is None else self._paths[row].as_py()
 
 
-def _list_files(data: Any, column: str) -> list[Path]:
-    """List the Arrow files that hold a column of a table of `datasets`, in their order."""
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a dataset that follow each other in one file; no file for those in memory."""
+
+    num_rows: int
+    file: Path | None = None
+    column: str = ""
+    start: int = 0
+
+    def has_sizes(self, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
+        """Whether the images of these rows have these sizes, -1 for none."""
+        if self.file is None:
+            return bool((sizes < 0).all())
+        found = _measure_file(self.file, self.column)
+        return found is not None and np.array_equal(
+            found[self.start : self.start + self.num_rows], sizes
+        )
+
+
+def _list_parts(data: Any, column: str) -> Iterator[_Part]:
+    """Yield the parts of a table of `datasets`, in their order."""
     if not hasattr(data, "blocks"):
-        return [Path(data.path)] if hasattr(data, "path") else []
+        yield _find_part(data, column)
+        return
     # Blocks are below each other, and beside each other within a row of them.
-    tables = [table for row in data.blocks for table in row if column in table.column_names]
-    return [path for table in tables for path in _list_files(table, column)]
+    for row in data.blocks:
+        found = [block for block in row if column in block.column_names]
+        yield _find_part(found[0], column) if found else _Part(len(row[0]))
+
+
+def _find_part(block: Any, column: str) -> _Part:
+    """Find the rows and the column of a block in its file, from all that was done to the block."""
+    in_memory = _Part(len(block))
+    if not hasattr(block, "replays"):
+        return in_memory
+    file = Path(block.path)
+    with pa.memory_map(str(file)) as mapped:
+        columns = [(name, name) for name in pa.ipc.open_stream(mapped).schema.names]
+    start = 0
+    for change, arguments, options in block.replays:
+        if change == "slice" and not options:
+            start += arguments[0]
+        elif change in _COLUMN_CHANGES and len(arguments) == 1 and not options:
+            columns = _COLUMN_CHANGES[change](columns, arguments[0])
+        elif change not in _CHANGES_OF_TYPE:
+            return in_memory  # other rows, or other columns
+    source = next((source for source, name in columns if name == column), None)
+    return in_memory if source is None else _Part(len(block), file, source, start)
+
+
+_Columns: TypeAlias = list[tuple[str, str]]  # name in the file, and in the dataset
+_COLUMN_CHANGES: dict[str, Callable[[_Columns, Any], _Columns]] = {
+    "drop": lambda columns, names: [pair for pair in columns if pair[1] not in names],
+    "remove_column": lambda columns, number: [*columns[:number], *columns[number + 1 :]],
+    "rename_columns": lambda columns, names: [
+        (source, name) for (source, _), name in zip(columns, names, strict=True)
+    ],
+    "select": lambda columns, names: [
+        pair for name in names for pair in columns if pair[1] == name
+    ],
+}
+_CHANGES_OF_TYPE = ("cast", "combine_chunks", "replace_schema_metadata")
 
 
 def _measure(values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -190,9 +248,9 @@ def _measure_file(path: Path, column: str) -> np.ndarray[Any, np.dtype[np.int64]
         if column not in table.column_names:
             return None
         values = table.column(column)
-        if pa.types.is_struct(values.type):
+        if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
             values = pc.struct_field(values, "bytes")
-        return _measure(values)
+        return None if pa.types.is_struct(values.type) else _measure(values)
 
 
 def stream_dataset(
@@ -203,17 +261,20 @@ def stream_dataset(
 ) -> RecordStream:
     """Stream the samples of an `IterableDataset`.
 
+    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`
+    or `interleave_datasets`, is one shard, which one worker reads.
+
     Args:
-        dataset: not shuffled; it is shuffled here.
+        dataset: neither shuffled nor split by node; both is done here.
         columns: field of a record to the column that holds it; other columns are not read. Default:
             every column, named as the fields of a record.
         options: of `RecordStream`, such as `seed` and `buffer_size`.
 
     Returns:
-        The stream; its shards are those of the dataset.
+        The stream; its shards are those of the dataset, or all of it is one.
 
     Raises:
-        ValueError: it is not an `IterableDataset`.
+        ValueError: it is not an `IterableDataset`, or is split by node already.
 
     Examples:
         >>> import datasets
@@ -228,6 +289,12 @@ def stream_dataset(
         raise ValueError(
             f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset use "
             "records_from_dataset."
+        )
+    if getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            "The dataset is split by node, and the stream would split it again. Give the whole "
+            "dataset, without split_dataset_by_node; process_index and num_processes are options "
+            "of the stream."
         )
     return RecordStream(_DatasetShards(dataset, columns), **options)
 
@@ -244,6 +311,10 @@ class _DatasetShards:
         self._dataset = dataset
         self._columns = None if columns is None else dict(columns)
         self._names = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
+        indivisible = _find_indivisible(dataset._ex_iterable)
+        self._is_whole = indivisible is not None
+        if self._is_whole:
+            self._names = [f"all of the dataset, because of its {indivisible}"]
 
     @property
     def shards(self) -> Sequence[str]:
@@ -263,7 +334,9 @@ class _DatasetShards:
             first: number of the first sample to yield.
             on_retry: not used.
         """
-        part = self._dataset.shard(num_shards=len(self._names), index=shard)
+        part = self._dataset
+        if not self._is_whole:
+            part = part.shard(num_shards=len(self._names), index=shard)
         # Batches, because in a worker a plain iteration would drop other workers' samples.
         batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
         rows = (row for batch in batches for row in _split_rows(batch))
@@ -272,7 +345,35 @@ class _DatasetShards:
             if self._columns is not None:
                 fields = {field: row.get(column) for field, column in self._columns.items()}
             is_packed = isinstance(fields.get("image"), dict | bytes)
-            yield read_row(number, self._names[shard], fields, {"image"} if is_packed else set())
+            yield read_row(
+                number, f"{_NAME} shard {shard}", fields, {"image"} if is_packed else set()
+            )
+
+
+# Steps of a dataset that do the same to each of its shards as to all of them.
+_DIVISIBLE = frozenset(
+    ("ExamplesIterable", "ArrowExamplesIterable", "RebatchedArrowExamplesIterable",
+     "SelectColumnsIterable", "FormattedExamplesIterable", "TypedExamplesIterable",
+     "MappedExamplesIterable", "FilteredExamplesIterable", "RepeatExamplesIterable",
+     "BufferShuffledExamplesIterable", "ShuffledDataSourcesExamplesIterable",
+     "ShuffledDataSourcesArrowExamplesIterable", "InterleavedShardsExamplesIterable",
+     "VerticallyConcatenatedMultiSourcesExamplesIterable")
+)  # fmt: skip
+_COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
+
+
+def _find_indivisible(step: Any) -> str | None:
+    """Name a step that counts samples across shards, so that these apart have others; or None."""
+    kind = type(step).__name__
+    if kind not in _DIVISIBLE:
+        return _COUNTING.get(kind, kind.removesuffix("ExamplesIterable"))
+    if getattr(step, "with_indices", False):
+        return "with_indices"
+    if getattr(step, "batched", False) and (step.drop_last_batch or not step.batch_size):
+        return "batches across shards"
+    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
+    found = map(_find_indivisible, [*sources, *getattr(step, "ex_iterables", ())])
+    return next((name for name in found if name is not None), None)
 
 
 def _split_rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Decoding of all images before a stage begins, so that a broken one does not end it half way.
 
-It takes as long as a pass over the images, so it is noted beside a cached index, and done once.
+It takes as long as a pass over the images, so it is noted beside a cached index, and done once
+where the cache can be written.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def check_images(
     _decode(part, errors, show_progress=show_progress)
     if index is not None and errors.total == before:
         file, built = index
-        _note_file(file, process, num_processes).write_text(built, encoding="utf-8")
+        with suppress(OSError):  # as of a cache that may only be read: then it is done again
+            _note_file(file, process, num_processes).write_text(built, encoding="utf-8")
 
 
 def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:

@@ -4,7 +4,8 @@ The parts of a source are read one by one, those of a large source by several pr
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
 file is read again. So is everything if images that are files of their own have changed
-(`image_changes.py`).
+(`image_changes.py`). Every index that is built has a file of its own, which is not removed while a
+process uses it: a table reads its file again and again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -32,6 +34,7 @@ from ..atomic_files import (
     default_cache_folder,
     explain_full_disk,
     hash_json,
+    remove_unless_held,
     temporary_folder,
 )
 from ..key_arrays import find_first_rows
@@ -45,13 +48,12 @@ from .records import Modality
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
 _UNFINISHED, _PARTS = ".tmp", ".parts"
-_LEFTOVERS = (_UNFINISHED, _PARTS)  # of a process that was killed
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
 
@@ -75,31 +77,51 @@ def open_index(
     """
     states = describe_states(job.source.files)
     if not use_cache or None in states:  # changes of such a file would not be noticed
-        file = temporary_folder() / f"{hash_json(states)[:16]}.arrow"
-        return _build(job, file, show_progress, states)
+        return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
     job = _prefer_pairs(job, states)
-    file = _name_index(job, states)
-    if (found := _find(file)) is not None:
+    name = _name_index(job, states)
+    if (found := _find(name)) is not None:
         return found, ErrorCollector()
-    with _lock(file):  # of several processes, the first one builds it
-        if (found := _find(file)) is not None:
+    with _lock(name):  # of several processes, the first one builds it
+        if (found := _find(name)) is not None:
             return found, ErrorCollector()
-        _remove_all(other for other in _list_files(file) if other.suffix in _LEFTOVERS)
+        _remove_leftovers(name)
         started = time.time_ns()
-        table, errors = _build(job, file, show_progress, states)
-        if table.file == file:  # who has an earlier index mapped keeps it
+        table, errors = _build(job, name_build(name), show_progress, states)
+        if table.file is not None:
             note_folders(table, since=started)
-            _remove_all(o for o in _list_files(file) if not o.name.startswith(file.stem))
+            _remove_others(table.file)
     return table, errors
 
 
-def _find(file: Path) -> RecordTable | None:
+def name_build(name: Path) -> Path:
+    """Name the file of one build, which no other build has: not even one of the same source.
+
+    Args:
+        name: folder, and what the name begins with.
+    """
+    return name.with_name(f"{name.name}-{uuid4().hex[:16]}.arrow")
+
+
+def _list_builds(name: Path) -> list[Path]:
+    """List the complete indexes of a source and the state of its files, the last one first."""
+    times = {}
+    for file in name.parent.glob(f"{name.name}-*.arrow"):
+        with suppress(FileNotFoundError):  # removed just now
+            times[file] = file.stat().st_mtime_ns
+    return sorted(times, key=times.__getitem__, reverse=True)
+
+
+def _find(name: Path) -> RecordTable | None:
     """Open an index, if there is a complete one whose images are as they were."""
-    try:
-        table = RecordTable.open(file)
-    except (OSError, ValueError):  # none yet, or an incomplete or damaged one
-        return None
-    return table if has_same_images(table) else None
+    for file in _list_builds(name):
+        try:
+            table = RecordTable.open(file)
+        except (OSError, ValueError):  # removed just now, or incomplete or damaged
+            continue
+        if has_same_images(table):
+            return table
+    return None
 
 
 def _build(
@@ -111,7 +133,7 @@ def _build(
         unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
             with closing(_read(job, file, errors, show_progress, states)) as batches:
-                table = _write(rebatch(batches), unfinished)
+                table = write_index(rebatch(batches), unfinished)
             find_repeated(table, errors, modality=job.modality)
             errors.compare_columns()
             if table.file is not None:
@@ -155,9 +177,8 @@ def _read(
 def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable:
     """Give an index its name once it is known to have no errors; others are removed."""
     assert table.file is not None
-    if errors.total:  # what is mapped stays readable until this process ends
-        return RecordTable([*table.iterate_columns(SCHEMA.names)])
-    skipped_file(file).unlink(missing_ok=True)  # may be damaged
+    if errors.total:  # what is mapped stays readable, and is not copied into memory
+        return table.without_file()
     if errors.skipped:
         skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     table.file.replace(file)
@@ -192,8 +213,16 @@ def _join(table: pa.Table) -> pa.RecordBatch:
     return batch
 
 
-def _write(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
-    """Write an index that is too large for memory."""
+def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
+    """Write an index, unless it is so small that it stays in memory.
+
+    Args:
+        batches: of `ROWS_PER_BATCH` rows, but for the last one.
+        file: that is written.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     first = next(batches, None)
     if first is None:
         return RecordTable([])
@@ -229,17 +258,17 @@ def find_repeated(
         ValueError: two names or group ids have the same key.
     """
     kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
-    for _, place in list_repeated(table):
+    for _, place in iterate_repeated(table):
         errors.add(kind, place)
 
 
-def list_repeated(table: RecordTable) -> list[tuple[int, str]]:
-    """List images that occur twice in a language.
+def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
+    """Yield images that occur twice in a language.
 
     Args:
         table: the records.
 
-    Returns:
+    Yields:
         Row and place of each record whose name and language an earlier one has.
 
     Raises:
@@ -247,18 +276,16 @@ def list_repeated(table: RecordTable) -> list[tuple[int, str]]:
     """
     with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
         same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
-    repeated = []
+    for rows, earlier in _pair_repeated(groups):
+        pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
+        for one, other in pairs:
+            _require_same(one, other, "group ids")
     for rows, earlier in _pair_repeated(same):
         columns = ["name", "lang", "place"]
         records = zip(rows, table.take(rows, columns), table.take(earlier, columns), strict=True)
         for row, one, other in records:
             _require_same(one[:2], other[:2], "names")
-            repeated.append((int(row), one[2]))
-    for rows, earlier in _pair_repeated(groups):
-        pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
-        for one, other in pairs:
-            _require_same(one, other, "group ids")
-    return repeated
+            yield int(row), one[2]
 
 
 def _find_first_rows(table: RecordTable, column: str) -> Array:
@@ -283,14 +310,14 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
 def _prefer_pairs(job: IndexJob, states: list[FileState | None]) -> IndexJob:
     """Return the job that reads pairs if its index is there: it has no errors, so is the same."""
     pairs = replace(job, modality=None)
-    return pairs if _name_index(pairs, states).is_file() else job
+    return pairs if _list_builds(_name_index(pairs, states)) else job
 
 
 def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
-    """Name the file of an index: by the source, and by the state of its files."""
+    """Return what the names of an index's files begin with: of the source, and its files' state."""
     folder = default_cache_folder() / "records"
     state = hash_json([_FORMAT_VERSION, states])[:16]
-    return folder / f"{_hash_source(job)}-{state}.arrow"
+    return folder / f"{_hash_source(job)}-{state}"
 
 
 def _hash_source(job: IndexJob) -> str:
@@ -302,36 +329,49 @@ def _hash_source(job: IndexJob) -> str:
     return hash_json([base, start, names, job.source.suffix, how])[:16]
 
 
-def _list_files(file: Path) -> list[Path]:
+def _list_files(name: Path) -> list[Path]:
     """List what belongs to the indexes of a source, finished or not, of any state of its files."""
-    return [*file.parent.glob(f"{_name_source(file)}-*")]
+    return [*name.parent.glob(f"{_name_source(name)}-*")]
 
 
-def _name_source(file: Path) -> str:
-    return file.name.partition("-")[0]
+def _name_source(name: Path) -> str:
+    return name.name.partition("-")[0]
 
 
-def _remove_all(files: Iterable[Path]) -> None:
-    for file in files:
-        if file.is_dir():
+def _remove_leftovers(name: Path) -> None:
+    """Remove what processes that were killed have left of a source's indexes."""
+    for file in _list_files(name):
+        if file.suffix == _PARTS or file.is_dir():
             shutil.rmtree(file, ignore_errors=True)
-        else:
+        elif file.suffix == _UNFINISHED:
+            file.unlink(missing_ok=True)
+
+
+def _remove_others(index: Path) -> None:
+    """Remove a source's other indexes that no process uses, and the notes beside them."""
+    used = {index.stem}
+    files = _list_files(index)
+    for file in files:
+        if file.suffix == index.suffix and file != index and not remove_unless_held(file):
+            used.add(file.stem)
+    for file in files:
+        if file.suffix != index.suffix and file.name.partition(".")[0] not in used:
             file.unlink(missing_ok=True)
 
 
 @contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def _lock(name: Path) -> Iterator[None]:
     """Hold the lock of a source; there is one for all states of its files."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file.with_name(f"{_name_source(file)}.lock"))
+        name.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(name.with_name(f"{_name_source(name)}.lock"))
         lock.acquire()
     except OSError as error:
         raise OSError(
             error.errno,
             f"The cache cannot be written ({error.strerror}). Name another folder by the variable "
             "XDG_CACHE_HOME, or use no cache (--no-cache)",
-            str(file.parent),
+            str(name.parent),
         ) from error
     try:
         yield

@@ -6,14 +6,24 @@ The fields of a record are in `records.py`, the sources in `source_files.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from ..atomic_files import temporary_folder
 from ..validation_errors import ErrorCollector
 from .image_checks import check_images as decode_images
 from .record_columns import ROWS_PER_BATCH, RecordColumns
-from .record_index import IMAGE_REPEATED, list_repeated, open_index
+from .record_index import (
+    IMAGE_REPEATED,
+    iterate_repeated,
+    name_build,
+    open_index,
+    rebatch,
+    write_index,
+)
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
 from .records import Modality
@@ -150,23 +160,28 @@ def _collect(job: IndexJob) -> CollectedRecords:
     stray, own = ErrorCollector(), ErrorCollector()
     errors_of: dict[int, ErrorCollector] = {}
     lost: list[ErrorCollector] = []
-    batches, columns, num_rows = [], RecordColumns(), 0
-    for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
-        is_added = job.add(raw, columns, own)
-        if own.total:
-            if is_added:
-                errors_of[num_rows] = own
-            else:
-                lost.append(own)
-            own = ErrorCollector()
-        num_rows += is_added
-        if len(columns) == ROWS_PER_BATCH:
-            batches.append(columns.take_batch())
-    if len(columns):
-        batches.append(columns.take_batch())
+
+    def read() -> Iterator[pa.RecordBatch]:
+        nonlocal own
+        columns, num_rows = RecordColumns(), 0
+        for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
+            is_added = job.add(raw, columns, own)
+            if own.total:
+                if is_added:
+                    errors_of[num_rows] = own
+                else:
+                    lost.append(own)
+                own = ErrorCollector()
+            num_rows += is_added
+            if len(columns) == ROWS_PER_BATCH:
+                yield columns.take_batch()
+        if len(columns):
+            yield columns.take_batch()
+
+    table = write_index(rebatch(read()), name_build(temporary_folder() / "records"))
+    table.skipped = stray.skipped
     stray.compare_columns()
-    table = RecordTable(batches, skipped=stray.skipped)
-    for row, place in list_repeated(table):
+    for row, place in iterate_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)
     return CollectedRecords(table, errors_of, lost, stray)
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
 from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
 from .records import CaptionedImage, CheckedRecord
@@ -34,6 +35,7 @@ class RecordTable(Sequence[CaptionedImage]):
         file: file that they are mapped from; None for memory.
         rows: rows of the batches that the table has, in its order; None for all.
         skipped: why rows of the source are not records, to how many; None for no such rows.
+        hold: keeps the file from being removed while the table lives; None for no such need.
 
     Examples:
         >>> records = load_records("my-images")
@@ -48,9 +50,11 @@ class RecordTable(Sequence[CaptionedImage]):
         file: Path | None = None,
         rows: Array | None = None,
         skipped: Mapping[str, int] | None = None,
+        hold: FileHold | None = None,
     ) -> None:
         self._batches = batches
         self._file = file
+        self._hold = hold
         self._rows = rows
         self.skipped = dict(skipped or {})
         total = sum(batch.num_rows for batch in batches)
@@ -88,6 +92,7 @@ class RecordTable(Sequence[CaptionedImage]):
             OSError: the file cannot be read.
             ValueError: the file is damaged, or has other columns.
         """
+        hold = FileHold(file)  # first: all of it is to be of one file
         with pa.memory_map(str(file)) as mapped:
             reader = pa.ipc.open_file(mapped)
             if reader.schema != SCHEMA:
@@ -95,7 +100,7 @@ class RecordTable(Sequence[CaptionedImage]):
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         notes = skipped_file(file)
         skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
-        return cls(batches, file=file, skipped=skipped)
+        return cls(batches, file=file, skipped=skipped, hold=hold)
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self._file is None else []
@@ -143,6 +148,10 @@ class RecordTable(Sequence[CaptionedImage]):
         """The rows of the file or the batches that these records are; None for all."""
         return self._rows
 
+    def without_file(self) -> RecordTable:
+        """Return the records as they are mapped, for a file that is about to lose its name."""
+        return RecordTable(self._batches, rows=self._rows, skipped=self.skipped)
+
     def select(self, rows: Sequence[int] | Array) -> RecordTable:
         """Return a table of some of the records; nothing is copied but their numbers.
 
@@ -152,7 +161,7 @@ class RecordTable(Sequence[CaptionedImage]):
         chosen = np.asarray(rows)
         if self._rows is not None:
             chosen = self._rows[chosen]
-        return RecordTable(self._batches, file=self._file, rows=_shrink(chosen))
+        return RecordTable(self._batches, file=self._file, rows=_shrink(chosen), hold=self._hold)
 
     @property
     def keys(self) -> Array:
@@ -366,6 +375,8 @@ def _unpickle(
     rows: Array | None,
     skipped: Mapping[str, int],
 ) -> RecordTable:
+    hold = None
     if file is not None:
-        batches = RecordTable.open(file)._batches
-    return RecordTable(batches, file=file, rows=rows, skipped=skipped)
+        opened = RecordTable.open(file)
+        batches, hold = opened._batches, opened._hold
+    return RecordTable(batches, file=file, rows=rows, skipped=skipped, hold=hold)

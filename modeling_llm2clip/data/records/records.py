@@ -32,6 +32,7 @@ images. A text without an image is then named by the field `id`, or else by its 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
 CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
 _NAMES = ("image", "file_name")
 _TEXT_ID = "id"
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _NOTES = ("category", "group", "license", "notes", "source", "style")
 _KNOWN_FIELDS = frozenset(
     (
@@ -346,7 +348,11 @@ def _find_file(
         file = name if name[0] == "/" else f"{image_dir}/{name}"
         try:
             status = os.stat(file)  # noqa: PTH116
-        except (OSError, ValueError):  # missing; or the name is too long, or has a null byte
+        except ValueError:  # the name has a null byte
+            status = None
+        except OSError as error:
+            if error.errno not in _MISSING:  # a disk that fails says nothing of the image
+                raise
             status = None
         if status is not None and S_ISREG(status.st_mode):
             return FoundFile(file, status.st_size)

@@ -28,6 +28,7 @@ from ..remote.file_places import FilePlace, parse_place
 from ..remote.remote_access import RetryPolicy
 from ..remote.remote_files import PIPE, is_remote
 from ..remote.shard_urls import (
+    are_download_notes,
     find_base,
     find_format,
     find_local_files,
@@ -253,12 +254,7 @@ def _search_folder(folder: Path) -> SourceFiles:
 
 def _drop_download_notes(sources: list[list[Path]]) -> list[list[Path]]:
     """Drop Parquet files that each lie beside a tar of their name: img2dataset's notes on it."""
-    stems = [{file.stem for file in files} for files in sources]
-    suffixes = [files[0].suffix.lower() for files in sources]
-    tars = {stem for found, suffix in zip(stems, suffixes, strict=True) if suffix == ".tar"
-            for stem in found}  # fmt: skip
-    return [
-        files
-        for files, found, suffix in zip(sources, stems, suffixes, strict=True)
-        if not (suffix == ".parquet" and found <= tars)
-    ]
+    of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}
+    if not are_download_notes(of.get(".parquet", []), of.get(".tar", [])):
+        return sources
+    return [files for files in sources if files[0].suffix.lower() != ".parquet"]

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from ..byte_cache import ByteCache
-from .remote_access import AccessError, RetryPolicy
+from .remote_access import AccessError, LostFileError, RetryPolicy
 from .remote_files import NoRangesError, RemoteFile, SeekableFile, is_remote
 
 FilePlace: TypeAlias = Path | str  # a text is a URL
@@ -93,13 +93,16 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
         size: number of bytes.
 
     Raises:
-        OSError: the file cannot be read, or ends before.
+        OSError: the file cannot be read.
+        LostFileError: it ends before.
     """
     with open_buffered(place) as file:
         file.seek(offset)
         content = file.read(size)
     if len(content) != size:
-        raise OSError(f"{len(content)} of {size} bytes at {offset} came; has the file changed?")
+        raise LostFileError(
+            f"{len(content)} of {size} bytes at {offset} came; has the file changed?"
+        )
     return content
 
 

@@ -26,6 +26,9 @@ _DENIED_NAMES = frozenset(
      "UnauthorizedSSOTokenError", "RefreshError", "DefaultCredentialsError")
 )  # fmt: skip
 _EXPIRED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
+# Kinds of errors of files that could not be read, which say nothing of their content.
+READING_ERRORS = ("file missing, or its requests fail", "file may not be read", "file missing",
+                  "file cannot be read: its disk fails")  # fmt: skip
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
 
 
@@ -139,6 +142,24 @@ def sort_failure(error: BaseException) -> Failure:
     return "passing"
 
 
+def find_reading_failure(error: BaseException) -> OSError | None:
+    """Find out whether a file could not be read, so that nothing is known of its content.
+
+    Args:
+        error: from reading a file; its causes count, too.
+
+    Returns:
+        The error of the operating system or of a request; None if the content is what is wrong,
+        which decoders also report as an OSError, but without a number.
+    """
+    for one in _list_causes(error):
+        if isinstance(one, AccessError | LostFileError):
+            return one
+        if isinstance(one, OSError) and one.errno is not None:
+            return one
+    return None
+
+
 def name_reading_error(error: BaseException) -> str | None:
     """Name the kind of error of a file that could not be read, whatever is in it.
 
@@ -146,15 +167,17 @@ def name_reading_error(error: BaseException) -> str | None:
         error: from reading a file.
 
     Returns:
-        The kind; None if the file was read, and its content is what is wrong.
+        One of `READING_ERRORS`; None if the file was read, and its content is what is wrong.
     """
-    if isinstance(error, LostFileError):
-        return "file missing, or its requests fail"
-    if isinstance(error, PermissionError):
-        return "file may not be read"
-    if isinstance(error, FileNotFoundError):
-        return "file missing"
-    return None
+    failure = find_reading_failure(error)
+    if failure is None:
+        return None
+    lost, denied, missing, failed = READING_ERRORS
+    if isinstance(failure, LostFileError | AccessError):
+        return lost
+    if isinstance(failure, PermissionError):
+        return denied
+    return missing if isinstance(failure, FileNotFoundError) else failed
 
 
 def describe(error: BaseException) -> str:

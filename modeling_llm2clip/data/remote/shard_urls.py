@@ -2,7 +2,7 @@
 
 | source | shards |
 | --- | --- |
-| a folder, local or at a service that lists files | its `*.tar`, else `*.parquet`, else `*.jsonl` |
+| a folder, local or at a service that lists files | its `*.tar`, `*.parquet` or `*.jsonl` |
 | a pattern with `*`, at such a service, or with `*`, `?` or `[…]`, local | the files that match |
 | a pattern with braces, `shard-{00000..00199}.tar` or `{a,b}.tar` | each one that it spells |
 | a `.txt` file, local or remote | the sources in its lines, which end at `#` |
@@ -18,8 +18,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from urllib.parse import urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, urlsplit
 
 from .remote_access import RetryPolicy, try_request
 from .remote_files import PIPE, RemoteFile, is_remote, open_filesystem
@@ -30,6 +30,16 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILDCARD = re.compile(r"[*?\[]")  # of local patterns; in a URL, ? begins a query
 _HTTP = ("http://", "https://")
+# Parameters of signed URLs: of S3 and Google's storage, of CloudFront, and of Azure.
+_SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
+_SIGNATURE = frozenset(
+    ("signature", "expires", "awsaccesskeyid", "googleaccessid", "key-pair-id", "policy", "token",
+     "sig")
+)  # fmt: skip
+_SHARED_ACCESS = frozenset(
+    ("sv", "ss", "srt", "sr", "sp", "se", "st", "sip", "spr", "sdd", "skoid", "sktid", "skt", "ske",
+     "sks", "skv")
+)  # fmt: skip
 
 
 def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list[str]:
@@ -87,21 +97,52 @@ def find_base(shards: Sequence[str]) -> str:
     return base
 
 
+def name_beside(url: str, path: str) -> str:
+    """Return the place of a file that is named by its path from another one's folder.
+
+    Args:
+        url: path or URL of the other file; what follows `?` is of that file alone.
+        path: relative to its folder, as a file is named, so that `#` and `%` are part of it.
+    """
+    if not url.startswith(_HTTP):
+        return url[: url.rfind("/") + 1] + path
+    bare = url.partition("#")[0].partition("?")[0]
+    return bare[: bare.rfind("/") + 1] + quote(path)
+
+
 def name_shards(shards: Sequence[str]) -> list[str]:
     """Return short names of shards: what comes after the folder that all are in.
 
     Args:
         shards: paths, URLs or commands.
     """
-    base = find_base(shards) if len(shards) > 1 else ""
-    base = base or shards[0][: shards[0].rfind("/") + 1]
-    names = [shard.removeprefix(base) for shard in shards]
-    # Signed URLs have another query each time they are made.
-    bare = [
-        name.partition("?")[0] if is_remote(shard) else name
-        for shard, name in zip(shards, names, strict=True)
+    # Without queries, in which slashes may be, and which sign a URL anew each time.
+    bare = [shard.partition("?")[0] if is_remote(shard) else shard for shard in shards]
+    if len(set(bare)) < len(bare):
+        bare = [drop_signature(shard) for shard in shards]
+    base = find_base(bare) if len(bare) > 1 else ""
+    base = base or bare[0][: bare[0].rfind("/") + 1]
+    return [shard.removeprefix(base) for shard in bare]
+
+
+def drop_signature(url: str) -> str:
+    """Return what of a URL identifies a file: all but the parameters that give access for a while.
+
+    Args:
+        url: of a shard. Others than those of web servers are returned as they are.
+    """
+    base, _, query = url.partition("?")
+    if not query or not url.startswith(_HTTP):
+        return url
+    parameters = query.split("&")
+    names = [parameter.partition("=")[0].lower() for parameter in parameters]
+    dropped = _SIGNATURE | (_SHARED_ACCESS if "sig" in names else frozenset())
+    kept = [
+        parameter
+        for parameter, name in zip(parameters, names, strict=True)
+        if name not in dropped and not name.startswith(_SIGNATURE_PREFIXES)
     ]
-    return bare if len(set(bare)) == len(bare) else names
+    return f"{base}?{'&'.join(kept)}" if kept else base
 
 
 def expand_braces(text: str) -> Iterator[str]:
@@ -198,7 +239,7 @@ def _list_local(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
         names = sorted(file.as_posix() for file in path.iterdir())
-        return _choose_format(names)
+        return _choose_format(source, names)
     if path.is_file():
         return [source]
     _, files = find_local_files(source)
@@ -224,12 +265,34 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
         return sorted(filesystem.unstrip_protocol(name) for name in names)
 
     names: list[str] = try_request(source, find, policy, is_first=True)
-    return names if is_pattern else _choose_format(names)
+    return names if is_pattern else _choose_format(source, names)
 
 
-def _choose_format(names: Sequence[str]) -> list[str]:
-    """Return the files of the first format that is there: notes in Parquet may lie beside tars."""
-    for suffix in SHARD_SUFFIXES:
-        if found := [name for name in names if name.lower().endswith(suffix)]:
-            return found
-    return []
+def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
+    """Return the shards of a folder, without notes in Parquet, as img2dataset writes them."""
+    found = {
+        suffix: files
+        for suffix in SHARD_SUFFIXES
+        if (files := [name for name in names if name.lower().endswith(suffix)])
+    }
+    tar, parquet, _ = (found.get(suffix, []) for suffix in SHARD_SUFFIXES)
+    if are_download_notes(parquet, tar):
+        found.pop(".parquet")
+    if len(found) > 1:
+        formats = ", ".join(f"{len(files)} {suffix}" for suffix, files in found.items())
+        raise ValueError(
+            f"{folder} has files of several formats: {formats}. Name those of one by a pattern, "
+            f"such as {folder.rstrip('/')}/*{next(iter(found))}."
+        )
+    return next(iter(found.values()), [])
+
+
+def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
+    """Whether Parquet files each lie beside a tar of their name: img2dataset's notes on it.
+
+    Args:
+        parquet: names of Parquet files of a folder.
+        tar: names of tar files of the same folder.
+    """
+    stems = {PurePosixPath(name).stem for name in tar}
+    return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

@@ -90,6 +90,9 @@ def read_parquet_file(
     if opened is None:
         return
     names = opened.schema_arrow.names
+    if len(set(names)) < len(names):
+        errors.add("two columns of one name", name)
+        return
     sources = columns or {column: column for column in names}
     is_downloaded = columns is None and is_download(names)
     if is_downloaded:
@@ -110,7 +113,8 @@ def read_parquet_file(
             continue
         fields = {field: row[column] for field, column in sources.items()}
         path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
-        yield _make_record(f"{name} row {number}", fields, f"{name}/{path or number}")
+        has_path = path and path.strip()
+        yield _make_record(f"{name} row {number}", fields, f"{name}/{path if has_path else number}")
 
 
 def iterate_rows(

@@ -6,6 +6,7 @@ image in a group of its own, no long captions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -59,9 +60,15 @@ def find_columns(opened: Any, name: str) -> ShardColumns | None:
 
     Returns:
         The columns, without notes that training does not read; None for a shard without rows.
+
+    Raises:
+        ShardColumnsError: two of them have one name.
     """
     if not opened.metadata.num_rows:
         return None
+    repeated = [column for column, n in Counter(opened.schema_arrow.names).items() if n > 1]
+    if repeated:
+        raise ShardColumnsError(f"{name} has two columns named {repeated[0]!r}. Rename one.")
     return ShardColumns(name, _choose_fields(opened.schema_arrow.names))
 
 
@@ -78,6 +85,7 @@ def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
 
     Raises:
         AccessError: nothing of the source can be read.
+        ShardColumnsError: two columns have one name.
     """
     try:
         source = file.open_seekable()
@@ -86,7 +94,7 @@ def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
                 return find_columns(opened, name)
         finally:
             source.close()
-    except AccessError:
+    except (AccessError, ShardColumnsError):
         raise
     except (LostFileError, pa.ArrowException, OSError, ValueError):
         return None

@@ -17,7 +17,7 @@ from ..images.image_sources import EncodedImage
 from ..records.records import RawRecord
 from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import ByteStream, RemoteFile
-from ..remote.shard_urls import find_format
+from ..remote.shard_urls import find_format, name_beside
 from .download_notes import (
     KEY,
     choose_download_columns,
@@ -234,7 +234,8 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
         path = value.get("path") if isinstance(value, dict) else None
         if content is not None:
             image = EncodedImage(place, bytes(content))
-            default_name = default_name if path is None else f"{name}/{path}"
+            # Many writers leave the path empty; such rows are no images of one name.
+            default_name = f"{name}/{path}" if path and path.strip() else default_name
         elif path is not None:
             fields["image"] = path
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -245,7 +246,6 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
 
 def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
     """Yield a sample per line of JSON; images are files beside the shard, each one a request."""
-    base = file.url[: file.url.rfind("/") + 1]
     for number, (line_number, line) in enumerate(_split_lines(stream)):
         place = f"{name} line {line_number}"
         fields = parse_object(line)
@@ -256,7 +256,7 @@ def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[Str
         path = fields.get("image", fields.get("file_name"))
         image = None
         if isinstance(path, str) and path.strip():
-            url = base + posixpath.normpath(path.strip())
+            url = name_beside(file.url, posixpath.normpath(path.strip()))
             try:
                 image = EncodedImage(url, _read_whole(file, url))
             except LostFileError as error:

@@ -24,7 +24,7 @@ from ..remote.file_places import FilePlace, open_buffered
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
-from .json_files import parse_object
+from .json_files import BYTE_ORDER_MARK, parse_object
 
 
 @dataclass
@@ -74,7 +74,7 @@ class TarSample:
     def _add_fields(self, content: bytes) -> str:
         if self.fields is not None:
             return "several .json in one sample"
-        fields = parse_object(content)
+        fields = parse_object(content.removeprefix(BYTE_ORDER_MARK))
         if isinstance(fields, str):
             return fields
         self.fields = fields
@@ -84,7 +84,7 @@ class TarSample:
         if self.text is not None:
             return "several .txt in one sample"
         try:
-            self.text = content.decode("utf-8")
+            self.text = content.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
         except UnicodeDecodeError:
             return "not UTF-8"
         return ""

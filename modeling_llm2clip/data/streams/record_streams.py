@@ -221,7 +221,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
             raise ValueError(
                 f"{len(self.reader.shards)} shards for {self.num_processes} processes with "
                 f"{max(1, num_workers)} workers each: some would get none. Use fewer workers, or "
-                "split the data into more shards."
+                f"split the data into more shards. The first shard is {self.reader.shards[0]}."
             )
 
     def __iter__(self) -> Iterator[CaptionedImage]:

@@ -30,10 +30,39 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
             dataset, batch_size=None, collate_fn=partial(_collate, collate=collate), **options
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next iteration go on from a state.
+
+        Args:
+            state_dict: from `state_dict`, of a loader with as many workers.
+
+        Raises:
+            ValueError: it is of another number of workers, or not a state of a loader.
+        """
+        if state_dict:
+            found = _count_workers(state_dict)
+            if found != self.num_workers:
+                raise ValueError(
+                    f"The state is of a loader with num_workers={found}, and this one has "
+                    f"{self.num_workers}. Each worker has shards of its own: use as many."
+                )
+        super().load_state_dict(state_dict)
+
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
             if not isinstance(batch, PartEnd):
                 yield batch
+
+
+def _count_workers(state: dict[str, Any]) -> int:
+    if "_num_yielded" in state:  # of a loader without worker processes
+        return 0
+    try:
+        return int(state["_snapshot"]["_main_snapshot"]["_num_workers"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "This is not the state of a loader. Give what its state_dict() returned."
+        ) from error
 
 
 def _collate(batch: Any, *, collate: Callable[[list[Any]], Any]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
+from ..remote.shard_urls import drop_signature
 from ..sources.shard_streams import BrokenShardError, StreamedSample
 from .stream_report import LEAST_SAMPLES, StreamReport
 
@@ -306,9 +307,9 @@ class StreamRun:
 
 
 def hash_shards(shards: Sequence[str]) -> str:
-    """Hash the names of shards, in their order.
+    """Hash the names of shards, in their order; a URL that is signed anew is the same one.
 
     Args:
         shards: paths, URLs or commands.
     """
-    return hashlib.sha256("\n".join(shards).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(drop_signature, shards)).encode()).hexdigest()

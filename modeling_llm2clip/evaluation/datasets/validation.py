@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource, find_unreadable_images
+from ...data.remote.remote_access import READING_ERRORS
 from ...data.validation_errors import ErrorCollector
 
 OF_DISTRACTORS = ("no caption", "no image")
@@ -21,6 +22,10 @@ OF_DISTRACTORS = ("no caption", "no image")
 _ALLOW_DISTRACTORS = (
     "To evaluate with images without captions, or captions without images, as candidates: "
     "allow_distractors."
+)
+_TRY_AGAIN = (
+    "Samples are skipped for what is in them, and these files could not be read. Try again when "
+    "their disk or server works, or remove what is not there from the source."
 )
 
 
@@ -166,8 +171,13 @@ class DatasetValidator:
             Error to its count.
 
         Raises:
-            DataValidationError: There are errors, and invalid samples are not to be skipped.
+            DataValidationError: There are errors, and invalid samples are not to be skipped; or
+                files could not be read, so that nothing is known of their samples.
         """
+        unread = [kind for kind in self.errors.counts if kind in READING_ERRORS]
+        if self.skip_invalid and unread:
+            invalid = [kind for kind in self.errors.counts if kind not in READING_ERRORS]
+            self.errors.without(*invalid).raise_if_any(self.source, advice=_TRY_AGAIN)
         if not self.skip_invalid:
             may_be_distractors = any(kind in self.errors.counts for kind in OF_DISTRACTORS)
             advice = _ALLOW_DISTRACTORS if may_be_distractors else ""

@@ -180,7 +180,27 @@ def test_keys_of_several_images_are_refused(tmp_path: Path) -> None:
     languages = RecordTable.from_records(
         CaptionedImage(None, "00000.tar/1.jpg", "g", ("a",), lang=lang) for lang in ("en", "de")
     )
-    assert join_captions(languages, file, on="key").matched == 2
+    assert join_captions(languages, file, on="key", lang="de").matched == 1
+
+
+@pytest.mark.parametrize("on", ["url", "key"])
+def test_captions_come_to_the_records_of_their_language_alone(on: Any, tmp_path: Path) -> None:
+    records = RecordTable.from_records(
+        CaptionedImage(None, f"{n}.jpg", "g", ("own",), lang=lang, url=f"u{n}")
+        for n, lang in ((1, "en"), (1, "de"), (2, "de"))
+    )
+    file = write_csv(tmp_path / "c.csv", [{on: f"u{n}" if on == "url" else f"{n}", "caption": "x"}
+                                          for n in (1, 2)])  # fmt: skip
+    found = {lang: join_captions(records, file, on=on, lang=lang) for lang in ("en", "de")}
+    captions = {lang: [len(r.captions) for r in join.records] for lang, join in found.items()}
+    assert captions == {"en": [2, 1, 1], "de": [1, 2, 2]}
+    assert [join.unmatched_records for join in found.values()] == [2, 1]
+    assert [join.unmatched_rows for join in found.values()] == [1, 0]
+    for lang in (None, "fr"):
+        with pytest.raises(ValueError, match=r"in 'de', 'en'.*by lang \(--captions-lang\)"):
+            join_captions(records, file, on=on, lang=lang)
+    german = records.select([1, 2])
+    assert join_captions(german, file, on=on).matched == 2  # all are in one language
 
 
 def test_different_urls_of_one_hash_are_never_joined(
@@ -232,3 +252,58 @@ def test_a_full_temporary_folder_is_named_with_a_remedy(size: int, tmp_path: Pat
     folder = tmp_path if size > 1 else temporary_folder()
     assert re.search(rf"File too large.*Free some space.*TMPDIR: '{folder}", str(caught.value))
     assert [one.name for one in tmp_path.iterdir()] == ["captions.csv"]
+
+
+QUOTED = ['"Go," she said', 'an "unquoted" one', '"', 'said "so"', "plain", '"a" and "b"']
+
+
+def test_a_quote_in_a_tab_separated_file_is_part_of_its_cell(tmp_path: Path) -> None:
+    """As the published files have it; a quote that began a field would take the next rows in."""
+    lines = [f"{text}\thttps://x.example/{n}" for n, text in enumerate(QUOTED)]
+    content = "\ufeffcaption\turl\r\n" + "\r\n".join(lines)
+    plain, packed = tmp_path / "c.tsv", tmp_path / "c.tsv.gz"
+    plain.write_bytes(content.encode())
+    packed.write_bytes(gzip.compress(content.encode()))
+    for file in (plain, packed):
+        joined = join_captions(make_records(len(QUOTED)), file, on="url")
+        assert [record.captions[1] for record in joined.records] == QUOTED
+
+
+def test_cells_that_are_quoted_from_end_to_end_lose_their_quotes(tmp_path: Path) -> None:
+    rows = [{"caption": text, "url": f"https://x.example/{n}"} for n, text in enumerate(QUOTED)]
+    for name, delimiter in (("c.tsv", "\t"), ("c.csv", ",")):
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as opened:
+            writer = csv.DictWriter(
+                opened, list(rows[0]), delimiter=delimiter, quoting=csv.QUOTE_ALL
+            )
+            writer.writeheader()
+            writer.writerows(rows)
+        joined = join_captions(make_records(len(QUOTED)), tmp_path / name, on="url")
+        assert [record.captions[1] for record in joined.records] == QUOTED
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", 'caption,url\n"Go," she said,https://x.example/1\n', "line 2.*into quotes"),
+        ("c.csv", "caption,url\na\n", "line 2: 1 cells for 2 columns"),
+        ("c.tsv", 'caption\turl\n"two\nlines"\thttps://x.example/1\n', "line 2: 1 cells for 2"),
+        ("c.tsv", 'caption\turl\n"a\tb"\thttps://x.example/1\n', "line 2: 3 cells for 2"),
+        ("c.csv", "url,caption,caption\nhttps://x.example/1,a,b\n", "two columns named 'caption'"),
+        ("c.tsv", "url\tcaption\tcaption\nhttps://x.example/1\ta\tb\n", "two columns named"),
+    ],
+)
+def test_cells_that_are_ambiguous_are_refused(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        join_captions(make_records(3), tmp_path / name, on="url")
+
+
+def test_a_repeated_column_of_parquet_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["https://x.example/1"]), pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(columns, names=["url", "caption", "caption"])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="two columns named 'caption'"):
+        join_captions(make_records(3), tmp_path / "c.parquet", on="url")

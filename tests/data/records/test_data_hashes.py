@@ -15,9 +15,14 @@ from captioned_files import (
     write_shards,
 )
 
-from modeling_llm2clip.data.images.image_sources import ParquetImage, count_bytes
-from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_records
+from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, count_bytes
+from modeling_llm2clip.data.records.data_hashes import (
+    describe_images,
+    hash_image_sizes,
+    hash_records,
+)
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
 
 
 def test_images_have_the_same_sizes_in_files_and_shards(tmp_path: Path) -> None:
@@ -57,3 +62,15 @@ def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> 
     assert len({hash_records([first]), *hashes}) == 6
     same = replace(first, image=Path("a.png"), keywords=(), place="line 3")
     assert hash_records([same]) == hash_records([first])
+
+
+def test_images_at_a_url_that_is_signed_anew_are_the_same() -> None:
+    def describe(query: str) -> dict[str, str]:
+        shard = f"https://x.example/0.tar?v=1{query}"
+        image = TarImage(shard, "0.png", 512, 10)
+        return describe_images([CaptionedImage(image, "0.png", "0", ("a",))])
+
+    signed = describe("&X-Amz-Date=1&X-Amz-Signature=a:b")
+    assert signed == describe("&X-Amz-Date=2&X-Amz-Signature=c") == describe("")
+    assert signed["first"] == "https://x.example/0.tar?v=1: 0.png"
+    assert signed != describe("2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,88 @@ def test_images_may_be_files_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert record.image is None
 
 
-def test_images_in_memory_and_parts_of_files_are_refused(saved: datasets.Dataset) -> None:
-    for dataset in (make_dataset(), saved.select(range(5, 9))):
+def number_image(number: int) -> bytes:
+    """An image of the same size for every number below 100."""
+    return encode("images/red.png") + b"%02d" % number
+
+
+def make_numbered(count: int = 20) -> datasets.Dataset:
+    """A dataset whose images differ by their content alone."""
+    rows = {
+        "img": [{"bytes": number_image(n), "path": None} for n in range(count)],
+        "other": [{"bytes": number_image(50 + n), "path": None} for n in range(count)],
+        "texts": [[f"caption {n}"] for n in range(count)],
+    }
+    dataset = datasets.Dataset.from_dict(rows)
+    for name in ("img", "other"):
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def is_even(row: dict[str, Any]) -> bool:
+    return int(row["texts"][0].split()[1]) % 2 == 0
+
+
+CHANGES: dict[str, Callable[[datasets.Dataset], datasets.Dataset]] = {
+    "part": lambda rows: rows.select(range(5, 15)),
+    "part of a part": lambda rows: rows.select(range(5, 18)).select(range(4, 9)),
+    "part of shuffled rows": lambda rows: rows.shuffle(seed=3).select(range(5, 15)),
+    "rows by number": lambda rows: rows.select(range(3, 19)).select([9, 2]),
+    "filter": lambda rows: rows.select(range(3, 19)).filter(is_even),
+    "train_test_split": lambda rows: rows.train_test_split(test_size=6, seed=1)["test"],
+    "split in order": lambda rows: rows.train_test_split(test_size=6, shuffle=False)["test"],
+    "shard": lambda rows: rows.shard(num_shards=3, index=1, contiguous=True),
+    "skip and take": lambda rows: rows.skip(7).take(6),
+    "concatenated": lambda rows: datasets.concatenate_datasets(
+        [rows.select(range(12, 17)), rows.select(range(2, 8))]
+    ),
+    "concatenated with order": lambda rows: datasets.concatenate_datasets(
+        [rows.select([7, 1]), rows.select(range(12, 17))]
+    ),
+    "beside another column": lambda rows: rows.select(range(5, 15)).add_column(
+        "group_id", [f"{n}" for n in range(10)]
+    ),
+    "without a column": lambda rows: rows.remove_columns("other").select(range(5, 15)),
+    "swapped columns": lambda rows: (
+        rows.rename_columns({"img": "x", "other": "img"})
+        .rename_columns({"x": "other"})
+        .select(range(5, 15))
+    ),
+    "columns in another order": lambda rows: rows.select_columns(["texts", "other", "img"]),
+    "cast": lambda rows: rows.select(range(5, 15)).cast_column("img", datasets.Image()),
+}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_caption_keeps_its_image_whatever_was_done_to_the_dataset(
+    tmp_path: Path, change: str, num_shards: int
+) -> None:
+    """The sizes of all images are equal, so that their rows alone make the difference."""
+    make_numbered().save_to_disk(str(tmp_path / "saved"), num_shards=num_shards)
+    changed = CHANGES[change](datasets.load_from_disk(str(tmp_path / "saved")))
+    names = {"image": "img", "captions": "texts"}
+    records = records_from_dataset(changed, columns=names)
+    raw = changed.cast_column("img", datasets.Image(decode=False))
+    wanted = [(row["texts"][0], row["img"]["bytes"]) for row in raw]
+    assert len(records) == len(wanted) > 0
+    found = [(record.captions[0], record.image.read_bytes()) for record in records]  # type: ignore[union-attr]
+    assert found == wanted
+
+
+def test_images_in_memory_are_refused(saved: datasets.Dataset) -> None:
+    mixed = datasets.concatenate_datasets([saved, make_dataset()])
+    mapped = saved.map(lambda row: {"label": row["label"] + 1}, keep_in_memory=True)
+    for dataset in (make_dataset(), make_dataset().select(range(5, 9)), mixed, mapped):
         with pytest.raises(ValueError, match=r"in memory, or .* dataset\.save_to_disk"):
             records_from_dataset(dataset, columns=COLUMNS)
+
+
+def test_a_transform_that_would_not_be_applied_is_refused(saved: datasets.Dataset) -> None:
+    changed = saved.with_transform(lambda rows: {**rows, "texts": [["x"]] * len(rows["texts"])})
+    with pytest.raises(ValueError, match=r"transform.*dataset\.map.*reset_format"):
+        records_from_dataset(changed, columns=COLUMNS)
+    check(records_from_dataset(changed.with_format(None), columns=COLUMNS), list(range(20)))
 
 
 def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
@@ -120,3 +199,64 @@ def test_workers_share_the_shards(saved: datasets.Dataset) -> None:
     loader = make_loader(make_stream(saved), batch_size=3, num_workers=2)
     found = sorted(int(record.group_id) for batch in loader for record in batch)
     assert found == list(range(20))
+
+
+def interleave(rows: datasets.IterableDataset, **options: Any) -> datasets.IterableDataset:
+    other = rows.map(lambda row: {"label": row["label"] + 50}, features=rows.features)
+    return datasets.interleave_datasets([rows, other], **options)
+
+
+STREAMS: dict[str, Callable[[datasets.IterableDataset], datasets.IterableDataset]] = {
+    "skip": lambda rows: rows.skip(7),
+    "take": lambda rows: rows.take(7),
+    "skip and take": lambda rows: rows.skip(3).take(9),
+    "mapped": lambda rows: rows.take(7).map(lambda row: {"texts": [*row["texts"], "more"]}),
+    "filtered": lambda rows: rows.filter(lambda row: row["label"] % 2 == 0),
+    "filtered by number": lambda rows: rows.filter(lambda _, i: i < 5, with_indices=True),
+    "mapped by number": lambda rows: rows.map(lambda _, i: {"label": i}, with_indices=True),
+    "batches without the last": lambda rows: rows.map(
+        lambda batch: batch, batched=True, batch_size=3, drop_last_batch=True
+    ),
+    "concatenated": lambda rows: datasets.concatenate_datasets([rows.skip(15), rows.take(3)]),
+    "interleaved": lambda rows: interleave(rows, stopping_strategy="first_exhausted"),
+    "interleaved at random": lambda rows: interleave(rows, probabilities=[0.8, 0.2], seed=3),
+    "untouched": lambda rows: rows.select_columns(["img", "texts", "label"]),
+}
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("change", STREAMS)
+def test_a_stream_has_the_samples_of_its_dataset_whatever_was_done_to_it(
+    saved: datasets.Dataset, change: str, num_shards: int
+) -> None:
+    changed = STREAMS[change](saved.to_iterable_dataset(num_shards=num_shards))
+    stream = stream_dataset(changed, columns=COLUMNS, seed=2, buffer_size=5)
+    found = sorted(int(record.group_id) for record in stream)
+    assert found == sorted(row["label"] for row in changed)
+    is_split = change in ("filtered", "untouched")
+    assert len(stream.reader.shards) == (num_shards if is_split else 1)
+
+
+def test_a_stream_of_one_shard_is_resumed_and_says_why_workers_cannot_share_it(
+    saved: datasets.Dataset,
+) -> None:
+    def make() -> Any:
+        rows = saved.to_iterable_dataset(num_shards=4).skip(7)
+        return stream_dataset(rows, columns=COLUMNS, seed=2, buffer_size=5)
+
+    wanted, stopped = list(make()), make()
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(6)]
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert head + list(resumed) == wanted
+    with pytest.raises(ValueError, match=r"first shard is all of the dataset, because of its skip"):
+        make_loader(make(), batch_size=2, num_workers=2)
+
+
+def test_a_stream_that_is_split_by_node_is_refused(saved: datasets.Dataset) -> None:
+    from datasets.distributed import split_dataset_by_node
+
+    rows = split_dataset_by_node(saved.to_iterable_dataset(num_shards=4), rank=1, world_size=2)
+    with pytest.raises(ValueError, match="without split_dataset_by_node"):
+        stream_dataset(rows, columns=COLUMNS)

@@ -120,3 +120,17 @@ def test_a_part_that_a_process_checked_says_nothing_of_the_others(
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     load_records(data, check_images=True)
     assert len(decoded) == 8
+
+
+def test_a_cache_that_may_be_read_alone_is_enough(tmp_path: Path, decoded: list[str]) -> None:
+    """The note of what was checked spares later runs the work, and no run depends on it."""
+    data = write_images(tmp_path / "data", 3)
+    file = load_records(data).file
+    assert file is not None
+    index = file.rename(tmp_path / "index.arrow")
+    note = index.with_suffix(".checked-0-of-1")
+    note.mkdir()  # cannot be written, not even by root
+    errors = ErrorCollector()
+    check_images(RecordTable.open(index), errors)
+    assert not errors.total
+    assert decoded == ["0.png", "1.png", "2.png"]

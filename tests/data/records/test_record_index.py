@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from modeling_llm2clip.data.records import (
     record_columns,
     record_index,
     record_index_worker,
+    record_loading,
     record_table,
 )
 from modeling_llm2clip.data.records import source_files as source_files_module
@@ -329,3 +332,104 @@ def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(tmp_path: Pat
     assert len(content) < 2_000  # bytes: the path and two numbers, and no text
     again: RecordTable = pickle.loads(content)
     assert list(again) == [records[3], records[1]]
+
+
+def write_images(folder: Path, content: bytes) -> Path:
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(content)
+    return folder
+
+
+IMAGE_LINES = [{"file_name": f"{i}.png", "captions": [f"text {i}"]} for i in range(3)]
+
+
+def test_without_a_cache_two_folders_of_images_have_two_indexes(tmp_path: Path) -> None:
+    """The captions are one file, so nothing but the folder makes the difference."""
+    captions = write(tmp_path / "data", IMAGE_LINES) / "captions.jsonl"
+    folders = [write_images(tmp_path / name, name.encode()) for name in ("a", "b")]
+    tables = [load_records(captions, image_dir=folder, cache=False) for folder in folders]
+    for table, folder in zip(tables, folders, strict=True):
+        assert [record.path.parent for record in table] == [folder] * 3
+        assert {image.parent for image in table.iterate_images() if image} == {folder}
+
+
+def test_without_a_cache_other_options_have_another_index(tmp_path: Path) -> None:
+    source = write(tmp_path / "data", [{**line, "id": "x"} for line in IMAGE_LINES])
+    write_images(tmp_path / "images", b"image")
+    options = {"ignore_fields": ["id"], "cache": False}
+    texts = load_records(source, require_images=False, **options)  # type: ignore[arg-type]
+    pairs = load_records(source, image_dir=tmp_path / "images", **options)  # type: ignore[arg-type]
+    assert [record.image for record in texts] == [None] * 3
+    assert [record.path.parent for record in pairs] == [tmp_path / "images"] * 3
+
+
+def test_two_urls_whose_server_has_no_tags_have_two_indexes(
+    tmp_path: Path, small_parts: Path
+) -> None:
+    """Nothing is known of the state of such files, so it is the same for all."""
+    for name in ("a", "b"):
+        lines = [{"group_id": f"{i}", "captions": [f"{name} {i}"]} for i in range(20)]
+        (write(tmp_path / name, lines) / "captions.jsonl").rename(tmp_path / f"{name}.jsonl")
+    with ShardServer(tmp_path, tags=False) as server:
+        one, other = (
+            load_records(f"{server.url}/{name}.jsonl", require_images=False) for name in ("a", "b")
+        )
+        assert [record.captions for record in one] == [(f"a {i}",) for i in range(20)]
+        assert [record.captions for record in other] == [(f"b {i}",) for i in range(20)]
+    assert not small_parts.exists()
+
+
+def test_what_another_process_builds_takes_no_index_from_who_reads_one(
+    tmp_path: Path, small_parts: Path
+) -> None:
+    """An index is read from its file again and again, also by workers that get its path."""
+    import pickle
+
+    source = write(tmp_path / "data", LINES)
+    first = load_records(source, require_images=False)
+    before = list(first)
+    write(source, [{"group_id": "other", "captions": ["other"]}])
+    script = (
+        "import sys; from modeling_llm2clip.data.records import record_index;"
+        "record_index._MOST_ROWS_IN_MEMORY = 0;"
+        "from modeling_llm2clip import load_records;"
+        "load_records(sys.argv[1], require_images=False)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(source)], check=True)
+    assert len(list(small_parts.glob("*.arrow"))) == 2
+    assert list(first) == before
+    assert list(pickle.loads(pickle.dumps(first.select([2, 60])))) == [before[2], before[60]]
+    del first
+    write(source, [{"group_id": "third", "captions": ["third"]}])
+    third = load_records(source, require_images=False)
+    assert [third.file] == list(small_parts.glob("*.arrow"))  # nobody uses the other two
+
+
+def test_an_index_built_anew_for_changed_images_does_not_replace_one_in_use(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path / "data", IMAGE_LINES)
+    for number in range(3):
+        (source / f"{number}.png").write_bytes(b"image")
+    first = load_records(source)
+    (source / "1.png").write_bytes(b"a larger image")
+    second = load_records(source)
+    sizes = [table.read_numbers("image_size").tolist() for table in (first, second)]
+    assert sizes == [[5, 5, 5], [5, 14, 5]]
+    assert load_records(source).file == second.file
+
+
+def test_memory_does_not_grow_with_an_error(tmp_path: Path) -> None:
+    """What is read is in a file, whether all of it is well or not."""
+    lines = [{"file_name": f"{i}.png", "captions": ["x" * 1000]} for i in range(2000)]
+    source = write(tmp_path / "data", [*lines, "not JSON"])
+    job = record_loading._plan(source, None, False, ())
+    before = pa.total_allocated_bytes()
+    table, errors = record_index.open_index(job)
+    assert errors.counts == {"not JSON": 1}
+    collected = record_loading.collect_records(source, require_images=False)
+    assert len(table) == len(collected.records) == 2000
+    # The texts alone are 2 MB; a batch of eight is 8 kB, and tables keep a few.
+    assert pa.total_allocated_bytes() - before < 200_000
+    assert table[1999].captions == collected.records[1999].captions == ("x" * 1000,)

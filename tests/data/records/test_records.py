@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -26,8 +28,10 @@ from captioned_files import (
 )
 
 from modeling_llm2clip.data.images.image_sources import open_image
+from modeling_llm2clip.data.records import records as records_module
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.data.records.records import RawRecord, check_record
+from modeling_llm2clip.data.validation_errors import DataValidationError, ErrorCollector
 
 
 def errors_of(source: Path | str, **options: Any) -> DataValidationError:
@@ -289,3 +293,20 @@ def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None
     (tmp_path / "shards" / "00001.tar").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"00001\.tar: 0000\.png: .* has the file changed"):
         open_image(record.image)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+def test_a_disk_that_fails_is_no_missing_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    raw = RawRecord("line 1", {"image": "0.png", "caption": "x"})
+    errors = ErrorCollector()
+    check_record(raw, errors, image_dir=tmp_path, require_images=True)
+    assert errors.counts == {"image missing": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module.os, "stat", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            check_record(raw, errors, image_dir=tmp_path, require_images=True)

@@ -27,6 +27,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.remote import remote_files
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
+from modeling_llm2clip.data.remote.shard_urls import drop_signature, name_shards
 from modeling_llm2clip.data.sources.shard_columns import ShardColumnsError
 from modeling_llm2clip.data.streams.record_streams import (
     RecordStream,
@@ -35,6 +36,7 @@ from modeling_llm2clip.data.streams.record_streams import (
     stream_records,
 )
 from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import hash_shards
 
 FAST = RetryPolicy(first_wait=0.001)
 SHARDS, SAMPLES = 8, 7
@@ -637,6 +639,76 @@ def test_the_query_of_a_signed_url_is_not_part_of_a_name(served: ShardServer) ->
     assert {name.partition("/")[0] for name in names} == {"00000.tar", "00001.tar", "00002.tar"}
 
 
+SIGNATURES = [
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date={n}&X-Amz-Signature=a/{n}",
+    "AWSAccessKeyId=k&Expires={n}&Signature=s{n}%3D",
+    "X-Goog-Credential=c%2F{n}&X-Goog-Signature={n}",
+    "sv=2024&sr=c&se={n}&sp=r&sig=a/b{n}",
+    "Policy=p{n}&Signature=s{n}&Key-Pair-Id=k",
+]
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_a_stream_of_urls_that_are_signed_anew_is_resumed(
+    served: ShardServer, signature: str
+) -> None:
+    def make(number: int) -> RecordStream:
+        query = signature.format(n=number)
+        urls = [f"{served.url}/0000{n}.tar?v=1&{query}{n}" for n in range(3)]
+        return stream_records(urls, seed=1, buffer_size=4, retry=FAST)
+
+    wanted = list_names(make(1))
+    stopped = make(1)
+    iterator = iter(stopped)
+    head = [next(iterator).name for _ in range(5)]
+    resumed = make(2)
+    resumed.load_state_dict(stopped.state_dict())
+    assert head + list_names(resumed) == wanted
+    assert {name.partition("/")[0] for name in wanted} == {f"0000{n}.tar" for n in range(3)}
+
+
+def test_a_query_that_names_the_shard_or_its_version_is_part_of_it() -> None:
+    host = "https://x.example/get"
+    one = [f"{host}?file={n}.tar&Signature=s{n}" for n in range(2)]
+    again = [f"{host}?file={n}.tar&Signature=t{n}" for n in range(2)]
+    other = [f"{host}?file={n}.tar&versionId=2&Signature=s{n}" for n in range(2)]
+    assert hash_shards(one) == hash_shards(again) != hash_shards(other)
+    assert name_shards(one) == name_shards(again) == ["get?file=0.tar", "get?file=1.tar"]
+    plain = ["a/0.tar", "https://x.example/1.tar", "s3://b/2.tar?versionId=3", "pipe:cat 3?sig=1"]
+    assert [drop_signature(shard) for shard in plain] == plain
+    assert (
+        drop_signature("https://x.example/0.tar?sp=1&st=2") == "https://x.example/0.tar?sp=1&st=2"
+    )
+
+
+def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
+    def make(num_workers: int) -> Any:
+        return make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=num_workers)
+
+    alone = make(0)
+    next(iter(alone))
+    state = alone.state_dict()
+    with pytest.raises(ValueError, match=r"num_workers=0, and this one has 2.*use as many"):
+        make(2).load_state_dict(state)
+    # As two workers save it.
+    of_two = {"_snapshot": {"_main_snapshot": {"_num_workers": 2}, "_worker_snapshots": {}}}
+    for num_workers in (0, 1):
+        with pytest.raises(ValueError, match=f"num_workers=2, and this one has {num_workers}"):
+            make(num_workers).load_state_dict(of_two)
+    with pytest.raises(ValueError, match="not the state of a loader"):
+        make(0).load_state_dict({"epoch": 1})
+    make(0).load_state_dict({})
+
+
+@pytest.mark.slow  # two processes
+def test_a_state_of_two_workers_says_so(tars: Path) -> None:
+    loader = make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=2)
+    next(iter(loader))
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    with pytest.raises(ValueError, match="num_workers=2, and this one has 0"):
+        make_loader(stream_records(tars, seed=1), batch_size=4).load_state_dict(state)
+
+
 def test_the_package_for_web_servers_is_named_where_it_is_missing(
     served: ShardServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,3 +723,84 @@ def test_torchdata_is_named_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "torchdata", None)
     with pytest.raises(ImportError, match=r"torchdata .*modeling_llm2clip\[remote\]"):
         make_loader(stream_records(tars), batch_size=2)
+
+
+@pytest.mark.parametrize("path", ["", "  ", None])
+def test_rows_with_an_empty_path_are_images_of_their_own(tmp_path: Path, path: str | None) -> None:
+    """Otherwise all rows would have one name, so be one group, and have no negatives."""
+    rows = [
+        {"image": {"bytes": encode_noise(n), "path": path}, "caption": f"{n}"} for n in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    streamed = list(stream_records(tmp_path, buffer_size=1))
+    assert [record.group_id for record in streamed] == [f"0.parquet/{n}" for n in range(4)]
+    assert [r.name for r in streamed] == [r.name for r in load_records(tmp_path)]
+
+
+def test_a_folder_of_several_formats_is_refused_with_a_pattern(tars: Path) -> None:
+    write_parquets(tars.parent / "others")
+    for file in (tars.parent / "others").iterdir():
+        file.rename(tars / file.name)
+    # Beside each tar, and of its name, they are notes on it.
+    assert len(stream_records(tars).reader.shards) == SHARDS
+    (tars / "00000.parquet").rename(tars / "more.parquet")
+    match = rf"8 \.tar, 8 \.parquet.*such as {tars}/\*\.tar"
+    with pytest.raises(ValueError, match=match):
+        stream_records(tars)
+    with pytest.raises(ValueError, match="several sources"):
+        load_records(tars)
+    for source in (f"{tars}/*.tar", f"{tars}/*.parquet"):
+        assert len(stream_records(source).reader.shards) == SHARDS
+
+
+def test_a_folder_of_several_formats_at_a_service_is_refused() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("0.tar", "1.parquet", "captions.jsonl"):
+        memory.pipe(f"/mixed/{name}", b"")
+    try:
+        with pytest.raises(ValueError, match=r"1 \.tar, 1 \.parquet, 1 \.jsonl"):
+            stream_records("memory://mixed")
+    finally:
+        memory.rm("/mixed", recursive=True)
+
+
+NAMES = ["x#y.png", "50%.png", "a%20b.png", "a b.png", "what?.png", "größe.png", "a+b&c=d.png"]
+
+
+@pytest.mark.parametrize("query", ["", "?sig=a/b%2Fc"])
+def test_names_of_images_beside_json_lines_are_quoted_in_urls(tmp_path: Path, query: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x").write_bytes(encode_noise(99))  # what an unquoted "x#y" would be
+    lines = []
+    for number, name in enumerate(NAMES):
+        (tmp_path / "images" / name).write_bytes(encode_noise(number))
+        lines.append(json.dumps({"image": f"images/{name}", "caption": f"{number}"}))
+    (tmp_path / "0.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    local = [read(record) for record in load_records(tmp_path / "0.jsonl")]
+    with ShardServer(tmp_path) as server:
+        stream = stream_records(f"{server.url}/0.jsonl{query}", buffer_size=1, retry=FAST)
+        assert [read(record) for record in stream] == local
+    assert [read(r) for r in stream_records(tmp_path / "0.jsonl", buffer_size=1)] == local
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_in_a_tar(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    members = {
+        "0.png": encode_noise(0), "0.txt": mark + "größer".encode(),
+        "1.png": encode_noise(1), "1.json": mark + b'{"caption": "a"}',
+    }  # fmt: skip
+    write_shard(tmp_path / "0.tar", members)
+    for records in (load_records(tmp_path / "0.tar"), stream_records(tmp_path / "0.tar")):
+        assert sorted(record.captions for record in records) == [("a",), ("größer",)]
+
+
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path) -> None:
+    rows = [pa.array(["0"]), pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(rows, names=["group_id", "caption", "caption"])
+    pq.write_table(table, tmp_path / "0.parquet")
+    with pytest.raises(ShardColumnsError, match="two columns named 'caption'"):
+        list(stream_records(tmp_path, require_images=False))
+    with pytest.raises(ValueError, match="two columns of one name"):
+        load_records(tmp_path, require_images=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from captioned_files import write_shards
 from downloads import write_downloaded_parquet
+from failing_disk import make_failing_file
 from published_datasets import (
     captions_by_image,
     errors_of,
@@ -211,3 +213,21 @@ def test_records_may_have_distractors_and_published_datasets_may_not(tmp_path: P
         load_dataset(records)
     with pytest.raises(ValueError, match="emoji is a published dataset"):
         load_dataset("emoji", lang="en", allow_distractors=True)
+
+
+def test_what_cannot_be_read_is_not_skipped_as_invalid(tmp_path: Path) -> None:
+    """Neither an image nor a shard: a score without them would be of fewer samples."""
+    folder = write_own_folder(tmp_path / "images")
+    make_failing_file(folder / "a.jpg")
+    with pytest.raises(OSError, match=r"a\.jpg: cannot be read"):
+        load_dataset("folder", folder, lang="en", skip_invalid=True)
+    shards = write_shards(tmp_path / "shards")
+    found = load_dataset("folder", shards, lang="en", skip_invalid=True)
+    (shards / "00002.tar").write_bytes(b"no tar")
+    skipped = load_dataset("folder", shards, lang="en", skip_invalid=True)
+    assert skipped.protocol["skipped_samples"] == 1
+    assert skipped.list_content() == found.list_content()
+    for name in ("00002.tar", "00001.tar"):
+        make_failing_file(shards / name)
+        with pytest.raises(DataValidationError, match=r"(?s)its disk fails.*Try again"):
+            load_dataset("folder", shards, lang="en", skip_invalid=True)

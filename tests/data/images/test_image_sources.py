@@ -1,0 +1,122 @@
+"""An image that is invalid and one that cannot be read are two things, wherever it is."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from captioned_files import encode, write_parquet, write_shards
+from failing_disk import make_failing_file
+from PIL import Image
+from shard_server import ShardServer
+
+from modeling_llm2clip.data.images.image_sources import (
+    ParquetImage,
+    TarImage,
+    decode_image,
+    find_unreadable_images,
+)
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.remote import file_places, remote_access
+from modeling_llm2clip.data.validation_errors import DataValidationError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts with no block, and does not wait before it asks again."""
+    monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
+    monkeypatch.setattr(remote_access.RetryPolicy, "waits", lambda _: [0.0] * 4)
+    file_places._of_thread.__dict__.clear()
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", encode("images/red.png")[:-30]])
+def test_a_file_of_invalid_content_is_an_invalid_image(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "0.png"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"0\.png"):
+        decode_image(file)
+    assert list(find_unreadable_images([file])) == [file]
+
+
+def test_a_file_that_cannot_be_read_is_no_invalid_image(tmp_path: Path) -> None:
+    good = tmp_path / "0.png"
+    good.write_bytes(encode("images/red.png"))
+    for file in (tmp_path / "gone.png", make_failing_file(tmp_path / "1.png")):
+        with pytest.raises(OSError, match=rf"{file.name}: cannot be read .*Run the same command"):
+            decode_image(file)
+        with pytest.raises(OSError, match="cannot be read"):
+            find_unreadable_images([good, file])
+    assert decode_image(good).size == (9, 6)
+
+
+def test_a_row_of_a_file_that_fails_is_no_invalid_image(tmp_path: Path) -> None:
+    file = make_failing_file(tmp_path / "0.parquet")
+    images = (ParquetImage(file, "image", 0), TarImage(file, "0.png", 0, 10))
+    for image in images:
+        with pytest.raises(OSError, match="cannot be read"):
+            decode_image(image)
+
+
+def test_a_shard_that_became_shorter_is_no_invalid_image(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data")
+    image = load_records(folder)[0].image
+    assert isinstance(image, TarImage) and isinstance(image.shard, Path)
+    image.shard.write_bytes(image.shard.read_bytes()[: image.offset + 3])
+    with pytest.raises(OSError, match=r"cannot be read .*has the file changed"):
+        decode_image(image)
+
+
+def test_a_row_of_broken_bytes_is_an_invalid_image(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG")
+    rows = [{"bytes": stream.getvalue(), "path": None}, {"bytes": b"no image", "path": None}]
+    file = tmp_path / "0.parquet"
+    pq.write_table(pa.table({"image": rows, "caption": ["a", "b"]}), file)
+    assert decode_image(ParquetImage(file, "image", 0)).size == (4, 4)
+    with pytest.raises(ValueError, match="row 1: not an image"):
+        decode_image(ParquetImage(file, "image", 1))
+    # A file that is damaged is invalid, too: reading it again gives the same.
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + bytes(len(content) - 8) + content[-4:])
+    with pytest.raises(ValueError, match="row 0"):
+        decode_image(ParquetImage(file, "image", 0))
+
+
+@pytest.mark.parametrize("status", [500, 503, 404, 403])
+def test_a_server_that_fails_says_nothing_of_its_images(tmp_path: Path, status: int) -> None:
+    for write, names in (
+        (write_shards, "{00000..00001}.tar"),
+        (write_parquet, "part-{0..1}.parquet"),
+    ):
+        folder = write(tmp_path / write.__name__)
+        with ShardServer(folder) as server:
+            records = load_records(f"{server.url}/{names}", cache=False)
+            file_places._blocks = file_places.ByteCache(10**6)
+            file_places._of_thread.__dict__.clear()
+            before = server.requests.total()
+            for file in folder.iterdir():
+                server.status[file.name] = status
+            with pytest.raises(OSError, match="cannot be read"):
+                find_unreadable_images([record.image for record in records if record.image])
+            # What may pass is asked for again, as often as the policy says.
+            assert (server.requests.total() - before > 3) == (status >= 500)
+            server.status.clear()
+            assert not find_unreadable_images(r.image for r in records if r.image)
+
+
+def test_a_check_of_images_ends_where_the_disk_fails(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    lines = [f'{{"image": "{number}.png", "caption": "x"}}' for number in range(3)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataValidationError, match="image unreadable: 3"):
+        load_records(tmp_path, check_images=True)
+    make_failing_file(tmp_path / "1.png")
+    with pytest.raises(OSError, match=r"1\.png: cannot be read"):
+        load_records(tmp_path, check_images=True)
