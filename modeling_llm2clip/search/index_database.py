@@ -291,15 +291,16 @@ class IndexDatabase:
             merge = self._table.merge_insert("path").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(table)
 
-    def note_stats(self, stats: Mapping[str, str]) -> None:
-        """Replace `stat` of files that were touched and not changed.
+    def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
+        """Replace some columns of files that were touched and not changed.
 
         Args:
-            stats: Path to what its file system says now.
+            rows: `path`, and the columns that are of the file and not of what it contains.
         """
+        fields = [_make_schema(self.about.width).field(name) for name in rows]
         with explained(self.location, "written"):
-            rows = pa.table({"path": list(stats), "stat": list(stats.values())})
-            self._table.merge_insert("path").when_matched_update_all().execute(rows)
+            table = pa.table(dict(rows), schema=pa.schema(fields))
+            self._table.merge_insert("path").when_matched_update_all().execute(table)
 
     def remove(self, paths: Sequence[str]) -> None:
         """Remove images.
