@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from captioned_files import (
     RECORDS,
     encode,
@@ -16,8 +17,10 @@ from captioned_files import (
 )
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, count_bytes
-from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_records
+from modeling_llm2clip.data.records import record_table
+from modeling_llm2clip.data.records.data_hashes import hash_columns, hash_image_sizes, hash_records
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
 
 
 def test_images_have_the_same_sizes_in_files_and_shards(tmp_path: Path) -> None:
@@ -57,3 +60,29 @@ def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> 
     assert len({hash_records([first]), *hashes}) == 6
     same = replace(first, image=Path("a.png"), keywords=(), place="line 3")
     assert hash_records([same]) == hash_records([first])
+
+
+def test_a_hash_of_columns_depends_on_their_values_and_order_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [
+        CaptionedImage(
+            None, f"{number}", f"{number}", ("a",), keywords=("k", "l")[:number], url=url
+        )
+        for number, url in enumerate((None, "", "u", "v"))
+    ]
+    names = ("url", "keywords")
+    found = hash_columns(records, names)
+    changed = [
+        [records[1], records[0], *records[2:]],  # None and "" are two values
+        [*records[:3], replace(records[3], keywords=("kl",))],
+        [*records[:2], replace(records[2], url="uv"), replace(records[3], url="")],
+        records[:3],
+    ]
+    assert len({found, *(hash_columns(other, names) for other in changed)}) == 5
+    assert (
+        hash_columns([replace(one, group_id="g", captions=("b",)) for one in records], names)
+        == found
+    )
+    monkeypatch.setattr(record_table, "ROWS_PER_BATCH", 3)
+    assert hash_columns(records, names) == found
