@@ -260,7 +260,7 @@ def _make_items(num_items: int, num_rows: int) -> Iterator[pa.RecordBatch]:
 def _write_sparse_shard(writer: EmbeddingStoreWriter, shard: int) -> None:
     manifest = writer.manifest
     rows = manifest.rows_of_shard(shard)
-    head = make_header(len(rows), manifest.dim, manifest.dtype) + bytes(8 * len(rows))
+    head = make_header(len(rows), manifest) + bytes(8 * len(rows))
     size = len(head) + len(rows) * manifest.row_bytes
     with (writer.folder / shard_file(shard)).open("wb") as opened:
         opened.write(head)

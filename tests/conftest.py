@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import random
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ os.environ.update(
 )
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
-# How long an example takes depends on the machine, and decides nothing.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+# How long an example takes depends on the machine, and decides nothing. Examples are those of the
+# last run, so that a run that fails failed for what was changed.
+hypothesis.settings.register_profile("the same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("the same")
 
 
 def is_local(address: Any) -> bool:
@@ -62,9 +65,24 @@ def _refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", only_local(original, position=0))
 
 
+def fix_seeds() -> None:
+    """Seed what draws from a state that all tests share."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _fix_seed() -> None:
-    torch.manual_seed(0)
+    fix_seeds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """Make what many tests share the same, whichever of them is the first."""
+    if fixturedef.scope != "function":
+        fix_seeds()
+    return (yield)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from ..configs.embed_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
-from ..data.records.data_hashes import hash_image_sizes, hash_texts
+from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_texts
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
@@ -49,6 +49,7 @@ from .shard_encoding import ShardEncoder, load_shard_encoder
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _SHOWN = 5
+_OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
 
 
 def embed(
@@ -188,6 +189,8 @@ def plan_output(
     plan = {**encoder.plan, "data": hash_texts(records)}
     if isinstance(rows, ImageRows):
         plan["images"] = hash_image_sizes(records)
+    if others := sorted(set(config.columns) - _OF_TEXTS):
+        plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
         plan["int8_ranges"] = _name_ranges(config)
     modality: Modality = "text" if isinstance(rows, TextRows) else "image"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from .index_database import ImageFacts
 
 _EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
+_UNNAMED = "image number 0: "  # what `load_images` calls an image without a name
 # What Pillow raises for EXIF that is not as it should be.
 _EXIF_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AttributeError,
@@ -40,12 +43,15 @@ class EncodedImages:
         embeds: (N, P) float32 on the CPU, of unit length.
         facts: Of each file.
         errors: What is wrong with each of the other files.
+        digests: SHA-256 of the bytes that were decoded, or that cannot be; without files of which
+            no byte can be read.
     """
 
     paths: list[Path]
     embeds: Tensor
     facts: list[ImageFacts]
     errors: dict[Path, str]
+    digests: dict[Path, str]
 
 
 def encode_readable_images(
@@ -100,6 +106,7 @@ def encode_readable_images(
         else torch.empty(0, model.config.projection_dim, dtype=torch.float32),
         facts=[facts for _, facts in kept],
         errors={path: reader.errors[path] for path in paths if path in reader.errors},
+        digests=reader.digests,
     )
 
 
@@ -110,6 +117,7 @@ class _Reader:
         self._processor = processor
         self.facts: dict[Path, ImageFacts] = {}
         self.errors: dict[Path, str] = {}
+        self.digests: dict[Path, str] = {}
 
     def read(self, paths: Sequence[Path]) -> dict[str, Tensor]:
         try:
@@ -119,13 +127,27 @@ class _Reader:
 
     def _load(self, path: Path) -> Image.Image:
         try:
-            with read_image_header(path, name=str(path)) as opened:
+            with self._open(path) as opened:
                 taken = find_time_taken(opened)
                 image: Image.Image = load_images(opened)
         except ValueError as error:
-            return self._refuse(path, str(error))
+            return self._refuse(path, str(error).removeprefix(_UNNAMED))
         self.facts[path] = ImageFacts(image.width, image.height, taken)
         return image
+
+    def _open(self, path: Path) -> Image.Image:
+        """Open an image of bytes that are read once, so that they are those of the digest.
+
+        It has no `filename`: from one, Pillow would map some formats again when it decodes them.
+        """
+        with read_image_header(path, name=str(path)):
+            pass  # what is no image is not read into memory
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error}).") from error
+        self.digests[path] = hashlib.sha256(content).hexdigest()
+        return read_image_header(io.BytesIO(content), name=str(path))
 
     def _prepare_or_refuse(self, path: Path) -> dict[str, Tensor]:
         try:

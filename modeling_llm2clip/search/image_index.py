@@ -50,7 +50,7 @@ class ImageIndex:
 
     Args:
         database: The open database.
-        image_dir: Folder of the images.
+        image_dir: Folder of the images; None for where the database says that they are.
         encoder: Encodes queries; by default the model is found when the first query needs it.
         device: Where the model runs.
 
@@ -67,14 +67,14 @@ class ImageIndex:
     def __init__(
         self,
         database: IndexDatabase,
-        image_dir: Path,
+        image_dir: Path | None = None,
         encoder: QueryEncoder | None = None,
         *,
         device: str = "auto",
     ) -> None:
         self._database = database
         self._opened = database.about
-        self._image_dir = image_dir
+        self._given_dir = image_dir
         self._encoder = encoder
         self._device = device
         self._lock = threading.Lock()
@@ -95,6 +95,16 @@ class ImageIndex:
                 model than when it was opened.
         """
         num_rows = self._database.count(where)
+        self._require_same_model()
+        return num_rows
+
+    def count_readable(self) -> int:
+        """Count the images by reading a number of each, so that missing files are noticed.
+
+        Raises:
+            IndexUnavailableError: As `count`, or files of the index are missing.
+        """
+        num_rows = self._database.count_readable()
         self._require_same_model()
         return num_rows
 
@@ -151,7 +161,7 @@ class ImageIndex:
         database, encoder = build_index(
             model, Path(image_dir), str(path), config or IndexConfig(), report=report
         )
-        return cls(database, Path(image_dir).resolve(), encoder)
+        return cls(database, encoder=encoder)
 
     @classmethod
     def open(
@@ -206,11 +216,11 @@ class ImageIndex:
         Raises:
             ValueError: There is no such folder, or the model is another one.
         """
-        folder = Path(image_dir or database.about.image_dir)
-        if image_dir is not None and not folder.is_dir():
+        folder = None if image_dir is None else Path(image_dir).resolve()
+        if folder is not None and not folder.is_dir():
             raise ValueError(f"image_dir={str(image_dir)!r}: no such folder.")
         encoder = None if model is None else _open_encoder(database, model, device)
-        return cls(database, folder.resolve(), encoder, device=device)
+        return cls(database, folder, encoder, device=device)
 
     @property
     def encoder(self) -> QueryEncoder:
@@ -308,6 +318,10 @@ class ImageIndex:
         from .faiss_export import export_faiss
 
         return export_faiss(self._database, self._image_dir, Path(file))
+
+    @property
+    def _image_dir(self) -> Path:
+        return self._given_dir or Path(self.about.image_dir)
 
     def _require_same_model(self) -> None:
         """Refuse to compare embeddings of one model with images of another."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +50,7 @@ COLUMNS = {
     "taken": pa.timestamp("us"),
 }
 _IMAGES = "images"
+_EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
 _LOCK = ".llm2clip-lock"
 _VALUES_AT_ONCE = 500  # in a filter
 _READ_AT_ONCE = 8192
@@ -161,8 +161,9 @@ class IndexDatabase:
             if "://" not in self.location:
                 require_database_folder(Path(self.location))
             self.about = self._read_about()
+            # Opened anew: a table that is open stays at its version if that of a new one is lower.
             with explained(self.location, "read"):
-                self._table.checkout_latest()
+                self._table = self._connection.open_table(_IMAGES)
             self.about = self._read_about()
             self._looked_at = time.monotonic()
 
@@ -172,14 +173,14 @@ class IndexDatabase:
             raise _refuse(self.location)
         return about
 
-    def _read(self, function: Callable[[], T]) -> T:
-        """Read, and once more after a new look, since files go when a database is replaced."""
+    def _read(self, function: Callable[[Any], T]) -> T:
+        """Read the table, and once more after a new look: files go when it is replaced."""
         try:
-            return function()
+            return function(self._table)
         except ERRORS:
             self._looked_at = -_SEEN_AFTER_S
             self.refresh()
-            return function()
+            return function(self._table)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -223,13 +224,24 @@ class IndexDatabase:
         self.refresh()
         if where is None:
             with explained(self.location, "read"):
-                return int(self._read(self._table.count_rows))
+                return int(self._read(lambda table: table.count_rows()))
         try:
-            return int(self._read(partial(self._table.count_rows, where)))
+            return int(self._read(lambda table: table.count_rows(where)))
         except IndexUnavailableError:
             raise
         except ERRORS as error:
+            self.count_readable()
             raise ValueError(explain_filter(where, shorten(error), COLUMNS)) from error
+
+    def count_readable(self) -> int:
+        """Count the images by reading a number of each; `count` without a filter reads no file.
+
+        Raises:
+            IndexUnavailableError: The database cannot be read any more, or lacks files.
+        """
+        self.refresh()
+        with explained(self.location, "read"):
+            return int(self._read(lambda table: table.count_rows(_EVERY_IMAGE)))
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read columns of all images.
@@ -291,15 +303,16 @@ class IndexDatabase:
             merge = self._table.merge_insert("path").when_matched_update_all()
             merge.when_not_matched_insert_all().execute(table)
 
-    def note_stats(self, stats: Mapping[str, str]) -> None:
-        """Replace `stat` of files that were touched and not changed.
+    def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
+        """Replace some columns of files that were touched and not changed.
 
         Args:
-            stats: Path to what its file system says now.
+            rows: `path`, and the columns that are of the file and not of what it contains.
         """
+        fields = [_make_schema(self.about.width).field(name) for name in rows]
         with explained(self.location, "written"):
-            rows = pa.table({"path": list(stats), "stat": list(stats.values())})
-            self._table.merge_insert("path").when_matched_update_all().execute(rows)
+            table = pa.table(dict(rows), schema=pa.schema(fields))
+            self._table.merge_insert("path").when_matched_update_all().execute(table)
 
     def remove(self, paths: Sequence[str]) -> None:
         """Remove images.
@@ -366,16 +379,18 @@ class IndexDatabase:
         """
         if where is not None:
             check_filter(where, COLUMNS)
-        query = self._table.search(embedding, vector_column_name="embedding")
-        query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
-        if where is not None:
-            query = query.where(where, prefilter=True)
-        if ann is None:
-            query = query.bypass_vector_index()
-        else:
-            query = query.nprobes(ann.nprobes).refine_factor(ann.refine_factor)
+
+        def find(table: Any) -> pa.Table:
+            query = table.search(embedding, vector_column_name="embedding")
+            query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
+            if where is not None:
+                query = query.where(where, prefilter=True)
+            if ann is None:
+                return query.bypass_vector_index().to_arrow()
+            return query.nprobes(ann.nprobes).refine_factor(ann.refine_factor).to_arrow()
+
         with explained(self.location, "read"):
-            rows: list[dict[str, Any]] = self._read(query.to_arrow).to_pylist()
+            rows: list[dict[str, Any]] = self._read(find).to_pylist()
         for row in rows:
             row["cosine"] = 1 - row.pop("_distance")
         return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))

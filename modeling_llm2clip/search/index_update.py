@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,8 @@ from .query_encoding import QueryEncoder
 
 _COMMITTED_AT_ONCE = 512
 _SHOWN = 8
+_WRITTEN = "was written while it was read. Index again."
+_FactsAndEmbedding: TypeAlias = tuple[ImageFacts, np.ndarray[Any, Any]]
 
 
 @dataclass
@@ -132,6 +134,7 @@ class _Update:
             for start in range(0, len(waiting), _COMMITTED_AT_ONCE):
                 part = dict(waiting[start : start + _COMMITTED_AT_ONCE])
                 self._write_part(part, progress)
+                progress.update(start + len(part) - progress.n)
         if len(self.counts.errors) == len(paths):
             raise ValueError(self.counts.describe_errors())
         unreadable = {self._relative(path) for path in self.counts.errors}
@@ -144,74 +147,103 @@ class _Update:
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
         digests = self._hash(part)
-        same = {
-            name: describe_stat(self._stats[name])
+        touched = {
+            name
             for name, digest in digests.items()
             if name in self._known and self._known[name].sha256 == digest
         }
-        if same:  # touched, and not changed
-            self._database.note_stats(same)
-            self.counts.unchanged += len(same)
-        names = [name for name in digests if name not in same]
-        found = self._find_or_encode({name: digests[name] for name in names}, part, progress)
+        wanted = {name: digest for name, digest in digests.items() if name not in touched}
+        found = self._find_or_encode(wanted, part, progress)
         self._refuse_written(part)
-        errors = self.counts.errors
-        written = [n for n in names if digests[n] in found and part[n] not in errors]
-        if not written:
-            return
-        facts = [found[digests[name]] for name in written]
-        stats = [self._stats[name] for name in written]
-        self._database.write(
-            {
-                "path": written,
-                "sha256": [digests[name] for name in written],
-                "bytes": [stat.st_size for stat in stats],
-                "modified": [datetime.fromtimestamp(s.st_mtime, timezone.utc) for s in stats],
-                "width": [fact.width for fact, _ in facts],
-                "height": [fact.height for fact, _ in facts],
-                "taken": [fact.taken for fact, _ in facts],
-                "stat": [describe_stat(stat) for stat in stats],
-            },
-            np.stack([embedding for _, embedding in facts]),
-        )
-        self._digests |= {digests[name] for name in written}
-        num_changed = sum(name in self._known for name in written)
+        kept = [name for name in digests if part[name] not in self.counts.errors]
+        if unchanged := [name for name in kept if name in touched]:
+            self._database.note_touched(self._describe_files(unchanged))
+            self.counts.unchanged += len(unchanged)
+        if written := [name for name in kept if name in wanted]:
+            self._write(written, wanted, found)
+
+    def _write(
+        self, names: list[str], digests: dict[str, str], found: dict[str, _FactsAndEmbedding]
+    ) -> None:
+        facts = [found[digests[name]][0] for name in names]
+        rows = {
+            **self._describe_files(names),
+            "sha256": [digests[name] for name in names],
+            "bytes": [self._stats[name].st_size for name in names],
+            "width": [fact.width for fact in facts],
+            "height": [fact.height for fact in facts],
+            "taken": [fact.taken for fact in facts],
+        }
+        self._database.write(rows, np.stack([found[digests[name]][1] for name in names]))
+        self._digests |= {digests[name] for name in names}
+        num_changed = sum(name in self._known for name in names)
         self.counts.changed += num_changed
-        self.counts.added += len(written) - num_changed
+        self.counts.added += len(names) - num_changed
+
+    def _describe_files(self, names: list[str]) -> dict[str, list[Any]]:
+        """List the columns that change with a file, whatever it contains."""
+        stats = [self._stats[name] for name in names]
+        return {
+            "path": names,
+            "modified": [datetime.fromtimestamp(s.st_mtime, timezone.utc) for s in stats],
+            "stat": [describe_stat(stat) for stat in stats],
+        }
 
     def _find_or_encode(
         self, digests: dict[str, str], part: dict[str, Path], progress: tqdm[Any]
-    ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
-        """Return facts and embedding by digest: from the index, or else by the model."""
+    ) -> dict[str, _FactsAndEmbedding]:
+        """Return facts and embedding by digest: from the index, or else by the model.
+
+        Of equal files the first is encoded. If it was written since it was hashed, what it holds
+        now says nothing of the others, and the next one is encoded.
+        """
         known = [digest for digest in set(digests.values()) if digest in self._digests]
         found = self._database.find_by_digest(known)
-        first = {digest: part[name] for name, digest in reversed(digests.items())}
-        new = {path: digest for digest, path in first.items() if digest not in found}
-        progress.update(len(part) - len(new))
-        if not new:
-            return found
+        missing = {name: digest for name, digest in digests.items() if digest not in found}
+        while missing:
+            first = {digest: part[name] for name, digest in reversed(missing.items())}
+            encoded, broken = self._encode({path: d for d, path in first.items()}, progress)
+            found |= encoded
+            for name, digest in missing.items():
+                if digest in broken:  # and so is every copy of it
+                    error = broken[digest].replace(str(first[digest]), str(part[name]), 1)
+                    self.counts.errors[part[name]] = error
+            missing = {
+                name: digest
+                for name, digest in missing.items()
+                if digest not in found and part[name] not in self.counts.errors
+            }
+        return found
+
+    def _encode(
+        self, digests: dict[Path, str], progress: tqdm[Any]
+    ) -> tuple[dict[str, _FactsAndEmbedding], dict[str, str]]:
+        """Encode files; return what was found and errors, each by the digest it is sure of."""
         encoded = encode_readable_images(
             self._encoder.vision_model,
             self._encoder.processor,
-            list(new),
+            list(digests),
             batch_size=self._config.batch_size,
             num_workers=self._config.num_workers,
             progress=progress,
         )
         self.counts.encoded += len(encoded.paths)
-        broken = {new[path]: error for path, error in encoded.errors.items()}
-        for name, digest in digests.items():  # every copy of it
-            if digest in broken:
-                error = broken[digest].replace(str(first[digest]), str(part[name]), 1)
-                self.counts.errors[part[name]] = error
+        for path, digest in digests.items():
+            if path not in encoded.digests:
+                self.counts.errors[path] = encoded.errors[path]
+            elif encoded.digests[path] != digest:
+                self.counts.errors[path] = f"{path}: {_WRITTEN}"
+        same = digests.keys() - self.counts.errors.keys()
         rows = zip(encoded.paths, encoded.facts, encoded.embeds.numpy(), strict=True)
-        return {**found, **{new[path]: (facts, row) for path, facts, row in rows}}
+        found = {digests[path]: (facts, row) for path, facts, row in rows if path in same}
+        errors = encoded.errors.items()
+        return found, {digests[path]: error for path, error in errors if path in same}
 
     def _refuse_written(self, part: dict[str, Path]) -> None:
-        """Make errors of files whose digest and embedding may be of different contents."""
+        """Make errors of files that are no longer what their size and times are noted of."""
         for path in part.values():
             if path not in self.counts.errors and self._has_been_written(path):
-                self.counts.errors[path] = f"{path}: was written while it was read. Index again."
+                self.counts.errors[path] = f"{path}: {_WRITTEN}"
 
     def _has_been_written(self, path: Path) -> bool:
         try:

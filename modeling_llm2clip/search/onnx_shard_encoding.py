@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
-from ..data.atomic_files import hash_file
+from ..data.atomic_files import hash_file, hash_json
 from ..data.images.image_sources import ImageSource
 from ..encoding.batches import iterate_batches
 from ..encoding.encode import raise_malloc_thresholds
@@ -22,7 +22,13 @@ from ..encoding.onnx_encoding import (
     OnnxEncoder,
 )
 from ..encoding.tokenized_texts import TokenizedTexts
-from ..model_folders.onnx_folder import choose_graph, load_onnx_encoder, read_onnx_record
+from ..model_folders.fingerprint import hash_model_files
+from ..model_folders.onnx_folder import (
+    choose_graph,
+    data_file,
+    load_onnx_encoder,
+    read_onnx_record,
+)
 from .embedding_rows import ImageRows, TextRows
 from .shard_encoding import Array, DecodedBatch, ImageShardEncoder, TextShardEncoder
 
@@ -60,13 +66,19 @@ def fingerprint_graph(folder: Path, modality: str, config: EmbedConfig) -> dict[
         config: Options of the encoding.
 
     Returns:
-        Those of the model that was exported, and `graph` (SHA-256).
+        Those of the model that was exported, and of the folder `graph` and `tokenizer and settings`
+        (SHA-256), which may have been changed since.
 
     Raises:
         ValueError: It is another folder, or has no such graph.
     """
     graph = choose_graph(folder, modality, config.text_weights)
-    return {**read_onnx_record(folder)["source"][modality], "graph": hash_file(graph)}
+    files = [file for file in (graph, data_file(graph)) if file.is_file()]
+    return {
+        **read_onnx_record(folder)["source"][modality],
+        "graph": hash_json([hash_file(file) for file in files]),
+        "tokenizer and settings": hash_model_files(folder, ["*.json"]),
+    }
 
 
 class OnnxTextShardEncoder(TextShardEncoder):

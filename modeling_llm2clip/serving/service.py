@@ -282,7 +282,7 @@ class EmbeddingService:
         if index is None:
             return None, None
         try:
-            return await asyncio.to_thread(index.count), None
+            return await asyncio.to_thread(index.count_readable), None
         except IndexUnavailableError as error:
             return None, str(error)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
@@ -15,8 +17,9 @@ from launches import kill_repeatedly, run_python, start_with_ray
 from made_up_records import write_captions
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.embed_config import EmbeddingColumn
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.search import bulk_embedding as stage
 from modeling_llm2clip.search.bulk_embedding import describe_embeddings, embed
@@ -92,6 +95,55 @@ def test_partitions_leave_the_same_bytes_and_the_last_one_completes_them(
         line = describe_embeddings(folder)[0]
         assert line.startswith(f"{num_files} of 4 files are" if part != 2 else "Wrote ")
     assert read_bytes(folder) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("url", {"url": "https://example.org/moved.png"}),
+        ("group_id", {"group_id": "another"}),
+        ("keywords", {"keywords": ("new",)}),
+        ("place", {"place": "captions.jsonl, line 9"}),
+        ("image_file", {"image": Path("elsewhere", "0.png")}),
+        ("text", {"captions": ("A new text.",)}),
+        ("long_captions", {"long_captions": ("A new text.",)}),
+        ("lang", {"lang": "fr"}),
+    ],
+)
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_partitions_of_other_values_of_a_column_are_refused(
+    modality: Modality,
+    column: EmbeddingColumn,
+    change: dict[str, Any],
+    model: Path,
+    images: Path,
+    tmp_path: Path,
+) -> None:
+    if modality == "image" and column in ("text", "image_file"):
+        pytest.skip("a column of texts, or another image, which is refused as such")
+    records = list(load_records(images))
+    edited = [*records[:-1], replace(records[-1], **change)]
+    config = replace(IMAGE, columns=(column,), rows_per_shard=5)
+    folder = tmp_path / "out"
+    embed(model, records, folder, config, modality=modality, partition="1/2")
+    for partition in ("2/2", "1/2", None):
+        with pytest.raises(ValueError, match=r"holds other embeddings: (data|values of columns): "):
+            embed(model, edited, folder, config, modality=modality, partition=partition)
+    embed(model, records, folder, config, modality=modality, partition="2/2")
+    assert read_embedding_manifest(folder).complete
+    with pytest.raises(ValueError, match="holds other embeddings"):  # a rerun keeps no stale ones
+        embed(model, edited, folder, config, modality=modality)
+
+
+def test_what_no_column_shows_may_change_between_partitions(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    records = list(load_records(images))
+    edited = [replace(record, url="https://example.org", group_id="one") for record in records]
+    config = replace(IMAGE, columns=("name", "lang"))
+    embed(model, records, tmp_path / "out", config, modality="image", partition="1/2")
+    embed(model, edited, tmp_path / "out", config, modality="image", partition="2/2")
+    assert read_embedding_manifest(tmp_path / "out").complete
 
 
 def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(

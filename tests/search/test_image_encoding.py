@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.search import image_encoding
 from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
 from modeling_llm2clip.search.index_database import ImageFacts
 
@@ -72,7 +74,7 @@ def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(
     size: tuple[int, int], tmp_path: Path
 ) -> None:
     """As arrays, some of these could be channels first."""
-    Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "a.png")
+    draw_noise(size[1], size[0]).save(tmp_path / "a.png")
     found = encode_readable_images(*shared_model(), [tmp_path / "a.png"])
     assert not found.errors
     wanted = encode_images(*shared_model(), [tmp_path / "a.png"])
@@ -140,3 +142,34 @@ def test_damaged_exif_is_no_error(tmp_path: Path) -> None:
         with Image.open(tmp_path / "a.jpg") as image:
             found = find_time_taken(image)
         assert found is None or isinstance(found, datetime)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm"])
+def test_digests_are_of_the_bytes_that_are_decoded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow maps gray BMP and TIFF from their path when it decodes them, which is later."""
+    file, other = tmp_path / name, tmp_path / f"other {name}"
+    draw_noise(40, 56, seed=1).convert("L").save(file)
+    draw_noise(40, 56, seed=2).convert("L").save(other)
+    before = file.read_bytes()
+    wanted = encode_images(*shared_model(), [file])
+    real = image_encoding.find_time_taken
+
+    def replace_then_find(image: Image.Image) -> datetime | None:
+        file.write_bytes(other.read_bytes())
+        return real(image)
+
+    monkeypatch.setattr(image_encoding, "find_time_taken", replace_then_find)
+    found = encode_readable_images(*shared_model(), [file])
+    assert found.digests == {file: hashlib.sha256(before).hexdigest()}
+    assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+
+
+def test_what_is_broken_has_a_digest_and_is_named_once(tmp_path: Path) -> None:
+    file = tmp_path / "half.png"
+    draw_noise(40, 56).save(file)
+    file.write_bytes(file.read_bytes()[:-500])
+    found = encode_readable_images(*shared_model(), [file])
+    assert found.digests == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert found.errors[file].startswith(f"{file}: the image is truncated or corrupt")

@@ -283,3 +283,98 @@ def test_an_image_that_is_written_meanwhile_is_left_for_the_next_time(
     assert "2 images cannot be read" in report and "1.png: was written while" in report
     report = build(model, images, tmp_path / "index")[1]
     assert "1 new, 0 changed, 4 unchanged" in report and "Encoded 1" in report
+
+
+def write_between_hash_and_encode(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[Path, bytes | None]
+) -> None:
+    """Replace files, or delete them, after all were hashed and before any is encoded."""
+    real = index_update.encode_readable_images
+
+    def write_first(*args: Any, **options: Any) -> Any:
+        for path, content in changes.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        changes.clear()
+        return real(*args, **options)
+
+    monkeypatch.setattr(index_update, "encode_readable_images", write_first)
+
+
+@pytest.mark.parametrize("change", ["another image", "broken", "gone"])
+def test_a_copy_never_gets_what_another_file_has_become(
+    change: str, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of several equal files is replaced after it was hashed, before it is encoded."""
+    other = (images / "5.png").read_bytes()
+    contents = {"another image": other, "broken": b"no image", "gone": None}
+    shutil.copy(images / "1.png", images / "2 copy of 1.png")
+    shutil.copy(images / "1.png", images / "3 copy of 1.png")
+    with monkeypatch.context() as patch:
+        write_between_hash_and_encode(patch, {images / "1.png": contents[change]})
+        _, report = build(model, images, tmp_path / "index")
+    reasons = {"another image": "was written while", "broken": "not an image", "gone": "cannot be"}
+    assert f"1 images cannot be read and are not in the index:\n{images / '1.png'}: " in report
+    assert reasons[change] in report
+    rows = list_rows(tmp_path / "index")
+    assert "1.png" not in rows and len(rows) == 7
+    build(model, images, tmp_path / "index")
+    rows = list_rows(tmp_path / "index")
+    build(model, images, tmp_path / "fresh")
+    fresh = list_rows(tmp_path / "fresh")
+    assert rows.keys() == fresh.keys()
+    for name, row in fresh.items():  # batches of other sizes round differently
+        assert row["sha256"] == rows[name]["sha256"], name
+        assert row["embedding"] == pytest.approx(rows[name]["embedding"], abs=1e-5), name
+
+
+def test_a_replaced_image_is_noticed_even_if_its_size_and_times_are_the_same(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clocks of file systems are coarse: two writes within milliseconds may have one time."""
+    monkeypatch.setattr(index_update, "describe_stat", lambda _: "the same")
+    with monkeypatch.context() as patch:
+        content = (images / "5.png").read_bytes()
+        write_between_hash_and_encode(patch, {images / "1.png": content})
+        _, report = build(model, images, tmp_path / "index")
+    assert "1 images cannot be read" in report and "1.png: was written while" in report
+    build(model, images, tmp_path / "index")
+    rows = list_rows(tmp_path / "index")
+    assert len(rows) == 6 and rows["1.png"] == rows["5.png"]
+
+
+def test_a_touched_file_that_is_written_meanwhile_is_counted_once(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(model, images, tmp_path / "index")
+    os.utime(images / "1.png", (1, 1))
+    real = index_update.hash_file
+
+    def write_after(path: Path) -> str:
+        digest = real(path)
+        draw_noise(seed=99).save(path)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_update, "hash_file", write_after)
+        _, report = build(model, images, tmp_path / "index")
+    assert "5 images: 0 new, 0 changed, 5 unchanged; 1 removed" in report
+    assert "1 new, 0 changed, 5 unchanged" in build(model, images, tmp_path / "index")[1]
+
+
+def test_times_of_a_touched_file_are_found_by_filters(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    where = "modified > date '2001-01-01'"
+    for path in images.rglob("*.*"):
+        os.utime(path, (1, 1))
+    index, _ = build(model, images, tmp_path / "index")
+    assert index.count(where) == 0
+    os.utime(images / "1.png", (2_000_000_000, 2_000_000_000))
+    index, report = build(model, images, tmp_path / "index")
+    assert "6 unchanged" in report and "Encoded 0" in report
+    assert index.count(where) == 1
+    (result,) = index.search(["a dog"], where=where)
+    assert [path.name for path, _ in result.hits] == ["1.png"]

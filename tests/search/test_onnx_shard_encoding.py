@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pyarrow.parquet as pq
 import pytest
 from onnx_folders import shared_graphs, shared_source
@@ -16,6 +18,8 @@ from tiny import draw_noise
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import Modality
+from modeling_llm2clip.model_folders.onnx_folder import choose_graph, data_file
 from modeling_llm2clip.search.bulk_embedding import embed
 from modeling_llm2clip.search.embedding_manifest import read_embedding_manifest
 
@@ -50,7 +54,8 @@ def test_both_backends_write_the_same_embeddings(modality: str, data: Path, tmp_
     assert len(read(found)) == len(records) * (2 if modality == "text" else 1)
     assert np.allclose(read(found), read(wanted), atol=ROUNDING)
     first, second = (read_embedding_manifest(folder).fingerprint for folder in (wanted, found))
-    assert {name: second[name] for name in first} == first and set(second) - set(first) == {"graph"}
+    assert {name: second[name] for name in first} == first
+    assert set(second) - set(first) == {"graph", "tokenizer and settings"}
 
 
 def test_an_output_of_other_weights_is_not_continued(data: Path, tmp_path: Path) -> None:
@@ -59,6 +64,55 @@ def test_an_output_of_other_weights_is_not_continued(data: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="graph"):
         config = replace(ONNX, text_weights="int8")
         embed(shared_graphs(), records, tmp_path / "out", config, modality="text")
+
+
+def edit_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}), "utf-8")
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("config.json", {"max_text_length": 16}),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.1, 0.1]}),
+        ("tokenizer_config.json", {"truncation_side": "left"}),
+    ],
+)
+def test_a_partition_of_graphs_with_other_settings_is_refused(
+    modality: Modality, file: str, fields: dict[str, object], data: Path, tmp_path: Path
+) -> None:
+    """What was exported is on record; what reads texts and images may have been edited since."""
+    graphs = tmp_path / "graphs"
+    shutil.copytree(shared_graphs(), graphs)
+    records = load_records(data)
+    embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="1/2")
+    edit_json(graphs / file, **fields)
+    with pytest.raises(ValueError, match="holds other embeddings: tokenizer and settings"):
+        embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="2/2")
+
+
+def test_weights_beside_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> None:
+    """Graphs of over 2 GB keep their weights in a file beside them."""
+    graphs = tmp_path / "graphs"
+    shutil.copytree(shared_graphs(), graphs)
+    graph = choose_graph(graphs, "text", None)
+    loaded = onnx.load(graph)
+    onnx.save(
+        loaded,
+        graph,
+        save_as_external_data=True,
+        location=data_file(graph).name,
+        size_threshold=1024,
+    )
+    records = load_records(data)
+    embed(graphs, records, tmp_path / "out", ONNX, modality="text", partition="1/2")
+    content = bytearray(data_file(graph).read_bytes())
+    content[-1] ^= 1
+    data_file(graph).write_bytes(content)
+    with pytest.raises(ValueError, match="holds other embeddings: graph: "):
+        embed(graphs, records, tmp_path / "out", ONNX, modality="text", partition="2/2")
 
 
 def test_the_command_runs_graphs_and_refuses_what_they_cannot(

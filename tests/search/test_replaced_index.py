@@ -110,3 +110,82 @@ def test_how_the_approximate_index_is_searched_is_read_anew(tmp_path: Path) -> N
         )
         find_best(index, IMAGES[3])
         assert index.about.ann is not None and index.about.ann.nprobes == nprobes
+
+
+@pytest.mark.parametrize("more_before", [0, 1, 3])
+@pytest.mark.parametrize("more_after", [0, 1, 3])
+def test_a_rebuilt_index_is_searched_whatever_its_version(
+    more_before: int, more_after: int, tmp_path: Path
+) -> None:
+    """Each commit makes a version; a new database counts from the start again."""
+
+    def rebuild(commits: int, *, seed: int) -> int:
+        shutil.rmtree(tmp_path / "db", ignore_errors=True)
+        database = make(tmp_path / "db", seed=seed)
+        for number in range(commits):
+            add_rows(database, make_embeddings(1, seed=100 + number), first=20 + number)
+        return 20 + commits
+
+    rebuild(more_before, seed=0)
+    index = ImageIndex.open(tmp_path / "db")
+    assert find_best(index, IMAGES[3]) == "000003.png"
+    num_images = rebuild(more_after, seed=1)
+    assert index.count_readable() == len(index) == index.count("bytes = 9") == num_images
+    assert find_best(index, make_embeddings(20, seed=1)[5]) == "000005.png"
+    assert len(index.search(IMAGES[:1], top_k=99, where="width >= 0")[0].hits) == num_images
+    assert sum(len(paths) for paths, _ in index.iterate_embeddings()) == num_images
+
+
+def test_an_index_that_is_rebuilt_between_count_and_search_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "db")
+    add_rows(IndexDatabase.open(tmp_path / "db"), make_embeddings(5, seed=4), first=20)
+    make(tmp_path / "new", seed=1)
+    index = ImageIndex.open(tmp_path / "db")
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 3600)
+    search = index._database.search
+
+    def replace_first(*args: object, **options: object) -> object:
+        if (tmp_path / "new").exists():
+            shutil.rmtree(tmp_path / "db")
+            shutil.move(tmp_path / "new", tmp_path / "db")
+        return search(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index._database, "search", replace_first)
+    assert find_best(index, make_embeddings(20, seed=1)[5]) == "000005.png"
+
+
+def test_missing_files_are_no_fault_of_a_filter_and_no_healthy_index(tmp_path: Path) -> None:
+    make(tmp_path / "db")
+    index = ImageIndex.open(tmp_path / "db")
+    files = list((tmp_path / "db" / "images.lance" / "data").iterdir())
+    for file in files:
+        file.rename(tmp_path / file.name)
+    for read in (
+        index.count_readable,
+        lambda: index.count("width > 3"),
+        lambda: index.search(IMAGES[:1]),
+        lambda: index.search(IMAGES[:1], where="width > 3"),
+    ):
+        with pytest.raises(IndexUnavailableError, match=r"db cannot be read: .*If it is damaged"):
+            read()
+    for file in files:
+        (tmp_path / file.name).rename(file)
+    assert index.count_readable() == 20 and find_best(index, IMAGES[3]) == "000003.png"
+    with pytest.raises(ValueError, match="width = 'a'") as raised:
+        index.count("width = 'a'")
+    assert not isinstance(raised.value, IndexUnavailableError)
+
+
+def test_images_are_found_in_the_folder_that_the_index_says_now(tmp_path: Path) -> None:
+    make(tmp_path / "db")
+    index = ImageIndex.open(tmp_path / "db")
+    (tmp_path / "given").mkdir()
+    given = ImageIndex.open(tmp_path / "db", image_dir=tmp_path / "given")
+    database = IndexDatabase.open(tmp_path / "db")
+    database.write_about(dataclasses.replace(database.about, image_dir="/moved"))
+    for opened, folder in ((index, Path("/moved")), (given, tmp_path / "given")):
+        (hit, _) = opened.search(IMAGES[3:4], top_k=1)[0].hits[0]
+        assert hit == folder / "000003.png"
+        assert next(opened.iterate_embeddings())[0][0].parent == folder

@@ -143,6 +143,11 @@ def test_a_full_queue_answers_429_with_retry_after() -> None:
             assert first.recv(100).startswith(b"HTTP/1.1 200")
 
 
+def answer_in_time(url: str) -> None:
+    """Ask until the answer comes in time; on a busy machine, the first may not."""
+    wait_until(lambda: ask(url, embed())[0] == 200)
+
+
 def test_a_request_that_takes_too_long_is_given_up() -> None:
     encoder = SlowEncoder()
     with run_service(encoder=encoder, timeout_s=0.3) as (url, service):
@@ -151,13 +156,13 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
         assert "0.3 seconds" in content["error"]["message"]
         assert service.num_pending == 0
         encoder.go.set()
-        assert ask(url, embed())[0] == 200
+        answer_in_time(url)
 
 
 def test_a_body_that_does_not_arrive_is_given_up() -> None:
     with run_service(timeout_s=0.3) as (url, _):
         assert ask(url, embed()[:-3])[0] == 408
-        assert ask(url, embed())[0] == 200
+        answer_in_time(url)
 
 
 def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:

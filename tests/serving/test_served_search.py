@@ -144,6 +144,39 @@ def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
         assert "/v1/search" in read_health(url)["working_routes"]
 
 
+def test_an_index_that_is_removed_and_made_anew_is_searched_and_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
+    quiet = IndexConfig(show_progress=False, device="cpu")
+    images, database = tmp_path / "images", tmp_path / "db"
+    shutil.copytree(folder / "images", images)
+    ImageIndex.build(folder / "model", images, database, quiet)
+    draw_noise(50, 40, seed=50).save(images / "0.png")
+    ImageIndex.build(folder / "model", images, database, quiet)
+    service = EmbeddingService.open(
+        folder / "model", ServeConfig(device="cpu"), index=str(database)
+    )
+    with run_app(create_app(service)) as url:
+        for name in ("1.png", "2.png"):
+            (images / name).unlink()
+        shutil.rmtree(database)
+        ImageIndex.build(folder / "model", images, database, quiet)
+        status, answer = search(url, {"queries": ["a dog"], "top_k": 9})
+        assert status == 200, answer
+        paths = {hit["path"] for hit in answer["data"][0]["hits"]}
+        assert paths == {"0.png", "3.png", "4.png", "5.png"}
+        health = read_health(url)
+        assert (health["status"], health["num_images"]) == ("ok", 4)
+        for file in (database / "images.lance" / "data").iterdir():
+            file.unlink()
+        assert search(url, {"queries": ["a dog"]})[0] == 503
+        assert search(url, {"queries": ["a dog"], "where": "height > 3"})[0] == 503
+        health = read_health(url)
+        assert (health["status"], health["num_images"]) == ("degraded", None)
+        assert "cannot be read" in health["index_error"]
+
+
 def test_the_number_of_images_is_in_the_health(url: str) -> None:
     assert read_health(url)["num_images"] == 6
 

@@ -89,7 +89,7 @@ def test_closing_cancels_what_waits_and_leaves_behind_what_runs() -> None:
     assert begun.wait(10)
     started = time.monotonic()
     threads.close(wait_s=0.1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # and not until the work is done
     with pytest.raises(CancelledError):
         waiting.result(0)
     with pytest.raises(RuntimeError, match="stopping"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,24 @@ def hash_texts(records: Iterable[CaptionedImage]) -> str:
     """
     table = RecordTable.from_records(records)
     return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
+
+
+def hash_columns(records: Iterable[CaptionedImage], columns: Sequence[str]) -> str:
+    """Hash the values of columns of a dataset, in its order.
+
+    Args:
+        records: records of the dataset.
+        columns: columns of a `RecordTable`.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    digests = [hashlib.sha256() for _ in columns]
+    for batch in RecordTable.from_records(records).iterate_columns(columns):
+        for digest, column in zip(digests, batch.columns, strict=True):
+            for value in column.to_pylist():  # one by one: batches make no difference
+                digest.update(json.dumps(value).encode() + b"\n")
+    return _join(digest.hexdigest() for digest in digests)
 
 
 def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:

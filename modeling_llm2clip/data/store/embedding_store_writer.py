@@ -197,7 +197,8 @@ class EmbeddingStoreWriter:
             if errors := list_errors(check, found):
                 raise ValueError(
                     f"{self.folder}: {len(errors)} damaged files: {'; '.join(errors[:_SHOWN])}. "
-                    "Delete these and the .json files beside them, and extract again."
+                    f"Delete these and the .json files beside them in {self._name_places()}, and "
+                    "extract again."
                 )
             counts = dict(manifest.counts)
             if manifest.content == "caption_embeds":
@@ -212,6 +213,9 @@ class EmbeddingStoreWriter:
                     shutil.rmtree(file)
                 else:
                     file.unlink(missing_ok=True)
+
+    def _name_places(self) -> str:
+        return str(self.folder)
 
     def _name(self, shard: int) -> str:
         return f"shard {shard} of {self.manifest.num_shards}"

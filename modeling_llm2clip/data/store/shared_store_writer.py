@@ -2,8 +2,8 @@
 
 Each machine has a folder of its own for the shards that it computes. What has begun the store first
 puts index and manifest into the storage, and the others begin with these. A complete shard is
-copied there, and then its record, so that a shard with a record is whole. `finish` copies all
-shards here.
+copied there, and then its record, so that a shard with a record is whole; a run that was killed
+before that copies it when it goes on. `finish` copies all shards here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .store_manifest import (
 from .store_shard_writer import ShardWriter
 
 _COPIED_AT_ONCE = 4
+_SHOWN = 5
 
 
 class SharedStoreWriter(EmbeddingStoreWriter):
@@ -73,17 +74,23 @@ class SharedStoreWriter(EmbeddingStoreWriter):
 
         Raises:
             ValueError: the folder or the storage holds another store.
-            FileExistsError: the folder holds other files.
+            FileExistsError: the folder holds other files, or the storage shards of a store whose
+                manifest is gone.
             OSError: the disk is full, or the storage cannot be reached.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # processes of one machine
             is_begun = _pull_plan(folder, storage)
-            writer = EmbeddingStoreWriter.open(folder, planned, list_items)
+            if not is_begun:
+                _require_no_shards(storage)
+            manifest = EmbeddingStoreWriter.open(folder, planned, list_items).manifest
             if not is_begun:
                 for name in (INDEX_FILE, MANIFEST_FILE):
                     storage.push(folder / name)
-        return cls(folder, writer.manifest, storage)
+                _pull_plan(folder, storage)  # another store may have begun there meanwhile
+            writer = cls(folder, manifest, storage)
+            writer._publish_left()
+        return writer
 
     @classmethod
     def join(cls, folder: Path, storage: ObjectStorage, *, keep: bool = True) -> SharedStoreWriter:
@@ -130,6 +137,13 @@ class SharedStoreWriter(EmbeddingStoreWriter):
             self.folder, self.manifest, shard, batches, publish=partial(self._publish, shard)
         )
 
+    def _publish_left(self) -> None:
+        """Copy the shards that a run completed here, and that was killed before they were there."""
+        if not read_manifest(self.folder).complete:
+            shards = set(range(self.manifest.num_shards))
+            for shard in sorted(shards - set(super().list_missing()) - self._list_stored()):
+                self._publish(shard)
+
     def _publish(self, shard: int) -> None:
         files = [self.folder / name for name in _list_files(shard)]
         for file in files:
@@ -150,6 +164,9 @@ class SharedStoreWriter(EmbeddingStoreWriter):
             with ThreadPoolExecutor(_COPIED_AT_ONCE) as pool:
                 list(pool.map(self._fetch, sorted(missing)))
         super().finish()
+
+    def _name_places(self) -> str:
+        return f"{self.folder} and {self.storage.url}"
 
     def _fetch(self, shard: int) -> None:
         for name in _list_files(shard):
@@ -189,6 +206,17 @@ def _list_files(shard: int) -> tuple[str, str]:
 
 def _record_file(shard: int) -> str:
     return f"{shard_stem(shard)}.json"
+
+
+def _require_no_shards(storage: ObjectStorage) -> None:
+    """Refuse to begin where shards are that nothing says the store of."""
+    names = storage.list_sizes().keys()
+    shards = sorted(name for name in names if name.startswith("shard-"))
+    if shards and MANIFEST_FILE not in names:  # another machine may just have begun
+        raise FileExistsError(
+            f"{storage.url} has no {MANIFEST_FILE}, and holds shards of some store: "
+            f"{shards[:_SHOWN]}. Name another place, put the manifest back, or remove them."
+        )
 
 
 def _pull_plan(folder: Path, storage: ObjectStorage) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic_files import hash_json
+
 FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 _CONTENTS = ("caption_embeds", "vision_embeds")
@@ -130,6 +132,10 @@ class StoreManifest:
             "dim": self.dim,
             "rows per shard (max_shard_size)": self.rows_per_shard,
         }
+
+    def hash_plan(self) -> str:
+        """Hash what decides the bytes of a store; every shard says it, and so whose it is."""
+        return hash_json(self.list_causes())
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""

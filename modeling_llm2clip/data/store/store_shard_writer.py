@@ -52,7 +52,7 @@ class ShardWriter:
         self._batches = batches
         stem = shard_stem(shard)
         self._part, self._journal = folder / f"{stem}.part", folder / f"{stem}.journal"
-        self._header = make_header(len(self._rows), manifest.dim, manifest.dtype)
+        self._header = make_header(len(self._rows), manifest)
         self._head_bytes = len(self._header) + CHECKSUM_BYTES * len(self._rows)
         self._checksums = np.zeros(len(self._rows), "<i8")
         complete = folder / shard_file(shard)

@@ -1,7 +1,8 @@
 """The shards of an embedding store: their files, and reading rows of many of them at once.
 
 A shard is a safetensors file with two tensors: `checksums` (rows,) int64, and `embeddings` (rows,
-dim). The checksum of a row is the first 8 bytes of its SHA-256; the manifest has the SHA-256 of
+dim). Its metadata has the hash of the store's plan, so that no shard is taken for another store's.
+The checksum of a row is the first 8 bytes of its SHA-256; the manifest has the SHA-256 of
 everything before the embeddings. So a row is checked by itself when a process first reads it, and a
 first batch of random rows does not have to wait until whole shards were read. What was checked is
 not checked again.
@@ -32,6 +33,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 CHECKSUM_BYTES = 8
 _PAGE = 4096  # bytes; embeddings begin at a page, so that a row touches as few as it can
 _SHOWN = 5
+_METADATA, _PLAN = "__metadata__", "plan"  # the first is safetensors' name
 # Mapped pages that were read count as resident, although the system may take them at any time. They
 # are given back when they may have come to this many bytes; the kernel maps 64 KiB around each row.
 _MOST_MAPPED_BYTES = 2**32
@@ -39,35 +41,25 @@ _MAPPED_AROUND = 2**16
 _RUN = 16  # rows that follow each other, on the average, where runs are copied as such
 
 
-def make_header(num_rows: int, dim: int, dtype: str) -> bytes:
+def make_header(num_rows: int, manifest: StoreManifest) -> bytes:
     """Make the safetensors header of a shard.
 
     Args:
         num_rows: rows of the shard.
-        dim: width of an embedding.
-        dtype: of the stored embeddings.
+        manifest: of the store.
     """
-    name, kind = STORED_DTYPES[dtype]
+    name, _ = STORED_DTYPES[manifest.dtype]
     middle = CHECKSUM_BYTES * num_rows
-    end = middle + num_rows * dim * np.dtype(kind).itemsize
+    end = middle + num_rows * manifest.row_bytes
+    shape = [num_rows, manifest.dim]
     header = {
+        _METADATA: {_PLAN: manifest.hash_plan()},
         "checksums": {"dtype": "I64", "shape": [num_rows], "data_offsets": [0, middle]},
-        "embeddings": {"dtype": name, "shape": [num_rows, dim], "data_offsets": [middle, end]},
+        "embeddings": {"dtype": name, "shape": shape, "data_offsets": [middle, end]},
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text) + middle) % _PAGE)
     return len(text).to_bytes(8, "little") + text
-
-
-def count_head_bytes(num_rows: int, dim: int, dtype: str) -> int:
-    """Return how many bytes of a shard's file come before its embeddings.
-
-    Args:
-        num_rows: rows of the shard.
-        dim: width of an embedding.
-        dtype: of the stored embeddings.
-    """
-    return len(make_header(num_rows, dim, dtype)) + CHECKSUM_BYTES * num_rows
 
 
 def compute_checksums(embeddings: Array, places: Array | None = None) -> Array:
@@ -162,7 +154,7 @@ class StoreShards:
         # Unlike Python's mmap, Arrow's holds no file open: a store may have thousands of shards.
         with pa.memory_map(str(self._folder / record.file)) as mapped:
             buffer = mapped.read_buffer()
-        head = count_head_bytes(record.rows, self._manifest.dim, self._manifest.dtype)
+        head = record.bytes - record.rows * self._manifest.row_bytes
         digest = hashlib.sha256(memoryview(buffer)[:head]).hexdigest()
         if digest != record.head_sha256:
             raise ValueError(
@@ -269,7 +261,7 @@ def check_file(folder: Path, record: ShardRecord) -> None:
 
 
 def check_head(folder: Path, record: ShardRecord, manifest: StoreManifest) -> None:
-    """Check the size of a shard and all that comes before its embeddings.
+    """Check the size of a shard, all that comes before its embeddings, and that it is the store's.
 
     Args:
         folder: folder of the store.
@@ -277,16 +269,21 @@ def check_head(folder: Path, record: ShardRecord, manifest: StoreManifest) -> No
         manifest: of the store.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: it is missing or damaged, or of another store.
     """
     check_size(folder, record)
-    head = count_head_bytes(record.rows, manifest.dim, manifest.dtype)
+    size = record.bytes - record.rows * manifest.row_bytes
     with (folder / record.file).open("rb") as opened:
-        digest = hashlib.sha256(opened.read(head)).hexdigest()
-    if digest != record.head_sha256:
+        head = opened.read(max(0, size))
+    if (digest := hashlib.sha256(head).hexdigest()) != record.head_sha256:
         raise ValueError(
-            f"{record.file}: SHA-256 of its first {head} bytes is {digest}, its record says "
+            f"{record.file}: SHA-256 of its first {size} bytes is {digest}, its record says "
             f"{record.head_sha256}"
+        )
+    if not head.startswith(make_header(record.rows, manifest)):
+        raise ValueError(
+            f"{record.file}: it is of another store, or of an earlier version: its header does not "
+            f"say that its plan has the SHA-256 {manifest.hash_plan()}"
         )
 
 

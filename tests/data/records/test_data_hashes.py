@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from captioned_files import (
     RECORDS,
     encode,
@@ -16,8 +17,10 @@ from captioned_files import (
 )
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, count_bytes
+from modeling_llm2clip.data.records import record_table
 from modeling_llm2clip.data.records.data_hashes import (
     describe_images,
+    hash_columns,
     hash_image_sizes,
     hash_records,
 )
@@ -74,3 +77,29 @@ def test_images_at_a_url_that_is_signed_anew_are_the_same() -> None:
     assert signed == describe("&X-Amz-Date=2&X-Amz-Signature=c") == describe("")
     assert signed["first"] == "https://x.example/0.tar?v=1: 0.png"
     assert signed != describe("2")
+
+
+def test_a_hash_of_columns_depends_on_their_values_and_order_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [
+        CaptionedImage(
+            None, f"{number}", f"{number}", ("a",), keywords=("k", "l")[:number], url=url
+        )
+        for number, url in enumerate((None, "", "u", "v"))
+    ]
+    names = ("url", "keywords")
+    found = hash_columns(records, names)
+    changed = [
+        [records[1], records[0], *records[2:]],  # None and "" are two values
+        [*records[:3], replace(records[3], keywords=("kl",))],
+        [*records[:2], replace(records[2], url="uv"), replace(records[3], url="")],
+        records[:3],
+    ]
+    assert len({found, *(hash_columns(other, names) for other in changed)}) == 5
+    assert (
+        hash_columns([replace(one, group_id="g", captions=("b",)) for one in records], names)
+        == found
+    )
+    monkeypatch.setattr(record_table, "ROWS_PER_BATCH", 3)
+    assert hash_columns(records, names) == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from stores import (
     BATCHES,
     DIM,
@@ -26,7 +28,7 @@ from stores import (
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from modeling_llm2clip.data.store.store_manifest import ShardRecord, read_manifest
+from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest, read_manifest
 
 
 def test_an_incomplete_store_is_refused_and_keeps_its_complete_shards(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_store_of_100_million_rows_is_completed_and_opened_in_seconds(tmp_path
 
 
 def write_sparse_shards(
-    writer: EmbeddingStoreWriter, make_header: Callable[[int, int, str], bytes]
+    writer: EmbeddingStoreWriter, make_header: Callable[[int, StoreManifest], bytes]
 ) -> None:
     import hashlib
     from dataclasses import asdict
@@ -197,7 +199,7 @@ def write_sparse_shards(
     manifest = writer.manifest
     for shard in range(manifest.num_shards):
         rows = manifest.rows_of_shard(shard)
-        head = make_header(len(rows), manifest.dim, manifest.dtype) + bytes(8 * len(rows))
+        head = make_header(len(rows), manifest) + bytes(8 * len(rows))
         size = len(head) + len(rows) * manifest.row_bytes
         file = writer.folder / shard_file(shard)
         with file.open("wb") as opened:
@@ -206,3 +208,27 @@ def write_sparse_shards(
         digest = hashlib.sha256(head).hexdigest()
         record = ShardRecord(file.name, rows.start, len(rows), size, "", digest, 0)
         (writer.folder / f"{shard_stem(shard)}.json").write_text(write_sealed(asdict(record)))
+
+
+def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:
+    """Same sizes, and whole: only what they say of themselves tells them apart."""
+    ours = write_store(tmp_path / "ours", make_embeddings(), shards=(0, 1))
+    changes = {"plan": {"data": "cc"}}
+    theirs = write_store(tmp_path / "theirs", make_embeddings(seed=1), shards=(2,), **changes)
+    for name in ("shard-00002.safetensors", "shard-00002.json"):
+        shutil.copy(theirs / name, ours)
+    writer = open_writer(ours)
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors: it is of another store"):
+        writer.finish()
+    for name in ("shard-00002.safetensors", "shard-00002.json"):
+        (ours / name).unlink()
+    write_store(ours, make_embeddings(), shards=(2,))
+    assert torch.equal(EmbeddingStore.open(ours, check="full").read(range(23)), make_embeddings())
+
+
+def test_every_shard_says_which_plan_it_is_of(store: Path) -> None:
+    plan = read_manifest(store).hash_plan()
+    for file in store.glob("*.safetensors"):
+        with safe_open(file, "np") as opened:
+            assert opened.metadata() == {"plan": plan}
+            assert opened.get_tensor("embeddings").shape[1] == DIM

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from captioned_files import write_lines
+from tiny import tiny_model
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
@@ -24,6 +26,7 @@ from modeling_llm2clip.data.remote.object_storage import ObjectStorage
 from modeling_llm2clip.data.remote.remote_access import LostFileError, RetryPolicy
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.shared_store_writer import SharedStoreWriter
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.extraction.extract import extract, merge_store
 from modeling_llm2clip.training.extraction.shared_work import share_work
 
@@ -170,3 +173,115 @@ def test_ray_with_storage_leaves_the_same_bytes_as_one_process(
     subprocess.run(list(map(str, command)), env=environment, timeout=240, check=True)
     assert read_files(tmp_path / "ray") == read_files(alone)
     assert not list((tmp_path / "ray").glob("*.tmp"))
+
+
+def kill_at_push(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Die before a file is copied to the storage."""
+    real = ObjectStorage.push
+
+    def die(self: ObjectStorage, file: Path) -> None:
+        if file.name == name:
+            raise KeyboardInterrupt
+        real(self, file)
+
+    monkeypatch.setattr(ObjectStorage, "push", die)
+
+
+@pytest.mark.parametrize("name", ["shard-00002.safetensors", "shard-00002.json"])
+def test_a_partition_that_was_killed_before_a_shard_was_copied_is_finished_by_the_next_run(
+    name: str,
+    model: Path,
+    records: RecordTable,
+    tmp_path: Path,
+    written: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone = extract(model, records, tmp_path / "alone", CONFIG, modality="text")
+    num_rows = sum(written)
+    written.clear()
+    url = f"file://{tmp_path}/storage"
+    options = {"config": CONFIG, "modality": "text", "storage": url}
+    extract(model, records, tmp_path / "second", partition="2/2", **options)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_at_push(patch, name)
+        extract(model, records, tmp_path / "first", partition="1/2", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shards are missing, among them \[2"):
+        merge_store(tmp_path / "early", storage=url)
+    extract(model, records, tmp_path / "first", partition="1/2", **options)  # type: ignore[arg-type]
+    assert read_files(merge_store(tmp_path / "merged", storage=url)) == read_files(alone)
+    assert sum(written) == num_rows  # nothing was computed twice
+
+
+def make_other_model(folder: Path) -> Path:
+    """A model whose embeddings have the same shape, and other values."""
+    model, processor = tiny_model(max_text_length=128)
+    with torch.no_grad():
+        model.text_model.norm.weight.mul_(-1)
+    return save_model(model, processor, folder)
+
+
+def test_shards_of_a_storage_without_manifest_are_not_taken_over(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    storage = tmp_path / "storage"
+    options = {"config": CONFIG, "modality": "text", "storage": f"file://{storage}"}
+    extract(model, records, tmp_path / "a", **options)  # type: ignore[arg-type]
+    (storage / "manifest.json").unlink()
+    there = read_files(storage)
+    other = make_other_model(tmp_path / "other")
+    for source in (other, model):  # nothing says that it was the same model
+        with pytest.raises(FileExistsError, match=r"no manifest\.json, and holds shards of some"):
+            extract(source, records, tmp_path / "b", **options)  # type: ignore[arg-type]
+    assert read_files(storage) == there
+
+
+def test_shards_of_another_model_are_never_merged(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    """A shard says which plan it is of, so that no manifest beside it can say otherwise."""
+    storages = {name: tmp_path / f"storage-{name}" for name in ("a", "b")}
+    sources = {"a": model, "b": make_other_model(tmp_path / "other")}
+    for name, storage in storages.items():
+        extract(
+            sources[name], records, tmp_path / name, CONFIG,
+            modality="text", storage=f"file://{storage}", partition="1/2",
+        )  # fmt: skip
+    for file in storages["a"].glob("shard-*"):
+        shutil.copy(file, storages["b"])
+    url = f"file://{storages['b']}"
+    for partition in ("2/2", "1/2"):
+        extract(
+            sources["b"], records, tmp_path / "again", CONFIG,
+            modality="text", storage=url, partition=partition,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors: it is of another store") as e:
+        merge_store(tmp_path / "merged", storage=url)
+    assert f"Delete these and the .json files beside them in {tmp_path}/merged and {url}" in str(
+        e.value
+    )
+    for file in storages["a"].glob("shard-*"):  # as the error says
+        (storages["b"] / file.name).unlink()
+    extract(sources["b"], records, tmp_path / "again", CONFIG, modality="text", storage=url)
+    wanted = extract(sources["b"], records, tmp_path / "wanted", CONFIG, modality="text")
+    assert read_files(tmp_path / "again") == read_files(wanted)
+
+
+def test_two_machines_that_begin_different_stores_at_once_do_not_mix_them(
+    model: Path, records: RecordTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"config": CONFIG, "modality": "text", "storage": f"file://{tmp_path}/storage"}
+    other = make_other_model(tmp_path / "other")
+    real = ObjectStorage.push
+
+    def push_after_another(self: ObjectStorage, file: Path) -> None:
+        monkeypatch.setattr(ObjectStorage, "push", real)
+        extract(model, records, tmp_path / "a", partition="1/2", **options)  # type: ignore[arg-type]
+        real(self, file)
+
+    monkeypatch.setattr(ObjectStorage, "push", push_after_another)
+    extract(other, records, tmp_path / "b", partition="1/2", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hold different stores: weights: "):
+        extract(model, records, tmp_path / "a", partition="2/2", **options)  # type: ignore[arg-type]
+    extract(other, records, tmp_path / "b", partition="2/2", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="it is of another store"):
+        merge_store(tmp_path / "merged", storage=f"file://{tmp_path}/storage")
