@@ -26,6 +26,7 @@ from .cli.finetune_llm import finetune_llm
 from .cli.flags import CommandLine
 from .cli.index import index
 from .cli.library_bars import library_bars_hidden, wants_no_bars
+from .cli.library_threads import bound_spinning
 from .cli.library_warnings import hide_known_warnings
 from .cli.merge_store import merge_store
 from .cli.push import push
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"llm2clip {command.name}" if command else "llm2clip"
     try:
         run = LINE.parse(words)
+        bound_spinning()
         hide_known_warnings()
         with library_bars_hidden() if wants_no_bars(run) else nullcontext():
             return run() or 0

@@ -20,12 +20,10 @@ from typing import Any, cast
 import torch
 
 from .._extras import ONNX, require
-from ..configs.build_config import BuildConfig
+from ..configs.build_config import EMBEDDED, BuildConfig
 from ..data.atomic_files import default_cache_folder, hash_file
 from ..data.records.record_loading import find_example_data
 
-# In the place of a tower or of data: the one that the package brings.
-EMBEDDED = "embedded"
 # What the export to ONNX called DINOv2's two position tables.
 _DINOV2_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
 

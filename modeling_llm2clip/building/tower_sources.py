@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
+from ..configs.build_config import EMBEDDED
 from ..model_folders.lora_base import LORA_CONFIG
 
 # Older Hub repositories have no owner ("gpt2").
@@ -48,6 +50,8 @@ def _find_error(what: str, source: Path, *, file: str) -> str | None:
         return f"{source}: the folder has no {file}, so it does not hold a {what}"
     if source.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
+    if str(source) != EMBEDDED and get_close_matches(str(source), [EMBEDDED], cutoff=0.8):
+        return f"{source}: no such {what}. Did you mean {EMBEDDED}?"
     if _HUB_ID.fullmatch(str(source)):
         return None
     return f"{source}: no such {what}: no folder of this name, and no Hub id like 'owner/name'"

@@ -6,14 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .._extras import DEMO, require
-from ..configs.build_config import BuildConfig
+from ..configs.build_config import EMBEDDED, BuildConfig
 from ..configs.export_config import CardConfig
 from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
-# In the place of a tower: the demo's own, which needs no Hub.
-_EMBEDDED = "embedded"
 # A model given in place of the other tower: (argument, modality) → what it is.
 _SWAPPED = {
     ("VISION_MODEL", "text"): "a language model",
@@ -42,8 +40,9 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     from ..model_folders.atomic_folder import require_new_folder
 
     require_new_folder(output)
+    require_sources(vision=vision_model, text=text_model, lora=config.lora)
     embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))
-                if tower == _EMBEDDED}  # fmt: skip
+                if tower == EMBEDDED}  # fmt: skip
     if embedded:
         require(*DEMO)
         from ..building.pretrained_towers import fetch_embedded
@@ -53,7 +52,6 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     require(*list_needs_of_model(vision_model))
     config.require_prompt()
     _require_order(vision_model, text_model)
-    require_sources(vision=vision_model, text=text_model, lora=config.lora)
     config = replace(config, device=str(use_device(config.device)))
 
     from ..building.build_model import build_model

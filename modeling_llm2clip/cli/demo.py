@@ -40,6 +40,11 @@ def demo(
         config: Where the model runs.
     """
     require(*DEMO)
+    if (output / "model").is_dir():
+        raise FileExistsError(
+            f"{output} has the model of an earlier demo, {output / 'model'}. Use that one, or run "
+            "the demo again with --output NEW_FOLDER."
+        )
     require_new_folder(output)
     device = str(use_device(config.device))
 

@@ -13,7 +13,7 @@ from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
 from .image_folder import use_image_limits
-from .modality_options import refuse_foreign_options
+from .modality_options import refuse_foreign_options, suggest_align
 
 
 @command(
@@ -86,6 +86,6 @@ def extract(
     if state.is_main_process:
         print("\n".join(describe_extraction(output, storage=storage)))
         if parse_partition(partition)[1] == 1:
-            print("Align a model on it: llm2clip align --help")
+            print(f"Align a model on it: {suggest_align(model, data, output, modality=modality)}")
     state.destroy_process_group()
     return 0

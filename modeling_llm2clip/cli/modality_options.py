@@ -1,6 +1,9 @@
-"""Options of texts or of images alone, which the other modality refuses."""
+"""Options that depend on the modality: those the other one refuses, and the stores of `align`."""
 
 from __future__ import annotations
+
+import shlex
+from pathlib import Path
 
 from ..configs.encoding_config import EncodingConfig
 
@@ -25,3 +28,18 @@ def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
         raise ValueError(
             f"{', '.join(given)}: for --modality {other} alone. Leave it out, or choose that."
         )
+
+
+def suggest_align(model: str, data: str, store: Path, *, modality: str) -> str:
+    """Return the command that aligns a model on a new store and on that of the other modality.
+
+    Args:
+        model: Model that made the store.
+        data: Captioned images.
+        store: Folder of the new store.
+        modality: Modality of the new store, text or image.
+    """
+    stores = {"text": "captions", "image": "images"} | {modality: str(store)}
+    words = ["llm2clip", "align", model, data, "aligned"]
+    words += ["--caption-store", stores["text"], "--image-store", stores["image"]]
+    return shlex.join(words)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..search.query_encoding import Query
     from ..search.search_results import SearchResult
 
+_PAGE_FILES = ("search.png", "search.html")
 _NOTE = "The number under an image is its cosine with the query."
 
 
@@ -61,7 +62,8 @@ def search(
             in SQL. Default: none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
-        output: New folder for search.png and search.html. Default: none.
+        output: Folder for search.png and search.html: new, or with those of an earlier search,
+            which are replaced. Default: none.
         model: Folder of the model, if it is no longer where it was, or of its ONNX graphs, which
             start in half the time. Default: as indexed.
         image_dir: Folder of the images, if it is no longer where it was. Default: as indexed.
@@ -73,9 +75,7 @@ def search(
     require(LANCEDB)
     _require_queries(queries, image)
     if output is not None:
-        from ..model_folders.atomic_folder import require_new_folder
-
-        require_new_folder(output)
+        _require_page_folder(output)
     if "://" not in db:
         from ..search.index_database import require_database_folder
 
@@ -140,6 +140,14 @@ def _require_database(db: str, queries: Sequence[str]) -> None:
     )
 
 
+def _require_page_folder(folder: Path) -> None:
+    """Refuse a folder with files that an earlier search did not write."""
+    from ..model_folders.atomic_folder import require_new_folder
+
+    if not (folder.is_dir() and all(path.name in _PAGE_FILES for path in folder.iterdir())):
+        require_new_folder(folder)
+
+
 def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
     """Raise ValueError where no query or no such file is given, before anything is imported."""
     if not queries and not images:
@@ -189,6 +197,7 @@ def _write(found: list[SearchResult], output: Path) -> None:
 
     register_heif_reader()
     output.mkdir(parents=True, exist_ok=True)
-    write_results_sheet(found, output / "search.png")
-    write_results_page(found, output / "search.html", title="Images by query", note=_NOTE)
-    report(f"Wrote {output / 'search.png'} and {output / 'search.html'}.")
+    sheet, page = (output / name for name in _PAGE_FILES)
+    write_results_sheet(found, sheet)
+    write_results_page(found, page, title="Images by query", note=_NOTE)
+    report(f"Wrote {sheet} and {page}.")

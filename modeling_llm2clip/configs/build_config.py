@@ -21,6 +21,8 @@ PROMPT_PRESETS = {
     "none": "{text}",
 }
 CHAT_TEMPLATE = "chat-template"
+# In the place of a tower or of data: the one that the package brings, which needs no Hub.
+EMBEDDED = "embedded"
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
 ]

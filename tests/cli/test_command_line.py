@@ -235,6 +235,7 @@ ABSENT = "/nowhere"
     ("command", "message"),
     [
         (["build", ABSENT, "LLM", "--prompt", "llama-3"], f"{ABSENT}: no such vision tower: no fo"),
+        (["build", "embeded", "LLM", "--prompt", "none"], "embeded: no .* Did you mean embedded?"),
         (["build", "VISION", "a/b/c", "--prompt", "llama-3"], "a/b/c: no such language model"),
         (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
         (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
@@ -326,6 +327,15 @@ def test_weights_that_cannot_be_written_are_reported_in_one_line(
     assert "Traceback" not in done.stderr
     assert "a weight file could not be read or written" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_names_the_model_of_an_earlier_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "model") in shown and "--output NEW_FOLDER" in shown
 
 
 def test_the_demo_refuses_a_folder_that_is_not_empty(

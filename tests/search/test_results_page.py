@@ -72,8 +72,6 @@ def test_the_command_prints_and_draws_what_it_found(
     with Image.open(output / "search.png") as sheet:
         assert sheet.width > 3 * 160
     assert (output / "search.html").read_text().count("<figure>") == 6
-    assert main(["search", index, "a dog", *flags]) == 2
-    assert "found" in capsys.readouterr().err
 
 
 def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
@@ -156,6 +154,19 @@ def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
     assert page.count("<figure>") == (0 if where else 4)
     gone = "1 of the images found are no longer there:" in capsys.readouterr().err
     assert gone == (where is None)
+
+
+def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
+    index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "found"
+    for query in ("a dog", "a red circle"):
+        assert main(["search", index, query, "--output", str(output)]) == 0
+        assert query in (output / "search.html").read_text(encoding="utf-8")
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    assert main(["search", index, "a cat", "--output", str(output)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from launches import kill_repeatedly, run_python, start_with_ray
 from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
-from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
@@ -37,6 +38,13 @@ ROOT = Path(__file__).parents[3]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The records of a larger set as a user has them: enough work to be interrupted in."""
     return write_captions(tmp_path_factory.mktemp("data"), make_records(250))
+
+
+def find_suggested(shown: str) -> list[str]:
+    """Return the words of the next command that was printed, which the command line can parse."""
+    words = shlex.split(shown.rpartition("Align a model on it: llm2clip ")[2])
+    LINE.parse(words)
+    return words
 
 
 def count_records(folder: Path) -> int:
@@ -131,6 +139,10 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
 ) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    assert find_suggested(capsys.readouterr().out) == [
+        "align", str(model), str(data), "aligned",
+        "--caption-store", str(alone), "--image-store", "images",
+    ]  # fmt: skip
     command = shorten(["extract", str(model), str(data), str(together)])
     assert main([*command, "--partition", "2/2"]) == 0
     half = read_manifest(together).num_shards // 2
@@ -142,7 +154,9 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
     assert not read_manifest(together).complete
     for _ in range(2):  # a merged store stays as it is
         assert main(["merge-store", str(together)]) == 0
-        assert f"Wrote {together}: " in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"Wrote {together}: " in shown
+        assert find_suggested(shown)[4:6] == ["--caption-store", str(together)]
     assert read_bytes(together) == read_bytes(alone)
 
 

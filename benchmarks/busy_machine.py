@@ -1,0 +1,111 @@
+"""Seconds of a command on an idle machine and beside busy processes, by OpenMP's wait policy.
+
+    python benchmarks/busy_machine.py --model llm2clip-demo/model
+
+`llm2clip embed` embeds English captions of the emoji with the policy that the command chooses and
+with the two that a user may choose, in turns. Beside it runs nothing, or one busy loop per core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from provenance import describe_processor, read_commit
+
+POLICIES: dict[str, dict[str, str]] = {
+    "of the command": {},
+    "of OpenMP": {"GOMP_SPINCOUNT": "300000"},  # its default where threads do not outnumber cores
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+_BUSY_LOOP = "while True: pass"
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    arguments = _parse()
+    seconds: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        data = write_captions(Path(temporary) / "captions.csv", arguments.count)
+        for state, loops in (("idle", 0), ("busy", os.cpu_count() or 1)):
+            with busy_loops(loops):
+                rounds = seconds.setdefault(state, {name: [] for name in POLICIES})
+                for turn in range(arguments.rounds):
+                    for name, chosen in POLICIES.items():
+                        folder = Path(temporary) / f"{state}-{turn}-{name}"
+                        rounds[name].append(time_embed(arguments.model, data, folder, chosen))
+    result = {
+        "count": arguments.count,
+        "median_seconds": {
+            state: {name: round(statistics.median(times), 1) for name, times in rounds.items()}
+            for state, rounds in seconds.items()
+        },
+        "seconds": seconds,
+        "busy_loops": os.cpu_count(),
+        "hardware": describe_processor(),
+        "commit": read_commit(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--count", type=int, default=200, help="captions")
+    parser.add_argument("--rounds", type=int, default=3)
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--output", type=Path, default=results / "busy_machine.json")
+    return parser.parse_args()
+
+
+def write_captions(file: Path, count: int) -> Path:
+    """Write captions of the emoji, one per line, as `embed` reads them."""
+    from modeling_llm2clip import load_records
+    from modeling_llm2clip.data.records.record_loading import find_example_data
+
+    records = load_records(find_example_data() / "emoji")
+    captions = list(dict.fromkeys(c for r in records if r.lang == "en" for c in r.captions))
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        csv.writer(opened).writerows([("id", "text"), *enumerate(captions[:count])])
+    return file
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Run loops that each keep a core busy, and end them."""
+    loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def time_embed(model: str, data: Path, folder: Path, chosen: dict[str, str]) -> float:
+    """Return the seconds of one `llm2clip embed`, start included."""
+    command = [sys.executable, "-m", "modeling_llm2clip", "embed", model, str(data), str(folder)]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+    started = time.perf_counter()
+    subprocess.run(
+        [*command, "--modality", "text", "--no-show-progress"],
+        check=True, env={**kept, **chosen}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

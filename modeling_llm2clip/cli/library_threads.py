@@ -1,0 +1,27 @@
+"""Threads of libraries: how long the threads of a parallel region wait before they sleep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+# A user who has set any of these has chosen.
+_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# Rounds of GNU OpenMP, which PyTorch's wheels for Linux use: a few microseconds. Its default is
+# milliseconds, in which a thread that waits takes a core from the one that computes, wherever there
+# are fewer free cores than threads. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) are slower
+# on an idle machine. benchmarks/busy_machine.py compares all three.
+_SPIN_COUNT = 10_000
+
+
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep waiting threads from spinning for long, unless the user chose, or torch is loaded.
+
+    OpenMP reads its settings when torch loads it. Child processes inherit them.
+
+    Args:
+        environment: Environment of the process, changed in place.
+    """
+    if "torch" not in sys.modules and not any(name in environment for name in _CHOICES):
+        environment["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)

@@ -1,0 +1,43 @@
+"""How long threads spin is bounded for the commands, before torch is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_llm2clip.cli.library_threads import bound_spinning
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_command_bounds_the_spinning_before_torch_is_loaded() -> None:
+    code = (
+        "import os, sys; from modeling_llm2clip.__main__ import main; "
+        "main(['search', '/nowhere', 'a dog']); "
+        "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_WAIT", "GOMP", "KMP"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**kept, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "10000"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_what_the_user_chose_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    environment = {name: "7"}
+    bound_spinning(environment)
+    assert environment == {name: "7"}
+
+
+def test_nothing_is_set_once_torch_has_read_its_environment() -> None:
+    assert "torch" in sys.modules or __import__("torch")
+    environment: dict[str, str] = {}
+    bound_spinning(environment)
+    assert environment == {}
