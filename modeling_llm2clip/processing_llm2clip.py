@@ -62,8 +62,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer, `crop_rounding` is not known, or the
-            image processor makes images of more pixels than any tower takes.
+        ValueError: `max_text_length` is not a positive integer, `crop_rounding` is not known, or
+            the image processor makes images of more pixels than any tower takes.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
