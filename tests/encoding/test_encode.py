@@ -118,9 +118,9 @@ def test_threads_that_encode_do_not_disturb_each_other() -> None:
 def test_embeddings_can_be_trained_on(name: str) -> None:
     embeds = ENCODINGS[name](*shared_model())
     assert not embeds.is_inference() and not embeds.requires_grad
-    probe = nn.Linear(embeds.shape[1], 1)
-    probe(embeds).sum().backward()
-    assert probe.weight.grad is not None
+    layer = nn.Linear(embeds.shape[1], 1)
+    layer(embeds).sum().backward()
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
