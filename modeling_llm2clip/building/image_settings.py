@@ -7,7 +7,7 @@ image processor, so that loading it needs no options.
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,10 @@ def set_image_size(
             timm_model.set_input_size(img_size=(image_size, image_size))
             config = vision_model.config
             config.model_args = {**(config.model_args or {}), "img_size": image_size}
+        else:
+            _refuse_size(
+                vision_model, image_size, f"it has positions for {own[0]} × {own[1]} alone"
+            )
     if not _counts_patches(image_processor):
         _require_taken(vision_model, image_size)
     return vision_model, _resize_images(image_processor, image_size, patch)
@@ -98,11 +102,17 @@ def _require_taken(vision_model: PreTrainedModel, image_size: int) -> None:
     image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
     try:
         vision_model(pixel_values=image.to(vision_model.device))
-    except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for a size
-        raise ValueError(
-            f"This {vision_model.config.model_type!r} tower does not take images of {image_size} "
-            f"× {image_size} pixels ({error}). Leave image_size out."
-        ) from error
+    except (AssertionError, RuntimeError, ValueError, LookupError) as error:  # what networks raise
+        _refuse_size(vision_model, image_size, f"it fails with {type(error).__name__}: {error}")
+
+
+def _refuse_size(vision_model: PreTrainedModel, image_size: int, reason: str) -> NoReturn:
+    config: Any = vision_model.config
+    name = getattr(config, "architecture", config.model_type)
+    raise ValueError(
+        f"The tower {name} does not take images of image_size={image_size} pixels: {reason}. Leave "
+        "image_size out, or take a tower that was trained at this size."
+    )
 
 
 def _resize_positions(
