@@ -89,9 +89,8 @@ def set_image_size(
             config = vision_model.config
             config.model_args = {**(config.model_args or {}), "img_size": image_size}
         else:
-            _refuse_size(
-                vision_model, image_size, f"it has positions for {own[0]} × {own[1]} alone"
-            )
+            reason = f"it has positions for {own[0]} × {own[1]} alone"
+            _refuse_size(vision_model, image_size, reason)
     if not _counts_patches(image_processor):
         _require_taken(vision_model, image_size)
     return vision_model, _resize_images(image_processor, image_size, patch)
@@ -103,7 +102,8 @@ def _require_taken(vision_model: PreTrainedModel, image_size: int) -> None:
     try:
         vision_model(pixel_values=image.to(vision_model.device))
     except (AssertionError, RuntimeError, ValueError, LookupError) as error:  # what networks raise
-        _refuse_size(vision_model, image_size, f"it fails with {type(error).__name__}: {error}")
+        reason = f"it fails with {type(error).__name__} ({error})"
+        _refuse_size(vision_model, image_size, reason)
 
 
 def _refuse_size(vision_model: PreTrainedModel, image_size: int, reason: str) -> NoReturn:
