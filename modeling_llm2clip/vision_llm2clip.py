@@ -80,12 +80,27 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
     if timm_model is not None:
         patches: Any = getattr(timm_model, "patch_embed", None)
         is_fixed = getattr(patches, "strict_img_size", False) and patches.img_size
-        return tuple(patches.img_size) if is_fixed else None
+        return tuple(patches.img_size) if is_fixed else _find_size_of_distances(timm_model)
     if not _can_interpolate(vision_model):
         return None
     config: Any = vision_model.config
     size = getattr(config, "image_size", None)
     return (size, size) if isinstance(size, int) else tuple(size) if size else None
+
+
+def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
+    """Return the image size of timm's MViTv2; None for other networks.
+
+    Its positions are a table of distances, counted from the largest one: a smaller image would
+    silently get those of other distances, a larger one an IndexError.
+    """
+    tables = dict(timm_model.named_parameters())
+    first = [tables.get(f"stages.0.blocks.0.attn.rel_pos_{side}") for side in "hw"]
+    patches: Any = getattr(timm_model, "patch_embed", None)
+    if first[0] is None or first[1] is None:
+        return None
+    height, width = ((len(table) + 1) // 2 for table in first if table is not None)
+    return height * patches.proj.stride[0], width * patches.proj.stride[1]
 
 
 def find_patch_size(vision_model: nn.Module) -> int:
@@ -98,8 +113,8 @@ def find_patch_size(vision_model: nn.Module) -> int:
     if timm_model is None:
         config: Any = vision_model.config
         return int(getattr(config, "patch_size", 0) or 0)
-    patches: Any = getattr(timm_model, "patch_embed", None)
-    return int(patches.patch_size[0]) if hasattr(patches, "patch_size") else 0
+    size: Any = getattr(getattr(timm_model, "patch_embed", None), "patch_size", 0)
+    return int(size if isinstance(size, int) else size[0])
 
 
 def choose_interpolation(

@@ -18,6 +18,11 @@ from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.image_settings import set_image_size, set_normalization
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.vision_llm2clip import (
+    choose_interpolation,
+    find_fixed_size,
+    find_patch_size,
+)
 
 LARGER = 48
 WITH_ARGUMENT = ("clip", "siglip", "vit")  # interpolate positions with the argument
@@ -133,8 +138,15 @@ def test_a_size_below_one_pixel_is_rejected() -> None:
         (
             "timm_wrapper",
             {"architecture": "mixer_s32_224", "model_args": {"img_size": 64}},
-            "does not take images of 96 × 96 pixels .*Leave image_size out",
+            "mixer_s32_224 does not take images of image_size=96 pixels: .*Leave image_size out",
         ),
+        (
+            "timm_wrapper",
+            {"architecture": "hiera_tiny_224", "model_args": {"embed_dim": 24}},
+            "hiera_tiny_224 does not take images of image_size=96 pixels: it fails with Runtime",
+        ),
+        # A smaller image would silently get the positions of other distances.
+        ("timm_wrapper", {"architecture": "mvitv2_tiny"}, "mvitv2_tiny .* 224 × 224 alone"),
         (
             "beit",
             {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -143,7 +155,7 @@ def test_a_size_below_one_pixel_is_rejected() -> None:
             "more than the positions depends on the image size",
         ),
     ],
-    ids=["timm", "relative positions"],
+    ids=["timm", "hiera", "mvitv2", "relative positions"],
 )  # fmt: skip
 def test_a_tower_that_cannot_change_its_size_is_rejected(
     model_type: str, settings: dict[str, Any], message: str
@@ -151,6 +163,28 @@ def test_a_tower_that_cannot_change_its_size_is_rejected(
     tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings))
     with pytest.raises(ValueError, match=message):
         set_image_size(tower, tiny_vision()[1], 96)
+
+
+@pytest.mark.parametrize("size", [96, 256])
+def test_a_timm_network_of_windows_takes_other_sizes(size: int) -> None:
+    """EfficientViT, whose patch size is one number, pads to whole windows."""
+    settings: dict[str, Any] = {"architecture": "efficientvit_m0"}
+    tower = AutoModel.from_config(AutoConfig.for_model("timm_wrapper", **settings))
+    assert find_patch_size(tower) == 16
+    _, processor = set_image_size(tower, tiny_vision("siglip")[1], size)
+    assert processor.to_dict()["size"] == {"height": size, "width": size}
+    with pytest.raises(ValueError, match="image_size=250 is not a multiple of the tower's patch"):
+        set_image_size(tower, tiny_vision("siglip")[1], 250)
+
+
+def test_images_of_another_size_than_mvitv2s_are_refused() -> None:
+    """It counts the distances of positions from the largest one of its own size."""
+    settings: dict[str, Any] = {"architecture": "mvitv2_tiny"}
+    tower = AutoModel.from_config(AutoConfig.for_model("timm_wrapper", **settings))
+    assert find_fixed_size(tower) == (224, 224)
+    for size in (192, 256):
+        with pytest.raises(ValueError, match=r"positions for 224 × 224 and cannot interpolate"):
+            choose_interpolation(tower, torch.zeros(1, 3, size, size), wanted=True)
 
 
 @pytest.mark.parametrize(

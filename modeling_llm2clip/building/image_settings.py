@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,9 @@ def set_image_size(
             vision_model = _resize_positions(vision_model, image_size, patch=patch)
         elif hasattr(timm_model, "set_input_size"):
             _resize_network(timm_model, vision_model.config, image_size)
+        else:
+            reason = f"it has positions for {own[0]} × {own[1]} alone"
+            _refuse_size(vision_model, image_size, reason)
     if not _counts_patches(image_processor):
         _require_taken(vision_model, image_size)
     return vision_model, _resize_images(image_processor, image_size, patch)
@@ -97,11 +100,18 @@ def _require_taken(vision_model: PreTrainedModel, image_size: int) -> None:
     image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
     try:
         vision_model(pixel_values=image.to(vision_model.device))
-    except (AssertionError, RuntimeError, ValueError) as error:  # what networks raise for a size
-        raise ValueError(
-            f"This {vision_model.config.model_type!r} tower does not take images of {image_size} "
-            f"× {image_size} pixels ({error}). Leave image_size out."
-        ) from error
+    except (AssertionError, RuntimeError, ValueError, LookupError) as error:  # what networks raise
+        reason = f"it fails with {type(error).__name__} ({error})"
+        _refuse_size(vision_model, image_size, reason)
+
+
+def _refuse_size(vision_model: PreTrainedModel, image_size: int, reason: str) -> NoReturn:
+    config: Any = vision_model.config
+    name = getattr(config, "architecture", config.model_type)
+    raise ValueError(
+        f"The tower {name} does not take images of image_size={image_size} pixels: {reason}. Leave "
+        "image_size out, or take a tower that was trained at this size."
+    )
 
 
 def _resize_network(timm_model: Any, config: Any, image_size: int) -> None:

@@ -158,7 +158,7 @@ def encode_distinct_images(
         if on_batch is not None:
             on_batch(rows, embeds)
 
-    total = len(set(_list_keys(images)))
+    total = len(set(list_keys(images)))
     with tqdm(total=total, unit=" images", disable=not show_progress) as progress:
         return encode_distinct(
             images,
@@ -204,7 +204,7 @@ def encode_distinct(
     Raises:
         ValueError: An embedding has NaN or infinity; every such input of the batch is named.
     """
-    keys = _list_keys(inputs)
+    keys = list_keys(inputs)
     first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
     firsts = sorted(first_of.values())
     plan = [[firsts[place] for place in places] for places in batches(firsts)]
@@ -409,11 +409,14 @@ def require_finite(
     )
 
 
-def _list_keys(inputs: Sequence[Any]) -> list[Hashable]:
+def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     """Return for each input what equal inputs share, and no others.
 
     An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
     different: it may make them anew at each access, where an `id` says nothing.
+
+    Args:
+        inputs: Texts, addresses of images, or images.
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))

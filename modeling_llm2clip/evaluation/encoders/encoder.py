@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...configs.evaluation_config import EncoderConfig
 from ...data.images.image_sources import open_image
-from ...encoding.batches import encode_distinct
+from ...encoding.batches import encode_distinct, list_keys
 from ...encoding.devices import find_device
 from ...image_loading_llm2clip import load_images
 
@@ -172,10 +172,11 @@ def encode_batches(
             places.sort(key=lambda place: size_of(items[rows[place]]), reverse=True)
         return [places[start : start + size] for start in range(0, len(places), size)]
 
-    total = len(dict.fromkeys(items))
+    items = list(items)
+    total = len(set(list_keys(items)))
     with tqdm(total=total, unit=f" {unit}", disable=not config.show_progress) as progress:
         return encode_distinct(
-            list(items),
+            items,
             batches=plan,
             prepare=prepare,
             encode=encode,

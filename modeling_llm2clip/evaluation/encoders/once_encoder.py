@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...encoding.batches import list_keys
 from .encoder import EncodedTexts, Encoder, EncoderDescription
 
 _ROWS_COPIED_AT_ONCE = 2**16
@@ -28,6 +29,7 @@ class OnceEncoder:
         self._encoder = encoder
         self._texts, self._images = KnownRows(), KnownRows()
         self._is_truncated: dict[str, bool] = {}
+        self._held: list[Any] = []  # images, so that no other gets the `id` of one in memory
 
     def describe(self) -> EncoderDescription:
         """Say what decides the embeddings."""
@@ -51,19 +53,22 @@ class OnceEncoder:
         return EncodedTexts(self._texts.take(texts), known)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images, which are identified by their address and their name.
+        """Encode images, which are identified by their address, or themselves, and their name.
 
         Args:
             images: At least one.
             names: Their names in the dataset.
         """
-        wanted = list(zip(images, names, strict=True))
+        images = list(images)
+        wanted = list(zip(list_keys(images), names, strict=True))
+        image_of = dict(zip(wanted, images, strict=True))
         new = self._images.list_new(wanted)
         if new:
             embeds = self._encoder.encode_images(
-                [image for image, _ in new], names=[name for _, name in new]
+                [image_of[key] for key in new], names=[name for _, name in new]
             )
             self._images.add(new, embeds)
+            self._held += [image_of[key] for key in new]
             self.encoded["images"] += len(new)
         return self._images.take(wanted)
 

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
+from modeling_llm2clip.evaluation.encoders.once_encoder import OnceEncoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.image_loading_llm2clip import load_images
@@ -109,6 +110,26 @@ def test_equal_inputs_have_equal_embeddings_whatever_the_batch(
         load_encoder(models(model_type), EncoderConfig(batch_size=2)).encode_texts(texts).embeds
     )
     assert torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[-1])
+
+
+@every_dual_type
+def test_images_in_memory_have_the_embeddings_of_their_files(
+    model_type: str, models: Any, images: list[Path]
+) -> None:
+    """Two equal ones that are the same object are encoded once."""
+    encoder = load_encoder(models(model_type), EncoderConfig(batch_size=3))
+    files = [*images[:3], images[0]]
+    names = [f"{number}" for number in range(4)]
+    opened = [Image.open(path) for path in images[:3]]
+    opened.append(opened[0])
+    wanted = encoder.encode_images(files, names=names)
+    for given in (opened, tuple(opened)):
+        found = encoder.encode_images(given, names=names)
+        assert torch.equal(found, wanted) and torch.equal(found[0], found[3])
+    once = OnceEncoder(encoder)
+    assert torch.equal(once.encode_images(opened, names=["a", "b", "c", "a"]), wanted)
+    assert torch.equal(once.encode_images(opened[:2], names=["a", "b"]), wanted[:2])
+    assert once.encoded["images"] == 3
 
 
 @pytest.mark.parametrize(
