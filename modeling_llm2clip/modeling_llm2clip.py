@@ -82,9 +82,9 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             CPU ran the texts without padding.
 
         Raises:
-            ValueError: the ids lack the model's prompt, a text is too long or empty, there is padding
-                and no mask, a request selects layers, or the LLM as it was loaded does not return
-                the requested states. A compiled model checks the same; an exported graph does not.
+            ValueError: the ids lack the model's prompt, a text is too long or empty, padding has no
+                mask, a request selects layers, or the LLM as it was loaded does not return the
+                requested states. A compiled model checks the same; an exported graph does not.
         """
         requested = find_requested_states(
             self.config,

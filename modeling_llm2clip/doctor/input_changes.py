@@ -72,7 +72,7 @@ def list_text_changes(texts: list[str]) -> Iterator[tuple[str, Callable[[str], s
     longest = max(map(len, texts))
     for count in _COMMON_CUTS:
         if count < longest:
-            yield f"texts are cut off after {count:,} characters", partial(_cut, count)
+            yield f"texts are truncated to {count:,} characters", partial(_cut, count)
 
 
 def _cut(count: int, text: str) -> str:
@@ -115,4 +115,5 @@ def _save_as_jpeg(quality: int, image: Image.Image) -> Image.Image:
 
 
 def _reduce_colors(image: Image.Image) -> Image.Image:
-    return load_images(image).quantize(256).convert("RGB")
+    upright: Image.Image = load_images(image)
+    return upright.quantize(256).convert("RGB")

@@ -284,7 +284,7 @@ def _find_crosstalk(compared: Comparison) -> str | None:
             swapped.append((row, nearest))
     if not swapped:
         return None
-    # A change of inputs can make two of them one, such as a text in capitals and in small letters.
+    # A change of inputs can make two of them one, such as a text and the same in lowercase.
     found = compared.find_variants()
     if found and found[0][0] <= _ROUNDING:
         return f"{compared.describe_distance()}: {found[0][1]}."

@@ -104,8 +104,8 @@ class _Served:
             return list_image_variants(self.tested, inputs)
 
         def encode_in_half() -> dict[str, Tensor]:
-            halves = self.in_half_precision.items()
-            return {name: _encode(half, inputs) for name, half in halves}
+            models = self.in_half_precision.items()
+            return {name: _encode(tested, inputs) for name, tested in models}
 
         return Comparison(
             served=served,

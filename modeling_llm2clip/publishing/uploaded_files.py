@@ -164,7 +164,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _find_wrong_link(path: Path, folder: Path) -> str | None:
-    """Return why a link is not uploaded; None for one to a file of the folder that is."""
+    """Return why a link is not uploaded; None if it is, as a file of the folder."""
     target = path.readlink()
     if not path.exists():
         return f"links to {target}, which is not there"

@@ -1,4 +1,4 @@
-"""What stands between a client and a model and changes something is found, and rightly named.
+"""Whatever changes something between a client and a model is found, and rightly named.
 
 The proxies were not written for the checks. Where a cause is not known, the report says so.
 """
@@ -114,7 +114,7 @@ TEXTS = {
         "HTML tags are removed",
     ),
     "cut at 100": Case(
-        change_texts(lambda text: text[:100]), "exact texts", "cut off after 100 characters"
+        change_texts(lambda text: text[:100]), "exact texts", "truncated to 100 characters"
     ),
     "cut at an odd length": Case(
         change_texts(lambda text: text[:123]), "exact texts", UNKNOWN
@@ -238,7 +238,7 @@ def test_texts_cut_off_at_2000_characters_are_no_matter_of_precision(
         report = check(long_folder, endpoint)
     assert [one.name for one in report.failed][-1] == "long text"
     for one in report.failed:
-        assert "texts are cut off after 2,000 characters (which gives them within" in one.message
+        assert "texts are truncated to 2,000 characters (which gives them within" in one.message
         assert "served-dtype" not in one.message
 
 

@@ -214,7 +214,7 @@ def test_nothing_is_written_from_a_folder_with_a_flipped_bit(
     folder = Path(shutil.copytree(source, tmp_path / "damaged"))
     flip_bit(WEIGHTS[damaged])(folder)
     (tmp_path / "new").mkdir()
-    with pytest.raises(ValueError, match=r"golden embeddings|recorded files"):
+    with pytest.raises(ValueError, match="golden embeddings and recorded files"):
         WAYS[way][0](folder, tmp_path / "new" / "model")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -233,7 +233,7 @@ def test_damage_that_no_golden_input_shows_is_found_by_the_recorded_hashes(
     folder = Path(shutil.copytree(source, tmp_path / "damaged"))
     name, damage = CHANGES[change]
     damage(folder)
-    with pytest.raises(ValueError, match=rf"{name}|recorded files|golden embeddings"):
+    with pytest.raises(ValueError, match=f"{name}: not as when|_embeds moved by"):
         WAYS[way][0](folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
