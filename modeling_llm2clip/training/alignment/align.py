@@ -203,8 +203,6 @@ def _train(
         with_vision_tower=data.dataset.image_store is None,
     )
     adapted = choose_trained_parts(model, config)
-    if not is_sharded():
-        model.to(arguments.device)
     last = find_last_checkpoint(output) if resume else None
     held_out = data.held_out
     notes = note_held_out(data, source.folder)
@@ -212,6 +210,8 @@ def _train(
         start = init_projections(model, data, config)
     else:
         start = ProjectionInit(**read_results(output)["start"])
+    if not is_sharded():
+        model.to(arguments.device)
     freeze_unused(model, data.dataset.processor, config)
     _record_start(output, config, inputs, start, last=last, model=model)
     length = plan_length(config, start, num_items=data.num_items, batch_size=batch_size)

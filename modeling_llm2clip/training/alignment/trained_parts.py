@@ -92,7 +92,7 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
 
 def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
     """Add up what the model makes of two pairs; random embeddings stand for towers at rest."""
-    config, inputs = model.config, dict[str, Any]()
+    inputs: dict[str, Any] = {}
     if model.trains_vision:
         colors = [(200, 120, 40), (20, 90, 160)]
         inputs |= processor(images=[Image.new("RGB", (64, 48), color) for color in colors])
@@ -101,7 +101,7 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
     if model.trains_text:
         inputs |= processor(text=["a dog", "two red apples on a wooden table"])
     else:
-        inputs["caption_embeds"] = torch.rand(2, config.text_config.hidden_size)
+        inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
     outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
     return sum((output.float().sum() for output in outputs), torch.zeros(()).to(model.device))
 

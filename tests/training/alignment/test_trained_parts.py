@@ -35,6 +35,7 @@ from modeling_llm2clip.training.alignment.trained_parts import (
     scale_by_layer,
 )
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.run_folder import count_parameters
 
 
 def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, tmp_path: Path) -> None:
@@ -103,6 +104,17 @@ def test_what_is_said_to_be_trained_has_a_gradient(
     images, texts, scale = model.train()(**batch)
     (images.sum() + texts.sum() + scale.sum()).backward()
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_weights_that_the_pooling_never_uses_do_not_count_as_trained(tmp_path: Path) -> None:
+    save_model(*tiny_model("siglip", vision_pooling="mean"), tmp_path / "exported")
+    model = AlignmentModel.from_pretrained(tmp_path / "exported")
+    config = AlignConfig(vision_training="full")
+    choose_trained_parts(model, config)
+    freeze_unused(model, LLM2CLIPProcessor.from_pretrained(tmp_path / "exported"), config)
+    head = sum(p.numel() for p in model.vision_model.head.parameters())
+    counts = count_parameters(model)["vision_model"]
+    assert head and counts["trainable"] == counts["total"] - head
 
 
 @pytest.mark.parametrize("vision", ["eva", "beit", "beitv2", "swinv2"])
