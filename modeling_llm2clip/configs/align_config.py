@@ -27,7 +27,8 @@ class AlignConfig(TrainingConfig):
     num_train_epochs: Annotated[float, Range(above=0)] | None = None
     """Passes over the data. Default: 10, and at least 300 steps."""
     global_batch_size: Annotated[int, Range(min=2)] | None = None
-    """Images per batch, over all processes together. Default: 512, or as many as the data allow."""
+    """Records per batch, over all processes together; an image has one in each of its languages.
+    Default: 512, or as many as the data allow."""
     learning_rate: Annotated[float, Range(above=0)] | None = None
     """Peak learning rate of adapter, projections and LoRAs. Default: 1e-4 from a trained model or
     a closed-form start, 1e-3 from random weights."""

@@ -92,15 +92,15 @@ def training_arguments_on(
     return arguments
 
 
-def gather_group_ids(group_ids: Tensor) -> Tensor:
-    """Concatenate the group ids of all processes in the order of their ranks.
+def gather_ids(ids: Tensor) -> Tensor:
+    """Concatenate the ids of all processes' rows in the order of their ranks.
 
     Args:
-        group_ids: (B,) int64, of this process; equally many on every process.
+        ids: (B, columns) int64, of this process; equally many on every process.
 
     Returns:
-        (A,) int64.
+        (A, columns) int64.
     """
-    gathered = [torch.empty_like(group_ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, group_ids.contiguous())
+    gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, ids.contiguous())
     return torch.cat(gathered)

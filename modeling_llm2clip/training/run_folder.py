@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+# Held while a run is in progress: see `lock_run`.
+LOCK_FILE = "run.lock"
 # The last file of a checkpoint: without it, the checkpoint is incomplete.
 _COMPLETE = "complete"
 # Options that change no number, so that a run may be resumed with other values.
 _MAY_DIFFER = {"num_workers", "report_to"}
+_CHECKPOINTS_KEPT = 2
 _NAMES_SHOWN = 5
 
 
@@ -113,8 +116,10 @@ def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
         OSError: The folder cannot be made or written.
     """
     require_writable(folder)
-    # A run that was killed while it wrote its record has done nothing yet.
-    if not folder.exists() or all(is_unfinished(path) for path in folder.iterdir()):
+    # A run that was killed before it wrote its record has done nothing yet.
+    if not folder.exists() or all(
+        is_unfinished(path) or path.name == LOCK_FILE for path in folder.iterdir()
+    ):
         return
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} is not empty and has no {RUN_FILE}. Choose a new folder.")
@@ -218,13 +223,18 @@ def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
 
 
 def mark_complete(output: Path, step: int) -> None:
-    """Mark the checkpoint of a step as complete.
+    """Mark the checkpoint of a step as complete, and delete all but the last two steps.
+
+    The order is that of their steps: the times of files depend on clocks, and change in copies.
 
     Args:
         output: Folder of the run.
         step: Step of the checkpoint.
     """
     (output / CHECKPOINTS / f"checkpoint-{step}" / _COMPLETE).touch()
+    folders = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step_of)
+    for folder in folders[:-_CHECKPOINTS_KEPT]:
+        shutil.rmtree(folder)
 
 
 def find_last_checkpoint(output: Path) -> Path | None:

@@ -27,6 +27,10 @@ NUM_ROWS = 8
 CHUNK = 3
 
 
+# The captions of two rows of different groups are equal, and on different processes.
+TEXT_KEYS = torch.tensor([0, 1, 2, 3, 4, 5, 3, 7])
+
+
 def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images, captions, scale and group ids of a whole batch; some groups span both processes."""
     generator = torch.Generator().manual_seed(3)
@@ -40,7 +44,9 @@ def loss_and_gradients(part: slice, *, chunk_size: int | None = None) -> dict[st
     leaves = [image[part].clone(), text[part].clone(), scale]
     for leaf in leaves:
         leaf.requires_grad_(True)
-    loss = ContrastiveLoss(chunk_size=chunk_size)(LossInputs(*leaves, group_ids[part]))
+    loss = ContrastiveLoss(chunk_size=chunk_size)(
+        LossInputs(*leaves, group_ids[part], TEXT_KEYS[part])
+    )
     loss.backward()
     image_grad, text_grad, scale_grad = (leaf.grad for leaf in leaves)
     return {"loss": loss.detach(), "image": image_grad, "text": text_grad, "scale": scale_grad}

@@ -80,6 +80,21 @@ _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva02": ("eva02_base_patch16_clip_224", {**_TIMM_SIZE, "ref_feat_shape": [3, 3]}),
     "timm-siglip": ("vit_so400m_patch14_siglip_224", _TIMM_SIZE),
     "timm with batch norm": ("test_efficientnet", {}),
+    # These read the weight of their `qkv` themselves.
+    "eva": ("eva_giant_patch14_224", _TIMM_SIZE),
+    "beit": ("beit_base_patch16_224", _TIMM_SIZE),
+    "beitv2": ("beitv2_base_patch16_224", _TIMM_SIZE),
+    "swinv2": (
+        "swinv2_tiny_window8_256",
+        {
+            "img_size": IMAGE_SIZE,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+        },
+    ),
 }
 _LLM_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},

@@ -205,6 +205,25 @@ class RecordTable(Sequence[CaptionedImage]):
             found[places] = read(self._batches[number].column(name))[within]
         return found
 
+    def read_text_keys(self, rows: Array, numbers: Array) -> Array:
+        """Read the key of a caption of each of some records.
+
+        Args:
+            rows: (M,) numbers of records.
+            numbers: (M,) numbers of their captions: first the short ones of a record, then its
+                long ones.
+
+        Returns:
+            (M,) int64.
+        """
+        wanted = np.asarray(rows) if self._rows is None else self._rows[np.asarray(rows)]
+        found = np.empty(len(wanted), np.int64)
+        for number, places in split_by_batch(wanted):
+            column = self._batches[number].column("text_keys")
+            starts = np.asarray(column.offsets)[wanted[places] - number * ROWS_PER_BATCH]
+            found[places] = np.asarray(column.values)[starts + numbers[places]]
+        return found
+
     def iterate_numbers(self, name: str) -> Iterator[Array]:
         """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
 

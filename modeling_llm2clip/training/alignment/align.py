@@ -30,7 +30,8 @@ from ...model_folders.stage_source import Source, StageSource, open_source
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
-from ..losses.loss import Loss, load_loss, require_no_parameters
+from ..distributed import is_sharded
+from ..losses.loss import Loss, identify_loss, load_loss, require_no_parameters
 from ..run_folder import (
     METRICS_FILE,
     add_results,
@@ -43,7 +44,14 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..trainer_mixins import JsonLinesCallback, StopCallback, count_warmup_steps, show_progress
+from ..run_lock import lock_run
+from ..trainer_mixins import (
+    JsonLinesCallback,
+    StopCallback,
+    computes_in_bfloat16,
+    count_warmup_steps,
+    show_progress,
+)
 from .align_checks import (
     check_align,
     check_batch,
@@ -53,7 +61,7 @@ from .align_checks import (
     open_store,
 )
 from .alignment_model import AlignmentModel
-from .alignment_report import make_card_results, make_caution
+from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_stream import check_stream
 from .alignment_trainer import (
     AlignmentTrainer,
@@ -65,7 +73,7 @@ from .alignment_trainer import (
 from .held_out import BestWeightsCallback, HeldOutImages
 from .projection_init import ProjectionInit, init_projections
 from .run_data import RunData, open_records, open_stream
-from .trained_parts import choose_trained_parts, merge_loras
+from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
 
 MODEL_FOLDER = "model"
 _NUM_EVALUATIONS = 20
@@ -102,7 +110,7 @@ def align(
         loss: What is trained on, instead of the loss that `config.loss` names.
         data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`, which must be of the same options,
-            weights, stores, captions and images (by name and size).
+            weights, stores, captions and images (by name and size), and as many processes.
         callbacks: Callbacks of transformers' Trainer.
 
     Returns:
@@ -110,9 +118,10 @@ def align(
 
     Raises:
         ValueError: Before any tower is loaded: no data, too little for a batch, groups that leave
-            no negatives, a batch that the processes cannot share, an `output` of another run,
-            stores of another model or of other data, options that contradict each other.
-            A model that no longer gives its golden embeddings is refused before it is trained.
+            no negatives, a batch that the processes cannot share, an `output` of another run or
+            one that is running in it, stores of another model or of other data, options that
+            contradict each other. A model that no longer gives its golden embeddings is refused
+            before it is trained. After the last step: the loss was always 0.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -135,8 +144,12 @@ def align(
         data = RecordTable.from_records(data)
         check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
-    choose_device(config.device)
-    with open_source(source, output) as found, TemporaryDirectory() as temporary:
+    device = choose_device(config.device)
+    with (
+        lock_run(output),
+        open_source(source, output) as found,
+        TemporaryDirectory() as temporary,
+    ):
         fingerprints = {
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),
@@ -145,12 +158,15 @@ def align(
         check_stores(fingerprints, caption_store, image_store)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         if isinstance(data, RecordStream):
-            run_data = open_stream(data, processor, config, caption_store, Path(temporary))
+            run_data = open_stream(data, processor, config, caption_store, Path(temporary), loss)
         else:
-            run_data = open_records(data, processor, config, caption_store, image_store)
+            run_data = open_records(data, processor, config, caption_store, image_store, loss)
         inputs = {
             **_identify(found, run_data, fingerprints, caption_store, image_store),
-            "loss_class": type(loss).__name__,
+            "loss_class": identify_loss(loss),
+            "num_processes": PartialState().num_processes,
+            "is_sharded": is_sharded(),
+            "in_bfloat16": computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
         }
         require_same_run(output, config, inputs, resume=resume)
         if PartialState().is_main_process:  # now, not after hours of training
@@ -187,12 +203,16 @@ def _train(
         with_vision_tower=data.dataset.image_store is None,
     )
     adapted = choose_trained_parts(model, config)
+    if not is_sharded():
+        model.to(arguments.device)
     last = find_last_checkpoint(output) if resume else None
     held_out = data.held_out
+    notes = note_held_out(data, source.folder)
     if last is None:
         start = init_projections(model, data, config)
     else:
         start = ProjectionInit(**read_results(output)["start"])
+    freeze_unused(model, data.dataset.processor, config)
     _record_start(output, config, inputs, start, last=last, model=model)
     length = plan_length(config, start, num_items=data.num_items, batch_size=batch_size)
     with float32_as_such(), stop_on_signals() as stop:
@@ -212,7 +232,7 @@ def _train(
         )
         show_progress(trainer, "align")
         trainer.run(last)
-    _record_end(trainer, output, start, stop)
+    _record_end(trainer, output, start, stop, notes)
     return _collect(trainer, adapted, output)
 
 
@@ -263,7 +283,11 @@ def _make_best_weights(
 
 
 def _record_end(
-    trainer: AlignmentTrainer, output: Path, start: ProjectionInit, stop: StopRequest
+    trainer: AlignmentTrainer,
+    output: Path,
+    start: ProjectionInit,
+    stop: StopRequest,
+    notes: dict[str, Any],
 ) -> None:
     """Add what came of a finished run to its record; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
@@ -278,16 +302,21 @@ def _record_end(
             resume=True,
             is_main_process=trainer.args.should_save,
         )
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    if losses and not any(losses):
+        raise ValueError(
+            f"The loss was 0 in all of {state.global_step} steps, so that nothing was learned: no "
+            "image had a negative. Check the group_ids of the data, or train on larger batches."
+        )
     if not trainer.args.should_save:
         return
-    losses = [line["loss"] for line in state.log_history if "loss" in line]
     best_step = state.global_step if best is None else best.best_step
     was_trained = trainer.alignment_model.config.text_adapter_trained
     add_results(
         output,
         steps=state.global_step,
         final_loss=losses[-1] if losses else None,
-        held_out=None if best is None else best.as_record(),
+        held_out=None if best is None else {**best.as_record(), **notes},
         projections_trained=start.is_trained or bool(best_step),
         # A new adapter is the identity, which is not random either.
         text_adapter_trained=was_trained or start.has_new_adapter or best_step > 0,

@@ -109,21 +109,21 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
     _check_group_ids(RecordTable.from_records(records))
 
 
-def check_batch(batch_size: int, num_images: int, num_held_out: int) -> None:
+def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
     """Refuse a batch that is larger than the data.
 
     Args:
-        batch_size: Images per batch of all processes.
-        num_images: Images to train on.
-        num_held_out: Images that are held out, for the message.
+        batch_size: Records per batch of all processes.
+        num_records: Records to train on; an image has one in each of its languages.
+        num_held_out: Records that are held out, for the message.
 
     Raises:
-        ValueError: There are fewer images than in a batch.
+        ValueError: There are fewer records than in a batch.
     """
-    if num_images < batch_size:
+    if num_records < batch_size:
         raise ValueError(
-            f"{num_images} images to train on ({num_held_out} are held out) are too few for a "
-            f"batch of {batch_size}. Set global_batch_size to at most {num_images}, leave it out, "
+            f"{num_records} records to train on ({num_held_out} are held out) are too few for a "
+            f"batch of {batch_size}. Set global_batch_size to at most {num_records}, leave it out, "
             "or give more data."
         )
 
@@ -133,7 +133,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
     Args:
         config: Options of the alignment.
-        batch_size: Images per batch of all processes.
+        batch_size: Records per batch of all processes.
         num_processes: Number of processes.
 
     Raises:

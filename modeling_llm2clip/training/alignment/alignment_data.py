@@ -19,6 +19,7 @@ from .sampling import Array, sample_captions, sample_normal
 from .step_times import measure_input, no_input_seconds
 from .store_matching import (
     pair_items,
+    require_directions,
     require_images,
     require_same_counts,
     require_same_images,
@@ -90,8 +91,8 @@ class AlignmentDataset(Dataset[Any]):
     def __getitems__(self, samples: Array) -> dict[str, Tensor]:
         """Return the batch of (B, 2) epochs and items.
 
-        Beside the inputs of the model it has `group_ids` and `input_seconds`, which `StepTimes`
-        takes.
+        Beside the inputs of the model it has `group_ids`, `text_keys`, and `input_seconds`, which
+        `StepTimes` takes.
         """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(
@@ -111,7 +112,12 @@ class AlignmentDataset(Dataset[Any]):
                 embeds = batch[name]
                 normal = sample_normal(self.seed, epochs, items, side, width=embeds.shape[1])
                 batch[name] = _add_noise(embeds, noise, normal)
-        return {"group_ids": self.read_group_ids(items), "input_seconds": seconds, **batch}
+        return {
+            "group_ids": self.read_group_ids(items),
+            "text_keys": self.read_text_keys(items, numbers),
+            "input_seconds": seconds,
+            **batch,
+        }
 
     @property
     def is_stored(self) -> bool:
@@ -128,6 +134,18 @@ class AlignmentDataset(Dataset[Any]):
             (B,) int64, hashes of the group ids.
         """
         return torch.from_numpy(self.records.read_numbers("group_key", items))
+
+    def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
+        """Return the hash of each caption, which equal captions share.
+
+        Args:
+            items: (B,) numbers of records.
+            numbers: (B,) numbers of their captions.
+
+        Returns:
+            (B,) int64.
+        """
+        return torch.from_numpy(self.records.read_text_keys(items, numbers))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
         """Find group ids by their hashes, which takes a pass over the records.
@@ -192,7 +210,7 @@ class AlignmentDataset(Dataset[Any]):
     def _read_captions(self, items: Array, numbers: Array) -> dict[str, Tensor]:
         if self.caption_store is not None:
             rows = self.caption_rows(items, numbers)
-            return {"caption_embeds": self.caption_store.read(rows)}
+            return {"caption_embeds": self._read_stored(self.caption_store, rows, items)}
         captions = self.records.take(items, ("captions", "long_captions"))
         texts = [
             (*short, *long)[number]
@@ -202,9 +220,15 @@ class AlignmentDataset(Dataset[Any]):
 
     def _read_images(self, items: Array) -> dict[str, Tensor]:
         if self.image_store is not None:
-            return {"vision_embeds": self.image_store.read(self.image_rows(items))}
+            rows = self.image_rows(items)
+            return {"vision_embeds": self._read_stored(self.image_store, rows, items)}
         images = [open_image(image) for image in self.records.select(items).iterate_images()]
         return dict(self.processor(images=images))
+
+    def _read_stored(self, store: EmbeddingStore, rows: Array, items: Array) -> Tensor:
+        return require_directions(
+            store.read(rows), store, lambda zeros: self.records.take(items[zeros], ("name", "lang"))
+        )
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:

@@ -20,9 +20,10 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .held_out import count_held_out
+from .held_out import count_held_out, require_negatives
 from .sampling import Array, sample_captions
 from .step_times import INPUT_PARTS, measure_input, no_input_seconds
+from .store_matching import require_directions
 
 _NAMES_SHOWN = 5
 
@@ -111,14 +112,23 @@ class AlignmentStream:
             epochs=np.full(len(records), self.stream.epoch),
             items=keys,
         )
+        texts = [
+            (*record.captions, *record.long_captions)[number]
+            for record, number in zip(records, numbers.tolist(), strict=True)
+        ]
         seconds = no_input_seconds()
         with measure_input(seconds, "tokenize" if self.caption_store is None else "read"):
-            captions = self._read_captions(records, keys, num_short, num_long, numbers)
+            captions = self._read_captions(records, keys, num_short, num_long, numbers, texts)
         with measure_input(seconds, "decode"):
             images = dict(self.processor(images=[sample.image for sample in samples]))
         seconds[INPUT_PARTS.index("decode")] += sum(sample.seconds for sample in samples)
-        group_ids = torch.tensor([hash_text(record.group_id) for record in records])
-        return {"group_ids": group_ids, "input_seconds": seconds, **captions, **images}
+        return {
+            "group_ids": torch.tensor([hash_text(record.group_id) for record in records]),
+            "text_keys": torch.tensor([hash_text(text) for text in texts]),
+            "input_seconds": seconds,
+            **captions,
+            **images,
+        }
 
     def _read_captions(
         self,
@@ -127,15 +137,17 @@ class AlignmentStream:
         num_short: Array,
         num_long: Array,
         numbers: Array,
+        texts: list[str],
     ) -> dict[str, Tensor]:
         if self.caption_store is not None:
             items = self._find_items(records, keys, num_short, num_long)
             rows = self.caption_store.rows_at(items, numbers)
-            return {"caption_embeds": self.caption_store.read(rows)}
-        texts = [
-            (*record.captions, *record.long_captions)[number]
-            for record, number in zip(records, numbers.tolist(), strict=True)
-        ]
+            embeds = require_directions(
+                self.caption_store.read(rows),
+                self.caption_store,
+                lambda zeros: [(records[row].name, records[row].lang) for row in zeros.tolist()],
+            )
+            return {"caption_embeds": embeds}
         return dict(self.processor(text=texts))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
@@ -208,13 +220,14 @@ def hold_out_of_stream(
         Records with their images in `folder`, and their group ids, which training must not see.
 
     Raises:
-        ValueError: There are too few groups to hold out two.
+        ValueError: There are too few groups to hold out two, or to train on two.
     """
     if not ratio:
         return [], frozenset()
     records: list[CaptionedImage] = []
     groups: dict[str, None] = {}
     broken: set[str] = set()
+    others: set[str] = set()
     wanted = None
     for number in range(len(stream.reader.shards)):
         found = stream.read_shard(number)
@@ -226,9 +239,13 @@ def hold_out_of_stream(
                     f"The stream has about {in_first * len(stream.reader.shards)} groups, too few "
                     "to hold out two of them. Give more images, or held_out_ratio=0."
                 )
+            require_negatives(in_first * len(stream.reader.shards) - wanted, wanted)
         for record in found:
             group = record.group_id
-            if group in broken or (group not in groups and len(groups) >= wanted):
+            if group in broken:
+                continue
+            if group not in groups and len(groups) >= wanted:
+                others.add(group)
                 continue
             if _can_be_decoded(record):
                 groups[group] = None
@@ -236,8 +253,10 @@ def hold_out_of_stream(
             else:
                 broken.add(group)
                 groups.pop(group, None)
-        if len(groups) >= wanted:
+        if len(groups) >= wanted and len(others) > 1:
             break
+    else:
+        require_negatives(len(others), len(groups))
     held = [record for record in records if record.group_id in groups]
     return [_write_image(record, folder, n) for n, record in enumerate(held)], frozenset(groups)
 

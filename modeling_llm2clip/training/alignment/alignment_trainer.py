@@ -44,6 +44,7 @@ from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
+_KEYS = {"group_ids", "text_keys"}  # of a batch, that the loss takes and the model does not
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
@@ -79,11 +80,9 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
         logging_nan_inf_filter=False,  # a loss that is not finite stops the run
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=2,
         remove_unused_columns=False,
         label_names=[],
-        # A tower may have weights that its pooling never uses.
-        ddp_find_unused_parameters=config.vision_training == "full",
+        ddp_find_unused_parameters=False,  # these are frozen: see `freeze_unused`
         report_to=choose_reports(config.report_to),
         seed=config.seed,
     )
@@ -111,7 +110,7 @@ def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> 
     Args:
         config: Options of the alignment.
         num_items: Items to train on; None for a stream.
-        batch_size: Images per batch of all processes.
+        batch_size: Records per batch of all processes.
     """
     if config.max_steps is not None:
         return config.max_steps
@@ -148,7 +147,7 @@ def plan_length(
         config: Options of the alignment.
         start: Where the projections start.
         num_items: Items to train on; None for a stream.
-        batch_size: Images per batch of all processes.
+        batch_size: Records per batch of all processes.
     """
     num_steps = count_steps(config, num_items, batch_size)
     return RunLength(
@@ -354,11 +353,11 @@ class AlignmentTrainer(
         Raises:
             FloatingPointError: The loss is not finite; the step and the batch's groups are named.
         """
-        group_ids = inputs["group_ids"]
+        group_ids, text_keys = inputs["group_ids"], inputs["text_keys"]
         with self.step_times.measure("forward"):
-            outputs = model(**{k: value for k, value in inputs.items() if k != "group_ids"})
+            outputs = model(**{name: v for name, v in inputs.items() if name not in _KEYS})
             image_embeds, text_embeds, scale = outputs
-            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids))
+            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids, text_keys))
             self._inverse_temperature = scale.detach()
             is_finite = bool(loss.isfinite())  # waits for a GPU
         if not is_finite:

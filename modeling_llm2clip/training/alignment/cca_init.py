@@ -8,6 +8,7 @@ cross-validation. Two sides with a thousand elements each take seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 
 from ...heads_llm2clip import MAX_LOG_SCALE
 from ...modeling_llm2clip import LLM2CLIPModel
-from ..losses.contrastive import ContrastiveLoss
-from ..losses.loss import LossInputs
 
 # Shares of the mean variance that may be added to every variance, two a decade.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -70,7 +69,8 @@ def init_projections_by_cca(
         shrinkages: Of texts and of images; None to choose them by cross-validation.
 
     Raises:
-        ValueError: The model has no `visual_projection_bias`, or there are fewer than two groups.
+        ValueError: The model has no `visual_projection_bias`, there are fewer than two groups, or
+            one side has no directions: its embeddings are all equal, or not finite.
     """
     if model.visual_projection.bias is None:
         raise ValueError(
@@ -83,6 +83,13 @@ def init_projections_by_cca(
             f"{len(caption_embeds)} captions, {len(vision_embeds)} images and {len(groups)} group "
             f"numbers of {num_groups} groups: CCA needs equally many, of at least two groups."
         )
+    for name, embeds in (("captions", caption_embeds), ("images", vision_embeds)):
+        if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
+            raise ValueError(
+                f"The embeddings of all {len(embeds)} {name} are equal, or some are not finite, so "
+                "that nothing can be fitted. Check the model that made the store (llm2clip "
+                "doctor), and extract again."
+            )
     if not model.config.text_adapter_trained:
         for block in model.text_adapter.blocks:
             block.down.weight.zero_()
@@ -116,42 +123,31 @@ def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
     projection.bias[: len(weight)] = -(weight @ mean.double()).to(projection.bias)
 
 
-@torch.no_grad()
-def fit_temperature(
-    image_embeds: Tensor, text_embeds: Tensor, groups: Tensor, *, chunk_size: int | None = None
-) -> tuple[float, float]:
-    """Find the temperature with the lowest contrastive loss of some pairs.
+def fit_temperature(measure_at: Callable[[float], float]) -> tuple[float, float]:
+    """Find the temperature with the lowest loss of some pairs.
 
-    Golden-section search: the loss is convex in the inverse temperature.
+    Golden-section search: the contrastive loss is convex in the inverse temperature.
 
     Args:
-        image_embeds: (N, P) of unit length.
-        text_embeds: (N, P) of unit length; row i belongs to row i of the images.
-        groups: (N,) int64, what each pair shows.
-        chunk_size: Rows compared at a time; None for all.
+        measure_at: Computes the loss at the logarithm of an inverse temperature.
 
     Returns:
         The logarithm of the inverse temperature, in [0, ln 100], and the loss.
     """
-    compute_loss = ContrastiveLoss(chunk_size=chunk_size, over_processes=False)
-
-    def measure(log_scale: float) -> float:
-        scale = torch.tensor([math.exp(log_scale)], device=image_embeds.device)
-        return float(compute_loss(LossInputs(image_embeds, text_embeds, scale, groups)))
 
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, MAX_LOG_SCALE
     left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = measure(left), measure(right)
+    at_left, at_right = measure_at(left), measure_at(right)
     for _ in range(_TEMPERATURE_STEPS):
         if at_left < at_right:
             high, right, at_right = right, left, at_left
             left = high - ratio * (high - low)
-            at_left = measure(left)
+            at_left = measure_at(left)
         else:
             low, left, at_left = left, right, at_right
             right = low + ratio * (high - low)
-            at_right = measure(right)
+            at_right = measure_at(right)
     return (left, at_left) if at_left < at_right else (right, at_right)
 
 
@@ -196,7 +192,8 @@ class _Side:
         return rotated
 
     def whiten(self, shrinkage: float) -> Tensor:
-        scale: Tensor = (self._variances + shrinkage * self._variances.mean()).rsqrt()
+        mean = self._variances.mean().clamp(min=torch.finfo(torch.float64).tiny)
+        scale: Tensor = (self._variances + shrinkage * mean).rsqrt()
         return scale
 
 
@@ -264,7 +261,7 @@ def _mean_reciprocal_rank(similarities: Tensor, groups: Tensor) -> float:
     reciprocals = []
     for scores in (similarities, similarities.T):
         own = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
-        ranks = 1 + ((scores >= own) & ~same).sum(dim=1)
+        ranks = 1 + (~(scores < own) & ~same).sum(dim=1)  # the last one where scores are NaN
         reciprocals.append(float(ranks.double().reciprocal().mean()))
     return sum(reciprocals) / 2
 

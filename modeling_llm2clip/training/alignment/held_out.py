@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,13 +21,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...data.atomic_files import write_atomically
-from ...data.key_arrays import count_distinct
+from ...data.key_arrays import count_distinct, is_among
 from ...data.records.record_table import RecordTable
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
-from ..losses.contrastive import ContrastiveLoss
-from ..losses.loss import LossInputs
+from ..losses.loss import Loss, LossInputs, compare_within_process
 from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import AlignmentModel
 from .cca_init import fit_temperature
@@ -51,14 +51,14 @@ class HeldOutScores:
     """How well held-out captions and images find each other.
 
     Attributes:
-        loss: Contrastive loss of every pair against all others, at the temperature where it is
-            lowest. The trained temperature suits the training images; at that one, the loss mostly
-            measures overconfidence, and not which embeddings are better.
+        loss: The loss that is trained, of every pair against all others, at the temperature where
+            it is lowest. The trained temperature suits the training images; at that one, the loss
+            mostly measures overconfidence, and not which embeddings are better.
         t2i_r1: Share of texts whose first image is right.
         i2t_r1: Share of images whose first text is right.
         chance_t2i_r1: Expected `t2i_r1` of a random order.
         chance_i2t_r1: Expected `i2t_r1` of a random order.
-        num_images: Images that were compared.
+        num_images: Images that were compared, each once, whatever its languages.
         num_texts: Texts that were compared.
     """
 
@@ -100,7 +100,7 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
         Items to train on, and held-out items, both in the order of the dataset.
 
     Raises:
-        ValueError: There are too few groups to hold out two.
+        ValueError: There are too few groups to hold out two, or to train on two.
     """
     if not ratio:
         return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
@@ -113,11 +113,30 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
             "of at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
             "training helped."
         )
+    require_negatives(num_groups - count, count)
     chosen = _choose_groups(records, count, seed=seed)
     parts = [np.isin(keys, chosen) for keys in records.iterate_numbers("group_key")]
     is_held_out = np.concatenate(parts)
     to_train = np.flatnonzero(~is_held_out).astype(np.int32)
     return to_train, np.flatnonzero(is_held_out).astype(np.int32)
+
+
+def require_negatives(num_trained: int, num_held_out: int) -> None:
+    """Refuse to train on one group, in which no image has a negative: the loss would be 0.
+
+    Args:
+        num_trained: Groups to train on.
+        num_held_out: Groups that are held out.
+
+    Raises:
+        ValueError: There are fewer than two groups to train on.
+    """
+    if num_trained < 2:
+        raise ValueError(
+            f"{num_held_out} groups of images are held out, which leaves {max(num_trained, 0)} to "
+            "train on, where no image would have a negative. Set a smaller held_out_ratio, or give "
+            "more images."
+        )
 
 
 def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
@@ -127,6 +146,24 @@ def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
         groups = np.unique(np.concatenate([chosen, keys]))
         chosen = groups[np.argsort(mix(seed, groups), kind="stable")[:count]]
     return chosen
+
+
+def count_shared_captions(records: RecordTable, held_out: Array) -> int:
+    """Count the captions to train on that are also captions of held-out records.
+
+    Args:
+        records: All records.
+        held_out: (H,) numbers of those that are held out.
+    """
+
+    def iterate_keys(table: RecordTable) -> Iterator[Array]:
+        for batch in table.iterate_columns(("text_keys",)):
+            yield np.asarray(batch.column(0).flatten())
+
+    own = [np.empty(0, np.int64), *iterate_keys(records.select(held_out))]
+    keys = np.concatenate(own)
+    distinct = np.unique(keys)
+    return sum(int(is_among(found, distinct).sum()) for found in iterate_keys(records)) - len(keys)
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:
@@ -151,17 +188,28 @@ class HeldOutImages:
     Args:
         dataset: Holds them and the training images.
         items: Its items that are held out.
+        loss: What is trained on.
     """
 
-    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
+    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array, loss: Loss) -> None:
         self.dataset = dataset
+        self._loss = compare_within_process(loss, chunk_size=_ROWS_PER_BATCH)
         chosen = np.asarray(items)
         short, long = dataset.records.count_texts(chosen)
         counts = short + long if dataset.image_store else np.ones_like(short)
         self._items, self._numbers = list_pairs(counts, chosen)
         self.group_ids = dataset.read_group_ids(self._items)
-        # An image is represented by the row of its first caption.
-        self.image_rows = np.flatnonzero(self._numbers == 0).tolist()
+        self._text_keys = dataset.read_text_keys(self._items, self._numbers)
+        # An image is represented by the row of its first caption, in whichever language.
+        first = np.flatnonzero(self._numbers == 0)
+        names = dataset.records.read_numbers("name_key", self._items[first])
+        self.image_rows = np.sort(first[np.unique(names, return_index=True)[1]]).tolist()
+
+    @property
+    def groups(self) -> str:
+        """Digest of the group ids: other held-out groups have another one."""
+        ids = np.unique(self.group_ids.numpy()).astype("<i8")
+        return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
     @torch.no_grad()
     def embed(
@@ -209,7 +257,7 @@ class HeldOutImages:
         )
         to_image, to_text = ranking.t2i, ranking.i2t
         return HeldOutScores(
-            loss=self._compute_loss(image_embeds, text_embeds),
+            loss=self.fit_temperature(image_embeds, text_embeds)[1],
             t2i_r1=float(hits_at(to_image, k=1).mean()),
             i2t_r1=float(hits_at(to_text, k=1).mean()),
             chance_t2i_r1=float((to_image.num_positives / to_image.num_candidates).mean()),
@@ -218,16 +266,32 @@ class HeldOutImages:
             num_texts=len(of_text),
         )
 
-    def _compute_loss(self, image_embeds: Tensor, text_embeds: Tensor) -> float:
-        few = slice(_MAX_ROWS_OF_TEMPERATURE)
-        log_scale, loss = fit_temperature(
-            image_embeds[few], text_embeds[few], self.group_ids[few], chunk_size=_ROWS_PER_BATCH
-        )
-        if len(image_embeds) <= _MAX_ROWS_OF_TEMPERATURE:
-            return loss
-        compute_loss = ContrastiveLoss(chunk_size=_ROWS_PER_BATCH, over_processes=False)
-        scale = torch.tensor([math.exp(log_scale)])
-        return float(compute_loss(LossInputs(image_embeds, text_embeds, scale, self.group_ids)))
+    @torch.no_grad()
+    def fit_temperature(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[float, float]:
+        """Find the temperature that suits the pairs best.
+
+        Args:
+            image_embeds: As `embed` returns them.
+            text_embeds: As `embed` returns them.
+
+        Returns:
+            The logarithm of the inverse temperature, and the loss of all pairs at it.
+        """
+
+        def measure_at(log_scale: float, rows: slice = slice(_MAX_ROWS_OF_TEMPERATURE)) -> float:
+            inputs = (
+                image_embeds[rows], text_embeds[rows], torch.tensor([math.exp(log_scale)]),
+                self.group_ids[rows], self._text_keys[rows],
+            )  # fmt: skip
+            return float(self._loss(LossInputs(*(part.to(device) for part in inputs))))
+
+        # A loss with buffers has a device.
+        module = self._loss if isinstance(self._loss, nn.Module) else nn.Module()
+        device = next((buffer.device for buffer in module.buffers()), image_embeds.device)
+        log_scale, loss = fit_temperature(measure_at)
+        if len(image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
+            loss = measure_at(log_scale, slice(None))
+        return log_scale, loss
 
 
 def _lower_bound(ratio: float, count: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...configs.align_config import AlignConfig
 from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import HEADS, AlignmentModel
-from .cca_init import FittedCCA, fit_temperature, init_projections_by_cca
+from .cca_init import FittedCCA, init_projections_by_cca
 from .held_out import HeldOutImages
 from .run_data import RunData
 from .sampling import Array
@@ -114,8 +114,7 @@ def _restore(model: AlignmentModel, head: dict[str, Tensor]) -> None:
 
 def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
     """Find the temperature that suits the held-out pairs best, and their loss at it."""
-    images, texts = held_out.embed(model, torch.device("cpu"), nullcontext)
-    return fit_temperature(images, texts, held_out.group_ids)
+    return held_out.fit_temperature(*held_out.embed(model, model.device, nullcontext))
 
 
 def _pair_embeddings(
@@ -130,9 +129,5 @@ def _pair_embeddings(
     ends = np.cumsum(short + long)
     num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # the one that reaches the limit, too
     pairs, numbers = list_pairs((short + long)[:num_items], chosen[:num_items])
-    assert dataset.caption_store is not None and dataset.image_store is not None
-    return (
-        dataset.caption_store.read(dataset.caption_rows(pairs, numbers)),
-        dataset.image_store.read(dataset.image_rows(pairs)),
-        dataset.read_group_ids(pairs),
-    )
+    embeds = dataset.read_pairs(pairs, numbers)
+    return embeds["caption_embeds"], embeds["vision_embeds"], dataset.read_group_ids(pairs)

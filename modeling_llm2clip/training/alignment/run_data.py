@@ -17,10 +17,11 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...data.streams.stream_run import hash_shards
 from ...processing_llm2clip import LLM2CLIPProcessor
+from ..losses.loss import Loss
 from .alignment_batches import Batches, SampledBatches, StreamedBatches
 from .alignment_data import AlignmentDataset
 from .alignment_stream import AlignmentStream, hold_out_of_stream
-from .held_out import HeldOutImages, choose_held_out
+from .held_out import HeldOutImages, choose_held_out, count_shared_captions
 from .sampling import Array
 
 
@@ -33,12 +34,15 @@ class RunData:
         items: Of the dataset, that are trained on; empty for a stream.
         held_out: Images that are measured on; None for none.
         num_held_out: How many records these are.
+        num_shared_captions: Captions to train on that these have too; None for a stream, whose
+            captions are not known before.
     """
 
     dataset: AlignmentDataset | AlignmentStream
     items: Array
     held_out: HeldOutImages | None
     num_held_out: int
+    num_shared_captions: int | None
 
     @property
     def num_items(self) -> int | None:
@@ -93,6 +97,7 @@ def open_records(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
+    loss: Loss,
 ) -> RunData:
     """Prepare records of an index.
 
@@ -102,6 +107,7 @@ def open_records(
         config: Options of the alignment.
         caption_store: Caption embeddings; None for tokens.
         image_store: Image embeddings; None for pixels.
+        loss: What is trained on.
 
     Raises:
         ValueError: A store is of other data, an image is missing, or there are too few groups to
@@ -118,8 +124,9 @@ def open_records(
         seed=config.seed,
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
-    held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
-    return RunData(dataset, items, held_out, len(held_items))
+    held_out = HeldOutImages(dataset, held_items, loss) if len(held_items) else None
+    num_shared = count_shared_captions(dataset.records, held_items)
+    return RunData(dataset, items, held_out, len(held_items), num_shared)
 
 
 def open_stream(
@@ -128,6 +135,7 @@ def open_stream(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     folder: Path,
+    loss: Loss,
 ) -> RunData:
     """Prepare a stream, and deal its shards to the processes of the run.
 
@@ -137,6 +145,7 @@ def open_stream(
         config: Options of the alignment.
         caption_store: Caption embeddings; None for tokens.
         folder: Gets the held-out images.
+        loss: What is trained on.
 
     Raises:
         ValueError: The store lacks held-out records, or there are too few to hold out two groups.
@@ -157,5 +166,5 @@ def open_stream(
     if held:
         table = RecordTable.from_records(held)
         measured = AlignmentDataset(table, processor, caption_store=caption_store, is_part=True)
-        held_out = HeldOutImages(measured, np.arange(len(table)))
-    return RunData(dataset, np.empty(0, np.int32), held_out, len(held))
+        held_out = HeldOutImages(measured, np.arange(len(table)), loss)
+    return RunData(dataset, np.empty(0, np.int32), held_out, len(held), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from ...data.records.data_hashes import hash_image_sizes, hash_texts
 from ...data.records.record_columns import NO_IMAGE
@@ -13,6 +14,7 @@ from ...data.store.embedding_store import EmbeddingStore
 from .sampling import Array
 
 _NAMES_SHOWN = 5
+_MOST_READ = 100
 _IDENTITY = ("name", "lang")
 
 
@@ -145,6 +147,33 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
             f"{now} now). Extract these again (--modality image), or give the data that the "
             "store was made from."
         )
+
+
+def require_directions(
+    embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
+) -> Tensor:
+    """Refuse stored embeddings of zeros, which are similar to nothing.
+
+    Args:
+        embeds: (B, D), read from the store.
+        store: Where they are.
+        identify: Returns names and languages of the records of some rows, for the message.
+
+    Returns:
+        The embeddings.
+
+    Raises:
+        ValueError: Some embeddings are zero; their records are named.
+    """
+    zeros = np.flatnonzero((embeds == 0).all(dim=1).numpy())
+    if len(zeros):
+        names = list(dict.fromkeys(identify(zeros[:_MOST_READ])))
+        raise ValueError(
+            f"{store.folder}: {len(zeros)} of {len(embeds)} embeddings that were read are all "
+            f"zeros, those of {_show(names)}. Check the model that "
+            "made the store (llm2clip doctor), and extract again."
+        )
+    return embeds
 
 
 def _are_equal(keys: Iterator[Array], store: EmbeddingStore) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
+from ...processing_llm2clip import LLM2CLIPProcessor
+from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import list_trained
 from ..trainer_mixins import recompute_activations
 from .alignment_model import AlignmentModel
@@ -56,6 +60,50 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
             if trains:
                 recompute_activations(tower)
     return adapted
+
+
+def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig) -> None:
+    """Run a pair forward and backward, and freeze in place what of a whole tower has no gradient.
+
+    A tower may have weights that its pooling never uses: they stay as they are, and count as such.
+
+    Args:
+        model: The model, with its trained parts chosen.
+        processor: The model's.
+        config: Options of the alignment.
+
+    Raises:
+        ValueError: A LoRA has layers that the tower never runs; they are named.
+    """
+    without = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    for tower, training, remedy in (
+        ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
+        ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),
+    ):
+        if training == "lora":
+            require_gradients(
+                [name for name in without if name.startswith(f"{tower}.")],
+                cause=f"{tower.removesuffix('_model')}_training=lora",
+                remedy=f"Choose {remedy}.",
+            )
+    for name in without:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
+    """Add up what the model makes of two pairs; random embeddings stand for towers at rest."""
+    config, inputs = model.config, dict[str, Any]()
+    if model.trains_vision:
+        colors = [(200, 120, 40), (20, 90, 160)]
+        inputs |= processor(images=[Image.new("RGB", (64, 48), color) for color in colors])
+    else:
+        inputs["vision_embeds"] = torch.rand(2, model.visual_projection.in_features)
+    if model.trains_text:
+        inputs |= processor(text=["a dog", "two red apples on a wooden table"])
+    else:
+        inputs["caption_embeds"] = torch.rand(2, config.text_config.hidden_size)
+    outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+    return sum((output.float().sum() for output in outputs), torch.zeros(()).to(model.device))
 
 
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
 from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
+from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import (
     add_results,
     discard_later_steps,
@@ -53,6 +54,7 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
+from ..run_lock import lock_run
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,
@@ -100,8 +102,8 @@ def finetune_llm(
 
     Raises:
         ValueError: Before anything is computed: images with one caption, data that cannot fill a
-            batch, a text-only model that is to be merged, an `output` of another run, a LoRA in
-            `init_lora` of another shape or LLM.
+            batch, a text-only model that is to be merged, an `output` of another run or one that
+            is running in it, a LoRA in `init_lora` of another shape or LLM.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite; it is not written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -119,7 +121,11 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with open_source(source, output) as found, _open_scratch(output) as scratch:
+    with (
+        lock_run(output),
+        open_source(source, output) as found,
+        _open_scratch(output) as scratch,
+    ):
         if config.merge:
             _require_whole_model(found)
         plan = _plan(found, data, output, config, scratch, resume=resume)
@@ -297,6 +303,11 @@ def _train(
     if state.is_main_process:
         counts |= count_truncated(processor, data, show_progress=True)
     encoder = _make_encoder(model, processor, config)
+    require_gradients(
+        find_without_gradient(model, encoder.sum_of_two),
+        cause=f"lora_target_modules={' '.join(config.lora_target_modules)}",
+        remedy="Name all other layers as the target_modules of the LoRA (--lora-target-modules).",
+    )
     last = find_last_checkpoint(output) if plan.resume else None
     state.wait_for_everyone()  # every process has checked the folder before it is filled
     if state.is_main_process:

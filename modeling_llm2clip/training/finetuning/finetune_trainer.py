@@ -178,7 +178,6 @@ def make_trainer(
         eval_steps=config.eval_steps or None,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=2,
         logging_steps=config.logging_steps or (1 if num_steps < _SHORT_RUN else 10),
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,

@@ -115,6 +115,12 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         )
         return features
 
+    def sum_of_two(self) -> Tensor:
+        """Add up the embeddings of two texts: a number that depends on everything trained."""
+        features = self.preprocess(["a dog", "two red apples on a wooden table"])
+        placed = {name: value.to(self.llm2clip.device) for name, value in features.items()}
+        return self.forward(placed)["sentence_embedding"].sum()
+
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write the LoRA alone.
 

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed import gather_group_ids
+from ..distributed import gather_ids
 from .loss import LossInputs
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """Symmetric cross-entropy in which rows of one group are never each other's negatives.
+    """Symmetric cross-entropy without false negatives.
 
-    Otherwise two images of one thing in a batch would push each other's caption away. If all group
-    ids differ, the loss equals `heads_llm2clip.contrastive_loss`.
+    These are rows of one group, where two images of one thing would push each other's caption away,
+    and rows of equal captions, which describe both images. If all groups and captions differ, the
+    loss equals `heads_llm2clip.contrastive_loss`.
 
     Of several processes each compares its own rows with those of all, and embeddings are gathered
     with their gradients. The mean over the processes of loss and gradients, which distributed
@@ -52,15 +53,15 @@ class ContrastiveLoss:
         Raises:
             ValueError: The shapes differ.
         """
-        image_embeds, text_embeds, group_ids = _check(inputs)
+        image_embeds, text_embeds, ids = _check(inputs)
         logit_scale = inputs.logit_scale.float()
-        num_rows, first = len(group_ids), 0
-        images, texts, all_group_ids = image_embeds, text_embeds, group_ids
+        num_rows, first = len(ids), 0
+        images, texts, all_ids = image_embeds, text_embeds, ids
         if self.over_processes and dist.is_initialized() and dist.get_world_size() > 1:
             # One collective for both, so that their order cannot differ between processes.
             both = gather_with_gradient(torch.cat([image_embeds, text_embeds], dim=1))
             images, texts = both.chunk(2, dim=1)
-            all_group_ids = gather_group_ids(group_ids)
+            all_ids = gather_ids(ids)
             first = dist.get_rank() * num_rows
         total = torch.zeros((), device=image_embeds.device)
         size = self.chunk_size or num_rows
@@ -68,7 +69,7 @@ class ContrastiveLoss:
             rows = slice(start, min(start + size, num_rows))
             arguments = (
                 image_embeds[rows], text_embeds[rows], images, texts, logit_scale,
-                group_ids[rows], all_group_ids, first + start,
+                ids[rows], all_ids, first + start,
             )  # fmt: skip
             if size < num_rows:
                 total = total + checkpoint(_sum_of_rows, *arguments, use_reentrant=False)
@@ -78,16 +79,21 @@ class ContrastiveLoss:
 
 
 def _check(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return embeddings in float32, whatever a wrapper of the model made of them, and group ids."""
-    image_embeds, text_embeds, group_ids = (
-        inputs.image_embeds, inputs.text_embeds, inputs.group_ids,
-    )  # fmt: skip
-    if image_embeds.shape != text_embeds.shape or len(group_ids) != len(image_embeds):
+    """Return embeddings in float32, whatever a wrapper of the model made of them, and ids.
+
+    Rows with the same id in one of the columns, (B, 1) or (B, 2) int64, are no negatives.
+    """
+    image_embeds, text_embeds = inputs.image_embeds, inputs.text_embeds
+    columns = (
+        [inputs.group_ids] if inputs.text_keys is None else [inputs.group_ids, inputs.text_keys]
+    )
+    if image_embeds.shape != text_embeds.shape or {*map(len, columns)} != {len(image_embeds)}:
         raise ValueError(
-            f"image_embeds {tuple(image_embeds.shape)}, text_embeds {tuple(text_embeds.shape)} "
-            f"and group_ids {tuple(group_ids.shape)} must pair row by row."
+            f"image_embeds {tuple(image_embeds.shape)}, text_embeds {tuple(text_embeds.shape)}, "
+            f"group_ids and text_keys {[tuple(column.shape) for column in columns]} must pair row "
+            "by row."
         )
-    return image_embeds.float(), text_embeds.float(), group_ids
+    return image_embeds.float(), text_embeds.float(), torch.stack(columns, dim=1)
 
 
 def _sum_of_rows(
@@ -96,8 +102,8 @@ def _sum_of_rows(
     images: Tensor,
     texts: Tensor,
     logit_scale: Tensor,
-    group_ids: Tensor,
-    all_group_ids: Tensor,
+    ids: Tensor,
+    all_ids: Tensor,
     first: int,
 ) -> Tensor:
     """Cross-entropy of some rows against all, both directions, summed.
@@ -108,18 +114,21 @@ def _sum_of_rows(
         images: (A, P), all rows.
         texts: (A, P), the same of texts.
         logit_scale: (1,).
-        group_ids: (b,) of the chunk.
-        all_group_ids: (A,).
+        ids: (b, columns) of the chunk.
+        all_ids: (A, columns).
         first: Number of the chunk's first row among all.
     """
-    labels = torch.arange(first, first + len(group_ids), device=group_ids.device)
-    own = labels[:, None] == torch.arange(len(all_group_ids), device=group_ids.device)[None, :]
-    same = (group_ids[:, None] == all_group_ids[None, :]) & ~own
+    labels = torch.arange(first, first + len(ids), device=ids.device)
+    own = labels[:, None] == torch.arange(len(all_ids), device=ids.device)[None, :]
+    same = ids[:, None, 0] == all_ids[None, :, 0]
+    for column in range(1, ids.shape[1]):
+        same |= ids[:, None, column] == all_ids[None, :, column]
+    same &= ~own
     # Half-precision products of unit embeddings times 100 would be wrong in the second digit.
     with torch.autocast(image_rows.device.type, enabled=False):
         per_image = logit_scale * image_rows @ texts.T  # (b, A)
         # If all rows are here, the other direction is the transpose and is not computed again.
-        whole = len(group_ids) == len(all_group_ids)
+        whole = len(ids) == len(all_ids)
         per_text = per_image.T if whole else logit_scale * text_rows @ images.T
         losses = [
             F.cross_entropy(logits.masked_fill(same, -torch.inf), labels, reduction="sum")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from importlib import import_module
 from typing import Protocol
 
@@ -24,16 +24,24 @@ class LossInputs:
         text_embeds: (B, P) float32, unit length; row i belongs to row i of the images.
         logit_scale: (1,) float32, the inverse temperature.
         group_ids: (B,) int64, what each row shows; the same numbers on every process.
+        text_keys: (B,) int64, hashes of the captions: rows of equal ones have the same text. None
+            where all captions differ.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
     logit_scale: Tensor
     group_ids: Tensor
+    text_keys: Tensor | None = None
 
 
 class Loss(Protocol):
-    """Anything that makes a number of a batch."""
+    """Anything that makes a number of a batch.
+
+    Held-out images are compared by it too, at several temperatures; every process has all of them.
+    So a loss that gathers rows of other processes is a dataclass with a field `over_processes`,
+    which is False then; and one with a field `chunk_size` takes chunks of them.
+    """
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """Compute the loss of a batch.
@@ -63,6 +71,29 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> Loss:
     module = import_module(f".{file}", __package__)
     loss: Loss = getattr(module, class_name)(chunk_size=chunk_size)
     return loss
+
+
+def identify_loss(loss: Loss) -> str:
+    """Name the class of a loss, and the fields of a dataclass, for the record of a run.
+
+    Args:
+        loss: Any loss.
+    """
+    return repr(loss) if is_dataclass(loss) else type(loss).__qualname__
+
+
+def compare_within_process(loss: Loss, *, chunk_size: int) -> Loss:
+    """Return a loss for many rows that every process has.
+
+    Args:
+        loss: For batches that the processes share.
+        chunk_size: Rows of the logits computed at a time, unless the loss has a number of its own.
+    """
+    if not is_dataclass(loss) or isinstance(loss, type):
+        return loss
+    size = getattr(loss, "chunk_size", None) or chunk_size
+    changes = {"over_processes": False, "chunk_size": size}
+    return replace(loss, **{name: changes[name] for name in changes if hasattr(loss, name)})
 
 
 def require_no_parameters(loss: Loss) -> None:

@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, prepare, write_data
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import check_processes
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     refuse(prepared, out, "There are no images", records=[])
-    message = "24 images to train on .* are too few for a batch of 25"
+    message = "24 records to train on .* are too few for a batch of 25"
     refuse(prepared, out, message, global_batch_size=25)
     refuse(prepared, out, "needs a caption_store", caption_store=None)
     refuse(prepared, out, "reads no caption_store", text_training="frozen-online")
@@ -84,6 +87,41 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
 def test_groups_that_leave_no_negatives_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     alike = [dataclasses.replace(record, group_id="emoji") for record in prepared.records]
     refuse(prepared, tmp_path / "run", "All 24 records have the group_id 'emoji'", records=alike)
+
+
+def test_holding_out_all_but_one_group_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    message = r"^22 groups of images are held out, which leaves 1 to train on"
+    refuse(prepared, tmp_path / "run", message, held_out_ratio=0.96)
+
+
+def test_stored_embeddings_of_zeros_are_refused_by_name(prepared: Prepared, tmp_path: Path) -> None:
+    class Broken(EmbeddingStore):
+        def read(self, rows: Any) -> torch.Tensor:
+            embeds = super().read(rows)
+            embeds[torch.as_tensor(rows) == 7] = 0
+            return embeds
+
+    def break_store(store: EmbeddingStore) -> EmbeddingStore:
+        store.__class__ = Broken
+        return store
+
+    captions, images = prepared.caption_store, prepared.image_store
+    config = AlignConfig(max_steps=1, device="cpu", held_out_ratio=0.0, projection_init="cca")
+    # Row 7: the second record has the captions 2 to 4, the third 5 to 7.
+    message = (
+        r"captions: 1 of 71 embeddings .* all zeros, those of 02\.jpg \(en\)\. Check the model"
+    )
+    with pytest.raises(ValueError, match=message):
+        align(
+            prepared.model, prepared.records, tmp_path / "run", config,
+            caption_store=break_store(captions), image_store=images,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"images: \d of \d+ .* those of 07\.jpg \(en\)"):
+        align(
+            prepared.model, prepared.records, tmp_path / "other", config,
+            caption_store=prepared.caption_store, image_store=break_store(images),
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()
 
 
 def test_an_image_that_would_be_its_own_negative_is_refused(
@@ -134,6 +172,17 @@ def test_other_captions_than_the_stored_ones_are_refused(
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class MarginLoss:
+    """How far each image is from its caption, beyond 1 - margin; negatives do not matter."""
+
+    margin: float
+
+    def __call__(self, inputs: LossInputs) -> torch.Tensor:
+        similarities = (inputs.image_embeds * inputs.text_embeds).sum(dim=1)
+        return (self.margin - similarities + 1).relu().mean()
+
+
 def edit_captions(folder: Path) -> list[CaptionedImage]:
     """The dataset of `prepared` with one word of one caption changed, and as many captions."""
     file = write_data(folder) / "captions.jsonl"
@@ -177,6 +226,47 @@ def test_a_store_of_another_model_is_refused_with_both_values(
     other = prepare(tmp_path / "other", llm="qwen2")
     store = other.caption_store
     refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_processes", 2), ("is_sharded", True), ("in_bfloat16", True)]
+)
+def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
+    prepared: Prepared, tmp_path: Path, name: str, value: Any
+) -> None:
+    shutil.rmtree(prepared.align(tmp_path / "run", max_steps=1).model)
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "inputs": {**record["inputs"], name: value}}))
+    with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \w+ now\. Choose"):
+        prepared.align(tmp_path / "run", max_steps=1, resume=True)
+
+
+def test_a_run_is_not_continued_with_a_loss_of_other_options(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    def run(margin: float, *, resume: bool) -> None:
+        align(
+            prepared.model, prepared.records, tmp_path / "run",
+            AlignConfig(**{**SHORT_RUN, "max_steps": 1}), caption_store=prepared.captions,
+            loss=MarginLoss(margin), resume=resume,
+        )  # fmt: skip
+
+    run(0.5, resume=False)
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match=r"loss_class: 'MarginLoss\(margin=0\.5\)' then, .*0\.1\)"):
+        run(0.1, resume=True)
+    run(0.5, resume=True)
+
+
+def test_a_run_whose_loss_is_always_0_writes_no_model(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The loss was 0 in all of 2 steps"):
+        align(
+            prepared.model, prepared.records, tmp_path / "run",
+            AlignConfig(**{**SHORT_RUN, "max_steps": 2}), caption_store=prepared.captions,
+            loss=MarginLoss(-3.0),
+        )  # fmt: skip
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_another_run_s_folder_is_refused(prepared: Prepared, tmp_path: Path) -> None:

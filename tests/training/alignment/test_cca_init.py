@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import tiny_model
 
@@ -27,6 +28,27 @@ def test_cca_gives_weights_of_ordinary_scale_and_finds_unseen_pairs() -> None:
     assert find_first(model, [part[300:] for part in pairs]) > 0.5  # chance is 1 in 100
 
 
+@pytest.mark.parametrize("value", [0.0, 3.0, torch.nan])
+@pytest.mark.parametrize(("side", "name"), [(0, "captions"), (1, "images")])
+def test_a_side_without_directions_is_refused_by_name(side: int, name: str, value: float) -> None:
+    model, pairs, groups = make_pairs()
+    pairs[side][:] = value
+    with pytest.raises(ValueError, match=rf"embeddings of all 400 {name} are equal, or some are"):
+        init_projections_by_cca(model, *pairs, groups)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_fold_without_directions_has_the_last_rank() -> None:
+    """Of two groups, each fold fits one, whose captions are equal."""
+    model, (text, vision), _ = make_pairs()
+    text, vision, groups = text[:20], vision[:20], torch.arange(20) // 10
+    text[:10], text[10:] = text[0].clone(), text[10].clone()
+    fitted = init_projections_by_cca(model, text, vision, groups)
+    # Ten pairs of the other group are no better, and those of the own one do not count.
+    assert fitted.mean_reciprocal_rank is not None and fitted.mean_reciprocal_rank <= 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_noise_asks_for_more_shrinkage() -> None:
     chosen = []
     for noise in (0.01, 3.0):
@@ -42,10 +64,14 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest() -> None:
     noise = 0.3 * torch.randn(64, 8, generator=generator)
     text = torch.nn.functional.normalize(image + noise, dim=-1)
     groups = torch.arange(64)
-    log_scale, loss = fit_temperature(image, text, groups)
-    for moved in (log_scale - 0.05, log_scale + 0.05):
-        scale = torch.tensor([moved]).exp()
-        assert ContrastiveLoss()(LossInputs(image, text, scale, groups)) > loss
+
+    def measure_at(log_scale: float) -> float:
+        scale = torch.tensor([log_scale]).exp()
+        return float(ContrastiveLoss()(LossInputs(image, text, scale, groups)))
+
+    log_scale, loss = fit_temperature(measure_at)
+    assert loss == measure_at(log_scale)
+    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > loss
 
 
 def make_pairs(

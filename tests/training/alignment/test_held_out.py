@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import Prepared, prepare, weights_of
+from aligning import SHORT_RUN, Prepared, prepare, weights_of
 
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment import held_out as held_out_module
+from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_report import (
     NEAR_CHANCE,
+    SEEN,
     describe_alignment,
     make_caution,
 )
@@ -24,7 +28,8 @@ from modeling_llm2clip.training.alignment.held_out import (
     choose_held_out,
 )
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
-from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.loss import LossInputs, compare_within_process
+from modeling_llm2clip.training.run_folder import read_results
 
 
 @pytest.fixture(scope="module", params=[100, 800])
@@ -99,7 +104,7 @@ def test_the_held_out_loss_is_that_of_the_best_temperature(
         caption_store=few.caption_store,
         image_store=few.image_store,
     )
-    held_out = HeldOutImages(dataset, range(60))
+    held_out = HeldOutImages(dataset, range(60), ContrastiveLoss())
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(len(held_out.group_ids), 8, generator=generator)
     texts = images + 0.5 * torch.randn(images.shape, generator=generator)
@@ -134,6 +139,28 @@ def test_a_model_of_noise_is_near_chance_and_says_so(prepared: Prepared, tmp_pat
     assert describe_alignment(run.output)[-1] == NEAR_CHANCE
 
 
+def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared) -> None:
+    records = [
+        dataclasses.replace(record, lang=lang, group_id=record.name)
+        for record in prepared.records[:10]
+        for lang in ("en", "de", "fr")
+    ]
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    held_out = HeldOutImages(AlignmentDataset(records, processor), range(30), ContrastiveLoss())
+    images = F.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images = images.repeat_interleave(3, dim=0)
+    # Six images, in all languages, find their texts, and four those of their neighbors.
+    texts = images.clone()
+    texts[18:] = texts[18:].roll(3, dims=0)
+    scores = held_out.score(images, texts)
+    assert (scores.num_images, scores.num_texts) == (10, 30)
+    assert (scores.t2i_r1, scores.i2t_r1) == pytest.approx((0.6, 0.6))
+    assert (scores.chance_t2i_r1, scores.chance_i2t_r1) == pytest.approx((0.1, 0.1))
+    # With 95 % confidence, half of 30 images are above 0.33, and half of ten above 0.24 only.
+    few = dataclasses.replace(scores, t2i_r1=0.5, i2t_r1=0.5)
+    assert few.is_near_chance and not dataclasses.replace(few, num_images=30).is_near_chance
+
+
 @pytest.mark.parametrize(
     ("score", "count", "is_near"),
     # 1.9 % of 240 is 4.6 images; three times chance is 3. Half of ten is two of what chance gives.
@@ -144,6 +171,88 @@ def test_near_chance_is_what_does_not_exceed_three_times_chance(
 ) -> None:
     scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count)
     assert scores.is_near_chance == is_near
+
+
+def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    # Each image of the second half has a caption of the one before it by twelve.
+    records = [
+        dataclasses.replace(record, captions=(f"thing {number % 12}", f"alone {number}"))
+        for number, record in enumerate(prepared.records)
+    ]
+    config = AlignConfig(**{**SHORT_RUN, "max_steps": 1, "held_out_ratio": 0.2,
+                            "text_training": "frozen-online"})  # fmt: skip
+    align(prepared.model, records, tmp_path / "run", config)
+    dataset = AlignmentDataset(records, LLM2CLIPProcessor.from_pretrained(prepared.model))
+    to_train, held_out = (part.tolist() for part in choose_held_out(dataset, 0.2, seed=0))
+    texts = {text for number in held_out for text in records[number].captions}
+    wanted = sum(text in texts for number in to_train for text in records[number].captions)
+    assert wanted > 0
+    assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == wanted
+    assert f"  {wanted} captions to train on are captions of held-out images, too." in (
+        describe_alignment(tmp_path / "run")
+    )
+
+
+def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
+    few: Prepared, tmp_path: Path
+) -> None:
+    first = few.align_stored(tmp_path / "first", max_steps=1)
+    assert not first.results["held_out"]["maybe_trained_on"]  # of random projections
+    aligned = dataclasses.replace(few, model=first.model)
+    for name, seed, is_seen in (("same", 0, False), ("seed", 1, True)):
+        run = aligned.align_stored(tmp_path / name, max_steps=1, seed=seed)
+        card = (run.model / "README.md").read_text(encoding="utf-8")
+        said = any("may have been trained on" in line for line in describe_alignment(run.output))
+        assert said == is_seen == run.results["held_out"]["maybe_trained_on"]
+        assert (SEEN in card) == is_seen
+        assert (run.results["held_out"]["groups"] in card) != is_seen
+    # What the second run was not sure of, a third with its seed is not either.
+    again = dataclasses.replace(few, model=tmp_path / "seed" / "model")
+    run = again.align_stored(tmp_path / "again", max_steps=1, seed=1)
+    assert run.results["held_out"]["maybe_trained_on"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FarthestLoss:
+    """Pairs apart from each other: the contrary of what the contrastive loss wants."""
+
+    def __call__(self, inputs: LossInputs) -> torch.Tensor:
+        return 1 + (inputs.image_embeds * inputs.text_embeds).sum(dim=1).mean()
+
+
+def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_path: Path) -> None:
+    config = AlignConfig(max_steps=8, eval_steps=1, device="cpu", learning_rate=1e-2)
+    align(
+        few.model, few.records, tmp_path / "run", config, loss=FarthestLoss(),
+        caption_store=few.captions, image_store=few.images,
+    )  # fmt: skip
+    results = read_results(tmp_path / "run")
+    held_out = results["held_out"]
+    losses = [line["held_out_loss"] for line in read_lines(tmp_path / "run")
+              if "held_out_loss" in line]  # fmt: skip
+    # Away from where canonical correlation puts them, pairs come apart.
+    assert held_out["best"]["loss"] == min(losses) < held_out["before"]["loss"]
+    assert held_out["best_step"] == 1 + losses.index(min(losses))
+    assert held_out["best"]["t2i_r1"] < held_out["before"]["t2i_r1"]
+    # The model that was trained so has the lower loss, beside canonical correlation again.
+    align(
+        tmp_path / "run" / "model", few.records, tmp_path / "again", config, loss=FarthestLoss(),
+        caption_store=few.captions, image_store=few.images,
+    )  # fmt: skip
+    assert read_results(tmp_path / "again")["start"]["method"] == "model"
+    aligned = dataclasses.replace(few, model=tmp_path / "run" / "model")
+    start = aligned.align_stored(tmp_path / "contrastive", max_steps=1).results["start"]
+    assert start["method"] == "cca"
+
+
+def test_a_loss_is_asked_for_rows_that_every_process_has() -> None:
+    loss = compare_within_process(ContrastiveLoss(), chunk_size=7)
+    assert loss == ContrastiveLoss(over_processes=False, chunk_size=7)
+    chunked = compare_within_process(ContrastiveLoss(chunk_size=3), chunk_size=7)
+    assert chunked == ContrastiveLoss(over_processes=False, chunk_size=3)
+    assert compare_within_process(FarthestLoss(), chunk_size=7) == FarthestLoss()
 
 
 def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.training.alignment.alignment_batches import count_workers
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.sampling import (
@@ -150,3 +151,19 @@ def test_the_processes_of_one_machine_share_its_cores(
     arguments = cast(TrainingArguments, of_eight_machines)
     assert count_workers(AlignConfig(), arguments, decodes=decodes) == wanted
     assert count_workers(AlignConfig(num_workers=5), arguments, decodes=decodes) == 5
+
+
+def test_equal_captions_of_a_batch_have_one_key(prepared: Prepared) -> None:
+    texts = [("one", "two"), ("two",), ("three", "one")]
+    records = [
+        replace(record, captions=captions, long_captions=("long",))
+        for record, captions in zip(prepared.records, texts, strict=False)
+    ]
+    dataset = AlignmentDataset(records, LLM2CLIPProcessor.from_pretrained(prepared.model))
+    items, numbers = np.array([0, 0, 1, 2, 2, 1]), np.array([0, 1, 0, 0, 1, 1])
+    wanted = [hash_text(text) for text in ("one", "two", "two", "three", "one", "long")]
+    assert dataset.read_text_keys(items, numbers).tolist() == wanted
+    batch = dataset.__getitems__(np.array([[0, 0], [0, 1], [1, 2]]))
+    shown = {hash_text(text) for record in records for text in (*record.captions, "long")}
+    assert batch["text_keys"].shape == batch["group_ids"].shape == (3,)
+    assert set(batch["text_keys"].tolist()) <= shown

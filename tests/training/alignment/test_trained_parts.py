@@ -30,6 +30,7 @@ from modeling_llm2clip.training.alignment.tower_layers import find_layers
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
     find_attention_linears,
+    freeze_unused,
     merge_loras,
     scale_by_layer,
 )
@@ -72,6 +73,58 @@ def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
     # Merging rounds W + BA once more, on unit-length embeddings over two layers.
     torch.testing.assert_close(merged[number], unmerged[number], atol=1e-4, rtol=0)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def load_parts(vision: str, folder: Path) -> tuple[AlignmentModel, LLM2CLIPProcessor]:
+    skip_where_transformers_renames(vision)
+    model, processor = tiny_model(vision)
+    save_model(model, processor, folder)
+    return AlignmentModel.from_pretrained(folder, with_llm=True), processor
+
+
+@every_vision
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_what_is_said_to_be_trained_has_a_gradient(
+    vision: str, training: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    model, processor = load_parts(vision, tmp_path / "exported")
+    config = AlignConfig(vision_training=training, text_training="lora", layer_decay=1.0)
+    choose_trained_parts(model, config)
+    asked = {name for name, p in model.named_parameters() if p.requires_grad}
+    state = torch.random.get_rng_state()
+    freeze_unused(model, processor, config)
+    assert torch.equal(state, torch.random.get_rng_state()) and not model.training
+    assert all(p.grad is None for p in model.parameters())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if training == "lora":
+        assert trained == asked
+    batch = dict(processor(text=["a cat sleeps", "x"], images=[draw_noise(seed=n) for n in (0, 1)]))
+    images, texts, scale = model.train()(**batch)
+    (images.sum() + texts.sum() + scale.sum()).backward()
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("vision", ["eva", "beit", "beitv2", "swinv2"])
+def test_a_lora_that_the_tower_passes_by_is_refused_by_name(
+    vision: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    model, processor = load_parts(vision, tmp_path / "exported")
+    here = Prepared(prepared.data, tmp_path / "exported", prepared.captions, prepared.images)
+    message = (
+        r"vision_training=lora: 2 layers would get no gradient.*vision_model\..*attn\.qkv, .*"
+        r"attn\.qkv\. Choose vision_training=frozen or vision_training=full\."
+    )
+    with pytest.raises(ValueError, match=message):
+        here.align(tmp_path / "run", vision_training="lora", text_training="frozen-online")
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    config = AlignConfig(vision_training="full", layer_decay=1.0)
+    choose_trained_parts(model, config)
+    freeze_unused(model, processor, config)
+    assert all(
+        p.requires_grad for name, p in model.vision_model.named_parameters() if ".qkv." in name
+    )
 
 
 @pytest.mark.parametrize(("started_at", "kept_at"), [(9.0, MAX_LOG_SCALE), (-3.0, 0.0)])

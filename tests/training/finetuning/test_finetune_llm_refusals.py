@@ -7,10 +7,14 @@ import math
 from dataclasses import replace
 
 import pytest
-from tiny import tiny_model
+import torch
+from tiny import tiny_model, tiny_tokenizer, tiny_vision
+from transformers import AutoConfig, AutoModel
 from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.data.captions.text_pairs import TextPair
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -132,3 +136,24 @@ def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path
         with pytest.raises(ValueError, match=r"LLM2CLIPTextModel.*merging writes a whole"):
             finetune_llm(text_only, RECORDS, tmp_path / "run", config)
     finetune_llm(text_only, RECORDS, tmp_path / "run", replace(SHORT, max_steps=1))
+
+
+def test_a_lora_that_the_llm_passes_by_is_refused_by_name(tmp_path):
+    """Jamba multiplies by the weight of its `dt_proj`, without running the layer."""
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        "jamba", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=len(tokenizer), num_experts=1, num_experts_per_tok=1,
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llm = AutoModel.from_config(config).float().eval()
+    options = BuildConfig(bidirectional=False, prompt="llama-3", max_text_length=32)
+    model, processor = join_towers(tiny_vision(), (llm, tokenizer), options)
+    with pytest.raises(ValueError, match=r"=all-linear: 1 layers .*layers\.0\.mamba\.dt_proj\. Na"):
+        finetune_llm((model, processor), RECORDS, tmp_path / "run", SHORT)
+    assert not (tmp_path / "run" / "run.json").exists()
+    others = replace(SHORT, max_steps=1, lora_target_modules=("in_proj", "x_proj", "q_proj"))
+    lora = finetune_llm((model, processor), RECORDS, tmp_path / "others", others)
+    assert (lora / "adapter_model.safetensors").is_file()

@@ -48,6 +48,24 @@ def test_rows_of_the_same_group_do_not_repel_each_other() -> None:
     assert loss.item() == 0.0
 
 
+def test_equal_captions_of_different_groups_are_no_negatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(4, 8, generator=generator), dim=-1) for _ in range(2))
+    text[2] = text[0]
+    scale, groups = torch.tensor([10.0]), torch.arange(4)
+    found = ContrastiveLoss()(LossInputs(image, text, scale, groups, torch.tensor([7, 8, 7, 9])))
+    together = torch.tensor([0, 1, 0, 3])
+    assert torch.equal(found, ContrastiveLoss()(LossInputs(image, text, scale, together)))
+    assert found < ContrastiveLoss()(LossInputs(image, text, scale, groups))
+    # Group and caption each keep rows apart: rows 0 and 1 by the one, 0 and 2 by the other.
+    both = LossInputs(image, text, scale, torch.tensor([0, 0, 2, 3]), torch.tensor([7, 8, 7, 9]))
+    logits = scale * image @ text.T
+    logits[[0, 0, 1, 2], [1, 2, 0, 0]] = -torch.inf
+    torch.testing.assert_close(ContrastiveLoss()(both), contrastive_loss(logits), **ROUNDING)
+    chunked = ContrastiveLoss(chunk_size=1)(both)
+    torch.testing.assert_close(chunked, ContrastiveLoss()(both), **ROUNDING)
+
+
 def test_rounded_embeddings_are_compared_in_float32() -> None:
     rounded = [
         part.bfloat16()

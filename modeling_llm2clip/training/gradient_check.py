@@ -1,0 +1,56 @@
+"""Which parameters a backward pass reaches, found before a run says that it trains them.
+
+Some networks read the weight of a linear layer themselves (`F.linear(x, self.qkv.weight)`). A LoRA
+in that layer's place is then never run: it would be counted, saved and merged, and never train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+_NAMES_SHOWN = 5
+
+
+def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
+    """List the parameters that ask for a gradient and get none in a backward pass.
+
+    A gradient of zero is one: the first matrix of a new LoRA has no other. The pass is one of
+    training; afterwards gradients, modes and random generators are as they were.
+
+    Args:
+        module: Module that is trained, before its first step.
+        compute: Runs it, and returns a number that depends on everything that is trained.
+    """
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    was_training = module.training
+    module.train()
+    with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
+        compute().backward()
+    module.train(was_training)
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    missing = [name for name, parameter in trained if parameter.grad is None]
+    module.zero_grad(set_to_none=True)
+    return missing
+
+
+def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> None:
+    """Refuse a run of which some parameters would never be trained.
+
+    Args:
+        without: Their names, from `find_without_gradient`.
+        cause: Option that asks for them, and its value.
+        remedy: A sentence that says what else to choose.
+
+    Raises:
+        ValueError: There are some; their layers are named.
+    """
+    layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
+    if layers:
+        shown = ", ".join(layers[:_NAMES_SHOWN]) + (", …" if len(layers) > _NAMES_SHOWN else "")
+        raise ValueError(
+            f"{cause}: {len(layers)} layers would get no gradient and never be trained, since the "
+            f"network passes their LoRA by, or their output has no effect: {shown}. {remedy}"
+        )

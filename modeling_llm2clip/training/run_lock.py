@@ -1,0 +1,72 @@
+"""The lock on the folder of a training run: two runs at once would mix their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..data.atomic_files import lock_file
+from .run_folder import LOCK_FILE
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run for the processes of one launcher, or refuse to begin.
+
+    It is a lock of the kernel on a file in the folder, so that it ends with the main process,
+    however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
+    empty in the end is removed.
+
+    Args:
+        folder: Folder of the run, made if it does not exist.
+
+    Raises:
+        ValueError: Another run holds it.
+    """
+    with ExitStack() as stack:
+        is_held = [True]
+        if PartialState().is_main_process:
+            is_held = [stack.enter_context(_hold(folder))]
+        broadcast_object_list(is_held)
+        if not is_held[0]:
+            raise ValueError(
+                f"{folder} is in use: another process trains in it now. Let it end and continue "
+                "its run with --resume (resume=True), or choose a new folder."
+            )
+        yield
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[bool]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK_FILE
+    with file.open("a", encoding="utf-8") as opened:
+        is_held = _lock(opened) and _is_at(file, opened)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                file.unlink(missing_ok=True)
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def _lock(opened: IO[str]) -> bool:
+    try:
+        return lock_file(opened, wait=False)
+    except OSError:  # there are no such locks here
+        return True
+
+
+def _is_at(file: Path, opened: IO[str]) -> bool:
+    """Whether an open file has its name still: a run that ended has removed its own."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(opened.fileno()))
+    except FileNotFoundError:
+        return False
