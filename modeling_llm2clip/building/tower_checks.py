@@ -391,7 +391,7 @@ def require_pooled_tokens(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
 
     handles = [module.register_forward_hook(note) for module in tower.modules()]
     try:
-        length = model.get_image_features(**inputs).last_hidden_state.shape[1]  # type: ignore[union-attr]
+        length = model.get_image_features(**inputs).last_hidden_state.shape[1]
     finally:
         for handle in handles:
             handle.remove()

@@ -169,6 +169,7 @@ def save_trained_model(
     projections_trained: bool = True,
     results: Sequence[CardResult] = (),
     caution: str | None = None,
+    measure: Callable[[Path], tuple[Sequence[CardResult], str | None]] | None = None,
 ) -> Path:
     """Write a model folder anew with some of its weights replaced.
 
@@ -186,6 +187,8 @@ def save_trained_model(
         projections_trained: Whether the projections are trained now.
         results: Results measured with the trained weights.
         caution: What the card must warn of.
+        measure: Called with the complete folder before it is renamed; returns results and caution
+            in place of those above.
 
     Returns:
         The folder.
@@ -207,6 +210,14 @@ def save_trained_model(
     model.config.projections_trained = projections_trained
     stated = read_card_data(source)
     data = dict.fromkeys((*stated.training_data, *training_data))
+    card = replace(stated, results=tuple(results), caution=caution, training_data=tuple(data))
+
+    def measure_and_state(unfinished: Path) -> None:
+        if measure is not None:
+            found, warning = measure(unfinished)
+            measured = replace(card, results=tuple(found), caution=warning)
+            write_model_card(unfinished, measured, name=Path(folder).name)
+
     return save_model(
         replace(
             model,
@@ -216,9 +227,10 @@ def save_trained_model(
         LLM2CLIPProcessor.from_pretrained(source),
         folder,
         instructions=read_instructions(source),
-        card=replace(stated, results=tuple(results), caution=caution, training_data=tuple(data)),
+        card=card,
         files=find_carried_files(source, trained_since=True),
         max_shard_size=max(file.stat().st_size for file in list_model_files(source)),
+        verify=measure_and_state,
     )
 
 

@@ -5,17 +5,20 @@ Everything cheap is checked first; then what is needed is loaded, trained, and m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
+from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
@@ -25,6 +28,7 @@ from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
+from ...model_folders.model_card_data import CardResult
 from ...model_folders.model_writing import require_intact, save_trained_model
 from ...model_folders.stage_source import Source, StageSource, open_source
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -173,7 +177,8 @@ def align(
             require_intact(found.folder, with_llm=config.text_training != "stored")
         trained = _train(found, run_data, output, config, inputs, loss, resume, callbacks)
         if PartialState().is_main_process:
-            _write_model(found, trained, output, data_name)
+            measure = _make_measure(run_data, output, config, data_name)
+            _write_model(found, trained, output, data_name, measure)
         PartialState().wait_for_everyone()
     return model_folder
 
@@ -339,8 +344,37 @@ def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -
     return model.name_as_saved({name: value.cpu() for name, value in state.items()}, output)
 
 
+def _make_measure(
+    data: RunData, output: Path, config: AlignConfig, data_name: str | None
+) -> Callable[[Path], tuple[Sequence[CardResult], str | None]]:
+    """Make what measures a written folder; in half precision, trained weights are rounded there."""
+
+    def measure(folder: Path) -> tuple[Sequence[CardResult], str | None]:
+        results = read_results(output)
+        dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
+        if data.held_out is not None and dtype != torch.float32:
+            device = choose_device(config.device)
+            model = AlignmentModel.from_pretrained(
+                folder,
+                with_llm=config.text_training != "stored",
+                with_vision_tower=data.dataset.image_store is None,
+            ).to(device)
+            scores = data.held_out.score(*data.held_out.embed(model, device, nullcontext))
+            held_out = results["held_out"]
+            held_out = {**held_out, "best": scores.as_record(), "in_training": held_out["best"]}
+            add_results(output, held_out=held_out)
+            results = read_results(output)
+        return make_card_results(results, data_name), make_caution(results)
+
+    return measure
+
+
 def _write_model(
-    source: StageSource, trained: dict[str, Tensor], output: Path, data_name: str | None
+    source: StageSource,
+    trained: dict[str, Tensor],
+    output: Path,
+    data_name: str | None,
+    measure: Callable[[Path], tuple[Sequence[CardResult], str | None]],
 ) -> None:
     results = read_results(output)
     folder = save_trained_model(
@@ -352,6 +386,7 @@ def _write_model(
         caution=make_caution(results),
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
+        measure=measure,
     )
     add_results(output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 

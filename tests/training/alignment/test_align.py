@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ from transformers import TrainerCallback
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 from modeling_llm2clip.model_folders.model_card_data import read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.run_data import open_records
+from modeling_llm2clip.training.losses.loss import load_loss
 
 
 def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
@@ -163,3 +168,30 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     command[2] = "."
     assert main(command) == 0
     assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)
+
+
+@pytest.mark.parametrize("vision_training", ["frozen", "lora"])
+def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
+    vision_training: Any, tmp_path: Path
+) -> None:
+    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
+    options = {"held_out_ratio": 0.25, "vision_training": vision_training, "learning_rate": 0.01}
+    run = here.align(tmp_path / "run", **options)
+    model = LLM2CLIPModel.from_pretrained(run.model)
+    assert model.dtype == torch.bfloat16
+    data = open_records(
+        RecordTable.from_records(here.records),
+        LLM2CLIPProcessor.from_pretrained(run.model),
+        AlignConfig(held_out_ratio=0.25),
+        here.caption_store,
+        None,
+        load_loss("contrastive"),
+    )
+    held_out = data.held_out
+    assert held_out is not None
+    written = AlignmentModel.from_pretrained(run.model, with_llm=False, with_vision_tower=True)
+    scores = held_out.score(*held_out.embed(written, torch.device("cpu"), nullcontext))
+    assert run.after == scores
+    assert run.results["held_out"]["in_training"]["loss"] != scores.loss
+    (shown,) = read_card_data(run.model).results
+    assert shown.scores["t2i_r1"] == pytest.approx(scores.t2i_r1)
