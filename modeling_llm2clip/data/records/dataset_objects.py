@@ -274,7 +274,7 @@ def stream_dataset(
         The stream; its shards are those of the dataset, or all of it is one.
 
     Raises:
-        ValueError: it is not an `IterableDataset`, or is split by node already.
+        ValueError: it is not an `IterableDataset`, or is shuffled or split by node already.
 
     Examples:
         >>> import datasets
@@ -295,6 +295,11 @@ def stream_dataset(
             "The dataset is split by node, and the stream would split it again. Give the whole "
             "dataset, without split_dataset_by_node; process_index and num_processes are options "
             "of the stream."
+        )
+    if getattr(dataset, "_shuffling", None) is not None or _is_shuffled(dataset._ex_iterable):
+        raise ValueError(
+            "The dataset is shuffled, and a run that is resumed could get another order. Give it "
+            "without shuffle(); seed and buffer_size are options of the stream."
         )
     return RecordStream(_DatasetShards(dataset, columns), **options)
 
@@ -355,11 +360,15 @@ _DIVISIBLE = frozenset(
     ("ExamplesIterable", "ArrowExamplesIterable", "RebatchedArrowExamplesIterable",
      "SelectColumnsIterable", "FormattedExamplesIterable", "TypedExamplesIterable",
      "MappedExamplesIterable", "FilteredExamplesIterable", "RepeatExamplesIterable",
-     "BufferShuffledExamplesIterable", "ShuffledDataSourcesExamplesIterable",
-     "ShuffledDataSourcesArrowExamplesIterable", "InterleavedShardsExamplesIterable",
-     "VerticallyConcatenatedMultiSourcesExamplesIterable")
+     "InterleavedShardsExamplesIterable", "VerticallyConcatenatedMultiSourcesExamplesIterable")
 )  # fmt: skip
 _COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
+
+
+def _is_shuffled(step: Any) -> bool:
+    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
+    steps = [*sources, *getattr(step, "ex_iterables", ())]
+    return "Shuffled" in type(step).__name__ or any(map(_is_shuffled, steps))
 
 
 def _find_indivisible(step: Any) -> str | None:

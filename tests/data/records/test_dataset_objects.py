@@ -260,3 +260,10 @@ def test_a_stream_that_is_split_by_node_is_refused(saved: datasets.Dataset) -> N
     rows = split_dataset_by_node(saved.to_iterable_dataset(num_shards=4), rank=1, world_size=2)
     with pytest.raises(ValueError, match="without split_dataset_by_node"):
         stream_dataset(rows, columns=COLUMNS)
+
+
+def test_a_stream_that_is_shuffled_already_is_refused(saved: datasets.Dataset) -> None:
+    rows = saved.to_iterable_dataset(num_shards=4)
+    for shuffled in (rows.shuffle(), rows.shuffle(seed=1, buffer_size=2).map(lambda row: row)):
+        with pytest.raises(ValueError, match=r"without shuffle\(\); seed and buffer_size"):
+            stream_dataset(shuffled, columns=COLUMNS)
