@@ -1,4 +1,4 @@
-"""The files that recorded embeddings were computed with: every change is named, a save is none."""
+"""The files that recorded embeddings were computed with: every change is named, no save counts."""
 
 from __future__ import annotations
 
