@@ -158,12 +158,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         own = self.config.instructions
         self.config.instructions = find_instructions(folder, own)
         old_file = read_file_state(folder / WEIGHT_FILE)
-        is_main_process = kwargs.get("is_main_process", True)
-        if not is_main_process:  # transformers 5.6 copies the code in every process
-            self._auto_class = None  # type: ignore[assignment]
         try:
             super().save_pretrained(save_directory, **kwargs)
-            if is_main_process:
+            if kwargs.get("is_main_process", True):
                 remove_old_layout(folder, old_file)
                 write_sentence_transformers_files(
                     folder,
@@ -172,7 +169,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 )
         finally:
             self.config.instructions = own
-            vars(self).pop("_auto_class", None)
         if push_to_hub:  # transformers would upload before the folder is complete
             shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(repo_id, **upload, **shared)

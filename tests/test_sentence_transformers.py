@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from sentence_transformers import SentenceTransformer
-from shared_models import CAPTIONS, INSTRUCTION, ROUNDING, shared_model
+from shared_models import CAPTIONS, INSTRUCTION, ROUNDING, one_process_writes, shared_model
 from tiny import tiny_images, tiny_model
 from transformers import AutoModel, AutoProcessor
 
@@ -133,6 +133,7 @@ def test_an_invalid_settings_file_is_named_before_weights_are_written(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == [SETTINGS]
 
 
+@one_process_writes
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     shared_model()[0].save_pretrained(tmp_path, is_main_process=False)
     assert list(tmp_path.iterdir()) == []
