@@ -90,6 +90,10 @@ def get_image_limits() -> ImageLimits:
     Raises:
         ValueError: the environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object of fields
             of `ImageLimits`.
+
+    Examples:
+        >>> get_image_limits().max_jpeg_scans
+        100
     """
     return _parse_limits(os.environ.get(LIMITS_VARIABLE, "{}"))
 
