@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits, get_image_limits
+from modeling_llm2clip.scheduling import ray_engine
 from modeling_llm2clip.scheduling.ray_engine import compute_with_ray
 
 pytest.importorskip("ray")
@@ -33,3 +36,13 @@ def test_the_error_of_a_shard_is_raised_as_if_it_had_been_computed_here(
 
     with pytest.raises(seen, match=f"{message}$"):
         compute_with_ray(make_worker, [0, 1], "cpu", show_progress=False)
+
+
+def test_an_actor_has_the_limits_of_images_of_the_process_that_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its node may be another machine, which does not have that process's environment."""
+    monkeypatch.setenv(LIMITS_VARIABLE, "{}")
+    limits = ImageLimits(max_megapixels=7)
+    ray_engine._Actor(lambda: lambda _: None, torch.get_num_threads(), limits)
+    assert get_image_limits() == limits
