@@ -211,7 +211,7 @@ def write_sparse_shards(
 
 
 def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:
-    """Same sizes, and whole: only their own metadata differ."""
+    """Same sizes, and whole: only the plan that each of them names differs."""
     ours = write_store(tmp_path / "ours", make_embeddings(), shards=(0, 1))
     changes = {"plan": {"data": "cc"}}
     theirs = write_store(tmp_path / "theirs", make_embeddings(seed=1), shards=(2,), **changes)
