@@ -153,7 +153,7 @@ def update_card_data(
     Raises:
         ValueError: As `CardData`.
     """
-    names = ("license", "license_name", "license_link", "vision_license", "text_license")
+    names = ("license_name", "license_link", "vision_license", "text_license")
     changes: dict[str, Any] = {name: getattr(config, name) for name in names}
     changes["training_data"] = config.training_data or None
     changes["results"] = None if results is None else tuple(results)
