@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..data.atomic_files import lock_unless_held
 from .run_folder import LOCK_FILE
+
+_HELD: set[IO[str]] = set()
+
+
+def _close_inherited() -> None:
+    """Leave the lock to the main process alone: workers of a loader outlive it for seconds."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 @contextmanager
@@ -46,9 +60,12 @@ def _hold(folder: Path) -> Iterator[bool]:
     file = folder / LOCK_FILE
     with file.open("a", encoding="utf-8") as opened:
         is_held = lock_unless_held(file, opened)  # a run that ended has removed its own
+        if is_held:
+            _HELD.add(opened)
         try:
             yield is_held
         finally:
+            _HELD.discard(opened)
             if is_held:
                 file.unlink(missing_ok=True)
                 if not any(folder.iterdir()):
