@@ -120,7 +120,7 @@ def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[fl
 def _pair_embeddings(
     dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Captions beside their images, their groups and the hashes of the captions; a random sample of very many."""
+    """Captions, their images, groups and text keys; a random sample of very many pairs."""
     generator = torch.Generator().manual_seed(seed)
     # Every item has at least one caption, so that more items are not needed.
     sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
