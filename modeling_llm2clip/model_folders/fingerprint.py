@@ -39,7 +39,9 @@ _DECIDING_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
-# Entries at any depth of those files that change no embedding, or that another check compares. Some
+# Files whose names of entries are words of a vocabulary.
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}
+# Entries at any depth of the others that change no embedding, or that another check compares. Some
 # of them change when a folder is loaded and saved again.
 _DECIDING_NOTHING = {
     "__version__", "_name_or_path", "_processor_class", "architectures", "auto_map",
@@ -241,13 +243,18 @@ def hash_deciding_files(folder: Path) -> dict[str, str]:
         ValueError: The folder has no weights, or a file is not valid JSON.
     """
     found = {
-        name: hash_json(_keep_deciding(json.loads((folder / name).read_text(encoding="utf-8"))))
+        name: hash_json(_read_deciding(folder / name))
         if name.endswith(".json")
         else hash_file(folder / name)
         for name in _DECIDING_FILES
         if (folder / name).is_file()
     }
     return {**found, WEIGHTS_ENTRY: fingerprint_weights(list_model_files(folder))["weights"]}
+
+
+def _read_deciding(file: Path) -> Any:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if file.name in _VOCABULARIES else _keep_deciding(content)
 
 
 def _keep_deciding(content: Any) -> Any:

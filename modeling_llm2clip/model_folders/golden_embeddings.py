@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,14 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import serialize_tensors
 from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..encoding.float32 import float32_as_such
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .fingerprint import hash_deciding_files
+from .weights import open_model_weights
 
 GOLDEN_FILE = "golden_embeddings.safetensors"
 GOLDEN_TEXTS = (
@@ -216,12 +219,13 @@ def require_golden(
         runs_llm: False to start from the recorded caption embeddings.
 
     Raises:
-        ValueError: Embeddings differ by more than rounding on another machine, or a file that
-            decides embeddings is another.
+        ValueError: Embeddings differ by more than rounding on another machine, a file that decides
+            embeddings is another, or the folder states another dtype than its weights have.
     """
     try:
         compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
         require_recorded_files(folder)
+        _require_stated_dtype(folder)
     except ValueError as error:
         raise ValueError(
             f"Nothing is written from {folder}: it fails the check of its golden embeddings and "
@@ -232,6 +236,25 @@ def require_golden(
             f"{folder} has no golden embeddings of this model ({GOLDEN_FILE}): damage to it would "
             "not be seen, and what is written from it would be called healthy.",
             stacklevel=3,
+        )
+
+
+def _require_stated_dtype(folder: Path) -> None:
+    """Refuse a folder that loads in another dtype than it was saved in, and so with fewer digits."""
+    config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
+    stated = getattr(config, "dtype", None)
+    if stated is None or getattr(config, "quantization_config", None):
+        return
+    dtypes = Counter(tensor.dtype for tensor in open_model_weights(folder).values())
+    found, _ = max(
+        ((dtype, count) for dtype, count in dtypes.items() if dtype.is_floating_point),
+        key=lambda pair: pair[1],
+    )
+    if found != stated:
+        names = [str(dtype).removeprefix("torch.") for dtype in (stated, found)]
+        raise ValueError(
+            f"config.json states {names[0]}, and the weights are {names[1]}. Correct the dtype in "
+            "config.json, or load the model in one dtype and save it again."
         )
 
 

@@ -30,8 +30,9 @@ from ..data.atomic_files import (
     write_atomically,
 )
 from ..data.store.embedding_store_writer import plan_manifest
-from ..data.store.store_manifest import StoreManifest, write_sealed
+from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
 from ..data.store.store_shard_writer import ShardWriter, explain_full_store
+from ..image_loading_llm2clip import ImageLimits, get_image_limits
 from .embedding_dtypes import VALUE_TYPES, convert_embeddings, count_values, truncate_embeddings
 from .embedding_manifest import (
     MANIFEST_FILE,
@@ -47,6 +48,7 @@ from .embedding_rows import ImageRows, TextRows
 Array: TypeAlias = np.ndarray[Any, Any]
 _UNFINISHED = "_unfinished"
 _RECORD = "_complete-"
+_LIMITS = "_image_limits.json"
 _SHOWN = 5
 
 
@@ -99,7 +101,7 @@ class EmbeddingFolderWriter:
 
         Raises:
             ValueError: The folder holds another output; every difference is named, with both
-                values.
+                values. Or images are left out of it that are beyond other limits.
             FileExistsError: The folder holds other files.
             OSError: The disk is full.
         """
@@ -116,6 +118,8 @@ class EmbeddingFolderWriter:
                 f"{folder} holds other embeddings: {'; '.join(differences)}. Name a new folder, or "
                 "give the model, data and options that this one was begun with."
             )
+        if isinstance(rows, ImageRows):
+            _require_same_limits(folder / _LIMITS, get_image_limits(), skip_invalid=skip_invalid)
         return cls(folder, found, rows, model_dim=model_dim, skip_invalid=skip_invalid)
 
     def is_done(self, shard: int) -> bool:
@@ -326,6 +330,36 @@ class EmbeddingFileWriter:
         """
         self._output.write_file(self._shard, self._collected.read(), num_truncated)
         self._collected.discard()
+
+
+def _require_same_limits(file: Path, own: ImageLimits, *, skip_invalid: bool) -> None:
+    """Refuse limits of images by which a run would leave out others than those before it.
+
+    As long as no run leaves any out, every image that was encoded was within the limits, and these
+    may be raised.
+    """
+    _publish_first(file, _write_limits(own, skips=skip_invalid))
+    found = read_sealed(file.read_text(encoding="utf-8"))
+    limits = ImageLimits(**found["limits"])
+    if limits != own and (found["skips"] or (skip_invalid and not _are_within(limits, own))):
+        differences = list_differences(asdict(limits), asdict(own))
+        raise ValueError(
+            f"{file.parent} holds embeddings of images within other limits: "
+            f"{'; '.join(differences)}. Other images would be left out. Give the limits that it "
+            "was begun with, or name a new folder."
+        )
+    if _are_within(limits, own) and (limits != own or skip_invalid > found["skips"]):
+        write_atomically(file, _write_limits(own, skips=skip_invalid))
+
+
+def _are_within(limits: ImageLimits, others: ImageLimits) -> bool:
+    first, second = asdict(limits), asdict(others)
+    formats = set(first.pop("formats")) <= set(second.pop("formats"))
+    return formats and all(first[name] <= second[name] for name in first)
+
+
+def _write_limits(limits: ImageLimits, *, skips: bool) -> bytes:
+    return write_sealed({"limits": asdict(limits), "skips": skips}).encode()
 
 
 def _publish_first(file: Path, content: bytes) -> None:

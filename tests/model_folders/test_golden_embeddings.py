@@ -67,6 +67,10 @@ def halve_a_weight(weights: dict[str, Any]) -> None:
     weights["text_model.embed_tokens.weight"][-1] /= 2  # of a token that no golden text has
 
 
+def move_a_token(content: dict[str, Any]) -> None:
+    content["model"]["vocab"]["dtype"] = 3  # a word of vocabularies, and a field of other files
+
+
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "weights": ("weights", edit_weights(halve_a_weight)),
     "config": ("config.json", edit_json("config.json", lambda c: c.update(max_text_length=31))),
@@ -78,6 +82,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
         "processor_config.json",
         edit_json("processor_config.json", lambda c: c["image_processor"].update(resample=2)),
     ),
+    "a token": ("tokenizer.json", edit_json("tokenizer.json", move_a_token)),
     "truncated side": (
         "tokenizer_config.json",
         edit_json("tokenizer_config.json", lambda c: c.update(truncation_side="left")),
@@ -217,6 +222,18 @@ def test_nothing_is_written_from_a_folder_with_a_flipped_bit(
     with pytest.raises(ValueError, match="recorded files"):
         WAYS[way][0](folder, tmp_path / "new" / "model")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["whole", "text", "vision tower", "ONNX", "trained"])
+def test_nothing_is_written_from_a_folder_that_states_another_dtype(
+    way: str, source: Path, tmp_path: Path
+) -> None:
+    """It loads in that dtype, and what is written from it would lose digits."""
+    folder = Path(shutil.copytree(source, tmp_path / "edited"))
+    edit_json("config.json", lambda c: c.update(dtype="bfloat16"))(folder)
+    with pytest.raises(ValueError, match=r"config\.json states bfloat16.*weights are float32"):
+        WAYS[way][0](folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def forget_files(folder: Path) -> None:

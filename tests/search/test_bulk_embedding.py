@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
 from failing_disk import make_failing_file
 from interruptions import read_bytes
+from PIL import Image
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
@@ -22,6 +23,7 @@ from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_embeddings
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.search.bulk_embedding import describe_embeddings, embed
@@ -235,6 +237,38 @@ def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
         embed(model, records, folder, config, modality="image")
         assert read_bytes(folder) == read_bytes(wanted)
         assert len(read_embeddings(folder)[0]) == 8
+
+
+def test_partitions_leave_out_the_same_images_or_are_refused(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one of them calls too large, another would embed, by other limits of the machine."""
+    data = break_images(images, tmp_path / "data")
+    Image.new("RGB", (300, 300)).save(data / "4.png")
+    records = load_records(data)
+    config = replace(IMAGE, rows_per_shard=4)
+    skipping = replace(config, skip_invalid=True)
+
+    def run(name: str, config: EmbedConfig, part: str, megapixels: float) -> Path:
+        limits = {**asdict(ImageLimits()), "max_megapixels": megapixels}
+        monkeypatch.setenv(LIMITS_VARIABLE, json.dumps(limits))
+        return embed(model, records, tmp_path / name, config, modality="image", partition=part)
+
+    run("out", skipping, "1/3", 160)
+    for other in (skipping, config):
+        for megapixels in (0.05, 300):
+            with pytest.raises(ValueError, match=r"within other limits: max_megapixels: 160 in"):
+                run("out", other, "2/3", megapixels)
+    run("out", config, "2/3", 160)
+    assert len(read_embeddings(run("out", skipping, "3/3", 160))[0]) == 8
+    # What is not left out may be given other limits, until it was encoded within them.
+    with pytest.raises(ValueError, match=r"4\.png.*more than 0\.05 million"):
+        run("raised", config, "2/3", 0.05)
+    run("raised", config, "2/3", 1)
+    with pytest.raises(ValueError, match="within other limits"):
+        run("raised", skipping, "1/3", 0.05)
+    run("raised", skipping, "1/3", 160)
+    assert len(read_embeddings(run("raised", skipping, "3/3", 160))[0]) == 8
 
 
 def test_a_file_of_broken_images_alone_has_no_rows(
