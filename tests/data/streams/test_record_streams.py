@@ -683,7 +683,7 @@ def test_a_query_that_names_the_shard_or_its_version_is_part_of_it() -> None:
     )
 
 
-def test_shards_that_only_their_token_tells_apart_have_names_of_their_own() -> None:
+def test_shards_that_differ_in_their_token_alone_have_names_of_their_own() -> None:
     shards = ["https://x.example/get.tar?token=a", "https://x.example/get.tar?token=b"]
     assert len(set(name_shards(shards))) == 2
     assert hash_shards(shards) != hash_shards(shards[::-1])
@@ -763,7 +763,7 @@ def write_one_path(folder: Path, contents: Sequence[int], **fields: list[str]) -
 def test_images_of_one_path_are_not_taken_for_one_group(tmp_path: Path) -> None:
     """They would not be each other's negatives, so that the loss of every batch would be 0."""
     folder = write_one_path(tmp_path / "images", range(14))
-    with pytest.raises(TooManyLostError, match="path of another image.*: 1[0-9] "):
+    with pytest.raises(TooManyLostError, match=r"path of another image.*: 1[0-9] "):
         list(stream_records(folder))
     dataset = datasets.load_dataset(
         "parquet", data_files=str(folder / "0.parquet"), split="train", streaming=True
