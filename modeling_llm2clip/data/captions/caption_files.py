@@ -41,6 +41,7 @@ _KEY_COLUMNS: dict[JoinColumn, tuple[str, ...]] = {
 }
 _SHORT = (*SHORT_CAPTION_FIELDS, "raw_caption", "org_caption")
 _LONG = (*LONG_CAPTION_FIELDS, "re_caption")
+_LARGEST_CELL = 2**26  # characters: images in base64 may lie beside captions
 _ROWS_AT_ONCE = 8192
 
 
@@ -146,7 +147,9 @@ def _choose(names: Sequence[str], wanted: Collection[str]) -> list[str]:
 
 
 def _read(file: Path, key_column: str | None) -> Iterator[list[dict[str, Any]]]:
-    wanted = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], key_column or ""}
+    wanted = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"]}
+    if key_column is not None:
+        wanted.add(key_column)
     name = file.name.lower().removesuffix(".gz")
     try:
         if name.endswith(".parquet"):
@@ -165,12 +168,13 @@ def _read(file: Path, key_column: str | None) -> Iterator[list[dict[str, Any]]]:
 
 def _read_parquet(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
     with pq.ParquetFile(file) as opened:
-        columns = _choose(_require_distinct(file, opened.schema_arrow.names), wanted)
+        columns = _choose_distinct(file, opened.schema_arrow.names, wanted)
         for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns):
             yield batch.to_pylist()
 
 
 def _read_csv(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
+    csv.field_size_limit(max(_LARGEST_CELL, csv.field_size_limit()))  # there is one for a process
     with _open_text(file, newline="") as opened:
         rows = csv.reader(opened, strict=True)
         numbered = ((rows.line_num, row) for row in rows if row)
@@ -215,7 +219,7 @@ def _make_dicts(
 ) -> Iterator[list[dict[str, Any]]]:
     """Make dictionaries of the columns that are read; the first row names all of them."""
     _, header = next(rows, (0, []))
-    chosen = _choose(_require_distinct(file, header), wanted)
+    chosen = _choose_distinct(file, header, wanted)
     places = [header.index(name) for name in chosen]
     found: list[dict[str, Any]] = []
     for number, row in rows:
@@ -231,10 +235,11 @@ def _make_dicts(
     yield found
 
 
-def _require_distinct(file: Path, names: Sequence[str]) -> Sequence[str]:
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+def _choose_distinct(file: Path, names: Sequence[str], wanted: set[str]) -> list[str]:
+    chosen = _choose(names, wanted)
+    if repeated := [name for name, count in Counter(chosen).items() if count > 1]:
         raise ValueError(f"{file} has two columns named {repeated[0]!r}. Rename one.")
-    return names
+    return chosen
 
 
 def _read_json_lines(file: Path) -> Iterator[list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..images.image_sources import ArrowImage
 from ..sources.parquet import is_image_type
-from ..sources.shard_streams import StreamedSample, read_row
+from ..sources.shard_streams import StreamedSample, read_row, refuse_shared_paths
 from ..streams.record_streams import RecordStream
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated
@@ -343,6 +343,9 @@ class _DatasetShards:
         part = self._dataset
         if not self._is_whole:
             part = part.shard(num_shards=len(self._names), index=shard)
+        return refuse_shared_paths(self._read(part, shard, first))
+
+    def _read(self, part: Any, shard: int, first: int) -> Iterator[StreamedSample]:
         # Batches, because in a worker a plain iteration would drop other workers' samples.
         batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
         rows = (row for batch in batches for row in _split_rows(batch))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -33,6 +34,7 @@ from .tar_shards import TarSample, read_member, split_member
 _TAR_BUFFER = 2**18
 _ROWS_AT_ONCE = 16
 _LINES_READ = 2**16
+_SHARED_PATH = "path of another image, and no 'file_name' or 'group_id'"
 
 
 class StreamedSample(NamedTuple):
@@ -84,7 +86,7 @@ def read_shard(
     """
     suffix = find_format(file.url)
     if suffix == ".parquet":
-        yield from _read_parquet(file, name, first, on_columns)
+        yield from refuse_shared_paths(_read_parquet(file, name, first, on_columns))
         return
     stream = file.open_stream()
     try:
@@ -242,6 +244,29 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
     return StreamedSample(
         number, place, RawRecord(place, fields, packed=image, default_name=default_name)
     )
+
+
+def refuse_shared_paths(samples: Iterable[StreamedSample]) -> Iterator[StreamedSample]:
+    """Break the samples whose image has the path of another one, which would be of its group.
+
+    Some writers give all images one path. Rows of the same image, one per caption, stay.
+
+    Args:
+        samples: from `read_row`, of one shard.
+
+    Yields:
+        Each sample, in its order.
+    """
+    found: dict[str, int] = {}
+    for sample in samples:
+        raw = sample.raw
+        if raw is not None and raw.default_name and isinstance(raw.packed, EncodedImage):
+            checksum = zlib.crc32(raw.packed.content)
+            is_named = not raw.fields.keys().isdisjoint(("file_name", "group_id"))
+            if not is_named and found.setdefault(raw.default_name, checksum) != checksum:
+                yield StreamedSample(sample.number, sample.place, None, _SHARED_PATH)
+                continue
+        yield sample
 
 
 def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[StreamedSample]:

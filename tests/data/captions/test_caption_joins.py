@@ -301,6 +301,14 @@ def test_cells_that_are_ambiguous_are_refused(
         join_captions(make_records(3), tmp_path / name, on="url")
 
 
+def test_columns_that_are_not_read_may_be_repeated_and_large(tmp_path: Path) -> None:
+    """Spreadsheets write empty columns at the end, and some datasets images in base64."""
+    file = tmp_path / "c.csv"
+    file.write_text(f"url,caption,image,,\nhttps://x.example/1,a,{'A' * 200_000},,\n", "utf-8")
+    joined = join_captions(make_records(3), file, on="url")
+    assert [record.captions[1:] for record in joined.records] == [(), ("a",), ()]
+
+
 def test_a_repeated_column_of_parquet_is_refused(tmp_path: Path) -> None:
     columns = [pa.array(["https://x.example/1"]), pa.array(["a"]), pa.array(["b"])]
     table = pa.Table.from_arrays(columns, names=["url", "caption", "caption"])

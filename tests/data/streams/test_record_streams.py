@@ -9,11 +9,12 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from PIL import Image
 from shard_server import ShardServer
 
 from modeling_llm2clip.data.images.image_sources import EncodedImage
+from modeling_llm2clip.data.records.dataset_objects import stream_dataset
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.remote import remote_files
@@ -681,11 +683,10 @@ def test_a_query_that_names_the_shard_or_its_version_is_part_of_it() -> None:
     )
 
 
-def test_shards_that_only_their_token_tells_apart_have_names_of_their_own() -> None:
+def test_shards_that_differ_in_their_token_alone_have_names_of_their_own() -> None:
     shards = ["https://x.example/get.tar?token=a", "https://x.example/get.tar?token=b"]
     assert len(set(name_shards(shards))) == 2
     assert hash_shards(shards) != hash_shards(shards[::-1])
-
 
 
 def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
@@ -742,6 +743,38 @@ def test_rows_with_an_empty_path_are_images_of_their_own(tmp_path: Path, path: s
     streamed = list(stream_records(tmp_path, buffer_size=1))
     assert [record.group_id for record in streamed] == [f"0.parquet/{n}" for n in range(4)]
     assert [r.name for r in streamed] == [r.name for r in load_records(tmp_path)]
+
+
+def write_one_path(folder: Path, contents: Sequence[int], **fields: list[str]) -> Path:
+    """Write rows whose images all have one path; equal numbers are equal images."""
+    rows = [
+        {
+            "image": {"bytes": encode_noise(n), "path": "image.png"},
+            "caption": f"text {row}",
+            **{name: values[row] for name, values in fields.items()},
+        }
+        for row, n in enumerate(contents)
+    ]
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "0.parquet")
+    return folder
+
+
+def test_images_of_one_path_are_not_taken_for_one_group(tmp_path: Path) -> None:
+    """They would not be each other's negatives, so that the loss of every batch would be 0."""
+    folder = write_one_path(tmp_path / "images", range(14))
+    with pytest.raises(TooManyLostError, match=r"path of another image.*: 1[0-9] "):
+        list(stream_records(folder))
+    dataset = datasets.load_dataset(
+        "parquet", data_files=str(folder / "0.parquet"), split="train", streaming=True
+    )
+    with pytest.raises(TooManyLostError, match="path of another image"):
+        list(stream_dataset(dataset))
+    of_one_image = write_one_path(tmp_path / "captions", [3] * 14)
+    assert len({record.group_id for record in stream_records(of_one_image)}) == 1
+    names = [f"g{n}" for n in range(14)]
+    in_groups = write_one_path(tmp_path / "groups", range(14), group_id=names)
+    assert sorted(record.group_id for record in stream_records(in_groups)) == sorted(names)
 
 
 def test_a_folder_of_several_formats_is_refused_with_a_pattern(tars: Path) -> None:
