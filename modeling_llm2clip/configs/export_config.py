@@ -41,9 +41,11 @@ class CardConfig(Config):
     where the weights stay the same."""
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for a license without its name and address."""
+        """Yield a sentence for a license without its name and address, or for these alone."""
         if self.license == "other" and not (self.license_name and self.license_link):
             yield "license=other needs license_name and license_link."
+        if self.license != "other" and (self.license_name or self.license_link):
+            yield "license_name and license_link need license=other."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,3 +23,13 @@ def test_a_license_is_an_identifier_of_the_hub(license: str) -> None:
 def test_a_size_of_files_has_a_unit(size: str) -> None:
     with pytest.raises(ValueError, match="must be a size, like 5GB or 500MB"):
         ExportConfig(max_shard_size=size)
+
+
+@pytest.mark.parametrize("license", [None, "apache-2.0"])
+@pytest.mark.parametrize("field", ["license_name", "license_link"])
+def test_name_and_address_are_those_of_a_license_that_is_given(
+    license: str | None, field: str
+) -> None:
+    """On a card of another license a name would stand beside that one's address."""
+    with pytest.raises(ValueError, match="license_name and license_link need license=other"):
+        CardConfig(license=license, **{field: "https://example.org"})
