@@ -171,7 +171,7 @@ def relicense(card: CardData, license: str | None) -> CardData:
     Raises:
         ValueError: As `CardData`.
     """
-    if license in (None, card.license):
+    if license is None or license == card.license == "other":
         return card
     return replace(card, license=license, license_name=None, license_link=None)
 
