@@ -25,6 +25,7 @@ from .loading_llm2clip import (
     read_file_state,
     refuse_unaccounted_keys,
     remove_old_layout,
+    require_own_names,
 )
 from .quantization_llm2clip import quantize_llm_only, require_restorable
 from .sentence_transformers_llm2clip import (
@@ -141,7 +142,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             **kwargs: further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: bitsandbytes would load other weights than it saves.
+            ValueError: bitsandbytes would load other weights than it saves, or transformers saved
+                weights under names that do not load.
         """
         folder = Path(save_directory)
         require_restorable(self)
@@ -162,6 +164,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
             if kwargs.get("is_main_process", True):
                 remove_old_layout(folder, old_file)
+                require_own_names(folder, [name for name, _ in self.named_children()])
                 write_sentence_transformers_files(
                     folder,
                     instructions=self.config.instructions,

@@ -204,6 +204,25 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
         (file if read_file_state(file) == old_file else index).unlink()
 
 
+def require_own_names(folder: Path, parts: Sequence[str]) -> None:
+    """Check that the weights of the last save begin with the names of a model's parts.
+
+    Args:
+        folder: model folder that a model was saved to.
+        parts: names of the model's direct submodules.
+
+    Raises:
+        ValueError: transformers renamed weights of one part by the rules of another.
+    """
+    names = read_weight_shapes(sorted(folder.glob("model*.safetensors")))
+    if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
+        raise ValueError(
+            f"transformers saved {len(strange)} weights under names that are not the model's "
+            f"({strange[:_NAMES_SHOWN]}), so that {folder} will not load. Versions 5.6 to 5.8 do "
+            "this if a model has a DINOv3 tower: update transformers, and save again."
+        )
+
+
 def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Read the headers of safetensors files.
 

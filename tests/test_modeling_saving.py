@@ -53,6 +53,7 @@ from modeling_llm2clip import (
     LLM2CLIPVisionModel,
 )
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.loading_llm2clip import require_own_names
 from modeling_llm2clip.model_folders.fingerprint import (
     fingerprint_embeddings,
     fingerprint_model,
@@ -213,6 +214,26 @@ def test_a_single_tower_model_is_strict_about_its_own_weights(
     broken = copy_folder(folder, tmp_path / "broken", lambda w: w.pop(f"{own}.weight"))
     with pytest.raises(ValueError, match=rf"Missing \(1\): \['{own}.weight'\]"):
         model_class.from_pretrained(broken)
+
+
+def test_what_transformers_saves_under_wrong_names_is_refused(tmp_path: Path) -> None:
+    """Versions 5.6 to 5.8 rename layers of other parts by the rules of a DINOv3 tower."""
+    model, _ = tiny_model("dinov3_vit", "llama")
+    try:
+        model.save_pretrained(tmp_path)
+    except ValueError as error:
+        assert "update transformers" in str(error)
+        return
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_weights_that_belong_to_no_part_are_refused(tmp_path: Path) -> None:
+    save_file({"text_model.a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    require_own_names(tmp_path, ["text_model"])
+    save_file({"text_layer.a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"text_layer\.a.*will not load"):
+        require_own_names(tmp_path, ["text_model"])
 
 
 def test_a_saved_folder_contains_no_local_path(folder: Path, tmp_path: Path) -> None:

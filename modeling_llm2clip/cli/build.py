@@ -40,11 +40,11 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     from ..model_folders.atomic_folder import require_new_folder
 
     require_new_folder(output)
-    require_sources(vision=vision_model, text=text_model, lora=config.lora)
     embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))
                 if tower == EMBEDDED}  # fmt: skip
     if embedded:
         require(*DEMO)
+        require_sources(vision=vision_model, text=text_model)  # before anything is downloaded
         from ..building.pretrained_towers import fetch_embedded
 
         vision_model, text_model, config = fetch_embedded(vision_model, text_model, config)
@@ -52,6 +52,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     require(*list_needs_of_model(vision_model))
     config.require_prompt()
     _require_order(vision_model, text_model)
+    require_sources(vision=vision_model, text=text_model, lora=config.lora)
     config = replace(config, device=str(use_device(config.device)))
 
     from ..building.build_model import build_model

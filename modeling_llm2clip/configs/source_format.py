@@ -39,8 +39,8 @@ class SourceFormat(Config):
     """Activation of the vision tower's inner layers; gelu_tanh is that of timm's SO400M networks in
     patches of 16."""
     image_size: Annotated[int, Range(min=1)] | None = None
-    """Side of SigLIP2's images in pixels, where it is not that of the patches. 27 patches of 14
-    pixels need it: networks for 378 and for 384 pixels have them."""
+    """Side of SigLIP2's images in pixels. Default: that of its patches together; 27 patches of 14
+    pixels need it, because networks for 378 and for 384 pixels have them."""
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Mean and std of the pixels: OpenAI's, or 0.5."""
     head_width: Annotated[int, Range(min=1)] = 64

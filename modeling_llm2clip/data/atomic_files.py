@@ -110,14 +110,14 @@ def is_unfinished(file: Path) -> bool:
     return file.name.endswith(_UNFINISHED)
 
 
-def lock_file(opened: IO[Any], *, shared: bool = False, wait: bool = True) -> bool:
+def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True) -> bool:
     """Take the kernel's lock on an open file.
 
     The lock is released when the file is closed or its process ends, however that happens. Needs
     a file system with `flock`: Linux or macOS, local or NFS 4.
 
     Args:
-        opened: the file to lock; keep it open as long as the lock is needed.
+        opened: the file to lock, or its descriptor; keep it open as long as the lock is needed.
         shared: let others hold it too if they also ask for a shared lock.
         wait: wait for another holder.
 
@@ -135,6 +135,27 @@ def lock_file(opened: IO[Any], *, shared: bool = False, wait: bool = True) -> bo
     except BlockingIOError:
         return False
     return True
+
+
+def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
+    """Take the lock on an open file that still has its name; where there are no locks, take none.
+
+    Args:
+        file: its name.
+        opened: the file, or its descriptor; keep it open as long as the lock is needed.
+
+    Returns:
+        False if another process holds it, or has renamed or removed it meanwhile.
+    """
+    with suppress(OSError):
+        if not lock_file(opened, wait=False):
+            return False
+    try:
+        return os.path.samestat(
+            file.stat(), os.fstat(opened if isinstance(opened, int) else opened.fileno())
+        )
+    except FileNotFoundError:
+        return False
 
 
 class FileHold:

@@ -153,27 +153,29 @@ def update_card_data(
     Raises:
         ValueError: As `CardData`.
     """
-    names = ("license", "license_name", "license_link", "vision_license", "text_license")
+    names = ("license_name", "license_link", "vision_license", "text_license")
     changes: dict[str, Any] = {name: getattr(config, name) for name in names}
     changes["training_data"] = config.training_data or None
     changes["results"] = None if results is None else tuple(results)
     given = {name: value for name, value in changes.items() if value is not None}
-    return replace(relicense(card, config.license), **given)
+    return relicense(card, config.license, **given)
 
 
-def relicense(card: CardData, license: str | None) -> CardData:
+def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:
     """Return what a card states under another license, without name and address of the old one.
 
     Args:
         card: What it states so far.
-        license: License of the weights; None changes nothing.
+        license: License of the weights; None keeps the card's.
+        **changes: Other fields, such as the new license's name and address.
 
     Raises:
         ValueError: As `CardData`.
     """
     if license is None or license == card.license == "other":
-        return card
-    return replace(card, license=license, license_name=None, license_link=None)
+        return replace(card, **changes)
+    fresh = {"license": license, "license_name": None, "license_link": None}
+    return replace(card, **{**fresh, **changes})
 
 
 def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None) -> None:

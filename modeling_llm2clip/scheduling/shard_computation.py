@@ -2,7 +2,7 @@
 
 Shards are independent of each other. The processes of `accelerate launch` or `torchrun` share them
 in turn; partitions, which any scheduler may start on any machine, do the same by their number; Ray
-hands them out one by one. Nothing is locked, so two runs must not compute the same shards at once.
+hands them out one by one. A shard that another process writes is refused.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class _Reader:
         It has no `filename`: from one, Pillow would map some formats again when it decodes them.
         """
         with read_image_header(path, name=str(path)):
-            pass  # a file without an image in it is not read into memory
+            pass  # a large file that Pillow cannot open is not read into memory
         try:
             content = path.read_bytes()
         except OSError as error:

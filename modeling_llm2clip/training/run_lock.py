@@ -11,8 +11,20 @@ from typing import IO
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.atomic_files import lock_file
+from ..data.atomic_files import lock_unless_held
 from .run_folder import LOCK_FILE
+
+_HELD: set[IO[str]] = set()
+
+
+def _close_inherited() -> None:
+    """Leave the lock to the main process alone: workers of a loader outlive it for seconds."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 @contextmanager
@@ -47,26 +59,14 @@ def _hold(folder: Path) -> Iterator[bool]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
     with file.open("a", encoding="utf-8") as opened:
-        is_held = _lock(opened) and _is_at(file, opened)
+        is_held = lock_unless_held(file, opened)  # a run that ended has removed its own
+        if is_held:
+            _HELD.add(opened)
         try:
             yield is_held
         finally:
+            _HELD.discard(opened)
             if is_held:
                 file.unlink(missing_ok=True)
                 if not any(folder.iterdir()):
                     folder.rmdir()
-
-
-def _lock(opened: IO[str]) -> bool:
-    try:
-        return lock_file(opened, wait=False)
-    except OSError:  # there are no such locks here
-        return True
-
-
-def _is_at(file: Path, opened: IO[str]) -> bool:
-    """Whether an open file has its name still: a run that ended has removed its own."""
-    try:
-        return os.path.samestat(file.stat(), os.fstat(opened.fileno()))
-    except FileNotFoundError:
-        return False

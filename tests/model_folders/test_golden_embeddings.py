@@ -219,7 +219,7 @@ def test_nothing_is_written_from_a_folder_with_a_flipped_bit(
     folder = Path(shutil.copytree(source, tmp_path / "damaged"))
     flip_bit(WEIGHTS[damaged])(folder)
     (tmp_path / "new").mkdir()
-    with pytest.raises(ValueError, match=r"golden embeddings( and recorded files|: )"):
+    with pytest.raises(ValueError, match="recorded files"):
         WAYS[way][0](folder, tmp_path / "new" / "model")
     assert list((tmp_path / "new").iterdir()) == []
 

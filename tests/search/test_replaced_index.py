@@ -156,7 +156,7 @@ def test_an_index_that_is_rebuilt_between_count_and_search_is_searched(
     assert find_best(index, make_embeddings(20, seed=1)[5]) == "000005.png"
 
 
-def test_missing_files_are_not_blamed_on_a_filter_nor_healthy(tmp_path: Path) -> None:
+def test_missing_files_are_not_blamed_on_a_filter_and_are_not_healthy(tmp_path: Path) -> None:
     make(tmp_path / "db")
     index = ImageIndex.open(tmp_path / "db")
     files = list((tmp_path / "db" / "images.lance" / "data").iterdir())

@@ -85,6 +85,18 @@ def test_an_alignment_is_not_continued_on(
         changed.align(run, max_steps=2, resume=True)
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_processes", 2), ("in_bfloat16", True)])
+def test_a_fine_tuning_is_not_continued_by_other_processes_or_in_another_precision(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    tune(tmp_path / "run", SHORT)
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "inputs": {**record["inputs"], name: value}}))
+    with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \w+ now\. Choose"):
+        tune(tmp_path / "run", SHORT, resume=True)
+
+
 def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
     data = tmp_path / "captions.jsonl"

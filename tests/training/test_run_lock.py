@@ -49,13 +49,19 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
     assert not (output / LOCK_FILE).exists()
 
 
-def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked")
+def test_the_lock_ends_with_its_process_and_not_with_its_workers(tmp_path: Path) -> None:
     output = tmp_path / "run"
     script = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from pathlib import Path\n"
         "from modeling_llm2clip.training.run_lock import lock_run\n"
         "with lock_run(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        os.close(1)\n"
+        "        time.sleep(5)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(0.5)\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(300)\n"
     )

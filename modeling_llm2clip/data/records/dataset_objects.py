@@ -310,6 +310,7 @@ class _DatasetShards:
     def __init__(self, dataset: Any, columns: Mapping[str, str] | None) -> None:
         import datasets
 
+        dataset = dataset.with_format(None)  # texts are read, whatever a row is for others
         for name, feature in (dataset.features or {}).items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))

@@ -119,7 +119,7 @@ def name_shards(shards: Sequence[str]) -> list[str]:
     # Without queries, in which slashes may be, and which sign a URL anew each time.
     bare = [shard.partition("?")[0] if is_remote(shard) else shard for shard in shards]
     if len(set(bare)) < len(bare):
-        bare = [drop_signature(shard) for shard in shards]
+        bare = drop_signatures(shards)
     base = find_base(bare) if len(bare) > 1 else ""
     base = base or bare[0][: bare[0].rfind("/") + 1]
     return [shard.removeprefix(base) for shard in bare]
@@ -143,6 +143,16 @@ def drop_signature(url: str) -> str:
         if name not in dropped and not name.startswith(_SIGNATURE_PREFIXES)
     ]
     return f"{base}?{'&'.join(kept)}" if kept else base
+
+
+def drop_signatures(urls: Sequence[str]) -> list[str]:
+    """Return what of each URL identifies a file; all of it where two would become one.
+
+    Args:
+        urls: of shards; each one occurs once.
+    """
+    bare = [drop_signature(url) for url in urls]
+    return bare if len(set(bare)) == len(bare) else list(urls)
 
 
 def expand_braces(text: str) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Writes an embedding store shard by shard, so that a killed run loses a few batches and no more.
 
 Shards are independent: any number of processes may write different shards of one folder, also from
-different machines that share a file system. No process waits for another, and none locks anything;
-whoever starts them gives each its own shards. `finish` completes the manifest when all are there.
+different machines that share a file system. No process waits for another; whoever starts them gives
+each its own shards, and a shard that another process writes is refused. `finish` completes the
+manifest when all are there.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class EmbeddingStoreWriter:
             What writes its batches.
 
         Raises:
+            ValueError: another process writes it now.
             OSError: the disk is full. Nothing else is changed.
         """
         with explain_full_store(self.folder, self._name(shard)):

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic_files import explain_full_disk, hash_file, sync_folder, write_atomically
+from ..atomic_files import (
+    explain_full_disk,
+    hash_file,
+    lock_unless_held,
+    sync_folder,
+    write_atomically,
+)
 from .store_manifest import (
     STORED_DTYPES,
     ShardRecord,
@@ -36,7 +42,8 @@ class ShardWriter:
     The rows are written to their places in `shard-00000.part`. `shard-00000.journal` has one line
     per batch that was written: a hash of the checksums of its rows. A run that continues checks the
     rows against these lines, so nothing has to be synced before the shard is complete: batches that
-    the disk lost are computed again.
+    the disk lost are computed again. The part is locked, where the file system has locks: a second
+    run of the same shard is refused.
 
     Attributes:
         num_done: batches that are written.
@@ -56,10 +63,18 @@ class ShardWriter:
         self._head_bytes = len(self._header) + CHECKSUM_BYTES * len(self._rows)
         self._checksums = np.zeros(len(self._rows), "<i8")
         complete = folder / shard_file(shard)
-        if complete.exists() and self._journal.exists() and not self._part.exists():
-            complete.rename(self._part)  # a run was killed between renaming and noting it
-        self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o644)
+        # A run may have been killed between renaming and noting it.
+        is_renamed = complete.exists() and self._journal.exists() and not self._part.exists()
+        found = complete if is_renamed else self._part
+        self._descriptor = os.open(found, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            if not lock_unless_held(found, self._descriptor):
+                raise ValueError(
+                    f"Another run writes {self._name} in {folder} now. Let it end, or give each "
+                    "run a partition of its own."
+                )
+            if is_renamed:
+                complete.rename(self._part)
             self._reserve()
             self.num_done = self._count_written()
             self._lines = self._journal.open("ab", buffering=0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
-from ..remote.shard_urls import drop_signature
+from ..remote.shard_urls import drop_signatures
 from ..sources.shard_streams import BrokenShardError, StreamedSample
 from .stream_report import LEAST_SAMPLES, StreamReport
 
@@ -312,4 +312,4 @@ def hash_shards(shards: Sequence[str]) -> str:
     Args:
         shards: paths, URLs or commands.
     """
-    return hashlib.sha256("\n".join(map(drop_signature, shards)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(drop_signatures(shards)).encode()).hexdigest()

@@ -207,6 +207,8 @@ def _train(
         with_llm=config.text_training != "stored",
         with_vision_tower=data.dataset.image_store is None,
     )
+    if config.precision == "float32":
+        model.float()  # towers in half precision would be computed in it
     adapted = choose_trained_parts(model, config)
     last = find_last_checkpoint(output) if resume else None
     held_out = data.held_out

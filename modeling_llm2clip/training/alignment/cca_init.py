@@ -51,6 +51,7 @@ def init_projections_by_cca(
     vision_embeds: Tensor,
     groups: Tensor,
     *,
+    text_keys: Tensor | None = None,
     shrinkages: tuple[float, float] | None = None,
 ) -> FittedCCA:
     """Set both projections in place.
@@ -66,6 +67,8 @@ def init_projections_by_cca(
         vision_embeds: (N, D') float32, stored; row i belongs to row i of the captions.
         groups: (N,) int64, what each pair shows. Pairs of one group are never each other's
             negatives, and cross-validation never separates them.
+        text_keys: (N,) int64, hashes of the captions: equal ones are no negatives either; None
+            where no two groups share one.
         shrinkages: Of texts and of images; None to choose them by cross-validation.
 
     Raises:
@@ -102,7 +105,9 @@ def init_projections_by_cca(
     num_directions = model.config.projection_dim
     rank = None
     if shrinkages is None:
-        shrinkages, rank = _choose_shrinkages(text, vision, groups.to(text.device), num_directions)
+        columns = [groups] if text_keys is None else [groups, text_keys]
+        ids = torch.stack(columns, dim=1).to(text.device)
+        shrinkages, rank = _choose_shrinkages(text, vision, ids, num_directions)
     fitted = _Correlation(text, vision)
     for projection, side, rotated in zip(
         (model.text_projection, model.visual_projection),
@@ -212,13 +217,13 @@ def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor
 
 
 def _choose_shrinkages(
-    text: Tensor, vision: Tensor, groups: Tensor, num_directions: int
+    text: Tensor, vision: Tensor, ids: Tensor, num_directions: int
 ) -> tuple[tuple[float, float], float]:
     """Walk over the grid of shrinkages to the best mean reciprocal rank of held-out pairs.
 
     Not to the lowest loss, which wants more shrinkage than retrieval does.
     """
-    folds = _make_folds(text, vision, groups)
+    folds = _make_folds(text, vision, ids)
     ranks: dict[tuple[int, int], float] = {}
 
     def measure(place: tuple[int, int]) -> float:
@@ -246,32 +251,38 @@ class _Fold:
     fitted: _Correlation
     text: Tensor
     vision: Tensor
-    groups: Tensor
+    ids: Tensor
 
     def measure(self, text_shrinkage: float, image_shrinkage: float, num_directions: int) -> float:
         text, vision = self.fitted.solve(text_shrinkage, image_shrinkage, num_directions)
         text_embeds = F.normalize(self.text @ text.float(), dim=-1)
         image_embeds = F.normalize(self.vision @ vision.float(), dim=-1)
-        return _mean_reciprocal_rank(image_embeds @ text_embeds.T, self.groups)
+        return _mean_reciprocal_rank(image_embeds @ text_embeds.T, self.ids)
 
 
-def _mean_reciprocal_rank(similarities: Tensor, groups: Tensor) -> float:
-    """Of the own group's best row among those of other groups, over both directions."""
-    same = groups[:, None] == groups[None, :]
+def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
+    """Of the own group's best row among those of other groups and captions, over both directions.
+
+    Args:
+        similarities: (N, N).
+        ids: (N, columns), groups and then what else makes rows no negatives of each other.
+    """
+    equal = ids[:, None] == ids[None, :]
+    same, is_negative = equal[..., 0], ~equal.any(dim=-1)
     reciprocals = []
     for scores in (similarities, similarities.T):
         own = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
-        ranks = 1 + (~(scores < own) & ~same).sum(dim=1)  # the last one where scores are NaN
+        ranks = 1 + (~(scores < own) & is_negative).sum(dim=1)  # the last one where scores are NaN
         reciprocals.append(float(ranks.double().reciprocal().mean()))
     return sum(reciprocals) / 2
 
 
-def _make_folds(text: Tensor, vision: Tensor, groups: Tensor) -> list[_Fold]:
-    numbers = groups.unique(return_inverse=True)[1]
+def _make_folds(text: Tensor, vision: Tensor, ids: Tensor) -> list[_Fold]:
+    numbers = ids[:, 0].unique(return_inverse=True)[1]
     num_groups = int(numbers.max()) + 1
     num_folds = min(_NUM_FOLDS, num_groups)
     generator = torch.Generator().manual_seed(0)  # only who is measured with whom depends on it
-    order = torch.randperm(num_groups, generator=generator).to(groups.device)
+    order = torch.randperm(num_groups, generator=generator).to(ids.device)
     fold_of_row = (order % num_folds)[numbers]
     folds = []
     for number in range(num_folds):
@@ -284,7 +295,7 @@ def _make_folds(text: Tensor, vision: Tensor, groups: Tensor) -> list[_Fold]:
                 fitted,
                 fitted.text.rotate(text[rows]),
                 fitted.vision.rotate(vision[rows]),
-                groups[rows],
+                ids[rows],
             )
         )
     return folds

@@ -77,7 +77,7 @@ def init_projections(
         loss_before = _fit_temperature(model, held_out)[1]
     assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
     pairs = _pair_embeddings(data.dataset, data.items, config.seed)
-    fitted = init_projections_by_cca(model, *pairs)
+    fitted = init_projections_by_cca(model, *pairs[:3], text_keys=pairs[3])
     loss = None
     if held_out is not None:
         log_scale, loss = _fit_temperature(model, held_out)
@@ -119,8 +119,8 @@ def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[fl
 
 def _pair_embeddings(
     dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions beside their images, and their groups; a random sample of very many."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Captions, their images, groups and text keys; a random sample of very many pairs."""
     generator = torch.Generator().manual_seed(seed)
     # Every item has at least one caption, so that more items are not needed.
     sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
@@ -130,4 +130,9 @@ def _pair_embeddings(
     num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # the one that reaches the limit, too
     pairs, numbers = list_pairs((short + long)[:num_items], chosen[:num_items])
     embeds = dataset.read_pairs(pairs, numbers)
-    return embeds["caption_embeds"], embeds["vision_embeds"], dataset.read_group_ids(pairs)
+    return (
+        embeds["caption_embeds"],
+        embeds["vision_embeds"],
+        dataset.read_group_ids(pairs),
+        dataset.read_text_keys(pairs, numbers),
+    )

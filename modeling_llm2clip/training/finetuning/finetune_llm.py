@@ -58,6 +58,7 @@ from ..run_lock import lock_run
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,
+    computes_in_bfloat16,
     count_warmup_steps,
     recompute_activations,
     show_progress,
@@ -287,6 +288,9 @@ def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig)
         "data": hash_records(records),
         "text_pair_files": [hash_file(Path(file)) for file, _ in config.text_pairs],
         "num_processes": PartialState().num_processes,
+        "in_bfloat16": computes_in_bfloat16(
+            config.precision, on_gpu=choose_device(config.device).type == "cuda"
+        ),
     }
 
 

@@ -74,6 +74,25 @@ def test_a_shard_continues_after_its_last_batch_and_has_the_same_bytes(
         assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_shard_that_another_run_writes_is_refused_and_left_as_it_is(
+    store: Path, tmp_path: Path
+) -> None:
+    folder, embeddings = tmp_path / "busy", make_embeddings()
+    with open_writer(folder).open_shard(0, BATCHES) as written:
+        written.write(embeddings[BATCHES[0]])
+        before = (folder / "shard-00000.part").read_bytes()
+        with pytest.raises(ValueError, match=r"Another run writes shard 0 of 3 in .*busy now"):
+            write_shard(open_writer(folder), 0, make_embeddings(seed=1))
+        assert (folder / "shard-00000.part").read_bytes() == before
+        assert count_written_batches(folder) == 1
+        write_shard(open_writer(folder), 1, embeddings)  # others are free
+        for places in BATCHES[1:]:
+            written.write(embeddings[places])
+        written.seal()
+    name = "shard-00000.safetensors"
+    assert (folder / name).read_bytes() == (store / name).read_bytes()
+
+
 @pytest.mark.parametrize("part", ["part", "journal"])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_a_batch_that_the_disk_lost_is_written_again(
@@ -211,7 +230,7 @@ def write_sparse_shards(
 
 
 def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:
-    """Same sizes, and whole: only their own metadata differ."""
+    """Same sizes, and whole: only the plan that each of them names differs."""
     ours = write_store(tmp_path / "ours", make_embeddings(), shards=(0, 1))
     changes = {"plan": {"data": "cc"}}
     theirs = write_store(tmp_path / "theirs", make_embeddings(seed=1), shards=(2,), **changes)

@@ -681,6 +681,13 @@ def test_a_query_that_names_the_shard_or_its_version_is_part_of_it() -> None:
     )
 
 
+def test_shards_that_only_their_token_tells_apart_have_names_of_their_own() -> None:
+    shards = ["https://x.example/get.tar?token=a", "https://x.example/get.tar?token=b"]
+    assert len(set(name_shards(shards))) == 2
+    assert hash_shards(shards) != hash_shards(shards[::-1])
+
+
+
 def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
     def make(num_workers: int) -> Any:
         return make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=num_workers)

@@ -12,7 +12,10 @@ import torch
 from aligning import SHORT_RUN, Prepared, read_losses, weights_of
 from torch import Tensor
 
+from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
@@ -127,3 +130,28 @@ def test_the_learning_rate_rises_for_the_steps_of_the_warm_up(
         peaks[warmup_steps] = rates.index(max(rates))
         assert max(rates) == SHORT_RUN["learning_rate"]
     assert peaks[4] - peaks[1] == 3
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"text_training": "frozen-online"},
+        {"text_training": "lora", "vision_training": "lora"},
+    ],
+)
+def test_float32_computes_a_folder_in_half_precision_in_float32(
+    prepared: Prepared, tmp_path: Path, training: dict[str, str]
+) -> None:
+    model = LLM2CLIPModel.from_pretrained(prepared.model, dtype=torch.bfloat16)
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    half = save_model(model, processor, tmp_path / "half")
+    exact = LLM2CLIPModel.from_pretrained(half).float()
+    losses = []
+    for folder in (half, save_model(exact, processor, tmp_path / "exact")):
+        run = replace(prepared, model=folder).align(
+            tmp_path / f"{folder.name}-run", precision="float32", max_steps=2, **training
+        )
+        losses.append(read_losses(run.output))
+        dtypes = [LLM2CLIPModel.from_pretrained(path).dtype for path in (folder, run.model)]
+        assert dtypes[0] == dtypes[1]
+    assert losses[0] == losses[1]

@@ -49,6 +49,15 @@ def test_a_fold_without_directions_has_the_last_rank() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_equal_captions_of_different_groups_are_no_negatives_in_cross_validation() -> None:
+    model, (text, vision), _ = make_pairs(noise=0.01)
+    text, vision = (torch.cat([part[:200], part[:200]]) for part in (text, vision))
+    keys = torch.arange(200).repeat(2)
+    fitted = init_projections_by_cca(model, text, vision, torch.arange(400), text_keys=keys)
+    # The copy of a pair ties with it: as a negative it would put most pairs on the second rank.
+    assert fitted.mean_reciprocal_rank is not None and fitted.mean_reciprocal_rank > 0.95
+
+
 def test_noise_asks_for_more_shrinkage() -> None:
     chosen = []
     for noise in (0.01, 3.0):
