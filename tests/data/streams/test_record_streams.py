@@ -687,7 +687,6 @@ def test_shards_that_only_their_token_tells_apart_have_names_of_their_own() -> N
     assert hash_shards(shards) != hash_shards(shards[::-1])
 
 
-
 def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
     def make(num_workers: int) -> Any:
         return make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=num_workers)
