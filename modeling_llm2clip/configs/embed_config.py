@@ -30,8 +30,8 @@ class EmbedConfig(EncodingConfig, BackendConfig):
     """How `embed` computes embeddings, and what its files hold.
 
     An output that is begun is continued with the same options; only `device`, `num_workers`,
-    `skip_invalid` and `show_progress` may differ. Once images are left out, the limits of images must
-    stay the same too.
+    `skip_invalid` and `show_progress` may differ. Once images are left out, the limits of images
+    must stay the same too.
     """
 
     dtype: EmbeddingDtype = "float32"

@@ -240,7 +240,7 @@ def require_golden(
 
 
 def _require_stated_dtype(folder: Path) -> None:
-    """Refuse a folder that loads in another dtype than it was saved in, and so with fewer digits."""
+    """Refuse a folder that loads in another dtype than its weights have, and so loses digits."""
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     stated = getattr(config, "dtype", None)
     if stated is None or getattr(config, "quantization_config", None):
