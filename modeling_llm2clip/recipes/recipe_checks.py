@@ -12,7 +12,7 @@ import numpy as np
 from ..building.pretrained_towers import EMBEDDED
 from ..building.tower_sources import require_sources
 from ..configs.train_config import TrainConfig
-from ..data.atomic_files import hash_file
+from ..data.atomic_files import hash_file, hash_json
 from ..data.records.data_hashes import hash_image_sizes, hash_records
 from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
@@ -26,10 +26,12 @@ from .recipe_plan import RecipePaths, Split, is_complete, list_eval_data, uses_s
 
 # Images whose content is read to compare the data of two calls; all sizes are compared.
 _IMAGES_READ = 1000
+# The same of a tower's files: small ones whole, of larger ones this many blocks.
+_WHOLE_BYTES, _BLOCK_BYTES, _BLOCKS_READ = 1 << 28, 1 << 16, 1024
 
 
 def identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
-    """Identify what a recipe reads beside its towers: records, images, text pairs and a LoRA.
+    """Identify what a recipe reads: towers of this machine, records, images, text pairs, a LoRA.
 
     Args:
         config: The recipe.
@@ -49,7 +51,36 @@ def identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
         "train_images": _identify_images(train),
         "test_images": _identify_images(test),
         "files": {str(file): hash_file(file) if file.is_file() else None for file in files},
+        "towers": {
+            name: _identify_source(source)
+            for name, source in (
+                ("vision_model", config.vision_model),
+                ("text_model", config.text_model),
+                ("lora", config.build.lora),
+            )
+        },
     }
+
+
+def _identify_source(source: str | Path | None) -> str | None:
+    """Hash the files of a local tower or LoRA but its card; None for one of the Hub."""
+    if source is None or not Path(source).exists():
+        return None
+    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).iterdir())
+    kept = [f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith(".")]
+    return hash_json([[file.name, _hash_sample(file)] for file in kept])
+
+
+def _hash_sample(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return hash_file(file)
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for start in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS_READ).astype(int).tolist():
+            opened.seek(start)
+            digest.update(opened.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _identify_images(records: Sequence[CaptionedImage]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card_data import read_card_data
+from modeling_llm2clip.recipes import recipe_checks
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
@@ -193,6 +194,35 @@ def test_text_pairs_that_were_replaced_are_refused(
         train(config, report=lambda _: None)
     file.write_text("\n".join(lines[::-1]), "utf-8")
     with pytest.raises(ValueError, match=r"another run: files\..*pairs\.jsonl"):
+        train(config, report=lambda _: None)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("place", ["vision", "llm"])
+def test_towers_that_were_replaced_are_refused(
+    place: str, sampled: bool, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers = Path(shutil.copytree(sources, tmp_path / "sources"))
+    config = make_recipe(towers, tmp_path / "run")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(stages, "build_model", stop)
+    if sampled:
+        monkeypatch.setattr(recipe_checks, "_WHOLE_BYTES", 0)
+        monkeypatch.setattr(recipe_checks, "_BLOCK_BYTES", 64)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(config, report=lambda _: None)
+    folder = Path(config.vision_model if place == "vision" else config.text_model)
+    (folder / "README.md").write_text("A new card.", "utf-8")
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(config, report=lambda _: None)
+    (file,) = folder.glob("*.safetensors")
+    save_file(
+        {name: value + 0.1 for name, value in load_file(file).items()}, file, {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"another run: towers\.(vision|text)_model"):
         train(config, report=lambda _: None)
 
 
