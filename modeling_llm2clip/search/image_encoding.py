@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.remote.remote_access import raise_disk_failure
 from ..encoding.batches import iterate_batches, join_prepared, prepare_images, split_evenly
 from ..encoding.encode import default_batch_size, raise_malloc_thresholds
 from ..encoding.eval_mode import require_eval_mode
@@ -131,6 +132,7 @@ class _Reader:
                 taken = find_time_taken(opened)
                 image: Image.Image = load_images(opened)
         except ValueError as error:
+            raise_disk_failure(error, path)
             return self._refuse(path, str(error).removeprefix(_UNNAMED))
         self.facts[path] = ImageFacts(image.width, image.height, taken)
         return image

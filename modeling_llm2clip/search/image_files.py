@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.images.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
+from ..data.remote.remote_access import raise_disk_failure
 
 _SHOWN = 8
 _REMEDIES = {
@@ -108,6 +109,8 @@ def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
                     (found.readable if suffix in readable else found.skipped).append(path)
             elif path.is_symlink():
                 found.dangling.append(path)
+    for error in closed:
+        raise_disk_failure(error, error.filename)
     found.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
     for paths in vars(found).values():
         paths.sort()

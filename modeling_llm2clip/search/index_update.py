@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..configs.search_config import IndexConfig
 from ..data.atomic_files import hash_file
+from ..data.remote.remote_access import raise_disk_failure
 from ..encoding.preparation import default_num_workers
 from .image_encoding import encode_readable_images
 from .index_database import ImageFacts, IndexDatabase
@@ -257,8 +258,9 @@ class _Update:
             results = list(pool.map(_try_to_hash, part.values()))
         digests = {}
         for (name, path), (digest, error) in zip(part.items(), results, strict=True):
-            if error:
-                self.counts.errors[path] = f"{path}: cannot be read ({error})."
+            if error is not None:
+                raise_disk_failure(error, path)
+                self.counts.errors[path] = f"{path}: cannot be read ({error.strerror or error})."
             else:
                 digests[name] = digest
         return digests
@@ -270,6 +272,7 @@ class _Update:
             try:
                 stats[name] = path.stat()
             except OSError as error:
+                raise_disk_failure(error, path)
                 self.counts.errors[path] = f"{path}: cannot be read ({error.strerror})."
         return stats
 
@@ -305,8 +308,8 @@ def describe_stat(stat: os.stat_result) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
-def _try_to_hash(path: Path) -> tuple[str, str]:
+def _try_to_hash(path: Path) -> tuple[str, OSError | None]:
     try:
-        return hash_file(path), ""
+        return hash_file(path), None
     except OSError as error:
-        return "", str(error.strerror or error)
+        return "", error

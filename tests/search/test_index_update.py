@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_disk import make_failing_file
 from indexes import build, save_images, save_model
 from PIL import Image
 from tiny import draw_noise
@@ -378,3 +379,17 @@ def test_times_of_a_touched_file_are_found_by_filters(
     assert index.count(where) == 1
     (result,) = index.search(["a dog"], where=where)
     assert [path.name for path, _ in result.hits] == ["1.png"]
+
+
+@pytest.mark.parametrize("place", ["1.png", "new.png"])
+def test_a_disk_that_fails_ends_the_update_and_removes_no_image(
+    place: str, model: Path, images: Path, tmp_path: Path
+) -> None:
+    """Nothing is known of such a file, so that a good row of it stays."""
+    path = tmp_path / "index"
+    build(model, images, path)
+    before = list_rows(path)
+    make_failing_file(images / place)
+    with pytest.raises(OSError, match=f"the disk or server failed.*{place}"):
+        build(model, images, path)
+    assert list_rows(path) == before

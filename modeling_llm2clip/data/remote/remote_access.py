@@ -29,6 +29,9 @@ _EXPIRED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Inva
 # Kinds of errors of files that could not be read, which say nothing of their content.
 READING_ERRORS = ("file missing, or its requests fail", "file may not be read", "file missing",
                   "file cannot be read: its disk fails")  # fmt: skip
+# Errors of one file and not of its disk; a damaged file can ask for an offset that is invalid.
+_OF_ONE_FILE = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+_OF_ONE_NAME = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW)
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
 
 
@@ -158,6 +161,27 @@ def find_reading_failure(error: BaseException) -> OSError | None:
         if isinstance(one, OSError) and one.errno is not None:
             return one
     return None
+
+
+def raise_disk_failure(error: BaseException, place: object) -> None:
+    """Raise where a disk or server failed, and not one file is missing, closed or broken.
+
+    Args:
+        error: from reading a file; its causes count, too.
+        place: the file or folder.
+
+    Raises:
+        OSError: it is such a failure, which the next try may not meet.
+    """
+    failure = find_reading_failure(error)
+    if failure is None or isinstance(failure, _OF_ONE_FILE) or failure.errno in _OF_ONE_NAME:
+        return
+    raise OSError(
+        failure.errno,
+        f"{failure.strerror or failure}: the disk or server failed. Run the same command again "
+        "once it can be read",
+        str(place),
+    ) from error
 
 
 def name_reading_error(error: BaseException) -> str | None:
