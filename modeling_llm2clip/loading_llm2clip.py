@@ -214,7 +214,8 @@ def require_own_names(folder: Path, parts: Sequence[str]) -> None:
     Raises:
         ValueError: transformers renamed weights of one part by the rules of another.
     """
-    names = read_weight_shapes(sorted(folder.glob("model*.safetensors")))
+    files = sorted(folder.glob("model*.safetensors"))  # of variants too, which share their names
+    names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
         raise ValueError(
             f"transformers saved {len(strange)} weights under names that are not the model's "

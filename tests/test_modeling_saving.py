@@ -521,6 +521,16 @@ def test_saving_over_a_folder_leaves_the_new_weights_alone(
     assert fingerprint_model(tmp_path) == fingerprint_model(fresh)
 
 
+@pytest.mark.parametrize("size", ["5GB", "50KB"])
+def test_a_variant_is_saved_beside_the_weights(size: str, tmp_path: Path) -> None:
+    shared_model()[0].save_pretrained(tmp_path, max_shard_size=size)
+    model = changed_model()
+    model.save_pretrained(tmp_path, max_shard_size=size, variant="fp16")
+    for variant, wanted in ((None, shared_model()[0]), ("fp16", model)):
+        loaded = AutoModel.from_pretrained(tmp_path, variant=variant)
+        assert torch.equal(loaded.text_projection.weight, wanted.text_projection.weight)
+
+
 @one_process_writes
 def test_a_save_by_another_process_removes_nothing(tmp_path: Path) -> None:
     shared_model()[0].save_pretrained(tmp_path, max_shard_size="50KB")

@@ -49,6 +49,13 @@ _DECIDING_NOTHING = {
     "processor_class", "projections_trained", "text_adapter_trained", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
+# State of a tokenizer's last call, which it saves, and which its next call sets anew.
+_STATE_OF_LAST_CALL = {
+    "tokenizer.json": {"padding", "truncation"},
+    "tokenizer_config.json": {
+        "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy",
+    },
+}  # fmt: skip
 WEIGHTS_ENTRY = "weights"
 # Files of this package and of downloads that say nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
@@ -254,6 +261,9 @@ def hash_deciding_files(folder: Path) -> dict[str, str]:
 
 def _read_deciding(file: Path) -> Any:
     content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        state = _STATE_OF_LAST_CALL.get(file.name, set())
+        content = {name: value for name, value in content.items() if name not in state}
     return content if file.name in _VOCABULARIES else _keep_deciding(content)
 
 

@@ -129,6 +129,21 @@ def test_saving_an_unchanged_model_again_changes_no_recorded_file(
     assert find_changed_files(copy) == []
 
 
+@pytest.mark.parametrize("padding", [True, False, "max_length"])
+def test_the_last_call_of_a_saved_tokenizer_is_no_change(
+    padding: bool | str, tmp_path: Path
+) -> None:
+    model, processor = shared_model()
+    processor(text=["a dog"])  # a tokenizer keeps its truncation and padding, and saves them
+    folder = save_model(model, processor, tmp_path / "model")
+    again = LLM2CLIPProcessor.from_pretrained(folder)
+    again.save_pretrained(folder)
+    assert find_changed_files(folder) == []
+    again(text=["a dog"], padding=padding, max_length=20)
+    again.save_pretrained(folder)
+    assert find_changed_files(folder) == []
+
+
 def test_instructions_and_the_state_of_training_are_no_change(copy: Path) -> None:
     edit_json(
         "config.json", lambda c: c.update(instructions={"a": "b: "}, projections_trained=True)
