@@ -125,7 +125,8 @@ def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"{folder} is not empty and has no {RUN_FILE}. Choose a new folder.")
     if not resume:
         raise ValueError(
-            f"{folder} has an earlier run. Continue it with resume=True, or choose a new folder."
+            f"{folder} has an earlier run. Continue it with --resume ('resume=True' in Python), or "
+            "choose a new folder."
         )
 
 
