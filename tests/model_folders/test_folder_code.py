@@ -189,9 +189,6 @@ def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
 ) -> None:
     code, out, err = ran.answers[f"{name}: {command}"]
     file = MODELS[name][0]
-    if (name, command) == ("tokenizer", "tower"):
-        assert code == 0  # a vision tower comes without a tokenizer
-        return
     assert code == (1 if command == "doctor" else 2), (code, out, err)
     error = out if command == "doctor" else err
     assert "needs custom code, which is never run here" in error
