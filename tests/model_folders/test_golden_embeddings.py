@@ -225,6 +225,13 @@ WAYS: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+def write_by(way: str, source: Path, output: Path) -> object:
+    """Write a folder from a folder; skips where the packages of a way are not installed."""
+    for package in ("onnx", "onnxscript", "onnxruntime") if way == "ONNX" else ():
+        pytest.importorskip(package)
+    return WAYS[way][0](source, output)
+
+
 @pytest.mark.parametrize(
     ("way", "damaged"), [(way, damaged) for way, (_, parts) in WAYS.items() for damaged in parts]
 )
@@ -235,7 +242,7 @@ def test_nothing_is_written_from_a_folder_with_a_flipped_bit(
     flip_bit(WEIGHTS[damaged])(folder)
     (tmp_path / "new").mkdir()
     with pytest.raises(ValueError, match="recorded files"):
-        WAYS[way][0](folder, tmp_path / "new" / "model")
+        write_by(way, folder, tmp_path / "new" / "model")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -247,7 +254,7 @@ def test_nothing_is_written_from_a_folder_that_states_another_dtype(
     folder = Path(shutil.copytree(source, tmp_path / "edited"))
     edit_json("config.json", lambda c: c.update(dtype="bfloat16"))(folder)
     with pytest.raises(ValueError, match=r"config\.json states bfloat16.*weights are float32"):
-        WAYS[way][0](folder, tmp_path / "new")
+        write_by(way, folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -266,7 +273,7 @@ def test_damage_that_no_golden_input_shows_is_found_by_the_recorded_hashes(
     name, damage = CHANGES[change]
     damage(folder)
     with pytest.raises(ValueError, match=f"{name}: not as when|_embeds moved by"):
-        WAYS[way][0](folder, tmp_path / "new")
+        write_by(way, folder, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -301,7 +308,7 @@ def test_a_folder_without_golden_embeddings_is_said_to_be_unchecked(
     folder = Path(shutil.copytree(source, tmp_path / "bare"))
     remove(GOLDEN_FILE)(folder)
     with pytest.warns(UserWarning, match="has no golden embeddings.*damage to it would not be"):
-        WAYS[way][0](folder, tmp_path / "new")
+        write_by(way, folder, tmp_path / "new")
     assert (tmp_path / "new").is_dir()
 
 
