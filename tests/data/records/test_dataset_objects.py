@@ -242,6 +242,8 @@ def test_a_stream_has_the_samples_of_its_dataset_whatever_was_done_to_it(
 def test_a_stream_of_one_shard_is_resumed_and_says_why_workers_cannot_share_it(
     saved: datasets.Dataset,
 ) -> None:
+    pytest.importorskip("torchdata")
+
     def make() -> Any:
         rows = saved.to_iterable_dataset(num_shards=4).skip(7)
         return stream_dataset(rows, columns=COLUMNS, seed=2, buffer_size=5)

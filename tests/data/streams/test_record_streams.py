@@ -690,6 +690,8 @@ def test_shards_that_differ_in_their_token_alone_have_names_of_their_own() -> No
 
 
 def test_a_state_of_another_number_of_workers_is_refused(tars: Path) -> None:
+    pytest.importorskip("torchdata")
+
     def make(num_workers: int) -> Any:
         return make_loader(stream_records(tars, seed=1), batch_size=4, num_workers=num_workers)
 
