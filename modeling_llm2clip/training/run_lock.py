@@ -49,7 +49,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         if not is_held[0]:
             raise ValueError(
                 f"{folder} is in use: another process trains in it now. Let it end and continue "
-                "its run with --resume (resume=True), or choose a new folder."
+                "its run with --resume ('resume=True' in Python), or choose a new folder."
             )
         yield
 
