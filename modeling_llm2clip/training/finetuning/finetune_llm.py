@@ -122,21 +122,19 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with (
-        lock_run(output),
-        open_source(source, output) as found,
-        _open_scratch(output) as scratch,
-    ):
+    with lock_run(output), open_source(source, output) as found:
         if config.merge:
             _require_whole_model(found)
-        plan = _plan(found, data, output, config, scratch, resume=resume)
-        processor = LLM2CLIPProcessor.from_pretrained(found.folder)
-        model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
-        require_golden(found.folder, model.eval(), processor)
-        if config.precision == "float32":
-            model.float()  # a folder in half precision would be computed in it
-        _train(model, processor, plan, callbacks)
-        del model  # the merged one takes its place in memory
+        # Gone before there is a model: a run that is killed after that is never continued.
+        with _open_scratch(output) as scratch:
+            plan = _plan(found, data, output, config, scratch, resume=resume)
+            processor = LLM2CLIPProcessor.from_pretrained(found.folder)
+            model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
+            require_golden(found.folder, model.eval(), processor)
+            if config.precision == "float32":
+                model.float()  # a folder in half precision would be computed in it
+            _train(model, processor, plan, callbacks)
+            del model  # the merged one takes its place in memory
         state = PartialState()
         if config.merge and state.is_main_process:
             _write_merged(found.folder, output, plan.data.held_out, device)
