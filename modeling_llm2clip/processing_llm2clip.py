@@ -51,9 +51,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
     Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
 
     Args:
-        image_processor: any image processor of transformers. With `crop_rounding="torchvision"`,
-            one of CLIP's crops as torchvision does, which transformers misses by a pixel where
-            the margin is 3 modulo 4.
+        image_processor: any image processor of transformers, or `LLM2CLIPImageProcessor`, which
+            crops as torchvision does.
         tokenizer: the LLM's tokenizer, with the model's prompt as part of it.
         max_text_length: maximum number of tokens per text, prompt included.
         **kwargs: further arguments of `ProcessorMixin`.
@@ -62,8 +61,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer, `crop_rounding` is not known, or
-            the image processor makes images of more pixels than any tower takes.
+        ValueError: `max_text_length` is not a positive integer, or the image processor makes images
+            of more pixels than any tower takes.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
@@ -86,10 +85,6 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
         _check_image_size(image_processor)
-        if (crop_rounding := getattr(image_processor, "crop_rounding", None)) is not None:
-            from .image_cropping_llm2clip import set_crop_rounding  # imports torchvision
-
-            image_processor = set_crop_rounding(image_processor, crop_rounding)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
