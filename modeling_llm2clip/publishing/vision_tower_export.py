@@ -31,8 +31,9 @@ ordinary `{architecture}` of transformers: `AutoModel` loads it without any furt
 {processor} It began as {origin}; the license of that applies.
 """
 _PLAIN = "`AutoImageProcessor` does so too."
-_CROPS = """`AutoImageProcessor` needs `trust_remote_code=True`, or `import modeling_llm2clip` before: this tower was trained with
-images that are cropped as torchvision does, which transformers' own classes miss by a pixel."""
+_CROPS = """`AutoImageProcessor` needs `trust_remote_code=True`, or `import modeling_llm2clip`
+before: this tower takes images that are cropped as torchvision does, which transformers' own
+classes miss by a pixel."""
 
 
 def export_vision_tower(
