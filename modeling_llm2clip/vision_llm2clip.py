@@ -106,6 +106,9 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
+    Patches that overlap are merged later: of those it is the side that one place of the network's
+    last stage stands for, as each stage leaves out what its steps do not divide.
+
     Args:
         vision_model: the vision tower.
     """
@@ -113,8 +116,11 @@ def find_patch_size(vision_model: nn.Module) -> int:
     if timm_model is None:
         config: Any = vision_model.config
         return int(getattr(config, "patch_size", 0) or 0)
-    size: Any = getattr(getattr(timm_model, "patch_embed", None), "patch_size", 0)
-    return int(size if isinstance(size, int) else size[0])
+    patches: Any = getattr(timm_model, "patch_embed", None)
+    size: Any = getattr(patches, "patch_size", 0)
+    side = int(size if isinstance(size, int) else size[0])
+    step = getattr(getattr(patches, "proj", None), "stride", (side,))[0]
+    return int(timm_model.feature_info[-1]["reduction"]) if step < side else side
 
 
 def choose_interpolation(
