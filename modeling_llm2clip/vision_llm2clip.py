@@ -33,6 +33,41 @@ def check_pixels(pixel_values: Tensor) -> None:
         )
 
 
+def require_restored_buffers(vision_model: nn.Module) -> None:
+    """Refuse a timm network with tables that loading leaves uninitialized.
+
+    Tables that follow from the settings, such as the distances of positions, are not saved. A
+    network is loaded without computing anything, so each module must compute its tables afterwards.
+
+    Args:
+        vision_model: the vision tower.
+
+    Raises:
+        ValueError: a module has such a table and no method that computes it.
+    """
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is None:
+        return
+    saved = timm_model.state_dict().keys()
+    tables = (name for name, _ in timm_model.named_buffers() if name not in saved)
+    lost = [
+        name
+        for name in tables
+        if not any(
+            hasattr(timm_model.get_submodule(name.rpartition(".")[0]), method)
+            for method in ("init_non_persistent_buffers", "_get_pos_embed_values")
+        )
+    ]
+    if lost:
+        config: Any = vision_model.config
+        raise ValueError(
+            f"{config.architecture} of timm cannot be loaded: its modules have no method that "
+            f"computes {', '.join(lost[:2])} and {max(len(lost) - 2, 0)} more, which are not saved "
+            "and would hold arbitrary numbers. Install timm 1.0.23 or later; if that is installed, "
+            "take another network."
+        )
+
+
 def find_width(vision_model: nn.Module) -> int:
     """Return the width of a tower's image embedding.
 
