@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -166,7 +166,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         Args:
             images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
                 (H, W, 3) or (3, H, W). Arrays are uint8, uint16 (scaled to 8 bits), or floats in
-                [0, 1] with `do_rescale=False`; a 4-dimensional batch is read as a list. See
+                [0, 1] with `do_rescale=False`, which are rounded to the 8 bits of all others; a
+                4-dimensional batch is read as a list. See
                 `load_images` for transparency, EXIF rotation and animations.
             text: one caption or a list. By default texts are padded, truncated before the prompt's
                 suffix, and returned as PyTorch tensors.
@@ -190,10 +191,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = clean_texts(text)
         if images is not None:
-            images = load_images(images, rescales=self._rescales(kwargs))
+            rescales = self._rescales(kwargs)
+            images = load_images(images, rescales=rescales)
+            if rescales is False:
+                images = _map(_round_to_8_bits, images)
+                kwargs = _without_do_rescale(kwargs)
             if self._unpacks_images():
-                several = isinstance(images, list)
-                images = list(map(_unpack, images)) if several else _unpack(images)
+                images = _map(_unpack, images)
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
@@ -317,6 +321,28 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 f"{long[0]}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
+
+
+def _map(change: Callable[[Any], Any], images: Any) -> Any:
+    return [change(image) for image in images] if isinstance(images, list) else change(images)
+
+
+def _round_to_8_bits(image: Any) -> Any:
+    """Make of floats in [0, 1] what every other image is.
+
+    torchvision clamps to 0 and 255 while it resizes 8 bits, and lets floats leave [0, 1].
+    """
+    if isinstance(image, np.ndarray):
+        return (image.astype(np.float32) * 255).round().astype(np.uint8)
+    return (image.float() * 255).round().byte()
+
+
+def _without_do_rescale(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_do_rescale(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name != "do_rescale"
+    }
 
 
 def _unpack(image: Any) -> Any:
