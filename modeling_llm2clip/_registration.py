@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 _AUTO = "transformers.models.auto"
 _SINGLE_TOWER = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
@@ -29,6 +30,8 @@ _REGISTRATIONS = (
      ("AutoModelForTextEncoding",)),
     (f"{_AUTO}.processing_auto", "processing_llm2clip", ("LLM2CLIPProcessor",),
      ("AutoProcessor",)),
+    (f"{_AUTO}.image_processing_auto", "image_cropping_llm2clip",
+     ("LLM2CLIPImageProcessor", "LLM2CLIPImageProcessorPil"), ("AutoImageProcessor",)),
 )  # fmt: skip
 _WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
     f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
@@ -47,11 +50,23 @@ def _register_ready_classes() -> None:
         if auto_name not in sys.modules or _running & {auto_name, ours_full_name}:
             continue
         classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
+        if auto_classes == ("AutoImageProcessor",):
+            _register_image_processors(sys.modules[auto_name], *classes)
+            continue
         ours = classes if len(classes) > 1 else classes[0]
         configuration = import_module(f"{__package__}.configuration_llm2clip")
         key = "llm2clip" if auto_classes == ("AutoConfig",) else configuration.LLM2CLIPConfig
         for auto_class in auto_classes:
             getattr(sys.modules[auto_name], auto_class).register(key, ours, exist_ok=True)
+
+
+def _register_image_processors(auto: Any, torchvision: type, pil: type) -> None:
+    """Make these classes known by name, and the default of no configuration."""
+    auto.AutoImageProcessor.register(
+        torchvision,
+        image_processor_classes={"torchvision": torchvision, "pil": pil},
+        exist_ok=True,
+    )
 
 
 class _RegisteringLoader(Loader):

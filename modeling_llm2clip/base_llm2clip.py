@@ -32,7 +32,7 @@ from .sentence_transformers_llm2clip import (
     find_instructions,
     write_sentence_transformers_files,
 )
-from .vision_llm2clip import find_width, has_class_token
+from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
 
 _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
@@ -100,7 +100,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a weight is missing, unexpected or of another shape, a weight file is
                 truncated, the folder has two layouts of weights, the configuration describes a
-                much larger model than the weights, or a class without an LLM is to be quantized.
+                much larger model than the weights, a class without an LLM is to be quantized, or
+                the installed timm cannot load the vision tower.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_only(
@@ -122,6 +123,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 "again."
             ) from error
         model, info = loaded
+        if hasattr(model, "vision_model"):
+            require_restored_buffers(model.vision_model)
         refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
         return (model, info) if wants_info else model
 

@@ -20,7 +20,10 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, try_to_load_from_cache
 
-_OWN_CODE = ("configuration_llm2clip.", "modeling_llm2clip.", "processing_llm2clip.")
+_OWN_CODE = (
+    "configuration_llm2clip.", "image_cropping_llm2clip.", "modeling_llm2clip.",
+    "processing_llm2clip.",
+)  # fmt: skip
 # Files in which transformers looks for references to custom code.
 _NAMING_FILES = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",

@@ -44,7 +44,7 @@ from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 if TYPE_CHECKING:
     # Some versions of transformers copy only the files that the loaded file itself names. The
     # processor is one of them, because config.json names its code even where it is not saved.
-    from .image_cropping_llm2clip import set_crop_rounding  # noqa: F401
+    from .image_cropping_llm2clip import LLM2CLIPImageProcessor  # noqa: F401
     from .image_loading_llm2clip import load_images  # noqa: F401
     from .loading_llm2clip import build_tower  # noqa: F401
     from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401

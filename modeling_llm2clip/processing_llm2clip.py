@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +51,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
     Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
 
     Args:
-        image_processor: any image processor of transformers. With `crop_rounding="torchvision"`,
-            one of CLIP's crops as torchvision does, which transformers misses by a pixel where
-            the margin is 3 modulo 4.
+        image_processor: any image processor of transformers, or `LLM2CLIPImageProcessor`, which
+            crops as torchvision does.
         tokenizer: the LLM's tokenizer, with the model's prompt as part of it.
         max_text_length: maximum number of tokens per text, prompt included.
         **kwargs: further arguments of `ProcessorMixin`.
@@ -62,8 +61,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer, `crop_rounding` is not known, or
-            the image processor makes images of more pixels than any tower takes.
+        ValueError: `max_text_length` is not a positive integer, or the image processor makes images
+            of more pixels than any tower takes.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
@@ -86,10 +85,6 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
         _check_image_size(image_processor)
-        if (crop_rounding := getattr(image_processor, "crop_rounding", None)) is not None:
-            from .image_cropping_llm2clip import set_crop_rounding  # imports torchvision
-
-            image_processor = set_crop_rounding(image_processor, crop_rounding)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -171,7 +166,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         Args:
             images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
                 (H, W, 3) or (3, H, W). Arrays are uint8, uint16 (scaled to 8 bits), or floats in
-                [0, 1] with `do_rescale=False`; a 4-dimensional batch is read as a list. See
+                [0, 1] with `do_rescale=False`, which are rounded to the 8 bits of all others; a
+                4-dimensional batch is read as a list. See
                 `load_images` for transparency, EXIF rotation and animations.
             text: one caption or a list. By default texts are padded, truncated before the prompt's
                 suffix, and returned as PyTorch tensors.
@@ -195,10 +191,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = clean_texts(text)
         if images is not None:
-            images = load_images(images, rescales=self._rescales(kwargs))
+            rescales = self._rescales(kwargs)
+            images = load_images(images, rescales=rescales)
+            if rescales is False:
+                images = _map(_round_to_8_bits, images)
+                kwargs = _without_do_rescale(kwargs)
             if self._unpacks_images():
-                several = isinstance(images, list)
-                images = list(map(_unpack, images)) if several else _unpack(images)
+                images = _map(_unpack, images)
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
@@ -322,6 +321,28 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 f"{long[0]}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
+
+
+def _map(change: Callable[[Any], Any], images: Any) -> Any:
+    return [change(image) for image in images] if isinstance(images, list) else change(images)
+
+
+def _round_to_8_bits(image: Any) -> Any:
+    """Make of floats in [0, 1] what every other image is.
+
+    torchvision clamps to 0 and 255 while it resizes 8 bits, and lets floats leave [0, 1].
+    """
+    if isinstance(image, np.ndarray):
+        return (image.astype(np.float32) * 255).round().astype(np.uint8)
+    return (image.float() * 255).round().byte()
+
+
+def _without_do_rescale(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_do_rescale(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name != "do_rescale"
+    }
 
 
 def _unpack(image: Any) -> Any:

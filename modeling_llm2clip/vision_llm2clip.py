@@ -33,6 +33,41 @@ def check_pixels(pixel_values: Tensor) -> None:
         )
 
 
+def require_restored_buffers(vision_model: nn.Module) -> None:
+    """Refuse a timm network with tables that loading leaves uninitialized.
+
+    Tables that follow from the settings, such as the distances of positions, are not saved. A
+    network is loaded without computing anything, so each module must compute its tables afterwards.
+
+    Args:
+        vision_model: the vision tower.
+
+    Raises:
+        ValueError: a module has such a table and no method that computes it.
+    """
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if timm_model is None:
+        return
+    saved = timm_model.state_dict().keys()
+    tables = (name for name, _ in timm_model.named_buffers() if name not in saved)
+    lost = [
+        name
+        for name in tables
+        if not any(
+            hasattr(timm_model.get_submodule(name.rpartition(".")[0]), method)
+            for method in ("init_non_persistent_buffers", "_get_pos_embed_values")
+        )
+    ]
+    if lost:
+        config: Any = vision_model.config
+        raise ValueError(
+            f"{config.architecture} of timm cannot be loaded: its modules have no method that "
+            f"computes {', '.join(lost[:2])} and {max(len(lost) - 2, 0)} more, which are not saved "
+            "and would hold arbitrary numbers. Install timm 1.0.23 or later; if that is installed, "
+            "take another network."
+        )
+
+
 def find_width(vision_model: nn.Module) -> int:
     """Return the width of a tower's image embedding.
 
@@ -106,6 +141,9 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
+    Patches that overlap are merged later: of those it is the side that one place of the network's
+    last stage stands for, as each stage leaves out what its steps do not divide.
+
     Args:
         vision_model: the vision tower.
     """
@@ -113,8 +151,11 @@ def find_patch_size(vision_model: nn.Module) -> int:
     if timm_model is None:
         config: Any = vision_model.config
         return int(getattr(config, "patch_size", 0) or 0)
-    size: Any = getattr(getattr(timm_model, "patch_embed", None), "patch_size", 0)
-    return int(size if isinstance(size, int) else size[0])
+    patches: Any = getattr(timm_model, "patch_embed", None)
+    size: Any = getattr(patches, "patch_size", 0)
+    side = int(size if isinstance(size, int) else size[0])
+    step = getattr(getattr(patches, "proj", None), "stride", (side,))[0]
+    return int(timm_model.feature_info[-1]["reduction"]) if step < side else side
 
 
 def choose_interpolation(

@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared_models import fresh_processor
+from shared_models import fresh_processor, shared_model
 from tiny import draw_noise
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from transformers import (
     AutoImageProcessor,
+    AutoProcessor,
     CLIPImageProcessor,
-    CLIPImageProcessorPil,
-    SiglipImageProcessor,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.building.vision_towers import image_processor_from_timm
 from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.conversion.conversion_plan import make_image_processor
+from modeling_llm2clip.image_cropping_llm2clip import (
+    LLM2CLIPImageProcessor,
+    LLM2CLIPImageProcessorPil,
+)
+from modeling_llm2clip.publishing.onnx_export import _write_image_settings
 
 SIDE = 56  # a quarter of 224, so that a test takes little time
 # Width and height of photographs; 640 x 427 is the commonest size of COCO. Then odd ones.
@@ -41,15 +47,11 @@ def transform_officially(image: Image.Image, side: int = SIDE) -> np.ndarray[Any
     return found.numpy().astype(int)
 
 
-def make_processor(image_processor: Any) -> LLM2CLIPProcessor:
-    return LLM2CLIPProcessor(image_processor, fresh_processor().tokenizer)
-
-
 def make_converted(kind: str, side: int = SIDE) -> LLM2CLIPProcessor:
     converted = make_image_processor(SOURCE_FORMATS["openai"], side)
     settings = {**converted.to_dict(), "do_normalize": False, "do_rescale": False}
-    classes = {"torchvision": CLIPImageProcessor, "pillow": CLIPImageProcessorPil}
-    return make_processor(classes[kind].from_dict(settings))
+    classes = {"torchvision": LLM2CLIPImageProcessor, "pillow": LLM2CLIPImageProcessorPil}
+    return LLM2CLIPProcessor(classes[kind].from_dict(settings), fresh_processor().tokenizer)
 
 
 def read_pixels(processor: Any, image: Image.Image) -> np.ndarray[Any, Any]:
@@ -98,42 +100,60 @@ def test_images_at_the_official_size_are_those_of_open_clip(size: tuple[int, int
     assert np.abs(found - wanted).max() <= 2
 
 
-def test_the_crop_is_saved_loaded_and_pickled(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_converted("torchvision").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_every_loader_of_a_folder_crops_so(folder: Path) -> None:
     image = draw_noise(SIDE, SIDE + 3)
-    processor = make_converted("torchvision")
     wanted = transform_officially(image)
-    processor.save_pretrained(tmp_path)
-    loaded = LLM2CLIPProcessor.from_pretrained(tmp_path)
-    again = pickle.loads(pickle.dumps(loaded.image_processor))
-    for one in (loaded, make_processor(again)):
-        assert np.array_equal(read_pixels(one, image), wanted)
-    saved = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
-    assert saved["image_processor_type"] == "CLIPImageProcessor"  # which every program knows
-    assert saved["crop_rounding"] == "torchvision"
-    assert "AutoImageProcessor" not in saved["auto_map"]
-    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is CLIPImageProcessor
+    processor = AutoProcessor.from_pretrained(folder)
+    again = pickle.loads(pickle.dumps(processor.image_processor))
+    loaded = [AutoImageProcessor.from_pretrained(folder, backend=b) for b in ("torchvision", "pil")]
+    for one in (processor, again, *loaded):
+        pixels = one(images=image, return_tensors="pt")["pixel_values"][0].numpy()
+        assert np.array_equal(pixels.astype(int), wanted)
 
 
-def test_an_image_processor_without_the_setting_stays_as_it_is() -> None:
-    own = CLIPImageProcessor()
-    assert make_processor(own).image_processor is own
+def test_a_program_that_lacks_the_code_refuses_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own class would crop otherwise without a word."""
+    monkeypatch.setattr(IMAGE_PROCESSOR_MAPPING, "_extra_content", {})  # as if never registered
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
-@pytest.mark.parametrize(
-    ("image_processor", "message"),
-    [
-        (SiglipImageProcessor(crop_rounding="torchvision"), "A SiglipImageProcessor cannot have"),
-        (CLIPImageProcessor(crop_rounding="up"), "crop_rounding='up'"),
-    ],
-)
-def test_a_rounding_that_cannot_be_is_refused(image_processor: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_processor(image_processor)
+def test_the_class_is_the_default_of_no_configuration(folder: Path) -> None:
+    """A folder whose class got lost is still refused, not cropped by guess."""
+    shared_model()[0].config.save_pretrained(folder)
+    file = folder / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["image_processor"]["image_processor_type"], content["image_processor"]["auto_map"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="Unrecognized image processor"):
+        AutoImageProcessor.from_pretrained(folder)
 
 
-def test_the_script_without_torch_crops_alike() -> None:
+def test_timm_networks_without_a_crop_get_a_class_that_every_program_knows() -> None:
+    settings = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    made = {
+        (mode, share): image_processor_from_timm({**settings, "crop_mode": mode, "crop_pct": share})
+        for mode in ("center", "squash")
+        for share in (0.9, 1.0)
+    }
+    plain = [key for key, one in made.items() if type(one) is CLIPImageProcessor]
+    assert plain == [("squash", 1.0)]
+
+
+def test_the_script_without_torch_crops_alike(tmp_path: Path) -> None:
     encode_onnx = pytest.importorskip("modeling_llm2clip.encoding.encode_onnx")
-    how = make_image_processor(SOURCE_FORMATS["openai"], SIDE).to_dict()
+    processor = make_converted("torchvision")
+    _write_image_settings(processor, tmp_path)
+    how = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert how["image_processor_type"] == "CLIPImageProcessor"  # which transformers.js knows
     for margin in range(8):
         image = draw_noise(SIDE, SIDE + margin)
         found = encode_onnx.prepare_image(
@@ -142,7 +162,7 @@ def test_the_script_without_torch_crops_alike() -> None:
         assert np.array_equal(found.round().astype(int), transform_officially(image))
 
 
-def test_the_setting_is_part_of_what_a_source_format_gives() -> None:
+def test_every_source_format_gets_the_crop() -> None:
     siglip2 = replace(SOURCE_FORMATS["siglip2"], preprocessing="half")
     for source_format in (SOURCE_FORMATS["openai-hub"], SOURCE_FORMATS["eva02"], siglip2):
-        assert make_image_processor(source_format, 32).to_dict()["crop_rounding"] == "torchvision"
+        assert type(make_image_processor(source_format, 32)) is LLM2CLIPImageProcessor

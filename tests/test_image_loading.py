@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_loading_llm2clip import load_images, unpack_pixels
@@ -391,6 +392,22 @@ def test_floats_in_0_to_1_are_accepted_with_do_rescale_false(
     found = processor(images=make(flat.astype(np.float32) / 255), **settings)["pixel_values"]
     # The same numbers, about 1, divided by 255 before or in the processor.
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("size", [(32, 32), (40, 40), (80, 65), (20, 31)], ids=str)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_floats_give_the_pixels_of_the_same_image_in_8_bits(
+    as_tensor: bool, size: tuple[int, int], kind: Any
+) -> None:
+    """Noise, whose resized floats would leave [0, 1] by 14 gray levels."""
+    own = kind(size={"shortest_edge": 32}, crop_size=32)
+    processor = LLM2CLIPProcessor(own, fresh_processor().tokenizer)
+    image = np.asarray(draw_noise(*size))
+    floats: Any = image.astype(np.float32) / 255
+    floats = torch.from_numpy(floats) if as_tensor else floats
+    found = processor(images=[floats], do_rescale=False)["pixel_values"]
+    assert torch.equal(found, processor(images=[image])["pixel_values"])
 
 
 FLOAT_RANGE = r"whose range is unknown\. Give uint8.*do_rescale=False"

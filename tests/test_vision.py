@@ -11,9 +11,12 @@ from shared_models import ROUNDING, encode, shared_batch
 from tiny import IMAGE_SIZE, tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
+from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.tower_checks import require_loadable
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_vision
 
 # Model type, configuration, width of an image embedding, number of parameters without projection.
@@ -291,3 +294,32 @@ def test_a_tower_with_random_masks_is_rejected() -> None:
     arguments = BuildConfig(prompt="llama-3", vision_pooling="mean")
     with pytest.raises(ValueError, match=r"'vit_mae' tower gives one image another embedding"):
         join_towers((tower, tiny_vision()[1]), (llm, tokenizer), arguments)
+
+
+# timm's tables that are not saved
+
+
+@pytest.mark.parametrize("family", ["beit", "swinv2"])
+def test_tables_that_timm_does_not_save_are_loaded(family: str, tmp_path: Path) -> None:
+    model, processor = tiny_model(family)
+    save_model(model, processor, tmp_path / "model")
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    found = dict(loaded.named_buffers())
+    assert all(torch.equal(table, found[name]) for name, table in model.named_buffers())
+
+
+@pytest.mark.parametrize("family", ["beit", "swinv2"])
+def test_a_timm_that_does_not_compute_them_is_named(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading would leave arbitrary numbers there: an IndexError, or silently other embeddings."""
+    model, processor = tiny_model(family)
+    save_model(model, processor, tmp_path / "model")
+    for module in model.vision_model.timm_model.modules():
+        if "init_non_persistent_buffers" in vars(type(module)):
+            monkeypatch.delattr(type(module), "init_non_persistent_buffers")  # as timm 1.0.22
+    message = r"of timm cannot be loaded.*(k_bias|relative_).* Install timm 1\.0\.23 or later"
+    with pytest.raises(ValueError, match=message):
+        LLM2CLIPModel.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        require_loadable(model, processor)

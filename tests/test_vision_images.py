@@ -177,6 +177,17 @@ def test_a_timm_network_of_windows_takes_other_sizes(size: int) -> None:
         set_image_size(tower, tiny_vision("siglip")[1], 250)
 
 
+def test_patches_that_overlap_are_no_unit_of_the_image_size() -> None:
+    """PVTv2 takes patches of 7 pixels in steps of 4, and keys from 8 of those: 32 pixels."""
+    settings: dict[str, Any] = {"architecture": "pvt_v2_b0"}
+    tower = AutoModel.from_config(AutoConfig.for_model("timm_wrapper", **settings))
+    _, processor = set_image_size(tower, tiny_vision("siglip")[1], 96)
+    assert processor.to_dict()["size"] == {"height": 96, "width": 96}
+    assert choose_interpolation(tower, torch.zeros(1, 3, 96, 64), wanted=False) == {}
+    with pytest.raises(ValueError, match=r"105 is not a multiple .* 32 pixels.* Take 96"):
+        set_image_size(tower, tiny_vision("siglip")[1], 105)
+
+
 def test_images_of_another_size_than_mvitv2s_are_refused() -> None:
     """It counts the distances of positions from the largest one of its own size."""
     settings: dict[str, Any] = {"architecture": "mvitv2_tiny"}

@@ -20,7 +20,7 @@ from ..model_folders.golden_embeddings import (
 )
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..vision_llm2clip import find_patches
+from ..vision_llm2clip import find_patches, require_restored_buffers
 
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
@@ -424,8 +424,10 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
         processor: Its processor.
 
     Raises:
-        ValueError: Its weights do not fit its configuration, or give other embeddings with it.
+        ValueError: Its weights do not fit its configuration, or give other embeddings with it; or
+            the installed timm cannot load the vision tower.
     """
+    require_restored_buffers(model.vision_model)
     kept = json.loads(model.config.to_json_string(use_diff=False))  # what a file keeps of it
     try:
         loaded = LLM2CLIPModel.from_pretrained(

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from ..image_cropping_llm2clip import set_crop_rounding
+from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
 from .tower_loading import (
@@ -138,17 +138,17 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
             f"{'; '.join(errors)}. Take another network of timm."
         )
     resized = {"height": int(height / ratio), "width": int(width / ratio)}
-    image_processor = CLIPImageProcessor(
+    crops = crop_mode == "center" or ratio != 1.0
+    image_processor_class = LLM2CLIPImageProcessor if crops else CLIPImageProcessor
+    return image_processor_class(
         size={"shortest_edge": resized["height"]} if crop_mode == "center" else resized,
-        do_center_crop=crop_mode == "center" or ratio != 1.0,
+        do_center_crop=crops,
         crop_size={"height": height, "width": width},
         resample=getattr(PILImageResampling, interpolation),
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         do_convert_rgb=True,
     )
-    cropping: CLIPImageProcessor = set_crop_rounding(image_processor, "torchvision")
-    return cropping
 
 
 def takes_images(config: PreTrainedConfig) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 
@@ -20,7 +20,7 @@ from ..configs.export_config import ConvertConfig
 from ..configs.source_format import PREPROCESSINGS, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..heads_llm2clip import MAX_LOG_SCALE
-from ..image_cropping_llm2clip import set_crop_rounding
+from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.weights import LazyTensor
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from .key_mapping import RenamedWeights, Rule, apply_rules, rename
@@ -60,7 +60,7 @@ class ConversionPlan:
     config: LLM2CLIPConfig
     model_class: Any
     tokenizer: PreTrainedTokenizerBase
-    image_processor: CLIPImageProcessor
+    image_processor: LLM2CLIPImageProcessor
     weights: dict[str, LazyTensor]
     dropped: dict[str, str]
     files: list[Path]
@@ -120,7 +120,7 @@ def plan_conversion(
     )
 
 
-def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImageProcessor:
+def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImageProcessor:
     """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
 
     It does what the official code does with torchvision.
@@ -139,7 +139,7 @@ def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImagePro
             "SigLIP's own). The weights do not say, so it is not guessed."
         )
     mean, std = PREPROCESSINGS[source_format.preprocessing]
-    image_processor = CLIPImageProcessor(
+    return LLM2CLIPImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         resample=PILImageResampling.BICUBIC,
@@ -147,8 +147,6 @@ def make_image_processor(source_format: SourceFormat, size: int) -> CLIPImagePro
         image_std=list(std),
         do_convert_rgb=True,
     )
-    cropping: CLIPImageProcessor = set_crop_rounding(image_processor, "torchvision")
-    return cropping
 
 
 def _configure(

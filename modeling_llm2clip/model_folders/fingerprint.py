@@ -34,20 +34,21 @@ _NOT_OF_THE_TOWER = {
 # What of the small files of any model changes no embedding: where it was saved, and by whom.
 _NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 # Files of a model folder, beside its weights, that decide an embedding in some loader.
+_DECIDING_IMAGES = ("config.json", "processor_config.json", "preprocessor_config.json")
 _DECIDING_FILES = (
-    "config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "modules.json", "sentence_bert_config.json",
+    *_DECIDING_IMAGES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
 # Files whose names of entries are words of a vocabulary.
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}
 # Entries at any depth of the others that change no embedding, or that another check compares. Some
-# of them change when a folder is loaded and saved again.
+# of them change when a folder is loaded and saved again. Whether parts were trained is not among
+# them: it changes what is refused, and is true of the recorded weights alone.
 _DECIDING_NOTHING = {
     "__version__", "_name_or_path", "_processor_class", "architectures", "auto_map",
     "chat_template", "dtype", "instructions", "is_local", "local_files_only", "name_or_path",
-    "processor_class", "projections_trained", "text_adapter_trained", "torch_dtype",
-    "transformers_version", "use_cache",
+    "processor_class", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 # State of a tokenizer's last call, which it saves, and which its next call sets anew.
 _STATE_OF_LAST_CALL = {
@@ -56,7 +57,7 @@ _STATE_OF_LAST_CALL = {
         "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy",
     },
 }  # fmt: skip
-WEIGHTS_ENTRY = "weights"
+WEIGHTS_ENTRY, VISION_ENTRY = "weights", "weights of the vision tower"
 # Files of this package and of downloads that say nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
 # Entries of an image processor that change nothing; its class has an entry of its own.
@@ -236,15 +237,18 @@ def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
     )
 
 
-def hash_deciding_files(folder: Path) -> dict[str, str]:
+def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[str, str]:
     """Hash each file of a model folder that decides its embeddings.
 
     Args:
         folder: Model folder.
+        of_vision_tower: Only what decides the embeddings of images before their projection; the
+            LLM is not read.
 
     Returns:
         Name of each file → SHA-256 of its content, of JSON without what changes no embedding;
-        `weights` → that of all tensors, however they are distributed over files.
+        `weights` → that of all tensors, however they are distributed over files, or `weights of
+        the vision tower` → that of its tensors.
 
     Raises:
         ValueError: The folder has no weights, or a file is not valid JSON.
@@ -253,10 +257,13 @@ def hash_deciding_files(folder: Path) -> dict[str, str]:
         name: hash_json(_read_deciding(folder / name))
         if name.endswith(".json")
         else hash_file(folder / name)
-        for name in _DECIDING_FILES
+        for name in (_DECIDING_IMAGES if of_vision_tower else _DECIDING_FILES)
         if (folder / name).is_file()
     }
-    return {**found, WEIGHTS_ENTRY: fingerprint_weights(list_model_files(folder))["weights"]}
+    files = list_model_files(folder)
+    tensors = iterate_tensors(files, prefix="vision_model." if of_vision_tower else "")
+    entry = VISION_ENTRY if of_vision_tower else WEIGHTS_ENTRY
+    return {**found, entry: _describe_weights(tensors)["weights"]}
 
 
 def _read_deciding(file: Path) -> Any:

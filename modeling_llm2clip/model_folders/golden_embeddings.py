@@ -22,7 +22,7 @@ from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..encoding.float32 import float32_as_such
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .fingerprint import hash_deciding_files
+from .fingerprint import VISION_ENTRY, hash_deciding_files
 from .weights import open_model_weights
 
 GOLDEN_FILE = "golden_embeddings.safetensors"
@@ -106,7 +106,7 @@ def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None
             embeddings["caption_embeds"] = encode_texts(
                 model, processor, GOLDEN_TEXTS, project=False
             )
-    _save(folder, {**embeddings, **read_temperature(model)}, list(GOLDEN_TEXTS), model.dtype)
+    _save(folder, {**embeddings, **read_temperature(model)}, list(GOLDEN_TEXTS), model)
 
 
 def renew_golden(
@@ -134,7 +134,7 @@ def renew_golden(
     with _naming_the_save():
         embeddings = compute_golden(model, processor, caption_embeds=caption_embeds)
     embeddings = {**embeddings, "caption_embeds": caption_embeds, **read_temperature(model)}
-    _save(folder, embeddings, texts, model.dtype)
+    _save(folder, embeddings, texts, model)
     return True
 
 
@@ -205,6 +205,7 @@ def require_golden(
     *,
     dtype: torch.dtype | None = None,
     runs_llm: bool = True,
+    of_vision_tower: bool = False,
 ) -> None:
     """Refuse to write a folder from one that differs from its recorded embeddings and files.
 
@@ -217,6 +218,8 @@ def require_golden(
         processor: Its processor.
         dtype: Dtype of the folder's weights; None for the model's.
         runs_llm: False to start from the recorded caption embeddings.
+        of_vision_tower: Whether only the vision tower is written, so that neither tokenizer nor LLM
+            is read.
 
     Raises:
         ValueError: Embeddings differ by more than rounding on another machine, a file that decides
@@ -224,7 +227,7 @@ def require_golden(
     """
     try:
         compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
-        require_recorded_files(folder)
+        require_recorded_files(folder, of_vision_tower=of_vision_tower)
         _require_stated_dtype(folder)
     except ValueError as error:
         raise ValueError(
@@ -288,7 +291,7 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
         return texts, {name: file.get_tensor(name) for name in file.keys()}
 
 
-def find_changed_files(folder: Path) -> list[str] | None:
+def find_changed_files(folder: Path, *, of_vision_tower: bool = False) -> list[str] | None:
     """Find the files that differ from those that the recorded embeddings were computed with.
 
     Embeddings of a few texts do not show every change: an edited tokenizer may give them the same
@@ -296,6 +299,7 @@ def find_changed_files(folder: Path) -> list[str] | None:
 
     Args:
         folder: Model folder.
+        of_vision_tower: As in `hash_deciding_files`.
 
     Returns:
         Names of files that were changed, added or removed, and `weights`; None where nothing was
@@ -311,15 +315,17 @@ def find_changed_files(folder: Path) -> list[str] | None:
         recorded = json.loads(file.metadata().get("files", "null"))
     if recorded is None:
         return None
-    found = hash_deciding_files(folder)
-    return sorted(n for n in {*found, *recorded} if found.get(n) != recorded.get(n))
+    found = hash_deciding_files(folder, of_vision_tower=of_vision_tower)
+    names = {*found} if of_vision_tower else {*found, *recorded} - {VISION_ENTRY}
+    return sorted(name for name in names if found.get(name) != recorded.get(name))
 
 
-def require_recorded_files(folder: Path) -> bool:
+def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bool:
     """Refuse a folder whose files differ from those that the golden embeddings were computed with.
 
     Args:
         folder: Model folder.
+        of_vision_tower: As in `hash_deciding_files`.
 
     Returns:
         Whether files are recorded.
@@ -327,7 +333,7 @@ def require_recorded_files(folder: Path) -> bool:
     Raises:
         ValueError: A file was changed, added or removed.
     """
-    changed = find_changed_files(folder)
+    changed = find_changed_files(folder, of_vision_tower=of_vision_tower)
     if changed:
         raise ValueError(
             f"{', '.join(changed)}: not as when the folder was written, so that some inputs get "
@@ -371,17 +377,18 @@ def _naming_the_save() -> Iterator[None]:
         ) from error
 
 
-def _save(
-    folder: Path, embeddings: dict[str, Tensor], texts: list[str], dtype: torch.dtype
-) -> None:
+def _save(folder: Path, embeddings: dict[str, Tensor], texts: list[str], model: Any) -> None:
     if not embeddings.get("logit_scale", torch.zeros(1)).isfinite().all():
         raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
+    files = hash_deciding_files(folder)
+    if hasattr(model, "vision_model"):
+        files |= hash_deciding_files(folder, of_vision_tower=True)
     content = serialize_tensors(
         {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
         {
             "texts": json.dumps(texts, ensure_ascii=False),
-            "dtype": str(dtype),
-            "files": json.dumps(hash_deciding_files(folder), sort_keys=True),
+            "dtype": str(model.dtype),
+            "files": json.dumps(files, sort_keys=True),
         },
     )
     (folder / GOLDEN_FILE).write_bytes(content)

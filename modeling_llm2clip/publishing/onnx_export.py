@@ -24,6 +24,7 @@ from ..configs.encoding_config import TextWeights
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
+from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
@@ -410,8 +411,10 @@ def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
     """Write the image processor where transformers.js and the script read it."""
     settings = processor.image_processor.to_dict()
     settings.pop("auto_map", None)
-    name = str(settings["image_processor_type"])
-    settings["image_processor_type"] = name.removesuffix("Pil").removesuffix("Fast")
+    name = str(settings["image_processor_type"]).removesuffix("Pil").removesuffix("Fast")
+    if name == LLM2CLIPImageProcessor.__name__:  # which transformers.js does not know
+        name, settings["crop_rounding"] = "CLIPImageProcessor", "torchvision"
+    settings["image_processor_type"] = name
     text = json.dumps(settings, indent=2, sort_keys=True, default=int) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 

@@ -26,18 +26,24 @@ _OWN_FILES = (
 )  # fmt: skip
 _CREDENTIAL_NAME = re.compile(
     r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx|env)"
-    r"|(.*[._-])?(token|password|passwd|secret|api_?key)s?(\.txt|\.ya?ml)?|token\.json"
-    r"|_?netrc|(.*[._-])?(credentials?|secrets?|client_secret.*|service[_-]account.*)\.json"
-    r"|credentials|git-credentials|pypirc|npmrc|htpasswd|kubeconfig",
+    # A vocabulary is "tokens.txt", too.
+    r"|((.*[._-])?token|(.*[._-])?(hf|api|auth|access|refresh)[._-]?tokens)(\.txt|\.ya?ml)?"
+    r"|(.*[._-])?(password|passwd|secret|api_?key)s?(\.(txt|ya?ml|csv|tsv|xlsx?|ini|json))?"
+    r"|_?netrc|(.*[._-])?(credentials?|client_secret.*|service[_-]account.*)\.(json|csv)"
+    r"|token\.json|credentials|git-credentials|pypirc|npmrc|htpasswd|kubeconfig",
     re.IGNORECASE,
 )
 # What tokens and keys begin with. Each pattern begins with a literal, so that large files are
 # searched fast; a lookbehind after it keeps it from matching inside a word.
+_SECRET_KEY = rb"[\"']?\s{0,3}[=:]\s{0,3}[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
 _CREDENTIALS = {
     "a private key": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY",
     "a token of Hugging Face": rb"hf_(?<![A-Za-z0-9]hf_)[A-Za-z0-9]{30,}",
     "an access key of AWS": rb"AKIA(?<![A-Za-z0-9]AKIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
     "a temporary access key of AWS": rb"ASIA(?<![A-Za-z0-9]ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    "a secret key of AWS": rb"aws_secret_access_key" + _SECRET_KEY,
+    "a secret key of AWS, as a variable": rb"AWS_SECRET_ACCESS_KEY" + _SECRET_KEY,
+    "a secret key of AWS, in JSON": rb"SecretAccessKey" + _SECRET_KEY,
     "a token of GitHub": rb"gh[pousr]_(?<![A-Za-z0-9]gh._)[A-Za-z0-9]{36}",
     "a fine-grained token of GitHub": rb"github_pat_[A-Za-z0-9_]{50}",
     "a token of GitLab": rb"glpat-[A-Za-z0-9_-]{20}",
@@ -47,6 +53,8 @@ _CREDENTIALS = {
     "a token of npm": rb"npm_(?<![A-Za-z0-9]npm_)[A-Za-z0-9]{36}",
     "a token of PyPI": rb"pypi-AgEI[A-Za-z0-9_-]{50}",
 }
+# How a text in UTF-16 begins: with its mark, or with two characters of ASCII beside zeros.
+_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){2}|(?:\0[\t-~]){2}")
 _WEIGHTS = ".safetensors"
 _SHOWN = 8
 
@@ -190,5 +198,6 @@ def _find_credential(file: Path) -> str | None:
         return None
     with file.open("rb") as opened:
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = (what for what, pattern in _CREDENTIALS.items() if re.search(pattern, content))
+            text = content[:].replace(b"\0", b"") if _UTF_16.match(content) else content
+            found = (what for what, pattern in _CREDENTIALS.items() if re.search(pattern, text))
             return next(found, None)

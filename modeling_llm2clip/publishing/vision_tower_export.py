@@ -1,7 +1,8 @@
 """Writes a model's vision tower as an ordinary model folder of transformers.
 
-`AutoModel` and `AutoImageProcessor` load it without this package, and so does whatever is built on
-a vision tower: a detector, a classifier, a multimodal LLM.
+`AutoModel` loads it without this package, and so does whatever is built on a vision tower: a
+detector, a classifier, a multimodal LLM. An image processor that crops as torchvision does needs
+the code that is saved with it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoImageProcessor, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..building.tower_loading import forget_code
 from ..loading_llm2clip import load_without_code
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import require_golden
@@ -23,9 +27,13 @@ _CARD = """
 # {title}
 
 The vision tower of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)), an
-ordinary `{architecture}` of transformers: `AutoModel` and `AutoImageProcessor` load it without any
-further code. It began as {origin}; the license of that applies.
+ordinary `{architecture}` of transformers: `AutoModel` loads it without any further code.
+{processor} It began as {origin}; the license of that applies.
 """
+_PLAIN = "`AutoImageProcessor` does so too."
+_CROPS = """`AutoImageProcessor` needs `trust_remote_code=True`, or `import modeling_llm2clip`
+before: this tower takes images that are cropped as torchvision does, which transformers' own
+classes miss by a pixel."""
 
 
 def export_vision_tower(
@@ -35,7 +43,7 @@ def export_vision_tower(
     revision: str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write the vision tower of an LLM2CLIP model folder; its LLM is not read.
+    """Write the vision tower of an LLM2CLIP model folder; LLM and tokenizer are not read.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
@@ -53,13 +61,11 @@ def export_vision_tower(
     require_new_folder(Path(output))  # before the weights are read
     folder = find_model_folder(source, revision=revision)
     model = LLM2CLIPVisionModel.from_pretrained(folder)
-    require_golden(folder, model.eval(), LLM2CLIPProcessor.from_pretrained(folder))
-    return save_vision_tower(
-        model,
-        load_without_code(AutoImageProcessor, folder),
-        output,
-        license=license,
-    )
+    image_processor = forget_code(load_without_code(AutoImageProcessor, folder))
+    no_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+    processor = LLM2CLIPProcessor(image_processor, no_tokenizer)
+    require_golden(folder, model.eval(), processor, of_vision_tower=True)
+    return save_vision_tower(model, image_processor, output, license=license)
 
 
 def save_vision_tower(
@@ -101,6 +107,7 @@ def save_vision_tower(
         body = _CARD.format(
             title=folder.name,
             architecture=type(tower).__name__,
+            processor=_CROPS if image_processor._auto_class else _PLAIN,
             origin=f"`{name}`" if name else "a tower whose name is not recorded",
         )
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")

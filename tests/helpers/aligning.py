@@ -237,12 +237,3 @@ def skip_where_transformers_renames(vision: str) -> None:
     """
     if vision == "dinov3_vit" and Version(transformers_version) < Version("5.24"):
         pytest.skip(f"transformers {transformers_version} cannot load a part with DINOv3")
-
-
-def skip_where_timm_has_no_positions(vision: str) -> None:
-    """transformers 5.6 leaves the relative positions of some timm networks uninitialized.
-
-    Building such a tower fails. 5.24 does not; the versions between were not tried.
-    """
-    if vision in ("beit", "beitv2", "swinv2") and Version(transformers_version) < Version("5.24"):
-        pytest.skip(f"transformers {transformers_version} cannot load {vision} of timm")

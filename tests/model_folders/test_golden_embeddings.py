@@ -144,11 +144,16 @@ def test_the_last_call_of_a_saved_tokenizer_is_no_change(
     assert find_changed_files(folder) == []
 
 
-def test_instructions_and_the_state_of_training_are_no_change(copy: Path) -> None:
-    edit_json(
-        "config.json", lambda c: c.update(instructions={"a": "b: "}, projections_trained=True)
-    )(copy)
+def test_instructions_are_no_change(copy: Path) -> None:
+    edit_json("config.json", lambda c: c.update(instructions={"a": "b: "}))(copy)
     assert find_changed_files(copy) == []
+
+
+@pytest.mark.parametrize("flag", ["projections_trained", "text_adapter_trained"])
+def test_the_state_of_training_is_that_of_the_recorded_weights(flag: str, copy: Path) -> None:
+    """It decides what is refused: an edited flag would let random weights pass."""
+    edit_json("config.json", lambda c: c.update({flag: not c[flag]}))(copy)
+    assert find_changed_files(copy) == ["config.json"]
 
 
 def test_a_folder_without_records_is_not_judged(copy: Path) -> None:
@@ -271,6 +276,8 @@ def test_damage_that_no_golden_input_shows_is_found_by_the_recorded_hashes(
 ) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "damaged"))
     name, damage = CHANGES[change]
+    if (change, way) == ("weights", "vision tower"):
+        name, damage = "weights of the vision tower", flip_bit(WEIGHTS[way])
     damage(folder)
     with pytest.raises(ValueError, match=f"{name}: not as when|_embeds moved by"):
         write_by(way, folder, tmp_path / "new")

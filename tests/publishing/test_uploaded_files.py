@@ -30,6 +30,7 @@ from modeling_llm2clip.publishing.uploaded_files import (
 NAME = "owner/model"
 # Made up, in the shapes of real ones.
 HF_TOKEN = "hf_" + "aB3" * 12
+SECRET_KEY = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 SECRETS = {
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz",
     "PEM of RSA": "x\n-----BEGIN RSA PRIVATE KEY-----\n",
@@ -42,12 +43,17 @@ SECRETS = {
     "OpenAI": 'key = "sk-proj-' + "a1B2" * 12 + '"',
     "Google": "AIza" + "a1B2c" * 7,
     "Slack": "xoxb-" + "123456789012-" * 2,
+    "AWS, secret alone": "aws_secret_access_key=" + SECRET_KEY,
+    "AWS, environment": f"export AWS_SECRET_ACCESS_KEY='{SECRET_KEY}'",
+    "AWS, JSON": f'{{"SecretAccessKey": "{SECRET_KEY}"}}',
     "after a lot": "\n" * 2_000_000 + HF_TOKEN,
 }
 CREDENTIAL_NAMES = (
     "id_rsa", "id_ed25519", "server.pem", "tls.KEY", "token", "hf_token", "token.txt", "prod.env",
     "netrc", "credentials.json", "credentials", "client_secret_42.json", "secrets.json",
     "keys/deploy.p12", "service-account-prod.json", "api_key.txt", "kubeconfig",
+    "passwords.csv", "password.xlsx", "secrets.ini", "new_user_credentials.csv", "api_tokens.txt",
+    "hf-tokens", "access_tokens.yaml", "passwords.json",
 )  # fmt: skip
 HARMLESS = {
     "tokenizer.json": '{"hf_hub_download_is_a_function_with_a_long_name": 1}',
@@ -57,6 +63,9 @@ HARMLESS = {
     "`hf auth login`, AKIA is a prefix, -----BEGIN CERTIFICATE-----, git_hash_gh",
     "keyboard.txt": "keys",
     "empty.txt": "",
+    "tokens.txt": "<unk>\nthe\na",
+    "special_tokens.txt": "<unk>",
+    "setup.md": "aws_secret_access_key=YOUR_SECRET, secret_access_key: see AWS_SECRET_ACCESS_KEY",
 }
 
 
@@ -229,6 +238,13 @@ def test_a_file_with_a_credential_in_it_is_refused_whatever_its_name(
     with pytest.raises(ValueError, match=r"looks like credentials: setup.py \(an? ") as raised:
         check_publishable(folder)
     assert HF_TOKEN not in str(raised.value)  # nor is it shown
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_credential_is_found_in_files_of_windows_too(encoding: str, folder: Path) -> None:
+    (folder / "setup.txt").write_text(f"token: {HF_TOKEN}\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"looks like credentials: setup.txt \(a token"):
+        check_publishable(folder)
 
 
 @pytest.mark.parametrize("name", HARMLESS)

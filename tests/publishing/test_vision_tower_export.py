@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from shared_models import every_vision, shared_model
-from tiny import tiny_images
+from tiny import draw_noise, tiny_images
 from tiny_folders import export_tiny_model
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     PreTrainedModel,
 )
 
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.publishing.vision_tower_export import (
     export_vision_tower,
@@ -55,13 +61,65 @@ def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(tmp_path: Path)
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
-    assert "auto_map" not in (folder / "config.json").read_text(encoding="utf-8")
+    for name in ("config.json", "preprocessor_config.json"):
+        assert "auto_map" not in (folder / name).read_text(encoding="utf-8")
     assert "license: mit" in (folder / "README.md").read_text(encoding="utf-8")
     model = LLM2CLIPModel.from_pretrained(source)
     kept = AutoModel.from_pretrained(folder).state_dict()
     inside = model.vision_model.state_dict()
     assert kept.keys() == inside.keys()
     assert all(torch.equal(kept[name], inside[name]) for name in kept)
+
+
+def change_byte(folder: Path, prefix: str) -> None:
+    """Flip the lowest bit of one weight, which moves no recorded embedding visibly."""
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    name = next(name for name in sorted(header) if name.startswith(prefix))
+    content[start + header[name]["data_offsets"][0]] ^= 1
+    file.write_bytes(content)
+
+
+def test_neither_llm_nor_tokenizer_is_read(tmp_path: Path) -> None:
+    source = export_tiny_model(tmp_path / "model")
+    change_byte(source, "text_model.")
+    (source / "tokenizer.json").write_text("{", encoding="utf-8")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_vision_tower(source, tmp_path / "tower")
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "vision_model."])
+def test_a_changed_vision_tower_is_refused(name: str, tmp_path: Path) -> None:
+    source = export_tiny_model(tmp_path / "model")
+    if name.endswith(".json"):
+        content = json.loads((source / name).read_text(encoding="utf-8"))
+        (source / name).write_text(json.dumps({**content, "max_text_length": 9}), encoding="utf-8")
+    else:
+        change_byte(source, name)
+    with pytest.raises(ValueError, match="Nothing is written from"):
+        export_vision_tower(source, tmp_path / "tower")
+
+
+def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: Path) -> None:
+    model, processor = shared_model()
+    own = LLM2CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    source = save_model(model, LLM2CLIPProcessor(own, processor.tokenizer), tmp_path / "model")
+    folder = export_vision_tower(source, tmp_path / "tower")
+    assert (folder / "image_cropping_llm2clip.py").is_file()
+    assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
+    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert settings["auto_map"].keys() == {"AutoImageProcessor"}
+    image = draw_noise(32, 35)
+    wanted, found = (
+        one(image, return_tensors="pt")["pixel_values"]
+        for one in (own, AutoImageProcessor.from_pretrained(folder))
+    )
+    assert torch.equal(found, wanted)
 
 
 def test_the_command_writes_the_tower_alone_and_refuses_what_a_tower_has_not(

@@ -13,7 +13,6 @@ from aligning import (
     SHORT_RUN,
     TOWERS,
     Prepared,
-    skip_where_timm_has_no_positions,
     skip_where_transformers_renames,
     weights_of,
 )
@@ -129,7 +128,6 @@ def test_a_lora_that_the_tower_passes_by_is_refused_by_name(
     vision: str, prepared: Prepared, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
-    skip_where_timm_has_no_positions(vision)
     model, processor = load_parts(vision, tmp_path / "exported")
     here = Prepared(prepared.data, tmp_path / "exported", prepared.captions, prepared.images)
     message = (
