@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import struct
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
@@ -25,8 +26,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Holds the limits of this process, because worker processes inherit it and because another copy of
 # this module, of a model folder, reads it too.
 LIMITS_VARIABLE = "LLM2CLIP_IMAGE_LIMITS"
-# Errors of Pillow's decoders, which differ by format.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
+# Errors of Pillow's decoders, which differ by format; most are of tags of another type than theirs.
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, RuntimeError, EOFError, TypeError, LookupError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
 # Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
@@ -314,7 +318,7 @@ def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = No
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name}: {error} Shrink the image first.") from error
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         from_system = getattr(error, "errno", None) is not None  # such as a missing permission
         problem = "cannot be read" if from_system else "the image is truncated or corrupt"
         raise ValueError(f"{name}: {problem} ({error}).") from error
@@ -438,7 +442,7 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
             image = ImageOps.exif_transpose(image)
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
     except (AssertionError, AttributeError) as error:  # Pillow's errors for a closed file
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error

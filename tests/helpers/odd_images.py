@@ -55,3 +55,23 @@ def write_tiff(width: int, height: int, content: bytes, tags: Mapping[int, int])
     )
     start = struct.pack("<2sHI", b"II", 42, 8 + len(content))
     return start + content + struct.pack("<H", len(found)) + entries + b"\0\0\0\0"
+
+
+def write_rotated_jpeg(tag: int, kind: int) -> bytes:
+    """A JPEG whose EXIF has its orientation, and another tag of a type that it never has."""
+    buffer = io.BytesIO()
+    draw_noise().save(buffer, "JPEG")
+    content = buffer.getvalue()
+    tags = sorted([(274, 3, 1, 6), (tag, kind, 1, 0)])
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + b"".join(struct.pack("<2H2I", *t) for t in tags)
+    exif += b"\0\0\0\0"
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:]
+
+
+def write_tiff_of_lost_pixels(kind: int) -> bytes:
+    """A TIFF of colors that states where its pixels begin, but not as an integer."""
+    buffer = io.BytesIO()
+    draw_noise().convert("P").save(buffer, "TIFF")
+    content = buffer.getvalue()
+    place = content.rindex(struct.pack("<2HI", 273, 4, 1))
+    return content[: place + 2] + struct.pack("<H", kind) + content[place + 4 :]
