@@ -12,16 +12,28 @@ from tiny import draw_noise
 
 def write_png_header(width: int, height: int) -> bytes:
     """A PNG that states its size and has next to no pixels: a decompression bomb."""
+    return write_png(width, height, b"\0" * 100_000)
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )  # fmt: skip
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(b"\0" * 100_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+def write_png(
+    width: int,
+    height: int,
+    rows: bytes,
+    *,
+    bits: int = 8,
+    is_gray: bool = False,
+    transparent: bytes | None = None,
+) -> bytes:
+    """A PNG of given rows, each with a filter byte, and the color that it declares transparent."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 0 if is_gray else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    if transparent is not None:
+        chunks.insert(1, (b"tRNS", transparent))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )  # fmt: skip
 
 
 def write_gif(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
