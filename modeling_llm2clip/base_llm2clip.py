@@ -145,11 +145,12 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             **kwargs: further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: bitsandbytes would load other weights than it saves, or transformers saved
-                weights under names that do not load.
+            ValueError: bitsandbytes would load other weights than it saves, a LoRA is not merged,
+                or transformers saved weights under names that do not load.
         """
         folder = Path(save_directory)
         require_restorable(self)
+        _require_merged(self)
         towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
         if len(set(towers.values())) > 1:
             warnings.warn(
@@ -272,6 +273,18 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             find_width(self.vision_model),
             config.projection_dim,
             bias=config.visual_projection_bias,
+        )
+
+
+def _require_merged(model: PreTrainedModel) -> None:
+    """Refuse to save layers inside those of peft, whose names do not load without it."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the LoRA alone
+        return
+    if wrapped := [name for name, module in model.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(
+            f"{len(wrapped)} layers are inside those of peft (first: {wrapped[0]}), so that the "
+            "folder would not load. Save the model that merge_and_unload returns, or the LoRA "
+            "alone by save_pretrained of peft's model."
         )
 
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import struct
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
@@ -25,8 +26,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Holds the limits of this process, because worker processes inherit it and because another copy of
 # this module, of a model folder, reads it too.
 LIMITS_VARIABLE = "LLM2CLIP_IMAGE_LIMITS"
-# Errors of Pillow's decoders, which differ by format.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)
+# Errors of Pillow's decoders, which differ by format; most are of tags of another type than theirs.
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, RuntimeError, EOFError, TypeError, LookupError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
 # Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
@@ -38,6 +42,7 @@ _CHUNK_BYTES = 2**16  # of a download
 _BAND_PIXELS = 2**22
 # Tags of TIFF, and a value of one.
 _TILE_SIDES, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = (322, 323), 258, 262, 0
+_GRAY_MAXIMA = {"L;2": 3, "L;4": 15}  # by Pillow's name for what is in the file
 _MOST_SEGMENTS = 10_000  # of a JPEG
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _WITHOUT_LENGTH = (0x01, 0xD8)
@@ -314,7 +319,7 @@ def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = No
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name}: {error} Shrink the image first.") from error
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         from_system = getattr(error, "errno", None) is not None  # such as a missing permission
         problem = "cannot be read" if from_system else "the image is truncated or corrupt"
         raise ValueError(f"{name}: {problem} ({error}).") from error
@@ -434,11 +439,12 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     if getattr(image, "fp", None) is not None:  # not decoded yet
         _require_within(image, name, limits)
     black, white = _find_black_and_white(image)  # from the file, which a rotated copy lacks
+    _scale_transparent_value(image)
     try:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
             image = ImageOps.exif_transpose(image)
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
     except (AssertionError, AttributeError) as error:  # Pillow's errors for a closed file
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error
@@ -464,6 +470,16 @@ def _find_black_and_white(image: Image.Image) -> tuple[int, int]:
         return (white, 0) if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else (0, white)
     # Pillow scales a PPM of more than 8 bits to 16; a PNG has no others.
     return (0, 65535) if image.format in ("PNG", "PPM") and image.mode == "I" else (0, 0)
+
+
+def _scale_transparent_value(image: Image.Image) -> None:
+    """Scale what a PNG declares transparent as Pillow scales its pixels of 2, 4 and 16 bits."""
+    value, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    raw_mode = tile[0][3] if tile and image.format == "PNG" else None
+    if isinstance(value, tuple) and max(value) > 255:
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+    elif raw_mode in _GRAY_MAXIMA and isinstance(value, int) and value <= _GRAY_MAXIMA[raw_mode]:
+        image.info["transparency"] = value * 255 // _GRAY_MAXIMA[raw_mode]
 
 
 def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: int) -> Image.Image:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from http.server import (
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from odd_images import write_png
 from PIL import Image
 from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
@@ -478,22 +477,36 @@ def test_bfloat16_tensors_and_tensors_with_gradients_are_accepted(
     assert torch.equal(found, wanted)
 
 
-def test_the_transparent_gray_of_sixteen_bits_is_white(tmp_path: Path) -> None:
-    # Written by hand, because older versions of Pillow can read such an image but not write it.
-    rows = b"".join(b"\0" + struct.pack(">2H", *row) for row in ((1000, 60000), (30000, 1000)))
-    chunks = {
-        b"IHDR": struct.pack(">2I5B", 2, 2, 16, 0, 0, 0, 0),
-        b"tRNS": struct.pack(">H", 1000),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
-    content = b"\x89PNG\r\n\x1a\n"
-    for name, data in chunks.items():
-        checksum = struct.pack(">I", zlib.crc32(name + data))
-        content += struct.pack(">I", len(data)) + name + data + checksum
-    (tmp_path / "gray.png").write_bytes(content)
-    loaded = np.asarray(load_images(tmp_path / "gray.png"))
-    assert loaded[..., 0].tolist() == [[255, 60000 // 257], [30000 // 257, 255]]
+# Written by hand, because Pillow writes none of these. Each pixel, scaled to 8 bits; the second is
+# the one that the file declares transparent.
+TRANSPARENT_PIXELS = {
+    "gray of 1 bit": (dict(bits=1, is_gray=True, transparent=b"\0\0"), [0b10_000000], [255, 255]),
+    "gray of 2 bits": (
+        dict(bits=2, is_gray=True, transparent=b"\0\1"), [0b00_01_10_11], [0, 255, 170, 255]
+    ),
+    "gray of 4 bits": (
+        dict(bits=4, is_gray=True, transparent=b"\0\5"), [0x05, 0xAF], [0, 255, 170, 255]
+    ),
+    "gray of 8 bits": (dict(is_gray=True, transparent=b"\0\5"), [0, 5, 10], [0, 255, 10]),
+    "gray of 16 bits": (
+        dict(bits=16, is_gray=True, transparent=b"\3\xe8"), [0xEA, 0x60, 3, 0xE8], [233, 255]
+    ),
+    "color of 8 bits": (dict(transparent=b"\0\7" * 3), [9, 9, 9, 7, 7, 7], [9, 255]),
+    "color of 16 bits": (
+        dict(bits=16, transparent=b"\x12\x34" * 3),
+        [0x34, 0x34] * 3 + [0x12, 0x34] * 3,
+        [0x34, 255],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT_PIXELS)
+def test_the_color_that_a_png_declares_transparent_is_white(kind: str, tmp_path: Path) -> None:
+    options, row, wanted = TRANSPARENT_PIXELS[kind]
+    path = tmp_path / "a.png"
+    path.write_bytes(write_png(len(wanted), 1, bytes([0, *row]), **options))
+    for given in (path, Image.open(path)):
+        assert np.asarray(load_images(given))[0].tolist() == [[value] * 3 for value in wanted]
 
 
 def test_a_batch_in_one_array_equals_a_list_of_its_images(processor: LLM2CLIPProcessor) -> None:

@@ -236,6 +236,21 @@ def test_weights_that_belong_to_no_part_are_refused(tmp_path: Path) -> None:
         require_own_names(tmp_path, ["text_model"])
 
 
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_lora_that_is_not_unloaded_is_refused(merges: bool, tmp_path: Path) -> None:
+    """peft gives the layers other names, which would load nowhere."""
+    peft = pytest.importorskip("peft")
+    model, _ = tiny_model()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    if merges:
+        adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"4 layers .* peft .*q_proj.*merge_and_unload"):
+        adapted.base_model.model.save_pretrained(tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    LLM2CLIPModel.from_pretrained(tmp_path / "merged")
+
+
 def test_a_saved_folder_contains_no_local_path(folder: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -282,11 +282,13 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
 
     Returns:
         The texts, and name → embeddings; None where the folder has none.
+
+    Raises:
+        ValueError: The file is damaged.
     """
-    path = folder / GOLDEN_FILE
-    if not path.is_file():
+    if not (folder / GOLDEN_FILE).is_file():
         return None
-    with safe_open(path, framework="pt") as file:
+    with _open_golden(folder) as file:
         texts = json.loads(file.metadata()["texts"])
         return texts, {name: file.get_tensor(name) for name in file.keys()}
 
@@ -306,15 +308,16 @@ def find_changed_files(folder: Path, *, of_vision_tower: bool = False) -> list[s
         recorded.
 
     Raises:
-        ValueError: The folder has no weights, or a file is not valid JSON.
+        ValueError: The folder has no weights, a file is not valid JSON, or the golden embeddings
+            are damaged.
     """
-    path = folder / GOLDEN_FILE
-    if not path.is_file():
+    if not (folder / GOLDEN_FILE).is_file():
         return None
-    with safe_open(path, framework="pt") as file:
+    with _open_golden(folder) as file:
         recorded = json.loads(file.metadata().get("files", "null"))
-    if recorded is None:
-        return None
+        if recorded is None:
+            return None
+        recorded = dict(recorded)
     found = hash_deciding_files(folder, of_vision_tower=of_vision_tower)
     names = {*found} if of_vision_tower else {*found, *recorded} - {VISION_ENTRY}
     return sorted(name for name in names if found.get(name) != recorded.get(name))
@@ -363,6 +366,20 @@ def measure_distances(first: Tensor, second: Tensor) -> Tensor:
     """
     distances: Tensor = (first.float() - second.float()).norm(dim=1).nan_to_num(nan=torch.inf)
     return distances
+
+
+@contextmanager
+def _open_golden(folder: Path) -> Iterator[Any]:
+    """Open the recorded embeddings; what fails in them or in their metadata is a damaged file."""
+    path = folder / GOLDEN_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}). Restore it, or, if the model is known to be intact, "
+            "remove it and write the folder anew (llm2clip export)."
+        ) from error
 
 
 @contextmanager

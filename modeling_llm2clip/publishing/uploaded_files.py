@@ -82,6 +82,7 @@ def list_files(folder: Path) -> list[PlannedFile]:
 
     Raises:
         ValueError: A link leads out of the folder, to a hidden file, to a folder or nowhere.
+        OSError: A folder in it cannot be listed.
     """
     files, errors = [], []
     for path in _walk(folder):
@@ -161,7 +162,7 @@ def describe_files(files: Sequence[PlannedFile]) -> str:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield every file and every link that is not hidden; links to folders are not followed."""
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *files]:
             path = Path(parent, name)
@@ -169,6 +170,10 @@ def _walk(folder: Path) -> Iterator[Path]:
                 continue
             if path.is_symlink() or not path.is_dir():
                 yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _find_wrong_link(path: Path, folder: Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +19,7 @@ from ..data.remote.remote_access import raise_disk_failure
 from ..encoding.batches import iterate_batches, join_prepared, prepare_images, split_evenly
 from ..encoding.encode import default_batch_size, raise_malloc_thresholds
 from ..encoding.eval_mode import require_eval_mode
-from ..image_loading_llm2clip import load_images, read_image_header
+from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .index_database import ImageFacts
@@ -28,11 +27,6 @@ from .index_database import ImageFacts
 _EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
 _UNNAMED = "image number 0: "  # what `load_images` calls an image without a name
-# What Pillow raises for EXIF that is not as it should be.
-_EXIF_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AttributeError,
-    ArithmeticError, RuntimeError, struct.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,5 +181,5 @@ def find_time_taken(image: Image.Image) -> datetime | None:
         exif = image.getexif()
         text = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)
         return datetime.strptime(str(text).strip("\0 "), _TIME_FORMAT) if text else None
-    except _EXIF_ERRORS:
+    except (*DECODER_ERRORS, AttributeError):
         return None

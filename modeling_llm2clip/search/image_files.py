@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 
 from ..data.images.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
 from ..data.remote.remote_access import raise_disk_failure
@@ -104,7 +105,7 @@ def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
             suffix = _suffix(path)
             if suffix not in looked_at:
                 continue
-            if path.is_file():
+            if _is_file(path):
                 if suffix:
                     (found.readable if suffix in readable else found.skipped).append(path)
             elif path.is_symlink():
@@ -115,6 +116,17 @@ def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
     for paths in vars(found).values():
         paths.sort()
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path leads to a file; from Python 3.14 on, `is_file` hides a disk that fails."""
+    try:
+        return S_ISREG(path.stat().st_mode)
+    except PermissionError:
+        return True  # whoever reads it will name it
+    except OSError as error:
+        raise_disk_failure(error, path)
+        return False
 
 
 def _suffix(path: Path) -> str:

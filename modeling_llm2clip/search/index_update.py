@@ -249,8 +249,9 @@ class _Update:
     def _has_been_written(self, path: Path) -> bool:
         try:
             return describe_stat(path.stat()) != describe_stat(self._stats[self._relative(path)])
-        except OSError:  # it is gone
-            return True
+        except OSError as error:
+            raise_disk_failure(error, path)
+            return True  # it is gone
 
     def _hash(self, part: dict[str, Path]) -> dict[str, str]:
         """Hash files in threads; one that cannot be read becomes an error."""

@@ -12,16 +12,28 @@ from tiny import draw_noise
 
 def write_png_header(width: int, height: int) -> bytes:
     """A PNG that states its size and has next to no pixels: a decompression bomb."""
+    return write_png(width, height, b"\0" * 100_000)
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )  # fmt: skip
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(b"\0" * 100_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+def write_png(
+    width: int,
+    height: int,
+    rows: bytes,
+    *,
+    bits: int = 8,
+    is_gray: bool = False,
+    transparent: bytes | None = None,
+) -> bytes:
+    """A PNG of given rows, each with a filter byte, and the color that it declares transparent."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 0 if is_gray else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    if transparent is not None:
+        chunks.insert(1, (b"tRNS", transparent))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )  # fmt: skip
 
 
 def write_gif(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
@@ -55,3 +67,23 @@ def write_tiff(width: int, height: int, content: bytes, tags: Mapping[int, int])
     )
     start = struct.pack("<2sHI", b"II", 42, 8 + len(content))
     return start + content + struct.pack("<H", len(found)) + entries + b"\0\0\0\0"
+
+
+def write_rotated_jpeg(tag: int, kind: int) -> bytes:
+    """A JPEG whose EXIF has its orientation, and another tag of a type that it never has."""
+    buffer = io.BytesIO()
+    draw_noise().save(buffer, "JPEG")
+    content = buffer.getvalue()
+    tags = sorted([(274, 3, 1, 6), (tag, kind, 1, 0)])
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + b"".join(struct.pack("<2H2I", *t) for t in tags)
+    exif += b"\0\0\0\0"
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:]
+
+
+def write_tiff_of_lost_pixels(kind: int) -> bytes:
+    """A TIFF of colors that states where its pixels begin, but not as an integer."""
+    buffer = io.BytesIO()
+    draw_noise().convert("P").save(buffer, "TIFF")
+    content = buffer.getvalue()
+    place = content.rindex(struct.pack("<2HI", 273, 4, 1))
+    return content[: place + 2] + struct.pack("<H", kind) + content[place + 4 :]

@@ -308,6 +308,25 @@ def test_a_damaged_llm_that_is_not_run_still_shows_in_what_was_trained(
     assert failed == ["golden embeddings"]
 
 
+@pytest.mark.parametrize(
+    "break_file",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:200]),
+        lambda file: file.write_bytes(b""),
+        lambda file: save_file(load_file(file), file),
+        lambda file: save_file(load_file(file), file, {"texts": "[", "files": "{}"}),
+    ],
+    ids=["truncated", "empty", "without metadata", "with other metadata"],
+)
+def test_damaged_golden_embeddings_are_named(
+    break_file: Callable[[Path], object], copy: Path, tmp_path: Path
+) -> None:
+    break_file(copy / "golden_embeddings.safetensors")
+    with pytest.raises(ValueError, match=r"golden_embeddings\.safetensors is damaged \(.*Restore"):
+        export_model(copy, tmp_path / "exported")
+    assert not check_model(copy, device="cpu").healthy
+
+
 @pytest.mark.parametrize("way", ["whole", "vision tower", "trained"])
 def test_a_folder_without_golden_embeddings_is_said_to_be_unchecked(
     way: str, source: Path, tmp_path: Path

@@ -195,6 +195,22 @@ def save_trained(source: Path, output: Path) -> object:
     return save_trained_model(source, {}, output)
 
 
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, scandir = folder / "1_Pooling", os.scandir
+    closed.mkdir()
+
+    def refuse(path: str) -> object:  # in place of permissions, which do not bind root
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="1_Pooling"):
+        list_files(folder)
+
+
 @pytest.mark.parametrize("name", ["conversion.json", "LICENSE", "conversion_before_training.json"])
 @pytest.mark.parametrize("write", [export_model, plan_export, save_trained])
 def test_what_a_link_leads_to_is_never_copied(

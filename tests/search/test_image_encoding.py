@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from odd_images import write_rotated_jpeg, write_tiff_of_lost_pixels
 from PIL import Image
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_model
@@ -50,6 +51,27 @@ def test_embeddings_are_those_of_the_facade_whatever_else_is_broken(
     assert "2.png: not an image" in found.errors[paths[2]]
     wanted = encode_images(model, processor, readable)
     assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        write_rotated_jpeg(257, kind=2),
+        write_rotated_jpeg(282, kind=7),
+        write_tiff_of_lost_pixels(kind=2),
+        write_tiff_of_lost_pixels(kind=11),
+    ],
+    ids=["EXIF: struct.error", "EXIF: TypeError", "TIFF: TypeError", "TIFF: fraction"],
+)
+def test_a_tag_of_another_type_is_an_error_of_its_file_alone(
+    content: bytes, paths: list[Path]
+) -> None:
+    """Pillow raises other errors for these than for damaged pixels."""
+    paths[3].write_bytes(content)
+    model, processor = shared_model()
+    found = encode_readable_images(model, processor, paths)
+    assert list(found.errors) == [paths[2], paths[3]] and len(found.paths) == 3
+    assert f"{paths[3]}: the image is truncated or corrupt" in found.errors[paths[3]]
 
 
 def test_a_model_in_training_mode_is_refused(paths: list[Path]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -65,3 +67,24 @@ def test_a_folder_of_nothing_but_links_says_so(folder: Path) -> None:
     (folder.parent / "links" / "images").symlink_to(folder)
     with pytest.raises(ValueError, match=r"no image in it .* 1 symbolic links to folders"):
         list_images(folder.parent / "links")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_no_image_is_left_out_unnamed(
+    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Path.is_file` of Python 3.14 is False, whatever keeps it from looking."""
+    stat = Path.stat
+
+    def fail(path: Path, **options: Any) -> os.stat_result:
+        if path.name == "b.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    monkeypatch.setattr(Path, "is_file", os.path.isfile)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=r"the disk or server failed.*b\.png"):
+            list_images(folder)
+    else:  # who reads it names it
+        assert folder / "b.png" in list_images(folder).readable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -392,4 +393,32 @@ def test_a_disk_that_fails_ends_the_update_and_removes_no_image(
     make_failing_file(images / place)
     with pytest.raises(OSError, match=f"the disk or server failed.*{place}"):
         build(model, images, path)
+    assert list_rows(path) == before
+
+
+def test_a_disk_that_fails_after_the_encoding_removes_no_image(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing says that an image was written meanwhile."""
+    path, place = tmp_path / "index", images / "1.png"
+    build(model, images, path)
+    before = list_rows(path)
+    place.write_bytes((images / "3.png").read_bytes())
+    real, stat = index_update.encode_readable_images, Path.stat
+
+    def fail(path: Path, **options: Any) -> os.stat_result:  # no file of Linux fails so
+        if path == place:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return stat(path, **options)
+
+    def encode(*args: Any, **options: Any) -> Any:
+        encoded = real(*args, **options)
+        monkeypatch.setattr(Path, "stat", fail)
+        return encoded
+
+    draw_noise(33, 22, seed=77).save(images / "new.png")
+    monkeypatch.setattr(index_update, "encode_readable_images", encode)
+    with pytest.raises(OSError, match="the disk or server failed"):
+        build(model, images, path)
+    monkeypatch.undo()
     assert list_rows(path) == before
