@@ -9,9 +9,14 @@ from pathlib import Path
 _UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def read_commit() -> str:
-    """Short name of the commit of the checkout that this file is in."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+def read_commit(checkout: Path | None = None) -> str:
+    """Short name of the commit of a checkout.
+
+    Args:
+        checkout: Its folder; None for the one that this file is in.
+    """
+    folder = checkout or Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,23 @@ _STEPS = 4
 _WORKERS = 4
 
 
-def prepare_stage(stage: str, folder: Path, count: int) -> dict[str, Any]:
+def prepare_stage(
+    stage: str, folder: Path, count: int, *, widths: Mapping[str, int] = _WIDTHS
+) -> dict[str, Any]:
     """Write what a stage needs beside the records: the model, and for `align` both stores.
 
     Args:
         stage: one of `STAGES`.
         folder: has the records in a folder named by their number.
         count: number of records.
+        widths: of what the stores hold.
     """
     from small_model import write_small_model
 
     if not (folder / "model").is_dir():
-        write_small_model(folder / "model", width=_WIDTHS["caption_embeds"])
+        write_small_model(folder / "model", width=widths["caption_embeds"])
     if stage == "align":
-        _write_stores(folder, count)
+        _write_stores(folder, count, widths)
     return {}
 
 
@@ -134,7 +137,7 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-def _write_stores(folder: Path, count: int) -> None:
+def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
     """Write stores of random embeddings that pass for those of the model."""
     from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
     from modeling_llm2clip.data.records.record_loading import load_records
@@ -151,12 +154,17 @@ def _write_stores(folder: Path, count: int) -> None:
     ):  # fmt: skip
         _write_store(
             folder / f"{name}-{count}", content, fingerprint(folder / "model"), plan,
-            lambda scratch, list_items=list_items: list_items(records, scratch),
+            lambda scratch, list_items=list_items: list_items(records, scratch), widths[content],
         )  # fmt: skip
 
 
 def _write_store(
-    folder: Path, content: str, fingerprint: dict[str, str], plan: dict[str, str], list_items: Any
+    folder: Path,
+    content: str,
+    fingerprint: dict[str, str],
+    plan: dict[str, str],
+    list_items: Any,
+    width: int,
 ) -> None:
     import torch
 
@@ -166,7 +174,7 @@ def _write_store(
     )
 
     planned = plan_manifest(
-        content, fingerprint=fingerprint, dtype="float16", dim=_WIDTHS[content],
+        content, fingerprint=fingerprint, dtype="float16", dim=width,
         rows_per_shard=2**18, plan=plan,
     )  # fmt: skip
     writer = EmbeddingStoreWriter.open(folder, planned, list_items)
@@ -176,7 +184,7 @@ def _write_store(
         batches = list(_split(rows))
         with writer.open_shard(shard, batches) as written:
             for batch in batches:
-                written.write(torch.randn(len(batch), _WIDTHS[content], generator=generator))
+                written.write(torch.randn(len(batch), width, generator=generator))
             written.seal(0)
     writer.finish()
 

@@ -1,6 +1,7 @@
 """A server under load beside the bare model, on the same texts and in the same run.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --before ../another-checkout
 
 The model has the embedded towers of `llm2clip demo`, SmolLM2-135M and EfficientNet-Lite0; its text
 adapter and projections are random, which changes no speed. --model serves another one. Server and
@@ -8,6 +9,9 @@ bare model have a process each with the same threads, and take turns; the client
 with them. Every embedding that is served is compared with the model's own. Then the server's memory
 is watched over many requests, and it meets clients that hang up, send rubbish and send one enormous
 image.
+
+With `--before`, the CPU time of requests and evaluations instead, here and in another checkout in
+turns, of a model of one small layer: what they do beside the model. It is added to the same file.
 """
 
 from __future__ import annotations
@@ -33,9 +37,11 @@ from typing import Any
 
 import numpy as np
 import psutil
+from checkouts import measure_in_turns
 from PIL import Image
 from provenance import describe_processor, read_commit
 from serving_load import connect, read_answer, send_all, write_request, write_text_requests
+from small_model import write_small_model
 
 from modeling_llm2clip._environment import list_versions
 
@@ -60,11 +66,49 @@ for _ in sys.stdin:
     np.save(sys.argv[3], embeds.numpy())
     print(seconds, flush=True)
 """
+_BESIDE = """
+import asyncio, json, sys, time
+from pathlib import Path
+from modeling_llm2clip import load_model
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
+from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
+from modeling_llm2clip.serving.served_encoder import ModelEncoder
+from modeling_llm2clip.serving.service import EmbeddingService
+folder, texts = Path(sys.argv[1]), json.load(open(sys.argv[2]))
+service = EmbeddingService(
+    ModelEncoder(*load_model(folder, device="cpu")),
+    ServeConfig(device="cpu", max_wait_ms=0, max_queue=len(texts)),
+    model_name="small",
+)
+config = EncoderConfig(device="cpu", show_progress=False)
+evaluated = LLM2CLIPEncoder(folder, config, source="small")
+runs = {
+    "requests": lambda: asyncio.run(ask(16)),
+    "one request": lambda: asyncio.run(ask(len(texts))),
+    "evaluation": lambda: evaluated.encode_texts(texts),
+}
+async def ask(size):
+    for start in range(0, len(texts), size):
+        await service.embed(texts[start : start + size])
+for run in runs.values():
+    run()
+print("ready", flush=True)
+for line in sys.stdin:
+    started = time.process_time()
+    runs[line.strip()]()
+    print((time.process_time() - started) / len(texts) * 1e6, flush=True)
+"""
+_QUESTIONS = ("requests", "one request", "evaluation")
 
 
 def main() -> None:
     """Measure, print, and write the result."""
     arguments = parse()
+    if arguments.before is not None:
+        result = json.loads(arguments.output.read_text(encoding="utf-8"))
+        write(result | {"beside_the_model": measure_beside(arguments)}, arguments.output)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = arguments.model or build_model(folder / "model")
@@ -81,14 +125,48 @@ def main() -> None:
             memory = watch_memory(address, server, texts, arguments.num_requests)
             abuse = asyncio.run(meet_bad_clients(address, server, texts[0]))
     result = describe(arguments, texts, rounds, memory, abuse)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, arguments.output)
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """Write the result, and print it.
+
+    Args:
+        result: As JSON holds it.
+        output: File.
+    """
+    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
+
+
+def measure_beside(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the CPU time of a text beside the model, here and in another checkout in turns."""
+    texts = sample_texts(arguments.num_texts)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_small_model(folder / "model", width=64)
+        (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+        cpu_us = measure_in_turns(
+            arguments.before, _BESIDE, [str(folder / "model"), str(folder / "texts.json")],
+            questions=_QUESTIONS, rounds=arguments.rounds,
+        )  # fmt: skip
+    return {
+        "command": "python benchmarks/serving.py --before … "
+        + f"--num-texts {arguments.num_texts} --rounds {arguments.rounds}",
+        "measured_at": time.strftime("%Y-%m-%d"),
+        "commit": read_commit(),
+        "before": read_commit(arguments.before),
+        "hardware": f"one thread, {describe_processor()}, beside other work",
+        "texts": f"{len(texts)}, in requests of 16 and in one",
+        "cpu_us_per_text": cpu_us,
+    }
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="model folder; default: built of the towers")
+    parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument("--num-texts", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-requests", type=int, default=20_000, help="for the memory")

@@ -94,12 +94,12 @@ def search(
         index = ImageIndex.from_database(
             database, model=model, image_dir=image_dir, device=config.device
         )
-        if queries:
-            count, longest = index.encoder.count_truncated(queries)
-            report_truncated(count, len(queries), "sentences", longest=longest)
         parts: list[str | Path] = [*queries, *image]
         asked: list[Query] = [parts] if combine else [*parts]
         found = index.search(asked, top_k=top_k, where=where, exact=exact)
+    if count := index.encoder.num_truncated:
+        longest = index.encoder.max_text_length
+        report_truncated(count, len(queries), "sentences", longest=longest)
     found = [_shorten_paths(result) for result in found]
     print(render_search_results(found, format))
     _report_missing(found)

@@ -67,7 +67,6 @@ def tag(
     require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
-    from ..encoding.batches import measure_texts
     from ..search.tag_images import tag_folder
 
     if output is not None:
@@ -75,9 +74,8 @@ def tag(
     tagged = tag_folder(
         model, image_dir, found, top_k=top_k, threshold=threshold, config=config, report=report
     )
-    prompts = [prompt for label in found for prompt in label.prompts]
-    count = int(measure_texts(tagged.processor, prompts)[1].sum())
-    report_truncated(count, len(prompts), "prompts", longest=tagged.processor.longest_text)
+    num_prompts = sum(len(label.prompts) for label in found)
+    report_truncated(tagged.num_truncated, num_prompts, "prompts", longest=tagged.max_text_length)
     _write(tagged.images, output, threshold=threshold)
     return 0
 

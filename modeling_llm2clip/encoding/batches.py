@@ -11,7 +11,6 @@ from contextlib import closing
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +21,7 @@ from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
 from .preparation import prepare_batches
+from .tokenized_texts import TokenizedText
 
 OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
 """Called after each batch with the rows of its inputs, (B,), and their tower's embeddings, (B, D).
@@ -29,41 +29,13 @@ OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
 A row is the first of equal inputs.
 """
 
-_TOKENIZED_AT_ONCE = 4096
 _PIXELS_AT_ONCE = 2**22
 _SHOWN = 5  # inputs that an error names
 
 
-def measure_texts(
-    processor: LLM2CLIPProcessor, texts: Sequence[str], *, show_progress: bool = False
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Count the tokens of texts without keeping their ids.
-
-    Args:
-        processor: The model's processor.
-        texts: Non-blank texts.
-        show_progress: Show a progress bar.
-
-    Returns:
-        Tokens of each text as the model reads it, prompt included, (N,), and which texts are
-        truncated, (N,).
-
-    Raises:
-        ValueError: A text is blank or not a string.
-    """
-    lengths = np.zeros(len(texts), dtype=np.int64)
-    is_truncated = np.zeros(len(texts), dtype=np.bool_)
-    starts = range(0, len(texts), _TOKENIZED_AT_ONCE)
-    for start in tqdm(starts, desc="measure", disable=not show_progress):
-        ids, truncated = processor.list_ids(texts[start : start + _TOKENIZED_AT_ONCE])
-        lengths[start : start + len(ids)] = [len(row) for row in ids]
-        is_truncated[start : start + len(ids)] = truncated
-    return lengths, is_truncated
-
-
 def encode_distinct_texts(
     processor: LLM2CLIPProcessor,
-    texts: Sequence[str],
+    texts: Sequence[TokenizedText],
     *,
     encode: Callable[[tuple[Tensor, Tensor]], Tensor],
     device: torch.device,
@@ -72,11 +44,11 @@ def encode_distinct_texts(
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
-    """Tokenize texts and encode every distinct one once, the longest first.
+    """Encode every distinct text once, the longest first.
 
     Args:
         processor: The model's processor.
-        texts: Stripped, non-blank texts; at least one.
+        texts: Tokenized texts; at least one.
         encode: Computes (B, D) of token ids and mask, each (B, L) int64, padded on the right.
         device: Where `encode` computes.
         token_budget: Maximum tokens per batch.
@@ -93,25 +65,24 @@ def encode_distinct_texts(
     """
     if token_budget < 1:
         raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
-    distinct = list(dict.fromkeys(texts))
-    ids_of = dict(zip(distinct, processor.list_ids(distinct)[0], strict=True))
-    # Tokens cost about the same each; texts do not, and the longest come first.
-    num_tokens = sum(map(len, ids_of.values()))
+    texts = list(texts)
 
     def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(sum(len(ids_of[texts[row]]) for row in rows))
+        progress.update(sum(len(texts[row].ids) for row in rows))
         if on_batch is not None:
             on_batch(rows, embeds)
 
+    # Tokens cost about the same each; texts do not, and the longest come first.
+    num_tokens = sum({one.text: len(one.ids) for one in texts}.values())
     with tqdm(
         total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
     ) as progress:
         return encode_distinct(
             texts,
             batches=lambda rows: plan(
-                [len(ids_of[texts[row]]) for row in rows], token_budget=token_budget
+                [len(texts[row].ids) for row in rows], token_budget=token_budget
             ),
-            prepare=lambda part: pad_ids([ids_of[text] for text in part], processor),
+            prepare=partial(pad_ids, processor),
             encode=encode,
             device=device,
             on_batch=count_tokens,
@@ -188,8 +159,8 @@ def encode_distinct(
     last bit, and no longer tie.
 
     Args:
-        inputs: Texts, addresses of images, or images; at least one. PIL images and arrays are
-            equal only to themselves.
+        inputs: Texts, tokenized or not, addresses of images, or images; at least one. PIL images
+            and arrays are equal only to themselves.
         batches: Takes the rows of the distinct inputs, each at its first occurrence, and returns
             batches of places in that list; each place once.
         prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
@@ -233,18 +204,16 @@ def iterate_batches(
     encode: Callable[[Any], Tensor],
     device: torch.device,
     num_workers: int | None = 1,
-    names: Sequence[Any] | None = None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Encode batches of inputs, which are prepared ahead.
 
     Args:
-        inputs: Texts, addresses of images, or images.
+        inputs: Texts, tokenized or not, addresses of images, or images.
         plan: Rows of the inputs of each batch.
         prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
         encode: Computes (B, D) of any floating-point dtype.
         device: Where `encode` computes.
         num_workers: Threads that prepare batches; None for `default_num_workers`.
-        names: What an error calls each input; None for the inputs themselves.
 
     Yields:
         Rows of a batch, and their embeddings, (B, D) float32 on the CPU.
@@ -257,62 +226,26 @@ def iterate_batches(
     with closing(in_threads) as prepared, float32_as_such():
         for rows, batch in zip(plan, prepared, strict=True):
             embeds = encode(batch).float().cpu()
-            require_finite(embeds, rows, inputs if names is None else names)
+            require_finite(embeds, rows, inputs)
             yield rows, embeds
 
 
-def iterate_id_batches(
-    processor: LLM2CLIPProcessor,
-    ids: Sequence[Sequence[int]],
-    plan: Sequence[Sequence[int]],
-    *,
-    encode: Callable[[tuple[Tensor, Tensor]], Tensor],
-    device: torch.device,
-    texts: Sequence[str],
-) -> Iterator[Tensor]:
-    """Encode batches of texts that are tokenized already.
-
-    Args:
-        processor: The model's processor.
-        ids: Token ids of each text, from `processor.list_ids`.
-        plan: Rows of the texts of each batch.
-        encode: As in `encode_distinct_texts`.
-        device: Where `encode` computes.
-        texts: The texts, for errors.
-
-    Yields:
-        (B, D) float32 on the CPU, for each batch.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity.
-    """
-    for _, embeds in iterate_batches(
-        ids,
-        plan,
-        prepare=lambda part: pad_ids(part, processor),
-        encode=encode,
-        device=device,
-        names=texts,
-    ):
-        yield embeds
-
-
-def pad_ids(ids: Sequence[Sequence[int]], processor: LLM2CLIPProcessor) -> tuple[Tensor, Tensor]:
+def pad_ids(processor: LLM2CLIPProcessor, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
     """Pad token ids on the right.
 
     Args:
-        ids: Token ids of each text, from `processor.list_ids`.
         processor: The model's processor.
+        texts: B tokenized texts.
 
     Returns:
         Ids and mask, each (B, L) int64.
     """
-    longest = max(len(row) for row in ids)
-    input_ids = torch.full((len(ids), longest), processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
-    for line, row in enumerate(ids):
-        input_ids[line, : len(row)] = torch.tensor(row)
-        attention_mask[line, : len(row)] = 1
+    longest = max(len(one.ids) for one in texts)
+    input_ids = torch.full((len(texts), longest), processor.tokenizer.pad_token_id)
+    attention_mask = torch.zeros(len(texts), longest, dtype=torch.long)
+    for line, one in enumerate(texts):
+        input_ids[line, : len(one.ids)] = torch.from_numpy(one.ids)
+        attention_mask[line, : len(one.ids)] = 1
     return input_ids, attention_mask
 
 
@@ -416,10 +349,11 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     different: it may make them anew at each access, where an `id` says nothing.
 
     Args:
-        inputs: Texts, addresses of images, or images.
+        inputs: Texts, tokenized or not, addresses of images, or images.
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
     by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
-    keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in inputs]
+    shared = [one.text if isinstance(one, TokenizedText) else one for one in inputs]
+    keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in shared]
     return keys

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_packs, plan_token_batches
-from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import (
     OnBatch,
     decode_images,
@@ -26,13 +26,14 @@ from .batches import (
     encode_distinct_images,
     encode_distinct_texts,
     iterate_batches,
-    iterate_id_batches,
     join_prepared,
+    pad_ids,
     require_finite,
     split_evenly,
 )
 from .eval_mode import require_eval_mode
 from .float32 import float32_as_such
+from .tokenized_texts import TokenizedText, TokenizedTexts
 
 _PROJECTED_AT_ONCE = 4096
 # From glibc's malloc.h; see mallopt(3).
@@ -76,7 +77,46 @@ def encode_texts(
         >>> embeds.shape == (2, model.config.projection_dim)
         True
     """
-    texts = clean_list(texts)
+    tokens = TokenizedTexts(processor, texts)
+    return encode_tokenized_texts(
+        model,
+        processor,
+        tokens,
+        project=project,
+        token_budget=token_budget,
+        show_progress=show_progress,
+        on_batch=on_batch,
+    )
+
+
+def encode_tokenized_texts(
+    model: LLM2CLIPModel | LLM2CLIPTextModel,
+    processor: LLM2CLIPProcessor,
+    texts: Sequence[TokenizedText],
+    *,
+    project: bool = True,
+    token_budget: int | None = None,
+    show_progress: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Encode texts that are tokenized already, otherwise as `encode_texts`.
+
+    Args:
+        model: A model with a text tower.
+        processor: The model's processor, which tokenized them.
+        texts: At least one.
+        project: As `encode_texts` takes it.
+        token_budget: As `encode_texts` takes it.
+        show_progress: Show a progress bar, which counts tokens.
+        on_batch: Called after each batch.
+
+    Returns:
+        (N, P) of unit length; with `project=False` (N, D), not normalized.
+
+    Raises:
+        ValueError: The budget is below one, the model is in training mode, or it gives NaN or
+            infinity.
+    """
     budget = default_token_budget(model.device) if token_budget is None else token_budget
     embeds = encode_distinct_texts(
         processor,
@@ -214,19 +254,16 @@ def project_images(model: LLM2CLIPModel | LLM2CLIPVisionModel, vision_embeds: Te
 def iterate_token_batches(
     model: LLM2CLIPModel | LLM2CLIPTextModel,
     processor: LLM2CLIPProcessor,
-    ids: Sequence[Sequence[int]],
+    texts: Sequence[TokenizedText],
     plan: Sequence[Sequence[int]],
-    *,
-    texts: Sequence[str],
 ) -> Iterator[Tensor]:
     """Encode batches of texts that are tokenized already, without projection.
 
     Args:
         model: A model with a text tower.
         processor: The model's processor.
-        ids: Token ids of each text, from `processor.list_ids`.
+        texts: Tokenized texts.
         plan: Rows of the texts of each batch.
-        texts: The texts, for errors.
 
     Yields:
         (B, D) float32 on the CPU, for each batch.
@@ -234,14 +271,14 @@ def iterate_token_batches(
     Raises:
         ValueError: The model gives NaN or infinity.
     """
-    yield from iterate_id_batches(
-        processor,
-        ids,
+    for _, embeds in iterate_batches(
+        texts,
         plan,
+        prepare=partial(pad_ids, processor),
         encode=partial(_embed_captions, model),
         device=model.device,
-        texts=texts,
-    )
+    ):
+        yield embeds
 
 
 def iterate_image_batches(

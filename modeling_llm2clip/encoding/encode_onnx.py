@@ -22,20 +22,29 @@ FOLDER = Path(__file__).parent
 
 def encode_texts(texts: list[str], graph: str = "text_model", folder: Path = FOLDER) -> Any:
     """Return unit embeddings, (texts, P) float32; the prompt is part of the tokenizer."""
+    return encode_rows(tokenize(open_tokenizer(folder), texts), graph, folder)
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer, which truncates at the number of tokens that the model reads."""
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(config["max_text_length"])
+    tokenizer.enable_padding()
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
+    """Return the tokens of each text; what was truncated is in its `overflowing`."""
     if not texts or not all(text.strip() for text in texts):
         raise ValueError("Give at least one text, and no blank one.")
-    tokenizer, longest = open_tokenizer(folder)
-    tokenizer.enable_truncation(longest)
-    tokenizer.enable_padding()
-    rows = tokenizer.encode_batch([text.strip() for text in texts])
+    return tokenizer.encode_batch([text.strip() for text in texts])
+
+
+def encode_rows(rows: list[Any], graph: str, folder: Path) -> Any:
+    """Return unit embeddings of tokenized texts, (rows, P) float32."""
     ids, mask = np.array([[row.ids, row.attention_mask] for row in rows], np.int64).swapaxes(0, 1)
     return run_graph(folder, graph, {"input_ids": ids, "attention_mask": mask})
-
-
-def open_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
-    """Return the tokenizer, and the number of tokens that the model reads."""
-    config = json.loads((folder / "config.json").read_text())
-    return Tokenizer.from_file(str(folder / "tokenizer.json")), config["max_text_length"]
 
 
 def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:

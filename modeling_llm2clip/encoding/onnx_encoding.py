@@ -7,22 +7,25 @@ embeddings are those of the model up to rounding. `load_onnx_encoder` of `model_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..packing_llm2clip import CPU_TOKEN_BUDGET
-from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
+from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import (
     OnBatch,
     encode_distinct,
     encode_distinct_images,
     encode_distinct_texts,
-    iterate_id_batches,
+    iterate_batches,
+    pad_ids,
     split_evenly,
 )
 from .encode import default_batch_size
+from .tokenized_texts import TokenizedText, TokenizedTexts
 
 # Names of the graphs' inputs and outputs: those of the model's own forward.
 TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -91,9 +94,38 @@ class OnnxEncoder:
                 budget is below one, the graph gives NaN or infinity, or there is no text tower.
         """
         self._require("text")
+        return self.encode_tokenized_texts(
+            TokenizedTexts(self.processor, texts),
+            token_budget=token_budget,
+            show_progress=show_progress,
+            on_batch=on_batch,
+        )
+
+    def encode_tokenized_texts(
+        self,
+        texts: Sequence[TokenizedText],
+        *,
+        token_budget: int | None = None,
+        show_progress: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> Tensor:
+        """Encode texts that are tokenized already, otherwise as `encode_texts`.
+
+        Args:
+            texts: At least one.
+            token_budget: Maximum tokens per batch, padding included. Default: 2,048.
+            show_progress: Show a progress bar, which counts tokens.
+            on_batch: Called after each batch, with unit embeddings.
+
+        Returns:
+            (N, P) float32 of unit length on the CPU, in the order of the texts.
+
+        Raises:
+            ValueError: The budget is below one, or the graph gives NaN or infinity.
+        """
         return encode_distinct_texts(
             self.processor,
-            clean_list(texts),
+            texts,
             encode=lambda inputs: self.encode_tokens(*inputs),
             device=_DEVICE,
             token_budget=DEFAULT_TOKEN_BUDGET if token_budget is None else token_budget,
@@ -161,18 +193,13 @@ class OnnxEncoder:
         )
 
     def iterate_token_batches(
-        self,
-        ids: Sequence[Sequence[int]],
-        plan: Sequence[Sequence[int]],
-        *,
-        texts: Sequence[str],
+        self, texts: Sequence[TokenizedText], plan: Sequence[Sequence[int]]
     ) -> Iterator[Tensor]:
         """Encode batches of texts that are tokenized already.
 
         Args:
-            ids: Token ids of each text, from `processor.list_ids`.
+            texts: Tokenized texts.
             plan: Rows of the texts of each batch.
-            texts: The texts, for errors.
 
         Yields:
             (B, P) float32 of unit length, for each batch.
@@ -180,14 +207,14 @@ class OnnxEncoder:
         Raises:
             ValueError: The graph gives NaN or infinity.
         """
-        yield from iterate_id_batches(
-            self.processor,
-            ids,
+        for _, embeds in iterate_batches(
+            texts,
             plan,
+            prepare=partial(pad_ids, self.processor),
             encode=lambda inputs: self.encode_tokens(*inputs),
             device=_DEVICE,
-            texts=texts,
-        )
+        ):
+            yield embeds
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the text graph on one batch.

@@ -1,40 +1,66 @@
-"""Token ids of many texts in little memory."""
+"""Token ids of texts: made once, counted where that is wanted, and passed on to the encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..processing_llm2clip import LLM2CLIPProcessor
+from ..processing_llm2clip import LLM2CLIPProcessor, clean_list
 
 _TOKENIZED_AT_ONCE = 4096
 
 
-class TokenizedTexts(Sequence[Any]):
-    """Token ids of texts in one array, which takes a tenth of the memory of lists.
+class TokenizedText(NamedTuple):
+    """A text and its token ids, which `str` shows as the text.
+
+    Attributes:
+        text: Stripped.
+        ids: (L,) as the model reads them, prompt included.
+    """
+
+    text: str
+    ids: NDArray[np.int32]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class TokenizedTexts(Sequence[TokenizedText]):
+    """Texts, of which each distinct one is tokenized once.
+
+    Their ids are in one array, which takes a tenth of the memory of lists.
 
     Args:
         processor: The model's processor.
-        texts: Non-blank texts, at least one.
+        texts: N non-blank texts, at least one.
 
     Attributes:
-        lengths: (N,) how many each text has.
+        lengths: (N,) how many tokens each text has.
         is_truncated: (N,) whether it was longer than the model reads.
+
+    Raises:
+        ValueError: `texts` is one string or not a list, or a text is blank or not a string. The
+            message names them.
     """
 
-    def __init__(self, processor: LLM2CLIPProcessor, texts: Sequence[str]) -> None:
+    def __init__(self, processor: LLM2CLIPProcessor, texts: Iterable[str]) -> None:
+        self._texts = clean_list(texts)
+        row_of: dict[str, int] = {}
+        self._rows = np.array([row_of.setdefault(text, len(row_of)) for text in self._texts])
+        distinct = list(row_of)
         parts, lengths, truncated = [], [], []
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            ids, is_truncated = processor.list_ids(texts[start : start + _TOKENIZED_AT_ONCE])
+        for start in range(0, len(distinct), _TOKENIZED_AT_ONCE):
+            ids, is_truncated = processor.list_ids(distinct[start : start + _TOKENIZED_AT_ONCE])
             parts.append(np.concatenate([np.array(row, np.int32) for row in ids]))
             lengths += [len(row) for row in ids]
             truncated += is_truncated
-        self.lengths = np.array(lengths)
-        self.is_truncated = np.array(truncated)
+        self.lengths = np.array(lengths)[self._rows]
+        self.is_truncated = np.array(truncated)[self._rows]
         self._ids = np.concatenate(parts)
-        self._ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._ends = np.concatenate([[0], np.cumsum(lengths)])
 
     @property
     def num_truncated(self) -> int:
@@ -43,8 +69,9 @@ class TokenizedTexts(Sequence[Any]):
 
     def __len__(self) -> int:
         """Number of texts."""
-        return len(self.lengths)
+        return len(self._texts)
 
     def __getitem__(self, text: Any) -> Any:
-        """Return the token ids of a text."""
-        return self._ids[self._ends[text] : self._ends[text + 1]]
+        """Return a text with its token ids."""
+        row = self._rows[text]
+        return TokenizedText(self._texts[text], self._ids[self._ends[row] : self._ends[row + 1]])

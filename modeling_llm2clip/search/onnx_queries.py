@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,24 @@ class OnnxQueryEncoder(QueryEncoder):
         require(ONNX_RUNTIME)
         self._record = read_onnx_record(folder)
 
-    def count_truncated(self, texts: Sequence[str]) -> tuple[int, int]:
-        """Count the texts that are longer than the model reads.
+    @property
+    def max_text_length(self) -> int:
+        """How many tokens of a sentence the model reads."""
+        return int(self._tokenizer.truncation["max_length"])
 
-        Args:
-            texts: Sentences.
-
-        Returns:
-            How many, and how many tokens the model reads.
-        """
+    @cached_property
+    def _tokenizer(self) -> Any:
         from ..encoding.encode_onnx import open_tokenizer
 
-        tokenizer, longest = open_tokenizer(self._folder)
-        tokenizer.no_truncation()
-        rows = tokenizer.encode_batch([text.strip() for text in texts])
-        return sum(sum(row.attention_mask) > longest for row in rows), longest
+        return open_tokenizer(self._folder)
 
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        from ..encoding.encode_onnx import encode_texts
+        from ..encoding.encode_onnx import encode_rows, tokenize
 
+        rows = tokenize(self._tokenizer, list(texts))
+        self.num_truncated += sum(bool(row.overflowing) for row in rows)
         graph = choose_graph(self._folder, "text", None)
-        embeds: np.ndarray[Any, Any] = encode_texts(list(texts), graph.stem, self._folder)
+        embeds: np.ndarray[Any, Any] = encode_rows(rows, graph.stem, self._folder)
         return embeds
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> np.ndarray[Any, Any]:

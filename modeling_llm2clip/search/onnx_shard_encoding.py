@@ -98,10 +98,8 @@ class OnnxTextShardEncoder(TextShardEncoder):
         self.dim = encoder.embedding_dim
         self.plan = {"token_budget": str(token_budget), "backend": "onnx"}
 
-    def _embed(
-        self, texts: list[str], tokens: TokenizedTexts, plan: list[list[int]]
-    ) -> Iterator[Tensor]:
-        return self._encoder.iterate_token_batches(tokens, plan, texts=texts)
+    def _embed(self, texts: TokenizedTexts, plan: list[list[int]]) -> Iterator[Tensor]:
+        return self._encoder.iterate_token_batches(texts, plan)
 
 
 class OnnxImageShardEncoder(ImageShardEncoder):

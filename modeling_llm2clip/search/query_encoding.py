@@ -72,12 +72,16 @@ class QueryEncoder:
     Args:
         folder: Folder of a whole model.
         device: Where it runs; see `find_device`.
+
+    Attributes:
+        num_truncated: Sentences so far that were longer than the model reads.
     """
 
     def __init__(self, folder: Path, device: str = "auto") -> None:
         self._folder = folder
         self._device = device
         self._lock = threading.Lock()
+        self.num_truncated = 0
 
     def encode(self, queries: Sequence[NamedQuery]) -> np.ndarray[Any, Any]:
         """Encode queries; the embedding of several parts is their mean, of unit length again.
@@ -118,18 +122,10 @@ class QueryEncoder:
         with self._lock:
             return self._encode_texts(texts)
 
-    def count_truncated(self, texts: Sequence[str]) -> tuple[int, int]:
-        """Count the texts that are longer than the model reads.
-
-        Args:
-            texts: Sentences.
-
-        Returns:
-            How many, and how many tokens the model reads.
-        """
-        from ..encoding.batches import measure_texts
-
-        return int(measure_texts(self.processor, texts)[1].sum()), self.processor.longest_text
+    @property
+    def max_text_length(self) -> int:
+        """How many tokens of a sentence the model reads."""
+        return int(self.processor.longest_text)
 
     @cached_property
     def processor(self) -> Any:
@@ -159,9 +155,14 @@ class QueryEncoder:
         return model.to(find_device(self._device)).eval()
 
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        from ..encoding.encode import encode_texts
+        from ..encoding.encode import encode_tokenized_texts
+        from ..encoding.tokenized_texts import TokenizedTexts
 
-        embeds: np.ndarray[Any, Any] = encode_texts(self.text_model, self.processor, texts).numpy()
+        tokens = TokenizedTexts(self.processor, texts)
+        self.num_truncated += tokens.num_truncated
+        embeds: np.ndarray[Any, Any] = encode_tokenized_texts(
+            self.text_model, self.processor, tokens
+        ).numpy()
         return embeds
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> np.ndarray[Any, Any]:

@@ -143,30 +143,23 @@ class TextShardEncoder:
         plan = plan_token_batches(tokens.lengths.tolist(), token_budget=self._token_budget)
         return PreparedShard(
             batches=_find_places(number_of, plan, len(distinct)),
-            encode=partial(self._encode, distinct, tokens, number_of),
+            encode=partial(self._encode, tokens, number_of),
             num_truncated=int(tokens.is_truncated[number_of].sum()),
         )
 
     def _encode(
-        self,
-        texts: list[str],
-        tokens: TokenizedTexts,
-        number_of: Array,
-        batches: Sequence[Array],
+        self, texts: TokenizedTexts, number_of: Array, batches: Sequence[Array]
     ) -> Iterator[Tensor]:
         # Places of equal texts are next to each other; each text is encoded at the first of them.
         plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
-        encoded = self._embed(texts, tokens, plan)
+        encoded = self._embed(texts, plan)
         for places, numbers, embeds in zip(batches, plan, encoded, strict=True):
             rows = {number: row for row, number in enumerate(numbers)}
             yield embeds[[rows[number] for number in number_of[places].tolist()]]
 
-    def _embed(
-        self, texts: list[str], tokens: TokenizedTexts, plan: list[list[int]]
-    ) -> Iterator[Tensor]:
+    def _embed(self, texts: TokenizedTexts, plan: list[list[int]]) -> Iterator[Tensor]:
         """Yield the final embeddings of batches of distinct texts."""
-        encoded = iterate_token_batches(self._model, self._processor, tokens, plan, texts=texts)
-        for embeds in encoded:
+        for embeds in iterate_token_batches(self._model, self._processor, texts, plan):
             yield project_captions(self._model, embeds)
 
 

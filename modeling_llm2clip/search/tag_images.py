@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ..configs.search_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.devices import find_device
-from ..encoding.encode import encode_texts
+from ..encoding.encode import encode_tokenized_texts
+from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -49,37 +50,19 @@ class TaggedImage:
     tags: Sequence[Tag]
 
 
-def encode_labels(
-    model: LLM2CLIPModel, processor: LLM2CLIPProcessor, labels: Sequence[Label]
-) -> Tensor:
-    """Encode each label: the mean of its prompts' unit embeddings, of unit length again.
-
-    Args:
-        model: A model with a text tower.
-        processor: Its processor.
-        labels: Labels and their prompts.
-
-    Returns:
-        (labels, P) float32 on the CPU.
-
-    Raises:
-        ValueError: As `encode_texts`.
-    """
-    prompts = [prompt for label in labels for prompt in label.prompts]
-    return average_prompts(encode_texts(model, processor, prompts), labels)
-
-
 @dataclass(frozen=True)
 class TaggedFolder:
     """The images of a folder with their labels.
 
     Attributes:
         images: Each image, labeled as it is taken from here.
-        processor: Of the model.
+        num_truncated: Prompts of the labels that are longer than the model reads.
+        max_text_length: How many tokens it reads.
     """
 
     images: Iterator[TaggedImage]
-    processor: LLM2CLIPProcessor
+    num_truncated: int
+    max_text_length: int
 
 
 def tag_folder(
@@ -122,13 +105,14 @@ def tag_folder(
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device)
     assert isinstance(loaded, LLM2CLIPModel)  # as `find_whole_model` has checked
+    prompts = TokenizedTexts(processor, [prompt for label in labels for prompt in label.prompts])
     parts: Iterable[EmbeddedImages]
     if config.index is None:
         parts = [_encode(loaded, processor, files.readable, config, say)]
     else:
         parts = _read_index(model, image_dir, config, report)
-    images = tag_images(loaded, processor, parts, labels, top_k=top_k, threshold=threshold)
-    return TaggedFolder(images, processor)
+    images = tag_images(loaded, processor, parts, labels, prompts, top_k=top_k, threshold=threshold)
+    return TaggedFolder(images, prompts.num_truncated, processor.longest_text)
 
 
 def _encode(
@@ -187,6 +171,7 @@ def tag_images(
     processor: LLM2CLIPProcessor,
     parts: Iterable[EmbeddedImages],
     labels: Sequence[Label],
+    prompts: Sequence[TokenizedText],
     *,
     top_k: int = 3,
     threshold: float | None = None,
@@ -197,17 +182,15 @@ def tag_images(
         model: The model of the embeddings.
         processor: Its processor.
         parts: Paths and embeddings, (images, P) of unit length.
-        labels: Labels and their prompts.
+        labels: Labels, each the mean of its prompts' unit embeddings, of unit length again.
+        prompts: All prompts of the labels, in their order.
         top_k: Labels per image; all of them where there are fewer.
         threshold: Smallest cosine of a label.
 
     Yields:
         Each image, in their order.
-
-    Raises:
-        ValueError: A prompt is blank.
     """
-    label_embeds = encode_labels(model, processor, labels)
+    label_embeds = average_prompts(encode_tokenized_texts(model, processor, prompts), labels)
     scale = float(model.logit_scale())
     for paths, embeds in parts:
         found = rank_labels(embeds, label_embeds, labels, scale=scale, top_k=top_k)

@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..encoding.batches import measure_texts
 from ..encoding.encode import (
     default_batch_size,
     default_token_budget,
     encode_prepared_images,
-    encode_texts,
+    encode_tokenized_texts,
     raise_malloc_thresholds,
 )
 from ..encoding.onnx_encoding import DEFAULT_BATCH_SIZE, DEFAULT_TOKEN_BUDGET, OnnxEncoder
+from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
 
 class ServedEncoder(Protocol):
-    """Embeds texts and images; called by one thread, but `measure_texts` and `prepare_image`.
+    """Embeds texts and images; called by one thread, but `tokenize_texts` and `prepare_image`.
 
     Attributes:
         modalities: Those of `"text"` and `"image"` that it embeds.
@@ -42,8 +42,8 @@ class ServedEncoder(Protocol):
     token_budget: int
     batch_size: int
 
-    def measure_texts(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Count tokens as the model reads them, (N,), and find which texts are truncated, (N,).
+    def tokenize_texts(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Turn texts into what `encode_texts` takes; called by several threads.
 
         Args:
             texts: N texts.
@@ -52,11 +52,11 @@ class ServedEncoder(Protocol):
             ValueError: A text is blank.
         """
 
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_texts(self, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Embed texts.
 
         Args:
-            texts: N texts.
+            texts: N texts, each from `tokenize_texts`.
 
         Returns:
             (N, P) of unit length.
@@ -89,7 +89,8 @@ class ModelEncoder:
 
     Examples:
         >>> encoder = ModelEncoder(*load_model("my-model"))
-        >>> encoder.encode_texts(["a dog"]).shape == (1, encoder.embedding_dim)
+        >>> texts = encoder.tokenize_texts(["a dog"])
+        >>> encoder.encode_texts(texts).shape == (1, encoder.embedding_dim)
         True
     """
 
@@ -111,21 +112,21 @@ class ModelEncoder:
         if model.device.type == "cpu":
             raise_malloc_thresholds()
 
-    def measure_texts(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Count tokens, (N,), and find which texts are truncated, (N,).
+    def tokenize_texts(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Tokenize texts.
 
         Args:
             texts: N texts.
         """
-        return measure_texts(self._processor, texts)
+        return TokenizedTexts(self._processor, texts)
 
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_texts(self, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Embed texts, (N, P); the same numbers as `encode_texts` of this package.
 
         Args:
-            texts: N texts.
+            texts: N texts, each from `tokenize_texts`.
         """
-        return _to_numpy(encode_texts(self._model, self._processor, texts))
+        return _to_numpy(encode_tokenized_texts(self._model, self._processor, texts))
 
     def prepare_image(self, image: Image.Image) -> dict[str, Tensor]:
         """Resize and normalize an image.
@@ -161,21 +162,21 @@ class OnnxModelEncoder:
         self.token_budget = DEFAULT_TOKEN_BUDGET
         self.batch_size = DEFAULT_BATCH_SIZE
 
-    def measure_texts(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Count tokens, (N,), and find which texts are truncated, (N,).
+    def tokenize_texts(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Tokenize texts.
 
         Args:
             texts: N texts.
         """
-        return measure_texts(self._encoder.processor, texts)
+        return TokenizedTexts(self._encoder.processor, texts)
 
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_texts(self, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Embed texts, (N, P).
 
         Args:
-            texts: N texts.
+            texts: N texts, each from `tokenize_texts`.
         """
-        return _to_numpy(self._encoder.encode_texts(texts))
+        return _to_numpy(self._encoder.encode_tokenized_texts(texts))
 
     def prepare_image(self, image: Image.Image) -> dict[str, Tensor]:
         """Resize and normalize an image.

@@ -25,6 +25,7 @@ from PIL import Image
 from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import get_image_limits, load_images
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
 from ..search.label_ranking import Tag, average_prompts, rank_labels
@@ -37,6 +38,7 @@ from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
 from .worker_threads import WorkerThreads
 
 if TYPE_CHECKING:
+    from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
     from ..search.image_index import ImageIndex
 
 Input: TypeAlias = str | bytes | Image.Image
@@ -46,7 +48,7 @@ Query: TypeAlias = Input | list[Input]
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
-_MEASURED_AT_ONCE = 64  # texts
+_TOKENIZED_AT_ONCE = 64  # texts
 _CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
 
 
@@ -352,7 +354,7 @@ class EmbeddingService:
     async def _embed_texts(self, texts: list[str], *, truncate: bool) -> EmbeddedInputs:
         if not texts:
             return EmbeddedInputs(embeds=self._no_embeds(), num_tokens=0)
-        lengths, truncated = await self._measure(texts)
+        tokens, truncated = await self._tokenize(texts)
         if truncated and not truncate:
             raise RequestError(
                 400,
@@ -361,27 +363,32 @@ class EmbeddingService:
                 f"{truncated[0]}). Shorten them, or allow truncation.",
                 code="text_too_long",
             )
-        embeds = await self._compute("text", texts, lengths)
+        lengths = [len(one.ids) for one in tokens]
+        embeds = await self._compute("text", tokens, lengths)
         return EmbeddedInputs(embeds=embeds, num_tokens=sum(lengths), truncated=truncated)
 
-    async def _measure(self, texts: list[str]) -> tuple[list[int], list[int]]:
-        """Return the tokens of each text, and which are truncated.
+    async def _tokenize(self, texts: list[str]) -> tuple[list[TokenizedText], list[int]]:
+        """Tokenize texts, and find which are truncated.
 
         Part by part, because nobody else's texts are tokenized meanwhile.
         """
-        lengths: list[int] = []
+        tokens: list[TokenizedText] = []
         truncated: list[int] = []
-        for start in range(0, len(texts), _MEASURED_AT_ONCE):
-            part = texts[start : start + _MEASURED_AT_ONCE]
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
             try:
-                counts, flags = await self._run(
-                    self._text_threads, partial(self.encoder.measure_texts, part)
+                found = await self._run(
+                    self._text_threads, partial(self._tokenize_part, texts, start)
                 )
             except ValueError as error:
                 raise RequestError(400, str(error), code="invalid_text") from None
-            lengths += counts.tolist()
-            truncated += (np.flatnonzero(flags) + start).tolist()
-        return lengths, truncated
+            tokens += found
+            truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
+        return tokens, truncated
+
+    def _tokenize_part(self, texts: list[str], start: int) -> TokenizedTexts:
+        if start == 0:
+            clean_list(texts)  # names a blank text by its number in the request
+        return self.encoder.tokenize_texts(texts[start : start + _TOKENIZED_AT_ONCE])
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""

@@ -20,7 +20,7 @@ from torch import nn
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.encoding import batches
-from modeling_llm2clip.encoding.batches import measure_texts, prepare_images
+from modeling_llm2clip.encoding.batches import prepare_images
 from modeling_llm2clip.encoding.encode import (
     encode_images,
     encode_prepared_images,
@@ -30,6 +30,7 @@ from modeling_llm2clip.encoding.encode import (
     project_captions,
     project_images,
 )
+from modeling_llm2clip.encoding.tokenized_texts import TokenizedTexts
 
 CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 
@@ -43,9 +44,7 @@ ENCODINGS: dict[str, Callable[[Any, Any], Any]] = {
     "stored captions": lambda model, _: project_captions(model, torch.ones(1, 32)),
     "stored images": lambda model, _: project_images(model, torch.ones(1, 32)),
     "batches of texts": lambda model, processor: next(
-        iterate_token_batches(
-            model, processor, processor.list_ids(CAPTIONS)[0], [[0, 1, 2]], texts=CAPTIONS
-        )
+        iterate_token_batches(model, processor, TokenizedTexts(processor, CAPTIONS), [[0, 1, 2]])
     ),
     "batches of images": lambda model, processor: next(
         iterate_image_batches(model, processor, [draw_noise()], [[0]])
@@ -324,9 +323,9 @@ def test_padding_is_at_most_a_tenth_of_what_is_computed(monkeypatch: pytest.Monk
 def test_lengths_are_counted_as_the_model_reads_the_texts() -> None:
     _, processor = shared_model()
     texts = ["a dog", "dog " * 100, "two red apples"]
-    lengths, is_truncated = measure_texts(processor, texts)
-    assert lengths.tolist() == processor(text=texts)["attention_mask"].sum(dim=1).tolist()
-    assert is_truncated.tolist() == [False, True, False]
+    tokens = TokenizedTexts(processor, texts)
+    assert tokens.lengths.tolist() == processor(text=texts)["attention_mask"].sum(dim=1).tolist()
+    assert tokens.is_truncated.tolist() == [False, True, False]
 
 
 def test_broken_embeddings_are_an_error_that_names_their_inputs() -> None:

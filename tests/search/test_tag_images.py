@@ -17,7 +17,8 @@ from tiny import draw_noise
 from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search.tag_images import encode_labels
+from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.search.label_ranking import average_prompts
 from modeling_llm2clip.search.tag_labels import Label, read_labels
 
 LABELS = ["a dog", "Katze", "ripe, red apples"]
@@ -114,7 +115,10 @@ def test_a_label_is_the_mean_of_its_prompts() -> None:
     prompts = ("a dog", "a photo of a dog", "x")
     with torch.no_grad():
         embeds = model(**processor(text=[*prompts], images=[draw_noise()])).text_embeds
-    found = encode_labels(model, processor, [Label("x", prompts[2:]), Label("dog", prompts)])
+    found = average_prompts(
+        encode_texts(model, processor, [*prompts[2:], *prompts]),
+        [Label("x", prompts[2:]), Label("dog", prompts)],
+    )
     wanted = torch.stack([embeds[2], F.normalize(embeds.mean(dim=0), dim=-1)])
     assert torch.allclose(found, wanted, atol=ROUNDING)
 

@@ -23,8 +23,7 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
     compute_golden,
     render_golden_images,
 )
-from modeling_llm2clip.search.label_ranking import rank_labels
-from modeling_llm2clip.search.tag_images import encode_labels
+from modeling_llm2clip.search.label_ranking import average_prompts, rank_labels
 from modeling_llm2clip.search.tag_labels import make_labels
 from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.served_encoder import ModelEncoder
@@ -75,7 +74,7 @@ def test_many_texts_are_measured_part_by_part_and_numbered_as_a_whole() -> None:
     texts[66] = MIXED_TEXTS[3]
     with open_service() as service:
         found = run(service.embed(texts[:70]))
-        with pytest.raises(RequestError, match="blank"):
+        with pytest.raises(RequestError, match="number 70 is blank"):
             run(service.embed(texts))
     assert found.truncated == [66]
     ids, _ = shared_model()[1].list_ids(texts[:70])
@@ -221,9 +220,10 @@ def test_classification_equals_that_of_tag() -> None:
     names, templates = ["red", "green", "blue"], ("a photo of {}", "{}")
     model, processor = shared_model()
     labels = make_labels(names, templates=templates)
+    prompts = [prompt for label in labels for prompt in label.prompts]
     expected = rank_labels(
         encode_images(model, processor, IMAGES),
-        encode_labels(model, processor, labels),
+        average_prompts(encode_texts(model, processor, prompts), labels),
         labels,
         scale=float(model.logit_scale().detach()),
         top_k=2,

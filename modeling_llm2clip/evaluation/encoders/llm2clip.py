@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...encoding.batches import measure_texts
 from ...encoding.devices import find_device
-from ...encoding.encode import encode_images, encode_texts
+from ...encoding.encode import encode_images, encode_tokenized_texts
+from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
@@ -60,15 +60,15 @@ class LLM2CLIPEncoder:
             texts: At least one.
         """
         size = self._run_config.batch_size
-        embeds = encode_texts(
+        tokens = TokenizedTexts(self._processor, texts)
+        embeds = encode_tokenized_texts(
             self._model,
             self._processor,
-            texts,
+            tokens,
             token_budget=None if size is None else size * _TOKENS_PER_TEXT,
             show_progress=self._run_config.show_progress,
         )
-        _, is_truncated = measure_texts(self._processor, texts)
-        return EncodedTexts(embeds, torch.from_numpy(is_truncated))
+        return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode images with vision tower and projection.

@@ -111,7 +111,8 @@ class AlignmentDataset(Dataset[Any]):
             if noise and name in batch:
                 embeds = batch[name]
                 normal = sample_normal(self.seed, epochs, items, side, width=embeds.shape[1])
-                batch[name] = _add_noise(embeds, noise, normal)
+                share = noise * embeds.shape[1] ** -0.5 * embeds.norm(dim=1, keepdim=True)
+                batch[name] = normal.mul_(share).add_(embeds)
         return {
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),
@@ -123,6 +124,13 @@ class AlignmentDataset(Dataset[Any]):
     def is_stored(self) -> bool:
         """Whether both embeddings are stored, so that no tower runs."""
         return self.caption_store is not None and self.image_store is not None
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether training batches have noise on an embedding that is stored."""
+        is_stored = self.image_store is not None, self.caption_store is not None
+        noises = self.image_noise, self.caption_noise
+        return any(there and noise for there, noise in zip(is_stored, noises, strict=True))
 
     def read_group_ids(self, items: Array) -> Tensor:
         """Return a number per item that items of one group share.
@@ -248,13 +256,6 @@ def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
 
 def _look_up(numbers: Array | None, items: Array) -> Array:
     return items if numbers is None else numbers[items]
-
-
-def _add_noise(embeds: Tensor, noise: float, normal: Tensor) -> Tensor:
-    """Add noise to stored embeddings, (B, D), of about this share of their length."""
-    length = embeds.norm(dim=1, keepdim=True)
-    moved: Tensor = embeds + noise * embeds.shape[1] ** -0.5 * length * normal
-    return moved
 
 
 def keep_batch(batch: Any) -> Any:

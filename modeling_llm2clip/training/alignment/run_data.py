@@ -22,7 +22,7 @@ from .alignment_batches import Batches, SampledBatches, StreamedBatches
 from .alignment_data import AlignmentDataset
 from .alignment_stream import AlignmentStream, hold_out_of_stream
 from .held_out import HeldOutImages, choose_held_out, count_shared_captions
-from .sampling import Array
+from .sampling import NOISE_SAMPLING, Array
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class RunData:
             "num_records": len(self.dataset.records),
             "data": hash_records(self.dataset.records),
             "images": describe_images(self.dataset.records) if reads_images else None,
+            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
         }
 
 

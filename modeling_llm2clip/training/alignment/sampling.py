@@ -7,6 +7,7 @@ number of workers or processes, samples the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+NOISE_SAMPLING = "65536 quantiles"
+"""How `sample_normal` samples, for the record of a run."""
+_ROWS_AT_ONCE = 64
 
 
 class ResumableBatchSampler(Sampler[Array]):
@@ -108,7 +113,7 @@ def sample_captions(
 def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: int) -> Tensor:
     """Sample standard normal numbers; each row depends on its own integers alone.
 
-    splitmix64 counts through a row, and Box and Muller's method makes two numbers of each word.
+    splitmix64 counts through a row, and each quarter of a word chooses one of the quantiles.
 
     Args:
         seed: Of the run.
@@ -121,15 +126,22 @@ def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: i
         (B, width) float32.
     """
     states = mix(seed, epochs, items, side)
-    counts = np.arange(1, (width + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
-    words = _scramble(states[:, None] + counts)
-    upper = (words >> np.uint64(32)).astype(np.float32)
-    lower = (words & np.uint64(0xFFFFFFFF)).astype(np.float32)
-    # Above 0, so that the logarithm is finite.
-    radius = np.sqrt(-2 * np.log((upper + 1) / np.float32(2**32 + 1)).clip(max=0))
-    angle = lower * np.float32(2 * np.pi / 2**32)
-    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return torch.from_numpy(both[:, :width].copy())
+    counts = np.arange(1, -(-width // 4) + 1, dtype=np.uint64) * _GOLDEN
+    normal = np.empty((len(states), width), np.float32)
+    for start in range(0, len(states), _ROWS_AT_ONCE):  # so few are in a core's cache
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        quarters = _scramble(states[rows, None] + counts).view(np.uint16)[:, :width]
+        # No quarter is out of bounds; the default mode would check it, and copy the result.
+        np.take(_quantiles(), quarters, out=normal[rows], mode="clip")
+    return torch.from_numpy(normal)
+
+
+@cache
+def _quantiles() -> Array:
+    """The normal number at the middle of each of 65,536 equal shares of probability, float32."""
+    middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    quantiles: Array = torch.special.ndtri(middles).float().numpy()
+    return quantiles
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

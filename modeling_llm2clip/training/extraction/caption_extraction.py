@@ -145,11 +145,7 @@ class _CaptionShards:
         return PreparedShard(
             batches=[np.array(places) for places in plan],
             encode=lambda batches: iterate_token_batches(
-                self._model,
-                self._processor,
-                tokens,
-                [places.tolist() for places in batches],
-                texts=texts,
+                self._model, self._processor, tokens, [places.tolist() for places in batches]
             ),
             num_truncated=tokens.num_truncated,
         )

@@ -19,7 +19,7 @@ from ...data.captions.caption_groups import CaptionGroup, CaptionGroups
 from ...data.captions.text_pairs import read_text_pairs
 from ...data.key_arrays import count_distinct
 from ...data.records.record_columns import hash_text
-from ...encoding.batches import measure_texts
+from ...encoding.tokenized_texts import TokenizedTexts
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..distributed import run_once_per_machine
 from .pair_sampling import NoDuplicateGroupsBatchSampler
@@ -155,7 +155,7 @@ def count_truncated(
     ]
     held_out = [*{text for group in data.held_out for text in group.captions}]
     total = sum(num_rows for *_, num_rows in columns)
-    num_truncated = int(measure_texts(processor, held_out)[1].sum())
+    num_truncated = TokenizedTexts(processor, held_out).num_truncated
     with tqdm(total=total, desc="measure", disable=not show_progress) as bar:
         marks = [
             _mark_truncated(processor, table, name, num_rows, max_characters, bar)
@@ -191,11 +191,12 @@ def _write_tables(
 
 def _bound_characters(processor: LLM2CLIPProcessor, data: FinetuneData) -> int:
     """Return a number of ASCII characters that are too few to be truncated; -1 for none."""
-    overhead = int(measure_texts(processor, ["a"])[0][0]) + _TOKENS_TO_SPARE
+    overhead = int(TokenizedTexts(processor, ["a"]).lengths[0]) + _TOKENS_TO_SPARE
     first = data.tables[_CAPTIONS].data.slice(0, _SAMPLE)
     texts = [text for name in ("anchor", "positive") for text in first.column(name).to_pylist()]
-    lengths, is_truncated = measure_texts(processor, texts)
-    for text, length, truncated in zip(texts, lengths.tolist(), is_truncated, strict=True):
+    tokens = TokenizedTexts(processor, texts)
+    lengths = tokens.lengths.tolist()
+    for text, length, truncated in zip(texts, lengths, tokens.is_truncated, strict=True):
         if text.isascii() and not truncated and length > len(text) + overhead:
             return -1
     return processor.longest_text - overhead
@@ -219,8 +220,8 @@ def _mark_truncated(
         )
         rows = (~is_short.to_numpy()).nonzero()[0]
         if len(rows):
-            measured = measure_texts(processor, texts.take(pa.array(rows)).to_pylist())[1]
-            is_truncated[start + rows] = measured
+            tokens = TokenizedTexts(processor, texts.take(pa.array(rows)).to_pylist())
+            is_truncated[start + rows] = tokens.is_truncated
         bar.update(len(texts))
     return is_truncated
 

@@ -242,6 +242,20 @@ def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
         prepared.align(tmp_path / "run", max_steps=1, resume=True)
 
 
+def test_a_run_with_noise_is_not_continued_where_noise_was_sampled_otherwise(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    for noise in (0.0, 0.5):
+        output = tmp_path / f"noise-{noise}"
+        shutil.rmtree(prepared.align(output, max_steps=1, caption_noise=noise).model)
+        record = json.loads((output / "run.json").read_text())
+        record["inputs"].pop("noise_sampling", None)  # as versions before it wrote the record
+        (output / "run.json").write_text(json.dumps(record))
+    prepared.align(tmp_path / "noise-0.0", max_steps=1, caption_noise=0.0, resume=True)
+    with pytest.raises(ValueError, match=r"has no noise_sampling: another version of this package"):
+        prepared.align(tmp_path / "noise-0.5", max_steps=1, caption_noise=0.5, resume=True)
+
+
 def test_a_run_is_not_continued_with_a_loss_of_other_options(
     prepared: Prepared, tmp_path: Path
 ) -> None:

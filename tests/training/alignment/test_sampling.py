@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,25 @@ def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
     # Neither side nor epoch repeats another's.
     assert not torch.equal(draw([7], 3)[0], noise[7])
     assert abs(float((noise[0] * noise[1]).mean())) < 4 * 200**-0.5
+    # Neighbors in a row are quarters of one word: of 99,500 products, four standard errors.
+    assert abs(float((noise[:, 1:] * noise[:, :-1]).mean())) < 4 * 99_500**-0.5
+    # The largest gap to the normal distribution function is above this once in 2,000 samples of
+    # 100,000 numbers (Kolmogorov: 1.95 over the root of their count).
+    found = torch.special.ndtr(noise.flatten().double()).sort().values
+    assert float((found - torch.linspace(0, 1, 100_000)).abs().max()) < 1.95 * 100_000**-0.5
+
+
+def test_noise_takes_little_more_memory_than_itself() -> None:
+    sample_normal(0, np.zeros(1, int), np.zeros(1, int), 2, width=8)
+    tracemalloc.start()
+    try:
+        noise = sample_normal(0, np.zeros(1000, int), np.arange(1000), 2, width=1024)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # 4 MB, and the words of a few rows; pages that the system hands out anew would cost more time
+    # than the numbers.
+    assert peak < 1.5 * noise.nbytes
 
 
 @pytest.mark.parametrize(

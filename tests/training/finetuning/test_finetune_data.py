@@ -11,7 +11,7 @@ from tiny import tiny_model
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.captions.caption_groups import group_captions
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.encoding.batches import measure_texts
+from modeling_llm2clip.encoding.tokenized_texts import TokenizedTexts
 from modeling_llm2clip.training.finetuning import finetune_data
 from modeling_llm2clip.training.finetuning.finetune_data import (
     FinetuneData,
@@ -42,7 +42,7 @@ def test_truncated_texts_are_counted_as_by_tokenizing_every_different_one(
     data, trained = make_data(tmp_path)
     _, processor = tiny_model(max_text_length=64)
     texts = [*trained, *{text for group in data.held_out for text in group.captions}]
-    num_truncated = int(measure_texts(processor, texts)[1].sum())
+    num_truncated = TokenizedTexts(processor, texts).num_truncated
     assert 0 < num_truncated < len(texts)
     assert count_truncated(processor, data) == {
         "num_texts": len(texts), "num_truncated": num_truncated,
