@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -264,9 +265,33 @@ def _render_serving(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_readme_picture(report: dict[str, Any]) -> str:
+    heads = ("sentence", "photographs found", "cosine", "license", "by")
+    rows = [
+        (
+            "" if rank else result["query"],
+            hit["image"].replace("_", " "),
+            f"{hit['cosine']:.2f}",
+            hit["license"],
+            re.sub(r"(.+?),? (https?://\S+)", r"[\1](\2)", hit["source"]),
+        )
+        for result in report["results"]
+        for rank, hit in enumerate(result["hits"])
+    ]
+    held_out = report["held_out"]
+    note = (
+        f"{report['num_photographs']} photographs were searched. Trained on: "
+        f"{report['trained_on']}, of which {held_out['num_images']} were held out: R@1 "
+        f"{percent(held_out['t2i_r1'])} text to image, {percent(held_out['i2t_r1'])} image to "
+        f"text, chance {percent(held_out['chance_t2i_r1'])}. Commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,
+    "readme_picture": _render_readme_picture,
     "scale": _render_scale,
     "search": _render_search,
     "serving": _render_serving,

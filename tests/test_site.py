@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from browsing import WIDTHS, needs_browser, open_browser, overflows
 from PIL import Image
 from tiny import tiny_images
 from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
@@ -35,6 +36,14 @@ from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets
 from modeling_llm2clip.evaluation.tasks.task_registry import TASKS
 
+# How many blocks of code are wider than their boxes, and how many of those do not scroll.
+MEASURE_CODE = """
+() => {
+    const blocks = [...document.querySelectorAll("pre > code")];
+    const cut = blocks.filter((block) => block.scrollWidth > block.clientWidth);
+    return [cut.length, cut.filter((block) => getComputedStyle(block).overflowX !== "auto").length];
+}
+"""
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
@@ -370,11 +379,38 @@ def make_what_readers_have(folder: Path) -> None:
     (images / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_the_site_builds_with_strict() -> None:
+@pytest.fixture(scope="module")
+def site() -> Path:
     zensical = shutil.which("zensical", path=str(Path(sys.executable).parent))
     if zensical is None:
         pytest.skip('needs pip install -e ".[docs]"')
     done = subprocess.run(["make", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "griffe:" not in done.stdout + done.stderr
+    return ROOT / "site"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("site")
+def test_the_site_builds_with_strict(site: Path) -> None:
+    assert "pip install" in (site / "index.html").read_text("utf-8")
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.xdist_group("site")
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_code_is_cut_off_on_a_desktop_and_none_widens_the_page_of_a_phone(
+    width: str, site: Path
+) -> None:
+    size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+    pages = sorted(site.glob("*/index.html")) + sorted(site.glob("reference/*/index.html"))
+    assert len(pages) > 15
+    with open_browser() as browser:
+        page = browser.new_page(viewport=size)
+        for path in (site / "index.html", *pages):
+            page.goto(path.as_uri(), wait_until="domcontentloaded")
+            assert not overflows(page), path
+            cut, hidden = page.evaluate(MEASURE_CODE)
+            assert hidden == 0, path  # what is wider than its box can be scrolled to
+            assert cut == 0 or size["width"] < 1280, path

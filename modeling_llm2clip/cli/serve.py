@@ -6,6 +6,7 @@ import ipaddress
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .._extras import LANCEDB, ONNX_RUNTIME, PAGE, SERVE, require
@@ -62,7 +63,7 @@ def serve(
         _warn_if_open(config.host, API_KEY_VARIABLE)
         service = EmbeddingService.open(model, config, index=index)
         app = create_app(service, page=_find_page() if page else None)
-        run_server(app, bound, config, on_start=lambda url: _report_start(service.model_name, url))
+        run_server(app, bound, config, on_start=partial(_report_start, service.model_name, page))
     return 0
 
 
@@ -83,5 +84,6 @@ def _warn_if_open(host: str, variable: str) -> None:
         )
 
 
-def _report_start(model_name: str, url: str) -> None:
-    print(f"Serving {model_name} on {url}; the API is described at {url}/docs.", flush=True)
+def _report_start(model_name: str, has_page: bool, url: str) -> None:
+    page = ", a page to open in a browser" if has_page else ""
+    print(f"Serving {model_name} on {url}{page}; the API is described at {url}/docs.", flush=True)

@@ -23,6 +23,7 @@ from urllib.parse import quote
 from PIL import Image, ImageDraw, ImageFont
 
 from ..image_loading_llm2clip import load_images
+from .hit_list import HITS_CSS, Hit, note_rank, write_hits
 from .search_results import SearchResult
 
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
@@ -34,18 +35,23 @@ _PAGE_SIDE = 320
 _GONE = "#dddddd"
 _GAP = 12
 _TEXT_WIDTH = 330
+_NOTHING_FOUND = "<p>No image was found.</p>"
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; }}
-section + section {{ border-top: 1px solid #ddd; }}
-h2 {{ font-size: 1.1rem; font-weight: 600; }}
-.found {{ display: flex; flex-wrap: wrap; gap: 1rem; padding-bottom: 1rem; }}
-figure {{ margin: 0; width: 320px; }}
-img {{ max-width: 100%; max-height: 320px; border-radius: 6px; }}
-figcaption {{ font-size: .8rem; color: #666; overflow-wrap: anywhere; }}
-</style></head><body><h1>{title}</h1><p>{note}</p>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.45 system-ui, sans-serif; margin: 0;
+  padding: 1.5rem clamp(1rem, 3vw, 3rem); color: #1f2328; background: #ffffff; }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #e6edf3; background: #0d1117; }} }}
+h1 {{ font-size: 1.4rem; margin: 0; }}
+h2 {{ font-size: 1.15rem; margin: 0 0 .75rem; overflow-wrap: anywhere; }}
+p {{ margin: .25rem 0; color: color-mix(in srgb, currentColor 74%, transparent); }}
+section {{ margin-top: 1.5rem; padding-top: 1.25rem;
+  border-top: 1px solid color-mix(in srgb, currentColor 15%, transparent); }}
+.query {{ max-width: 16rem; margin-bottom: 1.25rem; }}
+{hits_css}</style></head><body><main><h1>{title}</h1><p>{note}</p>
 {rows}
-</body></html>
+</main></body></html>
 """
 
 
@@ -63,7 +69,9 @@ def write_results_page(
         note: Text below the heading.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
-    page = _PAGE.format(title=html.escape(title), note=html.escape(note), rows=rows)
+    page = _PAGE.format(
+        title=html.escape(title), note=html.escape(note), rows=rows, hits_css=HITS_CSS
+    )
     path.write_text(page, encoding="utf-8", errors="replace")  # a path may not be Unicode
 
 
@@ -161,23 +169,20 @@ def _draw_letter(font: _Font, letter: str) -> tuple[tuple[int, int], bytes]:
 
 
 def _write_section(result: SearchResult, folder: Path) -> str:
-    query = ""
+    heading = f"<h2>{html.escape(result.query)}</h2>"
     if result.query_image is not None:
-        query = f'<div class="query">{_write_figure(result.query_image, "query", folder)}</div>'
-    figures = "".join(
-        _write_figure(image, f"{rank}. {cosine:.3f}", folder)
+        shown = write_hits([_make_hit(result.query_image, "Query", folder)])
+        heading += f'<div class="query">{shown}</div>'
+    hits = [
+        _make_hit(image, note_rank(rank, cosine), folder)
         for rank, (image, cosine) in enumerate(result.hits, start=1)
-    )
-    heading = html.escape(result.query)
-    return f'<section><h2>{heading}</h2>{query}<div class="found">{figures}</div></section>'
+    ]
+    return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
 
 
-def _write_figure(image: Path, caption: str, folder: Path) -> str:
-    address, shown = html.escape(_find_address(image, folder)), html.escape(str(image))
-    return (
-        f'<figure><a href="{address}"><img alt="{shown}" src="{_inline(image)}"></a>'
-        f'<figcaption>{caption} <a href="{address}">{shown}</a></figcaption></figure>'
-    )
+def _make_hit(image: Path, note: str, folder: Path) -> Hit:
+    note += "" if image.exists() else " no longer there"
+    return Hit(path=str(image), image=_inline(image), link=_find_address(image, folder), note=note)
 
 
 def _find_address(file: Path, folder: Path) -> str:

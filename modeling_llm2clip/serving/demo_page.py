@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 # Gradio reads these when it is imported; with analytics it would look up hosts elsewhere.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -22,6 +23,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.routing import Match, Mount
 
+from ..search.hit_list import HITS_CSS, Hit, note_rank, write_hits
 from ..search.search_results import SearchResult
 from .errors import RequestError
 from .service import EmbeddingService, Input
@@ -38,12 +40,23 @@ _THUMBNAILS = "thumbnails"
 _RUNNING, _WAITING = 16, 64  # requests of the page
 _CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
 _TEMPLATE = "a photo of a {}"
-# The hits have as many columns as fit, and no scroll bar of its own.
-_CSS = """
-footer { display: none !important; }
-#hits .grid-wrap { overflow: visible; max-height: none; height: auto; }
-#hits .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr)); }
-#hits .caption-label { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+_BEFORE_SEARCH = (
+    "Write what to look for, or drop an image: the images that fit best are shown here."
+)
+# On a phone the hits follow the text and its button, so the box for an image is low there.
+_CSS = f"""{HITS_CSS}
+footer {{ display: none !important; }}
+#heading h1 {{ margin: 0; }}
+#heading p {{ margin: 0.25rem 0 0; overflow-wrap: anywhere; }}
+#hits .html-container, #hits {{ padding: 0; }}
+#hits-note .wrap:has(.error) {{ display: none; }}  /* it is told at the top of the window */
+@media (max-width: 640px) {{
+  .gradio-container main {{ padding: 1rem !important; }}
+  #query-image, #image {{ height: 9rem !important; }}
+  #query-image:not(:has(img)), #image:not(:has(img)) {{ height: 5rem !important; }}
+  #query-image .source-selection, #image .source-selection, #query-image .icon-wrap,
+    #image .icon-wrap {{ display: none; }}
+}}
 """
 _API = """
 - [Every route](docs), to try with examples
@@ -76,7 +89,7 @@ class DemoPage:
 
     async def search(
         self, text: str | None, image: str | None, top_k: float | None, where: str | None
-    ) -> tuple[list[tuple[str, str]], str]:
+    ) -> tuple[str, str]:
         """Find images by a text, an image, or both by the mean of their embeddings.
 
         Args:
@@ -86,7 +99,7 @@ class DemoPage:
             where: Filter; blank or None for none.
 
         Returns:
-            File of a small copy and caption of each hit, best first; and a line on them.
+            The hits in HTML, best first; and a line on them.
 
         Raises:
             gr.Error: There is nothing to look for, or the service refuses it.
@@ -102,7 +115,7 @@ class DemoPage:
 
     async def _search(
         self, query: list[Input], *, top_k: int, where: str | None
-    ) -> tuple[list[tuple[str, str]], str]:
+    ) -> tuple[str, str]:
         found = await self.service.search([query], top_k=top_k, where=where)
         return await asyncio.to_thread(self._list_hits, found.results[0])
 
@@ -116,20 +129,23 @@ class DemoPage:
         except (RequestError, ValueError) as error:
             raise _show(str(error)) from error
 
-    def _list_hits(self, result: SearchResult) -> tuple[list[tuple[str, str]], str]:
-        shown, num_gone = [], 0
+    def _list_hits(self, result: SearchResult) -> tuple[str, str]:
+        shown: list[Hit] = []
+        num_gone = 0
         ranked = zip(result.hits, result.columns, strict=True)
         for rank, ((path, cosine), columns) in enumerate(ranked, start=1):
             file = self.thumbnails.find(path, columns["sha256"])
             if file is None:
                 num_gone += 1
             else:
-                shown.append((str(file), f"{rank}. {cosine:.3f}  {columns['path']}"))
+                address = f"gradio_api/file={quote(file.as_posix())}"
+                note = note_rank(rank, cosine)
+                shown.append(Hit(columns["path"], image=address, link=address, note=note))
         assert self.service.index is not None
-        note = f"{len(result.hits)} of {len(self.service.index):,} images, the best first."
+        summary = f"{len(result.hits)} of {len(self.service.index):,} images, the best first."
         if num_gone:
-            note += f" {num_gone} cannot be shown: moved or changed since they were indexed."
-        return shown, note
+            summary += f" {num_gone} cannot be shown: moved or changed since they were indexed."
+        return write_hits(shown), summary
 
     async def classify(
         self, image: str | None, labels: str | None, template: str | None
@@ -175,7 +191,7 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
         app,
         page,
         path="/",
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=_make_theme(),
         css=_CSS,
         footer_links=[],
         max_file_size=int(service.config.max_image_mb * 1e6),
@@ -264,11 +280,27 @@ def _show(message: str) -> gr.Error:
     return gr.Error(html.escape(message), duration=None, print_exception=False)
 
 
+def _make_theme() -> gr.themes.Base:
+    """The theme, with fonts of the system and colors that can be read: 4.5 to 1 at least."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return theme.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        color_accent="*primary_600",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
+
+
 def _build_page(page: DemoPage) -> gr.Blocks:
     service = page.service
     blocks = gr.Blocks(title="LLM2CLIP", delete_cache=(_CLEANED_EVERY_S, _KEPT_S))
     with blocks:
-        gr.Markdown(f"# LLM2CLIP\n{_escape(service.model_name)}")
+        gr.Markdown(f"# LLM2CLIP\n\n{_describe(service)}", elem_id="heading")
         if service.index is not None:
             with gr.Tab("Search", id="search"):
                 _add_search(page)
@@ -284,6 +316,16 @@ def _build_page(page: DemoPage) -> gr.Blocks:
     return blocks
 
 
+def _describe(service: EmbeddingService) -> str:
+    """Name the model, what it was trained on, and how many images are searched."""
+    parts = [f"**{_escape(service.model_name)}**"]
+    if service.training_data:
+        parts.append(f"trained on {_escape(', '.join(service.training_data))}")
+    if service.index is not None:
+        parts.append(f"{len(service.index):,} images to search")
+    return " · ".join(parts)
+
+
 def _add_search(page: DemoPage) -> None:
     index = page.service.index
     assert index is not None
@@ -292,7 +334,8 @@ def _add_search(page: DemoPage) -> None:
             text = gr.Textbox(
                 label="What to look for", placeholder="two red apples", elem_id="query"
             )
-            image = _make_image("An image like it", height=220, elem_id="query-image")
+            button = gr.Button("Search", variant="primary", elem_id="search-button")
+            image = _make_image("Or an image like it", height=200, elem_id="query-image")
             with gr.Accordion("More", open=False):
                 top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
                 where = gr.Textbox(
@@ -301,23 +344,16 @@ def _add_search(page: DemoPage) -> None:
                     info=f"Comparisons of {', '.join(index.columns)}",
                     elem_id="filter",
                 )
-            button = gr.Button("Search", variant="primary", elem_id="search-button")
         with gr.Column(scale=3, min_width=280):
-            hits = gr.Gallery(
-                label="Best first",
-                height="auto",
-                object_fit="contain",
-                interactive=False,
-                buttons=[],
-                elem_id="hits",
-            )
-            note = gr.Markdown(f"{len(index):,} images", elem_id="hits-note")
+            note = gr.Markdown(_BEFORE_SEARCH, elem_id="hits-note")
+            hits = gr.HTML(elem_id="hits", apply_default_css=False, js_on_load=None)
     gr.on(
         [button.click, text.submit, image.upload],
         page.search,
         [text, image, top_k, where],
         [hits, note],
         api_name=False,
+        show_progress_on=note,
     )
 
 
@@ -356,6 +392,7 @@ def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
         label=label,
         type="filepath",
         sources=["upload", "clipboard"],
+        placeholder="Drop an image here, or choose one",
         height=height,
         elem_id=elem_id,
     )

@@ -24,6 +24,8 @@ from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import get_image_limits, load_images
+from ..model_folders.model_card_data import read_card_data
+from ..model_folders.model_folder import find_model_folder
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
@@ -60,6 +62,7 @@ class EmbeddingService:
         config: Limits, and how inputs are batched.
         model_name: What requests and responses call the model.
         index: Images to search, of the same model.
+        training_data: Names of the datasets that the model was trained on.
         on_batch: Called after each batch, in the thread that runs the model.
 
     Examples:
@@ -79,6 +82,7 @@ class EmbeddingService:
         *,
         model_name: str,
         index: ImageIndex | None = None,
+        training_data: Sequence[str] = (),
         on_batch: OnBatch | None = None,
     ) -> None:
         self.encoder = encoder
@@ -86,6 +90,7 @@ class EmbeddingService:
         self._limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
         self.model_name = model_name
         self.index = index
+        self.training_data = tuple(training_data)
         self.on_batch = on_batch
         lanes = {
             "text": Lane("text", encoder.encode_texts, config.token_budget or encoder.token_budget),
@@ -126,6 +131,7 @@ class EmbeddingService:
             config,
             model_name=config.model_name or Path(model).resolve().name,
             index=None if index is None else _open_index(index, source),
+            training_data=_read_training_data(source),
         )
 
     @property
@@ -495,6 +501,10 @@ def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
     loaded, processor = load_model(model, device=config.device)
     require_trained(loaded, purpose="serving", source=model)
     return ModelEncoder(loaded, processor)
+
+
+def _read_training_data(model: str | Path) -> tuple[str, ...]:
+    return read_card_data(find_model_folder(model, only=["README.md"])).training_data
 
 
 def _open_index(index: str, model: str | Path) -> ImageIndex:

@@ -15,7 +15,12 @@ import pytest
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
 )
-WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
+WIDTHS = {
+    "phone": (390, 844),
+    "tablet": (768, 1024),
+    "desktop": (1280, 800),
+    "wide": (1920, 1080),
+}
 WAIT_MS = 30_000  # decides nothing but how long a failure takes
 
 needs_browser = pytest.mark.skipif(
@@ -36,6 +41,40 @@ _DROP = """
 """
 
 
+# Of a list of hits: how far it is from filling its place, and the captions that overlap an image.
+_MEASURE_HITS = """
+(list) => {
+    const box = (element) => element.getBoundingClientRect();
+    const entries = [...list.querySelectorAll("li")].map(box);
+    const images = [...list.querySelectorAll("img")].map(box);
+    const overlap = (a, b) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5 &&
+        Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.5;
+    const captions = [...list.querySelectorAll(".caption, .caption *")];
+    return {
+        top: entries[0].top,
+        unused: box(list.parentElement).right - Math.max(...entries.map((entry) => entry.right)),
+        covering: captions.filter((one) => images.some((image) => overlap(box(one), image))).length,
+        narrow: images.filter((image) => image.width < 100).length,
+    };
+}
+"""
+
+
+def measure_hits(page: Any) -> dict[str, float]:
+    """Measure the first list of hits of a page.
+
+    Args:
+        page: The page of Playwright.
+
+    Returns:
+        `top` of the first hit in the window, `unused` pixels at the right of the list's place,
+        `covering` captions, which overlap an image, and `narrow` images.
+    """
+    found: dict[str, float] = page.locator(".hits").first.evaluate(_MEASURE_HITS)
+    return found
+
+
 @contextmanager
 def open_browser() -> Iterator[Any]:
     """Start the browser."""
@@ -54,6 +93,7 @@ class Visit:
 
     Attributes:
         page: The page of Playwright.
+        height: Height of the window.
         outside: Addresses of other machines that were asked for.
         errors: Errors of scripts.
     """
@@ -66,6 +106,7 @@ class Visit:
         self.page.set_default_timeout(WAIT_MS)
         self.outside: list[str] = []
         self.errors: list[str] = []
+        self.height = size["height"]
         self.page.on("request", self._note_request)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url, wait_until="domcontentloaded")
@@ -112,7 +153,12 @@ class Visit:
 
     def overflows(self) -> bool:
         """Whether the page is wider than the window."""
-        wide: bool = self.page.evaluate(
-            "document.documentElement.scrollWidth > document.documentElement.clientWidth"
-        )
-        return wide
+        return overflows(self.page)
+
+
+def overflows(page: Any) -> bool:
+    """Whether a page is wider than its window."""
+    wide: bool = page.evaluate(
+        "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    )
+    return wide

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from browsing import WIDTHS, measure_hits, needs_browser, open_browser, overflows
 from indexes import build, save_model
 from PIL import Image, features
 from shared_models import ROUNDING, shared_model
@@ -27,10 +28,30 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.search import results_page
 from modeling_llm2clip.search.image_files import list_images
-from modeling_llm2clip.search.results_page import write_results_sheet
+from modeling_llm2clip.search.results_page import write_results_page, write_results_sheet
 from modeling_llm2clip.search.search_results import SearchResult, rank_images
 
 SENTENCES = ["a dog", 'a "red", ripe apple']
+# Contrast of an element's color with the page's, as WCAG 2 defines it.
+CONTRAST = """
+(element) => {
+    const draw = (color) => {
+        const context = document.createElement("canvas").getContext("2d");
+        context.fillStyle = getComputedStyle(document.body).backgroundColor;
+        context.fillRect(0, 0, 1, 1);
+        context.fillStyle = color;
+        context.fillRect(0, 0, 1, 1);
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => {
+            const share = value / 255;
+            return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+        });
+    };
+    const luminance = ([red, green, blue]) => 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    const [low, high] = [getComputedStyle(element).color, "transparent"]
+        .map((color) => luminance(draw(color))).sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+}
+"""
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -71,7 +92,7 @@ def test_the_command_prints_and_draws_what_it_found(
         assert all(Path(path).is_file() for path in paths)
     with Image.open(output / "search.png") as sheet:
         assert sheet.width > 3 * 160
-    assert (output / "search.html").read_text().count("<figure>") == 6
+    assert (output / "search.html").read_text().count("<li>") == 6
 
 
 def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
@@ -151,7 +172,9 @@ def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
     flags = ["--output", str(tmp_path / "found"), *(["--where", where] if where else [])]
     assert main(["search", str(tmp_path / "index"), "a dog", *flags]) == 0
     page = (tmp_path / "found" / "search.html").read_text(encoding="utf-8")
-    assert page.count("<figure>") == (0 if where else 4)
+    assert page.count("<li>") == (0 if where else 4)
+    assert ("No image was found." in page) == (where is not None)
+    assert page.count("no longer there") == (0 if where else 1)
     gone = "1 of the images found are no longer there:" in capsys.readouterr().err
     assert gone == (where is None)
 
@@ -236,20 +259,54 @@ def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
     flags = ["--output", str(output), "--image", query]
     assert main(["search", index, "<a dog>", *flags]) == 0
     page = (output / "search.html").read_text(encoding="utf-8")
-    figures = re.findall(r"<figure>.*?</figure>", page)
-    assert len(figures) == 4 + 1 + 4  # two queries, one of them an image that is shown itself
+    entries = re.findall(r"<li>.*?</li>", page)
+    assert len(entries) == 4 + 1 + 4  # two queries, one of them an image that is shown itself
     paths = {str(path) for path in images.iterdir()}
-    for figure in figures:
-        address, shown = re.findall(r'<a href="([^"]+)">([^<]+)</a></figcaption>', figure)[0]
+    for entry in entries:
+        address, shown = re.findall(r'<a href="([^"]+)" target="_blank" title="([^"]+)">', entry)[0]
         assert html.unescape(shown) in paths
+        assert html.unescape(re.sub("<[^>]+>", "", entry)).endswith(f" {html.unescape(shown)}")
         linked = output / unquote(html.unescape(address))
         assert not Path(html.unescape(address)).is_absolute()
         assert linked.resolve() == Path(html.unescape(shown)).resolve()
-        assert figure.count(f'href="{address}"') == 2  # the image is a link as well
-        (encoded,) = re.findall(r"base64,([^\"]+)", figure)
+        assert entry.index("<a ") < entry.index("<img ")  # the image is a link as well
+        (encoded,) = re.findall(r"base64,([^\"]+)", entry)
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
             assert image.size == (320, 256)
     assert "&lt;a dog&gt;" in page
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_filled_by_images_and_readable_paths_at_every_width(
+    width: str, scheme: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "archive of scans" / "originals" / "写真"
+    folder.mkdir(parents=True)
+    files = [folder / name for name in (f"{'long_' * 40}.png", "a.png", *map(str, range(10)))]
+    for number, file in enumerate(files):
+        draw_noise(60 + 30 * number, 200, seed=number).save(file, format="PNG")
+    found = [(file, 0.5) for file in files]
+    results = [SearchResult("two dogs " * 40, found), SearchResult("犬", found, files[0])]
+    write_results_page(results, tmp_path / "search.html", title="a", note="b")
+    size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+    with open_browser() as browser:
+        page = browser.new_page(viewport=size, color_scheme=scheme)
+        page.goto((tmp_path / "search.html").as_uri())
+        measured = measure_hits(page)
+        assert measured["covering"] == measured["narrow"] == 0
+        assert abs(measured["unused"]) < 1  # a pixel is rounded
+        assert not overflows(page)
+        for selector in ("h2", "p", ".hits .rank", ".hits .cosine", ".hits .folder", ".hits .name"):
+            assert page.locator(selector).first.evaluate(CONTRAST) >= 4.5, selector  # WCAG AA
+        # One stop of the keyboard per image, which is named by its rank, cosine and whole path.
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.title") == str(files[0])
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineWidth") != "0px"
+        name = re.compile(f"1. 0.500 {re.escape(str(folder))}/ ?{files[0].name}")
+        assert page.get_by_role("link", name=name).count() == 2
 
 
 def write_unread(folder: Path) -> None:
