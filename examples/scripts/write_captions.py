@@ -101,7 +101,7 @@ def read_names(captions: Path) -> set[str]:
 
 
 def ask_model(arguments: argparse.Namespace, names: list[str]) -> Found:
-    """Have a model describe each image; an answer that was cut off is no caption."""
+    """Have a model describe each image; a truncated answer is not taken as a caption."""
     captioner = Captioner(arguments)
     for name in tqdm(names, unit=" images", disable=None):
         try:
@@ -109,9 +109,9 @@ def ask_model(arguments: argparse.Namespace, names: list[str]) -> Found:
         except ValueError as error:
             yield name, None, str(error)
             continue
-        caption, is_cut_off = captioner(image)
-        if is_cut_off:
-            yield name, None, f"cut off by --max-new-tokens: {caption[:60]} …"
+        caption, is_truncated = captioner(image)
+        if is_truncated:
+            yield name, None, f"truncated by --max-new-tokens: {caption[:60]} …"
         elif not caption:
             yield name, None, "the model wrote nothing"
         else:
@@ -132,7 +132,7 @@ class Captioner:
 
     @torch.inference_mode()
     def __call__(self, image: Any) -> tuple[str, bool]:
-        """Return the answer about an image, and whether it was cut off."""
+        """Return the answer about an image, and whether it was truncated."""
         inputs = self.prepare(image).to(self.model.device, self.model.dtype)
         ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)[0]
         new_ids = ids[inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :]

@@ -91,7 +91,7 @@ def test_a_model_captions_what_has_no_line_and_continues(tmp_path: Path) -> None
     (images / "captions.jsonl").write_text(json.dumps(line) + "\n", "utf-8")
     done = write_captions("model", images, captioner, "--max-new-tokens", "2")
     assert done.returncode == 1, done.stderr
-    assert "b/c.png: cut off by --max-new-tokens: " in done.stderr
+    assert "b/c.png: truncated by --max-new-tokens: " in done.stderr
     assert "broken.png" in done.stderr and "2 images have no caption" in done.stderr
     assert read_captions(images) == {"a.png": "a cat"}
     (images / "broken.png").unlink()
@@ -107,7 +107,7 @@ def test_a_captioner_without_a_chat_template_gets_the_image_alone(tmp_path: Path
     images = save_images(tmp_path / "images", "a.png")
     done = write_captions("model", images, save_blip(tmp_path), "--max-new-tokens", "4")
     # A random BLIP never ends its caption, and takes no generation config to end it.
-    assert done.returncode == 1 and "a.png: cut off by --max-new-tokens: " in done.stderr
+    assert done.returncode == 1 and "a.png: truncated by --max-new-tokens: " in done.stderr
 
 
 def test_alt_texts_are_found_by_file_name_and_others_are_named(tmp_path: Path) -> None:
