@@ -212,9 +212,9 @@ def _render_training_set_size(report: dict[str, Any]) -> str:
         f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
     )
     note = (
-        f"R@1, the mean of both directions, among images that were set aside: {counts}. Means of "
-        f"{len(splits)} splits, with the lowest and the highest; a tenth of the images to train "
-        f"on chooses the weights. {report['hardware']}; commit {report['commit']}."
+        f"R@1, the mean of both directions, among images that were set aside: {counts}. Splits: "
+        f"{len(splits)}; mean, lowest and highest. A tenth of the images to train on chooses the "
+        f"weights. {report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
 
