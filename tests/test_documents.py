@@ -34,7 +34,8 @@ COMMANDS = ('pip install -e ".[demo]" && llm2clip demo', 'pip install -e ".[test
 # Folders that a reader makes (`model/` is what the demo writes), and Hub ids; the snippets find a
 # tiny stand-in under each name, because transformers prefers a folder to the Hub.
 MADE_BY_READERS = (
-    "llm2clip-demo", "model", "my-model", "my-images", "tuned", "aligned", "fine-tuned", "found", ".venv",
+    "llm2clip-demo", "model", "my-model", "my-images", "tuned", "aligned", "fine-tuned", ".venv",
+    "found",
 )  # fmt: skip
 VISION_ID = "openai/clip-vit-large-patch14-336"
 HUB_OWNERS = ("microsoft", "meta-llama")  # what follows is a Hub id, not a path

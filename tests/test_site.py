@@ -47,7 +47,8 @@ MADE_BY_READERS = (
     "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
     "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
     "<name>", "site", "onnx", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
-    "texts.csv", "texts.jsonl", "texts.parquet", "Qwen", "google", "swiss-ai", "timm", ".agents", "found",
+    "texts.csv", "texts.jsonl", "texts.parquet", "Qwen", "google", "swiss-ai", "timm",
+    ".agents", "found",
 )  # fmt: skip
 # Files that the how-tos write.
 NEW_FILES = {
