@@ -56,7 +56,8 @@ MADE_BY_READERS = (
     "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
     "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
     "<name>", "site", "onnx", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
-    "texts.csv", "texts.jsonl", "texts.parquet",
+    "texts.csv", "texts.jsonl", "texts.parquet", "Qwen", "google", "swiss-ai", "timm",
+    ".agents", "found",
 )  # fmt: skip
 # Files that the how-tos write.
 NEW_FILES = {
@@ -414,3 +415,15 @@ def test_no_code_is_cut_off_on_a_desktop_and_none_widens_the_page_of_a_phone(
             cut, hidden = page.evaluate(MEASURE_CODE)
             assert hidden == 0, path  # what is wider than its box can be scrolled to
             assert cut == 0 or size["width"] < 1280, path
+
+
+
+def test_the_skill_for_coding_agents_is_one_that_agents_find() -> None:
+    # The rules of the Agent Skills format: agents see name and description before they open it.
+    file = DOCS / "skills" / "llm2clip" / "SKILL.md"
+    _, front, body = file.read_text("utf-8").split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["name"] == file.parent.name and re.fullmatch("[a-z0-9-]{1,64}", fields["name"])
+    assert 100 < len(fields["description"]) <= 1024
+    # Copied alone into a project, it must stand without the pages beside it.
+    assert "](" not in body and len(body.splitlines()) < 120

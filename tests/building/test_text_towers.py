@@ -14,6 +14,7 @@ from breaking import drop_weights
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,6 +27,7 @@ from transformers import (
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.text_towers import load_text_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 # Names of a llama's weights in a GGUF file; its specification is ggml/docs/gguf.md.
@@ -298,3 +300,25 @@ def test_an_llm_may_state_no_end_another_special_token_or_several(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*came with the LLM")
         load_text_tower(folder)
+
+
+def test_an_embedder_that_pools_its_last_token_keeps_its_embeddings() -> None:
+    # As Qwen3-Embedding: causal, and its tokenizer ends each text with a token of its own.
+    tokenizer, embedder = tiny_tokenizer(begins=False), tiny_llm("qwen3").eval()
+    end = "<|end|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))]
+    )
+    captions = ["a dog sits on a mat", "two red apples"]
+    with torch.no_grad():
+        states = [
+            embedder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+            for text in captions
+        ]
+    arguments = BuildConfig(
+        prompt="none", bidirectional=False, text_pooling="last_token", max_text_length=32
+    )
+    model, processor = join_towers(tiny_vision(), (embedder, tokenizer), arguments)
+    found = encode_texts(model, processor, captions, project=False)
+    # Packing computes the same sums in another order.
+    assert torch.allclose(found, torch.stack(states), atol=1e-5)

@@ -58,7 +58,7 @@ def test_a_missing_model_says_what_to_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = list_code(path)[0].source
+    first = next(c.source for c in list_code(path) if "find_demo_model" in c.source)
     for missing in ("", str(tmp_path / "model")):
         monkeypatch.setenv("LLM2CLIP_MODEL", missing)
         with pytest.raises(FileNotFoundError, match="Run `llm2clip demo` at the root"):

@@ -1,0 +1,192 @@
+"""R@1 by number of training images: README's `align` on parts of captioned images.
+
+    python benchmarks/training_set_size.py openclipart=FOLDER photographs=FOLDER --work WORK
+
+Each FOLDER is a dataset as the README describes it; its English captions are used. A fifth of the
+things shown, at most 300, is set aside as in `first_run.py`, and the rest is trained on in parts
+that contain each other: 100 images, 200, and so on. `--num-splits` repeats this with other images
+set aside. The demo's towers run once over each dataset: `--work` keeps the model and the embedding
+stores, so that a second call trains at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from first_run import MOST_TEST_IMAGES, score
+from provenance import describe_processor, read_commit
+from torch import Tensor
+
+from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_records
+from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.training.extraction.caption_extraction import list_caption_items
+from modeling_llm2clip.training.extraction.image_extraction import list_image_items
+
+SIZES = (100, 200, 400, 800, 1_600)
+LIST_ITEMS: dict[str, Callable[[RecordTable, Path], StoreItems]] = {
+    "text": list_caption_items,
+    "image": list_image_items,
+}
+
+
+def main() -> None:
+    """Measure every dataset, and write what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--num-splits", type=int, default=5)
+    parser.add_argument("--work", type=Path, required=True, help="keeps the model and the stores")
+    output = Path(__file__).parent / "results" / "training_set_size.json"
+    parser.add_argument("--output", type=Path, default=output)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    model = arguments.work / "model"
+    if not model.exists():
+        build_model("embedded", "embedded", model)
+    datasets = {
+        name: Dataset.prepare(name, Path(folder), model, arguments.work)
+        for name, _, folder in (text.partition("=") for text in arguments.data)
+    }
+    measured: dict[str, Any] = {}
+    for split in range(arguments.num_splits):
+        for name, dataset in datasets.items():
+            found = measured.setdefault(name, {**dataset.describe(), "runs": []})
+            found["runs"] += dataset.measure(model, split)
+        arguments.output.write_text(json.dumps(make_record(measured), indent=2) + "\n", "utf-8")
+
+
+def make_record(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what is written, after each split."""
+    return {
+        "commit": read_commit(),
+        "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "modeling_llm2clip")},
+        },
+        "datasets": measured,
+    }
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Captioned images with the stored embeddings of both towers, by modality."""
+
+    name: str
+    records: RecordTable
+    stores: dict[str, EmbeddingStore]
+
+    @classmethod
+    def prepare(cls, name: str, source: Path, model: Path, work: Path) -> Dataset:
+        """Read a dataset, and extract both stores where that is not done."""
+        records = RecordTable.from_records(r for r in load_records(source) if r.lang == "en")
+        texts = extract(model, records, work / f"{name}-text", modality="text")
+        images = extract(model, records, work / f"{name}-image", modality="image")
+        stores = {"text": EmbeddingStore.open(texts), "image": EmbeddingStore.open(images)}
+        return cls(name, records, stores)
+
+    def describe(self) -> dict[str, Any]:
+        """Return how many images are set aside, and the R@1 of a random order."""
+        test, _ = split_things(self.records, seed=0)
+        return {"num_test_images": len(test), "chance_r1": 1 / len(test)}
+
+    def measure(self, model: Path, split: int) -> list[dict[str, Any]]:
+        """Train on parts, and find the images that were set aside.
+
+        Returns:
+            By size `split`, `num_images`, `seconds`, and the scores of `first_run.score`.
+        """
+        test, training = split_things(self.records, seed=split)
+        embeds = tuple(read_first(store, test) for store in self.stores.values())
+        runs = []
+        for size in (size for size in SIZES if size <= len(training)):
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory() as scratch:
+                aligned = train(model, self.records, training[:size], self.stores, Path(scratch))
+                scores = score(aligned, list(self.records.select(test)), embeds)
+            seconds = round(time.monotonic() - started, 1)
+            runs.append({"split": split, "num_images": size, "seconds": seconds, **scores})
+            print(self.name, runs[-1], flush=True)
+        return runs
+
+
+def split_things(records: RecordTable, *, seed: int) -> tuple[list[int], list[int]]:
+    """Return one record of each thing that is set aside, and of each one to train on, shuffled."""
+    first_of_group: dict[str, int] = {}
+    for number, record in enumerate(records):
+        first_of_group.setdefault(record.group_id or record.name, number)
+    shuffled = [first_of_group[group_id] for group_id in sorted(first_of_group)]
+    random.Random(seed).shuffle(shuffled)
+    num_test = min(MOST_TEST_IMAGES, len(shuffled) // 5)
+    return shuffled[:num_test], shuffled[num_test:]
+
+
+def train(
+    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+) -> Path:
+    """Align with the defaults, on some records and their stored embeddings."""
+    rows = np.array(sorted(part))
+    chosen = records.select(rows)
+    captions, images = (
+        copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
+        for modality, store in stores.items()
+    )
+    return align(model, chosen, to / "aligned", caption_store=captions, image_store=images)
+
+
+def copy_rows(
+    store: EmbeddingStore,
+    items: np.ndarray[Any, Any],
+    records: RecordTable,
+    list_items: Callable[[RecordTable, Path], StoreItems],
+    folder: Path,
+) -> Path:
+    """Write the store that `extract` would write of some items, from the embeddings of all."""
+    plan = {**store.manifest.plan, "data": hash_texts(records)}
+    if "images" in plan:
+        plan["images"] = hash_image_sizes(records)
+    begun = replace(store.manifest, complete=False, shards=(), counts={}, plan=plan)
+    writer = EmbeddingStoreWriter.open(folder, begun, lambda scratch: list_items(records, scratch))
+    embeds = store.read(find_rows(writer, store, items))
+    for shard in range(writer.manifest.num_shards):
+        place = writer.manifest.rows_of_shard(shard)
+        with writer.open_shard(shard, [np.arange(len(place))]) as written:
+            written.write(embeds[place.start : place.stop])
+            written.seal()
+    writer.finish()
+    return folder
+
+
+def find_rows(
+    writer: EmbeddingStoreWriter, store: EmbeddingStore, items: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Return the row in the whole store of each row of a part of it."""
+    part = EmbeddingStore(writer.folder, writer.manifest)
+    rows = np.empty(part.manifest.num_rows, np.int64)
+    for number, item in enumerate(items.tolist()):
+        for long in (False, True):
+            rows[part.rows_of(number, long=long)] = store.rows_of(item, long=long)
+    return rows
+
+
+def read_first(store: EmbeddingStore, items: list[int]) -> Tensor:
+    """Embeddings of the first caption, or of the image, of each item."""
+    numbers = np.array(items)
+    return store.read(store.rows_at(numbers, np.zeros_like(numbers)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Parts of a dataset are split by what is shown, and their stores are those of an extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from aligning import prepare
+
+from benchmarks.render_tables import _render_training_set_size
+from modeling_llm2clip import EmbeddingStore, align, extract
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import Modality
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield
+
+
+def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_path: Path) -> None:
+    import training_set_size as script
+
+    made = prepare(tmp_path)
+    records = RecordTable.from_records(made.records)
+    rows = np.arange(1, len(records), 2)
+    part = records.select(rows)
+    copies = {}
+    exact = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
+    sources: dict[Modality, EmbeddingStore]
+    sources = {"text": made.caption_store, "image": made.image_store}
+    for modality, store in sources.items():
+        copies[modality] = script.copy_rows(
+            store, rows, part, script.LIST_ITEMS[modality], tmp_path / f"part-{modality}"
+        )
+        copy = EmbeddingStore.open(copies[modality], check="full")
+        again = tmp_path / f"wanted-{modality}"
+        wanted = EmbeddingStore.open(extract(made.model, part, again, exact, modality=modality))
+        assert list(copy.names) == list(wanted.names) == [record.name for record in part]
+        numbers = range(copy.manifest.num_rows)
+        # Other batches round otherwise in float32.
+        assert torch.allclose(copy.read(numbers), wanted.read(numbers), atol=1e-5)
+    config = AlignConfig(max_steps=2, device="cpu", held_out_ratio=0.0)
+    folder = align(
+        made.model, part, tmp_path / "aligned", config,
+        caption_store=copies["text"], image_store=copies["image"],
+    )  # fmt: skip
+    assert (folder / "config.json").is_file()
+
+
+def test_no_thing_is_on_both_sides_and_splits_differ(tmp_path: Path) -> None:
+    import training_set_size as script
+
+    records = RecordTable.from_records(prepare(tmp_path).records)
+    group_ids = [record.group_id for record in records]
+    splits = [script.split_things(records, seed=seed) for seed in (0, 1)]
+    for test, training in splits:
+        chosen = [group_ids[number] for number in [*test, *training]]
+        assert len(test) == len(set(group_ids)) // 5
+        assert sorted(chosen) == sorted(set(group_ids))
+    assert splits[0] != splits[1]
+
+
+def test_a_row_has_mean_and_range_and_a_dash_where_there_were_too_few_images() -> None:
+    def make_run(split: int, num_images: int, r1: float) -> dict[str, Any]:
+        return {"split": split, "num_images": num_images, "r1": r1}
+
+    few = [make_run(0, 100, 0.2), make_run(1, 100, 0.3)]
+    report = {
+        "hardware": "a machine", "commit": "abc",
+        "datasets": {
+            "few": {"num_test_images": 20, "chance_r1": 0.05, "runs": few},
+            "many": {"num_test_images": 50, "chance_r1": 0.02,
+                     "runs": [make_run(0, 100, 0.1), make_run(0, 200, 0.4)]},
+        },
+    }  # fmt: skip
+    shown = _render_training_set_size(report)
+    assert "| 100 | 25.0 % (20.0 to 30.0) | 10.0 % (10.0 to 10.0) |" in shown
+    assert "| 200 | – | 40.0 % (40.0 to 40.0) |" in shown
+    assert "| chance | 5.0 % | 2.0 % |" in shown and "20 few, 50 many" in shown

@@ -1,0 +1,136 @@
+"""The script that captions images: by a tiny model, by alt texts, by file names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llava_parts import build, save_parts
+from tiny import tiny_images, tiny_tokenizer
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    set_seed,
+)
+
+from modeling_llm2clip import load_records
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "scripts" / "write_captions.py"
+pytestmark = pytest.mark.slow  # each is a process of its own
+
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def write_captions(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def save_images(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        tiny_images()[0].convert("RGB").save(folder / name)
+    return folder
+
+
+def read_captions(folder: Path) -> dict[str, str]:
+    return {record.name: record.captions[0] for record in load_records(folder)}
+
+
+def save_chat_model(folder: Path) -> Path:
+    """A random model that ends its answer after a few tokens."""
+    set_seed(0)
+    model, processor = build(save_parts(folder / "parts"))
+    processor.chat_template = processor.tokenizer.chat_template = CHAT
+    model.generation_config.eos_token_id = 2
+    # Ids of letters alone, and the end, which soon outweighs them.
+    model.generation_config.suppress_tokens = [*range(2), *range(3, 20)]
+    model.generation_config.exponential_decay_length_penalty = (4, 1e6)
+    return save_captioner(folder / "captioner", model, processor)
+
+
+def save_blip(folder: Path) -> Path:
+    set_seed(0)
+    tokenizer = tiny_tokenizer(begins=False)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "intermediate_size": 32}  # fmt: skip
+    ids = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    text = {**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    vision = {**size, "image_size": 32, "patch_size": 16}
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    return save_captioner(folder / "captioner", model, processor)
+
+
+def save_captioner(folder: Path, model: Any, processor: Any) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_captions_what_has_no_line_and_continues(tmp_path: Path) -> None:
+    captioner = save_chat_model(tmp_path)
+    images = save_images(tmp_path / "images", "a.png", "b/c.png")
+    (images / "broken.png").write_bytes(b"no image")
+    line = {"image": "a.png", "captions": ["a cat"]}
+    (images / "captions.jsonl").write_text(json.dumps(line) + "\n", "utf-8")
+    done = write_captions("model", images, captioner, "--max-new-tokens", "2")
+    assert done.returncode == 1, done.stderr
+    assert "b/c.png: truncated by --max-new-tokens: " in done.stderr
+    assert "broken.png" in done.stderr and "2 images have no caption" in done.stderr
+    assert read_captions(images) == {"a.png": "a cat"}
+    (images / "broken.png").unlink()
+    done = write_captions("model", images, captioner, "--max-new-tokens", "20")
+    assert done.returncode == 0, done.stderr
+    captions = read_captions(images)
+    assert captions.pop("a.png") == "a cat"
+    # Neither the prompt nor a special token is part of the caption.
+    assert "Describe" not in captions["b/c.png"] and "<|" not in captions["b/c.png"]
+
+
+def test_a_captioner_without_a_chat_template_gets_the_image_alone(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", "a.png")
+    done = write_captions("model", images, save_blip(tmp_path), "--max-new-tokens", "4")
+    # A random BLIP never ends its caption, and takes no generation config to end it.
+    assert done.returncode == 1 and "a.png: truncated by --max-new-tokens: " in done.stderr
+
+
+def test_alt_texts_are_found_by_file_name_and_others_are_named(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", "Ein Hund.png", "two.png", "none.png")
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<img src="/media/Ein%20Hund.png?w=300" alt=" A dog\n on a beach &amp; a ball ">'
+        '<img src="two.png" alt="one text"><img src="big/two.png" alt="another text">'
+        '<img src="none.png" alt="">',
+        encoding="utf-8",
+    )
+    done = write_captions("alt-texts", images, page)
+    assert done.returncode == 1
+    assert read_captions(images) == {"Ein Hund.png": "A dog on a beach & a ball"}
+    assert "none.png: the page has no alt text for it" in done.stderr
+    assert "two.png: several images or alt texts are of two.png" in done.stderr
+
+
+def test_file_names_are_split_into_words_and_those_of_cameras_are_none(tmp_path: Path) -> None:
+    images = save_images(
+        tmp_path / "images", "2019-07_red-Kite (3).png", "trip/IMG_0042.png", "DSC00017.png"
+    )
+    done = write_captions("file-names", images)
+    assert done.returncode == 1
+    assert read_captions(images) == {"2019-07_red-Kite (3).png": "red Kite"}
+    assert "trip/IMG_0042.png: its name has no words" in done.stderr
