@@ -137,15 +137,16 @@ class RecipePlan:
         left = [stage for stage in self.stages if stage.state != "finished"]
         seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
         num_bytes = sum(stage.num_bytes or 0 for stage in left)
-        is_open = any(stage.flops is None or stage.num_bytes is None for stage in left)
-        about = "more than" if is_open else "about"
+        is_open = any(stage.flops is None for stage in left)
+        time_left = "a time still unknown (?)" if is_open else f"about {show_seconds(seconds)}"
+        least = "at least " if any(stage.num_bytes is None for stage in left) else ""
         return (
             f"{self.num_images[0]:,} images to train on, {self.num_images[1]:,} to evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: {about} {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
-            "Estimated from the speed of a matrix product; loading, decoding of images and "
-            "evaluation come on top."
+            f"Left: {time_left} on {self.device} and {least}{show_bytes(num_bytes)}. "
+            "Estimated from the speed of a matrix product just now; loading, decoding of images "
+            "and evaluation come on top."
         )
 
     def _name(self, stage: PlannedStage) -> str:
