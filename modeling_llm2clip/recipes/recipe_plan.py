@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tabulate import tabulate
 
+from .._counted_nouns import counted
 from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
@@ -141,7 +142,8 @@ class RecipePlan:
         time_left = "a time still unknown (?)" if is_open else f"about {show_seconds(seconds)}"
         least = "at least " if any(stage.num_bytes is None for stage in left) else ""
         return (
-            f"{self.num_images[0]:,} images to train on, {self.num_images[1]:,} to evaluate on. "
+            f"{counted(self.num_images[0], 'image')} to train on, {self.num_images[1]:,} to "
+            "evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
             f"Left: {time_left} on {self.device} and {least}{show_bytes(num_bytes)}. "
@@ -317,7 +319,7 @@ class _Planner:
         state: State = "finished" if is_healthy else "to do"
         stages.append(PlannedStage("doctor", "every check", final, state))
         if self.test or config.eval_datasets:
-            held_out = [f"{_count_images(self.test):,} held-out images"] if self.test else []
+            held_out = [counted(_count_images(self.test), "held-out image")] if self.test else []
             size = ", ".join([*held_out, *config.eval_datasets])
             stages.append(PlannedStage("evaluate", size, paths.evaluation, "repeated"))
         return stages
@@ -349,7 +351,7 @@ class _Planner:
         tokens_per_text = self.num_tokens / max(1, self.num_texts)
         return PlannedStage(
             "finetune-llm",
-            f"{num_steps:,} steps of {batch_size} pairs",
+            f"{counted(num_steps, 'step')} of {counted(batch_size, 'pair')}",
             self.paths.fine_tuned / "model",
             _find_state(self.paths.fine_tuned / "model", run=self.paths.fine_tuned),
             flops=_times(per_token, 2 * batch_size * num_steps * tokens_per_text),
@@ -363,7 +365,7 @@ class _Planner:
         width = _BYTES[self.config.extract.store_dtype]
         return PlannedStage(
             f"extract {modality}",
-            f"{num_rows:,} {'captions' if modality == 'text' else 'images'}",
+            counted(num_rows, "caption" if modality == "text" else "image"),
             store,
             _find_store_state(store),
             flops=_times(self._flops_per_token(tower, passes=1), tokens),
@@ -398,7 +400,8 @@ class _Planner:
             num_bytes += checkpoints
         return PlannedStage(
             "align",
-            f"{num_steps:,} steps of {batch_size} images, vision tower {trained}",
+            f"{counted(num_steps, 'step')} of {counted(batch_size, 'image')}, vision tower "
+            f"{trained}",
             self.paths.aligned / "model",
             _find_state(self.paths.aligned / "model", run=self.paths.aligned),
             flops=flops,

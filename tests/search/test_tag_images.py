@@ -106,7 +106,7 @@ def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(
     rows = list(csv.DictReader(io.StringIO(shown.out)))
     assert [row["image"] for row in rows] == sorted(map(str, images.iterdir()))
     assert [row["cosine"] for row in rows if row["label"]] == [str(max(cosines))]
-    assert "2 of 3 images have no label" in shown.err
+    assert "Without a label: 2 of 3 images" in shown.err
 
 
 def test_a_label_is_the_mean_of_its_prompts() -> None:
@@ -152,7 +152,7 @@ def test_broken_images_are_named_or_left_out_and_counted(
     for file in images.iterdir():
         (folder / file.name).unlink()
     assert tag(model_folder, folder, labels, "--skip-invalid") == 2
-    assert "None of the 1 images can be read" in capsys.readouterr().err
+    assert "No image of 1 can be read" in capsys.readouterr().err
 
 
 def test_labels_that_the_model_truncates_are_counted(
