@@ -78,8 +78,8 @@ def _explain_unreachable(source: str) -> str | None:
     if (cached / "snapshots").is_dir() or (reason := _try_hub()) is None:
         return None
     return (
-        f"no such folder here, and the Hub, which may have a repository of this name, cannot be "
-        f"reached ({reason}). Correct the path, or check the network"
+        "no such folder here, and the Hub, which may have a repository of this name, cannot be "
+        f"reached ({reason}: check the network)"
     )
 
 

@@ -75,7 +75,7 @@ def require_there(source: str | Path) -> None:
         ValueError: Neither is there; it is found out within seconds.
     """
     if not Path(source).is_dir() and (missing := explain_missing(source)):
-        raise ValueError(f"{source}: {missing}.")
+        raise ValueError(f"{source}: {missing}. Correct the path or id.")
 
 
 def find_demo_model() -> str:

@@ -171,9 +171,12 @@ def test_choices_that_a_command_repeats_are_those_of_their_owner() -> None:
     ],
 )
 def test_misspelt_names_of_the_evaluation_are_answered_too(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", f"owner/{words[0]}", *words[1:]]) == 2
+    model = tmp_path / words[0]
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llm2clip"}', encoding="utf-8")
+    assert main(["evaluate", str(model), *words[1:]]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ def tries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]
 def test_a_model_that_may_be_a_folder_or_on_the_hub_is_refused_by_both_names(
     only: list[str] | None,
 ) -> None:
-    both = r"^owner/absent: no such folder here, and the Hub, which may .* not known\)\. Correct"
+    both = r"^owner/absent: no such folder here, and the Hub, which may .* not known: check the"
     with pytest.raises(ValueError, match=both):
         find_model_folder("owner/absent", only=only)
 
