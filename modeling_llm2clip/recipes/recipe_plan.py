@@ -139,14 +139,15 @@ class RecipePlan:
         seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
         num_bytes = sum(stage.num_bytes or 0 for stage in left)
         is_open = any(stage.flops is None for stage in left)
-        time_left = "a time still unknown (?)" if is_open else f"about {show_seconds(seconds)}"
+        time_left = "a time" if is_open else f"about {show_seconds(seconds)}"
         least = "at least " if any(stage.num_bytes is None for stage in left) else ""
+        later = " that is known once the towers are downloaded (?)" if is_open else ""
         return (
             f"{counted(self.num_images[0], 'image')} to train on, {self.num_images[1]:,} to "
             "evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: {time_left} on {self.device} and {least}{show_bytes(num_bytes)}. "
+            f"Left: {time_left} on {self.device}{later} and {least}{show_bytes(num_bytes)}. "
             "Estimated from the speed of a matrix product just now; loading, decoding of images "
             "and evaluation come on top."
         )
