@@ -192,10 +192,12 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
         ("l.json", "3", "found int; write a list of labels"),
         ("l.json", '["dog", 3]', "3 is int; write each label as a string"),
         ("l.json", '{"dog": "a", "dog": "b"}', "dog"),
-        ("l.json", '{"dog": " "}', "a label or a prompt is blank"),
+        ("l.json", '{"dog": " "}', "a prompt of 'dog' is blank"),
+        ("l.json", '["dog", " "]', "label number 2 is blank"),
+        ("l.csv", "label,prompt\ndog,pup\n,cat\n", "line 3 has a blank label"),
         ("l.csv", "name\ndog\n", r"the columns are \['name'\]"),
-        ("l.csv", "label\na dog, big\n", "more values than columns"),
-        ("l.csv", "label,prompt\ndog,\ndog,pup\n", "label 'dog' repeats"),
+        ("l.csv", "label\na dog, big\n", "line 2 has more values than columns"),
+        ("l.csv", "label,prompt\ndog,\ndog,pup\n", "line 3 repeats the label 'dog'"),
     ],
 )
 def test_invalid_labels_are_refused_before_the_model_is_looked_at(
