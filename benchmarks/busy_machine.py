@@ -4,6 +4,7 @@
 
 `llm2clip embed` embeds English captions of the emoji with the policy that the command chooses and
 with the two that a user may choose, in turns. Beside it runs nothing, or one busy loop per core.
+What else the machine did is recorded as the processes that were running when a run began.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ def main() -> None:
     """Measure, print, and write the result."""
     arguments = _parse()
     seconds: dict[str, dict[str, list[float]]] = {}
+    others: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         data = write_captions(Path(temporary) / "captions.csv", arguments.count)
         for state, loops in (("idle", 0), ("busy", os.cpu_count() or 1)):
             with busy_loops(loops):
                 rounds = seconds.setdefault(state, {name: [] for name in POLICIES})
                 for turn in range(arguments.rounds):
-                    for name, chosen in POLICIES.items():
+                    for name, chosen in rotate(turn):
+                        others.setdefault(state, []).append(max(0, count_running() - loops))
                         folder = Path(temporary) / f"{state}-{turn}-{name}"
                         rounds[name].append(time_embed(arguments.model, data, folder, chosen))
     result = {
@@ -51,8 +54,12 @@ def main() -> None:
             state: {name: round(statistics.median(times), 1) for name, times in rounds.items()}
             for state, rounds in seconds.items()
         },
-        "seconds": seconds,
+        "seconds": {
+            state: {name: [round(one, 1) for one in times] for name, times in rounds.items()}
+            for state, rounds in seconds.items()
+        },
         "busy_loops": os.cpu_count(),
+        "other_processes": {state: statistics.median(counts) for state, counts in others.items()},
         "hardware": describe_processor(),
         "commit": read_commit(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -81,6 +88,18 @@ def write_captions(file: Path, count: int) -> Path:
     with file.open("w", encoding="utf-8", newline="") as opened:
         csv.writer(opened).writerows([("id", "text"), *enumerate(captions[:count])])
     return file
+
+
+def rotate(turn: int) -> list[tuple[str, dict[str, str]]]:
+    """Order the policies so that each is the first once in as many turns as there are."""
+    policies = list(POLICIES.items())
+    first = turn % len(policies)
+    return policies[first:] + policies[:first]
+
+
+def count_running() -> int:
+    """Count the processes that run or wait for a core, without this one (Linux)."""
+    return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
 
 
 @contextmanager

@@ -288,7 +288,30 @@ def _render_readme_picture(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_busy_machine(report: dict[str, Any]) -> str:
+    labels = {
+        "of the command": "as the commands set it",
+        "of OpenMP": "OpenMP's default",
+        "passive": "`OMP_WAIT_POLICY=PASSIVE`",
+    }
+    found = report["median_seconds"]
+    heads = ("threads that wait", "idle, seconds", f"beside {report['busy_loops']} busy loops")
+    rows = [
+        (label, *(f"{found[state][name]:.1f}" for state in ("idle", "busy")))
+        for name, label in labels.items()
+    ]
+    others = report["other_processes"]
+    note = (
+        f"`llm2clip embed` on {report['count']} captions, start included; medians of "
+        f"{len(report['seconds']['idle']['passive'])} runs each, in turns. Other processes that "
+        f"ran: {others['idle']:g} and {others['busy']:g}. {report['hardware']}, "
+        f"{report['busy_loops']} cores; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
+    "busy_machine": _render_busy_machine,
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,
     "readme_picture": _render_readme_picture,

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from ._extras import MissingExtraError
+from ._library_warnings import hide_known_warnings
 from .cli.align import align
 from .cli.build import build
 from .cli.command import Command, UsageError
@@ -27,7 +28,6 @@ from .cli.flags import CommandLine
 from .cli.index import index
 from .cli.library_bars import library_bars_hidden, wants_no_bars
 from .cli.library_threads import bound_spinning
-from .cli.library_warnings import hide_known_warnings
 from .cli.merge_store import merge_store
 from .cli.push import push
 from .cli.search import search

@@ -166,11 +166,11 @@ def load_images(
     if len(getattr(images, "shape", ())) == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_image(images, 0, rescales=rescales, limits=limits)
+        return _load_image(images, 1, rescales=rescales, limits=limits)
     if not images:
         raise ValueError("images is an empty list; give at least one image.")
     loaded, errors = [], []
-    for number, image in enumerate(images):
+    for number, image in enumerate(images, start=1):
         try:
             loaded.append(_load_image(image, number, rescales=rescales, limits=limits))
         except ValueError as error:

@@ -318,7 +318,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if long and on_long_text == "error":
             raise ValueError(
                 f"{len(long)} of {len(texts)} texts have more than {limit} tokens (first: number "
-                f"{long[0]}). Shorten them, or pass on_long_text='truncate'."
+                f"{long[0] + 1}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
 
@@ -457,7 +457,7 @@ def check_texts(text: str | list[str]) -> None:
         ValueError: a caption is blank, not a string or not valid Unicode, or the list is empty.
     """
     errors = []
-    for number, caption in enumerate([text] if isinstance(text, str) else text):
+    for number, caption in enumerate([text] if isinstance(text, str) else text, start=1):
         if not isinstance(caption, str):
             errors.append(f"number {number} is {type(caption).__name__}, not str")
         elif not caption.strip():

@@ -302,7 +302,7 @@ def test_float_pixels_are_rejected_by_path(processor: LLM2CLIPProcessor, tmp_pat
 @pytest.mark.parametrize("image", [None, b"bytes", 3, ["nested.png"]])
 def test_an_object_that_is_not_an_image_is_rejected_with_its_number(image: Any) -> None:
     name = type(image).__name__
-    with pytest.raises(ValueError, match=rf"Image number 1 is {name}; give a PIL image"):
+    with pytest.raises(ValueError, match=rf"Image number 2 is {name}; give a PIL image"):
         load_images([draw_noise(), image])
 
 
@@ -428,7 +428,7 @@ def test_an_array_of_unknown_range_or_layout_is_rejected_by_its_number(
     processor: LLM2CLIPProcessor, kind: str
 ) -> None:
     array, error = ODD_ARRAYS[kind]
-    with pytest.raises(ValueError, match=rf"image number 1 .*{error}"):
+    with pytest.raises(ValueError, match=rf"image number 2 .*{error}"):
         processor(images=[np.zeros((8, 9, 3), dtype=np.uint8), array])
 
 
@@ -436,7 +436,7 @@ def test_an_array_of_unknown_range_or_layout_is_rejected_by_its_number(
 def test_floats_outside_0_to_1_are_rejected_without_rescaling(
     processor: LLM2CLIPProcessor, value: float
 ) -> None:
-    with pytest.raises(ValueError, match=r"image number 0 has pixels from .*must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"image number 1 has pixels from .*must be in \[0, 1\]"):
         processor(images=np.full((8, 8, 3), value), do_rescale=False)
 
 
@@ -454,7 +454,7 @@ def test_integer_pixels_are_rejected_without_rescaling(
     processor: LLM2CLIPProcessor, image: Any
 ) -> None:
     floats = np.zeros((8, 9, 3), dtype=np.float32)
-    with pytest.raises(ValueError, match=r"mage number 1 has .*do_rescale=False requires floats"):
+    with pytest.raises(ValueError, match=r"mage number 2 has .*do_rescale=False requires floats"):
         processor(images=[floats, image], do_rescale=False)
 
 
@@ -513,10 +513,10 @@ def test_a_batch_in_one_array_equals_a_list_of_its_images(processor: LLM2CLIPPro
     images = np.stack([np.asarray(draw_noise()), np.asarray(draw_noise())[::-1]])
     wanted = processor(images=list(images))["pixel_values"]
     assert torch.equal(processor(images=images)["pixel_values"], wanted)
-    with pytest.raises(ValueError, match="image number 0 has float64"):
+    with pytest.raises(ValueError, match="image number 1 has float64"):
         processor(images=images / 255)
 
 
 def test_an_image_without_pixels_is_rejected(processor: LLM2CLIPProcessor) -> None:
-    with pytest.raises(ValueError, match="image number 0: the image has no pixels"):
+    with pytest.raises(ValueError, match="image number 1: the image has no pixels"):
         processor(images=Image.new("RGB", (0, 4)))

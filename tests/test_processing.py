@@ -45,15 +45,15 @@ def untruncated_ids(texts: list[str]) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"number 0 is blank: ''"),
-        (" \n\t", r"number 0 is blank"),
-        (["a dog", "  "], r"1 are not: number 1 is blank: '  '"),
-        (["a dog", None], r"number 1 is NoneType, not str"),
-        ([b"a dog"], r"number 0 is bytes, not str"),
-        ([["a dog"], ["a cat"]], r"2 are not: number 0 is list, not str; number 1 is list"),
-        ([1.5], r"number 0 is float, not str"),
+        ("", r"number 1 is blank: ''"),
+        (" \n\t", r"number 1 is blank"),
+        (["a dog", "  "], r"1 are not: number 2 is blank: '  '"),
+        (["a dog", None], r"number 2 is NoneType, not str"),
+        ([b"a dog"], r"number 1 is bytes, not str"),
+        ([["a dog"], ["a cat"]], r"2 are not: number 1 is list, not str; number 2 is list"),
+        ([1.5], r"number 1 is float, not str"),
         ([], r"the list is empty"),
-        (["a dog", "a \ud800 dog"], r"1 are not: number 1 has an unpaired surrogate: 'a \\ud800"),
+        (["a dog", "a \ud800 dog"], r"1 are not: number 2 has an unpaired surrogate: 'a \\ud800"),
     ],
 )
 def test_invalid_captions_are_named(processor: LLM2CLIPProcessor, text: Any, message: str) -> None:
@@ -64,7 +64,7 @@ def test_invalid_captions_are_named(processor: LLM2CLIPProcessor, text: Any, mes
 def test_all_invalid_captions_are_counted_and_the_first_ones_named(
     processor: LLM2CLIPProcessor,
 ) -> None:
-    with pytest.raises(ValueError, match=r"20 are not: number 0 is blank.*number 7 is blank.*; …"):
+    with pytest.raises(ValueError, match=r"20 are not: number 1 is blank.*number 8 is blank.*; …"):
         processor(text=[""] * 20)
 
 
@@ -119,7 +119,7 @@ def test_a_caption_that_just_fits_is_not_counted(processor: LLM2CLIPProcessor) -
 def test_long_captions_raise_an_error_that_names_them_if_requested(
     processor: LLM2CLIPProcessor,
 ) -> None:
-    with pytest.raises(ValueError, match=r"1 of 3 texts have more than 32 tokens .*number 1"):
+    with pytest.raises(ValueError, match=r"1 of 3 texts have more than 32 tokens .*number 2"):
         processor(text=["a dog", LONG_TEXT, "a cat"], on_long_text="error")
     processor(text=["a dog", "a cat"], on_long_text="error")
 
@@ -254,7 +254,7 @@ def test_a_long_text_raises_an_error_without_truncation_too(
     processor: LLM2CLIPProcessor,
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"1 of 2 texts have more than 32 tokens \(first: number 1"
+        ValueError, match=r"1 of 2 texts have more than 32 tokens \(first: number 2"
     ):
         processor(text=["a dog", LONG_TEXT], truncation=False, on_long_text="error")
     full = processor(text=["a dog", LONG_TEXT], truncation=False)["input_ids"]

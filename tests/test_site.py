@@ -417,7 +417,6 @@ def test_no_code_is_cut_off_on_a_desktop_and_none_widens_the_page_of_a_phone(
             assert cut == 0 or size["width"] < 1280, path
 
 
-
 def test_the_skill_for_coding_agents_is_one_that_agents_find() -> None:
     # The rules of the Agent Skills format: agents see name and description before they open it.
     file = DOCS / "skills" / "llm2clip" / "SKILL.md"

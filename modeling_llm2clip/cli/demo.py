@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from .._counted_nouns import counted
 from .._extras import DEMO, require
 from ..configs.config_fields import DeviceConfig, Range, Seed
 from ..model_folders.atomic_folder import require_new_folder
@@ -61,10 +62,13 @@ def demo(
 
 def _describe(report: dict[str, Any]) -> str:
     """The scores in a few lines; `report.json` has every number."""
+    t2i, i2t, chance = (
+        f"{report[name]:.1%}" for name in ("unseen_t2i_r1", "unseen_i2t_r1", "chance_r1")
+    )
     return (
-        f"Trained on {report['num_images']:,} images of emoji; R@1 on {report['num_held_out']} "
-        f"held-out ones: text to image {report['unseen_t2i_r1']:.1%}, image to text "
-        f"{report['unseen_i2t_r1']:.1%}, chance {report['chance_r1']:.1%}.\n"
+        f"Trained on {counted(report['num_images'], 'image')} of emoji; R@1 on "
+        f"{report['num_held_out']} held-out ones: text to image {t2i}, image to text {i2t}, chance "
+        f"{chance}.\n"
         f"{report['seconds_after_download']:.0f} s after the download, peak memory "
         f"{report['peak_rss_gb']} GB."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 
+from .._counted_nouns import counted
 from .._environment import describe_hardware, find_cpu_name, list_versions, read_commit
 from .command import command
 
@@ -24,7 +25,7 @@ def env() -> int:
         "Python": versions.pop("python"),
         **versions,
         "Commit": read_commit(),
-        "CPU": f"{find_cpu_name()}, {hardware['processor_threads']} threads",
+        "CPU": f"{find_cpu_name()}, {counted(hardware['processor_threads'], 'thread')}",
         "GPU": ", ".join(hardware["gpus"]) or "none",
         "CUDA of torch": torch.version.cuda or "none",
         "Device (auto)": describe_device(find_device("auto")),

@@ -56,7 +56,8 @@ class ModelsConfig(Config):
         "llm2clip evaluate my-model --datasets emoji --tasks cross-lingual",
         "llm2clip evaluate my-model openai/clip-vit-base-patch16 --datasets coco=FOLDER "
         "--tasks retrieval cra",
-        "llm2clip evaluate ours=my-model theirs=other --datasets folder=my-images --tasks length",
+        "llm2clip evaluate ours=my-model theirs=other --datasets photos=my-images "
+        "drawings=other-images",
         "llm2clip evaluate --table text --output evaluation",
     ),
 )
@@ -78,8 +79,9 @@ def evaluate(
     Args:
         models: [NAME=]SOURCE: folder or Hub id of an LLM2CLIP, CLIP, SigLIP, SigLIP2, open_clip
             or sentence-transformers model; or a folder of embeddings.
-        datasets: NAME[=FOLDER] of a known dataset (see --list), or a FOLDER. No default, and
-            needed with a model.
+        datasets: NAME[=FOLDER] of known datasets (llm2clip evaluate --list), FOLDER of your own
+            captioned images, or NAME=FOLDER with names of your own. No default, and needed with a
+            model.
         tasks: What is measured. Default: what suits each dataset.
         image_dir: NAME=FOLDER of the images of a dataset. Default: beside the data.
         list: List datasets and tasks, and end.
@@ -156,15 +158,15 @@ def _require_models(
     models: Sequence[str], datasets: Sequence[str], of_models: ModelsConfig
 ) -> None:
     """Raise ValueError for models that cannot be evaluated, before anything is imported."""
-    from ..model_folders.model_folder import find_model_folder, is_hub_id
+    from ..model_folders.model_folder import require_there
     from ..model_folders.model_types import find_model_type
 
     if not datasets:
         raise ValueError("Evaluation needs at least one model and one dataset (--datasets).")
     for _, source in map(_read_model, models):
         path = Path(source)
-        if not path.exists() and not is_hub_id(source):
-            find_model_folder(source)  # raises
+        if not path.exists():
+            require_there(source)
         has_other = any((path / name).exists() for name in _OTHERS)
         if not path.is_dir() or of_models.model_type or has_other:
             continue
@@ -177,7 +179,7 @@ def _require_lengths(
     output: Path, datasets: Sequence[EvaluatedDataset], tasks: Sequence[str]
 ) -> None:
     """Raise ValueError when the results to come, with those there, make no plot of lengths."""
-    from ..evaluation.datasets.dataset_registry import find_dataset
+    from ..evaluation.datasets.dataset_registry import resolve_dataset
     from ..evaluation.results import read_evaluation_results
     from ..evaluation.tasks.task_registry import find_task
 
@@ -185,7 +187,7 @@ def _require_lengths(
     names = {result.dataset for result in there if result.task == "length"}
     if "length" in tasks:
         types = find_task("length").dataset_types
-        names |= {one.name for one in datasets if find_dataset(one.name).dataset_type in types}
+        names |= {one.name for one in datasets if resolve_dataset(one)[0].dataset_type in types}
     if len(names) != 1:
         raise ValueError(
             "--plot shows results of the task length (--tasks length) on one dataset; with those "

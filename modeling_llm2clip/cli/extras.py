@@ -7,7 +7,6 @@ reported with the same words where they first arise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from .._extras import (
 
 _TIMM_TYPE = "timm_wrapper"  # transformers' name for every network of timm
 _LORA_FILE = "adapter_config.json"
-_unreachable: set[str] = set()  # asked for once in a process
 
 
 def list_needs_of_model(
@@ -112,15 +110,6 @@ def _find(source: str | Path, name: str, revision: str | None) -> Path | None:
     if Path(source).exists():
         file = Path(source) / name
         return file if file.is_file() else None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source) in _unreachable:
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from ..model_folders.hub_access import fetch_hub_file, is_hub_id  # imports huggingface_hub
 
-    try:
-        return Path(hf_hub_download(str(source), name, revision=revision))
-    except LocalEntryNotFoundError:  # no Hub, which is found out after several tries
-        _unreachable.add(str(source))
-        return None
-    except (OSError, ValueError):  # no such file or repository
-        return None
+    return fetch_hub_file(source, name, revision=revision) if is_hub_id(source) else None

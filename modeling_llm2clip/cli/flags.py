@@ -77,8 +77,8 @@ class CommandLine:
             arguments = chosen.bind(bound.kwargs)
             return partial(chosen.function, *bound.args, **arguments)
         except UsageError as error:
-            name = f"{self.program} {chosen.name}" if chosen else self.program
-            raise UsageError(f"{error} See `{name} --help`.") from None
+            example = (chosen or self).examples[0]
+            raise UsageError(f"{error} For example: {example}") from None
 
     def find_command(self, words: Sequence[str]) -> Command | None:
         """Return the command that a command line is for; None for `--help` and the like.

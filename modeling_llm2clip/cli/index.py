@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .._counted_nouns import counted
 from .._extras import FAISS, LANCEDB, require
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
@@ -53,7 +54,7 @@ def index(
     from ..search.image_index import ImageIndex
 
     built = ImageIndex.build(model, images, db, config, report=report)
-    report(f'{len(built):,} images in {db}. Search them: llm2clip search {db} "a dog"')
+    report(f'{counted(len(built), "image")} in {db}. Search: llm2clip search {db} "a dog"')
     if faiss is not None:
         paths = built.export_faiss(faiss)
         report(f"Wrote {faiss} for FAISS, and the paths of its ids to {paths}.")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from .._counted_nouns import counted
 from .._extras import LANCEDB, require
 from ..configs.config_fields import Range
 from ..configs.data_config import ImageLimitsConfig
@@ -102,6 +103,9 @@ def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: flo
             unfinished.replace(output)
         finally:
             unfinished.unlink(missing_ok=True)
-        report(f"Wrote the labels of {num_images:,} images to {output}.")
+        report(f"Wrote the labels of {counted(num_images, 'image')} to {output}.")
     if num_untagged:
-        report(f"{num_untagged:,} of {num_images:,} images have no label; threshold {threshold}.")
+        report(
+            f"Without a label: {num_untagged:,} of {counted(num_images, 'image')}; "
+            f"threshold {threshold}."
+        )

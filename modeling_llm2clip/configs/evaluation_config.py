@@ -51,7 +51,7 @@ class EvaluatedDataset(Config):
     """One dataset to evaluate on."""
 
     name: str
-    """Name in the registry of datasets."""
+    """Name of a known dataset, or one of your own for your own captioned images."""
     folder: str | None = None
     """Folder of its files. Default: the embedded ones."""
     image_dir: str | None = None

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .._counted_nouns import counted
+
 _PLACES_SHOWN = 5
 _NO_COLUMN = "no column '"
 
@@ -38,7 +40,7 @@ class DataValidationError(ValueError):
         self.places = {kind: list(where) for kind, where in places.items()}
         self.advice = advice
         total = sum(self.counts.values())
-        lines = [f"{source} has {total} {'error' if total == 1 else 'errors'}:"]
+        lines = [f"{source} has {counted(total, 'error')}:"]
         lines += describe_errors(self.counts, self.places)
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._counted_nouns import counted
 from ..encoding.devices import find_device
 from ..encoding.float32 import float32_as_such
 from ..model_folders.model_folder import find_model_folder
@@ -115,7 +116,9 @@ def check_model(
             for planned in _PLANNED_CHECKS
         ]
         return ModelReport(str(source), checks)
-    checks.append(Check("folder", True, f"{sum(1 for _ in folder.iterdir())} entries in {folder}"))
+    checks.append(
+        Check("folder", True, f"{counted(sum(1 for _ in folder.iterdir()), 'entry')} in {folder}")
+    )
     tested = ModelUnderTest(folder, device)
     unmet: dict[str, str] = {}
     for planned in _PLANNED_CHECKS:

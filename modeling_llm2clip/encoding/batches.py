@@ -331,7 +331,7 @@ def require_finite(
     if not broken:
         return
     named = [
-        f"number {row}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
+        f"number {row + 1}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
         for row in (rows[place] for place in broken[:_SHOWN])
     ]
     more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""

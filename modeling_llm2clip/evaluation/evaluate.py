@@ -203,8 +203,9 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     if same:
         listed = ", ".join(f"{one.spec.name} ({one.folder or 'records'})" for one in same)
         raise ValueError(
-            f"Two datasets have one name, and their results would be mixed up: {listed}. Evaluate "
-            "on them in two runs, with two output folders."
+            f"Two datasets have one name, and their results would be mixed up: {listed}. Give your "
+            "own images names of their own (NAME=FOLDER); evaluate on others in two runs, with two "
+            "output folders."
         )
     return found
 
@@ -287,8 +288,15 @@ def _read_datasets(
         "cache": cache,
     }
     languages: tuple[str | None, ...] = config.languages or (None,)
-    if task.all_languages and not config.languages:
-        languages = find_languages(source.spec, source.folder, **shared)
+    if not config.languages:
+        found = find_languages(source.spec, source.folder, **shared)
+        if task.all_languages:
+            languages = found
+        elif len(found) > 1:
+            raise ValueError(
+                f"{source.spec.name} has several languages ({', '.join(found)}), and {task.name} "
+                f"takes one: languages={found[0]}. The task cross-lingual takes all."
+            )
     if not task.all_languages and len(languages) > 1:
         raise ValueError(
             f"The task {task.name} takes one language at a time, got "

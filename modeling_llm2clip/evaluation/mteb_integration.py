@@ -29,6 +29,7 @@ from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
+from .._counted_nouns import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.images.image_sources import ImageSource
 from ..loading_llm2clip import list_model_files
@@ -263,7 +264,7 @@ def _describe_task(data: RetrievalDataset, *, from_images: bool) -> TaskMetadata
     return TaskMetadata(
         name=f"{data.name}-{data.lang}-{digest}-{direction}",
         description=f"{direction} retrieval on {data.name} ({data.lang}), "
-        f"{len(data.images)} images and {len(data.captions)} texts.",
+        f"{counted(len(data.images), 'image')} and {counted(len(data.captions), 'text')}.",
         type="Any2AnyRetrieval",
         category="i2t" if from_images else "t2i",
         modalities=["image", "text"],

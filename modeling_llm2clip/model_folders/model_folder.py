@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+from .hub_access import explain_missing, fetch_hub_file, is_hub_id
 
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
@@ -45,8 +46,7 @@ def find_model_folder(
                 f"{source} is a folder, which has no revision {revision!r}; leave it out."
             )
         return Path(source)
-    if not is_hub_id(source):
-        raise ValueError(f"{source}: no such folder, and no Hub id like 'owner/name'. Correct it.")
+    require_there(source)
     try:
         return Path(
             snapshot_download(
@@ -58,6 +58,24 @@ def find_model_folder(
         )
     except LocalEntryNotFoundError as error:  # which names no repository
         raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source}: no such folder here, and the Hub has no such repository, or a private one. "
+            "Correct the name, or log in (hf auth login)."
+        ) from error
+
+
+def require_there(source: str | Path) -> None:
+    """Refuse a source that is neither a folder nor a Hub repository that can be reached.
+
+    Args:
+        source: Folder or Hub id.
+
+    Raises:
+        ValueError: Neither is there; it is found out within seconds.
+    """
+    if not Path(source).is_dir() and (missing := explain_missing(source)):
+        raise ValueError(f"{source}: {missing}. Correct the path or id.")
 
 
 def find_demo_model() -> str:
@@ -70,23 +88,13 @@ def find_demo_model() -> str:
         FileNotFoundError: there is no such model; the message names the command that writes one.
     """
     source = os.environ.get("LLM2CLIP_MODEL") or str(_DEMO_MODEL)
-    on_hub = is_hub_id(source) and not Path(source).parent.exists()
-    if not on_hub and not (Path(source) / "config.json").is_file():
+    if not is_hub_id(source) and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
             f"There is no model in {source}. Run `llm2clip demo` at the root of the repository; it "
             "writes llm2clip-demo/model in a few minutes. Or set LLM2CLIP_MODEL to another model "
             "folder or Hub id."
         )
     return source
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Return whether this is named like a Hub repository; a `Path` never is.
-
-    Args:
-        source: What a user gave as a model.
-    """
-    return isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
 
 
 def find_source_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
@@ -105,10 +113,7 @@ def find_source_file(source: str | Path, name: str, *, revision: str | None = No
         file = (path if path.is_dir() else path.parent) / name
         return file if file.is_file() else None
     repository = path.parent if path.suffix == ".gguf" else path
-    try:
-        return Path(hf_hub_download(str(repository), name, revision=revision))
-    except (OSError, ValueError):  # no such file, no Hub, or a name that is not a Hub id
-        return None
+    return fetch_hub_file(repository, name, revision=revision)
 
 
 def is_inside(file: Path, folder: Path) -> bool:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-
-from .model_folder import find_model_folder, is_hub_id
+from .hub_access import fetch_hub_file, is_hub_id
+from .model_folder import require_there
 
 # Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
 ONNX_RECORD = "onnx_export.json"
@@ -90,8 +89,7 @@ def require_own_model(source: str | Path, *, revision: str | None = None) -> Non
         ValueError: There is no such folder, or it holds something else; the message names the
             command that takes it.
     """
-    if not Path(source).is_dir() and not is_hub_id(source):
-        find_model_folder(source)  # raises
+    require_there(source)
     found = find_model_type(source, revision=revision)
     if found is None and Path(source).is_dir() and not _may_be_model(Path(source)):
         raise ValueError(
@@ -186,9 +184,5 @@ def _judge_other_files(folder: Path) -> FoundModel | None:
 def _fetch_config(source: str | Path, revision: str | None) -> dict[str, Any] | None:
     if not is_hub_id(source):
         return None
-    try:
-        return read_json_object(
-            Path(hf_hub_download(str(source), "config.json", revision=revision))
-        )
-    except (OSError, ValueError):  # no such file, no Hub: downloading the model says which
-        return None
+    file = fetch_hub_file(source, "config.json", revision=revision)
+    return None if file is None else read_json_object(file)

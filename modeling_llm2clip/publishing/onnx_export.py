@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from .. import image_loading_llm2clip
+from .._counted_nouns import counted
 from .._extras import ONNX_EXPORT, require
 from ..configs.encoding_config import TextWeights
 from ..configs.export_config import ExportConfig
@@ -461,7 +462,8 @@ def describe_check(check: dict[str, Any]) -> str:
     Args:
         check: Figures from the record of the export.
     """
-    count = f"{check['texts']} texts" if "texts" in check else f"{check['images']} images"
+    kind = "text" if "texts" in check else "image"
+    count = counted(check[f"{kind}s"], kind)
     if "max_distance" in check:
         return f"{count}, at most {check['max_distance']:g} from the model's embeddings"
     found = f"{count}, cosine at least {check['min_cosine']:.4f}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from .._counted_nouns import counted
 from ..data.atomic_files import is_unfinished
 from ..model_folders.model_folder import is_inside
 from ..model_folders.model_writing import is_legal_file
@@ -154,7 +155,9 @@ def describe_files(files: Sequence[PlannedFile]) -> str:
         files: Files of a folder.
     """
     lines = [f"{file.num_bytes:>15,}  {file.path}" for file in files]
-    lines.append(f"{sum(file.num_bytes for file in files):>15,}  bytes in {len(files)} files.")
+    lines.append(
+        f"{sum(file.num_bytes for file in files):>15,}  bytes in {counted(len(files), 'file')}."
+    )
     if others := [file.path for file in files if not _is_own(file.path)]:
         lines.append(f"Not of the model, but in its folder: {', '.join(others)}.")
     return "\n".join(lines)

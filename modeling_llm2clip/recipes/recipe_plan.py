@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tabulate import tabulate
 
+from .._counted_nouns import counted
 from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig
@@ -137,15 +138,18 @@ class RecipePlan:
         left = [stage for stage in self.stages if stage.state != "finished"]
         seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
         num_bytes = sum(stage.num_bytes or 0 for stage in left)
-        is_open = any(stage.flops is None or stage.num_bytes is None for stage in left)
-        about = "more than" if is_open else "about"
+        is_open = any(stage.flops is None for stage in left)
+        time_left = "a time" if is_open else f"about {show_seconds(seconds)}"
+        least = "at least " if any(stage.num_bytes is None for stage in left) else ""
+        later = " that is known once the towers are downloaded (?)" if is_open else ""
         return (
-            f"{self.num_images[0]:,} images to train on, {self.num_images[1]:,} to evaluate on. "
+            f"{counted(self.num_images[0], 'image')} to train on, {self.num_images[1]:,} to "
+            "evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: {about} {show_seconds(seconds)} on {self.device} and {show_bytes(num_bytes)}. "
-            "Estimated from the speed of a matrix product; loading, decoding of images and "
-            "evaluation come on top."
+            f"Left: {time_left} on {self.device}{later} and {least}{show_bytes(num_bytes)}. "
+            "Estimated from the speed of a matrix product just now; loading, decoding of images "
+            "and evaluation come on top."
         )
 
     def _name(self, stage: PlannedStage) -> str:
@@ -316,7 +320,7 @@ class _Planner:
         state: State = "finished" if is_healthy else "to do"
         stages.append(PlannedStage("doctor", "every check", final, state))
         if self.test or config.eval_datasets:
-            held_out = [f"{_count_images(self.test):,} held-out images"] if self.test else []
+            held_out = [counted(_count_images(self.test), "held-out image")] if self.test else []
             size = ", ".join([*held_out, *config.eval_datasets])
             stages.append(PlannedStage("evaluate", size, paths.evaluation, "repeated"))
         return stages
@@ -348,7 +352,7 @@ class _Planner:
         tokens_per_text = self.num_tokens / max(1, self.num_texts)
         return PlannedStage(
             "finetune-llm",
-            f"{num_steps:,} steps of {batch_size} pairs",
+            f"{counted(num_steps, 'step')} of {counted(batch_size, 'pair')}",
             self.paths.fine_tuned / "model",
             _find_state(self.paths.fine_tuned / "model", run=self.paths.fine_tuned),
             flops=_times(per_token, 2 * batch_size * num_steps * tokens_per_text),
@@ -362,7 +366,7 @@ class _Planner:
         width = _BYTES[self.config.extract.store_dtype]
         return PlannedStage(
             f"extract {modality}",
-            f"{num_rows:,} {'captions' if modality == 'text' else 'images'}",
+            counted(num_rows, "caption" if modality == "text" else "image"),
             store,
             _find_store_state(store),
             flops=_times(self._flops_per_token(tower, passes=1), tokens),
@@ -397,7 +401,8 @@ class _Planner:
             num_bytes += checkpoints
         return PlannedStage(
             "align",
-            f"{num_steps:,} steps of {batch_size} images, vision tower {trained}",
+            f"{counted(num_steps, 'step')} of {counted(batch_size, 'image')}, vision tower "
+            f"{trained}",
             self.paths.aligned / "model",
             _find_state(self.paths.aligned / "model", run=self.paths.aligned),
             flops=flops,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from ..building.pretrained_towers import EMBEDDED, PretrainedTower, find_tower
 from ..data.safetensors_files import read_header
-from ..model_folders.model_folder import is_hub_id
+from ..model_folders.hub_access import explain_missing, fetch_hub_file, is_hub_id
 
 # Where the configuration says neither image nor patch size, as of a convolutional network.
 _DEFAULT_TOKENS_PER_IMAGE = 200
@@ -59,7 +59,7 @@ def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
         files = sorted(folder.glob("*.safetensors"))
         shapes = {n: place.shape for file in files for n, place in read_header(file).items()}
         return _read_config(folder / "config.json", _count_parameters(shapes))
-    if folder.exists() or not is_hub_id(source):
+    if folder.exists() or not is_hub_id(source) or explain_missing(source):
         return TowerSize()
     try:
         files_metadata = get_safetensors_metadata(source).files_metadata.values()
@@ -67,11 +67,8 @@ def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
         counted = _count_parameters({name: info.shape for name, info in tensors.items()})
     except (OSError, ValueError, NotASafetensorsRepoError):  # no Hub, no such repository or files
         counted = None
-    try:
-        config = Path(hf_hub_download(source, "config.json"))
-    except (OSError, ValueError):
-        return TowerSize(counted)
-    return _read_config(config, counted)
+    config = fetch_hub_file(source, "config.json")
+    return TowerSize(counted) if config is None else _read_config(config, counted)
 
 
 def _count_parameters(shapes: Mapping[str, Sequence[int]]) -> int | None:

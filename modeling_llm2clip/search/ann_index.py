@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .._counted_nouns import counted
 from .exact_search import find_greatest_cosines, measure_recall
 from .index_about import AnnIndex
 from .index_database import IndexDatabase
@@ -70,7 +71,7 @@ def train_ann(
     """
     num_rows = database.count()
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
-    report(f"Training an approximate index of {num_rows:,} images …")
+    report(f"Training an approximate index of {counted(num_rows, 'image')} …")
     started = time.monotonic()
     database.build_ann(num_partitions)
     seconds = round(time.monotonic() - started, 1)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from .._counted_nouns import counted
 from ..configs.embed_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
@@ -237,14 +238,14 @@ def describe_embeddings(output: Path) -> list[str]:
     shards = manifest.shards
     num_rows = sum(shard.rows for shard in shards)
     lines = [
-        f"Wrote {output}: {num_rows} embeddings of {manifest.dim} dimensions in {manifest.dtype}, "
-        f"{len(shards)} files."
+        f"Wrote {output}: {counted(num_rows, 'embedding')} of {manifest.dim} dimensions in "
+        f"{manifest.dtype}, {counted(len(shards), 'file')}."
     ]
     if skipped := [name for shard in shards for name in shard.skipped]:
         names = ", ".join(skipped[:_SHOWN]) + (", …" if len(skipped) > _SHOWN else "")
-        lines.append(f"Skipped {len(skipped)} images that cannot be decoded: {names}.")
+        lines.append(f"Skipped {counted(len(skipped), 'undecodable image')}: {names}.")
     if truncated := sum(shard.num_truncated for shard in shards):
-        lines.append(f"Truncated {truncated} texts to the tokens that the model reads.")
+        lines.append(f"Truncated {counted(truncated, 'text')} to the tokens that the model reads.")
     if clipped := sum(shard.num_clipped for shard in shards):
         share = clipped / (num_rows * manifest.dim)
         lines.append(f"{share:.2%} of the values were outside the int8 ranges, and were clipped.")

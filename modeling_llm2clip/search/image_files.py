@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
+from .._counted_nouns import counted
 from ..data.images.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
 from ..data.remote.remote_access import raise_disk_failure
 
@@ -59,10 +60,10 @@ class ImageFiles:
 
     def _describe_formats(self) -> str:
         counts = Counter(map(_suffix, self.skipped))
-        counted = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
+        shares = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
         return (
-            f"Skipped {len(self.skipped):,} image files that Pillow cannot read here ({counted}): "
-            f"{_list_paths(self.skipped)}. {_describe_remedies(set(counts))}"
+            f"Skipped {counted(len(self.skipped), 'image file')} that Pillow cannot read here "
+            f"({shares}): {_list_paths(self.skipped)}. {_describe_remedies(set(counts))}"
         )
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .._counted_nouns import counted
 from ..data.images.image_sources import find_unreadable_images
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
@@ -83,4 +84,4 @@ def _is_unicode(name: str) -> bool:
 def _describe_unnamed(paths: Sequence[Path]) -> str:
     named = ", ".join(repr(str(path)) for path in paths[:_SHOWN])
     more = ", …" if len(paths) > _SHOWN else ""
-    return f"Skipped {len(paths):,} images whose names are not Unicode: {named}{more}. Rename them."
+    return f"Skipped {counted(len(paths), 'image')} without a Unicode name: {named}{more}. Rename."

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
+from .._counted_nouns import counted
 from ..configs.search_config import IndexConfig
 from ..data.atomic_files import hash_file
 from ..data.remote.remote_access import raise_disk_failure
@@ -54,7 +55,7 @@ class UpdateCounts:
 
     def __str__(self) -> str:
         return (
-            f"{self.unchanged + self.added + self.changed:,} images: {self.added:,} new, "
+            f"{counted(self.unchanged + self.added + self.changed, 'image')}: {self.added:,} new, "
             f"{self.changed:,} changed, {self.unchanged:,} unchanged; {self.removed:,} removed. "
             f"Encoded {self.encoded:,}."
         )
@@ -70,7 +71,7 @@ class UpdateCounts:
             return ""
         shown = [*self.errors.values()][:_SHOWN] + (["…"] if len(self.errors) > _SHOWN else [])
         lines = "\n".join(shown)
-        return f"{len(self.errors):,} images cannot be read and are not in the index:\n{lines}"
+        return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
     """
     if not queries:
         raise ValueError("There is nothing to search for. Give a sentence or an image.")
-    return [_name_query(query, number) for number, query in enumerate(queries)]
+    return [_name_query(query, number) for number, query in enumerate(queries, start=1)]
 
 
 def _name_query(query: Query, number: int) -> NamedQuery:

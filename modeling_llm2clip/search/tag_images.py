@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._counted_nouns import counted
 from ..configs.search_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.devices import find_device
@@ -132,7 +133,7 @@ def _encode(
         find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails
         _judge_errors(list(encoded.errors.values()), len(paths), config, report)
     if not encoded.paths:
-        raise ValueError(f"None of the {len(paths)} images can be read.")
+        raise ValueError(f"No image of {len(paths)} can be read.")
     return encoded.paths, encoded.embeds
 
 
@@ -140,10 +141,10 @@ def _judge_errors(errors: Sequence[str], total: int, config: TagConfig, report: 
     shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
     if not config.skip_invalid:
         raise ValueError(
-            f"{len(errors)} of {total} images cannot be read:\n{shown}\nRepair or remove them, "
-            "or skip them (--skip-invalid)."
+            f"Cannot read {len(errors)} of {counted(total, 'image')}:\n{shown}\nRepair or remove "
+            "what is named, or skip it (--skip-invalid)."
         )
-    report(f"Skipped {len(errors)} of {total} images:\n{shown}")
+    report(f"Skipped {len(errors)} of {counted(total, 'image')}:\n{shown}")
 
 
 def _read_index(

@@ -146,16 +146,20 @@ def _parse_csv(text: str) -> list[tuple[str, list[str]]]:
     if "label" not in columns or set(columns) - {"label", "prompt"}:
         raise ValueError(f"the columns are {list(columns)}; name them label, or label and prompt.")
     try:
-        rows = list(reader)
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} is not CSV ({error}).") from error
-    if odd := [row for row in rows if None in row]:
-        raise ValueError(f"{odd[0]} has more values than columns; quote texts with commas.")
+    if odd := [line for line, row in rows if None in row]:
+        raise ValueError(f"line {odd[0]} has more values than columns; quote texts with commas.")
     prompts_of: dict[str, list[str]] = {}
-    for row in rows:
+    for line, row in rows:
         name, prompt = ((row.get(column) or "").strip() for column in ("label", "prompt"))
+        if not name:
+            raise ValueError(f"line {line} has a blank label. Fill it in, or remove the line.")
         if name in prompts_of and not (prompt and prompts_of[name]):
-            raise ValueError(f"label {name!r} repeats; give each of its rows a prompt of its own.")
+            raise ValueError(
+                f"line {line} repeats the label {name!r}; give each of its rows its own prompt."
+            )
         prompts_of.setdefault(name, []).extend([prompt] if prompt else [])
     return list(prompts_of.items())
 
@@ -166,5 +170,7 @@ def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
     counts = Counter(name for name, _ in prompts_of)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{len(twice)} labels repeat: {twice[:_SHOWN]}. Keep one of each.")
-    if any(not text for name, prompts in prompts_of for text in (name, *prompts)):
-        raise ValueError("a label or a prompt is blank. Fill it in, or leave it out.")
+    for number, (name, prompts) in enumerate(prompts_of, start=1):
+        if not all((name, *prompts)):
+            what = f"a prompt of {name!r}" if name else f"label number {number}"
+            raise ValueError(f"{what} is blank. Fill it in, or leave it out.")

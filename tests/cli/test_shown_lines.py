@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import TrainerControl, TrainerState
 
-from modeling_llm2clip.cli.library_warnings import hide_known_warnings
+from modeling_llm2clip._library_warnings import hide_known_warnings
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.store.embedding_store_writer import (
     EmbeddingStoreWriter,

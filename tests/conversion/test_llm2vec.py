@@ -135,7 +135,7 @@ def test_qwen2_is_causal_in_llm2vec_and_not_here(vision, built) -> None:
 
 def test_an_empty_text_is_refused_where_llm2vec_pools_its_prompt(built) -> None:
     processor = built["llama"][1]
-    with pytest.raises(ValueError, match="number 0 is blank"):
+    with pytest.raises(ValueError, match="number 1 is blank"):
         processor(text=[""])
     empty = load_file(LLM2VEC / "llama.safetensors")["empty"]
     assert torch.isfinite(empty).all()  # LLM2Vec says nothing

@@ -335,11 +335,11 @@ def test_broken_embeddings_are_an_error_that_names_their_inputs() -> None:
         model.text_model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"NaN or infinity for .* number \d \('"):
         encode_texts(model, processor, CAPTIONS)
-    with pytest.raises(ValueError, match=r"2 of 2 inputs: number 0 .* number 1 "):
+    with pytest.raises(ValueError, match=r"2 of 2 inputs: number 1 .* number 2 "):
         encode_images(model, processor, [draw_noise(), draw_noise()])
     with torch.no_grad():
         model.visual_projection.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"1 of 1 inputs: number 0\. Run it in float32"):
+    with pytest.raises(ValueError, match=r"1 of 1 inputs: number 1\. Run it in float32"):
         project_images(model, torch.ones(1, model.visual_projection.in_features))
 
 

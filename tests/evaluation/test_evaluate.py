@@ -295,6 +295,24 @@ def test_a_result_of_another_version_of_a_dependency_causes_a_warning(
         assert list(evaluate(**chosen)) == [older]
 
 
+def test_several_datasets_of_ones_own_are_told_apart_by_their_names(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    config = EvaluationConfig(output=tmp_path / "out", languages=("en",), show_progress=False)
+    both = [f"photos={data}", f"drawings={data}"]
+    results = evaluate(sources("clip"), both, config, tasks=["cra"])
+    assert [result.dataset for result in results] == ["photos", "drawings"]
+    assert results[0].scores == results[1].scores
+    table = render_results(results, style="text")
+    assert "photos" in table and "drawings" in table
+    twice = [both[0], both[0]]
+    with pytest.raises(ValueError, match=r"have one name, .*photos .*names of their own"):
+        evaluate(sources("clip"), twice, config)
+    several = replace(config, languages=(), output=tmp_path / "new")
+    with pytest.raises(ValueError, match=r"photos has several languages \(en, .*languages=en"):
+        evaluate(sources("clip"), both[0], several, tasks=["cra"])
+
+
 def test_a_result_with_another_score_than_was_written_is_refused(
     sources: Any, data: str, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ def test_broken_images_are_named_together_or_left_out_and_counted(
     assert "stops at what --skip-invalid leaves out" in capsys.readouterr().err
     assert main([*command, "--skip-invalid"]) == 0
     out = capsys.readouterr().out
-    assert "8 embeddings" in out and "Skipped 2 images that cannot be decoded: 2.png, 3.png." in out
+    assert "8 embeddings" in out and "Skipped 2 undecodable images: 2.png, 3.png." in out
     ids, embeddings = read_embeddings(folder)
     assert ids == [f"{number}.png" for number in (0, 1, *range(4, 10))]
     assert embeddings.any(axis=1).all()

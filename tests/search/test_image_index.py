@@ -157,8 +157,8 @@ def test_a_filter_with_an_error_is_refused_with_the_columns(index: ImageIndex, w
     [
         ([], "nothing to search for"),
         (["  "], "is blank"),
-        ([3], r"number 0 is \['int'\]"),
-        ([[]], "number 0 is empty"),
+        ([3], r"number 1 is \['int'\]"),
+        ([[]], "number 1 is empty"),
         ([Path("nowhere.png")], "nowhere.png: no such image"),
         (np.ones((2, 3)), r"shape \(2, 3\); give \(queries, "),
         (np.ones(8), "give \\(queries"),

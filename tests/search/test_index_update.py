@@ -121,7 +121,7 @@ def test_broken_images_are_counted_named_and_left_out(
     (images / "half.png").write_bytes((images / "1.png").read_bytes()[:-500])
     (images / "again.png").write_bytes(b"no image")
     index, report = build(model, images, tmp_path / "index")
-    assert "3 images cannot be read and are not in the index:" in report
+    assert "Not in the index: 3 unreadable images:" in report
     for name in ("broken.png: not an image", "half.png: the image is trunc", "again.png: not an"):
         assert name in report
     assert len(index) == 6
@@ -318,7 +318,7 @@ def test_a_copy_never_gets_what_another_file_has_become(
         write_between_hash_and_encode(patch, {images / "1.png": contents[change]})
         _, report = build(model, images, tmp_path / "index")
     reasons = {"another image": "was written while", "broken": "not an image", "gone": "cannot be"}
-    assert f"1 images cannot be read and are not in the index:\n{images / '1.png'}: " in report
+    assert f"Not in the index: 1 unreadable image:\n{images / '1.png'}: " in report
     assert reasons[change] in report
     rows = list_rows(tmp_path / "index")
     assert "1.png" not in rows and len(rows) == 7

@@ -198,7 +198,7 @@ def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
         ([], "nothing to search for"),
         (["--image", "missing.png"], "--image missing.png: no such image"),
         (["a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
-        (["  "], "number 0 is blank"),
+        (["  "], "number 1 is blank"),
         (["a dog", "--model", "nowhere"], "nowhere: no such folder"),
         (["a dog", "--image-dir", "nowhere"], "nowhere"),
     ],

@@ -107,7 +107,7 @@ def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(
     rows = list(csv.DictReader(io.StringIO(shown.out)))
     assert [row["image"] for row in rows] == sorted(map(str, images.iterdir()))
     assert [row["cosine"] for row in rows if row["label"]] == [str(max(cosines))]
-    assert "2 of 3 images have no label" in shown.err
+    assert "Without a label: 2 of 3 images" in shown.err
 
 
 def test_a_label_is_the_mean_of_its_prompts() -> None:
@@ -156,7 +156,7 @@ def test_broken_images_are_named_or_left_out_and_counted(
     for file in images.iterdir():
         (folder / file.name).unlink()
     assert tag(model_folder, folder, labels, "--skip-invalid") == 2
-    assert "None of the 1 images can be read" in capsys.readouterr().err
+    assert "No image of 1 can be read" in capsys.readouterr().err
 
 
 def test_labels_that_the_model_truncates_are_counted(
@@ -196,10 +196,12 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
         ("l.json", "3", "found int; write a list of labels"),
         ("l.json", '["dog", 3]', "3 is int; write each label as a string"),
         ("l.json", '{"dog": "a", "dog": "b"}', "dog"),
-        ("l.json", '{"dog": " "}', "a label or a prompt is blank"),
+        ("l.json", '{"dog": " "}', "a prompt of 'dog' is blank"),
+        ("l.json", '["dog", " "]', "label number 2 is blank"),
+        ("l.csv", "label,prompt\ndog,pup\n,cat\n", "line 3 has a blank label"),
         ("l.csv", "name\ndog\n", r"the columns are \['name'\]"),
-        ("l.csv", "label\na dog, big\n", "more values than columns"),
-        ("l.csv", "label,prompt\ndog,\ndog,pup\n", "label 'dog' repeats"),
+        ("l.csv", "label\na dog, big\n", "line 2 has more values than columns"),
+        ("l.csv", "label,prompt\ndog,\ndog,pup\n", "line 3 repeats the label 'dog'"),
     ],
 )
 def test_invalid_labels_are_refused_before_the_model_is_looked_at(

@@ -141,12 +141,12 @@ def test_truncated_texts_are_named_or_refused() -> None:
     ("inputs", "options", "message"),
     [
         ([], {}, "nothing to embed"),
-        (["a", " \n"], {}, "number 1 is blank"),
+        (["a", " \n"], {}, "number 2 is blank"),
         (["a"], {"dimensions": 33}, "dimensions=33"),
         (["a"], {"dimensions": 0}, "dimensions=0"),
         (["a", b"not an image"], {}, "not an image"),
         (["a"] * 9, {}, "at most 8"),
-        (["a", 3], {}, "number 1 is int"),
+        (["a", 3], {}, "number 2 is int"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..._counted_nouns import counted
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
 from ..records.record_columns import SCHEMA, hash_text
@@ -54,11 +55,11 @@ class CaptionJoin:
 
     def __str__(self) -> str:
         return (
-            f"{self.matched} records matched. {self.unmatched_records} records have no row"
+            f"{counted(self.matched, 'record')} matched; without a row: {self.unmatched_records:,}"
             f"{_show(self.first_unmatched_records, self.unmatched_records)}; "
-            f"{self.unmatched_rows} rows have no record"
+            f"{counted(self.unmatched_rows, 'row')} without a record"
             f"{_show(self.first_unmatched_rows, self.unmatched_rows)}; "
-            f"{self.repeated_rows} rows repeat an image."
+            f"{counted(self.repeated_rows, 'row')} for an image that has one."
         )
 
 

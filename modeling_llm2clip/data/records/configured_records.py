@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
+from ..._counted_nouns import counted
 from ...configs.data_config import DataConfig
 from ..atomic_files import temporary_folder
 from ..captions.caption_joins import join_captions
@@ -50,7 +51,7 @@ def read_configured_records(
         modality=modality,
     )
     for reason, count in records.skipped.items():
-        tqdm.write(f"{data}: {count} rows skipped: {reason}.", file=sys.stderr)
+        tqdm.write(f"{data}: skipped {counted(count, 'row')}: {reason}.", file=sys.stderr)
     if config.captions_from is None:
         return records
     joined = join_captions(

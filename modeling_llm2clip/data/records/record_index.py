@@ -156,7 +156,8 @@ def _read(
     num_bytes = sum(math.inf if state is None else state[1] for state in states)
     parts = job.source.split()
     num_processes = min(len(parts), os.cpu_count() or 1)
-    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not show_progress) as progress:
+    shown = show_progress and len(parts) > 1
+    with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
         if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
             for part in parts:
                 yield from read_part(job, part, errors)

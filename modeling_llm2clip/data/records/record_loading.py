@@ -27,7 +27,7 @@ from .record_index import (
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
 from .records import Modality
-from .source_files import find_image_folder, find_source
+from .source_files import describe_line, find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
@@ -103,8 +103,10 @@ def load_records(
         decode_images(records, errors, show_progress=show_progress)
     errors.raise_if_any(str(source))
     if not records:
-        needs = "Each text" if modality == "text" else "Each image"
-        raise ValueError(f"{source} has no records. {needs} needs one.")
+        path = Path(source)
+        folder = path if path.is_dir() else path.parent
+        wanted = "Each text needs one." if modality == "text" else describe_line(folder)
+        raise ValueError(f"{source} has no records. {wanted}")
     return records
 
 

@@ -20,6 +20,7 @@ not found.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from ..validation_errors import ErrorCollector
 from .records import Modality, RawRecord
 
 _LINES_FILES = ("captions.jsonl", "metadata.jsonl")
+_SHOWN_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SEVERAL_FILES = (".parquet", ".tar")
 _CSV, _SHARD_LIST = ".csv", ".txt"
 _BYTES_PER_PART = 2**24
@@ -244,12 +246,24 @@ def _search_folder(folder: Path) -> SourceFiles:
     if not sources:
         raise ValueError(
             f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "
-            "folder that has, or a pattern."
+            f"folder that has, or a pattern. {describe_line(folder)}"
         )
     if len(sources) > 1:
         names = ", ".join(files[0].name for files in sources)
         raise ValueError(f"{folder} has several sources: {names}. Give one of them by its name.")
     return SourceFiles([*sources[0]], folder, sources[0][0].suffix.lower())
+
+
+def describe_line(folder: Path) -> str:
+    """Say how a file of captions is written, by an image of the folder if it has one.
+
+    Args:
+        folder: folder of images.
+    """
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    name = next((file for file in files if file.lower().endswith(_SHOWN_SUFFIXES)), "cat.jpg")
+    line = json.dumps({"image": name, "captions": ["What it shows."]}, ensure_ascii=False)
+    return f"Of images, write {_LINES_FILES[0]}, a line each: {line} (docs/data-formats.md)."
 
 
 def _drop_download_notes(sources: list[list[Path]]) -> list[list[Path]]:

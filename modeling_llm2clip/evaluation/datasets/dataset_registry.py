@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeAlias
 
@@ -45,6 +47,10 @@ _SPECS: dict[str, DatasetSpec] = {
     for spec in group.DATASETS
 }
 
+_OWN = "folder"  # what one's own images under another name are read as
+# Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
+_TOO_CLOSE = 0.8
+
 
 def list_datasets() -> list[DatasetSpec]:
     """List the specs of all datasets by name."""
@@ -62,8 +68,8 @@ def find_dataset(name: str) -> DatasetSpec:
     """
     if name not in _SPECS:
         raise ValueError(
-            f"There is no dataset {name!r}. Known: {', '.join(sorted(_SPECS))}."
-            f"{did_you_mean(name, _SPECS)}"
+            f"There is no dataset {name!r}, and no folder of this name. Known: "
+            f"{', '.join(sorted(_SPECS))}.{did_you_mean(name, _SPECS)}"
         )
     return _SPECS[name]
 
@@ -72,11 +78,13 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     """Read the name of a dataset and its folder as users write them.
 
     Args:
-        text: `NAME`, `NAME=FOLDER`, or a folder, file or URL of one's own captioned images. What
-            exists is a path, unless a dataset has this name.
+        text: `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
+            images, or `NAME=` and such a place, with a name of one's own. What exists is a path,
+            unless a dataset has this name.
 
     Raises:
-        ValueError: There is neither a dataset nor a file of this name.
+        ValueError: There is neither a dataset nor a file of this name, or a name of one's own
+            cannot be one, or resembles that of a dataset.
     """
     written = str(text)
     if written in _SPECS:
@@ -86,7 +94,9 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     name, sign, folder = written.partition("=")
     if sign and not (name and folder):
         raise ValueError(f"{written!r} must be NAME=FOLDER.")
-    return EvaluatedDataset(name=find_dataset(name).name, folder=folder or None)
+    found = EvaluatedDataset(name=name, folder=folder or None)
+    _find_spec(found)
+    return found
 
 
 def resolve_dataset(
@@ -114,7 +124,25 @@ def resolve_dataset(
         return custom_folder.make_records_spec(source), folder
     if folder is not None and source.folder is not None:
         raise ValueError(f"Got two folders, {source.folder} and {folder}. Give one.")
-    return find_dataset(source.name), source.folder if folder is None else folder
+    return _find_spec(source), source.folder if folder is None else folder
+
+
+def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
+    """Find the spec of a dataset, or make one of one's own images under their name."""
+    name = source.name
+    if name in _SPECS or source.folder is None:
+        return find_dataset(name)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"{name}={source.folder}: there is no such path, and {name!r} is no name of a dataset: "
+            "letters, digits, '_', '-' and '.'. Correct the path, or the name."
+        )
+    if close := get_close_matches(name.lower(), _SPECS, n=1, cutoff=_TOO_CLOSE):
+        raise ValueError(
+            f"{name}={source.folder}: {name!r} resembles the name of the dataset {close[0]}, whose "
+            "files are its publisher's. Correct it, or give your own images another name."
+        )
+    return replace(_SPECS[_OWN], name=name)
 
 
 def find_languages(
@@ -293,7 +321,10 @@ def _find_folder(
     """
     if spec.origin != "files":
         if folder is not None:
-            raise ValueError(f"{spec.name} needs no folder; got {folder}. Leave it out.")
+            raise ValueError(
+                f"{spec.name} needs no folder; got {folder}. Leave it out, or give your own images "
+                "another name."
+            )
         return None
     if folder is None:
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..._counted_nouns import counted
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.streams.stream_report import StreamReport
 from ...data.validation_errors import describe_errors
@@ -148,9 +149,7 @@ def _describe_stream(results: Mapping[str, Any]) -> list[str]:
         return []
     report = StreamReport.from_state(state)
     epochs = len(state["epochs"])
-    lines = [
-        f"Stream, {epochs} {'epoch' if epochs == 1 else 'epochs'}: {report.describe_losses()}."
-    ]
+    lines = [f"Stream, {counted(epochs, 'epoch')}: {report.describe_losses()}."]
     return lines + describe_errors(report.counts, report.places)
 
 

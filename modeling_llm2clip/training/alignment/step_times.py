@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 # Parts of making a batch, in the order of `AlignmentDataset`'s `input_seconds`.
 INPUT_PARTS = ("read", "decode", "tokenize")
 _REST = "rest"
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BEFORE_FIRST_LINE = 10.0
+_FACTOR_TO_NEXT_LINE = 2.0
 
 
 @contextmanager
@@ -133,7 +134,9 @@ class StepTimesMixin:
 
 
 class StepTimesCallback(TrainerCallback):
-    """Writes one line per epoch to stderr, at most every ten seconds, and one at the end.
+    """Writes lines to stderr at ends of epochs, each after twice the time, and one at the end.
+
+    So a run of ten minutes has about six of them, and one of a day 13.
 
     Args:
         times: What the Trainer measures.
@@ -146,7 +149,8 @@ class StepTimesCallback(TrainerCallback):
         self._epoch_at = epoch_at
         self._epoch = 0
         self._shown = shown
-        self._written = time.perf_counter()
+        self._begin = time.perf_counter()
+        self._due = _SECONDS_BEFORE_FIRST_LINE
 
     def on_step_end(  # noqa: D102
         self,
@@ -156,12 +160,12 @@ class StepTimesCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         is_last = state.global_step >= state.max_steps
-        is_due = time.perf_counter() - self._written > _SECONDS_BETWEEN_LINES
+        seconds = time.perf_counter() - self._begin
         epoch = int(self._epoch_at(state.global_step))
-        if not is_last and (epoch == self._epoch or not is_due):
+        if not is_last and (epoch == self._epoch or seconds < self._due):
             return
         self._epoch = epoch
-        self._written = time.perf_counter()
+        self._due = _FACTOR_TO_NEXT_LINE * seconds
         line = describe_shares(self._times.take_shares(), self._times.take_input_shares())
         if self._shown:
             tqdm.write(f"step {state.global_step}: {line}", file=sys.stderr)

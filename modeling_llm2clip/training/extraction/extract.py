@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ..._counted_nouns import counted
 from ...configs.extract_config import ExtractConfig
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage, Modality
@@ -160,8 +161,11 @@ def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]
             f"{done} of {manifest.num_shards} shards are complete.",
             f"When all partitions have ended: llm2clip merge-store {store}{where}",
         ]
-    counts = ", ".join(f"{number} {name}" for name, number in manifest.counts.items())
+    counts = ", ".join(
+        counted(number, name[:-1]) if name.endswith("s") else f"{number:,} {name}"
+        for name, number in manifest.counts.items()
+    )
     return [
-        f"Wrote {store}: {manifest.num_rows} embeddings of {manifest.dim} for "
-        f"{manifest.num_items} records ({counts})."
+        f"Wrote {store}: {counted(manifest.num_rows, 'embedding')} of {manifest.dim} dimensions "
+        f"for {counted(manifest.num_items, 'record')} ({counts})."
     ]

@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from ..._counted_nouns import counted
 from ...building.lora_merging import merge_lora
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -167,12 +168,12 @@ def describe_finetuning(output: Path) -> list[str]:
     results, inputs = record["results"], record["inputs"]
     lines = []
     if skipped := inputs["num_single_captions_skipped"]:
-        lines.append(f"Skipped {skipped} images with one caption only.")
+        lines.append(f"Skipped {counted(skipped, 'image')} with one caption only.")
     lines += [
         f"Wrote {output / LORA_FOLDER}. Caption retrieval accuracy on {results['num_held_out']} "
         f"held-out images: {results['cra_before']:.1%} -> {results['cra_after']:.1%}.",
-        f"{results['num_truncated']} of {results['num_texts']} texts are longer than "
-        f"{inputs['fingerprint']['max_text_length']} tokens and were truncated.",
+        f"Truncated {results['num_truncated']:,} of {counted(results['num_texts'], 'text')}, to "
+        f"{inputs['fingerprint']['max_text_length']} tokens.",
     ]
     if search := results.get("hard_negatives", {}).get("recall_sample"):
         recall = results["hard_negatives"]["recall"]

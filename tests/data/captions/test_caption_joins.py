@@ -104,7 +104,7 @@ def test_captions_come_to_their_records_in_every_format(
     assert joined.first_unmatched_records == tuple(f"{n}.tar/{n:06d}.jpg" for n in range(5))
     first = [f"https://x.example/{n}" for n in numbers if n >= 30][:5]
     assert joined.first_unmatched_rows == tuple(first)
-    assert "10 records matched. 20 records have no row (0.tar/000000.jpg," in str(joined)
+    assert "10 records matched; without a row: 20 (0.tar/000000.jpg," in str(joined)
 
 
 @pytest.mark.parametrize("is_mapped", [True, False])

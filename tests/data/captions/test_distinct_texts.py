@@ -135,7 +135,7 @@ def test_the_rows_of_a_shard_are_its_captions_by_first_occurrence(
 def test_blank_captions_are_refused_however_many_others_there_are(tmp_path: Path) -> None:
     captions = ("a dog", "猫", " \x1f", "…", "\u3000")
     table = RecordTable.from_records([CaptionedImage(None, "a", "a", captions)])
-    with pytest.raises(ValueError, match=r"2 are not: number 0 is blank: ' \\x1f'"):
+    with pytest.raises(ValueError, match=r"2 are not: number 1 is blank: ' \\x1f'"):
         list_caption_items(table, tmp_path)
 
 

@@ -36,8 +36,8 @@ def test_published_captions_come_after_the_own_ones_and_the_rest_is_counted(
             (CAPTIONS[2],),
         ]
     shown = capsys.readouterr().err
-    assert "1 records matched. 1 records have no row" in shown
-    assert "1 rows have no record (https://x.example)" in shown
+    assert "1 record matched; without a row: 1" in shown
+    assert "1 row without a record (https://x.example)" in shown
 
 
 def test_without_published_captions_nothing_is_joined(

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from captioned_files import (
     write_shard,
     write_shards,
 )
+from PIL import Image
 
 from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.records import records as records_module
@@ -227,6 +229,22 @@ def test_every_error_of_coco_is_reported_at_once(tmp_path: Path) -> None:
         "no caption": ["captions.json images[4]"],
         "annotation of an unknown image": ["captions.json image_id 5"],
     }
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_folder_without_captions_shows_how_a_line_of_them_is_written(
+    tmp_path: Path, is_empty: bool
+) -> None:
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "photos" / "a" / "b.png")
+    if is_empty:
+        (tmp_path / "photos" / "captions.jsonl").touch()
+    with pytest.raises(ValueError, match=r"docs/data-formats\.md") as caught:
+        load_records(tmp_path / "photos")
+    (line,) = re.findall(r"\{.*\}", str(caught.value))
+    (tmp_path / "photos" / "captions.jsonl").write_text(line, encoding="utf-8")
+    (record,) = load_records(tmp_path / "photos")
+    assert record.name == "a/b.png"
 
 
 @pytest.mark.parametrize(

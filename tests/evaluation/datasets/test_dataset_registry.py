@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_a_missing_file_is_named_with_where_to_get_it(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("coko", {}, "no dataset 'coko'. Known: coco, coco-cn"),
+        ("coko", {}, "no dataset 'coko', and no folder of this name. Known: coco, coco-cn"),
         ("coco", {"folder": None}, "coco needs a folder with coco_karpathy_test.json"),
         ("coco", {"folder": "nowhere"}, "nowhere does not exist"),
         ("coco", {"lang": "de"}, "coco has no language 'de'. It has en."),
@@ -138,6 +139,36 @@ def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
         parse_dataset("coco=")
     with pytest.raises(ValueError, match=r"There is no dataset 'emojis'.*Did you mean emoji?"):
         parse_dataset("emojis")
+
+
+def test_images_of_ones_own_have_the_name_that_they_are_given(tmp_path: Path) -> None:
+    folder = write_own_folder(tmp_path / "a=b")
+    wanted = load_dataset(folder, lang="en")
+    found = load_dataset(f"my-photos={folder}", lang="en")
+    assert found.name == found.protocol["dataset"] == "my-photos"
+    assert wanted.name == "folder" and found.list_content() == wanted.list_content()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("=mine", "'=mine' must be NAME=FOLDER"),
+        ("mine=", "'mine=' must be NAME=FOLDER"),
+        ("no/such=mine", "no such path, and 'no/such' is no name of a dataset"),
+        ("..=mine", "'..' is no name of a dataset"),
+        ("emojis=mine", "'emojis' resembles the name of the dataset emoji"),
+        ("COCO=mine", "'COCO' resembles the name of the dataset coco"),
+        ("nothing", "no dataset 'nothing', and no folder of this name"),
+    ],
+)
+def test_a_name_that_cannot_be_ones_own_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_dataset(text)
+
+
+def test_the_name_of_a_dataset_in_the_package_takes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"emoji needs no folder; .*give your own images another"):
+        load_dataset(f"emoji={write_own_folder(tmp_path)}")
 
 
 def test_records_are_a_dataset_that_is_named_by_their_hash(tmp_path: Path) -> None:

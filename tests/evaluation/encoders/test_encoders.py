@@ -148,7 +148,7 @@ def test_truncated_texts_are_counted_and_the_limit_is_described(
 
 @every_type
 def test_blank_texts_are_named(model_type: str, models: Any) -> None:
-    with pytest.raises(ValueError, match=r"number 1 is blank"):
+    with pytest.raises(ValueError, match=r"number 2 is blank"):
         load_encoder(models(model_type)).encode_texts(["a dog", " "])
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from aligning import Prepared
+from transformers import TrainerControl, TrainerState
 
 from modeling_llm2clip.training.alignment import step_times
-from modeling_llm2clip.training.alignment.step_times import StepTimes, describe_shares
+from modeling_llm2clip.training.alignment.step_times import (
+    StepTimes,
+    StepTimesCallback,
+    describe_shares,
+)
 
 
 def test_shares_add_up_and_an_inner_part_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,13 +44,30 @@ def test_input_is_shared_by_what_took_it_where_it_was_made() -> None:
     )
 
 
+def test_lines_come_at_doubling_times_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    monkeypatch.setattr(step_times, "time", clock)
+    callback = StepTimesCallback(StepTimes(), epoch_at=float, shown=True)
+    arguments: Any = None
+    for step in range(1, 601):  # one second and one epoch each
+        seconds[0] = float(step)
+        state = TrainerState(max_steps=600, global_step=step)
+        callback.on_step_end(arguments, state, TrainerControl())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
+    assert [int(line.split()[1].strip(":")) for line in lines] == [10, 20, 40, 80, 160, 320, 600]
+
+
 def test_a_run_says_once_an_epoch_what_bounds_it(
     prepared: Prepared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(step_times, "_SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(step_times, "_SECONDS_BEFORE_FIRST_LINE", 0.0)
+    monkeypatch.setattr(step_times, "_FACTOR_TO_NEXT_LINE", 0.0)
     prepared.align_stored(tmp_path / "run", max_steps=7, global_batch_size=4)
     shown = capsys.readouterr()
     lines = [line for line in (shown.out + shown.err).splitlines() if "input" in line]

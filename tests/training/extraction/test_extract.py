@@ -119,7 +119,10 @@ def test_images_are_stored_once_and_found_by_every_record(
     options += ["--store-dtype", "float32"]
     command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
     assert main(command) == 0
-    assert "9 embeddings of 32 for 13 records (13 images, 9 distinct)" in capsys.readouterr().out
+    assert (
+        "9 embeddings of 32 dimensions for 13 records (13 images, 9 distinct)"
+        in capsys.readouterr().out
+    )
     store = EmbeddingStore.open(folder, check="full")
     records = load_records(images)
     whole, processor = (

@@ -221,7 +221,7 @@ def test_truncated_texts_are_counted_and_reported(tmp_path, capsys):
     saved = json.loads((output / "run.json").read_text())["results"]
     # Two captions of each of 24 images, and five other pairs.
     assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
-    assert "9 of 58 texts are longer than 32 tokens and were truncated." in capsys.readouterr().out
+    assert "Truncated 9 of 58 texts, to 32 tokens." in capsys.readouterr().out
 
 
 # What is written in half precision

@@ -1,12 +1,15 @@
 """Warnings of libraries that a user can do nothing about, each hidden by its exact words.
 
-Anything else that a library warns of is shown. In Python nothing is hidden: only commands call it.
+Anything else that a library warns of is shown. Commands hide all of them; in Python the one of
+bitsandbytes alone is hidden, while a public name is imported.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -32,17 +35,18 @@ _PYTHON_WARNINGS = (
         "peft asks for it while it adds or merges a LoRA; we do not.",
     ),
 )
+_AT_IMPORT = _Hidden(
+    "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "bitsandbytes.backends.cpu.ops",
+    "transformers' Trainer imports peft, and peft bitsandbytes, which looks for a faster kernel.",
+)
 _LOG_RECORDS = (
     _Hidden(
         "mtime may not be reliable on this filesystem",
         "transformers.trainer_utils",
         "two checkpoints of one second; the numbers in their names order them all the same.",
     ),
-    _Hidden(
-        "Failed to load CPU gemm_4bit_forward from kernels-community",
-        "bitsandbytes.backends.cpu.ops",
-        "bitsandbytes looks for a faster kernel when peft imports it; no command loads 4 bits.",
-    ),
+    _AT_IMPORT,
 )
 
 
@@ -71,3 +75,16 @@ def hide_known_warnings() -> None:
         )
     for hidden in _LOG_RECORDS:
         logging.getLogger(hidden.source).addFilter(_Without(hidden.begins))
+
+
+@contextmanager
+def imports_hidden() -> Iterator[None]:
+    """Hide what a library logs while it is imported, and nothing after that."""
+    logger, hiding = logging.getLogger(_AT_IMPORT.source), _Without(_AT_IMPORT.begins)
+    was_hidden = hiding in logger.filters
+    logger.addFilter(hiding)
+    try:
+        yield
+    finally:
+        if not was_hidden:
+            logger.removeFilter(hiding)
