@@ -102,7 +102,16 @@ def embed(
             modality=modality,
             show_progress=config.show_progress,
         )
-    run(model, records, output, config, modality=modality, partition=partition, engine=engine)
+    run(
+        model,
+        records,
+        output,
+        config,
+        modality=modality,
+        partition=partition,
+        engine=engine,
+        report=report,
+    )
     if PartialState().is_main_process:
         print("\n".join(describe_embeddings(output)))
     PartialState().destroy_process_group()

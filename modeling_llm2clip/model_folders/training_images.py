@@ -131,9 +131,18 @@ class TrainingImages:
         Returns:
             The squared distance as a share of the spread of the training images, from 0; None for
             fewer than `FEWEST_JUDGED` images.
+
+        Raises:
+            ValueError: The summary is of another tower.
         """
         if tally.num_images < FEWEST_JUDGED:
             return None
+        if len(tally.total) != self.width:
+            raise ValueError(
+                f"{TRAINING_IMAGES_FILE} of the model is of a tower of {self.width} dimensions, "
+                f"and its tower has {len(tally.total)}. Remove the file, or restore that of this "
+                "model."
+            )
         clusters = np.concatenate([dataset.clusters.numpy() for dataset in self.datasets])
         spread = float(np.mean([dataset.spread for dataset in self.datasets]))
         mean = tally.total / tally.num_images

@@ -24,9 +24,12 @@ from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import get_image_limits, load_images
+from ..model_folders.model_folder import find_model_folder
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
+from ..search.index_training import restore_tally
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.tag_labels import Label, check_templates, make_labels
 from .batching import BatchWorker, Lane, OnBatch
@@ -58,6 +61,7 @@ class EmbeddingService:
         config: Limits, and how inputs are batched.
         model_name: What requests and responses call the model.
         index: Images to search, of the same model.
+        training_images: Which images the model was trained on; None where that is not known.
         on_batch: Called after each batch, in the thread that runs the model.
 
     Examples:
@@ -77,6 +81,7 @@ class EmbeddingService:
         *,
         model_name: str,
         index: ImageIndex | None = None,
+        training_images: TrainingImages | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
         self.encoder = encoder
@@ -84,6 +89,7 @@ class EmbeddingService:
         self._limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
         self.model_name = model_name
         self.index = index
+        self.training_images = training_images
         self.on_batch = on_batch
         lanes = {
             "text": Lane("text", encoder.encode_texts, config.token_budget or encoder.token_budget),
@@ -124,6 +130,7 @@ class EmbeddingService:
             config,
             model_name=config.model_name or Path(model).resolve().name,
             index=None if index is None else _open_index(index, source),
+            training_images=read_training_images(find_model_folder(source)),
         )
 
     @property
@@ -271,6 +278,19 @@ class EmbeddingService:
             except ValueError as error:
                 raise RequestError(400, str(error), param="where", code="invalid_filter") from None
         return self.index
+
+    def describe_far_images(self) -> str | None:
+        """Describe the images of the index, or else those that were embedded since the start.
+
+        Returns:
+            What they are unlike; None where the model was trained on such images, they are too
+            few to judge, or nothing is known.
+        """
+        if self.training_images is None:
+            return None
+        tallies = [] if self.index is None else [restore_tally(self.index.about)]
+        tallies.append(getattr(self.encoder, "tally", ImageTally()))  # ONNX graphs have none
+        return next(filter(None, map(self.training_images.describe_far, tallies)), None)
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
         """Look whether the index can be searched.

@@ -86,8 +86,7 @@ def _summarize(
         return None
     is_stored = dataset.image_store is not None
     items = sample_images(dataset.records, _STORED_SAMPLE if is_stored else _ENCODED_SAMPLE)
-    groups = mix(_OF_HALVES, dataset.records.read_numbers("group_key", items))
-    is_first_half = groups % np.uint64(2) == 0
+    is_first_half = choose_first_half(dataset.records, items)
     if min(is_first_half.sum(), (~is_first_half).sum()) < FEWEST_JUDGED:
         return None
     if dataset.image_store is not None:
@@ -124,6 +123,21 @@ def sample_images(records: RecordTable, size: int) -> Array:
         )
         chosen, items = chosen[:size], np.concatenate([items, rows])[firsts[:size]]
     return items
+
+
+def choose_first_half(records: RecordTable, items: Array) -> Array:
+    """Choose about half of the groups of some images, whatever the order of the records.
+
+    Args:
+        records: The dataset.
+        items: (N,) numbers of records.
+
+    Returns:
+        (N,) bool, whether a record's group is chosen.
+    """
+    groups = mix(_OF_HALVES, records.read_numbers("group_key", items))
+    chosen: Array = groups % np.uint64(2) == 0
+    return chosen
 
 
 def count_images(records: RecordTable) -> int:
