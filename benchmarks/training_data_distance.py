@@ -50,7 +50,7 @@ from modeling_llm2clip.model_folders.training_images import (
 )
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.image_summary import choose_first_half, sample_images
+from modeling_llm2clip.training.alignment.image_summary import choose_first_part, sample_images
 
 NUM_SETS = 500
 SET_ASIDE = 1 / 3
@@ -62,13 +62,13 @@ class Kind:
 
     name: str
     trained: Tensor
-    is_first_half: np.ndarray[Any, Any]
+    is_first_part: np.ndarray[Any, Any]
     held_out: Tensor
 
     def summarize(self) -> DatasetSummary:
         """Summarize the images to train on."""
         return summarize_images(
-            self.trained, self.is_first_half, name=self.name, num_images=len(self.trained)
+            self.trained, self.is_first_part, name=self.name, num_images=len(self.trained)
         )
 
 
@@ -120,7 +120,7 @@ def encode_kinds(folder: Path, data: list[str], max_images: int) -> list[Kind]:
         folders.setdefault(name, []).append(source)
     kinds = []
     for name, sources in folders.items():
-        embeds, groups, halves = [], [], []
+        embeds, groups, parts = [], [], []
         for number, source in enumerate(sources):
             records = RecordTable.from_records(load_records(source))
             items = sample_images(records, max_images)
@@ -128,10 +128,10 @@ def encode_kinds(folder: Path, data: list[str], max_images: int) -> list[Kind]:
             embeds.append(encode_images(model, processor, images, project=False))
             keys = records.read_numbers("group_key", items)
             groups += [(number, key) for key in keys.tolist()]
-            halves.append(choose_first_half(records, items))
+            parts.append(choose_first_part(records, items))
         held_out = set_aside(groups)
-        joined, halves_of = torch.cat(embeds), np.concatenate(halves)
-        kinds.append(Kind(name, joined[~held_out], halves_of[~held_out], joined[held_out]))
+        joined, parts_of = torch.cat(embeds), np.concatenate(parts)
+        kinds.append(Kind(name, joined[~held_out], parts_of[~held_out], joined[held_out]))
         print(name, len(joined), "images", flush=True)
     return kinds
 

@@ -51,7 +51,7 @@ class DatasetSummary:
         num_images: Images of the dataset.
         num_measured: Images of the sample that this is computed from.
         spread: Their variance, summed over the dimensions.
-        own_distance: Distance of one half of them from the clusters of the other.
+        own_distance: Distance of one part of them from the clusters of the other.
         clusters: (K, D) float32, the means of clusters of at least three images.
     """
 
@@ -64,24 +64,24 @@ class DatasetSummary:
 
 
 def summarize_images(
-    vision_embeds: Tensor, is_first_half: Array, *, name: str, num_images: int
+    vision_embeds: Tensor, is_first_part: Array, *, name: str, num_images: int
 ) -> DatasetSummary:
     """Summarize a sample of the images of a dataset.
 
     Args:
         vision_embeds: (N, D) of the tower, in an order that is random and does not depend on that
             of the dataset.
-        is_first_half: (N,) bool, halves that share no group of images, each of `FEWEST_JUDGED` at
+        is_first_part: (N,) bool, parts that share no group of images, each of `FEWEST_JUDGED` at
             least.
         name: Name of the data.
         num_images: Images of the dataset.
     """
     rows = _to_unit_rows(vision_embeds)
-    halves = rows[is_first_half], rows[~is_first_half]
+    parts = rows[is_first_part], rows[~is_first_part]
     spread = float(rows.var(axis=0).sum())
     own = max(
-        _measure(half.mean(axis=0), len(half), _find_clusters(other), spread)
-        for half, other in (halves, halves[::-1])
+        _measure(part.mean(axis=0), len(part), _find_clusters(other), spread)
+        for part, other in (parts, parts[::-1])
     )
     clusters = torch.from_numpy(_find_clusters(rows).astype(np.float32))
     return DatasetSummary(name, num_images, len(rows), round(spread, 6), round(own, 6), clusters)

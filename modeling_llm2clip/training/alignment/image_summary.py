@@ -33,7 +33,7 @@ from .sampling import Array, mix
 _STORED_SAMPLE = 4_096
 # Each costs a pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
-_OF_ORDER, _OF_HALVES = 0, 1  # what the keys of images and groups are mixed with
+_OF_ORDER, _OF_PARTS = 0, 1  # what the keys of images and groups are mixed with
 _UNNAMED = "unnamed data"
 
 
@@ -86,8 +86,8 @@ def _summarize(
         return None
     is_stored = dataset.image_store is not None
     items = sample_images(dataset.records, _STORED_SAMPLE if is_stored else _ENCODED_SAMPLE)
-    is_first_half = choose_first_half(dataset.records, items)
-    if min(is_first_half.sum(), (~is_first_half).sum()) < FEWEST_JUDGED:
+    is_first_part = choose_first_part(dataset.records, items)
+    if min(is_first_part.sum(), (~is_first_part).sum()) < FEWEST_JUDGED:
         return None
     if dataset.image_store is not None:
         vision_embeds = dataset.image_store.read(dataset.image_rows(items))
@@ -95,7 +95,7 @@ def _summarize(
         vision_embeds = _encode(folder, dataset, items, config)
     return summarize_images(
         vision_embeds,
-        is_first_half,
+        is_first_part,
         name=name,
         num_images=count_images(dataset.records),
     )
@@ -125,7 +125,7 @@ def sample_images(records: RecordTable, size: int) -> Array:
     return items
 
 
-def choose_first_half(records: RecordTable, items: Array) -> Array:
+def choose_first_part(records: RecordTable, items: Array) -> Array:
     """Choose about half of the groups of some images, whatever the order of the records.
 
     Args:
@@ -135,7 +135,7 @@ def choose_first_half(records: RecordTable, items: Array) -> Array:
     Returns:
         (N,) bool, whether a record's group is chosen.
     """
-    groups = mix(_OF_HALVES, records.read_numbers("group_key", items))
+    groups = mix(_OF_PARTS, records.read_numbers("group_key", items))
     chosen: Array = groups % np.uint64(2) == 0
     return chosen
 
