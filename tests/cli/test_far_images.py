@@ -113,7 +113,7 @@ def test_the_server_says_it_of_its_index(root: Path, tmp_path: Path) -> None:
         with run_app(create_app(service)) as url:
             health = read_health(url)
         assert health["status"] == "ok"
-        assert (SAID in str(health["far_images"])) == (images == "noise")
+        assert health["far_images"] == (images == "noise")
 
 
 def test_the_server_says_it_of_the_images_that_it_embedded_once_they_are_enough(
