@@ -77,13 +77,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--model", type=Path, help="default: the embedded towers, built anew")
-    parser.add_argument("--max-images", type=int, default=1_500, help="of each kind")
+    parser.add_argument("--max-images", type=int, default=600, help="of each folder")
+    parser.add_argument("--ignore-fields", nargs="*", default=[], help="of captions.jsonl")
     output = Path(__file__).parent / "results" / "training_data_distance.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or build_model(Path(scratch) / "model")
-        kinds = encode_kinds(model, arguments.data, arguments.max_images)
+        kinds = encode_kinds(
+            model, arguments.data, arguments.max_images, ignore_fields=arguments.ignore_fields
+        )
     record = {
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
@@ -110,7 +113,9 @@ def build_model(folder: Path) -> Path:
     return folder
 
 
-def encode_kinds(folder: Path, data: list[str], max_images: int) -> list[Kind]:
+def encode_kinds(
+    folder: Path, data: list[str], max_images: int, *, ignore_fields: list[str]
+) -> list[Kind]:
     """Encode a sample of the images of each kind."""
     model = LLM2CLIPVisionModel.from_pretrained(folder).eval()
     processor = LLM2CLIPProcessor.from_pretrained(folder)
@@ -122,7 +127,7 @@ def encode_kinds(folder: Path, data: list[str], max_images: int) -> list[Kind]:
     for name, sources in folders.items():
         embeds, groups, parts = [], [], []
         for number, source in enumerate(sources):
-            records = RecordTable.from_records(load_records(source))
+            records = RecordTable.from_records(load_records(source, ignore_fields=ignore_fields))
             items = sample_images(records, max_images)
             images = list(records.select(items).iterate_images())
             embeds.append(encode_images(model, processor, images, project=False))

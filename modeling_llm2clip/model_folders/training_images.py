@@ -282,7 +282,8 @@ def _parse(found: Mapping[str, Any], clusters: Sequence[Tensor]) -> TrainingImag
 def _to_unit_rows(vision_embeds: Tensor) -> Array:
     """In float64, so that sums do not depend on the number of threads once they are rounded."""
     rows: Array = vision_embeds.detach().cpu().double().numpy()
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+    unit: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+    return unit
 
 
 def _find_clusters(rows: Array) -> Array:

@@ -26,7 +26,9 @@ def describe_far_index(about: About, folder: Path) -> str | None:
         ValueError: The summary of the model's images is damaged.
     """
     training_images = read_training_images(folder)
-    return training_images and training_images.describe_far(restore_tally(about))
+    if training_images is None:
+        return None
+    return training_images.describe_far(restore_tally(about))
 
 
 def restore_tally(about: About) -> ImageTally:

@@ -93,7 +93,7 @@ class LLM2CLIPEncoder:
     def take_far_images(self) -> str | None:
         """Describe the images since the last call, if they are unlike those of the training."""
         tally, self._tally = self._tally, ImageTally()
-        return self._training_images and self._training_images.describe_far(tally)
+        return None if self._training_images is None else self._training_images.describe_far(tally)
 
     @cached_property
     def _model(self) -> LLM2CLIPModel:
