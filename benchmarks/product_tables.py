@@ -55,6 +55,34 @@ def _render_onnx(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_training_data_distance(report: dict[str, Any]) -> str:
+    found = report["one_kind"]
+    heads = ("trained on", *found, "its own, as alike as can be", "half of another kind")
+    rows = []
+    for name, of_kind in found.items():
+        judged = {**of_kind["others"], name: of_kind["own"]}
+        rows.append(
+            [
+                f"{name} ({of_kind['num_images']:,})",
+                *(f"{judged[n]['distance']:.2f}, {percent(judged[n]['sets_far'])}" for n in found),
+                percent(of_kind["own"]["nearest_far"]),
+                ", ".join(f"{n} {percent(o['half_far'])}" for n, o in of_kind["others"].items()),
+            ]
+        )
+    pairs = "; ".join(
+        f"of {' and '.join(pair['kinds'])}, "
+        + ", ".join(f"{n} {o['distance']:.2f}" for n, o in (pair["own"] | pair["others"]).items())
+        for pair in report["two_kinds"]
+    )
+    thresholds = dict.fromkeys(f"{of_kind['threshold']:.2f}" for of_kind in found.values())
+    note = (
+        f"More than {' or '.join(thresholds)} is far. As alike as can be: each image with the 19 "
+        f"that are nearest to it. Half: 20 of its own and 20 of another kind. Distances of models "
+        f"{pairs}. {report['hardware']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 def _render_search(report: dict[str, Any]) -> str:
     ann = report["ann"]
     visited = f"{ann['nprobes']} of {ann['num_partitions']} partitions"
@@ -318,4 +346,5 @@ PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "scale": _render_scale,
     "search": _render_search,
     "serving": _render_serving,
+    "training_data_distance": _render_training_data_distance,
 }

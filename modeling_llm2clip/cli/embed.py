@@ -81,7 +81,6 @@ def embed(
     use_device(config.device)
     from accelerate import PartialState
 
-    from ..data.records.source_files import is_source
     from ..model_folders.model_folder import find_model_folder
     from ..scheduling.shard_computation import parse_partition
     from ..search.bulk_embedding import describe_embeddings
@@ -91,22 +90,42 @@ def embed(
     find_model_folder(model)  # reading the data may take long
     # A run that continues has checked the images, and one that skips checks each as it comes.
     is_checked = config.skip_invalid or is_begun(output)
-    if modality == "image" and Path(data).is_dir() and not is_source(Path(data)):
-        records = _read_image_folder(data, reading, config, check_images=not is_checked)
-    else:
-        records = read_captioned_images(
-            data,
-            reading,
-            require_images=modality == "image",
-            resume=is_checked,
-            modality=modality,
-            show_progress=config.show_progress,
-        )
-    run(model, records, output, config, modality=modality, partition=partition, engine=engine)
+    run(
+        model,
+        _read_records(data, reading, config, modality, is_checked=is_checked),
+        output,
+        config,
+        modality=modality,
+        partition=partition,
+        engine=engine,
+        report=report,
+    )
     if PartialState().is_main_process:
         print("\n".join(describe_embeddings(output)))
     PartialState().destroy_process_group()
     return 0
+
+
+def _read_records(
+    data: str,
+    reading: DataConfig,
+    config: EmbedConfig,
+    modality: Literal["text", "image"],
+    *,
+    is_checked: bool,
+) -> RecordTable:
+    from ..data.records.source_files import is_source
+
+    if modality == "image" and Path(data).is_dir() and not is_source(Path(data)):
+        return _read_image_folder(data, reading, config, check_images=not is_checked)
+    return read_captioned_images(
+        data,
+        reading,
+        require_images=modality == "image",
+        resume=is_checked,
+        modality=modality,
+        show_progress=config.show_progress,
+    )
 
 
 def _read_image_folder(

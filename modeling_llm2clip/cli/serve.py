@@ -62,6 +62,8 @@ def serve(
 
         _warn_if_open(config.host, API_KEY_VARIABLE)
         service = EmbeddingService.open(model, config, index=index)
+        if far := service.describe_far_images():
+            print(f"{index}: {far}", file=sys.stderr)
         app = create_app(service, page=_find_page() if page else None)
         run_server(app, bound, config, on_start=partial(_report_start, service.model_name, page))
     return 0

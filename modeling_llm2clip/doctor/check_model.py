@@ -17,6 +17,7 @@ from .file_checks import (
     check_recorded_files,
     check_remote_code,
     check_training,
+    check_training_images,
     check_weight_dtypes,
 )
 from .forward_checks import (
@@ -55,6 +56,7 @@ _TEXT, _BOTH = "text", "both"
 _PLANNED_CHECKS = (
     _PlannedCheck("config", check_config),
     _PlannedCheck("training", check_training, ("config",)),
+    _PlannedCheck("training images", check_training_images),
     _PlannedCheck("remote code", check_remote_code),
     _PlannedCheck("finite weights", check_finite_weights),
     _PlannedCheck("recorded files", check_recorded_files, ("config", "finite weights")),

@@ -17,6 +17,7 @@ from ..loading_llm2clip import list_foreign_code, list_model_files
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.model_loading import MODEL_CLASSES
+from ..model_folders.training_images import TRAINING_IMAGES_FILE, read_training_images
 from ..model_folders.training_state import describe_untrained
 from ..model_folders.weights import open_model_weights
 from ..modeling_llm2clip import LLM2CLIPModel
@@ -68,6 +69,24 @@ def check_training(tested: ModelUnderTest) -> str:
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
     return "by its configuration, text adapter and projections are trained"
+
+
+def check_training_images(tested: ModelUnderTest) -> str:
+    """Read the summary of the images that the model was trained on, which must be of its tower.
+
+    Args:
+        tested: The model.
+    """
+    summary = read_training_images(tested.folder)
+    if summary is None:
+        raise NotApplicableError(f"there is no {TRAINING_IMAGES_FILE}, so that nothing is known")
+    projection = open_model_weights(tested.folder).get("visual_projection.weight")
+    if projection is not None and projection.shape[1] != summary.width:
+        raise ValueError(
+            f"{TRAINING_IMAGES_FILE} is of a tower of {summary.width} dimensions, and this one has "
+            f"{projection.shape[1]}. Remove the file, or restore that of this model."
+        )
+    return ", ".join(f"{data.name} ({data.num_images:,} images)" for data in summary.datasets)
 
 
 def check_weight_dtypes(tested: ModelUnderTest) -> str:

@@ -192,6 +192,7 @@ def encode_prepared_images(
     images: Sequence[Mapping[str, Tensor]],
     *,
     batch_size: int | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Tensor:
     """Encode images that the processor has prepared one by one.
 
@@ -199,6 +200,7 @@ def encode_prepared_images(
         model: A model with a vision tower.
         images: N results of the processor for one image each; at least one.
         batch_size: Images per batch. Default: by device.
+        on_batch: Called after each batch.
 
     Returns:
         (N, P) of unit length.
@@ -213,6 +215,7 @@ def encode_prepared_images(
         prepare=join_prepared,
         encode=partial(_embed_images, model),
         device=model.device,
+        on_batch=on_batch,
     )
     return _project(model, model.to_image_embeds, embeds)
 

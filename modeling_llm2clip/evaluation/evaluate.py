@@ -398,6 +398,7 @@ def _run(
         raise ValueError(f"{model}, {job.task.name} on {job.dataset}: {error}") from error
     seconds = time.monotonic() - started
     encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
+    far = encoder.take_far_images()
     file = find_result_file(output, model=model, dataset=job.dataset, task=job.task.name)
     description = encoder.describe()
     result = Result(
@@ -408,7 +409,12 @@ def _run(
         protocol=protocol,
         counts=dict(found.counts),
         fingerprint=description.fingerprint,
-        run={**description.run, "model": description.source, "encoded": encoded},
+        run={
+            **description.run,
+            "model": description.source,
+            "encoded": encoded,
+            **({} if far is None else {"far_images": far}),
+        },
         versions=list_result_versions(),
         seconds=round(seconds, 2),
     )

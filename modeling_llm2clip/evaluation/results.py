@@ -54,7 +54,8 @@ class Result:
         counts: How many images and texts there were, and how many texts were truncated.
         fingerprint: Digests that identify the model.
         run: What changes no score: device, batch size, where the model was, and how many texts and
-            images were `encoded`; embeddings of an earlier task are not computed again.
+            images were `encoded`; embeddings of an earlier task are not computed again. Of images
+            unlike those that the model was trained on, `far_images` says so.
         versions: Versions of the packages.
         seconds: How long it took to compute the `encoded` embeddings and the scores.
         format_version: Format of the file.

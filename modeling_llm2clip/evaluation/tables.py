@@ -89,7 +89,19 @@ def render_results(
     drawn = [_draw_markdown(t) if style == "markdown" else _draw_text(t, width) for t in tables]
     if any("[" in cell for table in tables for row in table.rows for cell in row):
         drawn.append(f"{textwrap.fill(_NOTE, width or len(_NOTE))}\n")
+    for note in _list_far_images(results):
+        drawn.append(f"{textwrap.fill(note, width or len(note))}\n")
     return "\n".join(drawn)
+
+
+def _list_far_images(results: Sequence[Result]) -> list[str]:
+    """List which datasets are unlike what a model was trained on, once for all tasks."""
+    found = {
+        (result.model, result.dataset): result.run["far_images"]
+        for result in results
+        if "far_images" in result.run
+    }
+    return [f"{model} on {dataset}: {text}" for (model, dataset), text in found.items()]
 
 
 def describe_scores(result: Result) -> str:

@@ -33,6 +33,7 @@ from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
 from .model_folder import find_records, is_inside, list_uploaded_files
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
+from .training_images import TRAINING_IMAGES_FILE
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
 # As transformers has it; the Hub takes files up to 50 GB.
@@ -288,7 +289,7 @@ def open_model(source: Path) -> LazyModel:
 
 
 def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:
-    """Find the files that a folder made of this one carries over: legal ones, and records.
+    """Find the files that a folder made of this one carries over: legal ones, records, summary.
 
     Args:
         source: Model folder.
@@ -301,7 +302,9 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
         ValueError: One of them is a link that leads out of the folder, whose target is not copied.
     """
     legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
+    summary = source / TRAINING_IMAGES_FILE
     carried = {**legal, **find_records(source, trained_since=trained_since)}
+    carried |= {summary.name: summary} if summary.is_file() else {}
     require_inside(source, carried.values())
     return carried
 

@@ -19,11 +19,11 @@ from ..model_folders.model_writing import is_legal_file
 _OWN_FILES = (
     "README.md", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "golden_embeddings.safetensors", "*_llm2clip.py",
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "chat_template.*", "processor_config.json",
-    "preprocessor_config.json", "modules.json", "config_sentence_transformers.json",
-    "sentence_*_config.json", "[0-9]_*/*", "conversion*.json", "handler.py", "requirements.txt",
-    "space/*",
+    "training_images.safetensors", "tokenizer*.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+    "processor_config.json", "preprocessor_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*",
+    "conversion*.json", "handler.py", "requirements.txt", "space/*",
 )  # fmt: skip
 _CREDENTIAL_NAME = re.compile(
     r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx|env)"

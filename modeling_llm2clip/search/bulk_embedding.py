@@ -6,7 +6,8 @@ ready to be compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from .._counted_nouns import counted
 from ..configs.embed_config import EmbedConfig
@@ -25,6 +27,7 @@ from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.stage_source import Source, open_source
+from ..model_folders.training_images import ImageTally, read_training_images
 from ..model_folders.training_state import require_trained
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
@@ -46,7 +49,7 @@ from .embedding_manifest import (
 )
 from .embedding_rows import ImageRows, TextRows
 from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
-from .shard_encoding import ShardEncoder, load_shard_encoder
+from .shard_encoding import ImageShardEncoder, ShardEncoder, load_shard_encoder
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _SHOWN = 5
@@ -62,6 +65,7 @@ def embed(
     modality: Modality,
     partition: str | None = None,
     engine: Engine = "local",
+    report: Callable[[str], object] | None = None,
 ) -> Path:
     """Write the embeddings of all captions or images to Parquet files, or continue to.
 
@@ -83,6 +87,9 @@ def embed(
             part to end completes the output. None for all of them.
         engine: What computes: the processes of this run, or the actors of a Ray cluster that sees
             the same files.
+        report: Called with what is said of images that are unlike those that the model was trained
+            on, once per run, of the images that this run encoded; never under Ray. Default: it is
+            warned of.
 
     Returns:
         `output`.
@@ -133,7 +140,21 @@ def embed(
             config=config,
         )
         compute_partition(job, partition=partition, engine=engine, stop=stop, finish=writer.finish)
+        if isinstance(encoder, ImageShardEncoder):
+            _report_far(encoder, found.folder, report or _warn)
     return output
+
+
+def _report_far(encoder: ImageShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
+    """Report images of all processes that are unlike those that the model was trained on."""
+    training_images = read_training_images(folder)
+    tally = ImageTally()
+    for of_process in gather_object([encoder.tally]):
+        tally.join(of_process)
+    if training_images is None or not PartialState().is_main_process:
+        return
+    if far := training_images.describe_far(tally):
+        report(far)
 
 
 def open_rows(
@@ -301,6 +322,10 @@ def _read_ranges(folder: Path) -> Array:
     if ranges is None:
         raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
     return ranges
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def _write_prompt(folder: Path) -> str:

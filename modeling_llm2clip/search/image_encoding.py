@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +21,7 @@ from ..encoding.batches import iterate_batches, join_prepared, prepare_images, s
 from ..encoding.encode import default_batch_size, raise_malloc_thresholds
 from ..encoding.eval_mode import require_eval_mode
 from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
+from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .index_database import ImageFacts
@@ -57,6 +59,7 @@ def encode_readable_images(
     batch_size: int | None = None,
     num_workers: int | None = None,
     progress: tqdm[Any] | None = None,
+    tally: ImageTally | None = None,
 ) -> EncodedImages:
     """Encode those of the files that are images; threads decode them.
 
@@ -67,6 +70,7 @@ def encode_readable_images(
         batch_size: Images per batch. Default: by device.
         num_workers: Threads that decode images. Default: one per core, at most 8.
         progress: Bar that counts the files.
+        tally: Gets the files that can be read.
 
     Returns:
         Embeddings of the files that can be read, and the errors of the others.
@@ -76,7 +80,7 @@ def encode_readable_images(
     """
     if model.device.type == "cpu":
         raise_malloc_thresholds()
-    reader = _Reader(processor)
+    reader, encode = _Reader(processor), _BatchEncoder(model)
     plan = split_evenly(len(paths), size=batch_size or default_batch_size(model.device))
     kept: list[tuple[Path, ImageFacts]] = []
     parts: list[Tensor] = []
@@ -84,13 +88,15 @@ def encode_readable_images(
         paths,
         plan,
         prepare=reader.read,
-        encode=_make_encoder(model),
+        encode=encode,
         device=model.device,
         num_workers=num_workers,
     ):
         read = [reader.facts.pop(paths[row], None) for row in rows]
         places = [place for place, facts in enumerate(read) if facts is not None]
         parts.append(embeds[places])
+        if tally is not None:
+            tally.add(encode.vision_embeds[places])
         kept += [(paths[rows[place]], facts) for place in places if (facts := read[place])]
         if progress is not None:
             progress.update(len(rows))
@@ -157,15 +163,20 @@ class _Reader:
         return Image.new("RGB", (64, 64), "gray")
 
 
-def _make_encoder(
-    model: LLM2CLIPModel | LLM2CLIPVisionModel,
-) -> Callable[[dict[str, Tensor]], Tensor]:
-    def encode(inputs: dict[str, Tensor]) -> Tensor:
+class _BatchEncoder:
+    """Encodes batches, and holds the embeddings of the last one before the projection."""
+
+    vision_embeds: Tensor
+
+    def __init__(self, model: LLM2CLIPModel | LLM2CLIPVisionModel) -> None:
+        self._model = model
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        model = self._model
         on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
         with require_eval_mode(model):
-            return model.to_image_embeds(model.get_vision_embeds(**on_device))
-
-    return encode
+            self.vision_embeds = model.get_vision_embeds(**on_device)
+            return model.to_image_embeds(self.vision_embeds)
 
 
 def find_time_taken(image: Image.Image) -> datetime | None:

@@ -70,6 +70,19 @@ class AnnIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredTally:
+    """What an `ImageTally` has added up.
+
+    Attributes:
+        num_images: Images, at least one.
+        total: The sum of their embeddings before the projection, each of unit length.
+    """
+
+    num_images: int
+    total: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class About:
     """What an index is of.
 
@@ -81,6 +94,8 @@ class About:
         image_dir: Folder of the images.
         width: P of the embeddings.
         ann: The approximate index; None where none was built.
+        tally: The images that were encoded into it, of a model that has a summary of the images
+            that it was trained on; what was removed since is still among them.
     """
 
     model: str
@@ -89,6 +104,7 @@ class About:
     image_dir: str
     width: int
     ann: AnnIndex | None = None
+    tally: StoredTally | None = None
 
 
 def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -179,8 +195,12 @@ def read_about(location: str, connection: Any) -> About | None:
         )
     try:
         values = json.loads(found["content"][0].as_py())
-        ann = values.pop("ann")
-        return About(**values, ann=None if ann is None else AnnIndex(**ann))
+        ann, tally = values.pop("ann"), values.pop("tally", None)
+        return About(
+            **values,
+            ann=None if ann is None else AnnIndex(**ann),
+            tally=None if tally is None else StoredTally(**tally),
+        )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise IndexUnavailableError(
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "

@@ -13,10 +13,12 @@ from ..configs.search_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.records.record_loading import find_example_data
 from ..encoding.devices import find_device
+from ..model_folders.training_images import ImageTally
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_files import list_images
 from .index_about import About, join_fingerprints
 from .index_database import IndexDatabase
+from .index_training import describe_far_index, restore_tally, store_tally
 from .index_update import update_images
 from .model_identity import (
     find_whole_model,
@@ -64,9 +66,12 @@ def build_index(
     folder = find_whole_model(model)
     database = _open(model, folder, image_dir, location)
     encoder = QueryEncoder(folder, config.device)
+    tally = restore_tally(database.about)
     with database.writing():
         try:
-            counts = update_images(database, image_dir, files.readable, encoder, config=config)
+            counts = update_images(
+                database, image_dir, files.readable, encoder, config=config, tally=tally
+            )
         except KeyboardInterrupt:
             (report or _warn)(f"What was encoded is in {location}; the same call continues there.")
             raise
@@ -76,7 +81,9 @@ def build_index(
         _update_ann(
             database, encoder, config, has_changed=counts.has_changed, report=report or _ignore
         )
-        _note_place(database, model, folder, image_dir)
+        _note_place(database, model, folder, image_dir, tally)
+    if far := describe_far_index(database.about, folder):
+        (report or _warn)(far)
     return database, encoder
 
 
@@ -156,13 +163,20 @@ def choose_texts(count: int) -> list[str]:
     return random.Random(0).sample(sorted(captions), count)
 
 
-def _note_place(database: IndexDatabase, model: str | Path, folder: Path, image_dir: Path) -> None:
-    """Note where model and images are now, if either was moved."""
+def _note_place(
+    database: IndexDatabase,
+    model: str | Path,
+    folder: Path,
+    image_dir: Path,
+    tally: ImageTally,
+) -> None:
+    """Note where model and images are now, if either was moved, and what was encoded."""
     about = replace(
         database.about,
         model=name_model(model),
         model_files=hash_file_facts(folder),
         image_dir=str(image_dir.resolve()),
+        tally=store_tally(tally),
     )
     if about != database.about:
         database.write_about(about)

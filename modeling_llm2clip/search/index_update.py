@@ -23,6 +23,7 @@ from ..configs.search_config import IndexConfig
 from ..data.atomic_files import hash_file
 from ..data.remote.remote_access import raise_disk_failure
 from ..encoding.preparation import default_num_workers
+from ..model_folders.training_images import ImageTally
 from .image_encoding import encode_readable_images
 from .index_database import ImageFacts, IndexDatabase
 from .query_encoding import QueryEncoder
@@ -87,6 +88,7 @@ def update_images(
     encoder: QueryEncoder,
     *,
     config: IndexConfig,
+    tally: ImageTally,
 ) -> UpdateCounts:
     """Write the embeddings of new and changed images, and remove those of images that are gone.
 
@@ -96,21 +98,28 @@ def update_images(
         paths: All image files in it.
         encoder: Of the model; its vision tower is loaded if there is anything to encode.
         config: How images are encoded.
+        tally: Gets the images that are encoded.
 
     Returns:
         Counts, and the images that cannot be read.
     """
-    return _Update(database, image_dir, encoder, config).run(paths)
+    return _Update(database, image_dir, encoder, config, tally).run(paths)
 
 
 class _Update:
     def __init__(
-        self, database: IndexDatabase, image_dir: Path, encoder: QueryEncoder, config: IndexConfig
+        self,
+        database: IndexDatabase,
+        image_dir: Path,
+        encoder: QueryEncoder,
+        config: IndexConfig,
+        tally: ImageTally,
     ) -> None:
         self._database = database
         self._image_dir = image_dir
         self._encoder = encoder
         self._config = config
+        self._tally = tally
         self._known = _read_known(database)
         self._digests = {file.sha256 for file in self._known.values()}
         self._stats: dict[str, os.stat_result] = {}
@@ -228,6 +237,7 @@ class _Update:
             batch_size=self._config.batch_size,
             num_workers=self._config.num_workers,
             progress=progress,
+            tally=self._tally,
         )
         self.counts.encoded += len(encoded.paths)
         for path, digest in digests.items():

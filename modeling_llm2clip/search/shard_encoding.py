@@ -27,6 +27,7 @@ from ..encoding.encode import (
 )
 from ..encoding.eval_mode import require_eval_mode
 from ..encoding.tokenized_texts import TokenizedTexts
+from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -173,6 +174,9 @@ class ImageShardEncoder:
         batch_size: Images per batch.
         num_workers: Threads that decode images; None for the default.
         skip_invalid: Give zeros for an image that cannot be decoded, instead of an error.
+
+    Attributes:
+        tally: The images that were encoded so far.
     """
 
     def __init__(
@@ -191,6 +195,7 @@ class ImageShardEncoder:
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._skip_invalid = skip_invalid
+        self.tally = ImageTally()
         self.dim = model.config.projection_dim
         self.plan = {"batch_size": str(batch_size)}
 
@@ -212,6 +217,7 @@ class ImageShardEncoder:
             (size, P) float32 of unit length, without images that cannot be decoded.
         """
         embeds = _encode_all(self._prepare(self._rows.sample(size)), self.dim)
+        self.tally = ImageTally()  # they will be encoded once more
         return embeds[embeds.any(axis=1)]
 
     def _prepare(self, images: list[ImageSource]) -> PreparedShard:
@@ -258,6 +264,7 @@ class ImageShardEncoder:
             }
             with require_eval_mode(self._model):
                 vision_embeds = self._model.get_vision_embeds(**on_device)
+                self.tally.add(vision_embeds)
                 embeds[batch.places] = self._model.to_image_embeds(vision_embeds).cpu()
         return embeds
 

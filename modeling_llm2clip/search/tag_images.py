@@ -21,6 +21,7 @@ from ..encoding.devices import find_device
 from ..encoding.encode import encode_tokenized_texts
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..model_folders.model_loading import load_model
+from ..model_folders.training_images import ImageTally, read_training_images
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_encoding import encode_readable_images
@@ -109,7 +110,11 @@ def tag_folder(
     prompts = TokenizedTexts(processor, [prompt for label in labels for prompt in label.prompts])
     parts: Iterable[EmbeddedImages]
     if config.index is None:
-        parts = [_encode(loaded, processor, files.readable, config, say)]
+        tally = ImageTally()
+        parts = [_encode(loaded, processor, files.readable, config, say, tally)]
+        training_images = read_training_images(folder)
+        if training_images is not None and (far := training_images.describe_far(tally)):
+            say(far)
     else:
         parts = _read_index(model, image_dir, config, report)
     images = tag_images(loaded, processor, parts, labels, prompts, top_k=top_k, threshold=threshold)
@@ -122,12 +127,13 @@ def _encode(
     paths: Sequence[Path],
     config: TagConfig,
     report: Report,
+    tally: ImageTally,
 ) -> EmbeddedImages:
     """Encode the images of a folder, and skip or refuse those that are broken."""
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
             model, processor, paths, progress=progress,
-            batch_size=config.batch_size, num_workers=config.num_workers,
+            batch_size=config.batch_size, num_workers=config.num_workers, tally=tally,
         )  # fmt: skip
     if encoded.errors:
         find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails

@@ -19,6 +19,7 @@ from ..encoding.encode import (
 )
 from ..encoding.onnx_encoding import DEFAULT_BATCH_SIZE, DEFAULT_TOKEN_BUDGET, OnnxEncoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
+from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 
@@ -87,6 +88,9 @@ class ModelEncoder:
         model: A whole, text-only or vision-only model.
         processor: Its processor.
 
+    Attributes:
+        tally: The images that were embedded so far.
+
     Examples:
         >>> encoder = ModelEncoder(*load_model("my-model"))
         >>> texts = encoder.tokenize_texts(["a dog"])
@@ -109,6 +113,7 @@ class ModelEncoder:
         self.logit_scale = None if scale is None else float(scale().detach())
         self.token_budget = default_token_budget(model.device)
         self.batch_size = default_batch_size(model.device)
+        self.tally = ImageTally()
         if model.device.type == "cpu":
             raise_malloc_thresholds()
 
@@ -142,7 +147,12 @@ class ModelEncoder:
         Args:
             images: N images, each from `prepare_image`.
         """
-        embeds = encode_prepared_images(self._model, images, batch_size=self.batch_size)
+        embeds = encode_prepared_images(
+            self._model,
+            images,
+            batch_size=self.batch_size,
+            on_batch=lambda _, vision_embeds: self.tally.add(vision_embeds),
+        )
         return _to_numpy(embeds)
 
 

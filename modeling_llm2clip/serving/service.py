@@ -27,9 +27,11 @@ from ..image_loading_llm2clip import get_image_limits, load_images
 from ..model_folders.model_card_data import read_card_data
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
+from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
+from ..search.index_training import restore_tally
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.tag_labels import Label, check_templates, make_labels
 from .batching import BatchWorker, Lane, OnBatch
@@ -63,6 +65,7 @@ class EmbeddingService:
         model_name: What requests and responses call the model.
         index: Images to search, of the same model.
         training_data: Names of the datasets that the model was trained on.
+        training_images: Which images the model was trained on; None where that is not known.
         on_batch: Called after each batch, in the thread that runs the model.
 
     Examples:
@@ -83,6 +86,7 @@ class EmbeddingService:
         model_name: str,
         index: ImageIndex | None = None,
         training_data: Sequence[str] = (),
+        training_images: TrainingImages | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
         self.encoder = encoder
@@ -91,6 +95,7 @@ class EmbeddingService:
         self.model_name = model_name
         self.index = index
         self.training_data = tuple(training_data)
+        self.training_images = training_images
         self.on_batch = on_batch
         lanes = {
             "text": Lane("text", encoder.encode_texts, config.token_budget or encoder.token_budget),
@@ -132,6 +137,7 @@ class EmbeddingService:
             model_name=config.model_name or Path(model).resolve().name,
             index=None if index is None else _open_index(index, source),
             training_data=_read_training_data(source),
+            training_images=read_training_images(find_model_folder(source)),
         )
 
     @property
@@ -279,6 +285,19 @@ class EmbeddingService:
             except ValueError as error:
                 raise RequestError(400, str(error), param="where", code="invalid_filter") from None
         return self.index
+
+    def describe_far_images(self) -> str | None:
+        """Describe the images of the index, or else those that were embedded since the start.
+
+        Returns:
+            What they are unlike; None where the model was trained on such images, they are too
+            few to judge, or nothing is known.
+        """
+        if self.training_images is None:
+            return None
+        tallies = [] if self.index is None else [restore_tally(self.index.about)]
+        tallies.append(getattr(self.encoder, "tally", ImageTally()))  # ONNX graphs have none
+        return next(filter(None, map(self.training_images.describe_far, tallies)), None)
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
         """Look whether the index can be searched.

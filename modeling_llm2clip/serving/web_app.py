@@ -86,6 +86,7 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
             "num_pending": service.num_pending,
             "num_images": num_images,
             "index_error": index_error,
+            "far_images": service.describe_far_images() is not None,
         }
         return JsonResponse(state, status_code=200 if service.is_alive else 503)
 

@@ -16,6 +16,7 @@ from ...encoding.devices import find_device
 from ...encoding.encode import encode_images, encode_tokenized_texts
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.training_images import ImageTally, read_training_images
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -47,6 +48,8 @@ class LLM2CLIPEncoder:
         self._source = source
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
         self._config = LLM2CLIPConfig.from_pretrained(folder)
+        self._training_images = read_training_images(folder)
+        self._tally = ImageTally()
         warn_of_untrained(self._config, source)
 
     def describe(self) -> EncoderDescription:
@@ -84,7 +87,13 @@ class LLM2CLIPEncoder:
             batch_size=self._run_config.batch_size,
             num_workers=self._run_config.num_workers,
             show_progress=self._run_config.show_progress,
+            on_batch=lambda _, vision_embeds: self._tally.add(vision_embeds),
         )
+
+    def take_far_images(self) -> str | None:
+        """Describe the images since the last call, if they are unlike those of the training."""
+        tally, self._tally = self._tally, ImageTally()
+        return None if self._training_images is None else self._training_images.describe_far(tally)
 
     @cached_property
     def _model(self) -> LLM2CLIPModel:

@@ -72,6 +72,14 @@ class OnceEncoder:
             self.encoded["images"] += len(new)
         return self._images.take(wanted)
 
+    def take_far_images(self) -> str | None:
+        """Describe the images since the last call, if they are unlike those of the training.
+
+        Only a model of this package knows which these were.
+        """
+        take = getattr(self._encoder, "take_far_images", None)
+        return None if take is None else take()
+
 
 class KnownRows:
     """Embeddings of inputs, in the blocks in which they were encoded."""

@@ -75,6 +75,7 @@ from .alignment_trainer import (
     plan_length,
 )
 from .held_out import BestWeightsCallback, HeldOutImages
+from .image_summary import write_image_summary
 from .projection_init import ProjectionInit, init_projections
 from .run_data import RunData, open_records, open_stream
 from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
@@ -177,7 +178,7 @@ def align(
             require_intact(found.folder, with_llm=config.text_training != "stored")
         trained = _train(found, run_data, output, config, inputs, loss, resume, callbacks)
         if PartialState().is_main_process:
-            measure = _make_measure(run_data, output, config, data_name)
+            measure = _make_measure(found, run_data, output, config, data_name)
             _write_model(found, trained, output, data_name, measure)
         PartialState().wait_for_everyone()
     return model_folder
@@ -347,11 +348,17 @@ def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -
 
 
 def _make_measure(
-    data: RunData, output: Path, config: AlignConfig, data_name: str | None
+    source: StageSource,
+    data: RunData,
+    output: Path,
+    config: AlignConfig,
+    data_name: str | None,
 ) -> Callable[[Path], tuple[Sequence[CardResult], str | None]]:
     """Make what measures a written folder; in half precision, trained weights are rounded there."""
 
     def measure(folder: Path) -> tuple[Sequence[CardResult], str | None]:
+        summary = write_image_summary(source.folder, folder, data, config, name=data_name)
+        add_results(output, training_images=summary)
         results = read_results(output)
         dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
         if data.held_out is not None and dtype != torch.float32:

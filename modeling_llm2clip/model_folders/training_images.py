@@ -1,0 +1,318 @@
+"""Which images a model was trained on: a summary in its folder, and how far others are from it.
+
+Per dataset the summary has the means of its clusters of images, by the embeddings of the vision
+tower before the projection, each scaled to unit length. A set of images is judged as a whole: by
+how far its mean is from every mixture of these clusters. Images of one topic of the training data
+are such a mixture, too; images of another kind are not, though each of them may be as near to some
+training image as these are to each other. No embedding of a single image is kept.
+
+D is the width of the tower's embeddings, K the number of clusters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..data.safetensors_files import serialize_tensors
+
+TRAINING_IMAGES_FILE = "training_images.safetensors"
+FEWEST_JUDGED = 20
+_FORMAT = 1
+_MAX_CLUSTERS = 32
+_IMAGES_PER_CLUSTER = 8
+_FEWEST_IN_CLUSTER = 3
+_ITERATIONS = 10
+# Shares of the spread of the training images. Measured on emoji, drawings and photographs by
+# `benchmarks/training_data_distance.py`: held-out images of one topic reach 0.05, and images of
+# another of the three kinds 0.15 at least.
+_FAR = 0.1
+_TIMES_OWN = 2
+_MIXING_STEPS = 300
+_METADATA = "training_images"
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """The images of one dataset.
+
+    Attributes:
+        name: Name of the data.
+        num_images: Images of the dataset.
+        num_measured: Images of the sample that this is computed from.
+        spread: Their variance, summed over the dimensions.
+        own_distance: Distance of one part of them from the clusters of the other.
+        clusters: (K, D) float32, the means of clusters of at least three images.
+    """
+
+    name: str
+    num_images: int
+    num_measured: int
+    spread: float
+    own_distance: float
+    clusters: Tensor
+
+
+def summarize_images(
+    vision_embeds: Tensor, is_first_part: Array, *, name: str, num_images: int
+) -> DatasetSummary:
+    """Summarize a sample of the images of a dataset.
+
+    Args:
+        vision_embeds: (N, D) of the tower, in an order that is random and does not depend on that
+            of the dataset.
+        is_first_part: (N,) bool, parts that share no group of images, each of `FEWEST_JUDGED` at
+            least.
+        name: Name of the data.
+        num_images: Images of the dataset.
+    """
+    rows = _to_unit_rows(vision_embeds)
+    parts = rows[is_first_part], rows[~is_first_part]
+    spread = float(rows.var(axis=0).sum())
+    own = max(
+        _measure(part.mean(axis=0), len(part), _find_clusters(other), spread)
+        for part, other in (parts, parts[::-1])
+    )
+    clusters = torch.from_numpy(_find_clusters(rows).astype(np.float32))
+    return DatasetSummary(name, num_images, len(rows), round(spread, 6), round(own, 6), clusters)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The summary of all images that a model was trained on.
+
+    Attributes:
+        datasets: One or several, in the order of their trainings.
+        not_summarized: Names of data that earlier weights of the vision tower were trained on.
+    """
+
+    datasets: tuple[DatasetSummary, ...]
+    not_summarized: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """D of the tower that the summary belongs to."""
+        return int(self.datasets[0].clusters.shape[1])
+
+    def add(self, dataset: DatasetSummary) -> TrainingImages:
+        """Return the summary with one more dataset; the same one is not added again.
+
+        Args:
+            dataset: What the model was trained on now.
+        """
+        others = [
+            known
+            for known in self.datasets
+            if (known.name, known.num_images) != (dataset.name, dataset.num_images)
+            or not torch.equal(known.clusters, dataset.clusters)
+        ]
+        return TrainingImages((*others, dataset), self.not_summarized)
+
+    def list_names(self) -> tuple[str, ...]:
+        """List the names of all data, each once."""
+        return tuple(dict.fromkeys((*self.not_summarized, *(data.name for data in self.datasets))))
+
+    def measure(self, tally: ImageTally) -> float | None:
+        """Measure how far a set of images is from all mixtures of training images.
+
+        Args:
+            tally: The set.
+
+        Returns:
+            The squared distance as a share of the spread of the training images, from 0; None for
+            fewer than `FEWEST_JUDGED` images.
+
+        Raises:
+            ValueError: The summary is of another tower.
+        """
+        if tally.num_images < FEWEST_JUDGED:
+            return None
+        if len(tally.total) != self.width:
+            raise ValueError(
+                f"{TRAINING_IMAGES_FILE} of the model is of a tower of {self.width} dimensions, "
+                f"and its tower has {len(tally.total)}. Remove the file, or restore that of this "
+                "model."
+            )
+        clusters = np.concatenate([dataset.clusters.numpy() for dataset in self.datasets])
+        spread = float(np.mean([dataset.spread for dataset in self.datasets]))
+        mean = tally.total / tally.num_images
+        return _measure(mean, tally.num_images, clusters.astype(np.float64), spread)
+
+    @property
+    def threshold(self) -> float:
+        """Distance above which images are far."""
+        return max(_FAR, *(_TIMES_OWN * dataset.own_distance for dataset in self.datasets))
+
+    def describe_far(self, tally: ImageTally) -> str | None:
+        """Describe images that are far from those that the model was trained on.
+
+        Args:
+            tally: The images.
+
+        Returns:
+            What they are far from, and what to do; None where they are not far, or too few.
+        """
+        distance = self.measure(tally)
+        if distance is None or distance <= self.threshold:
+            return None
+        names = ", ".join(f"{data.name} ({data.num_images:,} images)" for data in self.datasets)
+        earlier = ", ".join(self.not_summarized)
+        return (
+            f"These images ({tally.num_images:,}) are unlike all images that this model was "
+            f"trained on, {names}: distance {distance:.2f}, at most {self.threshold:.2f} for "
+            "images of their kind. Expect poor results, and train it on captioned images like "
+            "these (llm2clip extract, then llm2clip align)."
+            + (f" Not compared: {earlier}, of an earlier vision tower." if earlier else "")
+        )
+
+
+class ImageTally:
+    """Adds up the images of a run, batch by batch: their number, and the sum of their embeddings.
+
+    Args:
+        num_images: Images so far.
+        total: (D,) float64, the sum of their embeddings of unit length; None before the first.
+    """
+
+    def __init__(self, num_images: int = 0, total: Array | None = None) -> None:
+        self.num_images = num_images
+        self._total = total
+
+    @property
+    def total(self) -> Array:
+        """(D,) float64, the sum of the embeddings of at least one image."""
+        assert self._total is not None
+        return self._total
+
+    def add(self, vision_embeds: Tensor) -> None:
+        """Add images.
+
+        Args:
+            vision_embeds: (B, D) of the tower, before the projection.
+        """
+        if len(vision_embeds):
+            total = _to_unit_rows(vision_embeds).sum(axis=0)
+            self.join(ImageTally(len(vision_embeds), total))
+
+    def join(self, other: ImageTally) -> None:
+        """Add the images of another tally.
+
+        Args:
+            other: Of other images.
+        """
+        if other.num_images:
+            self._total = other.total if self._total is None else self._total + other.total
+            self.num_images += other.num_images
+
+
+def read_training_images(folder: Path) -> TrainingImages | None:
+    """Read the summary of a model folder.
+
+    Args:
+        folder: Model folder.
+
+    Returns:
+        The summary; None where there is none, so that nothing is known.
+
+    Raises:
+        ValueError: The file is damaged, or of another format.
+    """
+    file = folder / TRAINING_IMAGES_FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = json.loads((opened.metadata() or {})[_METADATA])
+            clusters = [opened.get_tensor(f"clusters.{n}") for n in range(len(found["datasets"]))]
+        summary = _parse(found, clusters)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged or of another version ({error}). Restore it; or remove it, and "
+            "images unlike those of the training are no longer noticed."
+        ) from error
+    return summary
+
+
+def write_training_images(folder: Path, summary: TrainingImages) -> None:
+    """Write the summary of a model folder; the same summary always as the same bytes.
+
+    Args:
+        folder: Model folder.
+        summary: The summary.
+    """
+    content = {
+        "format": _FORMAT,
+        "datasets": [
+            {name: value for name, value in vars(dataset).items() if name != "clusters"}
+            for dataset in summary.datasets
+        ],
+        "not_summarized": summary.not_summarized,
+    }
+    tensors = {
+        f"clusters.{number}": dataset.clusters.contiguous()
+        for number, dataset in enumerate(summary.datasets)
+    }
+    metadata = {_METADATA: json.dumps(content, ensure_ascii=False)}
+    (folder / TRAINING_IMAGES_FILE).write_bytes(serialize_tensors(tensors, metadata))
+
+
+def _parse(found: Mapping[str, Any], clusters: Sequence[Tensor]) -> TrainingImages:
+    datasets = tuple(
+        DatasetSummary(**fields, clusters=means)
+        for fields, means in zip(found["datasets"], clusters, strict=True)
+    )
+    if found["format"] != _FORMAT or not datasets:
+        raise ValueError(f"format {found['format']}, {len(datasets)} datasets")
+    shapes = {tuple(means.shape[1:]) for means in clusters}
+    if len(shapes) > 1 or not all(means.isfinite().all() for means in clusters):
+        raise ValueError("its clusters have several widths, or NaN")
+    return TrainingImages(datasets, tuple(found["not_summarized"]))
+
+
+def _to_unit_rows(vision_embeds: Tensor) -> Array:
+    """In float64, so that sums do not depend on the number of threads once they are rounded."""
+    rows: Array = vision_embeds.detach().cpu().double().numpy()
+    unit: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+    return unit
+
+
+def _find_clusters(rows: Array) -> Array:
+    """Find clusters by Lloyd's algorithm, from the first rows, and return their means, (K, D)."""
+    means = rows[: min(_MAX_CLUSTERS, len(rows) // _IMAGES_PER_CLUSTER)].copy()
+    sizes = np.zeros(len(means), np.int64)
+    for _ in range(_ITERATIONS):
+        nearest = ((means**2).sum(axis=1) - 2 * rows @ means.T).argmin(axis=1)
+        sizes = np.bincount(nearest, minlength=len(means))
+        for number in np.flatnonzero(sizes):
+            means[number] = rows[nearest == number].mean(axis=0)
+    kept: Array = means[sizes >= min(_FEWEST_IN_CLUSTER, sizes.max())]
+    return kept
+
+
+def _measure(mean: Array, num_images: int, clusters: Array, spread: float) -> float:
+    """Measure the squared distance of a set's mean from the nearest mixture, as a share of spread.
+
+    What the mean of so few images has by chance is taken off. The mixture is found by Frank and
+    Wolfe's method with exact steps.
+    """
+    mixed = clusters[((clusters - mean) ** 2).sum(axis=1).argmin()]
+    for _ in range(_MIXING_STEPS):
+        direction = clusters[(clusters @ (mixed - mean)).argmin()] - mixed
+        length = float(direction @ direction)
+        step = float((mean - mixed) @ direction) / length if length else 0.0
+        if step <= 0:
+            break
+        mixed = mixed + min(step, 1.0) * direction
+    by_chance = (1 - float(mean @ mean)) / (num_images - 1)
+    distance = float(((mixed - mean) ** 2).sum()) - by_chance
+    return max(0.0, distance / spread)

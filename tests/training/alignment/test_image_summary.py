@@ -1,0 +1,212 @@
+"""An aligned model's folder says which images it was trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from aligning import Prepared, Run, prepare, write_color_data
+from launches import run_python
+from tiny import draw_noise
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.model_folders.training_images import (
+    TRAINING_IMAGES_FILE,
+    ImageTally,
+    TrainingImages,
+    read_training_images,
+    write_training_images,
+)
+from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.image_summary import count_images, sample_images
+from modeling_llm2clip.training.extraction.extract import extract
+
+FEW_STEPS: dict[str, Any] = {"max_steps": 4, "global_batch_size": 16, "eval_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def colored(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """80 images of colored squares, in groups of one, and their stores."""
+    return prepare(tmp_path_factory.mktemp("colored"), num_colored=80)
+
+
+@pytest.fixture(scope="module")
+def aligned(colored: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return colored.align_stored(tmp_path_factory.mktemp("aligned") / "run", **FEW_STEPS)
+
+
+def read_summary(folder: Path) -> TrainingImages:
+    summary = read_training_images(folder)
+    assert summary is not None
+    return summary
+
+
+def tally_images(folder: Path, images: list[Any]) -> ImageTally:
+    tally = ImageTally()
+    model, processor = load_model(folder, device="cpu")
+    assert hasattr(model, "vision_model")
+    encode_images(model, processor, images, on_batch=lambda _, embeds: tally.add(embeds))
+    return tally
+
+
+def test_images_like_those_of_the_alignment_are_near_and_noise_is_far(
+    aligned: Run, tmp_path: Path
+) -> None:
+    summary = read_summary(aligned.model)
+    assert aligned.results["training_images"] == {
+        "name": "unnamed data", "num_images": 80, "num_measured": 80,
+    }  # fmt: skip
+    # Half of them are those of the alignment.
+    like = sorted(write_color_data(tmp_path / "like", count=160).glob("*.png"))[80:]
+    assert summary.describe_far(tally_images(aligned.model, like)) is None
+    noise = [draw_noise(32, 32, seed=seed) for seed in range(40)]
+    assert summary.describe_far(tally_images(aligned.model, noise)) is not None
+
+
+def test_the_summary_does_not_depend_on_the_order_of_the_records(
+    colored: Prepared, aligned: Run, tmp_path: Path
+) -> None:
+    """Stores are read by name, so that every embedding is the same, bit for bit."""
+    align(
+        colored.model, colored.records[::-1], tmp_path / "run",
+        AlignConfig(device="cpu", **FEW_STEPS),
+        caption_store=colored.captions, image_store=colored.images,
+    )  # fmt: skip
+    assert read_bytes(tmp_path / "run" / "model") == read_bytes(aligned.model)
+
+
+def test_a_resumed_run_writes_the_summary_of_an_undisturbed_one(
+    colored: Prepared, aligned: Run, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(aligned.output, tmp_path / "run"))
+    shutil.rmtree(folder / "model")  # as a run leaves it that is killed after its last step
+    resumed = colored.align_stored(folder, resume=True, **FEW_STEPS)
+    assert read_bytes(resumed.model) == read_bytes(aligned.model)
+    assert resumed.results["training_images"] == aligned.results["training_images"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_summary_of_one(
+    colored: Prepared, aligned: Run, tmp_path: Path
+) -> None:
+    options = {**FEW_STEPS, "device": "cpu"}
+    flags = [str(p) for k, v in options.items() for p in (f"--{k.replace('_', '-')}", v)]
+    shutil.copytree(colored.data, tmp_path / "data")
+    run_python(
+        "-m", "modeling_llm2clip", "align", colored.model, colored.data, tmp_path / "two",
+        "--caption-store", colored.captions, "--image-store", colored.images, *flags, processes=2,
+    )  # fmt: skip
+    (two,) = read_summary(tmp_path / "two" / "model").datasets
+    (one,) = read_summary(aligned.model).datasets
+    assert two.name == "data"  # the command names its folder
+    assert two.clusters.equal(one.clusters)
+    assert (two.spread, two.own_distance) == (one.spread, one.own_distance)
+
+
+def test_export_keeps_the_summary_and_the_doctor_reads_it(aligned: Run, tmp_path: Path) -> None:
+    exported = export_model(aligned.model, tmp_path / "exported")
+    assert read_bytes(exported) == read_bytes(aligned.model)
+    (check,) = [c for c in check_model(exported, device="cpu").checks if "images" in c.name]
+    assert check.passed and check.message == "unnamed data (80 images)"
+
+
+def test_the_doctor_refuses_a_summary_of_another_tower(aligned: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(aligned.model, tmp_path / "model"))
+    (dataset,) = read_summary(folder).datasets
+    wider = replace(dataset, clusters=torch.zeros(3, 1 + dataset.clusters.shape[1]))
+    write_training_images(folder, TrainingImages((wider,)))
+    (check,) = [c for c in check_model(folder, device="cpu").checks if "images" in c.name]
+    assert not check.passed and "Remove the file" in check.message
+    (folder / TRAINING_IMAGES_FILE).unlink()
+    assert check_model(folder, device="cpu").healthy  # there need not be one
+
+
+def test_an_alignment_of_an_aligned_model_adds_its_data(aligned: Run, tmp_path: Path) -> None:
+    data, images = write_noise(tmp_path / "noise", count=60), tmp_path / "images"
+    records = load_records(data)
+    config = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
+    extract(aligned.model, records, tmp_path / "captions", config, modality="text")
+    extract(aligned.model, records, images, config, modality="image")
+    align(
+        aligned.model, records, tmp_path / "again", AlignConfig(device="cpu", **FEW_STEPS),
+        caption_store=tmp_path / "captions", image_store=images, data_name="noise",
+    )  # fmt: skip
+    first, second = read_summary(tmp_path / "again" / "model").datasets
+    (known,) = read_summary(aligned.model).datasets
+    assert first.clusters.equal(known.clusters) and (first.name, second.name) == (
+        "unnamed data", "noise",
+    )  # fmt: skip
+    both = read_summary(tmp_path / "again" / "model")
+    noise = [draw_noise(32, 32, seed=900 + seed) for seed in range(40)]
+    assert both.describe_far(tally_images(aligned.model, noise)) is None
+
+
+def test_a_trained_tower_is_summarized_by_its_new_weights_and_names_what_came_before(
+    colored: Prepared, aligned: Run, tmp_path: Path
+) -> None:
+    align(
+        aligned.model, colored.records, tmp_path / "run",
+        AlignConfig(
+            device="cpu", vision_training="full", learning_rate=1e-3, held_out_ratio=0, **FEW_STEPS
+        ),
+        caption_store=colored.captions, data_name="squares",
+    )  # fmt: skip
+    summary = read_summary(tmp_path / "run" / "model")
+    assert summary.not_summarized == ("unnamed data",)
+    (dataset,) = summary.datasets
+    assert dataset.name == "squares"
+    assert not dataset.clusters.equal(read_summary(aligned.model).datasets[0].clusters)
+    images = sorted(colored.data.glob("*.png"))
+    assert summary.describe_far(tally_images(tmp_path / "run" / "model", images)) is None
+
+
+def test_too_few_images_are_not_summarized(prepared: Prepared, tmp_path: Path) -> None:
+    run = prepared.align_stored(tmp_path / "run", max_steps=1, held_out_ratio=0)
+    assert run.results["training_images"] is None
+    assert not (run.model / TRAINING_IMAGES_FILE).exists()
+
+
+def test_a_sample_has_each_image_once_and_the_same_ones_in_any_order() -> None:
+    records = [
+        CaptionedImage(
+            name=f"{number}", group_id=f"{number}", image=None, captions=("a thing",), lang=lang
+        )
+        for number in range(300)
+        for lang in ("en", "de")
+    ]
+    table = RecordTable.from_records(records)
+    chosen = [records[item].name for item in sample_images(table, 50).tolist()]
+    assert len(set(chosen)) == 50 and count_images(table) == 300
+    order = np.random.default_rng(0).permutation(len(records)).tolist()
+    mixed = [records[place] for place in order]
+    again = sample_images(RecordTable.from_records(mixed), 50).tolist()
+    assert [mixed[item].name for item in again] == chosen
+    assert len(sample_images(table, 1000)) == 300
+
+
+def read_bytes(folder: Path) -> bytes:
+    return (folder / TRAINING_IMAGES_FILE).read_bytes()
+
+
+def write_noise(folder: Path, *, count: int) -> Path:
+    folder.mkdir()
+    lines = []
+    for number in range(count):
+        draw_noise(32, 32, seed=number).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "captions": [f"noise {number}"]}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
