@@ -10,7 +10,7 @@ training from random weights. Every model is asked to find the images that were 
 are means over the splits with their standard errors; since all settings see the same splits, their
 differences from the closed form have errors of their own. With --work, models and stores stay in
 that folder and are taken from there the next time; seconds are then not measured. Datasets that the
-output has of the same commit and as many splits stay in it. With --existing, the last command also
+output has of the same commit stay in it. With --existing, the last command also
 fine-tunes a model on the same towers that was trained on other images. Exits with 1 when the recipe
 reaches less than 0.9 of the best setting on any dataset.
 """
@@ -58,6 +58,7 @@ RECIPE = re.compile(r"<!-- recipe -->\n```bash\n(.*?)```", re.DOTALL)
 IMAGES, MODEL, ALIGNED = "my-images", "my-model", "aligned"
 STORES: dict[Modality, str] = {"text": "captions", "image": "images"}
 RECIPE_NAME, CLOSED_FORM = "README's recipe", "closed form alone"
+EXISTING, FINE_TUNED = "existing model", "existing model, fine-tuned"
 LEAST_SHARE_OF_BEST = 0.9
 MOST_TEST_IMAGES = 300
 # Flags of `align` beside the recipe's own.
@@ -86,19 +87,6 @@ def main() -> int:
     output = Path(__file__).parent / "results" / "first_run.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
-    measured = {}
-    for text in arguments.data:
-        name, _, folder = text.partition("=")
-        with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) if arguments.work is None else arguments.work.resolve() / name
-            measured[name] = run_dataset(
-                Path(folder).resolve(),
-                whole / "whole",
-                Path(scratch),
-                num_splits=arguments.splits,
-                settings=arguments.settings,
-                existing=arguments.existing,
-            )
     record = {
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
@@ -106,16 +94,22 @@ def main() -> int:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "modeling_llm2clip")},
         },
-        "num_splits": arguments.splits,
         "recipe": read_recipe(),
     }
-    earlier: dict[str, Any] = {}
-    if arguments.output.is_file():
-        found = json.loads(arguments.output.read_text(encoding="utf-8"))
-        if all(found.get(name) == value for name, value in record.items()):
-            earlier = found["datasets"]
-    record["datasets"] = {**earlier, **measured}
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    measured = read_earlier(arguments.output, record)
+    for text in arguments.data:
+        name, _, folder = text.partition("=")
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch) if arguments.work is None else arguments.work.resolve() / name
+            dataset = Dataset(Path(folder).resolve(), work / "whole")
+            splits = []
+            for seed in range(arguments.splits):
+                splits.append(
+                    run_split(dataset, Path(scratch) / f"split-{seed}", arguments, seed=seed)
+                )
+                measured[name] = summarize_dataset(dataset, splits)
+                content = json.dumps({**record, "datasets": measured}, indent=2) + "\n"
+                arguments.output.write_text(content, encoding="utf-8")  # a split takes minutes
     print(json.dumps(measured, indent=2))
     missed = [
         name
@@ -133,71 +127,93 @@ def read_recipe() -> list[str]:
     return [line for line in block.splitlines() if line.strip()]
 
 
-def run_dataset(
-    source: Path,
-    whole: Path,
-    scratch: Path,
-    *,
-    num_splits: int,
-    settings: list[str],
-    existing: Path | None,
-) -> dict[str, Any]:
-    """Run the recipe and the other settings on the splits of one dataset.
+def read_earlier(file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Datasets that a file has, if it was written by the same code on the same machine."""
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    same = all(found.get(name) == value for name, value in record.items())
+    return dict(found["datasets"]) if same else {}
 
-    Returns: means of the recipe and of the best setting, chance, the recipe's seconds, and all
-        scores by setting. R@1 is the mean of both directions.
+
+class Dataset:
+    """A dataset with the model and the stores of all its images."""
+
+    def __init__(self, source: Path, whole: Path) -> None:
+        """Run the commands of the recipe that train nothing; `whole` may have what they write."""
+        self.source, self.whole = source, whole
+        self.lines = read_lines(source)
+        is_new = not whole.exists()
+        if is_new:
+            write_images(source, whole / IMAGES, self.lines)
+        started = time.monotonic()
+        for command in read_recipe()[:-1]:
+            if is_new or " build " not in command:
+                run(command, whole)
+        self.seconds = time.monotonic() - started if is_new else None
+        self.records = load_records(whole / IMAGES)
+
+
+def run_split(
+    dataset: Dataset, folder: Path, arguments: argparse.Namespace, *, seed: int
+) -> dict[str, Any]:
+    """Set images aside, and run the recipe and the other settings on the rest.
+
+    Returns: scores by setting, numbers of images, the seconds of the recipe's last command, and
+        what it chose.
     """
-    *first, align = read_recipe()
-    lines = read_lines(source)
-    is_new = not whole.exists()
-    if is_new:
-        write_images(source, whole / IMAGES, lines)
-    started = time.monotonic()
-    for command in first:
-        if is_new or " build " not in command:
-            run(command, whole)
-    seconds = time.monotonic() - started
-    records = load_records(whole / IMAGES)
-    splits, chosen, align_seconds = [], [], []
-    for seed in range(num_splits):
-        folder = scratch / f"split-{seed}"
-        test = prepare_split(source, whole, folder, lines, records, seed=seed)
-        commands = {RECIPE_NAME: align}
-        for number, name in enumerate(settings):
-            other = align.replace(f" {ALIGNED} ", f" {ALIGNED}-{number} ")
-            commands[name] = " ".join([other, *OTHER_SETTINGS[name]])
-        if existing is not None:
-            other = align.replace(f" {ALIGNED} ", " fine-tuned ")
-            commands["fine-tuned"] = other.replace(f" {MODEL} ", f" {existing.resolve()} ")
-        scores = {} if existing is None else {"as it is": score(existing, test)}
-        for name, command in commands.items():
-            started = time.monotonic()
-            run(command, folder)
-            if name == RECIPE_NAME:
-                align_seconds.append(time.monotonic() - started)
-            scores[name] = score(folder / command.split()[4] / "model", test)
-            print(seed, name, scores[name], flush=True)
-        splits.append(scores)
-        results = read_results(folder / ALIGNED)
-        chosen.append({name: results.get(name) for name in ("start", "held_out", "refit", "steps")})
-    summary = summarize(splits)
-    existing_model = (
-        {"before": summary.pop("as it is"), "after": summary.pop("fine-tuned")}
-        if existing is not None
-        else None
-    )
-    best = max(summary, key=lambda name: summary[name]["r1"]["mean"])
+    align = read_recipe()[-1]
+    test = prepare_split(dataset, folder, seed=seed)
+    commands = {RECIPE_NAME: align}
+    for number, name in enumerate(arguments.settings):
+        other = align.replace(f" {ALIGNED} ", f" {ALIGNED}-{number} ")
+        commands[name] = " ".join([other, *OTHER_SETTINGS[name]])
+    scores = {}
+    if arguments.existing is not None:
+        other = align.replace(f" {ALIGNED} ", " fine-tuned ")
+        commands[FINE_TUNED] = other.replace(f" {MODEL} ", f" {arguments.existing.resolve()} ")
+        scores[EXISTING] = score(arguments.existing, test)
+    seconds = 0.0
+    for name, command in commands.items():
+        started = time.monotonic()
+        run(command, folder)
+        if name == RECIPE_NAME:
+            seconds = time.monotonic() - started
+        scores[name] = score(folder / command.split()[4] / "model", test)
+        print(seed, name, scores[name], flush=True)
+    results = read_results(folder / ALIGNED)
     return {
-        "recipe_r1": summary[RECIPE_NAME]["r1"]["mean"],
-        "best_r1": summary[best]["r1"]["mean"],
-        "best": best,
-        "chance_r1": 1 / len(test),
-        "seconds": round(seconds + mean(align_seconds)) if is_new else None,
-        "num_images": len(records) - len(test),
+        "scores": scores,
+        "seconds": seconds,
+        "num_images": len(load_records(folder / IMAGES)),
         "num_test_images": len(test),
-        "chosen": chosen,
-        "scores": summary,
-        "existing_model": existing_model,
+        "chosen": {name: results[name] for name in ("start", "held_out", "refit", "steps")},
+    }
+
+
+def summarize_dataset(dataset: Dataset, splits: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of the recipe and of the best setting, chance, the recipe's seconds, and all scores.
+
+    R@1 is the mean of both directions.
+    """
+    scores = summarize([split["scores"] for split in splits])
+    existing = {"before": scores.pop(EXISTING, None), "after": scores.pop(FINE_TUNED, None)}
+    best = max(scores, key=lambda name: scores[name]["r1"]["mean"])
+    seconds = dataset.seconds
+    if seconds is not None:
+        seconds = round(seconds + mean(split["seconds"] for split in splits))
+    return {
+        "num_splits": len(splits),
+        "recipe_r1": scores[RECIPE_NAME]["r1"]["mean"],
+        "best_r1": scores[best]["r1"]["mean"],
+        "best": best,
+        "chance_r1": 1 / splits[0]["num_test_images"],
+        "seconds": seconds,
+        "num_images": splits[0]["num_images"],
+        "num_test_images": splits[0]["num_test_images"],
+        "chosen": [split["chosen"] for split in splits],
+        "scores": scores,
+        "existing_model": existing if existing["before"] is not None else None,
     }
 
 
@@ -258,23 +274,18 @@ class TestImages:
         return len(self.group_ids)
 
 
-def prepare_split(
-    source: Path,
-    whole: Path,
-    folder: Path,
-    lines: list[dict[str, Any]],
-    records: Sequence[CaptionedImage],
-    *,
-    seed: int,
-) -> TestImages:
+def prepare_split(dataset: Dataset, folder: Path, *, seed: int) -> TestImages:
     """Set aside a fifth of the things shown, 300 at most, and write the rest with its stores."""
+    records = dataset.records
     group_ids = sorted({record.group_id for record in records})
     random.Random(seed).shuffle(group_ids)
     held_out = set(group_ids[: min(MOST_TEST_IMAGES, len(group_ids) // 5)])
-    rest = [line for line in lines if line.get("group_id", line["image"]) not in held_out]
-    write_images(source, folder / IMAGES, rest)
-    (folder / MODEL).symlink_to(whole / MODEL)
-    stores = {modality: EmbeddingStore.open(whole / name) for modality, name in STORES.items()}
+    rest = [line for line in dataset.lines if line.get("group_id", line["image"]) not in held_out]
+    write_images(dataset.source, folder / IMAGES, rest)
+    (folder / MODEL).symlink_to(dataset.whole / MODEL)
+    stores = {
+        modality: EmbeddingStore.open(dataset.whole / name) for modality, name in STORES.items()
+    }
     rows = {modality: number_rows(records, modality) for modality in stores}
     for modality, store in stores.items():
         kept = load_records(folder / IMAGES)

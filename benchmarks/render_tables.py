@@ -188,11 +188,12 @@ def _render_first_run(report: dict[str, Any]) -> str:
             ]
         )
     counts = ", ".join(
-        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
+        f"{found['num_test_images']} {name} in {found['num_splits']} splits"
+        for name, found in report["datasets"].items()
     )
     return draw_table(heads, rows) + (
         "\nR@1, the mean of both directions unless a column names one, among images that were set "
-        f"aside: {counts}. Means over {report['num_splits']} splits, with standard errors. "
+        f"aside: {counts}. Means over the splits, with standard errors. "
         f"{report['hardware']}.\n"
     )
 
