@@ -34,7 +34,8 @@ _RECORDED_WITH = {"existing_model": "first_run"}
 # A record keeps the words of its time; tables use those of the documents.
 _RECORDED_WORDS = {"pictures": "images"}
 # A setting that is the recipe itself, which has a column of its own.
-_SETTINGS = {"README's recipe": "the same"}
+_RECIPE = "README's recipe"
+_SETTINGS = {_RECIPE: "the same"}
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
     "unseen_t2i_r1",
@@ -166,32 +167,34 @@ def _render_alignment(report: dict[str, Any]) -> str:
 
 def _render_first_run(report: dict[str, Any]) -> str:
     heads = (
-        "images", "trained on", "the recipe", "best of the settings tried", "from random weights",
-        "chance", "seconds",
+        "images", "trained on", "the recipe", "text to image", "image to text",
+        "closed form alone", "best of the settings tried", "from random weights", "chance",
+        "seconds",
     )  # fmt: skip
-    rows = [
-        [
-            name,
-            f"{found['num_images']:,}",
-            percent(found["recipe_r1"]),
-            f"{percent(found['best_r1'])} ({_SETTINGS.get(found['best'], found['best'])})",
-            percent(
-                max(
-                    scores["r1"]
-                    for setting, scores in found["scores"].items()
-                    if setting.startswith("from random")
-                )
-            ),
-            percent(found["chance_r1"]),
-            str(found["seconds"]),
-        ]
-        for name, found in report["datasets"].items()
-    ]
+    rows = []
+    for name, found in report["datasets"].items():
+        scores = found["scores"]
+        recipe, best = scores[_RECIPE], _SETTINGS.get(found["best"], found["best"])
+        random = [s["r1"] for setting, s in scores.items() if setting.startswith("from random")]
+        rows.append(
+            [
+                name,
+                f"{found['num_images']:,}",
+                *(_percent_with_error(recipe[measure]) for measure in ("r1", "t2i_r1", "i2t_r1")),
+                _percent_with_error(scores["closed form alone"]["r1"]),
+                f"{percent(found['best_r1'])} ({best})",
+                percent(max(s["mean"] for s in random)) if random else "",
+                percent(found["chance_r1"]),
+                "not measured" if found["seconds"] is None else str(found["seconds"]),
+            ]
+        )
     counts = ", ".join(
-        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
+        f"{found['num_test_images']} {name} in {found['num_splits']} splits"
+        for name, found in report["datasets"].items()
     )
     return draw_table(heads, rows) + (
-        f"\nR@1, the mean of both directions, among images that were set aside: {counts}. "
+        "\nR@1, the mean of both directions unless a column names one, among images that were set "
+        f"aside: {counts}. Means over the splits, with standard errors. "
         f"{report['hardware']}.\n"
     )
 
@@ -225,17 +228,28 @@ def _show_range(values: list[float] | None) -> str:
     return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
+def _percent_with_error(found: dict[str, Any]) -> str:
+    """Show a mean over splits with its standard error, which a single split does not have."""
+    error = found["standard_error"]
+    if error is None:
+        return percent(found["mean"])
+    return f"{100 * found['mean']:.1f} ± {100 * error:.1f} %"
+
+
 def _render_existing_model(report: dict[str, Any]) -> str:
     heads = ("images", "the demo's model as it is", "fine-tuned", "the recipe from new projections")
     rows = [
         [
             name,
-            percent(found["existing_model"]["before"]["r1"]),
-            percent(found["existing_model"]["after"]["r1"]),
-            percent(found["recipe_r1"]),
+            _percent_with_error(found["existing_model"]["before"]["r1"]),
+            _percent_with_error(found["existing_model"]["after"]["r1"]),
+            _percent_with_error(found["scores"][_RECIPE]["r1"]),
         ]
         for name, found in report["datasets"].items()
+        if found["existing_model"] is not None
     ]
+    if not rows:
+        return f"{NOT_RECORDED}\n"
     return draw_table(heads, rows) + "\nR@1 as above, among the same images.\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,6 +25,8 @@ class AlignConfig(TrainingConfig):
     trained projections the one with the lower held-out loss."""
     loss: str = "contrastive"
     """Name of the loss, one of `training/losses/loss.py`."""
+    max_steps: Annotated[int, Range(min=0)] | None = None
+    """Number of steps; 0 for the closed form alone. Default: what `num_train_epochs` comes to."""
     num_train_epochs: Annotated[float, Range(above=0)] | None = None
     """Passes over the data. Default: 10, and at least 300 steps."""
     global_batch_size: Annotated[int, Range(min=2)] | None = None
@@ -37,6 +40,9 @@ class AlignConfig(TrainingConfig):
     layer_decay: Annotated[float, Range(above=0, max=1)] = 0.85
     """Factor of the learning rate from one layer of such a tower to the one below it; 1 for all
     alike."""
+    warmup_steps: Annotated[float, Range(min=0)] = 0.1
+    """Steps until the learning rate reaches its peak; below 1, a share of the run, of at least 20
+    steps, so that a very short run stays below the peak. 0 for none."""
     weight_decay: Annotated[float, Range(min=0)] = 0.05
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Range(above=0)] = 1.0
@@ -49,8 +55,12 @@ class AlignConfig(TrainingConfig):
     long_caption_ratio: Annotated[float, Range(min=0, max=1)] = 0.5
     """Probability that an image with short and long captions shows a long one."""
     held_out_ratio: Annotated[float, Range(min=0, below=1)] = 0.1
-    """Share of the groups of images that is never trained on and chooses the best weights, at
-    most 1,000 and in small data at least 20; 0 for none."""
+    """Share of the groups of images that is held out to choose the weights, at most 1,000 and in
+    small data at least 20; 0 for none."""
+    refit: bool | None = None
+    """Once held-out images have chosen the weights, fit everything once more on all images, with
+    the shrinkages, the number of steps and the share of the way from the start that they chose.
+    Default: where both stores are given; elsewhere the towers would run twice as often."""
     eval_steps: Annotated[int, Range(min=1)] | None = None
     """Steps between two evaluations on the held-out images. Default: a twentieth of the run."""
     early_stopping_patience: Annotated[int, Range(min=0)] = 6
@@ -70,3 +80,11 @@ class AlignConfig(TrainingConfig):
     decoded for a GPU, its share of the cores, 8 at most; otherwise none."""
     logging_steps: Annotated[int, Range(min=1)] = 10
     """Steps between lines of metrics."""
+
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield a sentence for each choice that leaves nothing to do."""
+        yield from super().find_conflicts()
+        if self.max_steps == 0 and self.projection_init == "model":
+            yield "max_steps=0 with projection_init=model writes the model as it is. Train it."
+        if self.refit and not self.held_out_ratio:
+            yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."

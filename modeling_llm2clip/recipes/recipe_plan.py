@@ -382,7 +382,7 @@ class _Planner:
         num_items = round(len(self.train) * (1 - num_held_out / num_groups))
         batch_size = choose_batch_size(config, num_items, 1)
         num_steps = count_steps(config, num_items, batch_size)
-        num_shown = batch_size * num_steps
+        num_shown = batch_size * num_steps * (2 if config.refit else 1)
         flops: float | None = 0.0
         if trained != "frozen":
             passes = (3 if trained == "full" else 2) + config.gradient_checkpointing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime

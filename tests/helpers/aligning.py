@@ -32,7 +32,7 @@ NUM_RECORDS = 24
 SHORT_RUN: dict[str, Any] = {
     "max_steps": 6, "global_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1,
     "save_steps": 2, "device": "cpu", "held_out_ratio": 0.0, "projection_init": "model",
-    "image_noise": 0.0, "caption_noise": 0.0,
+    "image_noise": 0.0, "caption_noise": 0.0, "warmup_steps": 0,
 }  # fmt: skip
 # Long enough to be killed in the middle.
 LONG_RUN: dict[str, Any] = {

@@ -5,6 +5,7 @@ Everything cheap is checked first; then what is needed is loaded, trained, and m
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments
 
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -37,25 +38,14 @@ from ...scheduling.processes import choose_device
 from ..distributed import is_sharded
 from ..losses.loss import Loss, identify_loss, load_loss, require_no_parameters
 from ..run_folder import (
-    METRICS_FILE,
     add_results,
-    discard_later_steps,
-    find_last_checkpoint,
-    list_trained,
     read_results,
-    require_finite,
     require_fresh_or_resumed,
     require_same_run,
     write_run_record,
 )
 from ..run_lock import lock_run
-from ..trainer_mixins import (
-    JsonLinesCallback,
-    StopCallback,
-    computes_in_bfloat16,
-    count_warmup_steps,
-    show_progress,
-)
+from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps
 from .align_checks import (
     check_align,
     check_batch,
@@ -64,21 +54,22 @@ from .align_checks import (
     check_stores,
     open_store,
 )
+from .alignment_fit import AlignmentFit, collect_weights, load_parts, raise_if_stopped
 from .alignment_model import AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_stream import check_stream
 from .alignment_trainer import (
     AlignmentTrainer,
+    RunLength,
     choose_batch_size,
     count_steps,
-    make_training_arguments,
     plan_length,
 )
-from .held_out import BestWeightsCallback, HeldOutImages
+from .best_weights import SHARES, BestWeightsCallback, copy_trained
 from .image_summary import write_image_summary
-from .projection_init import ProjectionInit, init_projections
+from .projection_init import ProjectionInit, init_projections, repeat_init
+from .refit import Choice, is_refitted, load_chosen, refit
 from .run_data import RunData, open_records, open_stream
-from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
 
 MODEL_FOLDER = "model"
 _NUM_EVALUATIONS = 20
@@ -176,72 +167,68 @@ def align(
         require_same_run(output, config, inputs, resume=resume)
         if PartialState().is_main_process:  # now, not after hours of training
             require_intact(found.folder, with_llm=config.text_training != "stored")
-        trained = _train(found, run_data, output, config, inputs, loss, resume, callbacks)
+        fit = AlignmentFit(found.folder, run_data, output, config, loss, resume, callbacks)
+        with float32_as_such(), stop_on_signals() as stop:
+            trained = _train(fit, inputs, stop)
         if PartialState().is_main_process:
-            measure = _make_measure(found, run_data, output, config, data_name)
-            _write_model(found, trained, output, data_name, measure)
+            _write_model(found, trained, output, data_name, _make_measure(fit, data_name))
         PartialState().wait_for_everyone()
     return model_folder
 
 
-def _train(
-    source: StageSource,
-    data: RunData,
-    output: Path,
-    config: AlignConfig,
-    inputs: dict[str, Any],
-    loss: Loss,
-    resume: bool,
-    callbacks: Sequence[TrainerCallback],
-) -> dict[str, Tensor]:
-    """Train, record how the run ended, and return the weights that differ from the source's.
+def _train(fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest) -> dict[str, Tensor]:
+    """Train, choose on held-out images, and fit once more on all where the run does so.
 
-    They are on the CPU, with LoRAs merged, by their names in the source's folder; empty in all but
-    the main process. With held-out images they are the best ones of the run.
+    Args:
+        fit: What is trained.
+        inputs: What the numbers of the run depend on beside its options.
+        stop: Notes signals.
+
+    Returns:
+        The weights that are written, as `collect_weights` returns them.
     """
-    arguments = make_training_arguments(output, config)
-    batch_size = _check_length(config, arguments, data)
+    choice, weights = _choose(fit, inputs, stop)
+    if weights is not None:
+        return weights
+    gc.collect()  # a Trainer holds itself, and with it the first model
+    return refit(fit, choice, stop)
+
+
+def _choose(
+    fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest
+) -> tuple[Choice, dict[str, Tensor] | None]:
+    """Train, and record how the run ended; weights are None where they are fitted once more."""
+    config, output = fit.config, fit.output
+    arguments = fit.make_arguments()
+    batch_size = _check_length(config, arguments, fit.data)
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
-    set_seed(config.seed)
-    model = AlignmentModel.from_pretrained(
-        source.folder,
-        with_llm=config.text_training != "stored",
-        with_vision_tower=data.dataset.image_store is None,
-    )
-    if config.precision == "float32":
-        model.float()  # towers in half precision would be computed in it
-    adapted = choose_trained_parts(model, config)
-    last = find_last_checkpoint(output) if resume else None
-    held_out = data.held_out
-    notes = note_held_out(data, source.folder)
+    model, adapted = fit.load()
+    notes = note_held_out(fit.data, fit.source)
+    last = fit.find_checkpoint()
     if last is None:
-        start = init_projections(model, data, config)
+        start = init_projections(model, fit.data, config)
     else:
         start = ProjectionInit(**read_results(output)["start"])
-    if not is_sharded():
-        model.to(arguments.device)
-    freeze_unused(model, data.dataset.processor, config)
-    _record_start(output, config, inputs, start, last=last, model=model)
-    length = plan_length(config, start, num_items=data.num_items, batch_size=batch_size)
-    with float32_as_such(), stop_on_signals() as stop:
-        trainer = AlignmentTrainer(
-            model,
-            data.make_batches(
-                config, arguments, batch_size=length.batch_size, num_steps=length.num_steps
-            ),
-            config=config,
-            loss=loss,
-            length=length,
-            training_arguments=arguments,
-            callbacks=[JsonLinesCallback(output / METRICS_FILE), StopCallback(stop), *callbacks],
-            best_weights=_make_best_weights(
-                held_out, output, config, length.num_steps, length.adapter_begin
-            ),
-        )
-        show_progress(trainer, "align")
-        trainer.run(last)
+        repeat_init(model, fit.data, config, start)
+    length = plan_length(config, start, num_items=fit.data.num_items, batch_size=batch_size)
+    fit.make_ready(model, length, arguments.device)
+    _record_start(fit, inputs, start, model)
+    best = _make_best_weights(fit, length, start, model)
+    objective = None if best else fit.make_objective(length, record=output, name="objective")
+    trainer = fit.make_trainer(
+        model, arguments, length, stop, best_weights=best, objective=objective
+    )
+    trainer.run(last)
     _record_end(trainer, output, start, stop, notes)
-    return _collect(trainer, adapted, output)
+    if objective is not None:
+        objective.record_end()
+    if best is None:
+        choice = Choice(start, length, length.num_trained, 1.0)
+    else:
+        choice = Choice(start, length, best.best_step, best.best_share)
+    if is_refitted(config, fit.data):
+        return choice, None
+    return choice, collect_weights(trainer, adapted, output, best=best and best.load_best())
 
 
 def _check_length(config: AlignConfig, arguments: TrainingArguments, data: RunData) -> int:
@@ -250,43 +237,40 @@ def _check_length(config: AlignConfig, arguments: TrainingArguments, data: RunDa
     check_processes(config, batch_size, arguments.world_size)
     if data.num_items is not None:
         check_batch(batch_size, data.num_items, data.num_held_out)
-    count_warmup_steps(config.warmup_steps, count_steps(config, data.num_items, batch_size))
+    if num_steps := count_steps(config, data.num_items, batch_size):
+        count_warmup_steps(config.warmup_steps, num_steps)
     return batch_size
 
 
 def _record_start(
-    output: Path,
-    config: AlignConfig,
-    inputs: dict[str, Any],
-    start: ProjectionInit,
-    *,
-    last: Path | None,
-    model: AlignmentModel,
+    fit: AlignmentFit, inputs: dict[str, Any], start: ProjectionInit, model: AlignmentModel
 ) -> None:
     """Write the run's record in the main process, and let the others wait for it."""
-    state = PartialState()
-    if state.is_main_process:
-        write_run_record(output, config, inputs, model=model)
-        add_results(output, start=asdict(start))
-        discard_later_steps(output, last)
-    state.wait_for_everyone()
+    if PartialState().is_main_process:
+        write_run_record(fit.output, fit.config, inputs, model=model)
+        add_results(fit.output, start=asdict(start))
+    fit.begin()
 
 
 def _make_best_weights(
-    held_out: HeldOutImages | None,
-    output: Path,
-    config: AlignConfig,
-    num_steps: int,
-    adapter_begin: int,
+    fit: AlignmentFit, length: RunLength, start: ProjectionInit, model: AlignmentModel
 ) -> BestWeightsCallback | None:
-    if held_out is None:
+    """Make what evaluates on held-out images; None without any.
+
+    Where no tower runs, it also tries weights between those of the start and trained ones: not from
+    random weights, which are no model, and not of sharded ones, which would be gathered each time.
+    """
+    if fit.data.held_out is None:
         return None
+    is_tried = fit.data.dataset.is_stored and start.is_trained and not is_sharded()
     return BestWeightsCallback(
-        held_out,
-        output,
-        eval_steps=config.eval_steps or max(1, num_steps // _NUM_EVALUATIONS),
-        patience=config.early_stopping_patience,
-        patience_begin=adapter_begin,
+        fit.data.held_out,
+        fit.output,
+        eval_steps=fit.config.eval_steps or max(1, length.num_steps // _NUM_EVALUATIONS),
+        patience=fit.config.early_stopping_patience,
+        patience_begin=length.adapter_begin,
+        shares=SHARES if is_tried else (),
+        start=copy_trained(model) if is_tried else None,
     )
 
 
@@ -302,14 +286,8 @@ def _record_end(
     report = trainer.batches.collect_report()
     if report is not None and trainer.args.should_save:
         add_results(output, stream=report)
-    stopped_early = best is not None and best.has_stopped_early
-    if state.global_step < state.max_steps and not stopped_early:
-        stop.raise_interrupt(
-            f"Stopped after step {state.global_step} of {state.max_steps}; the checkpoint is in "
-            f"{output}.",
-            resume=True,
-            is_main_process=trainer.args.should_save,
-        )
+    if best is None or not best.has_stopped_early:
+        raise_if_stopped(trainer, output, stop)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     if losses and not any(losses):
         raise ValueError(
@@ -331,43 +309,27 @@ def _record_end(
     )
 
 
-def _collect(trainer: AlignmentTrainer, adapted: dict[str, Any], output: Path) -> dict[str, Tensor]:
-    model = trainer.alignment_model
-    best = trainer.best_weights and trainer.best_weights.load_best()
-    if trainer.is_fsdp_enabled:
-        state = best or trainer.collect_trained()
-    else:
-        if best:
-            assert set(best) == list_trained(model)
-            model.load_state_dict(best, strict=False)
-        state = merge_loras(model, adapted)
-    require_finite(state, step=trainer.state.global_step)
-    if not trainer.args.should_save:
-        return {}
-    return model.name_as_saved({name: value.cpu() for name, value in state.items()}, output)
-
-
 def _make_measure(
-    source: StageSource,
-    data: RunData,
-    output: Path,
-    config: AlignConfig,
-    data_name: str | None,
+    fit: AlignmentFit, data_name: str | None
 ) -> Callable[[Path], tuple[Sequence[CardResult], str | None]]:
-    """Make what measures a written folder; in half precision, trained weights are rounded there."""
+    """Make what measures a written folder; in half precision, trained weights are rounded there.
+
+    A model that was fitted once more has seen the held-out images: then those weights are measured
+    that they chose, rounded in the same way.
+    """
+    data, output, config = fit.data, fit.output, fit.config
 
     def measure(folder: Path) -> tuple[Sequence[CardResult], str | None]:
-        summary = write_image_summary(source.folder, folder, data, config, name=data_name)
+        summary = write_image_summary(fit.source, folder, data, config, name=data_name)
         add_results(output, training_images=summary)
         results = read_results(output)
         dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
         if data.held_out is not None and dtype != torch.float32:
             device = choose_device(config.device)
-            model = AlignmentModel.from_pretrained(
-                folder,
-                with_llm=config.text_training != "stored",
-                with_vision_tower=data.dataset.image_store is None,
-            ).to(device)
+            model = load_parts(folder, data, config)
+            if is_refitted(config, data):
+                model.load_state_dict(load_chosen(fit), strict=False)
+            model.to(device)
             scores = data.held_out.score(*data.held_out.embed(model, device, nullcontext))
             held_out = results["held_out"]
             held_out = {**held_out, "best": scores.as_record(), "in_training": held_out["best"]}

@@ -89,6 +89,10 @@ def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_sto
         )
     if config.projection_init == "cca" and not (has_caption_store and has_image_store):
         errors.append("projection_init=cca needs a caption_store and an image_store")
+    if config.max_steps == 0 and not (has_caption_store and has_image_store):
+        errors.append(
+            "max_steps=0 writes the closed form, which needs a caption_store and an image_store"
+        )
     if errors:
         raise ValueError("; ".join(errors) + ".")
 

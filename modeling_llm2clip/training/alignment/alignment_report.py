@@ -17,10 +17,16 @@ from .run_data import RunData
 
 # On the card, in place of the digest of the held-out groups.
 SEEN = ", on which the model may have been trained before"
+REFITTED = ", measured before the model was fitted once more on all images, these too"
 NEAR_CHANCE = (
     "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
     "use it for search. Give more images, check that captions describe them, start from a "
     "fine-tuned language model (finetune-llm), or train longer (--max-steps)."
+)
+
+WORSE = (
+    "Warning: the training made this loss higher than it was at the start. Take more steps "
+    "(--max-steps), a lower --learning-rate, or the start alone (--max-steps 0)."
 )
 
 
@@ -58,7 +64,7 @@ def describe_alignment(output: Path) -> list[str]:
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
-    lines += _describe_stream(results)
+    lines += [*_describe_objective(results), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
         source = record["inputs"]["source"]
@@ -78,9 +84,11 @@ def make_caution(results: Mapping[str, Any]) -> str | None:
         results: Of the run.
     """
     scores = _read_best(results)
-    if scores is None or not scores.is_near_chance:
-        return None
-    return "On held-out images this model is near chance, or they were too few to tell."
+    if scores is not None and scores.is_near_chance:
+        return "On held-out images this model is near chance, or they were too few to tell."
+    if _got_worse(results):
+        return "The training raised the loss of the images that it trained on."
+    return None
 
 
 def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tuple[CardResult, ...]:
@@ -96,7 +104,10 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     shown = {name: value for name, value in scores.as_record().items() if name.endswith("_r1")}
     held_out = f"{scores.num_images} images held out of the alignment"
     notes = results["held_out"]
-    held_out += SEEN if notes["maybe_trained_on"] else _name_groups(notes["groups"])
+    if notes["maybe_trained_on"]:
+        held_out += SEEN
+    else:
+        held_out += REFITTED if "refit" in results else _name_groups(notes["groups"])
     dataset = held_out if data_name is None else f"{data_name}, {held_out}"
     return (CardResult("retrieval", dataset, shown),)
 
@@ -106,11 +117,45 @@ def _name_groups(groups: str) -> str:
 
 
 def _describe_weights(results: Mapping[str, Any]) -> str:
-    """Name the step of the weights that were written; the last loss is that of the last step."""
-    steps, loss, held_out = results["steps"], results["final_loss"], results["held_out"]
-    if held_out is not None and held_out["best_step"] < steps:
-        return f"with the weights of step {held_out['best_step']} of {steps}"
+    """Name the weights that were written; the last loss is that of the last step."""
+    held_out, refit = results["held_out"], results.get("refit")
+    if refit is not None:
+        return f"fitted once more on all {refit['num_records']:,} records, the held-out ones too"
+    steps, loss = results["steps"], results["final_loss"]
+    if held_out is not None and (held_out["best_step"], held_out["best_share"]) != (steps, 1):
+        return f"with {_name_weights(held_out, steps)}"
+    if not steps:
+        return "with the weights of the start"
     return f"after {steps} steps" + ("" if loss is None else f", loss {loss:.4f}")
+
+
+def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
+    step, share = held_out["best_step"], held_out["best_share"]
+    if not step:
+        return "the weights of the start"
+    between = "" if share == 1 else f"{share:.0%} of the way from the start to "
+    return f"{between}the weights of step {step} of {steps}"
+
+
+def _got_worse(results: Mapping[str, Any]) -> bool:
+    losses = _read_objective(results)
+    return losses is not None and losses["after"] > losses["before"]
+
+
+def _read_objective(results: Mapping[str, Any]) -> dict[str, float] | None:
+    """Read the loss of a batch before and after the last fit; None where it was not measured."""
+    losses: dict[str, float] | None = results.get(
+        "refit_objective" if "refit" in results else "objective"
+    )
+    return losses
+
+
+def _describe_objective(results: Mapping[str, Any]) -> list[str]:
+    losses = _read_objective(results)
+    if losses is None:
+        return []
+    line = f"Loss of a training batch: {losses['before']:.3f} at the start, {losses['after']:.3f} "
+    return [line + "at the end.", *([WORSE] if _got_worse(results) else [])]
 
 
 def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
@@ -121,16 +166,26 @@ def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
 def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
     after = _read_best(results)
     if after is None:
-        return ["The alignment held out no images; it keeps its last weights."]
+        return [
+            "The alignment held out no images: nothing shows how good the model is on others. It "
+            "keeps its last weights."
+        ]
     notes = results["held_out"]
     before = HeldOutScores(**notes["before"])
     lines = [
         f"R@1 among {after.num_images} held-out images and {after.num_texts} captions "
-        "(text to image, image to text):",
-        f"  at the start      {_show(before)}",
-        f"  after step {notes['best_step']:<6} {_show(after)}",
-        f"  chance            {after.chance_t2i_r1:6.1%} {after.chance_i2t_r1:6.1%}",
+        "(text to image, image to text), with 95 % intervals:",
+        f"  at the start  {_show(before)}",
+        f"  chosen        {_show(after)}",
+        f"  chance        {after.chance_t2i_r1:6.1%} {'':15}{after.chance_i2t_r1:6.1%}",
+        f"The lowest held-out loss chose {_name_weights(notes, results['steps'])}.",
     ]
+    if "refit" in results:
+        lines.append(
+            "Then all of it was fitted once more on all images: the scores above are of the model "
+            "before that. The one that is written has seen these images; they estimate its scores "
+            "on others."
+        )
     if notes["maybe_trained_on"]:
         lines.append(
             "  The model may have been trained on these images before, so that these scores may be "
@@ -164,4 +219,10 @@ def _describe_start(start: Mapping[str, Any]) -> str:
 
 
 def _show(scores: HeldOutScores) -> str:
-    return f"{scores.t2i_r1:6.1%} {scores.i2t_r1:6.1%}   loss {scores.loss:.3f}"
+    shown = " ".join(_show_interval(scores, ratio) for ratio in (scores.t2i_r1, scores.i2t_r1))
+    return f"{shown}  loss {scores.loss:.3f}"
+
+
+def _show_interval(scores: HeldOutScores, ratio: float) -> str:
+    low, high = scores.find_interval(ratio)
+    return f"{ratio:6.1%} [{low:5.1%},{high:6.1%}]"

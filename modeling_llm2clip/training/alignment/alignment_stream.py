@@ -190,7 +190,7 @@ def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
         has_image_store: Whether an image store is given.
 
     Raises:
-        ValueError: The steps are not given, an image store or a closed form is wanted, or noise.
+        ValueError: The steps are not given, or an image store, a closed form or a refit is wanted.
     """
     errors = []
     if config.max_steps is None:
@@ -199,6 +199,8 @@ def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
         errors.append("a stream brings its images: leave the image_store out")
     if config.projection_init == "cca":
         errors.append("projection_init=cca needs both stores: leave it out")
+    if config.refit:
+        errors.append("a stream is not read twice: leave refit out")
     if errors:
         raise ValueError("; ".join(errors) + ".")
 

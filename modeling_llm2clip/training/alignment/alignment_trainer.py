@@ -37,7 +37,7 @@ from ..trainer_mixins import (
 )
 from .alignment_batches import Batches
 from .alignment_model import AlignmentModel
-from .held_out import BestWeightsCallback
+from .best_weights import BestWeightsCallback
 from .projection_init import ProjectionInit
 from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
 from .trained_parts import find_learning_rates, split_by_decay
@@ -52,6 +52,8 @@ _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
 _RATIO_BEFORE_ADAPTER = 0.25
+# Adam's first steps move every weight by the whole learning rate, whatever its gradient.
+_MIN_WARMUP_STEPS = 20
 
 
 def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
@@ -126,16 +128,23 @@ class RunLength:
     """Numbers of a run that depend on its data and on where the projections start.
 
     Attributes:
-        num_steps: Of the whole run.
+        num_steps: Over which the learning rate rises and falls.
         batch_size: Of all processes together.
         learning_rate: Peak rate of adapter, projections and LoRAs.
         adapter_begin: Steps before the text adapter is trained too.
+        last_step: Step after which the run ends; None for the last one.
     """
 
     num_steps: int
     batch_size: int
     learning_rate: float
     adapter_begin: int = 0
+    last_step: int | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """Steps that are trained."""
+        return self.num_steps if self.last_step is None else self.last_step
 
 
 def plan_length(
@@ -166,12 +175,14 @@ def warm_up_then_cosine(
 
     Args:
         num_steps: Steps of the run.
-        warmup_steps: Steps until the factor is 1; below 1, a share of the steps after `begin`.
+        warmup_steps: Steps until the factor is 1; below 1, a share of the steps after `begin`,
+            which makes at least 20: a shorter run ends before the factor is 1.
         begin: Steps at the start during which the factor is 0.
     """
     left = num_steps - begin
     # Parameters that begin late warm up in what is left of the run.
-    warmup = max(1, count_warmup_steps(min(warmup_steps, max(left - 1, 0)), left))
+    least = _MIN_WARMUP_STEPS if 0 < warmup_steps < 1 else 1
+    warmup = max(least, count_warmup_steps(min(warmup_steps, max(left - 1, 0)), left))
 
     def factor(step: int) -> float:
         if step < begin:
@@ -217,7 +228,7 @@ class AlignmentTrainer(
         self.best_weights = best_weights
         self.length = length
         self._loss = loss
-        training_arguments.max_steps = length.num_steps
+        training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
         training_arguments.ignore_data_skip = not batches.can_skip
         training_arguments.per_device_train_batch_size = max(
@@ -243,11 +254,16 @@ class AlignmentTrainer(
             self.add_callback(best_weights)
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train from the beginning or from a checkpoint.
+        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone.
 
         Args:
             checkpoint: Last complete checkpoint of the run; None to begin.
         """
+        if not self.length.num_trained:
+            self.state.max_steps = 0
+            if self.best_weights is not None:
+                self.best_weights.on_train_begin(self.args, self.state, self.control)
+            return
         if checkpoint is None:
             self.train()
             return
@@ -298,12 +314,14 @@ class AlignmentTrainer(
         return self.optimizer
 
     def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+        self,
+        num_training_steps: int,  # noqa: ARG002
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm up, then fall as a cosine.
+        """Warm up, then fall as a cosine over the planned steps, even where the run ends earlier.
 
         Args:
-            num_training_steps: Steps of the run.
+            num_training_steps: Not used.
             optimizer: Its groups have a `begin` each; None for the Trainer's.
         """
         if self.lr_scheduler is None:
@@ -313,7 +331,7 @@ class AlignmentTrainer(
                 chosen,
                 [
                     warm_up_then_cosine(
-                        num_training_steps,
+                        self.length.num_steps,
                         warmup_steps=self.config.warmup_steps,
                         begin=group["begin"],
                     )
@@ -329,7 +347,7 @@ class AlignmentTrainer(
         Under FSDP all processes must call it together.
         """
         names = list_trained(self.alignment_model)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and self.length.num_trained:
             state = self.accelerator.get_state_dict(self.model_wrapped)
         else:
             state = dict(self.alignment_model.named_parameters())

@@ -1,26 +1,19 @@
-"""Images that training never sees: they choose the best weights of a run, and stop it."""
+"""Images that training never sees: they choose the weights of a run, and stop it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...data.atomic_files import write_atomically
 from ...data.key_arrays import count_distinct, is_among
 from ...data.records.record_table import RecordTable
 from ...evaluation.metrics.correspondence import Correspondence
@@ -28,12 +21,9 @@ from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
 from ..losses.loss import Loss, LossInputs, compare_within_process
 from .alignment_data import AlignmentDataset, list_pairs
-from .alignment_model import AlignmentModel
 from .cca_init import fit_temperature
 from .sampling import Array, mix
 
-BEST_FILE = "best.safetensors"
-_METADATA = "held_out"
 _MAX_HELD_OUT = 1_000
 # In small data a tenth is too few to compare two models, and more than a fifth is missed.
 _MIN_HELD_OUT = 20
@@ -77,11 +67,23 @@ class HeldOutScores:
             (self.t2i_r1, self.chance_t2i_r1),
             (self.i2t_r1, self.chance_i2t_r1),
         )
-        # The texts of an image succeed and fail together, so that images alone are counted.
         return any(
-            _lower_bound(score, self.num_images) <= _TIMES_CHANCE * chance
-            for score, chance in directions
+            self.find_interval(score)[0] <= _TIMES_CHANCE * chance for score, chance in directions
         )
+
+    def find_interval(self, score: float) -> tuple[float, float]:
+        """Find the 95 % confidence interval of a score.
+
+        It is Wilson's (doi:10.1080/01621459.1927.10502953). The texts of an image succeed and fail
+        together, so that images alone are counted.
+
+        Args:
+            score: An R@1 of these.
+        """
+        square, count = _NORMAL_QUANTILE**2, self.num_images
+        center = score + square / (2 * count)
+        spread = _NORMAL_QUANTILE * (score * (1 - score) / count + square / (4 * count**2)) ** 0.5
+        return (center - spread) / (1 + square / count), (center + spread) / (1 + square / count)
 
     def as_record(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
@@ -179,6 +181,15 @@ def count_held_out(num_groups: int, ratio: float) -> int:
     return min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
 
 
+def prepare_loss(loss: Loss) -> Loss:
+    """Return a loss that compares pairs which every process has.
+
+    Args:
+        loss: What is trained on.
+    """
+    return compare_within_process(loss, chunk_size=_ROWS_PER_BATCH)
+
+
 class HeldOutImages:
     """The held-out images of a run, on which a model is measured.
 
@@ -193,7 +204,7 @@ class HeldOutImages:
 
     def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array, loss: Loss) -> None:
         self.dataset = dataset
-        self._loss = compare_within_process(loss, chunk_size=_ROWS_PER_BATCH)
+        self._loss = prepare_loss(loss)
         chosen = np.asarray(items)
         short, long = dataset.records.count_texts(chosen)
         counts = short + long if dataset.image_store else np.ones_like(short)
@@ -211,7 +222,6 @@ class HeldOutImages:
         ids = np.unique(self.group_ids.numpy()).astype("<i8")
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
-    @torch.no_grad()
     def embed(
         self,
         model: nn.Module,
@@ -228,18 +238,12 @@ class HeldOutImages:
         Returns:
             image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
         """
-        was_training = model.training
-        model.eval()
-        images, texts = [], []
-        for start in range(0, len(self._items), _ROWS_PER_BATCH):
-            part = slice(start, start + _ROWS_PER_BATCH)
-            batch = self.dataset.read_pairs(self._items[part], self._numbers[part])
-            with make_context():
-                outputs = model(**{name: value.to(device) for name, value in batch.items()})
-            images.append(outputs[0].float().cpu())
-            texts.append(outputs[1].float().cpu())
-        model.train(was_training)
-        return torch.cat(images), torch.cat(texts)
+        parts = (
+            slice(start, start + _ROWS_PER_BATCH)
+            for start in range(0, len(self._items), _ROWS_PER_BATCH)
+        )
+        batches = (self.dataset.read_pairs(self._items[p], self._numbers[p]) for p in parts)
+        return embed_batches(model, batches, device, make_context)
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor) -> HeldOutScores:
         """Compare the embeddings of all pairs.
@@ -266,7 +270,6 @@ class HeldOutImages:
             num_texts=len(of_text),
         )
 
-    @torch.no_grad()
     def fit_temperature(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[float, float]:
         """Find the temperature that suits the pairs best.
 
@@ -277,195 +280,69 @@ class HeldOutImages:
         Returns:
             The logarithm of the inverse temperature, and the loss of all pairs at it.
         """
-
-        def measure_at(log_scale: float, rows: slice = slice(_MAX_ROWS_OF_TEMPERATURE)) -> float:
-            inputs = (
-                image_embeds[rows], text_embeds[rows], torch.tensor([math.exp(log_scale)]),
-                self.group_ids[rows], self._text_keys[rows],
-            )  # fmt: skip
-            return float(self._loss(LossInputs(*(part.to(device) for part in inputs))))
-
-        # A loss with buffers has a device.
-        module = self._loss if isinstance(self._loss, nn.Module) else nn.Module()
-        device = next((buffer.device for buffer in module.buffers()), image_embeds.device)
-        log_scale, loss = fit_temperature(measure_at)
-        if len(image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
-            loss = measure_at(log_scale, slice(None))
-        return log_scale, loss
+        return fit_temperature_of_pairs(
+            self._loss, image_embeds, text_embeds, self.group_ids, self._text_keys
+        )
 
 
-def _lower_bound(ratio: float, count: int) -> float:
-    """Wilson's lower bound of a ratio, at 95 % confidence (doi:10.1080/01621459.1927.10502953)."""
-    square = _NORMAL_QUANTILE**2
-    center = ratio + square / (2 * count)
-    spread = _NORMAL_QUANTILE * (ratio * (1 - ratio) / count + square / (4 * count**2)) ** 0.5
-    return float((center - spread) / (1 + square / count))
-
-
-class _EvaluatedTrainer(Protocol):
-    """What `BestWeightsCallback` needs of the `AlignmentTrainer`, which imports it."""
-
-    alignment_model: AlignmentModel
-    model_wrapped: nn.Module
-    is_fsdp_enabled: bool
-    args: TrainingArguments
-    state: TrainerState
-
-    def log(self, logs: dict[str, float]) -> None: ...
-
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
-
-    def collect_trained(self) -> dict[str, Tensor]: ...
-
-
-class BestWeightsCallback(TrainerCallback):
-    """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
-
-    It evaluates before the run, every few steps and at the end. The best weights are written to
-    `best.safetensors` in the run's folder; those of the start count, so that a run never ends with
-    worse weights than it started from.
+@torch.no_grad()
+def embed_batches(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    make_context: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Tensor, Tensor]:
+    """Encode the pairs of some batches, in evaluation mode.
 
     Args:
-        images: The held-out images.
-        output: Folder of the run.
-        eval_steps: Steps between two evaluations.
-        patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
-        patience_begin: Steps before which the run never stops.
+        model: An `AlignmentModel`, wrapped or not.
+        batches: Its inputs.
+        device: Where it is.
+        make_context: Makes the context of a forward pass.
 
-    Attributes:
-        before: Scores at the start.
-        best: Scores of the best weights.
-        best_step: Step of the best weights.
-        has_stopped_early: Whether patience ran out.
-        trainer: The trainer that calls back; set by it.
+    Returns:
+        image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    images, texts = [], []
+    for batch in batches:
+        with make_context():
+            outputs = model(**{name: value.to(device) for name, value in batch.items()})
+        images.append(outputs[0].float().cpu())
+        texts.append(outputs[1].float().cpu())
+    model.train(was_training)
+    return torch.cat(images), torch.cat(texts)
+
+
+@torch.no_grad()
+def fit_temperature_of_pairs(
+    loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group_ids: Tensor, text_keys: Tensor
+) -> tuple[float, float]:
+    """Find the temperature that suits some pairs best.
+
+    Args:
+        loss: From `compare_within_process`.
+        image_embeds: (N, P) of unit length.
+        text_embeds: (N, P) of unit length.
+        group_ids: (N,) as a batch has them.
+        text_keys: (N,) as a batch has them.
+
+    Returns:
+        The logarithm of the inverse temperature, and the loss of all pairs at it.
     """
 
-    def __init__(
-        self,
-        images: HeldOutImages,
-        output: Path,
-        *,
-        eval_steps: int,
-        patience: int,
-        patience_begin: int,
-    ) -> None:
-        self.images = images
-        self.output = output
-        self.eval_steps = eval_steps
-        self.patience = patience
-        self.patience_begin = patience_begin
-        self.before: HeldOutScores | None = None
-        self.best: HeldOutScores | None = None
-        self.best_step = 0
-        self.has_stopped_early = False
-        self.trainer: _EvaluatedTrainer | None = None
+    def measure_at(log_scale: float, rows: slice = slice(_MAX_ROWS_OF_TEMPERATURE)) -> float:
+        inputs = (
+            image_embeds[rows], text_embeds[rows], torch.tensor([math.exp(log_scale)]),
+            group_ids[rows], text_keys[rows],
+        )  # fmt: skip
+        return float(loss(LossInputs(*(part.to(device) for part in inputs))))
 
-    @property
-    def file(self) -> Path:
-        """File of the best weights."""
-        return self.output / BEST_FILE
-
-    def on_train_begin(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
-        if self.before is None:
-            self._evaluate(step=state.global_step)
-
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
-        step = state.global_step
-        if step % self.eval_steps and step < state.max_steps:
-            return
-        should_log = control.should_log
-        self._evaluate(step=step)
-        control.should_log = should_log  # which logging resets; this step's loss would be lost
-        if step < state.max_steps and self._is_out_of_patience(step):
-            self.has_stopped_early = True
-            control.should_training_stop = control.should_log = control.should_save = True
-
-    def read_earlier(self, step: int) -> None:
-        """Read what an earlier part of this run kept, and whether the run stopped early.
-
-        Args:
-            step: Of the checkpoint that the run continues from.
-        """
-        if not self.file.is_file():
-            return
-        with safe_open(self.file, framework="pt") as file:
-            entry = json.loads(file.metadata()[_METADATA])
-        self.before = HeldOutScores(**entry["before"])
-        self.best, self.best_step = HeldOutScores(**entry["best"]), entry["best_step"]
-        self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the scores of the start and of the best weights, and the step of the latter."""
-        assert self.before is not None and self.best is not None
-        return {
-            "before": self.before.as_record(),
-            "best": self.best.as_record(),
-            "best_step": self.best_step,
-        }
-
-    def load_best(self) -> dict[str, Tensor]:
-        """Return the best weights by their names while training, on the CPU."""
-        return load_file(self.file)
-
-    def _is_out_of_patience(self, step: int) -> bool:
-        waited = (step - max(self.best_step, self.patience_begin)) // self.eval_steps
-        return 0 < self.patience <= waited
-
-    def _evaluate(self, *, step: int) -> None:
-        """Measure, and keep the weights if none were better."""
-        assert self.trainer is not None
-        scores = self._measure(self.trainer)
-        if self.before is None:
-            self.before = scores
-        else:
-            self.trainer.log(
-                {
-                    "held_out_loss": scores.loss,
-                    "held_out_t2i_r1": scores.t2i_r1,
-                    "held_out_i2t_r1": scores.i2t_r1,
-                }
-            )
-        if self.best is None or scores.loss < self.best.loss:
-            self.best, self.best_step = scores, step
-            self._keep(self.trainer)
-
-    def _measure(self, trainer: _EvaluatedTrainer) -> HeldOutScores:
-        model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
-        is_stored = self.images.dataset.is_stored
-        embeds = self.images.embed(
-            model, trainer.args.device, nullcontext if is_stored else self._autocast
-        )
-        found: list[Any] = [self.images.score(*embeds)]
-        # Other hardware may round differently; all processes must keep and stop alike.
-        broadcast_object_list(found)
-        scores: HeldOutScores = found[0]
-        if not math.isfinite(scores.loss):
-            raise FloatingPointError(
-                f"The held-out loss is {scores.loss} at step {trainer.state.global_step}. Lower "
-                f"the learning rate ({trainer.args.learning_rate}), or look for broken embeddings."
-            )
-        return scores
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        assert self.trainer is not None
-        return self.trainer.compute_loss_context_manager()
-
-    def _keep(self, trainer: _EvaluatedTrainer) -> None:
-        state = trainer.collect_trained()
-        if not trainer.args.should_save:
-            return
-        weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        metadata = {_METADATA: json.dumps(self.as_record())}
-        write_atomically(self.file, save(weights, metadata=metadata))
+    # A loss with buffers has a device.
+    module = loss if isinstance(loss, nn.Module) else nn.Module()
+    device = next((buffer.device for buffer in module.buffers()), image_embeds.device)
+    log_scale, lowest = fit_temperature(measure_at)
+    if len(image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
+        lowest = measure_at(log_scale, slice(None))
+    return log_scale, lowest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,15 @@ class ProjectionInit:
         cca: How the canonical correlation was fitted; None with `method="model"`.
         is_trained: Whether the projections were trained or fitted, rather than random.
         has_new_adapter: Whether the blocks of the text adapter were made the identity.
+        log_scale: Logarithm of the inverse temperature that suits held-out images; None where it
+            was not fitted.
     """
 
     method: str
     cca: dict[str, Any] | None
     is_trained: bool
     has_new_adapter: bool
+    log_scale: float | None = None
 
     @property
     def default_learning_rate(self) -> float:
@@ -61,6 +64,9 @@ def init_projections(
             between trained projections and canonical correlation; where there are none, trained
             projections stay.
         config: Options of the alignment.
+
+    Raises:
+        ValueError: Nothing is trained, and no closed form is possible.
     """
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
@@ -69,20 +75,23 @@ def init_projections(
         is_possible = data.dataset.is_stored and model.visual_projection.bias is not None
         wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
     if wanted == "model":
+        if config.max_steps == 0 and not trained:
+            raise ValueError(
+                "max_steps=0 writes the closed form, and this model's random projections cannot "
+                "have it: it needs a bias in the image projection. Build the model with "
+                "visual_projection_bias=True, or train it."
+            )
         return unchanged
     before: dict[str, Tensor] = {}
     loss_before = None
     if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.clone() for name, value in _list_head(model).items()}
         loss_before = _fit_temperature(model, held_out)[1]
-    assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
-    pairs = _pair_embeddings(data.dataset, data.items, config.seed)
-    fitted = init_projections_by_cca(model, *pairs[:3], text_keys=pairs[3])
-    loss = None
+    fitted = _fit_cca(model, data, config)
+    log_scale = loss = None
     if held_out is not None:
         log_scale, loss = _fit_temperature(model, held_out)
-        with torch.no_grad():
-            model.logit_scale.log_scale.fill_(log_scale)
+        _set_temperature(model, log_scale)
     if loss is not None and loss_before is not None and loss_before <= loss:
         _restore(model, before)
         return unchanged
@@ -91,7 +100,44 @@ def init_projections(
         _describe(fitted),
         is_trained=True,
         has_new_adapter=not model.config.text_adapter_trained,
+        log_scale=log_scale,
     )
+
+
+def repeat_init(
+    model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit
+) -> ProjectionInit:
+    """Start on other images as a run chose to start, and set the projections in place.
+
+    Args:
+        model: The model that is trained.
+        data: What is trained on.
+        config: Options of the alignment.
+        chosen: How the run started; its shrinkages and its temperature are kept.
+    """
+    if chosen.cca is None:
+        return chosen
+    shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])
+    fitted = _fit_cca(model, data, config, shrinkages)
+    if chosen.log_scale is not None:
+        _set_temperature(model, chosen.log_scale)
+    return replace(chosen, cca=_describe(fitted))
+
+
+def _fit_cca(
+    model: AlignmentModel,
+    data: RunData,
+    config: AlignConfig,
+    shrinkages: tuple[float, float] | None = None,
+) -> FittedCCA:
+    assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
+    *pairs, text_keys = _pair_embeddings(data.dataset, data.items, config.seed)
+    return init_projections_by_cca(model, *pairs, text_keys=text_keys, shrinkages=shrinkages)
+
+
+def _set_temperature(model: AlignmentModel, log_scale: float) -> None:
+    with torch.no_grad():
+        model.logit_scale.log_scale.fill_(log_scale)
 
 
 def _describe(fitted: FittedCCA) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ class RunData:
             num_steps=num_steps,
             arguments=arguments,
         )
+
+    def with_held_out(self) -> RunData:
+        """Return the same data, of which nothing is held out."""
+        assert isinstance(self.dataset, AlignmentDataset)  # of a stream nothing is fitted twice
+        items = np.arange(len(self.dataset), dtype=np.int32)
+        return replace(self, items=items, held_out=None, num_held_out=0, num_shared_captions=0)
 
     def identify(self) -> dict[str, Any]:
         """Return what identifies the data, for the record of a run."""

@@ -53,7 +53,11 @@ def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Pa
     losses = {line["step"]: line["held_out_loss"] for line in read_lines(run.output)
               if "held_out_loss" in line}  # fmt: skip
     losses[0] = run.before.loss
-    assert run.after.loss == min(losses.values()) == losses[run.best_step]
+    # Weights on the way to those of a step, which are not logged, may be better than any step's.
+    if run.results["held_out"]["best_share"] == 1:
+        assert run.after.loss == min(losses.values()) == losses[run.best_step]
+    else:
+        assert run.after.loss < min(losses.values())
 
 
 def test_a_run_that_only_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) -> None:
@@ -198,11 +202,11 @@ def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
 def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
     few: Prepared, tmp_path: Path
 ) -> None:
-    first = few.align_stored(tmp_path / "first", max_steps=1)
+    first = few.align_stored(tmp_path / "first", max_steps=1, refit=False)
     assert not first.results["held_out"]["maybe_trained_on"]  # of random projections
     aligned = dataclasses.replace(few, model=first.model)
     for name, seed, is_seen in (("same", 0, False), ("seed", 1, True)):
-        run = aligned.align_stored(tmp_path / name, max_steps=1, seed=seed)
+        run = aligned.align_stored(tmp_path / name, max_steps=1, seed=seed, refit=False)
         card = (run.model / "README.md").read_text(encoding="utf-8")
         said = any("may have been trained on" in line for line in describe_alignment(run.output))
         assert said == is_seen == run.results["held_out"]["maybe_trained_on"]
@@ -257,7 +261,7 @@ def test_a_loss_is_asked_for_rows_that_every_process_has() -> None:
 
 def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(
-        tmp_path / "run", max_steps=4, learning_rate=1.0, early_stopping_patience=0
+        tmp_path / "run", max_steps=4, learning_rate=1.0, early_stopping_patience=0, refit=False
     )
     assert run.best_step == 0
-    assert f"Wrote {run.model} with the weights of step 0 of 4." in describe_alignment(run.output)
+    assert f"Wrote {run.model} with the weights of the start." in describe_alignment(run.output)

@@ -216,7 +216,10 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     }
     factor = warm_up_then_cosine(40, warmup_steps=0.1, begin=10)
     assert [factor(step) for step in range(10)] == [0.0] * 10
-    assert 0 < factor(10) < factor(12) == 1.0 > factor(39) > 0
+    # A tenth of what is left would be three steps; a good start wants at least 20.
+    assert 0 < factor(10) < factor(28) < factor(29) == 1.0 > factor(39) > 0
+    assert warm_up_then_cosine(1, warmup_steps=0.1)(0) == 1 / 20
+    assert warm_up_then_cosine(1, warmup_steps=0)(0) == 1
 
 
 def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(

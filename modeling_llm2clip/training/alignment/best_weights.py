@@ -1,0 +1,262 @@
+"""The weights of a run that suit held-out images best: of which step, and how far from the start.
+
+Weights between those of the start and trained ones are often better than either (WiSE-FT,
+arXiv:2109.01903), so that each evaluation tries several shares of the way. The lowest loss chooses:
+it tells models apart on fewer images than R@1 does, and it is what is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...data.atomic_files import write_atomically
+from ..run_folder import list_trained
+from .alignment_model import AlignmentModel
+from .held_out import HeldOutImages, HeldOutScores
+
+BEST_FILE = "best.safetensors"
+# Tried beside all of the way from the start to the trained weights.
+SHARES = (0.25, 0.5, 0.75)
+_METADATA = "held_out"
+
+
+class EvaluatedTrainer(Protocol):
+    """What evaluating needs of the `AlignmentTrainer`, which imports this."""
+
+    alignment_model: AlignmentModel
+    model_wrapped: nn.Module
+    is_fsdp_enabled: bool
+    args: TrainingArguments
+    state: TrainerState
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Log numbers."""
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Make the context of a forward pass."""
+        ...
+
+    def collect_trained(self) -> dict[str, Tensor]:
+        """Collect every weight that training changes."""
+        ...
+
+
+def find_model(
+    trainer: EvaluatedTrainer, *, is_stored: bool
+) -> tuple[nn.Module, torch.device, Callable[[], AbstractContextManager[Any]]]:
+    """Find the model that a Trainer trains, its device, and the context of its forward pass.
+
+    Args:
+        trainer: The Trainer.
+        is_stored: Whether no tower runs.
+    """
+    model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
+    context = nullcontext if is_stored else trainer.compute_loss_context_manager
+    return model, trainer.args.device, context
+
+
+def copy_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copy every weight that training changes, by its name while training.
+
+    Args:
+        model: The model, not sharded.
+    """
+    names = list_trained(model)
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if name in names
+    }
+
+
+@torch.no_grad()
+def set_between(
+    model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
+) -> None:
+    """Set the trained weights of a model between two others, in place.
+
+    Args:
+        model: The model, not sharded.
+        start: Weights by name, at a share of 0.
+        end: Weights by name, at a share of 1.
+        share: How far from the start they are.
+    """
+    for name, value in end.items():
+        first = start[name].to(value.device)
+        model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
+
+
+class BestWeightsCallback(TrainerCallback):
+    """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
+
+    It evaluates before the run, every few steps and at the end. The best weights are written to
+    `best.safetensors` in the run's folder; those of the start count, so that a run never ends with
+    worse weights than it started from.
+
+    Args:
+        images: The held-out images.
+        output: Folder of the run.
+        eval_steps: Steps between two evaluations.
+        patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
+        patience_begin: Steps before which the run never stops.
+        shares: Shares of the way from the start to the trained weights that are tried beside all
+            of it.
+        start: Trained weights by name, as they are at the start; needed for shares.
+
+    Attributes:
+        before: Scores at the start.
+        best: Scores of the best weights.
+        best_step: Step of the best weights; 0 for the start.
+        best_share: Their share of the way from the start to the weights of that step.
+        has_stopped_early: Whether patience ran out.
+        trainer: The trainer that calls back; set by it.
+    """
+
+    def __init__(
+        self,
+        images: HeldOutImages,
+        output: Path,
+        *,
+        eval_steps: int,
+        patience: int,
+        patience_begin: int,
+        shares: Sequence[float] = (),
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.images = images
+        self.output = output
+        self.eval_steps = eval_steps
+        self.patience = patience
+        self.patience_begin = patience_begin
+        self.shares = shares
+        self.before: HeldOutScores | None = None
+        self.best: HeldOutScores | None = None
+        self.best_step = 0
+        self.best_share = 1.0
+        self.has_stopped_early = False
+        self.trainer: EvaluatedTrainer | None = None
+        self._start = start or {}
+
+    @property
+    def file(self) -> Path:
+        """File of the best weights."""
+        return self.output / BEST_FILE
+
+    def on_train_begin(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if self.before is None:
+            assert self.trainer is not None
+            self.before = self._measure(self.trainer)
+            self._compare(self.before, step=state.global_step, share=1.0)
+
+    def on_step_end(  # noqa: D102
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        step = state.global_step
+        if step % self.eval_steps and step < state.max_steps:
+            return
+        should_log = control.should_log
+        self._evaluate(step=step)
+        control.should_log = should_log  # which logging resets; this step's loss would be lost
+        if step < state.max_steps and self._is_out_of_patience(step):
+            self.has_stopped_early = True
+            control.should_training_stop = control.should_log = control.should_save = True
+
+    def read_earlier(self, step: int) -> None:
+        """Read what an earlier part of this run kept, and whether the run stopped early.
+
+        Args:
+            step: Of the checkpoint that the run continues from.
+        """
+        if not self.file.is_file():
+            return
+        with safe_open(self.file, framework="pt") as file:
+            entry = json.loads(file.metadata()[_METADATA])
+        self.before = HeldOutScores(**entry["before"])
+        self.best = HeldOutScores(**entry["best"])
+        self.best_step, self.best_share = entry["best_step"], entry["best_share"]
+        self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the scores of the start and of the best weights, and which ones these are."""
+        assert self.before is not None and self.best is not None
+        return {
+            "before": self.before.as_record(),
+            "best": self.best.as_record(),
+            "best_step": self.best_step,
+            "best_share": self.best_share,
+        }
+
+    def load_best(self) -> dict[str, Tensor]:
+        """Return the best weights by their names while training, on the CPU."""
+        return load_file(self.file)
+
+    def _is_out_of_patience(self, step: int) -> bool:
+        waited = (step - max(self.best_step, self.patience_begin)) // self.eval_steps
+        return 0 < self.patience <= waited
+
+    def _evaluate(self, *, step: int) -> None:
+        """Measure the weights, and those between them and the start; keep the best."""
+        assert self.trainer is not None
+        scores = self._measure(self.trainer)
+        self.trainer.log(
+            {
+                "held_out_loss": scores.loss,
+                "held_out_t2i_r1": scores.t2i_r1,
+                "held_out_i2t_r1": scores.i2t_r1,
+            }
+        )
+        self._compare(scores, step=step, share=1.0)
+        if not self.shares:
+            return
+        model = self.trainer.alignment_model
+        trained = copy_trained(model)
+        for share in self.shares:
+            set_between(model, self._start, trained, share)
+            self._compare(self._measure(self.trainer), step=step, share=share)
+        set_between(model, self._start, trained, 1.0)
+
+    def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
+        """Keep the weights that the model has now if they have the lowest loss so far."""
+        if self.best is None or scores.loss < self.best.loss:
+            self.best, self.best_step, self.best_share = scores, step, share
+            assert self.trainer is not None
+            state = self.trainer.collect_trained()
+            if self.trainer.args.should_save:
+                weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+                metadata = {_METADATA: json.dumps(self.as_record())}
+                write_atomically(self.file, save(weights, metadata=metadata))
+
+    def _measure(self, trainer: EvaluatedTrainer) -> HeldOutScores:
+        embeds = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
+        found: list[Any] = [self.images.score(*embeds)]
+        # Other hardware may round differently; all processes must keep and stop alike.
+        broadcast_object_list(found)
+        scores: HeldOutScores = found[0]
+        if not math.isfinite(scores.loss):
+            raise FloatingPointError(
+                f"The held-out loss is {scores.loss} at step {trainer.state.global_step}. Lower "
+                f"the learning rate ({trainer.args.learning_rate}), or look for broken embeddings."
+            )
+        return scores

@@ -1,0 +1,211 @@
+"""Stage 3: all images are fitted once more as held-out ones chose; weights near the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aligning import Prepared, Run, names_that_differ, prepare, weights_of
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.model_folders.model_card_data import read_card_data
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_report import (
+    REFITTED,
+    WORSE,
+    describe_alignment,
+)
+from modeling_llm2clip.training.alignment.cca_init import init_projections_by_cca
+
+# Few steps at a rate that moves weights, evaluated after each.
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "max_steps": 8, "eval_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
+    "image_noise": 0, "caption_noise": 0, "save_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
+
+
+def align_with(prepared: Prepared, output: Path, callback: TrainerCallback, **given: Any) -> Run:
+    resume = given.pop("resume", False)
+    align(
+        prepared.model, prepared.records, output, AlignConfig(**{**OPTIONS, **given}),
+        caption_store=prepared.captions, image_store=prepared.images, callbacks=[callback],
+        resume=resume,
+    )  # fmt: skip
+    return Run(output)
+
+
+class Watch(TrainerCallback):
+    """Copies the trained weights before each fit and after each of its steps."""
+
+    def __init__(self) -> None:
+        self.fits: list[list[dict[str, Tensor]]] = []
+
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        self.fits.append([copy_heads(model)])
+
+    def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        self.fits[-1].append(copy_heads(model))
+
+
+def copy_heads(model: Any) -> dict[str, Tensor]:
+    return {
+        name: value.detach().clone() for name, value in model.named_parameters()
+        if value.requires_grad
+    }  # fmt: skip
+
+
+def fit_closed_form(prepared: Prepared, cca: dict[str, Any]) -> dict[str, Tensor]:
+    """Fit all pairs of a dataset, one after the other, with shrinkages that a run chose."""
+    store, images = prepared.caption_store, prepared.image_store
+    rows = [
+        (item, int(row)) for item in range(len(prepared.records)) for row in store.rows_of(item)
+    ]
+    model = AlignmentModel.from_pretrained(prepared.model, with_vision_tower=False)
+    init_projections_by_cca(
+        model,
+        store.read([row for _, row in rows]),
+        images.read([int(images.rows_of(item)[0]) for item, _ in rows]),
+        torch.tensor([item for item, _ in rows]),
+        shrinkages=(cca["text_shrinkage"], cca["image_shrinkage"]),
+    )
+    return {n: v for n, v in model.state_dict().items() if "projection" in n}
+
+
+def compare_up_to_rotation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Compare products of the two projections: the order of pairs turns equal directions."""
+    products = [
+        weights["text_projection.weight"].T @ weights["visual_projection.weight"]
+        for weights in (found, wanted)
+    ]
+    # Sums in another order; a model of 48 of the 60 images differs by a tenth and more.
+    torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3 * float(products[1].abs().max()))
+
+
+def test_no_steps_are_the_closed_form_of_all_images(few: Prepared, tmp_path: Path) -> None:
+    run = few.align_stored(tmp_path / "run", max_steps=0)
+    results = run.results
+    assert (results["steps"], run.best_step, results["final_loss"]) == (0, 0, None)
+    assert results["projections_trained"] and results["text_adapter_trained"]
+    assert results["refit"]["num_records"] == 60 > results["held_out"]["best"]["num_images"] == 12
+    cca = results["refit"]["start"]["cca"]
+    assert cca["num_pairs"] == 120 > results["start"]["cca"]["num_pairs"] == 96
+    compare_up_to_rotation(weights_of(run.model), fit_closed_form(few, cca))
+    assert check_model(run.model).healthy
+    apart = few.align_stored(tmp_path / "apart", max_steps=0, refit=False)
+    assert "refit" not in apart.results and apart.after == run.after
+    assert describe_alignment(apart.output)[-1].endswith("with the weights of the start.")
+    with pytest.raises(AssertionError):
+        compare_up_to_rotation(weights_of(apart.model), fit_closed_form(few, cca))
+
+
+def test_no_steps_without_a_closed_form_are_refused(few: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_steps=0 with projection_init=model"):
+        AlignConfig(max_steps=0, projection_init="model")
+    with pytest.raises(ValueError, match="max_steps=0 writes the closed form, which needs a"):
+        few.align(tmp_path / "run", max_steps=0, projection_init="auto")
+    with pytest.raises(ValueError, match="refit=True needs held-out images"):
+        AlignConfig(refit=True, held_out_ratio=0)
+
+
+def test_the_last_fit_repeats_the_choice_on_all_images(few: Prepared, tmp_path: Path) -> None:
+    watch = Watch()
+    run = align_with(few, tmp_path / "run", watch)
+    step, share = run.best_step, run.results["held_out"]["best_share"]
+    assert 0 < step <= 8 and 0 < share <= 1
+    chosen, again = watch.fits
+    assert len(again) == 1 + step == 1 + run.results["refit"]["steps"]
+    # As chosen: between the start and a step, in both fits.
+    for fit, found in (
+        (chosen, load_file(run.output / "best.safetensors")),
+        (again, weights_of(run.model)),
+    ):
+        for name, value in fit[step].items():
+            torch.testing.assert_close(found[name], torch.lerp(fit[0][name], value, share))
+    temperatures = {float(fit[0]["logit_scale.log_scale"]) for fit in (chosen, again)}
+    assert temperatures == {run.results["start"]["log_scale"]} or len(temperatures) == 1
+    # The images that chose are trained on now.
+    assert names_that_differ(
+        few.align_stored(tmp_path / "apart", **{**OPTIONS, "refit": False}).model, run.model
+    )
+    assert check_model(run.model).healthy
+
+
+def test_scores_are_said_to_be_of_the_model_before_the_last_fit(
+    few: Prepared, tmp_path: Path
+) -> None:
+    run = few.align_stored(tmp_path / "run", max_steps=2)
+    shown = "\n".join(describe_alignment(run.output))
+    assert "Then all of it was fitted once more on all images" in shown
+    assert "fitted once more on all 60 records" in shown
+    (result,) = read_card_data(run.model).results
+    assert result.dataset.endswith(REFITTED)
+    assert result.scores["t2i_r1"] == pytest.approx(run.after.t2i_r1)
+    # A later run must not take these images for unseen ones.
+    later = dataclasses.replace(few, model=run.model).align_stored(tmp_path / "later", max_steps=1)
+    assert later.results["held_out"]["maybe_trained_on"]
+
+
+class Die(TrainerCallback):
+    """Ends the run at a step of its second fit, as a kill does between two checkpoints."""
+
+    num_fits = 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.num_fits += 1
+
+    def on_step_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if self.num_fits == 2 and state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_run_killed_in_its_last_fit_goes_on_to_the_same_bytes(
+    few: Prepared, tmp_path: Path
+) -> None:
+    whole = align_with(few, tmp_path / "whole", TrainerCallback())
+    assert whole.best_step > 1
+    with pytest.raises(KeyboardInterrupt):
+        align_with(few, tmp_path / "killed", Die())
+    assert (tmp_path / "killed" / "refit" / "checkpoints" / "checkpoint-1").is_dir()
+    killed = align_with(few, tmp_path / "killed", TrainerCallback(), resume=True)
+    # Bit for bit.
+    assert not names_that_differ(whole.model, killed.model)
+    assert killed.results == whole.results
+    shutil.rmtree(killed.model)
+    again = align_with(few, tmp_path / "killed", TrainerCallback(), resume=True)
+    assert not names_that_differ(whole.model, again.model) and again.results == whole.results
+
+
+def test_nothing_is_tried_between_random_weights_and_trained_ones(
+    few: Prepared, tmp_path: Path
+) -> None:
+    run = few.align_stored(tmp_path / "run", **{**OPTIONS, "projection_init": "model"})
+    assert run.results["held_out"]["best_share"] == 1
+
+
+def test_a_very_short_run_keeps_what_the_closed_form_found(few: Prepared, tmp_path: Path) -> None:
+    options = {"held_out_ratio": 0, "image_noise": 0, "caption_noise": 0}
+    run = few.align_stored(tmp_path / "one", max_steps=1, **options)
+    losses = run.results["objective"]
+    # Much less than the tenth of the start's loss that a step at the whole rate takes or gives.
+    assert losses["after"] < losses["before"] * 1.02
+    worse = few.align_stored(
+        tmp_path / "worse", max_steps=1, learning_rate=1.0, warmup_steps=0, **options
+    )
+    losses = worse.results["objective"]
+    assert losses["after"] > losses["before"]
+    assert WORSE in describe_alignment(worse.output)
+    assert "raised the loss" in (worse.model / "README.md").read_text(encoding="utf-8")
