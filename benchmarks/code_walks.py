@@ -74,7 +74,7 @@ class CallTracer:
         if code.co_name == "from_pretrained":
             return True
         file = code.co_filename.removeprefix(self._package)
-        return file != code.co_filename and file.split(os.sep)[0] in _LOADING
+        return file != code.co_filename and Path(file).parts[0] in _LOADING
 
 
 def main() -> None:
