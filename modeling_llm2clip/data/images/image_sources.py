@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ...image_loading_llm2clip import load_images, read_image_header
 from ..remote.file_places import FilePlace, read_range
-from ..remote.remote_access import describe, find_reading_failure
+from ..remote.remote_access import INVALID_OFFSETS, describe, find_reading_failure
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -202,7 +202,7 @@ def decode_image(image: ImageSource) -> Image.Image:
         decoded: Image.Image = load_images(open_image(image))
     except ValueError as error:
         failure = find_reading_failure(error)
-        if failure is None and isinstance(image, Path):
+        if isinstance(image, Path) and (failure is None or failure.errno in INVALID_OFFSETS):
             failure = _find_missing(image)
         if failure is None:
             raise

@@ -29,9 +29,11 @@ _EXPIRED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Inva
 # Kinds of errors of files that could not be read, which say nothing of their content.
 READING_ERRORS = ("file missing, or its requests fail", "file may not be read", "file missing",
                   "file cannot be read: its disk fails")  # fmt: skip
-# Errors of one file and not of its disk; a damaged file can ask for an offset that is invalid.
+# Errors of one file and not of its disk.
 _OF_ONE_FILE = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
-_OF_ONE_NAME = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW)
+_OF_ONE_NAME = (errno.ELOOP, errno.ENAMETOOLONG)
+# A damaged file can name an offset in itself that no file has.
+INVALID_OFFSETS = (errno.EINVAL, errno.EOVERFLOW)
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
 
 
@@ -174,7 +176,9 @@ def raise_disk_failure(error: BaseException, place: object) -> None:
         OSError: it is such a failure, which the next try may not meet.
     """
     failure = find_reading_failure(error)
-    if failure is None or isinstance(failure, _OF_ONE_FILE) or failure.errno in _OF_ONE_NAME:
+    if failure is None or isinstance(failure, _OF_ONE_FILE):
+        return
+    if failure.errno in (*_OF_ONE_NAME, *INVALID_OFFSETS):
         return
     raise OSError(
         failure.errno,

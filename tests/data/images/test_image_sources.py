@@ -32,7 +32,13 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     file_places._of_thread.__dict__.clear()
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", encode("images/red.png")[:-30]])
+# A BigTIFF whose directory is where no file has bytes: the operating system says EINVAL.
+FAR_DIRECTORY = b"II\x2b\0\x08\0\0\0" + (2**63 - 5).to_bytes(8, "little") + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", encode("images/red.png")[:-30], FAR_DIRECTORY]
+)
 def test_a_file_of_invalid_content_is_an_invalid_image(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "0.png"
     file.write_bytes(content)
