@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -209,6 +210,25 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                     settle_frozen(getattr(self, name))
             # Last: who encodes in another thread reads it last, and then refuses the embeddings.
             self.num_switches_to_training += 1
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert as torch does, but keep the frequencies of rotary positions in float32.
+
+        Loading in another dtype keeps them so too. Rounded ones would stay so in float32.
+        """
+        exact = {
+            name: buffer
+            for name, buffer in self.named_buffers()
+            if name.endswith("inv_freq") and buffer.dtype == torch.float32
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            place, _, own_name = name.rpartition(".")
+            module = self.get_submodule(place)
+            converted = getattr(module, own_name)
+            if converted.dtype != torch.float32:
+                setattr(module, own_name, buffer.to(converted.device))
         return self
 
     def _set_gradient_checkpointing(  # type: ignore[override]

@@ -185,3 +185,26 @@ def test_only_a_class_with_a_temperature_keeps_it_in_float32(
         names = model._keep_in_fp32_modules_strict or ()
         present = {name.split(".")[0] for name, _ in model.named_parameters()}
         assert ("logit_scale" in names) is (part == "both") is ("logit_scale" in present)
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("llm", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_model_is_the_one_that_is_loaded_in_that_dtype(
+    dtype: torch.dtype, llm: str, tmp_path: Path
+) -> None:
+    """Both keep the frequencies of rotary positions in float32: nothing is lost for good."""
+    model, processor = tiny_model(llm=llm)
+    model.save_pretrained(tmp_path)
+    frequencies = {n: b.clone() for n, b in model.named_buffers() if n.endswith("inv_freq")}
+    batch = processor(text=["a dog", "two red apples on a wooden table by the window"])
+    loaded = LLM2CLIPModel.from_pretrained(tmp_path, dtype=dtype)
+    converted = model.to(dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        found, wanted = (m.get_text_features(**batch).pooler_output for m in (converted, loaded))
+    assert torch.allclose(found, wanted, rtol=0, atol=ROUNDING)
+    back = dict(model.float().named_buffers())  # type: ignore[no-untyped-call]
+    assert frequencies
+    assert all(torch.equal(back[name], buffer) for name, buffer in frequencies.items())

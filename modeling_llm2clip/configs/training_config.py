@@ -24,8 +24,9 @@ class TrainingConfig(DeviceConfig):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation; auto is bfloat16 on GPUs that support it. Trained weights stay
-    float32. float32 also computes towers that are stored in half precision in float32."""
+    """Dtype of the computation; auto is bfloat16 on GPUs that support it, and elsewhere the one in
+    which each weight is stored. Trained weights stay float32. float32 also computes towers that
+    are stored in half precision in float32."""
     save_steps: Annotated[int, Range(min=1)] = 500
     """Steps between checkpoints; the last step has one too."""
     logging_steps: Annotated[int, Range(min=1)] | None = None

@@ -7,6 +7,7 @@ in that layer's place is then never run: it would be counted, saved and merged, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     """List the parameters that ask for a gradient and get none in a backward pass.
 
     A gradient of zero is one: the first matrix of a new LoRA has no other. The pass is one of
-    training; afterwards gradients, modes and random generators are as they were.
+    training, but no layer is left out at random, as an LLM with `layerdrop` does. Afterwards
+    gradients, modes and random generators are as they were.
 
     Args:
         module: Module that is trained, before its first step.
@@ -27,9 +29,15 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     was_training = module.training
     module.train()
+    dropping: list[Any] = [part for part in module.modules() if "layerdrop" in vars(part)]
+    shares = [part.layerdrop for part in dropping]
+    for part in dropping:
+        part.layerdrop = 0.0
     with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
         compute().backward()
     module.train(was_training)
+    for part, share in zip(dropping, shares, strict=True):
+        part.layerdrop = share
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     missing = [name for name, parameter in trained if parameter.grad is None]
     module.zero_grad(set_to_none=True)

@@ -376,7 +376,8 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
     Args:
         precision: float32, bfloat16, or auto, which takes bfloat16 on a GPU that supports it and
             never on a CPU: without its instructions bfloat16 is several times slower there, with
-            them no faster, and its gradients are noisier everywhere.
+            them no faster, and its gradients are noisier everywhere. Weights that are stored in
+            half precision and not trained compute in it all the same, unless it is float32.
         on_gpu: Whether the run is on a GPU.
     """
     if precision != "auto":

@@ -194,12 +194,17 @@ def _read_tsv(file: Path, wanted: set[str]) -> Iterator[list[dict[str, Any]]]:
     """
     with _open_text(file, newline="\n") as opened:
         lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(opened, start=1))
-        numbered = (
-            (number, [_unquote(cell) for cell in line.split("\t")])
-            for number, line in lines
-            if line
-        )
+        numbered = ((n, _split_line(file, n, line)) for n, line in lines if line)
         yield from _make_dicts(file, numbered, wanted)
+
+
+def _split_line(file: Path, number: int, line: str) -> list[str]:
+    if "\r" in line:  # a whole file with such ends would be one line, and have no rows
+        raise ValueError(
+            f"{file} line {number}: a carriage return without a line feed. Write a line feed "
+            "where it ends a line, and a space where it is inside a cell."
+        )
+    return [_unquote(cell) for cell in line.split("\t")]
 
 
 def _open_text(file: Path, *, newline: str) -> IO[str]:

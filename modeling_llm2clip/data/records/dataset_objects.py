@@ -353,7 +353,14 @@ class _DatasetShards:
             fields = row
             if self._columns is not None:
                 fields = {field: row.get(column) for field, column in self._columns.items()}
-            is_packed = isinstance(fields.get("image"), dict | bytes)
+            image = fields.get("image")
+            if not isinstance(image, dict | bytes | str | None):
+                raise ValueError(
+                    f"{_NAME} shard {shard} row {number}: the image is a {type(image).__name__}, "
+                    "decoded before map or by a format. Have it undecoded from the beginning: "
+                    "dataset.cast_column(NAME, datasets.Image(decode=False))."
+                )
+            is_packed = isinstance(image, dict | bytes)
             yield read_row(
                 number, f"{_NAME} shard {shard}", fields, {"image"} if is_packed else set()
             )
@@ -391,4 +398,11 @@ def _find_indivisible(step: Any) -> str | None:
 
 def _split_rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     for values in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, values, strict=True))
+        yield dict(zip(batch, map(_as_python, values), strict=True))
+
+
+def _as_python(value: Any) -> Any:
+    """Undo the format (numpy, torch) that a dataset had before `map`, of all but pixels."""
+    if hasattr(value, "tolist") and value.ndim < 2:
+        value = value.tolist()
+    return [_as_python(item) for item in value] if isinstance(value, list) else value

@@ -271,3 +271,26 @@ def test_a_stream_that_is_shuffled_already_is_refused(saved: datasets.Dataset) -
     for shuffled in (rows.shuffle(), rows.shuffle(seed=1, buffer_size=2).map(lambda row: row)):
         with pytest.raises(ValueError, match=r"without shuffle\(\); seed and buffer_size"):
             stream_dataset(shuffled, columns=COLUMNS)
+
+
+FORMATS = [None, "numpy", "torch", "arrow"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_format_before_map_changes_no_sample(kind: str | None) -> None:
+    rows = [{"image": f"{n}.png", "captions": [f"a {n}", "b"], "lang": "de"} for n in range(5)]
+    plain = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    changed = plain.with_format(kind).map(lambda row: row)
+    found, wanted = (list(stream_dataset(d, require_images=False)) for d in (changed, plain))
+    assert len(found) == 5 and found == wanted
+    assert {type(text) for record in found for text in (record.name, *record.captions)} == {str}
+
+
+@pytest.mark.parametrize("kind", FORMATS[:3])
+def test_images_that_map_decoded_are_refused_by_name(
+    saved: datasets.Dataset, kind: str | None
+) -> None:
+    images = saved.cast_column("img", datasets.Image())
+    decoded = images.to_iterable_dataset().with_format(kind).map(lambda row: row)
+    with pytest.raises(ValueError, match=r"row 0: the image is a .*decoded.*decode=False"):
+        list(stream_dataset(decoded, columns=COLUMNS))
