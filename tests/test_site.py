@@ -392,14 +392,13 @@ def site() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("site")
 def test_the_site_builds_with_strict(site: Path) -> None:
-    assert "pip install" in (site / "index.html").read_text("utf-8")
+    home = re.sub("<[^>]+>", "", (site / "index.html").read_text("utf-8"))
+    assert "pip install" in home
 
 
 @needs_browser
 @pytest.mark.slow
-@pytest.mark.xdist_group("site")
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_code_is_cut_off_on_a_desktop_and_none_widens_the_page_of_a_phone(
     width: str, site: Path

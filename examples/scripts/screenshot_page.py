@@ -1,17 +1,16 @@
-"""Take the screenshot of the server's page that the documents show, with the embedded images.
+"""Take the screenshot of the server's page that the documents show, with the embedded photographs.
 
-    llm2clip demo
-    python examples/scripts/screenshot_page.py llm2clip-demo/model docs/images/page.png
+    python examples/scripts/screenshot_page.py aligned/model docs/images/page.png
 
-It indexes the emoji and photographs of `examples/data` under their names, serves them, and looks at
-the page with the system's Chromium (`apt-get install chromium`, `pip install playwright`).
+The model is one that was trained on photographs, as the README does. The script indexes those of
+`examples/data`, serves them, and looks at the page with the system's Chromium
+(`apt-get install chromium`, `pip install playwright`).
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import shutil
 import tempfile
 import threading
@@ -31,27 +30,10 @@ from modeling_llm2clip.serving.demo_page import add_demo_page
 from modeling_llm2clip.serving.run_server import bind_socket
 from modeling_llm2clip.serving.service import EmbeddingService
 
-_QUERY = "a fruit"
+_QUERY = "a drink in a white cup with a spoon"
 _WIDTH, _HEIGHT = 1100, 700
-_COLORS = 128
+_COLORS = 192
 _WAIT_MS = 60_000
-
-
-def copy_named_images(folder: Path) -> None:
-    """Copy the embedded images, named after their first English captions.
-
-    Args:
-        folder: Where to; it exists.
-    """
-    data = find_example_data()
-    for source, wanted in (("emoji", "noto"), ("photographs", None)):
-        lines = (data / source / "captions.jsonl").read_text("utf-8").splitlines()
-        for record in map(json.loads, lines):
-            if record["lang"] == "en" and record.get("style") == wanted:
-                image = data / source / record["image"]
-                name = record["captions"][0] if source == "emoji" else image.stem
-                name = "".join(letter if letter.isalnum() else " " for letter in name)
-                shutil.copy(image, folder / f"{' '.join(name.split())}{image.suffix}")
 
 
 @contextmanager
@@ -112,13 +94,11 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="PNG file to write")
     parser.add_argument("--query", default=_QUERY, help="what to look for")
     arguments = parser.parse_args()
+    images = find_example_data() / "photographs" / "images"
     with tempfile.TemporaryDirectory() as scratch:
-        images = Path(scratch, "images")
-        images.mkdir()
-        copy_named_images(images)
         ImageIndex.build(arguments.model, images, Path(scratch, "index"))
         service = EmbeddingService.open(
-            arguments.model, ServeConfig(model_name="LLM2CLIP demo"), index=f"{scratch}/index"
+            arguments.model, ServeConfig(model_name="my-photo-model"), index=f"{scratch}/index"
         )
         with serve(service) as url:
             window = take_screenshot(url, arguments.query)

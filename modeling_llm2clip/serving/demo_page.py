@@ -392,7 +392,7 @@ def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
         label=label,
         type="filepath",
         sources=["upload", "clipboard"],
-        placeholder="Drop an image here, or choose one",
+        placeholder="Drop an image, or choose one",
         height=height,
         elem_id=elem_id,
     )

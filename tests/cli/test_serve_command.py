@@ -36,7 +36,9 @@ def serve(model: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(r"Serving model on (http://127\.0\.0\.1:\d+); .*\n", line)
+        found = re.fullmatch(
+            r"Serving model on (http://127\.0\.0\.1:\d+), a page to open in a browser; .*\n", line
+        )
         assert found, line
         yield found[1], process
     finally:
