@@ -199,35 +199,6 @@ def _render_first_run(report: dict[str, Any]) -> str:
     )
 
 
-def _render_training_set_size(report: dict[str, Any]) -> str:
-    """A row per number of images; mean, lowest and highest R@1 over the splits."""
-    by_size: dict[int, dict[str, list[float]]] = {}
-    for name, found in report["datasets"].items():
-        for run in found["runs"]:
-            by_size.setdefault(run["num_images"], {}).setdefault(name, []).append(run["r1"])
-    rows = [
-        [f"{size:,}", *(_show_range(by_size[size].get(name)) for name in report["datasets"])]
-        for size in sorted(by_size)
-    ]
-    rows.append(["chance", *(percent(found["chance_r1"]) for found in report["datasets"].values())])
-    splits = {run["split"] for found in report["datasets"].values() for run in found["runs"]}
-    counts = ", ".join(
-        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
-    )
-    note = (
-        f"R@1, the mean of both directions, among images that were set aside: {counts}. Splits: "
-        f"{len(splits)}; mean, lowest and highest. A tenth of the images to train on chooses the "
-        f"weights. {report['hardware']}; commit {report['commit']}."
-    )
-    return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
-
-
-def _show_range(values: list[float] | None) -> str:
-    if not values:
-        return "–"
-    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-
-
 def _percent_with_error(found: dict[str, Any]) -> str:
     """Show a mean over splits with its standard error, which a single split does not have."""
     error = found["standard_error"]
@@ -279,6 +250,34 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
         for mode, label in modes.items()
     ]
     return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
+
+
+def _render_training_set_size(report: dict[str, Any]) -> str:
+    """A row per number of images; mean, lowest and highest R@1 over the splits."""
+    by_size: dict[int, dict[str, list[float]]] = {}
+    for name, found in report["datasets"].items():
+        for run in found["runs"]:
+            by_size.setdefault(run["num_images"], {}).setdefault(name, []).append(run["r1"])
+    rows = [
+        [f"{size:,}", *(_show_range(by_size[size].get(name)) for name in report["datasets"])]
+        for size in sorted(by_size)
+    ]
+    rows.append(["chance", *(percent(found["chance_r1"]) for found in report["datasets"].values())])
+    splits = {run["split"] for found in report["datasets"].values() for run in found["runs"]}
+    counts = ", ".join(
+        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
+    )
+    note = (
+        f"R@1, the mean of both directions, among images that were set aside: {counts}. Splits: "
+        f"{len(splits)}; mean, lowest and highest. {report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
+
+
+def _show_range(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def _render_retrieval_ranking(report: dict[str, Any]) -> str:

@@ -3,10 +3,10 @@
     python benchmarks/training_set_size.py openclipart=FOLDER photographs=FOLDER --work WORK
 
 Each FOLDER is a dataset as the README describes it; its English captions are used. A fifth of the
-things shown, at most 300, is set aside as in `first_run.py`, and the rest is trained on in parts
-that contain each other: 100 images, 200, and so on. `--num-splits` repeats this with other images
-set aside. The demo's towers run once over each dataset: `--work` keeps the model and the embedding
-stores, so that a second call trains at once.
+things shown, at most 300, is set aside, and the rest is trained on in parts that contain each
+other: 100 images, 200, and so on. `--num-splits` repeats this with other images set aside. The
+demo's towers run once over each dataset: `--work` keeps the model and the embedding stores, so that
+a second call trains at once. What is measured is written after each run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from first_run import MOST_TEST_IMAGES, score
+import torch
 from provenance import describe_processor, read_commit
 from torch import Tensor
 
@@ -33,10 +33,15 @@ from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
+from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
+from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.extraction.caption_extraction import list_caption_items
 from modeling_llm2clip.training.extraction.image_extraction import list_image_items
 
 SIZES = (100, 200, 400, 800, 1_600)
+MOST_TEST_IMAGES = 300
 LIST_ITEMS: dict[str, Callable[[RecordTable, Path], StoreItems]] = {
     "text": list_caption_items,
     "image": list_image_items,
@@ -48,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--num-splits", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images")
     parser.add_argument("--work", type=Path, required=True, help="keeps the model and the stores")
     output = Path(__file__).parent / "results" / "training_set_size.json"
     parser.add_argument("--output", type=Path, default=output)
@@ -64,12 +70,14 @@ def main() -> None:
     for split in range(arguments.num_splits):
         for name, dataset in datasets.items():
             found = measured.setdefault(name, {**dataset.describe(), "runs": []})
-            found["runs"] += dataset.measure(model, split)
-        arguments.output.write_text(json.dumps(make_record(measured), indent=2) + "\n", "utf-8")
+            for run in dataset.measure(model, split, arguments.sizes):
+                found["runs"].append(run)
+                record = json.dumps(make_record(measured), indent=2)
+                arguments.output.write_text(f"{record}\n", "utf-8")
 
 
 def make_record(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return what is written, after each split."""
+    """Return what is written, after each run."""
     return {
         "commit": read_commit(),
         "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
@@ -103,24 +111,23 @@ class Dataset:
         test, _ = split_things(self.records, seed=0)
         return {"num_test_images": len(test), "chance_r1": 1 / len(test)}
 
-    def measure(self, model: Path, split: int) -> list[dict[str, Any]]:
+    def measure(self, model: Path, split: int, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Train on parts, and find the images that were set aside.
 
-        Returns:
-            By size `split`, `num_images`, `seconds`, and the scores of `first_run.score`.
+        Yields:
+            By size `split`, `num_images`, `seconds`, and the scores of `score`.
         """
         test, training = split_things(self.records, seed=split)
-        embeds = tuple(read_first(store, test) for store in self.stores.values())
-        runs = []
-        for size in (size for size in SIZES if size <= len(training)):
+        captions, images = (read_first(store, test) for store in self.stores.values())
+        for size in (size for size in sizes if size <= len(training)):
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as scratch:
                 aligned = train(model, self.records, training[:size], self.stores, Path(scratch))
-                scores = score(aligned, list(self.records.select(test)), embeds)
+                scores = score(aligned, captions, images)
             seconds = round(time.monotonic() - started, 1)
-            runs.append({"split": split, "num_images": size, "seconds": seconds, **scores})
-            print(self.name, runs[-1], flush=True)
-        return runs
+            run = {"split": split, "num_images": size, "seconds": seconds, **scores}
+            print(self.name, run, flush=True)
+            yield run
 
 
 def split_things(records: RecordTable, *, seed: int) -> tuple[list[int], list[int]]:
@@ -180,6 +187,20 @@ def find_rows(
         for long in (False, True):
             rows[part.rows_of(number, long=long)] = store.rows_of(item, long=long)
     return rows
+
+
+@torch.no_grad()
+def score(folder: Path, captions: Tensor, images: Tensor) -> dict[str, float]:
+    """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair."""
+    head = AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
+    pairs = [str(number) for number in range(len(images))]
+    ranking = rank_retrieval(
+        head.project_vision_embeds(images),
+        head.project_caption_embeds(captions),
+        Correspondence.from_group_ids(pairs, pairs),
+    )
+    t2i, i2t = hit_rate_at(ranking.t2i, k=1), hit_rate_at(ranking.i2t, k=1)
+    return {"t2i_r1": t2i, "i2t_r1": i2t, "r1": (t2i + i2t) / 2}
 
 
 def read_first(store: EmbeddingStore, items: list[int]) -> Tensor:
