@@ -29,12 +29,21 @@ def test_a_command_bounds_the_spinning_before_torch_is_loaded() -> None:
     assert done.stdout.split() == ["False", "10000"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_what_the_user_chose_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     environment = {name: "7"}
     bound_spinning(environment)
     assert environment == {name: "7"}
+
+
+def test_what_accelerate_sets_for_another_openmp_is_no_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    environment = {"KMP_BLOCKTIME": "1", "KMP_AFFINITY": "granularity=fine,compact,1,0"}
+    bound_spinning(environment)
+    assert environment["GOMP_SPINCOUNT"] == "10000"
 
 
 def test_nothing_is_set_once_torch_has_read_its_environment() -> None:
