@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import MutableMapping
 
-# A user who has set any of these has chosen.
-_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+# A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
+# and `accelerate launch --cpu` sets them for every process.
+_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Rounds of GNU OpenMP, which PyTorch's wheels for Linux use: a few microseconds. Its default is
 # milliseconds, in which a thread that waits takes a core from the one that computes, wherever there
 # are fewer free cores than threads. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) are slower

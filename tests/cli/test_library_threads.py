@@ -29,12 +29,21 @@ def test_a_command_bounds_the_spinning_before_torch_is_loaded() -> None:
     assert done.stdout.split() == ["False", "10000"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_what_the_user_chose_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     environment = {name: "7"}
     bound_spinning(environment)
     assert environment == {name: "7"}
+
+
+def test_what_accelerate_sets_for_another_openmp_is_no_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    environment = {"KMP_BLOCKTIME": "1", "KMP_AFFINITY": "granularity=fine,compact,1,0"}
+    bound_spinning(environment)
+    assert environment["GOMP_SPINCOUNT"] == "10000"
 
 
 def test_nothing_is_set_once_torch_has_read_its_environment() -> None:
@@ -48,24 +57,20 @@ LAUNCHERS = {
     "python": ["-m", "modeling_llm2clip"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
                    "--module", "modeling_llm2clip"],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2",
-                 "--module", "modeling_llm2clip"],
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
-@pytest.mark.parametrize(("launcher", "least"), [("python", 1), ("accelerate", 1), ("torchrun", 2)])
-def test_openmp_itself_has_the_bound_in_every_process_of_a_command(
-    launcher: str, least: int
-) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_openmp_itself_has_the_bound_however_a_command_is_launched(launcher: str) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP", "KMP"))}
     done = subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], "env"], cwd=ROOT, capture_output=True, text=True,
-        timeout=240, env={**kept, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"},
+        timeout=900, env={**kept, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     counts = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
-    assert counts.count("10000") >= least
-    if launcher == "python":  # the others have a process that only waits
+    assert "10000" in counts
+    if launcher == "python":  # the launcher of accelerate loads torch too, and only waits
         assert set(counts) == {"10000"}
