@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from launches import run_python
 from onnx_folders import shared_graphs, shared_source
 from PIL import Image
 from shared_models import ROUNDING
+from tokenizing import note_tokenized
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.encoding import encode_onnx
 from modeling_llm2clip.model_folders.model_types import ONNX_RECORD
 from modeling_llm2clip.search.image_index import ImageIndex
 
 _WITHOUT_TORCH = """
 import sys
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.encoding import encode_onnx
 assert main(["search", *sys.argv[1:]]) == 0
 loaded = {"torch", "transformers"} & set(sys.modules)
 assert not loaded, loaded
@@ -106,3 +110,33 @@ def test_what_the_graphs_cannot_read_is_refused(
     shutil.rmtree(graphs / "onnx")
     assert main([*search, "a dog"]) == 2
     assert "no graph for texts" in capsys.readouterr().err
+
+
+def test_each_sentence_is_tokenized_once(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a dog", "dog " * 200]
+    with note_tokenized() as tokenized:
+        assert main(["search", str(db), *texts]) == 0
+    assert tokenized == [text.strip() for text in texts]
+
+    opened: list[Any] = []
+
+    class NotingTokenizer:
+        """Notes the texts that a tokenizer without transformers reads."""
+
+        def __init__(self, folder: Path) -> None:
+            self.texts: list[str] = []
+            self._tokenizer = open_tokenizer(folder)
+            opened.append(self)
+
+        def encode_batch(self, texts: list[str]) -> Any:
+            self.texts += texts
+            return self._tokenizer.encode_batch(texts)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tokenizer, name)
+
+    open_tokenizer = encode_onnx.open_tokenizer
+    monkeypatch.setattr(encode_onnx, "open_tokenizer", NotingTokenizer)
+    assert main(["search", str(db), *texts, "--model", str(shared_graphs())]) == 0
+    [tokenizer] = opened
+    assert tokenizer.texts == tokenized

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from failing_disk import make_failing_file
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
+from tokenizing import note_tokenized
 from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
@@ -159,11 +160,13 @@ def test_broken_images_are_named_or_left_out_and_counted(
     assert "No image of 1 can be read" in capsys.readouterr().err
 
 
-def test_labels_that_the_model_truncates_are_counted(
+def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(
     model_folder: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "labels.txt").write_text("a dog\n" + "word " * 90)
-    assert tag(model_folder, images, tmp_path / "labels.txt") == 0
+    with note_tokenized() as tokenized:
+        assert tag(model_folder, images, tmp_path / "labels.txt") == 0
+    assert tokenized == ["a dog", ("word " * 90).strip()]
     assert "Truncated 1 of 2 prompts to the 32 tokens" in capsys.readouterr().err
 
 
