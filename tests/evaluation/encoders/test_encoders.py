@@ -127,8 +127,11 @@ def test_images_in_memory_have_the_embeddings_of_their_files(
         found = encoder.encode_images(given, names=names)
         assert torch.equal(found, wanted) and torch.equal(found[0], found[3])
     once = OnceEncoder(encoder)
-    assert torch.equal(once.encode_images(opened, names=["a", "b", "c", "a"]), wanted)
-    assert torch.equal(once.encode_images(opened[:2], names=["a", "b"]), wanted[:2])
+    found = once.encode_images(opened, names=["a", "b", "c", "a"])
+    # Its own rows do not differ in a bit; a batch elsewhere in memory may be rounded otherwise.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(found[0], found[3])
+    assert torch.equal(once.encode_images(opened[:2], names=["a", "b"]), found[:2])
     assert once.encoded["images"] == 3
 
 
