@@ -46,7 +46,12 @@ class Hit(NamedTuple):
 
 
 def note_rank(rank: int, cosine: float) -> str:
-    """Return rank and cosine of a hit in HTML."""
+    """Return rank and cosine of a hit in HTML.
+
+    Args:
+        rank: From 1.
+        cosine: With the query.
+    """
     return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
 
 
