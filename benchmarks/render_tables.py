@@ -277,6 +277,8 @@ def _render_training_set_size(report: dict[str, Any]) -> str:
 def _show_range(values: list[float] | None) -> str:
     if not values:
         return "–"
+    if len(values) == 1:
+        return percent(values[0])
     return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
