@@ -27,7 +27,7 @@ from .index_database import ImageFacts
 
 _EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
-_UNNAMED = "image number 0: "  # what `load_images` calls an image without a name
+_UNNAMED = "image number 1: "  # what `load_images` calls an image without a name
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from modeling_llm2clip.building.pretrained_towers import EMBEDDED
 from modeling_llm2clip.configs.config_fields import read_config
@@ -80,7 +82,11 @@ def test_a_recipe_passes_what_train_checks_before_its_first_stage(
 ) -> None:
     """All but the datasets to evaluate on, which are named and only looked for on a disk."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     config = read_config(file, TrainConfig)
+    for tower in {config.vision_model, config.text_model}:  # as if they were downloaded
+        folder = repo_folder_name(repo_id=tower, repo_type="model")
+        (tmp_path / "cache" / folder / "snapshots").mkdir(parents=True)
     for dataset in config.eval_datasets:
         assert resolve_dataset(dataset)[0].dataset_type == "retrieval"
     if config.eval_datasets:

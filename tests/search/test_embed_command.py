@@ -67,7 +67,7 @@ def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
     assert run_embed(model, folder, tmp_path / "out", "image", "--skip-invalid") == 0
     shown = capsys.readouterr()
     assert "Skipped 1 image without a Unicode name: " in shown.err
-    assert r"sea\udcff.png'. Rename them." in shown.err
+    assert r"sea\udcff.png'. Rename." in shown.err
     assert "Skipped 1 undecodable image: 1.png." in shown.out
     assert read_ids(tmp_path / "out") == ["0.png"]
 

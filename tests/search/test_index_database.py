@@ -89,7 +89,7 @@ def test_the_command_says_what_it_did_and_how_to_search(
     assert shown.out == "" and "WARN" not in shown.err  # nor what LanceDB logs
     assert "6 images: 6 new, 0 changed, 0 unchanged; 0 removed. Encoded 6." in shown.err
     assert f"Not in the index: 1 unreadable image:\n{images / 'broken.png'}" in shown.err
-    assert f'6 images in {path}. Search them: llm2clip search {path} "a dog"' in shown.err
+    assert f'6 images in {path}. Search: llm2clip search {path} "a dog"' in shown.err
 
 
 def test_a_command_that_is_stopped_says_how_to_go_on(

@@ -125,11 +125,11 @@ def test_broken_images_are_counted_named_and_left_out(
     for name in ("broken.png: not an image", "half.png: the image is trunc", "again.png: not an"):
         assert name in report
     assert len(index) == 6
-    assert "3 images cannot be read" in build(model, images, tmp_path / "index")[1]  # each time
+    assert "3 unreadable images" in build(model, images, tmp_path / "index")[1]  # each time
     (images / "3.png").write_bytes(b"broken since")
     _, report = build(model, images, tmp_path / "index")
-    assert "5 unchanged; 1 removed" in report and "4 images cannot be read" in report
-    with pytest.warns(UserWarning, match="4 images cannot be read"):
+    assert "5 unchanged; 1 removed" in report and "4 unreadable images" in report
+    with pytest.warns(UserWarning, match="4 unreadable images"):
         ImageIndex.build(model, images, tmp_path / "index")
 
 
@@ -140,7 +140,7 @@ def test_where_no_image_can_be_read_nothing_is_removed(
     for path in images.rglob("*"):
         if path.is_file():
             path.write_bytes(b"a broken disk")
-    with pytest.raises(ValueError, match=r"6 images cannot be read.*\n"):
+    with pytest.raises(ValueError, match=r"6 unreadable images.*\n"):
         build(model, images, tmp_path / "index")
     assert len(list_rows(tmp_path / "index")) == 6
     shutil.rmtree(images)
@@ -282,7 +282,7 @@ def test_an_image_that_is_written_meanwhile_is_left_for_the_next_time(
         patch.setattr(index_update, "hash_file", write_after)
         index, report = build(model, images, tmp_path / "index")
     assert len(index) == 4
-    assert "2 images cannot be read" in report and "1.png: was written while" in report
+    assert "2 unreadable images" in report and "1.png: was written while" in report
     report = build(model, images, tmp_path / "index")[1]
     assert "1 new, 0 changed, 4 unchanged" in report and "Encoded 1" in report
 
@@ -341,7 +341,7 @@ def test_a_replaced_image_is_noticed_even_if_its_size_and_times_are_the_same(
         content = (images / "5.png").read_bytes()
         write_between_hash_and_encode(patch, {images / "1.png": content})
         _, report = build(model, images, tmp_path / "index")
-    assert "1 images cannot be read" in report and "1.png: was written while" in report
+    assert "1 unreadable image:" in report and "1.png: was written while" in report
     build(model, images, tmp_path / "index")
     rows = list_rows(tmp_path / "index")
     assert len(rows) == 6 and rows["1.png"] == rows["5.png"]

@@ -55,4 +55,4 @@ def test_progress_is_shown_only_where_it_is_wanted(
 ) -> None:
     data = write_downloaded_tar(tmp_path / "data")
     read_captioned_images(str(data), DataConfig(), require_images=True, show_progress=show_progress)
-    assert ("index:" in capsys.readouterr().err) is show_progress
+    assert ("decode:" in capsys.readouterr().err) is show_progress
