@@ -71,7 +71,10 @@ def _render_training_data_distance(report: dict[str, Any]) -> str:
         )
     pairs = "; ".join(
         f"of {' and '.join(pair['kinds'])}, "
-        + ", ".join(f"{n} {o['distance']:.2f}" for n, o in (pair["own"] | pair["others"]).items())
+        + ", ".join(
+            f"{n} {o['distance']:.2f}" + (" (far)" if o["is_far"] else "")
+            for n, o in (pair["own"] | pair["others"]).items()
+        )
         for pair in report["two_kinds"]
     )
     thresholds = dict.fromkeys(f"{of_kind['threshold']:.2f}" for of_kind in found.values())
