@@ -83,7 +83,8 @@ def describe_alignment(output: Path) -> list[str]:
             f"{source} has no recorded caption embeddings, so {model} has no golden embeddings. "
             "llm2clip build records them now."
         )
-    if make_caution(results):
+    scores = _read_best(results)
+    if scores is not None and scores.is_near_chance:
         lines.append(NEAR_CHANCE)
     return lines
 
@@ -137,7 +138,8 @@ def _describe_weights(results: Mapping[str, Any]) -> str:
         return f"with {_name_weights(held_out, steps)}"
     if not steps:
         return "with the weights of the start"
-    return f"after {steps} steps" + ("" if loss is None else f", loss {loss:.4f}")
+    counted = "1 step" if steps == 1 else f"{steps} steps"
+    return f"after {counted}" + ("" if loss is None else f", loss {loss:.4f}")
 
 
 def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
