@@ -91,7 +91,7 @@ def align(
     """Align the images and captions of a model, and write the aligned model.
 
     `output` also gets `run.json` with the scores on held-out images, `metrics.jsonl`, checkpoints
-    and the best weights.
+    and the best weights, and a folder `refit` with those of the last fit, on all images.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
@@ -107,7 +107,7 @@ def align(
         data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`, which must be of the same options,
             weights, stores, captions and images (by name and size), and as many processes.
-        callbacks: Callbacks of transformers' Trainer.
+        callbacks: Callbacks of transformers' Trainer, for each fit.
 
     Returns:
         `output/model`.
@@ -226,9 +226,11 @@ def _choose(
         choice = Choice(start, length, length.num_trained, 1.0)
     else:
         choice = Choice(start, length, best.best_step, best.best_share)
-    if is_refitted(config, fit.data):
+    if is_refitted(config, fit.data) and not choice.is_source:
         return choice, None
-    return choice, collect_weights(trainer, adapted, output, best=best and best.load_best())
+    return choice, collect_weights(
+        trainer, adapted, output, best=best.load_best() if best else None
+    )
 
 
 def _check_length(config: AlignConfig, arguments: TrainingArguments, data: RunData) -> int:
@@ -327,7 +329,7 @@ def _make_measure(
         if data.held_out is not None and dtype != torch.float32:
             device = choose_device(config.device)
             model = load_parts(folder, data, config)
-            if is_refitted(config, data):
+            if "refit" in results:
                 model.load_state_dict(load_chosen(fit), strict=False)
             model.to(device)
             scores = data.held_out.score(*data.held_out.embed(model, device, nullcontext))

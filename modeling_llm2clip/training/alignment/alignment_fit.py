@@ -167,8 +167,8 @@ class AlignmentFit:
         return trainer
 
 
-def load_parts(folder: Path, data: RunData, config: AlignConfig) -> AlignmentModel:
-    """Load the parts of a model that a run needs.
+def load_parts(folder: Path, data: RunData, config: AlignConfig) -> Any:
+    """Load the parts of a model that a run needs, as an `AlignmentModel`.
 
     Args:
         folder: Model folder.

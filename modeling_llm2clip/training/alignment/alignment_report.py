@@ -29,6 +29,18 @@ WORSE = (
     "(--max-steps), a lower --learning-rate, or the start alone (--max-steps 0)."
 )
 
+LOWER = (
+    "Its R@1 is lower than at the start by less than so few images can tell: it is within the "
+    "intervals. The loss tells more."
+)
+CLEARLY_LOWER = (
+    "Warning: its R@1 is clearly lower than at the start, although its loss is lower. Where R@1 is "
+    "what counts, keep the start (--max-steps 0)."
+)
+
+# A batch of a few hundred images, with noise, may have so much higher a loss by chance.
+_CHANCE_RISE = 0.01
+
 
 def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
     """Find what a reader of the held-out scores must know, for the record of a run.
@@ -72,7 +84,8 @@ def describe_alignment(output: Path) -> list[str]:
             f"{source} has no recorded caption embeddings, so {model} has no golden embeddings. "
             "llm2clip build records them now."
         )
-    if make_caution(results):
+    scores = _read_best(results)
+    if scores is not None and scores.is_near_chance:
         lines.append(NEAR_CHANCE)
     return lines
 
@@ -126,7 +139,8 @@ def _describe_weights(results: Mapping[str, Any]) -> str:
         return f"with {_name_weights(held_out, steps)}"
     if not steps:
         return "with the weights of the start"
-    return f"after {steps} steps" + ("" if loss is None else f", loss {loss:.4f}")
+    counted = "1 step" if steps == 1 else f"{steps} steps"
+    return f"after {counted}" + ("" if loss is None else f", loss {loss:.4f}")
 
 
 def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
@@ -139,7 +153,7 @@ def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
 
 def _got_worse(results: Mapping[str, Any]) -> bool:
     losses = _read_objective(results)
-    return losses is not None and losses["after"] > losses["before"]
+    return losses is not None and losses["after"] > (1 + _CHANCE_RISE) * losses["before"]
 
 
 def _read_objective(results: Mapping[str, Any]) -> dict[str, float] | None:
@@ -180,6 +194,8 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         f"  chance        {after.chance_t2i_r1:6.1%} {'':15}{after.chance_i2t_r1:6.1%}",
         f"The lowest held-out loss chose {_name_weights(notes, results['steps'])}.",
     ]
+    if (after.t2i_r1 + after.i2t_r1) < (before.t2i_r1 + before.i2t_r1):
+        lines.append(LOWER if _is_within(after, before) else CLEARLY_LOWER)
     if "refit" in results:
         lines.append(
             "Then all of it was fitted once more on all images: the scores above are of the model "
@@ -216,6 +232,14 @@ def _describe_start(start: Mapping[str, Any]) -> str:
             f"{cca['text_shrinkage']:g} for texts and {cca['image_shrinkage']:g} for images"
         )
     return "the model's projections" if start["is_trained"] else "random projections"
+
+
+def _is_within(scores: HeldOutScores, others: HeldOutScores) -> bool:
+    """Return whether both R@1 are not below the intervals of others."""
+    return (
+        scores.t2i_r1 >= others.find_interval(others.t2i_r1)[0]
+        and scores.i2t_r1 >= others.find_interval(others.i2t_r1)[0]
+    )
 
 
 def _show(scores: HeldOutScores) -> str:

@@ -41,6 +41,11 @@ class Choice:
     step: int
     share: float
 
+    @property
+    def is_source(self) -> bool:
+        """Whether the best weights are those of the model that the run began with."""
+        return self.step == 0 and self.start.cca is None
+
 
 def is_refitted(config: AlignConfig, data: RunData) -> bool:
     """Return whether a run is fitted once more on all images.

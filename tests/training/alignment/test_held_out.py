@@ -17,6 +17,8 @@ from modeling_llm2clip.training.alignment import held_out as held_out_module
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_report import (
+    CLEARLY_LOWER,
+    LOWER,
     NEAR_CHANCE,
     SEEN,
     describe_alignment,
@@ -29,7 +31,7 @@ from modeling_llm2clip.training.alignment.held_out import (
 )
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs, compare_within_process
-from modeling_llm2clip.training.run_folder import read_results
+from modeling_llm2clip.training.run_folder import add_results, read_results
 
 
 @pytest.fixture(scope="module", params=[100, 800])
@@ -265,3 +267,22 @@ def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_pa
     )
     assert run.best_step == 0
     assert f"Wrote {run.model} with the weights of the start." in describe_alignment(run.output)
+
+
+@pytest.mark.parametrize(
+    ("t2i_r1", "line"),
+    # Wilson's interval of 45 % of 80 images is 34.6 to 55.9 %.
+    [(0.36, LOWER), (0.33, CLEARLY_LOWER), (0.45, None)],
+)
+def test_a_choice_that_looks_worse_than_the_start_is_explained(
+    few: Prepared, tmp_path: Path, t2i_r1: float, line: str | None
+) -> None:
+    run = few.align_stored(tmp_path / "run", max_steps=0)
+    before = HeldOutScores(3.0, 0.45, 0.5, 0.0125, 0.0125, 80, 90)
+    best = dataclasses.replace(before, loss=2.9, t2i_r1=t2i_r1)
+    held_out = run.results["held_out"]
+    scores = {"before": before.as_record(), "best": best.as_record()}
+    add_results(run.output, held_out={**held_out, **scores})
+    lines = describe_alignment(run.output)
+    assert [shown for shown in lines if shown in (LOWER, CLEARLY_LOWER)] == ([line] if line else [])
+    assert "  at the start   45.0% [34.6%, 55.9%]  50.0% [39.3%, 60.7%]  loss 3.000" in lines
