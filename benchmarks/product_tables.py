@@ -296,7 +296,7 @@ def _render_serving(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
-def _render_readme_picture(report: dict[str, Any]) -> str:
+def _render_readme_image(report: dict[str, Any]) -> str:
     heads = ("sentence", "photographs found", "cosine", "license", "by")
     rows = [
         (
@@ -345,7 +345,7 @@ PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,
-    "readme_picture": _render_readme_picture,
+    "readme_image": _render_readme_image,
     "scale": _render_scale,
     "search": _render_search,
     "serving": _render_serving,

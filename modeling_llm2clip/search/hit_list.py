@@ -36,7 +36,7 @@ class Hit(NamedTuple):
         path: Path, as a user reads it.
         image: Address of the image that is shown.
         link: Address that it leads to.
-        note: What stands before the path, in HTML; see `note_rank`.
+        note: HTML before the path; see `note_rank`.
     """
 
     path: str

@@ -49,7 +49,7 @@ footer {{ display: none !important; }}
 #heading h1 {{ margin: 0; }}
 #heading p {{ margin: 0.25rem 0 0; overflow-wrap: anywhere; }}
 #hits .html-container, #hits {{ padding: 0; }}
-#hits-note .wrap:has(.error) {{ display: none; }}  /* it is told at the top of the window */
+#hits-note .wrap:has(.error) {{ display: none; }}  /* the error is shown at the top of the window */
 @media (max-width: 640px) {{
   .gradio-container main {{ padding: 1rem !important; }}
   #query-image, #image {{ height: 9rem !important; }}

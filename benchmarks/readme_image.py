@@ -1,12 +1,12 @@
-"""The picture of the README: sentences, and the photographs that a model finds for them.
+"""The image of the README: sentences, and the photographs that a model finds for them.
 
-    python benchmarks/readme_picture.py aligned/model examples/data/photographs MORE \
+    python benchmarks/readme_image.py aligned/model examples/data/photographs MORE \
         --trained-on "1,000 photographs of Flickr8k, four captions each"
 
 The model is one that the README's recipe trained. Each folder has photographs that it was not
 trained on, and a `captions.jsonl` whose lines name `image`, `license` and `source`. All of them are
 searched; the sentences were chosen among those that work. Writes `docs/search.png` and
-`benchmarks/results/readme_picture.json`, which has the licenses of the photographs that are shown.
+`benchmarks/results/readme_image.json`, which has the licenses of the photographs that are shown.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from modeling_llm2clip.search.search_results import SearchResult, rank_images
 from modeling_llm2clip.training.run_folder import read_results
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "readme_picture.json"
-PICTURE = ROOT / "docs" / "search.png"
+RECORD = ROOT / "benchmarks" / "results" / "readme_image.json"
+SHEET = ROOT / "docs" / "search.png"
 SENTENCES = (
     "a person in a uniform",
     "a sleepy animal in a tree",
@@ -80,28 +80,28 @@ def draw(results: Sequence[SearchResult]) -> Image.Image:
     block = (SHOWN * WIDTH + (SHOWN - 1) * GAP, TEXT + HEIGHT + CAPTION)
     rows = -(-len(results) // COLUMNS)
     size = [n * side + (n + 1) * MARGIN for n, side in zip((COLUMNS, rows), block, strict=True)]
-    picture = Image.new("RGB", (size[0], size[1]), BACKGROUND)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size[0], size[1]), BACKGROUND)
+    canvas = ImageDraw.Draw(image)
     canvas.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 16, outline=BORDER, width=2)
     for number, result in enumerate(results):
         row, column = divmod(number, COLUMNS)
         left, top = (
             MARGIN + n * (side + MARGIN) for n, side in zip((column, row), block, strict=True)
         )
-        draw_block(picture, result, left, top)
-    return picture.quantize(COLORS, dither=Image.Dither.FLOYDSTEINBERG)
+        draw_block(image, result, left, top)
+    return image.quantize(COLORS, dither=Image.Dither.FLOYDSTEINBERG)
 
 
-def draw_block(picture: Image.Image, result: SearchResult, left: int, top: int) -> None:
+def draw_block(image: Image.Image, result: SearchResult, left: int, top: int) -> None:
     """Draw one sentence and its photographs.
 
     Args:
-        picture: What to draw on.
+        image: What to draw on.
         result: What was found.
         left: Left edge.
         top: Top edge.
     """
-    canvas = ImageDraw.Draw(picture)
+    canvas = ImageDraw.Draw(image)
     canvas.text((left, top), result.query, INK, ImageFont.load_default(27))
     corners = Image.new("L", (WIDTH, HEIGHT))
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, WIDTH - 1, HEIGHT - 1), 10, fill=255)
@@ -109,7 +109,7 @@ def draw_block(picture: Image.Image, result: SearchResult, left: int, top: int) 
         # Heads are in the upper half of a portrait.
         photograph = ImageOps.fit(load_images(str(path)), (WIDTH, HEIGHT), centering=(0.5, 0.3))
         at = (left + rank * (WIDTH + GAP), top + TEXT)
-        picture.paste(photograph, at, corners)
+        image.paste(photograph, at, corners)
         place = (at[0], at[1] + HEIGHT + 5)
         canvas.text(place, f"{rank + 1}.   {cosine:.2f}", MUTED, ImageFont.load_default(18))
 
@@ -123,7 +123,7 @@ def main() -> None:
     given = parser.parse_args()
     photographs = read_photographs(given.folders)
     results = search(given.model, list(photographs))
-    draw(results).save(PICTURE, optimize=True)
+    draw(results).save(SHEET, optimize=True)
     record: dict[str, Any] = {
         "commit": read_commit(),
         "hardware": describe_processor(),
@@ -143,7 +143,7 @@ def main() -> None:
         ],
     }
     RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"Wrote {PICTURE}, {PICTURE.stat().st_size / 1000:.0f} kB.")
+    print(f"Wrote {SHEET}, {SHEET.stat().st_size / 1000:.0f} kB.")
 
 
 if __name__ == "__main__":
