@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..configs.embed_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
