@@ -1,4 +1,4 @@
-"""Suggests the known word closest to a misspelled one. Imports the standard library alone."""
+"""Words in messages: suggestions, and numbers with nouns. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -25,3 +25,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = close or [c for c in by_lower if word.strip("-") in re.split(r"\W|_", c.strip("-"))]
     close = close or get_close_matches(word, by_lower, n=1)
     return f" Did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number and its noun, such as "1 image" and "1,200 images".
+
+    Args:
+        number: How many there are.
+        noun: In the singular; its plural ends in s, or in ies in place of a y after a consonant.
+    """
+    if number == 1:
+        return f"1 {noun}"
+    ends_in_ies = noun.endswith("y") and noun[-2] not in "aeiou"
+    return f"{number:,} {noun[:-1]}ies" if ends_in_ies else f"{number:,} {noun}s"

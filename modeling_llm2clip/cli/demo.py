@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from .._counted_nouns import counted
 from .._extras import DEMO, require
+from .._suggestions import counted
 from ..configs.config_fields import DeviceConfig, Range, Seed
 from ..model_folders.atomic_folder import require_new_folder
 from .chosen_device import use_device

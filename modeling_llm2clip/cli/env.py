@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 
-from .._counted_nouns import counted
 from .._environment import describe_hardware, find_cpu_name, list_versions, read_commit
+from .._suggestions import counted
 from .command import command
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._counted_nouns import counted
 from .._extras import FAISS, LANCEDB, require
+from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
 from .chosen_device import use_device

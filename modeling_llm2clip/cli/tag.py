@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from .._counted_nouns import counted
 from .._extras import LANCEDB, require
+from .._suggestions import counted
 from ..configs.config_fields import Range
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import TagConfig

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 
 _PLACES_SHOWN = 5
 _NO_COLUMN = "no column '"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..encoding.devices import find_device
 from ..encoding.float32 import float32_as_such
 from ..model_folders.model_folder import find_model_folder

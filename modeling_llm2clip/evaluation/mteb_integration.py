@@ -29,7 +29,7 @@ from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.images.image_sources import ImageSource
 from ..loading_llm2clip import list_model_files

@@ -1,4 +1,4 @@
-"""Tells a missing local folder from a Hub repository, and tries once whether the Hub is there.
+"""Distinguishes a missing folder from a Hub repository, and tries once to reach the Hub.
 
 huggingface_hub tries again and again before it says that there is no network.
 """
@@ -69,7 +69,7 @@ def fetch_hub_file(source: str | Path, name: str, *, revision: str | None = None
                 str(source), name, revision=revision, local_files_only=_try_hub() is not None
             )
         )
-    except (OSError, ValueError):  # no such file, not in the cache, or a name that is no Hub id
+    except (OSError, ValueError):  # no such file, not in the cache, or not a Hub id
         return None
 
 
@@ -84,7 +84,7 @@ def _explain_unreachable(source: str) -> str | None:
 
 
 def _try_hub() -> str | None:
-    """Why the Hub cannot be reached; None where it can, or where a proxy stands between."""
+    """Why the Hub cannot be reached; None where it can, or where a proxy is between."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     scheme = urlsplit(constants.ENDPOINT).scheme

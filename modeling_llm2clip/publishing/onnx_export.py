@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from .. import image_loading_llm2clip
-from .._counted_nouns import counted
 from .._extras import ONNX_EXPORT, require
+from .._suggestions import counted
 from ..configs.encoding_config import TextWeights
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..data.atomic_files import is_unfinished
 from ..model_folders.model_folder import is_inside
 from ..model_folders.model_writing import is_legal_file

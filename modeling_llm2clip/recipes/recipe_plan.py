@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tabulate import tabulate
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
 from ..configs.config_fields import read_config
 from ..configs.train_config import TrainConfig

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from .exact_search import find_greatest_cosines, measure_recall
 from .index_about import AnnIndex
 from .index_database import IndexDatabase

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..data.images.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
 from ..data.remote.remote_access import raise_disk_failure
 

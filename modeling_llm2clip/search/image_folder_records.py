@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..data.images.image_sources import find_unreadable_images
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from .._counted_nouns import counted
+from .._suggestions import counted
 from ..configs.search_config import IndexConfig
 from ..data.atomic_files import hash_file
 from ..data.remote.remote_access import raise_disk_failure

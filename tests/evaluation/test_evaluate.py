@@ -295,7 +295,7 @@ def test_a_result_of_another_version_of_a_dependency_causes_a_warning(
         assert list(evaluate(**chosen)) == [older]
 
 
-def test_several_datasets_of_ones_own_are_told_apart_by_their_names(
+def test_several_datasets_of_ones_own_are_distinguished_by_their_names(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     config = EvaluationConfig(output=tmp_path / "out", languages=("en",), show_progress=False)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..._counted_nouns import counted
+from ..._suggestions import counted
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
 from ..records.record_columns import SCHEMA, hash_text

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from ..._counted_nouns import counted
+from ..._suggestions import counted
 from ...configs.data_config import DataConfig
 from ..atomic_files import temporary_folder
 from ..captions.caption_joins import join_captions

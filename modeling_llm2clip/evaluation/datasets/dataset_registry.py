@@ -134,7 +134,7 @@ def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
         return find_dataset(name)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(
-            f"{name}={source.folder}: there is no such path, and {name!r} is no name of a dataset: "
+            f"{name}={source.folder}: there is no such path, and {name!r} cannot name a dataset: "
             "letters, digits, '_', '-' and '.'. Correct the path, or the name."
         )
     if close := get_close_matches(name.lower(), _SPECS, n=1, cutoff=_TOO_CLOSE):

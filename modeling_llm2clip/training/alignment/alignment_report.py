@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._counted_nouns import counted
+from ..._suggestions import counted
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.streams.stream_report import StreamReport
 from ...data.validation_errors import describe_errors

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..._counted_nouns import counted
+from ..._suggestions import counted
 from ...configs.extract_config import ExtractConfig
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage, Modality

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..._counted_nouns import counted
+from ..._suggestions import counted
 from ...building.lora_merging import merge_lora
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig

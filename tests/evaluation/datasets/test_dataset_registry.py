@@ -154,8 +154,8 @@ def test_images_of_ones_own_have_the_name_that_they_are_given(tmp_path: Path) ->
     [
         ("=mine", "'=mine' must be NAME=FOLDER"),
         ("mine=", "'mine=' must be NAME=FOLDER"),
-        ("no/such=mine", "no such path, and 'no/such' is no name of a dataset"),
-        ("..=mine", "'..' is no name of a dataset"),
+        ("no/such=mine", "no such path, and 'no/such' cannot name a dataset"),
+        ("..=mine", "'..' cannot name a dataset"),
         ("emojis=mine", "'emojis' resembles the name of the dataset emoji"),
         ("COCO=mine", "'COCO' resembles the name of the dataset coco"),
         ("nothing", "no dataset 'nothing', and no folder of this name"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modeling_llm2clip._counted_nouns import counted
+from modeling_llm2clip._suggestions import counted
 
 
 @pytest.mark.parametrize(
