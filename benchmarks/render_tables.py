@@ -182,21 +182,28 @@ def _render_first_run(report: dict[str, Any]) -> str:
                 f"{found['num_images']:,}",
                 *(_percent_with_error(recipe[measure]) for measure in ("r1", "t2i_r1", "i2t_r1")),
                 _percent_with_error(scores["closed form alone"]["r1"]),
-                f"{percent(found['best_r1'])} ({best})",
+                f"{percent(found['best_r1'])} ({best})" if len(scores) > 2 else "",
                 percent(max(s["mean"] for s in random)) if random else "",
                 percent(found["chance_r1"]),
-                "not measured" if found["seconds"] is None else str(found["seconds"]),
+                "" if found["seconds"] is None else str(found["seconds"]),
             ]
         )
     counts = ", ".join(
-        f"{found['num_test_images']} {name} in {found['num_splits']} splits"
+        f"{found['num_test_images']} {name} ({_count_splits(found['num_splits'])})"
         for name, found in report["datasets"].items()
     )
-    return draw_table(heads, rows) + (
+    # What no dataset has, such as settings that were not tried, has no column.
+    kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    table = draw_table([heads[p] for p in kept], [[row[p] for p in kept] for row in rows])
+    return table + (
         "\nR@1, the mean of both directions unless a column names one, among images that were set "
         f"aside: {counts}. Means over the splits, with standard errors. "
         f"{report['hardware']}.\n"
     )
+
+
+def _count_splits(number: int) -> str:
+    return "1 split" if number == 1 else f"{number} splits"
 
 
 def _percent_with_error(found: dict[str, Any]) -> str:
