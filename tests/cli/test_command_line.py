@@ -314,6 +314,7 @@ def test_truncated_weights_are_reported_in_one_line_with_their_folder(
     assert damaged in lines[0] and "truncated or damaged" in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
 def test_weights_that_cannot_be_written_are_reported_in_one_line(
     towers: tuple[str, str], tmp_path: Path

@@ -230,6 +230,7 @@ def test_a_proxy_that_changes_something_is_found_and_rightly_named(
     assert report.failed[-1] == found
 
 
+@pytest.mark.slow
 def test_texts_cut_off_at_2000_characters_are_no_matter_of_precision(
     long_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,6 +292,7 @@ def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> Non
     assert {name for name in models if models[name] != changed[name]} == {"model/README.md"}
 
 
+@pytest.mark.slow
 def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> None:
     """And a recipe may leave out fine-tuning, stores, export and evaluation."""
     config = make_recipe(
@@ -477,6 +478,7 @@ def test_no_file_depends_on_the_process_that_wrote_it(sources: Path, tmp_path: P
     assert set(first) == set(second)
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_does(
     sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

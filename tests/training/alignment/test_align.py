@@ -66,6 +66,7 @@ def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
     here.image_store.require_fingerprint(fingerprint_vision(here.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("full", "stored"), ("lora", "lora")], ids="-".join)
 def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype(
     tmp_path: Path, parts: tuple[str, str]

@@ -49,6 +49,7 @@ def test_the_last_step_is_logged_whatever_the_steps_between_two_logs(
     assert run.results["final_loss"] == read_losses(tmp_path / "run")[3]
 
 
+@pytest.mark.slow
 def test_frozen_online_gives_the_losses_of_stored_captions(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_before_the_step_and_is_in_no_checkpoint(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,7 @@ def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
         prepared.align(tmp_path / "run", max_steps=1, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_with_noise_is_not_continued_where_noise_was_sampled_otherwise(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def read_lines(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Path) -> None:
     run = colored.align_stored(tmp_path / "run", max_steps=40)
     assert run.after.loss <= run.before.loss
@@ -62,6 +63,7 @@ def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Pa
         assert run.after.loss < min(losses.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_only_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(
         tmp_path / "run", max_steps=20, learning_rate=1.0, early_stopping_patience=0
@@ -201,6 +203,7 @@ def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
     )
 
 
+@pytest.mark.slow
 def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
     few: Prepared, tmp_path: Path
 ) -> None:
@@ -228,6 +231,7 @@ class FarthestLoss:
         return 1 + (inputs.image_embeds * inputs.text_embeds).sum(dim=1).mean()
 
 
+@pytest.mark.slow
 def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_path: Path) -> None:
     config = AlignConfig(max_steps=8, eval_steps=1, device="cpu", learning_rate=1e-2)
     align(

@@ -77,6 +77,7 @@ def test_images_like_those_of_the_alignment_are_near_and_noise_is_far(
     assert summary.describe_far(tally_images(aligned.model, noise)) is not None
 
 
+@pytest.mark.slow
 def test_the_summary_does_not_depend_on_the_order_of_the_records(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:
@@ -89,6 +90,7 @@ def test_the_summary_does_not_depend_on_the_order_of_the_records(
     assert read_bytes(tmp_path / "run" / "model") == read_bytes(aligned.model)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_the_summary_of_an_undisturbed_one(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:

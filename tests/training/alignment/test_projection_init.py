@@ -38,6 +38,7 @@ def test_one_step_at_the_default_rate_keeps_what_cca_found(
         assert line[f"held_out_{direction}"] >= 0.9 * before
 
 
+@pytest.mark.slow
 def test_auto_keeps_a_trained_model_that_is_better_than_cca(few: Prepared, tmp_path: Path) -> None:
     many = prepare(tmp_path / "many", num_colored=600, trained=False)
     first = many.align_stored(tmp_path / "first", max_steps=1)

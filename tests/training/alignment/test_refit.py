@@ -174,6 +174,7 @@ class Die(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_last_fit_goes_on_to_the_same_bytes(
     few: Prepared, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_two_processes_fit_all_images_as_one_does(few: Prepared, tmp_path: Path)
         torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_keeps_its_own_weights_is_not_said_to_be_fitted_again(
     few: Prepared, tmp_path: Path
 ) -> None:
@@ -225,6 +227,7 @@ def test_a_model_that_keeps_its_own_weights_is_not_said_to_be_fitted_again(
     assert not names_that_differ(first.model, run.model)
 
 
+@pytest.mark.slow
 def test_nothing_is_tried_between_random_weights_and_trained_ones(
     few: Prepared, tmp_path: Path
 ) -> None:

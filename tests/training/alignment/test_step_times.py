@@ -60,6 +60,7 @@ def test_lines_come_at_doubling_times_and_at_the_end(
     assert [int(line.split()[1].strip(":")) for line in lines] == [10, 20, 40, 80, 160, 320, 600]
 
 
+@pytest.mark.slow
 def test_a_run_says_once_an_epoch_what_bounds_it(
     prepared: Prepared,
     tmp_path: Path,
