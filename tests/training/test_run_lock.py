@@ -88,6 +88,25 @@ def test_a_refused_run_leaves_no_folder(prepared: Prepared, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_runs_that_begin_and_end_at_once_are_refused_or_run(tmp_path: Path) -> None:
+    """One removes its empty folder as another opens it, which raised in every try."""
+
+    def begin_and_end(_: int) -> int:
+        held = 0
+        for _ in range(300):
+            with _hold(tmp_path / "run") as is_held:
+                held += is_held
+        return held
+
+    with ThreadPoolExecutor(4) as pool:
+        held = list(pool.map(begin_and_end, range(4)))
+    assert sum(held) > 0
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), _hold(tmp_path / "file"):
+        pass
+
+
 def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) -> None:
     for step, seconds in ((9, FUTURE), (10, FUTURE), (100, 0.0), (11, FUTURE)):
         folder = tmp_path / CHECKPOINTS / f"checkpoint-{step}"
