@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from launches import ROOT
 from tuning import SHORT, tune
 
 from modeling_llm2clip.training.run_folder import CHECKPOINTS, LOCK_FILE, mark_complete
-from modeling_llm2clip.training.run_lock import lock_run
+from modeling_llm2clip.training.run_lock import _hold, lock_run
 
 FUTURE = time.time() + 10 * 365 * 86_400
 IN_USE = "run is in use: another process trains in it now"
