@@ -32,7 +32,6 @@ from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card_data import CardResult
 from ...model_folders.model_writing import require_intact, save_trained_model
 from ...model_folders.stage_source import Source, StageSource, open_source
-from ...model_folders.training_images import read_training_images
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
@@ -168,7 +167,6 @@ def align(
         require_same_run(output, config, inputs, resume=resume)
         if PartialState().is_main_process:  # now, not after hours of training
             require_intact(found.folder, with_llm=config.text_training != "stored")
-            read_training_images(found.folder)  # it is added to when the model is written
         fit = AlignmentFit(found.folder, run_data, output, config, loss, resume, callbacks)
         with float32_as_such(), stop_on_signals() as stop:
             trained = _train(fit, inputs, stop)
