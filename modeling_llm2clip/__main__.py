@@ -103,6 +103,8 @@ def _describe(error: Exception, command: Command | None) -> str | None:
             )
         case TypeError() if remedy:
             return f"{message}{remedy}"
+        case Exception() if type(error).__name__.startswith("StrictDataclass"):  # of a tower
+            return f"{' '.join(message.split())}. Restore the config.json that has it."
     return None
 
 

@@ -85,6 +85,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
         _check_image_size(image_processor)
+        _check_cropping(image_processor)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -238,9 +239,11 @@ class LLM2CLIPProcessor(ProcessorMixin):
             N lists of ids, and N booleans for whether the text was truncated.
 
         Raises:
-            ValueError: a text is blank or not a string. The message names them.
+            ValueError: a text is blank or not a string, which the message names, or the model reads
+                too few tokens for any text.
         """
         texts = clean_list(texts)
+        self._require_room({"max_length": self.longest_text, "truncation": True})
         with _tokenizing:
             encoded = self.tokenizer(
                 texts, truncation=True, max_length=self.longest_text, padding=False
@@ -396,6 +399,16 @@ def _check_image_size(image_processor: Any) -> None:
         raise ValueError(
             f"The image processor would make images that no tower takes: {'; '.join(wrong)}. "
             "Restore processor_config.json from the original model folder."
+        )
+
+
+def _check_cropping(image_processor: Any) -> None:
+    rounding = getattr(image_processor, "crop_rounding", None)
+    if rounding is not None:  # which only the script of an ONNX folder reads
+        raise ValueError(
+            f"The image processor is a {type(image_processor).__name__}, which would ignore "
+            f"crop_rounding={rounding!r} and crop other pixels. Restore processor_config.json from "
+            "the original model folder, or make the folder anew."
         )
 
 

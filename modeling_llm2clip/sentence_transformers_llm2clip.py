@@ -141,11 +141,13 @@ def check_instructions(
         max_text_length: maximum number of tokens per text, prompt included.
 
     Raises:
-        ValueError: an instruction's tokens change when a caption follows, or it leaves no room for
-            a caption.
+        ValueError: an instruction is no text, its tokens change when a caption follows, or it
+            leaves no room for a caption.
     """
     errors = []
     for name, instruction in instructions.items():
+        if not isinstance(instruction, str):
+            raise ValueError(f"The instruction {name!r} is {instruction!r}; give a text.")
         if not instruction.strip():
             continue
         alone = _without_last(tokenizer(instruction, verbose=False)["input_ids"], num_suffix)

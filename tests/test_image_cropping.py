@@ -126,6 +126,17 @@ def test_a_program_that_lacks_the_code_refuses_the_folder(
         AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
+def test_a_processor_that_would_ignore_how_to_crop_is_refused(folder: Path) -> None:
+    """Only `encode.py` of an ONNX folder reads the file; without the other one, all loaders do."""
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    _write_image_settings(processor, folder)
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="would ignore crop_rounding='torchvision'"):
+        LLM2CLIPProcessor(
+            AutoImageProcessor.from_pretrained(folder), processor.tokenizer, max_text_length=32
+        )
+
+
 def test_the_class_is_the_default_of_no_configuration(folder: Path) -> None:
     """A folder whose class got lost is still refused, not cropped by guess."""
     shared_model()[0].config.save_pretrained(folder)

@@ -307,6 +307,14 @@ def test_list_ids_returns_the_ids_of_a_call() -> None:
         processor.list_ids("a dog")
 
 
+def test_list_ids_refuses_a_length_that_leaves_the_prompt_alone() -> None:
+    """All texts would have the same ids."""
+    processor = copy.deepcopy(fresh_processor())
+    processor.tokenizer.model_max_length = sum(map(len, prompt()))
+    with pytest.raises(ValueError, match="leaves no room for a caption"):
+        processor.list_ids(["a dog"])
+
+
 def test_rows_keep_their_lengths_without_padding(processor: LLM2CLIPProcessor) -> None:
     texts = ["a dog", "two red apples", LONG_TEXT]
     rows = processor(text=texts, padding=False, return_tensors=None)["input_ids"]

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -31,7 +31,10 @@ from modeling_llm2clip.search.image_files import list_images
 PROMPT = "Describe this image in one sentence, as a caption."
 # Caption, or the reason why there is none.
 Found = Iterator[tuple[str, str | None, str]]
-_CAMERA_NAME = re.compile(r"(?i)^(img|dsc[fn]?|dcim|pxl|mvimg|screenshot|image|photo|untitled)$")
+_CAMERA_NAME = re.compile(
+    r"(?i)^(img|dsc[fn]?|dcim|pxl|mvimg|wa|fb|screenshot|image|photo|untitled)$"
+)
+_HASH = re.compile(r"(?i)(?=.*\d)[\da-f]{8,}|[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}")
 _NAMES_SHOWN = 5
 
 
@@ -53,6 +56,7 @@ def main() -> int:
         found = ((name, *read_file_name(name)) for name in missing)
     written, without = 0, list[str]()
     with target.open("a", encoding="utf-8") as file:
+        end_last_line(target, file)
         for name, caption, reason in found:
             if caption is None:
                 without.append(f"{name}: {reason}")
@@ -95,9 +99,16 @@ def read_names(captions: Path) -> set[str]:
     """Return the images that have a line."""
     if not captions.is_file():
         return set()
-    lines = captions.read_text(encoding="utf-8").splitlines()
+    lines = captions.read_text(encoding="utf-8").split("\n")  # a caption may have other breaks
     rows = [json.loads(line) for line in lines if line.strip()]
     return {row.get("image") or row.get("file_name") for row in rows}
+
+
+def end_last_line(captions: Path, file: TextIO) -> None:
+    """End the last line of a file, which one written by hand may not do."""
+    content = captions.read_bytes()
+    if content and not content.endswith(b"\n"):
+        file.write("\n")
 
 
 def ask_model(arguments: argparse.Namespace, names: list[str]) -> Found:
@@ -152,7 +163,8 @@ class Captioner:
 
 def read_file_name(name: str) -> tuple[str | None, str]:
     """Return the words of a file's name, or why it says nothing."""
-    words = re.findall(r"[^\W\d_]+", PurePosixPath(name).stem)
+    stem = PurePosixPath(name).stem
+    words = [] if _HASH.fullmatch(stem) else re.findall(r"[^\W\d_]+", stem)
     words = [word for word in words if len(word) > 1 and not _CAMERA_NAME.match(word)]
     if not words:
         return None, "its name has no words"

@@ -180,6 +180,7 @@ def compare_golden(
         if not furthest <= tolerance:
             errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_PARTS[name]})")
     errors += _compare_temperatures(read_temperature(model), recorded)
+    errors += _find_caption_errors(recorded, texts, is_needed="text_embeds" in found)
     if errors:
         raise ValueError(
             f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.0e}. Weights, "
@@ -191,11 +192,25 @@ def compare_golden(
 
 def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
     # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
+    if missing := set(found) - set(recorded):
+        return [f"{', '.join(missing)} was not recorded"]
     return [
-        f"{name} is {float(found[name]):.4f}, recorded was {float(recorded[name]):.4f}"
-        for name in set(found) & set(recorded)
-        if not torch.allclose(found[name], recorded[name].float(), atol=1e-6, rtol=0)
+        f"{name} is {float(value):.4f}, recorded was {float(recorded[name]):.4f}"
+        for name, value in found.items()
+        if not torch.allclose(value, recorded[name].float(), atol=1e-6, rtol=0)
     ]
+
+
+def _find_caption_errors(
+    recorded: dict[str, Tensor], texts: Sequence[str], *, is_needed: bool
+) -> list[str]:
+    """Find what is wrong with the LLM's part, which a later training takes over unseen."""
+    found = recorded.get("caption_embeds")
+    if found is None:
+        return ["caption_embeds was not recorded"] if is_needed else []
+    if found.ndim != 2 or len(found) != len(texts) or not found.isfinite().all():
+        return [f"caption_embeds {tuple(found.shape)} has NaN, or not a row for each text"]
+    return []
 
 
 def require_golden(
@@ -243,22 +258,28 @@ def require_golden(
 
 
 def _require_stated_dtype(folder: Path) -> None:
-    """Refuse a folder that loads in another dtype than its weights have, and so loses digits."""
+    """Refuse a folder that loads in another dtype than some of its weights have.
+
+    It would lose digits, or have fewer than it states. The temperature is float32 in every folder.
+    """
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     stated = getattr(config, "dtype", None)
     if stated is None or getattr(config, "quantization_config", None):
         return
-    dtypes = Counter(tensor.dtype for tensor in open_model_weights(folder).values())
-    found, _ = max(
-        ((dtype, count) for dtype, count in dtypes.items() if dtype.is_floating_point),
-        key=lambda pair: pair[1],
+    dtypes = Counter(
+        tensor.dtype
+        for name, tensor in open_model_weights(folder).items()
+        if tensor.dtype.is_floating_point and not name.startswith("logit_scale.")
     )
-    if found != stated:
-        names = [str(dtype).removeprefix("torch.") for dtype in (stated, found)]
-        raise ValueError(
-            f"config.json states {names[0]}, and the weights are {names[1]}. Correct the dtype in "
-            "config.json, or load the model in one dtype and save it again."
-        )
+    total = dtypes.total()
+    for found, count in dtypes.items():
+        if found != stated:
+            names = [str(dtype).removeprefix("torch.") for dtype in (stated, found)]
+            raise ValueError(
+                f"config.json states {names[0]}, and {count} of {total} weights are {names[1]}. "
+                "Correct the dtype in config.json, or load the model in one dtype and save it "
+                "again."
+            )
 
 
 def read_temperature(model: Any) -> dict[str, Tensor]:

@@ -232,6 +232,8 @@ def _read_metadata(card: Path) -> Any:
         raise ValueError(
             f"{card}: its metadata is not YAML ({error}). Correct the lines between the '---'."
         ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{card} is not UTF-8 ({error}). Save it in this encoding.") from error
 
 
 def _name_license(data: Any) -> str | None:

@@ -33,7 +33,7 @@ from .model_card import write_model_card
 from .model_card_data import CardData, CardResult, read_card_data
 from .model_folder import find_records, is_inside, list_uploaded_files
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
-from .training_images import TRAINING_IMAGES_FILE
+from .training_images import TRAINING_IMAGES_FILE, read_training_images
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
 # As transformers has it; the Hub takes files up to 50 GB.
@@ -236,7 +236,7 @@ def save_trained_model(
 
 
 def require_intact(source: Path, *, with_llm: bool) -> None:
-    """Refuse to train a whole model that no longer gives its golden embeddings, or has bad links.
+    """Refuse to train a whole model that no longer gives its golden embeddings, or is damaged.
 
     Args:
         source: Folder of a whole model.
@@ -246,9 +246,11 @@ def require_intact(source: Path, *, with_llm: bool) -> None:
 
     Raises:
         ValueError: It gives other embeddings, see `require_golden`; or a file that the new folder
-            gets leads out of it, see `find_carried_files`.
+            gets leads out of it, see `find_carried_files`; or the summary of its training images is
+            damaged.
     """
     find_carried_files(source)
+    read_training_images(source)
     require_golden(
         source,
         load_partial_model(source, with_llm=with_llm, with_vision_tower=True),

@@ -73,6 +73,7 @@ def build_index(
                 database, image_dir, files.readable, encoder, config=config, tally=tally
             )
         except KeyboardInterrupt:
+            _note_place(database, model, folder, image_dir, tally)
             (report or _warn)(f"What was encoded is in {location}; the same call continues there.")
             raise
         (report or _ignore)(str(counts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +15,7 @@ from ..data.atomic_files import lock_unless_held
 from .run_folder import LOCK_FILE
 
 _HELD: set[IO[str]] = set()
+_ATTEMPTS = 100
 
 
 def _close_inherited() -> None:
@@ -56,9 +57,8 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _hold(folder: Path) -> Iterator[bool]:
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK_FILE
-    with file.open("a", encoding="utf-8") as opened:
+    with _open(file) as opened:
         is_held = lock_unless_held(file, opened)  # a run that ended has removed its own
         if is_held:
             _HELD.add(opened)
@@ -68,5 +68,15 @@ def _hold(folder: Path) -> Iterator[bool]:
             _HELD.discard(opened)
             if is_held:
                 file.unlink(missing_ok=True)
-                if not any(folder.iterdir()):
+                with suppress(OSError):  # it is not empty, or another run removes it
                     folder.rmdir()
+
+
+def _open(file: Path) -> IO[str]:
+    """Open a file in a folder that is made, and that a run which ends may remove meanwhile."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError, FileExistsError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return file.open("a", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.open("a", encoding="utf-8")

@@ -316,6 +316,18 @@ def test_truncated_weights_are_reported_in_one_line_with_their_folder(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+def test_a_config_of_other_types_is_reported_in_one_line(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "edited"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["hidden_size"] = "64"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["export", str(folder), str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "'hidden_size'" in line and "Restore the config.json" in line
+
+
 def test_weights_that_cannot_be_written_are_reported_in_one_line(
     towers: tuple[str, str], tmp_path: Path
 ) -> None:

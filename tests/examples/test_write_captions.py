@@ -128,9 +128,18 @@ def test_alt_texts_are_found_by_file_name_and_others_are_named(tmp_path: Path) -
 
 def test_file_names_are_split_into_words_and_those_of_cameras_are_none(tmp_path: Path) -> None:
     images = save_images(
-        tmp_path / "images", "2019-07_red-Kite (3).png", "trip/IMG_0042.png", "DSC00017.png"
-    )
+        tmp_path / "images", "2019-07_red-Kite (3).png", "trip/IMG_0042.png", "DSC00017.png",
+        "IMG-20240101-WA0001.png", "3f2a9bcd.png", "9b2d0b0a-7d4e-4c7b-8f5a-2d1c3b4a5e6f.png",
+    )  # fmt: skip
     done = write_captions("file-names", images)
     assert done.returncode == 1
     assert read_captions(images) == {"2019-07_red-Kite (3).png": "red Kite"}
     assert "trip/IMG_0042.png: its name has no words" in done.stderr
+
+
+def test_a_file_whose_last_line_has_no_end_gets_lines_of_its_own(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", "red kite.png", "dog.png")
+    line = json.dumps({"image": "dog.png", "captions": ["one\u2028two"]}, ensure_ascii=False)
+    (images / "captions.jsonl").write_text(line, encoding="utf-8")
+    assert write_captions("file-names", images).returncode == 0
+    assert read_captions(images) == {"dog.png": "one two", "red kite.png": "red kite"}

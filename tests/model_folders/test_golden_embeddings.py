@@ -263,6 +263,52 @@ def test_nothing_is_written_from_a_folder_that_states_another_dtype(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("way", ["whole", "text", "trained"])
+def test_nothing_is_written_from_a_folder_of_several_dtypes(
+    way: str, source: Path, tmp_path: Path
+) -> None:
+    """The doctor refuses it, too: what config.json states is not what the LLM has."""
+    folder = Path(shutil.copytree(source, tmp_path / "edited"))
+
+    def round_a_weight(weights: dict[str, Any]) -> None:
+        weights[TRAINED_LLM] = weights[TRAINED_LLM].bfloat16()  # which moves no embedding far
+
+    edit_weights(round_a_weight)(folder)
+    forget_files(folder)
+    with pytest.raises(ValueError, match=r"states float32, and 1 of \d+ weights are bfloat16"):
+        write_by(way, folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "caption_embeds", "text_embeds"])
+def test_doctor_misses_what_is_always_recorded(name: str, copy: Path) -> None:
+    edit_golden(copy, lambda embeddings: embeddings.pop(name))
+    check = find(check_model(copy, device="cpu"), "golden embeddings")
+    assert not check.passed and f"{name} was not recorded" in check.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda golden: golden["caption_embeds"][1].fill_(torch.nan),
+        lambda golden: golden.update(caption_embeds=golden["caption_embeds"][:3].clone()),
+    ],
+)
+def test_doctor_finds_caption_embeddings_that_a_training_would_take_over(
+    change: Callable[[dict[str, Tensor]], object], copy: Path
+) -> None:
+    edit_golden(copy, change)
+    check = find(check_model(copy, device="cpu"), "golden embeddings")
+    assert not check.passed and "caption_embeds" in check.message
+
+
+def edit_golden(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    with safe_open(folder / GOLDEN_FILE, framework="pt") as file:
+        metadata = file.metadata()
+    _, embeddings = read_golden(folder)  # type: ignore[misc]
+    change(embeddings)
+    save_file(embeddings, folder / GOLDEN_FILE, metadata)
+
+
 def forget_files(folder: Path) -> None:
     """Leave the embeddings alone, as older versions recorded them."""
     texts, embeddings = read_golden(folder)  # type: ignore[misc]

@@ -219,6 +219,13 @@ def test_a_card_that_cannot_be_written_whole_stays_as_it_was(is_edited: bool, ll
     assert read_card_data(llama) == LLAMA
 
 
+def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
+    card = llama / "README.md"
+    card.write_bytes(card.read_text(encoding="utf-8").encode("utf-16"))
+    with pytest.raises(ValueError, match=r"README\.md is not UTF-8"):
+        read_card_data(llama)
+
+
 def test_a_card_that_is_a_link_is_replaced_and_its_target_kept(llama: Path) -> None:
     card, blob = llama / "README.md", llama.parent / "blob"
     card.rename(blob)  # as in huggingface_hub's cache

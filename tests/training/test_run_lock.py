@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from launches import ROOT
 from tuning import SHORT, tune
 
 from modeling_llm2clip.training.run_folder import CHECKPOINTS, LOCK_FILE, mark_complete
-from modeling_llm2clip.training.run_lock import lock_run
+from modeling_llm2clip.training.run_lock import _hold, lock_run
 
 FUTURE = time.time() + 10 * 365 * 86_400
 IN_USE = "run is in use: another process trains in it now"
@@ -86,6 +87,25 @@ def test_a_refused_run_leaves_no_folder(prepared: Prepared, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="too few for a batch"):
         prepared.align(tmp_path / "run", global_batch_size=20, held_out_ratio=0.5)
     assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_begin_and_end_at_once_are_refused_or_run(tmp_path: Path) -> None:
+    """One removes its empty folder as another opens it, which raised in every try."""
+
+    def begin_and_end(_: int) -> int:
+        held = 0
+        for _ in range(300):
+            with _hold(tmp_path / "run") as is_held:
+                held += is_held
+        return held
+
+    with ThreadPoolExecutor(4) as pool:
+        held = list(pool.map(begin_and_end, range(4)))
+    assert sum(held) > 0
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), _hold(tmp_path / "file"):
+        pass
 
 
 def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ _SPECS: dict[str, DatasetSpec] = {
 _OWN = "folder"  # what one's own images under another name are read as
 # Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
 _TOO_CLOSE = 0.8
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 def list_datasets() -> list[DatasetSpec]:
@@ -89,9 +90,10 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     written = str(text)
     if written in _SPECS:
         return EvaluatedDataset(name=written)
-    if is_remote(written) or Path(written).exists():
-        return EvaluatedDataset(name="folder", folder=written)
     name, sign, folder = written.partition("=")
+    is_url = is_remote(written) and not (sign and _NAME.fullmatch(name))  # a URL may have the sign
+    if is_url or Path(written).exists():
+        return EvaluatedDataset(name="folder", folder=written)
     if sign and not (name and folder):
         raise ValueError(f"{written!r} must be NAME=FOLDER.")
     found = EvaluatedDataset(name=name, folder=folder or None)
@@ -132,7 +134,7 @@ def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
     name = source.name
     if name in _SPECS or source.folder is None:
         return find_dataset(name)
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if not _NAME.fullmatch(name):
         raise ValueError(
             f"{name}={source.folder}: there is no such path, and {name!r} cannot name a dataset: "
             "letters, digits, '_', '-' and '.'. Correct the path, or the name."

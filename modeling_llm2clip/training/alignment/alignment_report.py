@@ -119,8 +119,10 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     notes = results["held_out"]
     if notes["maybe_trained_on"]:
         held_out += SEEN
-    else:
-        held_out += REFITTED if "refit" in results else _name_groups(notes["groups"])
+    if "refit" in results:
+        held_out += REFITTED
+    elif not notes["maybe_trained_on"]:
+        held_out += _name_groups(notes["groups"])
     dataset = held_out if data_name is None else f"{data_name}, {held_out}"
     return (CardResult("retrieval", dataset, shown),)
 

@@ -149,6 +149,13 @@ def test_images_of_ones_own_have_the_name_that_they_are_given(tmp_path: Path) ->
     assert wanted.name == "folder" and found.list_content() == wanted.list_content()
 
 
+@pytest.mark.parametrize("name", ["mine", "coco"])
+@pytest.mark.parametrize("place", ["s3://bucket/data", "https://e.org/data.tar?a=b"])
+def test_a_url_takes_a_name_as_a_folder_does(name: str, place: str) -> None:
+    assert parse_dataset(f"{name}={place}") == EvaluatedDataset(name=name, folder=place)
+    assert parse_dataset(place) == EvaluatedDataset(name="folder", folder=place)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

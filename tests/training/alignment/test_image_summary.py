@@ -176,6 +176,18 @@ def test_a_trained_tower_is_summarized_by_its_new_weights_and_names_what_came_be
     assert summary.describe_far(tally_images(tmp_path / "run" / "model", images)) is None
 
 
+def test_a_damaged_summary_is_refused_before_the_training(
+    colored: Prepared, aligned: Run, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(aligned.model, tmp_path / "model"))
+    content = read_bytes(model)
+    (model / TRAINING_IMAGES_FILE).write_bytes(content[:-5])
+    damaged = replace(colored, model=model)
+    with pytest.raises(ValueError, match=r"training_images.safetensors is damaged"):
+        damaged.align_stored(tmp_path / "run", **FEW_STEPS)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_too_few_images_are_not_summarized(prepared: Prepared, tmp_path: Path) -> None:
     run = prepared.align_stored(tmp_path / "run", max_steps=1, held_out_ratio=0)
     assert run.results["training_images"] is None

@@ -23,6 +23,7 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import (
     NEAR_CHANCE,
     REFITTED,
+    SEEN,
     WORSE,
     describe_alignment,
 )
@@ -159,6 +160,9 @@ def test_scores_are_said_to_be_of_the_model_before_the_last_fit(
     # A later run must not take these images for unseen ones.
     later = dataclasses.replace(few, model=run.model).align_stored(tmp_path / "later", max_steps=1)
     assert later.results["held_out"]["maybe_trained_on"]
+    # Nor a reader the scores for those of the model that is written.
+    (result,) = read_card_data(later.model).results
+    assert result.dataset.endswith(SEEN + REFITTED)
 
 
 class Die(TrainerCallback):
