@@ -143,7 +143,7 @@ def walk_here(checkout: str, name: str) -> None:
     """
     tracer = CallTracer(Path(checkout) / _PACKAGE)
     printed = os.dup(1)
-    os.dup2(2, 1)  # what commands print is no result
+    os.dup2(2, 1)  # what commands print is not a result
     WALKS[name](tracer)
     os.write(printed, json.dumps(sorted(tracer.functions)).encode())
 

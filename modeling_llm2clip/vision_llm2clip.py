@@ -141,8 +141,8 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
-    Patches that overlap are merged later: of those it is the side that one place of the network's
-    last stage stands for, as each stage leaves out what its steps do not divide.
+    Patches that overlap are merged later: There it is the side that one place of the network's last
+    stage covers, as each stage leaves out what its steps do not divide.
 
     Args:
         vision_model: the vision tower.

@@ -158,6 +158,7 @@ def _require_models(
     models: Sequence[str], datasets: Sequence[str], of_models: ModelsConfig
 ) -> None:
     """Raise ValueError for models that cannot be evaluated, before anything is imported."""
+    from ..model_folders.hub_access import is_hub_id
     from ..model_folders.model_folder import require_there
     from ..model_folders.model_types import find_model_type
 
@@ -165,7 +166,7 @@ def _require_models(
         raise ValueError("Evaluation needs at least one model and one dataset (--datasets).")
     for _, source in map(_read_model, models):
         path = Path(source)
-        if not path.exists():
+        if not path.exists() and not is_hub_id(source):  # the Hub is asked when all else fits
             require_there(source)
         has_other = any((path / name).exists() for name in _OTHERS)
         if not path.is_dir() or of_models.model_type or has_other:

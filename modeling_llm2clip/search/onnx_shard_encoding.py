@@ -29,6 +29,7 @@ from ..model_folders.onnx_folder import (
     load_onnx_encoder,
     read_onnx_record,
 )
+from ..model_folders.training_images import ImageTally
 from .embedding_rows import ImageRows, TextRows
 from .shard_encoding import Array, DecodedBatch, ImageShardEncoder, TextShardEncoder
 
@@ -130,6 +131,7 @@ class OnnxImageShardEncoder(ImageShardEncoder):
         self._skip_invalid = skip_invalid
         self.dim = encoder.embedding_dim
         self.plan = {"batch_size": str(batch_size), "backend": "onnx"}
+        self.tally = ImageTally()  # stays empty: a graph gives no outputs of the tower
 
     def _encode(self, images: list[ImageSource], batches: Sequence[Array]) -> Iterator[Tensor]:
         raise_malloc_thresholds()

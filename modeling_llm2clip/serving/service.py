@@ -317,7 +317,7 @@ class EmbeddingService:
         width = self.encoder.embedding_dim
         if not inputs:
             raise RequestError(400, "There is nothing to embed. Send at least one text or image.")
-        for number, one in enumerate(inputs):
+        for number, one in enumerate(inputs, 1):
             if not isinstance(one, str | bytes | Image.Image):
                 raise RequestError(
                     400,

@@ -63,7 +63,7 @@ def test_tokenized_texts_have_the_ids_of_a_call_and_the_embeddings_of_texts() ->
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [("a dog", "Got one string"), ([], "the list is empty"), (["a", " "], "number 1 is blank")],
+    [("a dog", "Got one string"), ([], "the list is empty"), (["a", " "], "number 2 is blank")],
 )
 def test_what_is_no_list_of_texts_is_refused(texts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -390,7 +390,7 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
         evaluate(**arguments(tmp_path, data, clip, data=[data, data]))
     with pytest.raises(ValueError, match=r"There is no task 'recall'"):
         evaluate(**arguments(tmp_path, data, clip, tasks=("recall",)))
-    with pytest.raises(ValueError, match=r"no dataset 'flickr'"):
+    with pytest.raises(ValueError, match=r"'flickr' resembles the name of the dataset flickr30k"):
         evaluate(**arguments(tmp_path, data, clip, data=f"flickr={data}"))
     embeddings = save_named_embeddings(tmp_path / "embeddings", {"a": [1.0]}, {})
     with pytest.raises(ValueError, match=r"embeddings encodes no images, which retrieval"):

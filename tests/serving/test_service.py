@@ -74,7 +74,7 @@ def test_many_texts_are_measured_part_by_part_and_numbered_as_a_whole() -> None:
     texts[66] = MIXED_TEXTS[3]
     with open_service() as service:
         found = run(service.embed(texts[:70]))
-        with pytest.raises(RequestError, match="number 70 is blank"):
+        with pytest.raises(RequestError, match="number 71 is blank"):
             run(service.embed(texts))
     assert found.truncated == [66]
     ids, _ = shared_model()[1].list_ids(texts[:70])

@@ -101,9 +101,9 @@ class AlignmentFit:
     def make_objective(
         self, length: RunLength, *, record: Path, name: str
     ) -> TrainingObjective | None:
-        """Make what measures the loss of a batch that is trained on; None where it cannot be told.
+        """Make what measures the loss of a training batch; None where it cannot be measured.
 
-        It cannot of a stream, which is not read twice, and is the same where no step is trained.
+        It cannot on a stream, which is not read twice, and is the same where no step is trained.
 
         Args:
             length: Numbers of the run.

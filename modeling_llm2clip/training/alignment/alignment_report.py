@@ -31,7 +31,7 @@ WORSE = (
 
 LOWER = (
     "Its R@1 is lower than at the start by less than so few images can tell: it is within the "
-    "intervals. The loss tells more."
+    "intervals. The loss shows more."
 )
 CLEARLY_LOWER = (
     "Warning: its R@1 is clearly lower than at the start, although its loss is lower. Where R@1 is "

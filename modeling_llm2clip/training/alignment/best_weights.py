@@ -2,7 +2,7 @@
 
 Weights between those of the start and trained ones are often better than either (WiSE-FT,
 arXiv:2109.01903), so that each evaluation tries several shares of the way. The lowest loss chooses:
-it tells models apart on fewer images than R@1 does, and it is what is trained.
+it separates models on fewer images than R@1 does, and it is what is trained.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ class EvaluatedTrainer(Protocol):
     state: TrainerState
 
     def log(self, logs: dict[str, float]) -> None:
-        """Log numbers."""
+        """Log numbers.
+
+        Args:
+            logs: By name.
+        """
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Make the context of a forward pass."""
