@@ -150,7 +150,7 @@ def test_broken_images_are_named_or_left_out_and_counted(
     (folder / "broken.png").write_bytes(b"no image")
     assert tag(model_folder, folder, labels) == 2
     error = capsys.readouterr().err
-    assert "1 of 4 images cannot be read" in error and "broken.png: not an image" in error
+    assert "Cannot read 1 of 4 images" in error and "broken.png: not an image" in error
     assert tag(model_folder, folder, labels, "--skip-invalid") == 0
     shown = capsys.readouterr()
     assert "Skipped 1 of 4 images" in shown.err and shown.out.count("a.png") == 3
