@@ -19,20 +19,20 @@ def require_sources(
     """Refuse sources that are neither there nor named as on the Hub, before anything is loaded.
 
     Args:
-        vision: Hub id or folder of a vision tower.
+        vision: Hub id or folder of a vision tower, or "embedded".
         text: Hub id, folder, or a `.gguf` file of a language model, also of a Hub repository
-            (`owner/name/FILE.gguf`).
+            (`owner/name/FILE.gguf`), or "embedded".
         lora: Hub id or folder of a LoRA.
 
     Raises:
         ValueError: It names every such source.
     """
     errors = []
-    if vision is not None:
+    if vision is not None and vision != EMBEDDED:
         errors.append(_find_error("vision tower", vision, file="config.json"))
     if text is not None and Path(text).suffix == ".gguf":
         errors.append(_find_error_of_gguf(Path(text)))
-    elif text is not None:
+    elif text is not None and text != EMBEDDED:
         errors.append(_find_error("language model", text, file="config.json"))
     if lora is not None:
         errors.append(_find_error("LoRA", lora, file=LORA_CONFIG))

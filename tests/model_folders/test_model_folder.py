@@ -61,6 +61,11 @@ def test_the_hub_is_tried_once_in_a_process(tries: list[Any]) -> None:
     assert tries == [("huggingface.co", 443)]
 
 
+def test_the_embedded_towers_are_looked_for_nowhere(tries: list[Any]) -> None:
+    require_sources(vision="embedded", text="embedded")
+    assert tries == []
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
