@@ -86,6 +86,14 @@ def test_noise_raises_an_alarm(trained: TrainingImages) -> None:
     assert trained.describe_far(tally_of(noise + 1)) is not None
 
 
+@pytest.mark.parametrize("value", [1.0, 0.1])  # whose variance is 0, and a rounding error
+def test_images_that_are_all_alike_judge_nothing(value: float) -> None:
+    """A tower that collapsed, or copies of one image."""
+    alike = torch.eye(WIDTH)[:1].expand(48, -1) if value == 1 else torch.full((48, WIDTH), value)
+    data = summarize_images(alike, np.arange(48) % 2 == 0, name="copies", num_images=48)
+    assert TrainingImages((data,)).describe_far(tally_of(make_kind(0, 100, seed=1))) is None
+
+
 def test_too_few_images_are_not_judged(trained: TrainingImages) -> None:
     few = tally_of(make_kind(1, FEWEST_JUDGED - 1, seed=60))
     assert trained.measure(few) is None and trained.describe_far(few) is None
