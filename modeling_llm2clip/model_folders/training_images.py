@@ -27,7 +27,7 @@ from ..data.safetensors_files import serialize_tensors
 TRAINING_IMAGES_FILE = "training_images.safetensors"
 FEWEST_JUDGED = 20
 _FORMAT = 1
-_MAX_CLUSTERS = 32
+_MAX_CLUSTERS = 128
 _IMAGES_PER_CLUSTER = 8
 _FEWEST_IN_CLUSTER = 3
 _ITERATIONS = 10
