@@ -141,7 +141,7 @@ def check_instructions(
         max_text_length: maximum number of tokens per text, prompt included.
 
     Raises:
-        ValueError: an instruction is not a text, its tokens change when a caption follows, or it
+        ValueError: an instruction is not text, its tokens change when a caption follows, or it
             leaves no room for a caption.
     """
     errors = []

@@ -27,7 +27,7 @@ from ..data.safetensors_files import serialize_tensors
 TRAINING_IMAGES_FILE = "training_images.safetensors"
 FEWEST_JUDGED = 20
 _FORMAT = 1
-_MAX_CLUSTERS = 32
+_MAX_CLUSTERS = 128
 _IMAGES_PER_CLUSTER = 8
 _FEWEST_IN_CLUSTER = 3
 _ITERATIONS = 10
@@ -78,13 +78,13 @@ def summarize_images(
     """
     rows = _to_unit_rows(vision_embeds)
     parts = rows[is_first_part], rows[~is_first_part]
-    spread = float(rows.var(axis=0).sum())
+    spread = round(float(rows.var(axis=0).sum()), 6)
     own = max(
         _measure(part.mean(axis=0), len(part), _find_clusters(other), spread)
         for part, other in (parts, parts[::-1])
     )
     clusters = torch.from_numpy(_find_clusters(rows).astype(np.float32))
-    return DatasetSummary(name, num_images, len(rows), round(spread, 6), round(own, 6), clusters)
+    return DatasetSummary(name, num_images, len(rows), spread, round(own, 6), clusters)
 
 
 @dataclass(frozen=True)
@@ -303,8 +303,10 @@ def _measure(mean: Array, num_images: int, clusters: Array, spread: float) -> fl
     """Measure the squared distance of a set's mean from the nearest mixture, as a share of spread.
 
     What the mean of so few images has by chance is taken off. The mixture is found by Frank and
-    Wolfe's method with exact steps.
+    Wolfe's method with exact steps. Where all training images are alike, nothing is far.
     """
+    if not spread:
+        return 0.0
     mixed = clusters[((clusters - mean) ** 2).sum(axis=1).argmin()]
     for _ in range(_MIXING_STEPS):
         direction = clusters[(clusters @ (mixed - mean)).argmin()] - mixed

@@ -25,16 +25,18 @@ from modeling_llm2clip.model_folders.training_images import (
 WIDTH, TOPICS = 48, 5
 
 
-def make_kind(kind: int, count: int, *, seed: int, topic: int | None = None) -> Tensor:
+def make_kind(
+    kind: int, count: int, *, seed: int, topic: int | None = None, num_topics: int = TOPICS
+) -> Tensor:
     """Embeddings of one kind of images: what its topics share, one of its topics, and noise.
 
     The noise has twice the length of what the kind shares, so that no single image is far.
     """
     fixed = torch.Generator().manual_seed(100 + kind)
     shared = torch.randn(WIDTH, generator=fixed) / WIDTH**0.5
-    topics = torch.randn(TOPICS, WIDTH, generator=fixed) / WIDTH**0.5
+    topics = torch.randn(num_topics, WIDTH, generator=fixed) / WIDTH**0.5
     random = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(TOPICS, (count,), generator=random)
+    chosen = torch.randint(num_topics, (count,), generator=random)
     if topic is not None:
         chosen[:] = topic
     noise = 2 * torch.randn(count, WIDTH, generator=random) / WIDTH**0.5
@@ -70,6 +72,18 @@ def test_images_of_the_training_kind_raise_no_alarm_nor_do_those_of_one_of_its_t
         assert trained.describe_far(of_topic) is None
 
 
+def test_one_of_many_topics_raises_no_alarm() -> None:
+    """Clusters that each hold several topics would leave most of them outside every mixture."""
+    many = {"num_topics": 100}
+    embeds = make_kind(0, 4_000, seed=0, **many)
+    data = summarize_images(embeds, np.arange(4_000) % 2 == 0, name="broad", num_images=4_000)
+    summary = TrainingImages((data,))
+    of_topics = [tally_of(make_kind(0, 100, seed=90, topic=t, **many)) for t in range(100)]
+    # 11 of 100 by 128 clusters, 72 by 32.
+    assert sum(summary.describe_far(tally) is not None for tally in of_topics) <= 20
+    assert summary.describe_far(tally_of(make_kind(1, 100, seed=1, **many))) is not None
+
+
 def test_another_kind_raises_an_alarm_that_names_the_data_and_what_to_do(
     trained: TrainingImages,
 ) -> None:
@@ -84,6 +98,14 @@ def test_another_kind_raises_an_alarm_that_names_the_data_and_what_to_do(
 def test_noise_raises_an_alarm(trained: TrainingImages) -> None:
     noise = torch.randn(FEWEST_JUDGED, WIDTH, generator=torch.Generator().manual_seed(0))
     assert trained.describe_far(tally_of(noise + 1)) is not None
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1])  # whose variance is 0, and a rounding error
+def test_images_that_are_all_alike_judge_nothing(value: float) -> None:
+    """A tower that collapsed, or copies of one image."""
+    alike = torch.eye(WIDTH)[:1].expand(48, -1) if value == 1 else torch.full((48, WIDTH), value)
+    data = summarize_images(alike, np.arange(48) % 2 == 0, name="copies", num_images=48)
+    assert TrainingImages((data,)).describe_far(tally_of(make_kind(0, 100, seed=1))) is None
 
 
 def test_too_few_images_are_not_judged(trained: TrainingImages) -> None:

@@ -29,7 +29,7 @@ from .alignment_data import AlignmentDataset
 from .run_data import RunData
 from .sampling import Array, mix
 
-# Of so many images 32 clusters and their spread are known well enough.
+# Of so many images 128 clusters and their spread are known well enough.
 _STORED_SAMPLE = 4_096
 # Each costs a pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
