@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
 import torch
 from onnx_folders import shared_source
-from served_apps import open_service
 from shared_models import shared_model
 from tokenizing import note_tokenized
 
@@ -19,13 +17,6 @@ from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 
 LONG_TEXT = "dog " * 200
 TEXTS = ["a dog", LONG_TEXT, "two red apples", "x"]
-
-
-def test_a_request_tokenizes_each_of_its_texts_once() -> None:
-    with open_service() as service, note_tokenized() as tokenized:
-        found = asyncio.run(service.embed([*TEXTS, TEXTS[0]]))
-    assert sorted(tokenized) == sorted(text.strip() for text in TEXTS)
-    assert found.truncated == [1] and (found.embeds[0] == found.embeds[-1]).all()
 
 
 def test_an_evaluation_tokenizes_each_of_its_texts_once() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from served_apps import MIXED_TEXTS, open_service, to_png
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
+from tokenizing import note_tokenized
 
 from modeling_llm2clip import encode_images, encode_texts
 from modeling_llm2clip.model_folders.golden_embeddings import (
@@ -67,6 +68,14 @@ def test_golden_embeddings_are_served() -> None:
         images = run(service.embed(render_golden_images()))
     np.testing.assert_allclose(texts.embeds, golden["text_embeds"], atol=ROUNDING)
     np.testing.assert_allclose(images.embeds, golden["image_embeds"], atol=ROUNDING)
+
+
+def test_a_request_tokenizes_each_of_its_texts_once() -> None:
+    texts = ["a dog", "dog " * 200, "two red apples", "x"]
+    with open_service() as service, note_tokenized() as tokenized:
+        found = run(service.embed([*texts, texts[0]]))
+    assert sorted(tokenized) == sorted(text.strip() for text in texts)
+    assert found.truncated == [1] and (found.embeds[0] == found.embeds[-1]).all()
 
 
 def test_many_texts_are_measured_part_by_part_and_numbered_as_a_whole() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from captioned_files import LINES, RECORDS, encode, own_cache, write_images  # noqa: F401
+from packaging.version import Version
 
 from modeling_llm2clip.data.images.image_sources import ArrowImage
 from modeling_llm2clip.data.records.dataset_objects import records_from_dataset, stream_dataset
@@ -292,5 +293,7 @@ def test_images_that_map_decoded_are_refused_by_name(
 ) -> None:
     images = saved.cast_column("img", datasets.Image())
     decoded = images.to_iterable_dataset().with_format(kind).map(lambda row: row)
+    if kind is None and Version(datasets.__version__) < Version("4"):
+        pytest.skip("datasets 3.2 encodes anew what map returned; versions between were not tried")
     with pytest.raises(ValueError, match=r"row 0: the image is a .*decoded.*decode=False"):
         list(stream_dataset(decoded, columns=COLUMNS))
