@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packaging.version import Version
 from tiny import tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel
+from transformers import __version__ as transformers_version
 from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.__main__ import main
@@ -140,6 +142,8 @@ def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path
 
 def test_a_lora_that_the_llm_passes_by_is_refused_by_name(tmp_path):
     """Jamba multiplies by the weight of its `dt_proj`, without running the layer."""
+    if Version(transformers_version) < Version("5.24"):
+        pytest.skip("transformers 5.6 runs the layer; versions between were not tried")
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(
         "jamba", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
