@@ -132,7 +132,7 @@ push_to_hub(sys.argv[1], "owner/model")
 report = check_model("owner/model")
 print(report)
 assert report.healthy
-assert "RepositoryNotFoundError" in check_model("owner/absent").checks[0].message
+assert "the Hub has no such repository" in check_model("owner/absent").checks[0].message
 """
     with HubServer() as hub:
         done = subprocess.run(

@@ -69,7 +69,7 @@ def test_a_run_says_once_an_epoch_what_bounds_it(
 ) -> None:
     monkeypatch.setattr(step_times, "_SECONDS_BEFORE_FIRST_LINE", 0.0)
     monkeypatch.setattr(step_times, "_FACTOR_TO_NEXT_LINE", 0.0)
-    prepared.align_stored(tmp_path / "run", max_steps=7, global_batch_size=4)
+    prepared.align_stored(tmp_path / "run", max_steps=7, global_batch_size=4, refit=False)
     shown = capsys.readouterr()
     lines = [line for line in (shown.out + shown.err).splitlines() if "input" in line]
     per_epoch = len(prepared.records) // 4
