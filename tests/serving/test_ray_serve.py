@@ -82,7 +82,7 @@ def run_cluster(file: Path, url: str) -> Iterator[None]:
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while not is_up(url):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.5)
