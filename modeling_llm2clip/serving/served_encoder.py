@@ -34,6 +34,7 @@ class ServedEncoder(Protocol):
         logit_scale: Factor of cosines before a softmax; None where there is one tower alone.
         token_budget: Maximum tokens per batch by default.
         batch_size: Maximum images per batch by default.
+        tally: The images that were embedded so far; empty where a tower's outputs are not known.
     """
 
     modalities: tuple[str, ...]
@@ -42,6 +43,7 @@ class ServedEncoder(Protocol):
     logit_scale: float | None
     token_budget: int
     batch_size: int
+    tally: ImageTally
 
     def tokenize_texts(self, texts: Sequence[str]) -> TokenizedTexts:
         """Turn texts into what `encode_texts` takes; called by several threads.
@@ -87,9 +89,6 @@ class ModelEncoder:
     Args:
         model: A whole, text-only or vision-only model.
         processor: Its processor.
-
-    Attributes:
-        tally: The images that were embedded so far.
 
     Examples:
         >>> encoder = ModelEncoder(*load_model("my-model"))
@@ -171,6 +170,7 @@ class OnnxModelEncoder:
         self.logit_scale = encoder.logit_scale
         self.token_budget = DEFAULT_TOKEN_BUDGET
         self.batch_size = DEFAULT_BATCH_SIZE
+        self.tally = ImageTally()  # stays empty: a graph gives no outputs of the tower
 
     def tokenize_texts(self, texts: Sequence[str]) -> TokenizedTexts:
         """Tokenize texts.

@@ -27,7 +27,7 @@ from ..image_loading_llm2clip import get_image_limits, load_images
 from ..model_folders.model_card_data import read_card_data
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
-from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
+from ..model_folders.training_images import TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
@@ -131,13 +131,15 @@ class EmbeddingService:
         """
         config = config or ServeConfig()
         source = find_onnx_folder(model) if config.backend == "onnx" else model
+        encoder = _load_encoder(source, config)
+        folder = find_model_folder(source)
         return cls(
-            _load_encoder(source, config),
+            encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
             index=None if index is None else _open_index(index, source),
-            training_data=_read_training_data(source),
-            training_images=read_training_images(find_model_folder(source)),
+            training_data=read_card_data(folder).training_data,
+            training_images=read_training_images(folder),
         )
 
     @property
@@ -296,7 +298,7 @@ class EmbeddingService:
         if self.training_images is None:
             return None
         tallies = [] if self.index is None else [restore_tally(self.index.about)]
-        tallies.append(getattr(self.encoder, "tally", ImageTally()))  # ONNX graphs have none
+        tallies.append(self.encoder.tally)
         return next(filter(None, map(self.training_images.describe_far, tallies)), None)
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
@@ -520,10 +522,6 @@ def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
     loaded, processor = load_model(model, device=config.device)
     require_trained(loaded, purpose="serving", source=model)
     return ModelEncoder(loaded, processor)
-
-
-def _read_training_data(model: str | Path) -> tuple[str, ...]:
-    return read_card_data(find_model_folder(model, only=["README.md"])).training_data
 
 
 def _open_index(index: str, model: str | Path) -> ImageIndex:
