@@ -215,6 +215,7 @@ def test_the_readme_is_one_screen_after_another_and_no_more() -> None:
     assert len(read(README).splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_the_readmes_snippets_run(tmp_path: Path) -> None:
     export_tiny_model(tmp_path / "llm2clip-demo" / "model")
     tiny_images()[0].save(tmp_path / "llm2clip-demo" / "search.png")

@@ -328,6 +328,7 @@ def test_a_config_of_other_types_is_reported_in_one_line(
     assert "'hidden_size'" in line and "Restore the config.json" in line
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_written_are_reported_in_one_line(
     towers: tuple[str, str], tmp_path: Path
 ) -> None:

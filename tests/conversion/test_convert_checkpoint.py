@@ -88,6 +88,7 @@ def same_weights(first: Path, second: Path) -> bool:
 
 
 @every_family
+@pytest.mark.slow
 def test_embeddings_and_logits_are_those_of_the_official_code(converted, family) -> None:
     golden = read_golden(family)
     model = AutoModel.from_pretrained(converted[family]).eval()
@@ -229,6 +230,7 @@ def test_another_dtype_rounds_every_weight_but_the_temperature(converted, tmp_pa
     ("components", "model_class"),
     [("text", LLM2CLIPTextModel), ("vision", LLM2CLIPVisionModel)],
 )
+@pytest.mark.slow
 def test_a_text_only_or_vision_only_model_has_the_weights_of_the_whole_and_no_others(
     converted, tmp_path, components, model_class
 ) -> None:
@@ -242,6 +244,7 @@ def test_a_text_only_or_vision_only_model_has_the_weights_of_the_whole_and_no_ot
     assert "logit_scale" in read_dropped(folder)["belongs to the tower that was not asked for"]
 
 
+@pytest.mark.slow
 def test_a_vision_only_model_reads_no_weight_of_the_llm(tmp_path) -> None:
     llm = copy_llm(tmp_path / "llama")
     (llm / "model.safetensors").unlink()

@@ -9,6 +9,7 @@ import pytest
 from modeling_llm2clip.demo.demo_data import split_emoji
 
 
+@pytest.mark.slow
 def test_a_seed_that_trains_on_emoji_of_the_evaluation_dataset_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

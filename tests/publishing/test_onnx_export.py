@@ -76,6 +76,7 @@ def small_data(tmp_path: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_graphs_give_the_models_embeddings_in_batches_and_alone(
     source: Path, exported: Path
 ) -> None:

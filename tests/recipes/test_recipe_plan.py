@@ -91,6 +91,7 @@ def test_stages_that_a_recipe_does_not_need_are_not_listed(
     )
 
 
+@pytest.mark.slow
 def test_a_plan_writes_nothing(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
     config = make_recipe(sources, tmp_path / "new")
     assert set(states_of(config).values()) == {"to do", "repeated"}

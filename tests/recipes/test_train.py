@@ -81,6 +81,7 @@ def read_scores(output: Path) -> dict[str, Any]:
     return scores
 
 
+@pytest.mark.slow
 def test_it_makes_a_healthy_model(done: Done) -> None:
     assert done.model == done.config.output / "model"
     assert check_model(done.model).healthy

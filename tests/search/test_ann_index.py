@@ -175,6 +175,7 @@ def test_new_images_are_found_and_many_of_them_ask_for_training(
     assert needs_training(database)
 
 
+@pytest.mark.slow
 def test_a_command_that_asks_for_it_gets_it_measured_with_texts(tmp_path: Path) -> None:
     model, images = save_model(tmp_path / "model"), save_images(tmp_path / "images", count=6)
     index, report = build(model, images, tmp_path / "index", ann="always")

@@ -31,6 +31,7 @@ def list_steps(output: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
     prepared: Prepared, tmp_path: Path, resume: bool
 ) -> None:
@@ -118,6 +119,7 @@ def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("stage", ["align", "finetune-llm"])
+@pytest.mark.slow
 def test_a_run_with_checkpoints_of_the_future_is_resumed(
     stage: str, prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ from modeling_llm2clip.training.alignment.run_data import open_records
 from modeling_llm2clip.training.losses.loss import load_loss
 
 
+@pytest.mark.slow
 def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
     prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
 
 
 @every_vision
+@pytest.mark.slow
 def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
     vision: str, tmp_path: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_source_without_recorded_captions_gets_no_golden_embeddings(
 
 
 @pytest.mark.parametrize("training", ["vision", "text"])
+@pytest.mark.slow
 def test_a_lora_trains_and_merges_into_the_folder(
     prepared: Prepared, tmp_path: Path, training: str
 ) -> None:
@@ -121,6 +124,7 @@ def test_a_lora_trains_and_merges_into_the_folder(
     assert check_model(run.model).healthy
 
 
+@pytest.mark.slow
 def test_a_loaded_pair_is_aligned_as_its_folder_is_and_left_as_it_was(
     prepared: Prepared, tmp_path: Path
 ) -> None:

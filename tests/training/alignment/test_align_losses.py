@@ -37,6 +37,7 @@ def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_pat
     assert read_tensorboard_losses(tmp_path / "run") == wanted
 
 
+@pytest.mark.slow
 def test_the_last_step_is_logged_whatever_the_steps_between_two_logs(
     prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_frozen_online_gives_the_losses_of_stored_captions(
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_stored_images_give_the_losses_of_a_frozen_tower(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -257,6 +257,7 @@ def test_a_run_with_noise_is_not_continued_where_noise_was_sampled_otherwise(
         prepared.align(tmp_path / "noise-0.5", max_steps=1, caption_noise=0.5, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_a_loss_of_other_options(
     prepared: Prepared, tmp_path: Path
 ) -> None:

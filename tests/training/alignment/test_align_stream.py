@@ -116,6 +116,7 @@ def read_losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_stream_over_http_trains_as_one_of_the_disk(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_decoded_is_a_lost_sample(
     prepared: Prepared, damaged: Path, tmp_path: Path
 ) -> None:

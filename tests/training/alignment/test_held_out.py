@@ -76,6 +76,7 @@ def test_a_run_that_only_gets_worse_returns_its_start(few: Prepared, tmp_path: P
         torch.testing.assert_close(value, start[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_no_lower_loss_comes(few: Prepared, tmp_path: Path) -> None:
     # Nothing is learned before the text adapter joins, after a quarter of the run.
     run = few.align_stored(
@@ -138,6 +139,7 @@ def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> N
         assert not group_ids[0] & group_ids[1]
 
 
+@pytest.mark.slow
 def test_a_model_of_noise_is_near_chance_and_says_so(prepared: Prepared, tmp_path: Path) -> None:
     run = prepared.align_stored(tmp_path / "run", max_steps=2)
     assert run.after.is_near_chance

@@ -127,6 +127,7 @@ def test_export_keeps_the_summary_and_the_doctor_reads_it(aligned: Run, tmp_path
     assert check.passed and check.message == "unnamed data (80 images)"
 
 
+@pytest.mark.slow
 def test_the_doctor_refuses_a_summary_of_another_tower(aligned: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(aligned.model, tmp_path / "model"))
     (dataset,) = read_summary(folder).datasets
@@ -138,6 +139,7 @@ def test_the_doctor_refuses_a_summary_of_another_tower(aligned: Run, tmp_path: P
     assert check_model(folder, device="cpu").healthy  # there need not be one
 
 
+@pytest.mark.slow
 def test_an_alignment_of_an_aligned_model_adds_its_data(aligned: Run, tmp_path: Path) -> None:
     data, images = write_noise(tmp_path / "noise", count=60), tmp_path / "images"
     records = load_records(data)

@@ -24,6 +24,7 @@ def read_lines(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_one_step_at_the_default_rate_keeps_what_cca_found(
     colored: Prepared, tmp_path: Path
 ) -> None:

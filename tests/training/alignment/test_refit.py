@@ -98,6 +98,7 @@ def compare_up_to_rotation(found: dict[str, Tensor], wanted: dict[str, Tensor]) 
     torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3 * float(products[1].abs().max()))
 
 
+@pytest.mark.slow
 def test_no_steps_are_the_closed_form_of_all_images(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(tmp_path / "run", max_steps=0)
     results = run.results
@@ -124,6 +125,7 @@ def test_no_steps_without_a_closed_form_are_refused(few: Prepared, tmp_path: Pat
         AlignConfig(refit=True, held_out_ratio=0)
 
 
+@pytest.mark.slow
 def test_the_last_fit_repeats_the_choice_on_all_images(few: Prepared, tmp_path: Path) -> None:
     watch = Watch()
     run = align_with(few, tmp_path / "run", watch)
@@ -147,6 +149,7 @@ def test_the_last_fit_repeats_the_choice_on_all_images(few: Prepared, tmp_path: 
     assert check_model(run.model).healthy
 
 
+@pytest.mark.slow
 def test_scores_are_said_to_be_of_the_model_before_the_last_fit(
     few: Prepared, tmp_path: Path
 ) -> None:
@@ -239,6 +242,7 @@ def test_nothing_is_tried_between_random_weights_and_trained_ones(
     assert run.results["held_out"]["best_share"] == 1
 
 
+@pytest.mark.slow
 def test_a_very_short_run_keeps_what_the_closed_form_found(few: Prepared, tmp_path: Path) -> None:
     options = {"held_out_ratio": 0, "image_noise": 0, "caption_noise": 0}
     run = few.align_stored(tmp_path / "one", max_steps=1, **options)

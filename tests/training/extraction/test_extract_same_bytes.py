@@ -80,6 +80,7 @@ def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
 
 
 @pytest.mark.parametrize("thing", ["shard", "batch"])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     model: Path,
     records: list[CaptionedImage],

@@ -76,6 +76,7 @@ def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(run, tmp_path):
     first = tmp_path / "first"
     hard = replace(SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=run[1].lora)
@@ -121,6 +122,7 @@ def test_merged_equals_unmerged(tmp_path):
     assert not torch.allclose(before, adapted, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tmp_path):
     model, processor = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -269,6 +271,7 @@ def test_the_accuracy_after_is_that_of_the_merged_folder_in_its_own_dtype(
     assert results["share_changed_by_merging"] == num_changed / num_entries < 0.5
 
 
+@pytest.mark.slow
 def test_the_accuracy_of_a_lora_is_that_of_its_written_dtype(tmp_path, measured):
     config = replace(SHORT, lora_dtype="bfloat16", max_steps=2)
     tuned = tune(tmp_path / "run", config)
@@ -277,6 +280,7 @@ def test_the_accuracy_of_a_lora_is_that_of_its_written_dtype(tmp_path, measured)
     assert torch.equal(after, before_again)
 
 
+@pytest.mark.slow
 def test_float32_computes_a_folder_in_half_precision_in_float32(in_half, tmp_path):
     model, processor = load_model(in_half, device="cpu")
     exact = save_model(model.float(), processor, tmp_path / "exact")

@@ -77,6 +77,7 @@ def test_a_lora_of_another_base_is_refused(lora: Path, tmp_path: Path) -> None:
     finetune_llm((model, processor), RECORDS, tmp_path / "other", config)
 
 
+@pytest.mark.slow
 def test_a_model_that_a_lora_is_merged_into_is_not_fine_tuned_from_it_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

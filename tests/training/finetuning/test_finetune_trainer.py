@@ -58,6 +58,7 @@ def test_text_pairs_have_the_share_of_an_epoch_that_they_weigh(
     assert (sum(is_other), len(is_other)) == (num_batches, STEPS_PER_EPOCH + num_batches)
 
 
+@pytest.mark.slow
 def test_hard_batches_of_captions_leave_those_of_text_pairs_as_they_are(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:
@@ -104,6 +105,7 @@ def test_at_a_scale_near_zero_the_loss_is_that_of_chance(tmp_path: Path) -> None
     assert read_losses(tmp_path / "run")[1] == pytest.approx(math.log(8), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_lora_is_written_in_the_dtype_asked_for(tmp_path: Path) -> None:
     written = {}
     for dtype in ("float32", "bfloat16"):
@@ -114,6 +116,7 @@ def test_a_lora_is_written_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert all(torch.equal(value, written["bfloat16"][name]) for name, value in rounded.items())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_saves_memory_and_moves_no_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +140,7 @@ def saves_memory(tower: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
 
 
+@pytest.mark.slow
 def test_the_accuracy_is_measured_as_often_as_asked(tmp_path: Path) -> None:
     tuned = tune(tmp_path / "run", replace(SHORT, eval_steps=2))
     measured = read_metrics(tmp_path / "run", "eval_cra")
@@ -145,6 +149,7 @@ def test_the_accuracy_is_measured_as_often_as_asked(tmp_path: Path) -> None:
     assert not read_metrics(tmp_path / "never", "eval_cra")
 
 
+@pytest.mark.slow
 def test_the_learning_rate_rises_for_the_steps_of_the_warm_up(tmp_path: Path) -> None:
     peaks = {}
     for warmup_steps in (1, 4):
@@ -157,6 +162,7 @@ def test_the_learning_rate_rises_for_the_steps_of_the_warm_up(tmp_path: Path) ->
     assert peaks[4] - peaks[1] == 3
 
 
+@pytest.mark.slow
 def test_a_run_of_any_length_warms_up_for_a_tenth_of_it_at_most_and_reaches_its_peak(
     tmp_path: Path,
 ) -> None:
