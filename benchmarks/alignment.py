@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from checkouts import measure_in_turns
-from provenance import describe_processor, read_commit
+from provenance import describe_run, read_commit, write_result
 from scale_records import write_records
 from scale_stages import prepare_stage
 
@@ -93,9 +91,7 @@ def main() -> None:
     }
     record = {
         "command": f"python benchmarks/alignment.py --seeds {' '.join(map(str, arguments.seeds))}",
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "timm", "peft")},
+        **describe_run("torch", "transformers", "timm", "peft"),
         "data": "embedded emoji; 300 held out with all their images and names",
         "alignment": asdict(make_demo_config(Path("demo")).align),
         "mean_t2i_r1": {
@@ -108,8 +104,7 @@ def main() -> None:
 
 
 def _write(record: dict[str, Any], output: Path) -> None:
-    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    write_result(output, record)
 
 
 def _measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -123,9 +118,8 @@ def _measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "command": f"python benchmarks/alignment.py --before … --rounds {arguments.rounds}",
-        "commit": read_commit(),
+        **describe_run(threads=1, note="beside other work"),
         "before": read_commit(arguments.before),
-        "hardware": f"{describe_processor()}, one thread, beside other work",
         "data": f"{_NUM_STORED:,} records; captions of {_WIDTHS['caption_embeds']} and images of "
         f"{_WIDTHS['vision_embeds']} dimensions",
         "cpu_ms": cpu_ms,

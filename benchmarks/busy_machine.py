@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import statistics
 import subprocess
@@ -20,10 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 
 POLICIES: dict[str, dict[str, str]] = {
     "of the command": {},
@@ -60,12 +58,9 @@ def main() -> None:
         },
         "busy_loops": os.cpu_count(),
         "other_processes": {state: statistics.median(counts) for state, counts in others.items()},
-        "hardware": describe_processor(),
-        "commit": read_commit(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        **describe_run("torch", "transformers"),
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _parse() -> argparse.Namespace:

@@ -14,18 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaModel
 
@@ -73,14 +71,11 @@ def main() -> None:
         "command": "python benchmarks/conversion.py "
         f"--vision-layers {arguments.vision_layers} --llm-layers {arguments.llm_layers} "
         f"--dtype {arguments.dtype}",
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} processors",
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        **describe_run("torch", "transformers", "safetensors"),
         "bound": _MOST_MEMORY,
         **figures,
     }
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    write_result(arguments.output, record)
 
 
 def _parse() -> argparse.Namespace:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 
 
 def main() -> None:
@@ -27,13 +26,8 @@ def main() -> None:
     results = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=results / "demo.json")
     arguments = parser.parse_args()
-    hardware = f"{describe_processor()}, {platform.machine()}"
-    reports = [
-        {**_run_demo(seed, arguments.work), "commit": read_commit(), "hardware": hardware}
-        for seed in arguments.seeds
-    ]
-    arguments.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(reports, indent=2))
+    reports = [{**_run_demo(seed, arguments.work), **describe_run()} for seed in arguments.seeds]
+    write_result(arguments.output, reports)
 
 
 def _run_demo(seed: int, work: Path | None) -> dict[str, Any]:

@@ -10,11 +10,9 @@ the model; embeddings are compared.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 from sentence_transformers import SentenceTransformer
 
 from modeling_llm2clip import EmbedConfig, embed, load_records
@@ -41,16 +39,12 @@ def main() -> None:
             rows.append(_compare(arguments.model, records, modality, Path(temporary), arguments))
     result = {
         "rows": rows,
-        "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "hardware": describe_processor(),
-        "commit": read_commit(),
-        "versions": {
-            name: version(name) for name in ("torch", "sentence-transformers", "pandas", "pyarrow")
-        },
+        **describe_run(
+            "torch", "sentence-transformers", "pandas", "pyarrow", threads=arguments.threads
+        ),
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _parse() -> argparse.Namespace:

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from encoding_worker import BUILDERS
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 from transformers import AutoConfig, AutoTokenizer
 
 from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
@@ -52,8 +50,7 @@ def main() -> None:
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
     result = _describe(arguments, captions, peaks, rows)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _parse() -> argparse.Namespace:
@@ -202,10 +199,8 @@ def _describe(
     return {
         "command": "python benchmarks/encoding_speed.py "
         + f"--count {arguments.count} --rounds {arguments.rounds} --threads {arguments.threads}",
-        "commit": read_commit(),
         "captions": f"{len(captions)} from {[f.parent.name or f.name for f in arguments.captions]}",
-        "hardware": f"{platform.machine()}, {arguments.threads} threads, {describe_processor()}",
-        "versions": {p: version(p) for p in ("torch", "transformers", "sentence-transformers")},
+        **describe_run("torch", "transformers", "sentence-transformers", threads=arguments.threads),
         "fp32_peak_gflops": round(statistics.median(peaks), 1),
         "min_cosine_against": "LLM2Vec"
         if arguments.llm2vec_python

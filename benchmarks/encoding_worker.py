@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from provenance import read_peak_bytes
 
 _KEPT = ExitStack()  # what holds for the life of this process
 
@@ -146,7 +147,7 @@ def main() -> None:
         embeddings = encode(captions)
         seconds = time.perf_counter() - started
         np.save(embeddings_file, np.asarray(embeddings))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        peak = read_peak_bytes() / 1e9
         figures: dict[str, Any] = {"seconds": seconds, "cpu_seconds": time.process_time() - used}
         figures |= {"peak_rss_gb": round(peak, 2)}
         print(json.dumps(figures), flush=True)

@@ -19,14 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ from ordinary_clip import (
     save_ordinary_clip,
     train_ordinary_clip,
 )
-from provenance import describe_processor, read_commit
+from provenance import describe_run
 from transformers import AutoModel
 
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, fetch_tower
@@ -96,12 +94,9 @@ def main() -> None:
         rows += _evaluate_texts(arguments, models, [*tiny_dual, *tiny_text], captions, work)
     record = {
         "command": _command(arguments),
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {torch.get_num_threads()} "
-        "threads",
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "timm", "open_clip_torch")
-        },
+        **describe_run(
+            "torch", "transformers", "timm", "open_clip_torch", threads=torch.get_num_threads()
+        ),
         "seconds": round(time.monotonic() - started),
         "long_captions": None
         if captions is None

@@ -18,16 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run, read_peak_bytes
 from sentence_transformers import SentenceTransformer
 
 from modeling_llm2clip.building.build_model import join_towers
@@ -145,13 +142,13 @@ def _describe(
         f"--minilm all-MiniLM-L6-v2 --steps {config.max_steps} "
         f"--held-out {config.num_held_out}"
         + (" --init-lora tuned/lora" if arguments.init_lora else ""),
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads",
-        "versions": {
-            name: version(name)
-            for name in ("torch", "transformers", "sentence-transformers", "peft")
-        },
+        **describe_run(
+            "torch",
+            "transformers",
+            "sentence-transformers",
+            "peft",
+            threads=torch.get_num_threads(),
+        ),
         "data": f"COCO val2017 captions; {config.num_held_out} images held out",
         "start": hash_file(arguments.init_lora / LORA_WEIGHTS) if arguments.init_lora else None,
         "config": asdict(config),
@@ -160,12 +157,8 @@ def _describe(
         # Of the training with its measurements, as its log has it: the run may have been resumed.
         "seconds": round(sum(log.get("train_runtime", 0) for log in logs)),
         # A resumed run's peak may have been in an earlier process.
-        "peak_rss_gb": None if arguments.resume else _peak_rss_gb(),
+        "peak_rss_gb": None if arguments.resume else round(read_peak_bytes() / 1e9, 2),
     }
-
-
-def _peak_rss_gb() -> float:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import subprocess
@@ -29,14 +28,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run
 from torch import Tensor
 
 from modeling_llm2clip.configs.extract_config import ExtractConfig
@@ -88,12 +86,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
     record = {
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "modeling_llm2clip")},
-        },
+        **describe_run("torch", "transformers", "modeling_llm2clip"),
         "recipe": read_recipe(),
     }
     measured = read_earlier(arguments.output, record)

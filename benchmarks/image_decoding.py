@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
@@ -54,19 +51,12 @@ def main() -> None:
     rows = [_measure(size, paths, tower, processor, arguments.rounds) for size in _MEGAPIXELS]
     result = {
         "command": " ".join(["python", "benchmarks/image_decoding.py", *sys.argv[1:]]),
-        "commit": read_commit(),
-        "hardware": describe_processor(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "pillow")},
-        },
+        **describe_run("torch", "transformers", "pillow", threads=1),
         "num_images": len(paths),
-        "threads": 1,
         "tower_images_per_second": _time_tower(tower, processor, paths),
         "rows": rows,
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _measure(

@@ -10,7 +10,6 @@ count. Which modules the import may load is a test's business: tests/test_code_r
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from provenance import describe_processor, read_commit
+from provenance import describe_processor, read_commit, write_result
 
 _ROOT = Path(__file__).resolve().parent.parent
 _MEASURE = """
@@ -58,8 +57,7 @@ def main() -> None:
         "num_modules_added": int(modules[0]),
         "runs": arguments.runs,
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _import_once() -> tuple[float, float, float]:

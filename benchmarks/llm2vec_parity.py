@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import describe_run, write_result
 
 _INSTRUCTION = "Given a caption, retrieve a similar relevant caption: "
 # LLM2Vec chooses its template by this name; this one is ChatML's.
@@ -37,7 +36,6 @@ def main() -> None:
         return
     arguments = _parse()
     from encoding_speed import rewrite_for_old_readers, sample_captions
-    from provenance import describe_processor, read_commit
 
     from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
 
@@ -53,18 +51,13 @@ def main() -> None:
         return
     record = {
         "command": f"python benchmarks/llm2vec_parity.py --count {arguments.count}",
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}",
-        "versions": {
-            **{name: version(name) for name in ("torch", "transformers")},
-            "llm2vec": "0.2.3 with transformers 4.44.2",
-        },
+        **(run := describe_run("torch", "transformers")),
+        "versions": {**run["versions"], "llm2vec": "0.2.3 with transformers 4.44.2"},
         "captions": f"{len(captions)} from {[path.parent.name for path in arguments.captions]}",
         "instruction": _INSTRUCTION,
         **_compare(str(llm), captions, theirs),
     }
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    write_result(arguments.output, record)
 
 
 def _parse() -> argparse.Namespace:

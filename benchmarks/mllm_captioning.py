@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -28,12 +27,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
@@ -100,9 +98,7 @@ def main() -> None:
                 print(name, json.dumps(runs[name][-1]), flush=True)
     record = {
         "command": _name_command(arguments),
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {arguments.threads} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        **describe_run("torch", "transformers", "peft", threads=arguments.threads),
         "data": f"{len(trained)} images trained on, {len(tested)} held-out things tested",
         "recipe": {
             "steps": [arguments.steps, arguments.instruction_steps],

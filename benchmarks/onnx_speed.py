@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from encoding_speed import sample_captions
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 
 ENGINES = ("torch", "float32", "int8", "int4")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -69,17 +67,14 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/onnx_speed.py MODEL --count {arguments.count} "
         f"--rounds {arguments.rounds} --threads {arguments.threads}",
-        "commit": read_commit(),
         "captions": f"{len(captions)} from {[f.parent.name or f.name for f in arguments.captions]}",
-        "hardware": f"{platform.machine()}, {arguments.threads} threads, {describe_processor()}",
-        "versions": {package: version(package) for package in _PACKAGES},
+        **describe_run(*_PACKAGES, threads=arguments.threads),
         "opset": record["opset"],
         "ir_version": record["ir_version"],
         "recall_on": recall_on,
         "rows": rows,
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _parse() -> argparse.Namespace:

@@ -27,7 +27,7 @@ def _render_embed_speed(report: dict[str, Any]) -> str:
         ]
         for row in report["rows"]
     ]
-    note = f"Machine: {report['hardware']}, {report['threads']} threads."
+    note = f"Machine: {report['hardware']}."
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 

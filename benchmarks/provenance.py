@@ -1,12 +1,56 @@
-"""What every recorded result says of where it came from."""
+"""The frame of every recorded result: commit, hardware, versions, memory, and how it is written."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import resource
 import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 _UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def describe_run(*packages: str, threads: int | None = None, note: str = "") -> dict[str, Any]:
+    """Commit, hardware and versions of this run.
+
+    Args:
+        packages: Distributions whose versions matter, beside Python's own.
+        threads: How many compute; None for all of the machine's.
+        note: What else ran, such as "beside other work".
+    """
+    count = threads or os.cpu_count() or 1
+    hardware = f"{describe_processor()}, {platform.machine()}, {count} threads"
+    return {
+        "commit": read_commit(),
+        "hardware": f"{hardware}, {note}" if note else hardware,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+    }
+
+
+def write_result(path: Path, result: Mapping[str, Any] | list[Any]) -> None:
+    """Write a result as JSON, and print it.
+
+    Args:
+        path: The file.
+        result: What was measured.
+    """
+    text = json.dumps(result, indent=2)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    print(text)
+
+
+def read_peak_bytes(*, of_children: bool = False) -> int:
+    """Return the highest resident memory of this process so far, or of those that it waited for."""
+    who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * 1024
 
 
 def read_commit(checkout: Path | None = None) -> str:

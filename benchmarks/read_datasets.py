@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
@@ -50,8 +49,7 @@ def main() -> None:
     known = json.loads(arguments.output.read_text("utf-8")) if arguments.output.is_file() else []
     titles = {row["title"] for row in rows}
     rows = [row for row in known if row["title"] not in titles] + rows
-    arguments.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(rows, indent=2))
+    write_result(arguments.output, rows)
 
 
 def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,9 +82,7 @@ def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, A
         "images_decoded": len(cache.checked),
         "checksums": protocol.get("checksums", {}),
         "seconds": round(time.monotonic() - started, 1),
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}",
-        "python": platform.python_version(),
+        **describe_run(),
     }
 
 

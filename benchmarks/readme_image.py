@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from provenance import describe_processor, read_commit
+from provenance import describe_run
 
 from modeling_llm2clip import encode_images, encode_texts, load_model
-from modeling_llm2clip._environment import list_versions
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.search.search_results import SearchResult, rank_images
 from modeling_llm2clip.training.run_folder import read_results
@@ -125,9 +124,7 @@ def main() -> None:
     results = search(given.model, list(photographs))
     draw(results).save(SHEET, optimize=True)
     record: dict[str, Any] = {
-        "commit": read_commit(),
-        "hardware": describe_processor(),
-        "versions": list_versions(),
+        **describe_run("torch", "transformers", "sentence-transformers"),
         "trained_on": given.trained_on,
         "held_out": read_results(given.model.parent)["held_out"]["best"],
         "num_photographs": len(photographs),

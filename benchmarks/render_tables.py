@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -488,22 +489,26 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _render_code_size(report: dict[str, Any]) -> str:
+    walks = {
+        "caption": "`extract` to the stored row", "image": "`index` to the row of the table",
+        "request": "a request to its answer", "pair": "`align` to the optimizer step",
+    }  # fmt: skip
     measures: dict[str, Callable[[dict[str, Any]], str]] = {
-        "lines of the package": lambda entry: f"{entry['package_lines']:,}",
-        "modules": lambda entry: str(entry["package_files"]),
+        "lines of code proper": lambda entry: f"{entry['code_lines']:,}",
+        "lines of docstrings": lambda entry: f"{entry['docstring_lines']:,}",
+        "files": lambda entry: str(entry["files"]),
+        **{
+            f"functions / files from {way}": partial(_show_walk, name=name)
+            for name, way in walks.items()
+        },
+        "modules with one importer": lambda entry: str(entry["modules_with_one_importer"]),
+        "definitions used once": lambda entry: f"{entry['definitions_used_once']:,}",
+        "folder circles": lambda entry: str(len(entry["folder_circles"])),
+        "uploaded files": lambda entry: str(entry["uploaded_files"]),
+        "root modules": lambda entry: str(entry["root_modules"]),
         "lines of the tests": lambda entry: f"{entry['test_lines']:,}",
         "tests, without slow and GPU ones": lambda entry: f"{entry['num_tests']:,}",
-        "seconds of the tests, two processes": lambda entry: f"{entry['test_seconds']:.0f}",
-        "lines of the README": lambda entry: str(entry["readme_lines"]),
-        "functions over 40 lines": lambda entry: str(entry["functions_over_40_lines"]),
-        "files over 500 lines": lambda entry: str(len(entry["files_over_500_lines"])),
-        "files under 25 lines": lambda entry: str(len(entry["files_under_25_lines"])),
-        "file names used more than once": lambda entry: str(len(entry["repeated_file_names"])),
-        "import circles": lambda entry: str(len(entry["import_circles"])),
-        "commands": lambda entry: str(len(entry["commands"])),
-        "flags, over all commands": lambda entry: str(entry["num_flags"]),
-        "flags with different names": lambda entry: str(entry["num_distinct_flags"]),
-        "flags whose help shows the default": lambda entry: str(entry["num_flags_with_default"]),
+        "seconds of the tests, two processes": lambda entry: _or_dash(entry["test_seconds"]),
         "seconds of `import modeling_llm2clip`": lambda entry: f"{entry['import_seconds']:.3f}",
         "seconds of `llm2clip --help`": lambda entry: f"{entry['help_seconds']:.2f}",
     }
@@ -512,6 +517,14 @@ def _render_code_size(report: dict[str, Any]) -> str:
     rows = [[name, *(show(report[label]) for label in labels)] for name, show in measures.items()]
     hardware = " and ".join(dict.fromkeys(report[label]["hardware"] for label in labels))
     return draw_table(heads, rows) + f"\n{hardware}.\n"
+
+
+def _show_walk(entry: dict[str, Any], name: str) -> str:
+    return f"{entry['walks'][name]['functions']} / {entry['walks'][name]['files']}"
+
+
+def _or_dash(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:.0f}"
 
 
 _RENDERERS: dict[str, Callable[[Any], str]] = {

@@ -18,19 +18,16 @@ The small case is also ranked by the whole score matrix in float64 and in float3
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from provenance import describe_processor, read_commit
+from provenance import describe_run, read_peak_bytes, write_result
 from torch import Tensor
 
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
@@ -53,9 +50,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {arguments.threads} threads",
-        "versions": {"torch": version("torch")},
+        **describe_run("torch", threads=arguments.threads),
         "width": arguments.width,
         "max_memory_mb": arguments.max_memory_mb,
         "repeats": arguments.repeats,
@@ -66,14 +61,11 @@ def main() -> None:
         result[name] = _measure(
             arguments, arguments.images, arguments.texts, all_positives=all_positives
         )
-        result[name]["highest_resident_mb"] = round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-        )
+        result[name]["highest_resident_mb"] = round(read_peak_bytes() / 1e6)
     result["unrelated"] = _measure(arguments, *fifth, noise=_UNRELATED_NOISE)
     result["all_positives_small"] = _measure(arguments, *fifth, all_positives=True)
     result["small"] = _compare_with_whole_matrix(arguments, *(n // 10 for n in fifth))
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def _parse() -> argparse.Namespace:

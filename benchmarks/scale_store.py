@@ -20,16 +20,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,7 +34,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH
@@ -79,9 +76,7 @@ def main() -> None:
             "command": f"python benchmarks/scale_store.py --rows {arguments.rows} "
             f"--dim {arguments.dim} --rounds {arguments.rounds} "
             f"--synthetic-rows {arguments.synthetic_rows}",
-            "commit": read_commit(),
-            "hardware": f"{describe_processor()}, {platform.machine()}",
-            "versions": {p: version(p) for p in ("numpy", "pyarrow", "torch")},
+            **describe_run("numpy", "pyarrow", "torch"),
             "reading": measure_reading(
                 Path(folder) / "rows", num_rows=arguments.rows, dim=arguments.dim,
                 rounds=arguments.rounds,
@@ -91,8 +86,7 @@ def main() -> None:
                 Path(folder) / "synthetic", num_rows=arguments.synthetic_rows, dim=arguments.dim
             ),
         }  # fmt: skip
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(arguments.output, result)
 
 
 def measure_reading(

@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from provenance import describe_processor, read_commit
+from provenance import describe_run
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, open_image
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -238,9 +237,7 @@ def main() -> None:
             "streams_of_200_shards": measure_streams(
                 Path(folder), num_workers=arguments.num_workers
             ),
-            "commit": read_commit(),
-            "hardware": f"{describe_processor()}, {platform.machine()}",
-            "python": platform.python_version(),
+            **describe_run(),
         }
     text = json.dumps(result, indent=2)
     print(text)

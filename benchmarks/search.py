@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from provenance import describe_processor, read_commit
+from provenance import describe_processor, read_commit, write_result
 
 from modeling_llm2clip.search.ann_index import train_ann
 from modeling_llm2clip.search.index_about import About
@@ -94,8 +94,7 @@ def main() -> int:
         found = run(given.rows, given.width, given.queries, given.work or Path(scratch))
     if given.photographs:
         found["photographs"] = run_photographs(given.model, given.photographs, given.graphs)
-    given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=2))
+    write_result(given.output, found)
     return report_bars(found)
 
 

@@ -39,11 +39,9 @@ import numpy as np
 import psutil
 from checkouts import measure_in_turns
 from PIL import Image
-from provenance import describe_processor, read_commit
+from provenance import describe_run, read_commit, write_result
 from serving_load import connect, read_answer, send_all, write_request, write_text_requests
 from small_model import write_small_model
-
-from modeling_llm2clip._environment import list_versions
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (64, 8, 1)  # the most first, right between two runs of the bare model
@@ -135,8 +133,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         result: As JSON holds it.
         output: File.
     """
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result(output, result)
 
 
 def measure_beside(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -154,9 +151,8 @@ def measure_beside(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": "python benchmarks/serving.py --before … "
         + f"--num-texts {arguments.num_texts} --rounds {arguments.rounds}",
         "measured_at": time.strftime("%Y-%m-%d"),
-        "commit": read_commit(),
+        **describe_run(threads=1, note="beside other work"),
         "before": read_commit(arguments.before),
-        "hardware": f"one thread, {describe_processor()}, beside other work",
         "texts": f"{len(texts)}, in requests of 16 and in one",
         "cpu_us_per_text": cpu_us,
     }
@@ -402,9 +398,7 @@ def describe(
         + f"--num-texts {arguments.num_texts} --rounds {arguments.rounds} "
         + f"--num-requests {arguments.num_requests} --threads {arguments.threads}",
         "measured_at": time.strftime("%Y-%m-%d"),
-        "commit": read_commit(),
-        "hardware": f"{arguments.threads} threads, {describe_processor()}",
-        "versions": list_versions(("torch", "transformers", "fastapi", "uvicorn")),
+        **describe_run("torch", "transformers", "fastapi", "uvicorn", threads=arguments.threads),
         "texts": f"{len(texts)} captions of the example data, of a median of "
         + f"{statistics.median(map(len, texts)):g} characters",
         "bare_texts_per_second": statistics.median(r["bare_texts_per_second"] for r in rounds),

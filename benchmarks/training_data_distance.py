@@ -21,21 +21,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run, write_result
 from torch import Tensor
 
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -88,19 +84,13 @@ def main() -> int:
             model, arguments.data, arguments.max_images, ignore_fields=arguments.ignore_fields
         )
     record = {
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "modeling_llm2clip")},
-        },
+        **describe_run("torch", "transformers", "modeling_llm2clip"),
         "fewest_judged": FEWEST_JUDGED,
         "num_sets": NUM_SETS,
         "one_kind": {kind.name: measure_one(kind, kinds) for kind in kinds},
         "two_kinds": [measure_pair(pair, kinds) for pair in itertools.combinations(kinds, 2)],
     }
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    write_result(arguments.output, record)
     wrong = list(list_wrong(record))
     print("\n".join(wrong) or "Every kind was judged rightly.")
     return bool(wrong)

@@ -22,20 +22,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run, read_peak_bytes, write_result
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
@@ -77,8 +74,7 @@ def main() -> None:
                     turns.setdefault(vision, {}).setdefault(mode, []).append(figures)
                     print(f"round {number}, vision {vision}, {mode}: {figures}", flush=True)
         record = _describe(arguments, turns, extraction)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    write_result(arguments.output, record)
 
 
 def _parse() -> argparse.Namespace:
@@ -171,7 +167,7 @@ def _run_mode(arguments: argparse.Namespace) -> dict[str, float]:
         )
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = read_peak_bytes() / 1e9
     return {"samples_per_second": last["train_samples_per_second"], "peak_rss_gb": round(peak, 2)}
 
 
@@ -187,9 +183,7 @@ def _describe(
            else "")
         + f"--images {arguments.images} --batch-size {arguments.batch_size} "
         f"--steps {arguments.steps} --rounds {arguments.rounds}",
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {arguments.threads} threads",
-        "versions": {p: version(p) for p in ("torch", "transformers", "accelerate", "peft")},
+        **describe_run("torch", "transformers", "accelerate", "peft", threads=arguments.threads),
         "captions": "half COCO val2017, half ImageInWords" if arguments.captions
         else "the emoji's names",
         **frozen,

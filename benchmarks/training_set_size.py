@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from provenance import describe_processor, read_commit
+from provenance import describe_run
 from torch import Tensor
 
 from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_records
@@ -79,12 +76,7 @@ def main() -> None:
 def make_record(measured: dict[str, Any]) -> dict[str, Any]:
     """Return what is written, after each run."""
     return {
-        "commit": read_commit(),
-        "hardware": f"{describe_processor()}, {platform.machine()}, {os.cpu_count()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "modeling_llm2clip")},
-        },
+        **describe_run("torch", "transformers", "modeling_llm2clip"),
         "datasets": measured,
     }
 
