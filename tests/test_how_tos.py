@@ -12,10 +12,17 @@ from types import ModuleType
 
 import pytest
 import torch
-from published_datasets import errors_of, write_images, write_own_folder
+from published_datasets import (
+    captions_by_image,
+    errors_of,
+    write_images,
+    write_json_lines,
+    write_own_folder,
+)
 
 import modeling_llm2clip
 from modeling_llm2clip.cli.flags import CommandLine
+from modeling_llm2clip.evaluation.datasets.catalog import published_captions
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
@@ -23,12 +30,12 @@ from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
 HOW_TOS = Path(__file__).parent.parent / "docs" / "contributing"
 
 
-def read_modules(page: str) -> list[str]:
-    """Return the Python blocks of a page that are whole modules, in their order."""
+def read_modules(page: str, *, begin: str = '"""') -> list[str]:
+    """Return the Python blocks of a page that are whole modules, or begin so, in their order."""
     blocks = re.findall(r"^( *)```python\n(.*?)^ *```$", (HOW_TOS / page).read_text("utf-8"),
                         re.DOTALL | re.MULTILINE)  # fmt: skip
     sources = [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in blocks]
-    return [source for source in sources if source.startswith('"""')]
+    return [source for source in sources if source.startswith(begin)]
 
 
 class Package:
@@ -91,6 +98,21 @@ def test_the_command_counts_the_captions_of_a_folder(
         assert capsys.readouterr().out == f"{wanted}\n"
     with pytest.raises(ValueError, match="--min-length 0 must be at least 1"):
         line.parse(["count", str(folder), "--min-length", "0"])
+
+
+def test_a_dataset_in_a_known_format_is_one_entry(tmp_path: Path) -> None:
+    (entry,) = read_modules("add-a-dataset.md", begin="DatasetSpec(")
+    spec = replace(eval(entry, vars(published_captions)), counts={"images": 2, "captions": 3})
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    lines = [{"file_name": "a.jpg", "captions": ["one", "uno"]},
+             {"file_name": "b.jpg", "captions": ["two"]}]  # fmt: skip
+    write_json_lines(tmp_path / "captions.jsonl", lines)
+    assert captions_by_image(load_dataset(spec, tmp_path)) == {
+        "a.jpg": ["one", "uno"],
+        "b.jpg": ["two"],
+    }
+    write_json_lines(tmp_path / "captions.jsonl", [*lines, {"captions": ["three"]}])
+    assert errors_of(spec, tmp_path) == {"no name of an image, or captions that are not texts": 1}
 
 
 def test_the_dataset_is_read_and_its_errors_are_counted(package: Package, tmp_path: Path) -> None:

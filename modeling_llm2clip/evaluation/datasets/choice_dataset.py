@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from ...data.images.image_sources import ImageSource
 from ...data.records.records import clean_text
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
+from .dataset_spec import ChoiceForm, DatasetSpec, EvaluationDataset, ReadRequest, find_image
 from .validation import DatasetValidator
 
-ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
 
 
@@ -100,16 +99,10 @@ class ChoiceEntry:
     anchor: str | None = None
 
 
-ChoiceReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[ChoiceEntry]]
-
-
 def build_choice_dataset(
     spec: DatasetSpec,
     request: ReadRequest,
     validator: DatasetValidator,
-    *,
-    form: ChoiceForm,
-    read: ChoiceReader,
 ) -> ChoiceDataset:
     """Read every question, check it, and keep the valid ones.
 
@@ -117,19 +110,18 @@ def build_choice_dataset(
         spec: What is known of the dataset.
         request: How it is to be read.
         validator: Collects the errors.
-        form: Form of the questions.
-        read: Yields the questions.
 
     Raises:
         DataValidationError: There are errors, and invalid samples are not to be skipped.
         ValueError: No item is left, or a form that needs images is to be read without them.
     """
+    form = spec.form
     if form != "text" and not request.require_images:
         raise ValueError(
             f"{spec.name} cannot be read without its images. Name their folder, or take a dataset "
             "of texts: sugarcrepe-text."
         )
-    entries = list(read(request, validator))
+    entries = list(spec.read(request, validator))
     num_lost = validator.count_lost()
     items = [_check_entry(entry, form, request, validator) for entry in entries]
     if request.check_images:

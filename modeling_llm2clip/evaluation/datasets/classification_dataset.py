@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
@@ -103,16 +103,11 @@ _ERRORS_OF_CLASSES = (
     "line without a class and its name",
 )
 
-LabeledReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], LabeledImages]
-
 
 def build_classification_dataset(
     spec: DatasetSpec,
     request: ReadRequest,
     validator: DatasetValidator,
-    *,
-    read: LabeledReader,
-    templates: tuple[str, ...],
 ) -> ClassificationDataset:
     """Read the images, name the classes, and keep what has no error.
 
@@ -124,15 +119,13 @@ def build_classification_dataset(
         spec: What is known of the dataset.
         request: How it is to be read.
         validator: Collects the errors.
-        read: Finds the images.
-        templates: Prompts for a request that has none.
 
     Raises:
         DataValidationError: There are errors, and invalid samples are not to be skipped.
         ValueError: No image or a single class is left, or images are not wanted.
     """
     _check_request(spec, request)
-    found = read(request, validator)
+    found: LabeledImages = spec.read(request, validator)
     names = _name_classes(found, request, validator)
     num_lost = _count_lost(validator)
     in_use = [key for key in found.class_keys if key in names]
@@ -147,7 +140,7 @@ def build_classification_dataset(
     _require_a_choice(validator, images=len(kept), classes=len(in_use))
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
-    chosen = templates if request.templates is None else request.templates
+    chosen = spec.templates if request.templates is None else request.templates
     protocol = {
         "dataset": spec.name,
         "lang": request.lang,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,33 +18,26 @@ from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.remote.file_places import FilePlace
 from ...data.remote.remote_files import is_remote
-from .catalog import (
-    compositional,
-    cross_lingual,
-    custom_folder,
-    emoji,
-    image_classification,
-    long_captions,
-    short_captions,
-)
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest
-from .retrieval_dataset import RetrievalDataset
+from .catalog import compositional, custom_folder, image_classification, published_captions
+from .choice_dataset import build_choice_dataset
+from .classification_dataset import build_classification_dataset
+from .dataset_spec import DatasetSpec, DatasetType, EvaluationDataset, ReadRequest
+from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
 from .validation import DatasetValidator, ReadingCache
 
 DatasetSource: TypeAlias = str | Path | DatasetSpec | Sequence[CaptionedImage]
+Builder: TypeAlias = Callable[[DatasetSpec, ReadRequest, DatasetValidator], EvaluationDataset]
 
 _SPECS: dict[str, DatasetSpec] = {
     spec.name: spec
-    for group in (
-        short_captions,
-        long_captions,
-        cross_lingual,
-        image_classification,
-        compositional,
-        custom_folder,
-        emoji,
-    )
+    for group in (published_captions, image_classification, compositional, custom_folder)
     for spec in group.DATASETS
+}
+_BUILDERS: dict[DatasetType, Builder] = {
+    "retrieval": build_retrieval_dataset,
+    "captions": build_retrieval_dataset,
+    "classification": build_classification_dataset,
+    "choice": build_choice_dataset,
 }
 
 _OWN = "folder"  # what one's own images under another name are read as
@@ -252,7 +245,8 @@ def load_dataset(
     validator = DatasetValidator(name, skip_invalid=skip_invalid, cache=cache)
     # Where files are on this machine changes no score, and the protocol is published.
     validator.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
-    return spec.build(spec, _choose_language(spec, request, validator, lang), validator)
+    request = _choose_language(spec, request, validator, lang)
+    return _BUILDERS[spec.dataset_type](spec, request, validator)
 
 
 def _require_own(spec: DatasetSpec, allow_distractors: bool) -> bool:

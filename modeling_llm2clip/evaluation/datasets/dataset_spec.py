@@ -30,11 +30,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from ...data.images.image_sources import ImageSource
+from ...data.images.image_sources import IMAGE_SUFFIXES, ImageSource
 from ...data.remote.file_places import FilePlace
 from .validation import DatasetValidator
 
 DatasetType: TypeAlias = Literal["retrieval", "captions", "classification", "choice"]
+ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # The field of the protocol that says how texts were cleaned; see `data.records.clean_text`.
 CLEANED_TEXTS = {"texts": "whitespace at the ends removed, line breaks made spaces"}
@@ -141,7 +142,8 @@ class DatasetSpec:
         source: Where to get it.
         files: What the folder must contain.
         protocol: The choices that the spec makes, reported with every score; one is `split`.
-        build: Reads the dataset.
+        read: Yields every `PublishedRecord` of one language, or every `ChoiceEntry`, or returns the
+            `LabeledImages`. Invalid samples go to the validator.
         counts_of_language: Counts that differ from language to language.
         checksums: Name of a file to its published digest, as `sha256:…` or `md5:…`.
         captions_per_image: How many captions of an image are used, the first ones; None for all.
@@ -149,19 +151,21 @@ class DatasetSpec:
         origin: Where the data is: `files` of a folder that is named, the `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
         takes_distractors: Whether its images may be without captions, and captions without images.
+        templates: Prompts of a classification, for a request that has none.
+        form: Form of the choices.
     """
 
     name: str
     title: str
-    dataset_type: DatasetType
-    languages: tuple[str, ...]
-    counts: Mapping[str, int]
     license: str
     citation: str
     source: str
     files: str
     protocol: Mapping[str, Any]
-    build: Callable[[DatasetSpec, ReadRequest, DatasetValidator], EvaluationDataset]
+    read: Callable[[ReadRequest, DatasetValidator], Any]
+    dataset_type: DatasetType = "retrieval"
+    languages: tuple[str, ...] = ("en",)
+    counts: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
     counts_of_language: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: _NOTHING)
     checksums: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     captions_per_image: int | None = None
@@ -169,6 +173,8 @@ class DatasetSpec:
     origin: Literal["files", "package", "records"] = "files"
     hub_files: str = "*.parquet"
     takes_distractors: bool = False
+    templates: tuple[str, ...] = ()
+    form: ChoiceForm = "image"
 
     def list_published_counts(self, lang: str) -> dict[str, int]:
         """List the counts that the publisher gives for one language.
@@ -214,3 +220,8 @@ def find_image(image_dir: Path, name: str) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def is_image(file: Path) -> bool:
+    """Return whether a file is an image by its name."""
+    return file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES

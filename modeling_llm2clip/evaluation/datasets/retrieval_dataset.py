@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from ...data.captions.caption_groups import CaptionGroup
 from ...data.images.image_sources import ImageSource
 from ...data.records.records import CaptionedImage, clean_text
-from ...data.sources.parquet import read_parquet
 from ...data.validation_errors import ErrorCollector
 from ..metrics.correspondence import Correspondence
 from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
@@ -128,7 +127,7 @@ RecordReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[Pub
 
 
 def build_retrieval_dataset(
-    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator, *, read: RecordReader
+    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator
 ) -> RetrievalDataset:
     """Read every record, check it, and put the valid ones together.
 
@@ -136,7 +135,6 @@ def build_retrieval_dataset(
         spec: What is known of the dataset.
         request: How it is to be read.
         validator: Collects the errors.
-        read: Yields the records of one language.
 
     Raises:
         DataValidationError: There are errors, and invalid samples are not to be skipped.
@@ -146,7 +144,7 @@ def build_retrieval_dataset(
     records: list[PublishedRecord] = []
     names: set[str] = set()
     errors = ErrorCollector()  # of the checks, apart from those of reading
-    for record in read(request, validator):
+    for record in spec.read(request, validator):
         checked = _check_record(spec, record, errors, request, has_images=has_images)
         if checked.name in names:
             errors.add("image repeated", f"{record.place}: {record.name}")
@@ -174,48 +172,6 @@ def build_retrieval_dataset(
     valid = [record for record in records if record.is_valid]
     validator.notes["skipped_samples"] = num_lost + len(records) - len(valid)
     return _assemble(spec, request, validator, valid, skipped)
-
-
-def read_parquet_or(
-    request: ReadRequest,
-    validator: DatasetValidator,
-    *,
-    columns: Mapping[str, str],
-    otherwise: RecordReader,
-    only: Mapping[str, str] | None = None,
-    files: str = "**/*.parquet",
-) -> Iterator[PublishedRecord]:
-    """Read the folder's Parquet files if it has any, and the publisher's other form if not.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-        columns: Columns of `image`, `file_name` and `captions`; see `read_parquet`.
-        otherwise: Reads the other form.
-        only: Column to the value that a row must have.
-        files: Pattern of the files; `{lang}` is the language.
-
-    Raises:
-        ValueError: There are Parquet files, but not of the language.
-    """
-    if not request.list_parquet_files():
-        yield from otherwise(request, validator)
-        return
-    found = request.list_parquet_files(files)
-    if not found:
-        raise ValueError(
-            f"{validator.source}: no {files.format(lang=request.lang)} in {request.folder}. Get "
-            "the files of this language."
-        )
-    for raw in read_parquet(
-        found, request.data_folder, validator.errors, columns=columns, only=only
-    ):
-        name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
-        texts: list[Any] = captions if isinstance(captions, list) else [captions]
-        if name is None or not all(isinstance(text, str) for text in texts):
-            validator.errors.add("no name of an image, or captions that are not texts", raw.place)
-            continue
-        yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
 
 
 def _check_record(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from ....data.records.records import clean_text
 from ....data.sources.coco import read_coco
 from ....data.sources.json_files import read_json, read_json_lines
 from ....data.sources.parquet import iterate_rows
-from ..choice_dataset import ChoiceEntry, build_choice_dataset
+from ..choice_dataset import ChoiceEntry
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
 from ..validation import DatasetValidator
-from .short_captions import COCO_ADVICE, COCO_FILES
+from .caption_readers import COCO_ADVICE, COCO_FILES
 
 _SUGARCREPE_CITATION = "Hsieh et al., SugarCrepe, NeurIPS 2023, arXiv:2306.14610"
 _SUGARCREPE_CHECKSUMS = {
@@ -148,7 +147,6 @@ DATASETS = (
         name="sugarcrepe",
         title="SugarCrepe: a caption and a hard negative of an image",
         dataset_type="choice",
-        languages=("en",),
         counts={"items": 7511},
         license="texts MIT; images: COCO val2017, Flickr terms of use",
         citation=_SUGARCREPE_CITATION,
@@ -157,13 +155,12 @@ DATASETS = (
         files="add_att.json … swap_obj.json; name val2017 as the folder of images",
         protocol={"split": "all seven categories", **CLEANED_TEXTS},
         checksums=_SUGARCREPE_CHECKSUMS,
-        build=partial(build_choice_dataset, form="image", read=read_sugarcrepe),
+        read=read_sugarcrepe,
     ),
     DatasetSpec(
         name="sugarcrepe-text",
         title="SugarCrepe as texts: another caption in place of the image",
         dataset_type="choice",
-        languages=("en",),
         counts={"items": 7511},
         license="texts MIT; other captions CC BY 4.0 (COCO Consortium)",
         citation=f"{_SUGARCREPE_CITATION}; COCO captions, arXiv:1504.00325",
@@ -176,19 +173,20 @@ DATASETS = (
             **CLEANED_TEXTS,
         },
         checksums=_SUGARCREPE_CHECKSUMS,
-        build=partial(build_choice_dataset, form="text", read=read_sugarcrepe_text),
+        form="text",
+        read=read_sugarcrepe_text,
     ),
     DatasetSpec(
         name="winoground",
         title="Winoground: two images, two captions of the same words",
         dataset_type="choice",
-        languages=("en",),
         counts={"items": 400},
         license="Winoground's own agreement (Getty Images), accepted on the Hub",
         citation="Thrush et al., Winoground, CVPR 2022, arXiv:2204.03162",
         source="hub:facebook/winoground@b400e173549071916ad1b3d449293bc8d8b4b763",
         files="Parquet files, or examples.jsonl and images/ of images.zip",
         protocol={"split": "test", **CLEANED_TEXTS},
-        build=partial(build_choice_dataset, form="images", read=read_winoground),
+        form="images",
+        read=read_winoground,
     ),
 )

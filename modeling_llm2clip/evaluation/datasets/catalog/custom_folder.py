@@ -18,14 +18,12 @@ from ....data.records.record_table import Array, RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
-from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
+from ..retrieval_dataset import PublishedRecord
 from ..validation import OF_DISTRACTORS, DatasetValidator
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
 _OWN: dict[str, Any] = {
-    "dataset_type": "retrieval",
     "languages": (),
-    "counts": {},
     "license": "yours",
     "citation": "none",
     "takes_distractors": True,
@@ -179,7 +177,7 @@ def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = N
         source="your program",
         files="none",
         protocol={"split": "all", "fields": "captions", **_CORRESPONDENCE, **CLEANED_TEXTS},
-        build=partial(build_retrieval_dataset, read=read),
+        read=read,
         origin="records",
     )
 
@@ -197,7 +195,7 @@ def _make_folder_spec(name: str, title: str, *, long: bool) -> DatasetSpec:
             **_CORRESPONDENCE,
             **CLEANED_TEXTS,
         },
-        build=partial(build_retrieval_dataset, read=partial(read_custom_folder, long=long)),
+        read=partial(read_custom_folder, long=long),
         find_languages=_find_languages,
     )
 

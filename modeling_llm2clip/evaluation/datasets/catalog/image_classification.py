@@ -14,11 +14,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ....data.images.image_sources import IMAGE_SUFFIXES
-from ..classification_dataset import LabeledImages, build_classification_dataset
+from ..classification_dataset import LabeledImages
 from ..dataset_spec import DatasetSpec, ReadRequest
 from ..validation import DatasetValidator, read_lines
 
@@ -26,7 +25,6 @@ _SYNSETS = "LOC_synset_mapping.txt"
 _SOLUTION = "LOC_val_solution.csv"
 _NAMES = "class_names.txt"
 _KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
-_SIMPLE_TEMPLATE = "a photo of a {}."
 # Each of these has a variant with "a" and one with "the".
 _WITH_BOTH_ARTICLES = (
     "a bad photo of {}.",
@@ -208,7 +206,6 @@ DATASETS = (
         name="imagenet",
         title="ImageNet-1k, validation images, the 80 templates of CLIP",
         dataset_type="classification",
-        languages=("en",),
         counts={"images": 50000, "classes": 1000},
         license="ImageNet's terms of access: research only",
         citation="Russakovsky et al., IJCV 2015, arXiv:1409.0575; templates arXiv:2103.00020",
@@ -216,23 +213,20 @@ DATASETS = (
         files="val/<synset>/*.JPEG, or LOC_val_solution.csv and ILSVRC/Data/CLS-LOC/val/*.JPEG; "
         "names: class_names.txt with `<synset> <name>` lines, or LOC_synset_mapping.txt",
         protocol={"split": "validation"},
-        build=partial(
-            build_classification_dataset, read=read_imagenet, templates=IMAGENET_TEMPLATES
-        ),
+        read=read_imagenet,
+        templates=IMAGENET_TEMPLATES,
     ),
     DatasetSpec(
         name="image-folder",
         title="Your own images, with a folder for each class",
         dataset_type="classification",
         languages=(),
-        counts={},
         license="yours",
         citation="none",
         source="your disk",
         files="<class>/*.jpg; class_names.txt with `<class> <name>` lines, if names differ",
         protocol={"split": "all"},
-        build=partial(
-            build_classification_dataset, read=read_image_folder, templates=(_SIMPLE_TEMPLATE,)
-        ),
+        read=read_image_folder,
+        templates=("a photo of a {}.",),
     ),
 )
