@@ -21,8 +21,7 @@ from .datasets.dataset_registry import DatasetSource, find_languages, load_datas
 from .datasets.dataset_spec import DatasetSpec
 from .datasets.validation import ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import Encoder, EncoderDescription
-from .encoders.once_encoder import OnceEncoder
+from .encoders.encoder import Encoder, EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
 from .plots import plot_confusion
 from .results import (

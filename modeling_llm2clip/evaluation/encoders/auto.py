@@ -26,7 +26,7 @@ from .clip_siglip import FAMILIES, ClipSiglipEncoder
 from .encoder import Encoder
 from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG
-from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, has_weights
+from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
 
@@ -69,7 +69,7 @@ def load_encoder(
     is_file = Path(source).is_file()
     path = Path(source) if is_file else find_model_folder(source, revision=revision)
     model_type = model_type or ("open_clip" if is_file else detect_model_type(path))
-    if model_type == "open_clip" and not (is_file or Path(source).is_dir() or has_weights(path)):
+    if model_type == "open_clip" and not (is_file or Path(source).is_dir() or find_weights(path)):
         # Older repositories have them in another format only, which nothing else reads. A snapshot
         # is named by its commit, so that configuration and weights are of one.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
