@@ -22,20 +22,23 @@ from published_datasets import (
 
 import modeling_llm2clip
 from modeling_llm2clip.cli.flags import CommandLine
-from modeling_llm2clip.evaluation.datasets.catalog import published_captions
-from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
+from modeling_llm2clip.evaluation.datasets.dataset_registry import (
+    READERS,
+    load_dataset,
+    read_specs,
+)
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
 
 HOW_TOS = Path(__file__).parent.parent / "docs" / "contributing"
 
 
-def read_modules(page: str, *, begin: str = '"""') -> list[str]:
-    """Return the Python blocks of a page that are whole modules, or begin so, in their order."""
+def read_modules(page: str) -> list[str]:
+    """Return the Python blocks of a page that are whole modules, in their order."""
     blocks = re.findall(r"^( *)```python\n(.*?)^ *```$", (HOW_TOS / page).read_text("utf-8"),
                         re.DOTALL | re.MULTILINE)  # fmt: skip
     sources = [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in blocks]
-    return [source for source in sources if source.startswith(begin)]
+    return [source for source in sources if source.startswith('"""')]
 
 
 class Package:
@@ -100,25 +103,36 @@ def test_the_command_counts_the_captions_of_a_folder(
         line.parse(["count", str(folder), "--min-length", "0"])
 
 
+def read_entry() -> str:
+    """Return the entry of the page on datasets."""
+    page = (HOW_TOS / "add-a-dataset.md").read_text("utf-8")
+    (entry,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return str(entry)
+
+
 def test_a_dataset_in_a_known_format_is_one_entry(tmp_path: Path) -> None:
-    (entry,) = read_modules("add-a-dataset.md", begin="DatasetSpec(")
-    spec = replace(eval(entry, vars(published_captions)), counts={"images": 2, "captions": 3})
+    spec = read_specs(read_entry())["my-captions"]
+    spec = replace(spec, counts={"images": 2, "captions": 3})
     write_images(tmp_path, ["a.jpg", "b.jpg"])
     lines = [{"file_name": "a.jpg", "captions": ["one", "uno"]},
              {"file_name": "b.jpg", "captions": ["two"]}]  # fmt: skip
     write_json_lines(tmp_path / "captions.jsonl", lines)
-    assert captions_by_image(load_dataset(spec, tmp_path)) == {
-        "a.jpg": ["one", "uno"],
-        "b.jpg": ["two"],
-    }
+    found = load_dataset(spec, tmp_path)
+    assert isinstance(found, RetrievalDataset)
+    assert captions_by_image(found) == {"a.jpg": ["one", "uno"], "b.jpg": ["two"]}
     write_json_lines(tmp_path / "captions.jsonl", [*lines, {"captions": ["three"]}])
-    assert errors_of(spec, tmp_path) == {"no name of an image, or captions that are not texts": 1}
+    error = "no name of an image, or captions that are not texts"
+    assert errors_of(spec, tmp_path) == {error: 1}
 
 
-def test_the_dataset_is_read_and_its_errors_are_counted(package: Package, tmp_path: Path) -> None:
+def test_the_dataset_is_read_and_its_errors_are_counted(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (source,) = read_modules("add-a-dataset.md")
-    (spec,) = package.add("evaluation.datasets.catalog.my_captions", source).DATASETS
-    spec = replace(spec, counts={"images": 2, "captions": 2})
+    module = package.add("evaluation.datasets.catalog.my_captions", source)
+    monkeypatch.setitem(READERS, "tsv", module.read_tsv)
+    entry = re.sub(r"  read:\n.*", "  read: tsv\n", read_entry(), flags=re.DOTALL)
+    spec = replace(read_specs(entry)["my-captions"], counts={"images": 2, "captions": 2})
     write_images(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "captions.tsv").write_text("a.jpg\tone\nb.jpg\ttwo\n", encoding="utf-8")
     found = load_dataset(spec, tmp_path)

@@ -18,12 +18,11 @@ from ..data.records.record_loading import load_records
 from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
-from .datasets.dataset_spec import DatasetSpec
-from .datasets.validation import ReadingCache, read_lines
+from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
 from .encoders.encoder import Encoder, EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
-from .plots import plot_confusion
+from .report import EvaluationResults, plot_confusion
 from .results import (
     Result,
     build_protocol,
@@ -36,7 +35,6 @@ from .results import (
     require_one_model,
     write_result,
 )
-from .tables import EvaluationResults
 from .tasks.task import Datasets, Task
 from .tasks.task_registry import DEFAULT_TASKS, find_task
 

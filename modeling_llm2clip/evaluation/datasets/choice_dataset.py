@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ...data.images.image_sources import ImageSource
+from ...data.images.image_sources import ImageSource, ParquetImage
 from ...data.records.records import clean_text
-from .dataset_spec import ChoiceForm, DatasetSpec, EvaluationDataset, ReadRequest, find_image
-from .validation import DatasetValidator
+from ...data.sources.coco import read_coco
+from ...data.sources.json_files import read_json, read_json_lines
+from ...data.sources.parquet import iterate_rows
+from .catalog.caption_readers import COCO_ADVICE, COCO_FILES
+from .dataset_spec import (
+    ChoiceForm,
+    DatasetSpec,
+    DatasetValidator,
+    EvaluationDataset,
+    ReadRequest,
+    find_image,
+)
 
 _NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
 
@@ -182,3 +193,119 @@ def _check_entry(
         images=() if form == "text" else images,
         anchor=anchor,
     )
+
+
+_SUGARCREPE_CATEGORIES = (
+    "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
+)  # fmt: skip
+_WINOGROUND_TEXTS = ("caption_0", "caption_1")
+_WINOGROUND_IMAGES = ("image_0", "image_1")
+
+
+def read_sugarcrepe(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
+    """Yield a caption and a hard negative of a COCO image, category after category.
+
+    Args:
+        request: How the dataset is to be read.
+        validator: Collects the errors.
+    """
+    for category in _SUGARCREPE_CATEGORIES:
+        file = validator.find_file(
+            request.data_folder,
+            f"{category}.json",
+            f"data/{category}.json",
+            advice="Give the folder `data` of github.com/RAIVNLab/sugar-crepe.",
+        )
+        items = read_json(file)
+        if not isinstance(items, dict):
+            raise ValueError(f"{file}: not an object of items. Download it again.")
+        for number, item in items.items():
+            place = f"{file.name} {number}"
+            fields: dict[str, Any] = item if isinstance(item, dict) else {}
+            texts = [fields.get(name) for name in ("filename", "caption", "negative_caption")]
+            if all(isinstance(text, str) for text in texts):
+                image, true, false = map(str, texts)
+                name = f"{category}/{number}"
+                yield ChoiceEntry(place, name, category, (true, false), (image,))
+            else:
+                validator.errors.add("no 'filename', 'caption' and 'negative_caption'", place)
+
+
+def read_sugarcrepe_text(
+    request: ReadRequest, validator: DatasetValidator
+) -> Iterator[ChoiceEntry]:
+    """Yield the items with another caption of the image in place of the image.
+
+    It is the first one in COCO's own file that is not the true caption itself.
+
+    Args:
+        request: How the dataset is to be read.
+        validator: Collects the errors.
+    """
+    file = validator.find_file(request.data_folder, *COCO_FILES, advice=COCO_ADVICE)
+    captions = {
+        raw.fields.get("file_name"): raw.fields["captions"]
+        for raw in read_coco(file, validator.errors)
+    }
+    for entry in read_sugarcrepe(request, validator):
+        true = clean_text(entry.captions[0])
+        others = (clean_text(caption) for caption in captions.get(entry.image_names[0], ()))
+        anchor = next((text for text in others if text and text != true), None)
+        if anchor is None:
+            validator.errors.add("no other caption of the image", entry.place)
+        else:
+            yield ChoiceEntry(
+                entry.place, entry.name, entry.category, entry.captions, anchor=anchor
+            )
+
+
+def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
+    """Yield the items; the category is what the two captions differ in (`collapsed_tag`).
+
+    The files are Parquet, or `examples.jsonl` with the unpacked `images.zip`.
+
+    Args:
+        request: How the dataset is to be read.
+        validator: Collects the errors.
+    """
+    if tables := request.list_parquet_files():
+        for place, fields in iterate_rows(tables, request.data_folder, validator.errors):
+            found = [fields.get(name) for name in _WINOGROUND_IMAGES]
+            packed = tuple(image for image in found if isinstance(image, ParquetImage))
+            yield from _build_winoground(place, fields, packed, validator)
+        return
+    lines = validator.find_file(
+        request.data_folder,
+        "examples.jsonl",
+        "data/examples.jsonl",
+        advice="Get it from huggingface.co/datasets/facebook/winoground, whose license you accept.",
+    )
+    image_dir = request.image_dir or lines.parent / "images"
+    for raw in read_json_lines(lines, validator.errors):
+        paths = [_find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES]
+        images = tuple(path for path in paths if path is not None)
+        yield from _build_winoground(raw.place, dict(raw.fields), images, validator)
+
+
+def _find_by_stem(image_dir: Path, name: Any) -> Path | None:
+    """Find an image whose name is written without its suffix."""
+    candidates = [image_dir / f"{name}{suffix}" for suffix in ("", ".png", ".jpg")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _build_winoground(
+    place: str,
+    fields: dict[str, Any],
+    images: tuple[ImageSource, ...],
+    validator: DatasetValidator,
+) -> Iterator[ChoiceEntry]:
+    first, second = (fields.get(name) for name in _WINOGROUND_TEXTS)
+    if not isinstance(first, str) or not isinstance(second, str):
+        validator.errors.add("no 'caption_0' and 'caption_1'", place)
+    elif len(images) < len(_WINOGROUND_IMAGES):
+        validator.errors.add("image missing", place)
+    else:
+        category = str(fields.get("collapsed_tag") or "all")
+        yield ChoiceEntry(
+            place, str(fields.get("id", place)), category, (first, second), images=images
+        )

@@ -6,8 +6,11 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import yaml
 
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
@@ -18,32 +21,83 @@ from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.remote.file_places import FilePlace
 from ...data.remote.remote_files import is_remote
-from .catalog import compositional, custom_folder, image_classification, published_captions
-from .choice_dataset import build_choice_dataset
-from .classification_dataset import build_classification_dataset
-from .dataset_spec import DatasetSpec, DatasetType, EvaluationDataset, ReadRequest
+from . import choice_dataset, classification_dataset
+from .catalog import caption_readers, custom_folder
+from .catalog.caption_readers import JsonCaptions, ParquetCaptions
+from .dataset_spec import (
+    DatasetSpec,
+    DatasetType,
+    DatasetValidator,
+    EvaluationDataset,
+    ReadingCache,
+    ReadRequest,
+)
 from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
-from .validation import DatasetValidator, ReadingCache
 
 DatasetSource: TypeAlias = str | Path | DatasetSpec | Sequence[CaptionedImage]
 Builder: TypeAlias = Callable[[DatasetSpec, ReadRequest, DatasetValidator], EvaluationDataset]
 
-_SPECS: dict[str, DatasetSpec] = {
-    spec.name: spec
-    for group in (published_captions, image_classification, compositional, custom_folder)
-    for spec in group.DATASETS
+READERS: dict[str, Callable[..., Any]] = {
+    "json": JsonCaptions,
+    "parquet": ParquetCaptions,
+    "coco": caption_readers.read_coco_captions,
+    "coco-cn": caption_readers.read_coco_cn,
+    "emoji": caption_readers.read_emoji,
+    "flickr30k-cn": caption_readers.read_flickr30k_cn,
+    "multi30k": caption_readers.read_multi30k,
+    "urban1k": caption_readers.read_urban1k,
+    "image-folder": classification_dataset.read_image_folder,
+    "imagenet": classification_dataset.read_imagenet,
+    "sugarcrepe": choice_dataset.read_sugarcrepe,
+    "sugarcrepe-text": choice_dataset.read_sugarcrepe_text,
+    "winoground": choice_dataset.read_winoground,
 }
 _BUILDERS: dict[DatasetType, Builder] = {
     "retrieval": build_retrieval_dataset,
     "captions": build_retrieval_dataset,
-    "classification": build_classification_dataset,
-    "choice": build_choice_dataset,
+    "classification": classification_dataset.build_classification_dataset,
+    "choice": choice_dataset.build_choice_dataset,
 }
 
 _OWN = "folder"  # what one's own images under another name are read as
 # Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
 _TOO_CLOSE = 0.8
 _NAME = re.compile(r"\w[\w.-]*")
+
+
+def read_specs(text: str) -> dict[str, DatasetSpec]:
+    """Read the specs of a YAML text by name; see `published_datasets.yaml`."""
+    content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {
+        name: DatasetSpec(**{**_freeze(fields), "name": name, "read": _find_reader(fields["read"])})
+        for name, fields in content.items()
+    }
+
+
+def _find_reader(described: str | Mapping[str, Any]) -> Callable[..., Any]:
+    if isinstance(described, str):
+        return READERS[described]
+    [(name, options)] = described.items()
+    options = {**_freeze(options)}
+    if "otherwise" in options:
+        options["otherwise"] = _find_reader(options["otherwise"])
+    reader = READERS[name]
+    return reader(**options) if isinstance(reader, type) else partial(reader, **options)
+
+
+def _freeze(value: Any) -> Any:
+    """Turn lists into tuples."""
+    if isinstance(value, Mapping):
+        return {name: _freeze(inner) for name, inner in value.items()}
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+
+
+_SPECS = {
+    **read_specs(
+        (Path(__file__).parent / "catalog" / "published_datasets.yaml").read_text("utf-8")
+    ),
+    **{spec.name: spec for spec in custom_folder.DATASETS},
+}
 
 
 def list_datasets() -> list[DatasetSpec]:
@@ -348,14 +402,6 @@ def _find_image_dir(image_dir: str | Path | None) -> Path | None:
             f"image_dir={str(image_dir)!r} is not a folder. Give the folder of the images."
         )
     return None if image_dir is None else Path(image_dir)
-
-
-def _freeze(
-    class_names: Mapping[str, str] | Sequence[str] | None,
-) -> Mapping[str, str] | tuple[str, ...] | None:
-    if class_names is None or isinstance(class_names, Mapping):
-        return class_names
-    return tuple(class_names)
 
 
 def _choose_language(

@@ -11,8 +11,7 @@ from ...data.images.image_sources import ImageSource
 from ...data.records.records import CaptionedImage, clean_text
 from ...data.validation_errors import ErrorCollector
 from ..metrics.correspondence import Correspondence
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
-from .validation import DatasetValidator
+from .dataset_spec import DatasetSpec, DatasetValidator, EvaluationDataset, ReadRequest, find_image
 
 
 @dataclass(frozen=True, kw_only=True)

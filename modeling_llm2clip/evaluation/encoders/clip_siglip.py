@@ -24,13 +24,15 @@ from ...configs.evaluation_config import EncoderConfig
 from ...encoding.devices import find_device
 from ...loading_llm2clip import list_weight_files, load_without_code
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from .descriptions import describe_activation, describe_image_processor, is_uncased
 from .encoder import (
     EncoderDescription,
     ModelEncoder,
     choose_dtype,
+    describe_activation,
+    describe_image_processor,
     describe_run,
     find_loading_dtype,
+    is_uncased,
 )
 
 

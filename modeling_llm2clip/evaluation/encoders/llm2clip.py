@@ -20,13 +20,15 @@ from ...model_folders.training_images import ImageTally, read_training_images
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .descriptions import describe_activation, describe_image_processor, is_uncased
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
     choose_dtype,
+    describe_activation,
+    describe_image_processor,
     describe_run,
     find_loading_dtype,
+    is_uncased,
 )
 
 # A batch of texts is that many tokens per text.

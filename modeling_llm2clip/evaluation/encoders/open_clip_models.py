@@ -25,8 +25,14 @@ from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
 from ...encoding.devices import find_device
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from .descriptions import ACTIVATIONS, OF_ITS_TOWER, OPENING
-from .encoder import EncoderDescription, ModelEncoder, describe_run
+from .encoder import (
+    ACTIVATIONS,
+    OF_ITS_TOWER,
+    OPENING,
+    EncoderDescription,
+    ModelEncoder,
+    describe_run,
+)
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.

@@ -23,13 +23,16 @@ from ...configs.evaluation_config import EncoderConfig
 from ...encoding.devices import find_device
 from ...loading_llm2clip import load_without_code, naming_code
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from .descriptions import OF_ITS_TOWER, describe_activation, describe_image_processor, is_uncased
 from .encoder import (
+    OF_ITS_TOWER,
     EncoderDescription,
     ModelEncoder,
     choose_dtype,
+    describe_activation,
+    describe_image_processor,
     describe_run,
     find_loading_dtype,
+    is_uncased,
 )
 
 # Older files are named by the model's family: `sentence_roberta_config.json`.

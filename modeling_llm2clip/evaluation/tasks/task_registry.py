@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ..._suggestions import did_you_mean
 from ..datasets.dataset_spec import DatasetType
-from .caption_retrieval import CRA
 from .choices import CHOICES
 from .classification import CLASSIFICATION
-from .retrieval import CROSS_LINGUAL, RETRIEVAL
+from .retrieval import CRA, CROSS_LINGUAL, RETRIEVAL
 from .task import Task
 from .text_length import LENGTH
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modeling_llm2clip.evaluation.metrics.score_tiles import choose_tile_shape
+from modeling_llm2clip.evaluation.metrics.ranking import choose_tile_shape
 
 
 @pytest.mark.parametrize("width", [1, 64, 1280, 4096])

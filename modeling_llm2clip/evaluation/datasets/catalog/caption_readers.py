@@ -19,9 +19,8 @@ from ....data.records.splits import choose_test_rows, split_records
 from ....data.sources.coco import read_coco
 from ....data.sources.json_files import iterate_json_list, read_json, read_json_lines
 from ....data.sources.parquet import read_parquet
-from ..dataset_spec import ReadRequest, is_image
+from ..dataset_spec import DatasetValidator, ReadRequest, is_image, read_lines
 from ..retrieval_dataset import PublishedRecord, RecordReader
-from ..validation import DatasetValidator, read_lines
 
 COCO_FILES = ("captions_val2017.json", "annotations/captions_val2017.json")
 COCO_ADVICE = (

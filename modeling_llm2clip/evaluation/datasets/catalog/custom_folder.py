@@ -17,9 +17,8 @@ from ....data.records.record_loading import CollectedRecords, collect_records
 from ....data.records.record_table import Array, RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
-from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
+from ..dataset_spec import CLEANED_TEXTS, OF_DISTRACTORS, DatasetSpec, DatasetValidator, ReadRequest
 from ..retrieval_dataset import PublishedRecord
-from ..validation import OF_DISTRACTORS, DatasetValidator
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
 _OWN: dict[str, Any] = {
