@@ -114,18 +114,7 @@ def check_data(
     *,
     tasks: Sequence[str] = (),
 ) -> None:
-    """Read and check the datasets of an evaluation, for a model that is yet to be trained.
-
-    Args:
-        data: As in `evaluate`.
-        config: As in `evaluate`.
-        tasks: As in `evaluate`.
-
-    Raises:
-        DataValidationError: A dataset has invalid samples.
-        ValueError: A task suits no dataset, or a dataset no task.
-        MissingExtraError: An optional package is not installed.
-    """
+    """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
     config = _read_prompt_files(config or EvaluationConfig())
     _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
 

@@ -74,17 +74,9 @@ def render_results(
 ) -> str:
     """Render a table per question with intervals and chance, and tables of languages and lengths.
 
-    Args:
-        results: Results of any models, datasets and tasks.
-        style: `"text"` for a terminal, `"markdown"` for a document.
-        width: Characters that a line of text may have; None for any number. A wider table is
-            transposed, and if that is too wide as well, its cells are wrapped and its columns put
-            into several blocks.
-        details: Also render what the scores depend on: models, data, how they were scored.
-
-    Raises:
-        ValueError: Results cannot be compared: two models have one name, or scores of a task on a
-            dataset are of different data or were computed in different ways.
+    A text that is wider than `width` characters is transposed, and if that is too wide as well, its
+    cells are wrapped and its columns put into several blocks. Results that cannot be compared, such
+    as those of two models of one name, raise ValueError.
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} must be one of {', '.join(STYLES)}.")
@@ -109,11 +101,7 @@ def _list_far_images(results: Sequence[Result]) -> list[str]:
 
 
 def describe_scores(result: Result) -> str:
-    """Describe the scores that a table shows of a result, with intervals and chance, in one line.
-
-    Args:
-        result: The result.
-    """
+    """Describe the scores of a result in one line, with intervals and chance."""
     task = find_task(result.task)
     parts = []
     for title, path in task.headline.items():
@@ -336,12 +324,7 @@ class Table(NamedTuple):
 
 
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
-    """Label the dataset of a result: its name, and what it lacks of what was published.
-
-    Args:
-        result: The result.
-        with_languages: Also name the languages, unless there is only English.
-    """
+    """Label the dataset of a result: its name, and what it lacks of what was published."""
     parts = []
     if (amount := _describe_first_amount(result)) and " of " in amount:
         parts.append(amount)
@@ -353,32 +336,20 @@ def label_dataset(result: Result, *, with_languages: bool = False) -> str:
 
 
 def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
-    """List the protocols of a result's data by language, in the order of the languages.
-
-    Args:
-        result: The result.
-    """
+    """List the protocols of a result's data by language, in the order of the languages."""
     data = result.protocol["data"]
     parts = data["languages"] if "languages" in data else {str(data.get("lang")): data}
     return {lang: parts[lang] for lang in sorted(parts)}
 
 
 def list_sides(result: Result) -> list[str]:
-    """List what is compared with what, if the task says it.
-
-    Args:
-        result: The result.
-    """
+    """List what is compared with what, if the task says it."""
     task = result.protocol["task"]
     return [f"{side}: {task[side]}" for side in _SIDES if side in task]
 
 
 def list_details(results: Sequence[Result]) -> list[Table]:
-    """Make the tables of everything that scores depend on.
-
-    Args:
-        results: Results that can be compared.
-    """
+    """Make the tables of everything that scores depend on."""
     heads = ["model type", "prompt", "max tokens", "padding", "case", "texts truncated", "images",
              "activation", "dtype", "run on", "fingerprint"]  # fmt: skip
     is_mixed = len({result.versions.get(OWN_PACKAGE) for result in results}) > 1
@@ -570,20 +541,15 @@ _INCHES_PER_CLASS = 0.25
 
 
 def plot_lengths(results: Sequence[Result], file: Path) -> None:
-    """Plot R@1 against the length of the text, with intervals, one line per model.
-
-    Args:
-        results: Results of the task `length`, all on one dataset.
-        file: PNG, SVG or PDF, by its suffix.
-
-    Raises:
-        ValueError: A result is of another task, or they are on different data or were scored in
-            different ways; or the file cannot be written.
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Plot R@1 against the length of the text, with intervals, one line per model."""
     if not results or any("buckets" not in result.scores for result in results):
         raise ValueError("This plot takes results of the task 'length'.")
-    _require_one_protocol(results)
+    if len(names := {result.dataset for result in results}) > 1:
+        raise ValueError(
+            f"The results are on different datasets: {', '.join(sorted(names))}. Plot each by "
+            "itself."
+        )
+    results = _require_comparable(results)
     require_plot_file(file)
     plt = _import_pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -609,16 +575,7 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], file: Path) -> None:
-    """Plot a confusion matrix: rows are the images' own classes, columns the predicted ones.
-
-    Args:
-        confusion: (C, C) integers; each row is scaled to its number of images.
-        names: Names of the classes; up to 60 are written.
-        file: PNG, SVG or PDF, by its suffix.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Plot a confusion matrix: rows are the images' own classes, columns the predicted ones."""
     plt = _import_pyplot()
     number = len(confusion)
     side = max(4.0, min(10.0, 2 + _INCHES_PER_CLASS * number))
@@ -635,32 +592,11 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], file: Path) -> None:
 
 
 def require_plot_file(file: Path) -> None:
-    """Raise ValueError for a file that no plot can be written into.
-
-    Args:
-        file: The file.
-    """
+    """Raise ValueError for a file that no plot can be written into."""
     if file.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{file} must end in one of {', '.join(_SUFFIXES)}.")
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is not a folder. Make it, or name the plot elsewhere.")
-
-
-def _require_one_protocol(results: Sequence[Result]) -> None:
-    if len(names := {result.dataset for result in results}) > 1:
-        raise ValueError(
-            f"The results are on different datasets: {', '.join(sorted(names))}. Plot each by "
-            "itself."
-        )
-    first = results[0]
-    for result in results:
-        for what in ("data", "task"):
-            then, now = {what: first.protocol[what]}, {what: result.protocol[what]}
-            if differences := list(find_differences(then, now)):
-                raise ValueError(
-                    f"{first.model} and {result.model} were evaluated on different data or in "
-                    f"different ways: {'; '.join(differences)}. Evaluate both in the same way."
-                )
 
 
 def _import_pyplot() -> Any:

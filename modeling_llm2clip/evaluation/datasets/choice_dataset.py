@@ -115,17 +115,7 @@ def build_choice_dataset(
     request: ReadRequest,
     validator: DatasetValidator,
 ) -> ChoiceDataset:
-    """Read every question, check it, and keep the valid ones.
-
-    Args:
-        spec: What is known of the dataset.
-        request: How it is to be read.
-        validator: Collects the errors.
-
-    Raises:
-        DataValidationError: There are errors, and invalid samples are not to be skipped.
-        ValueError: No item is left, or a form that needs images is to be read without them.
-    """
+    """Read every question, check it, and keep the valid ones."""
     form = spec.form
     if form != "text" and not request.require_images:
         raise ValueError(
@@ -203,12 +193,7 @@ _WINOGROUND_IMAGES = ("image_0", "image_1")
 
 
 def read_sugarcrepe(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
-    """Yield a caption and a hard negative of a COCO image, category after category.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-    """
+    """Yield a caption and a hard negative of a COCO image, category after category."""
     for category in _SUGARCREPE_CATEGORIES:
         file = validator.find_file(
             request.data_folder,
@@ -237,10 +222,6 @@ def read_sugarcrepe_text(
     """Yield the items with another caption of the image in place of the image.
 
     It is the first one in COCO's own file that is not the true caption itself.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
     """
     file = validator.find_file(request.data_folder, *COCO_FILES, advice=COCO_ADVICE)
     captions = {
@@ -263,10 +244,6 @@ def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterat
     """Yield the items; the category is what the two captions differ in (`collapsed_tag`).
 
     The files are Parquet, or `examples.jsonl` with the unpacked `images.zip`.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
     """
     if tables := request.list_parquet_files():
         for place, fields in iterate_rows(tables, request.data_folder, validator.errors):

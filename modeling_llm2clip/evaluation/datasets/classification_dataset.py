@@ -121,15 +121,6 @@ def build_classification_dataset(
     A class whose name another class also has, perhaps in another case, is an error, because no
     prompt distinguishes them, unless the request allows it: its images then tie, and count as
     wrong.
-
-    Args:
-        spec: What is known of the dataset.
-        request: How it is to be read.
-        validator: Collects the errors.
-
-    Raises:
-        DataValidationError: There are errors, and invalid samples are not to be skipped.
-        ValueError: No image or a single class is left, or images are not wanted.
     """
     _check_request(spec, request)
     found: LabeledImages = spec.read(request, validator)
@@ -180,9 +171,6 @@ def normalize_class_name(name: str) -> str:
     """Normalize a name as the least sensitive model reads it: NFC, lower case, single spaces.
 
     CLIP and SigLIP ignore case, so `Cat` and `cat` are one class to them.
-
-    Args:
-        name: The name.
     """
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
@@ -280,12 +268,7 @@ _KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
 
 
 def read_image_folder(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
-    """Read a folder of class folders; without a file of names, the folders name the classes.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-    """
+    """Read a folder of class folders; without a file of names, the folders name the classes."""
     root = request.image_dir or request.data_folder
     images, keys = _walk_class_folders(root, validator)
     file = request.data_folder / _NAMES
@@ -295,12 +278,7 @@ def read_image_folder(request: ReadRequest, validator: DatasetValidator) -> Labe
 
 
 def read_imagenet(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
-    """Read ImageNet's validation images, in class folders or flat with Kaggle's solution.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-    """
+    """Read ImageNet's validation images, in class folders or flat with Kaggle's solution."""
     folder = request.data_folder
     names, file = {}, None
     if request.class_names is None:

@@ -106,14 +106,7 @@ def list_datasets() -> list[DatasetSpec]:
 
 
 def find_dataset(name: str) -> DatasetSpec:
-    """Find the spec of a dataset.
-
-    Args:
-        name: Its name.
-
-    Raises:
-        ValueError: There is no dataset of this name; the message lists all.
-    """
+    """Find the spec of a dataset."""
     if name not in _SPECS:
         raise ValueError(
             f"There is no dataset {name!r}, and no folder of this name. Known: "
@@ -123,17 +116,7 @@ def find_dataset(name: str) -> DatasetSpec:
 
 
 def parse_dataset(text: str | Path) -> EvaluatedDataset:
-    """Read the name of a dataset and its folder as users write them.
-
-    Args:
-        text: `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
-            images, or `NAME=` and such a place, with a name of one's own. What exists is a path,
-            unless a dataset has this name.
-
-    Raises:
-        ValueError: There is neither a dataset nor a file of this name, or a name of one's own
-            cannot be one, or resembles that of a dataset.
-    """
+    """Read the name of a dataset and its folder as users write them."""
     written = str(text)
     if written in _SPECS:
         return EvaluatedDataset(name=written)
@@ -151,15 +134,7 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
 def resolve_dataset(
     source: DatasetSource | EvaluatedDataset, folder: str | Path | None = None
 ) -> tuple[DatasetSpec, str | Path | None]:
-    """Find the spec and the folder of whatever names a dataset.
-
-    Args:
-        source: A name or path (see `parse_dataset`), a spec, or records.
-        folder: Folder of a dataset that is given by name or spec.
-
-    Raises:
-        ValueError: There is no such dataset, or a folder is given twice.
-    """
+    """Find the spec and the folder of whatever names a dataset."""
     if isinstance(source, DatasetSpec):
         return source, folder
     if isinstance(source, str | Path):
@@ -203,16 +178,7 @@ def find_languages(
     require_images: bool = True,
     cache: ReadingCache | None = None,
 ) -> tuple[str, ...]:
-    """Find the languages of a dataset: those of its spec, or those of the folder.
-
-    Args:
-        source: As in `load_dataset`, like all arguments.
-        folder: Its folder.
-        ignore_fields: Further fields of one's own data.
-        image_dir: Folder of the images.
-        require_images: Whether images are read.
-        cache: What other readings of the same folder found.
-    """
+    """Find the languages of a dataset: those of its spec, or those of the folder."""
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:
         return spec.languages
@@ -316,17 +282,7 @@ def _require_own(spec: DatasetSpec, allow_distractors: bool) -> bool:
 def read_data(
     data: str | Path, config: DataConfig | None = None, *, require_images: bool
 ) -> Sequence[CaptionedImage]:
-    """Read the captioned images of a training stage, from any source.
-
-    Args:
-        data: A source of `load_records`, or `NAME` or `NAME=FOLDER` of a dataset with captions.
-        config: How it is read.
-        require_images: Whether a record without its image is an error.
-
-    Raises:
-        DataValidationError: Records are invalid; all errors are reported at once.
-        ValueError: There is no such data, or the dataset has no captions of images.
-    """
+    """Read the captioned images of a training stage, from any source."""
     config = config or DataConfig()
     check_images = bool(config.check_images)
     require_images = require_images or check_images
@@ -364,11 +320,7 @@ def read_data(
 def _find_folder(
     spec: DatasetSpec, folder: str | Path | None, *, lang: str | None = None
 ) -> FilePlace | None:
-    """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None.
-
-    Raises:
-        ValueError: The folder is missing, or given for a dataset that needs none.
-    """
+    """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None."""
     if spec.origin != "files":
         if folder is not None:
             raise ValueError(

@@ -107,11 +107,7 @@ class ReadRequest:
 
     @property
     def data_folder(self) -> Path:
-        """The folder of a dataset that needs one.
-
-        Raises:
-            ValueError: It is not on this machine.
-        """
+        """The folder of a dataset that needs one."""
         assert self.folder is not None
         if isinstance(self.folder, str):
             raise ValueError(
@@ -121,11 +117,7 @@ class ReadRequest:
         return self.folder
 
     def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
-        """List the Parquet files in the folder and its subfolders, by path.
-
-        Args:
-            pattern: As `Path.glob` takes it; `{lang}` is the language.
-        """
+        """List the Parquet files in the folder and its subfolders, by path."""
         return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
 
 
@@ -180,11 +172,7 @@ class DatasetSpec:
     form: ChoiceForm = "image"
 
     def list_published_counts(self, lang: str) -> dict[str, int]:
-        """List the counts that the publisher gives for one language.
-
-        Args:
-            lang: The language.
-        """
+        """List the counts that the publisher gives for one language."""
         return {**self.counts, **self.counts_of_language.get(lang, {})}
 
     def describe(self) -> str:
@@ -196,12 +184,7 @@ class DatasetSpec:
 
 
 def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = str) -> list[str]:
-    """List the names that occur more than once, each once, in their order.
-
-    Args:
-        names: The names.
-        normalize: Names for which it returns the same are the same.
-    """
+    """List the names that occur more than once, each once, in their order."""
     seen: set[str] = set()
     repeated: dict[str, str] = {}
     for name in names:
@@ -213,12 +196,7 @@ def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = s
 
 
 def find_image(image_dir: Path, name: str) -> Path | None:
-    """Find an image by its name, or by its last part: many store images without subfolders.
-
-    Args:
-        image_dir: Folder of the images.
-        name: Path of the image as the publisher writes it.
-    """
+    """Find an image by its name, or by its last part: many store images without subfolders."""
     for candidate in (image_dir / name, image_dir / Path(name).name):
         if candidate.is_file():
             return candidate
@@ -286,16 +264,7 @@ class DatasetValidator:
         self._files: list[Path] = []
 
     def find_file(self, folder: Path, *names: str, advice: str) -> Path:
-        """Find the first of several files that exists.
-
-        Args:
-            folder: Folder of the dataset.
-            names: Paths relative to the folder.
-            advice: What to do if there is none.
-
-        Raises:
-            ValueError: None of them exists.
-        """
+        """Find the first of several files that exists."""
         for name in names:
             if (folder / name).is_file():
                 return self.note_file(folder / name)
@@ -304,29 +273,14 @@ class DatasetValidator:
         raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
 
     def note_file(self, file: Path) -> Path:
-        """Note a file that the dataset is read from, so that its checksum is compared.
-
-        Args:
-            file: The file.
-
-        Returns:
-            The file.
-        """
+        """Note a file that the dataset is read from, so that its checksum is compared."""
         self._files.append(file)
         return file
 
     def find_unreadable_images(
         self, images: Iterable[ImageSource | None], *, show_progress: bool
     ) -> set[ImageSource]:
-        """Decode images that were not decoded yet; those that cannot be decoded are errors.
-
-        Args:
-            images: Images; None is ignored.
-            show_progress: Whether to show a progress bar.
-
-        Returns:
-            The images that cannot be decoded.
-        """
+        """Decode images that were not decoded yet; those that cannot be decoded are errors."""
         unchecked = {image: None for image in images if image and image not in self.cache.checked}
         unreadable = find_unreadable_images(unchecked, show_progress=show_progress)
         for error in unreadable.values():
@@ -335,12 +289,7 @@ class DatasetValidator:
         return set(unreadable)
 
     def compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
-        """Compare what was found, valid or not, with the publisher's counts.
-
-        Args:
-            found: Counts of the files.
-            published: Counts of the publisher.
-        """
+        """Compare what was found, valid or not, with the publisher's counts."""
         for what, wanted in published.items():
             if found[what] == wanted:
                 continue
@@ -355,11 +304,7 @@ class DatasetValidator:
                 )
 
     def compare_checksums(self, published: Mapping[str, str]) -> None:
-        """Compare the files that were read with their published digests.
-
-        Args:
-            published: Last part or parts of a file's path to `algorithm:digest`.
-        """
+        """Compare the files that were read with their published digests."""
         known = [
             (name, file)
             for file in self._files
@@ -378,15 +323,7 @@ class DatasetValidator:
         return self.errors.total - self.num_errors_of_yielded
 
     def finish(self) -> dict[str, int]:
-        """Raise the errors, or return their counts if invalid samples are to be skipped.
-
-        Returns:
-            Error to its count.
-
-        Raises:
-            DataValidationError: There are errors, and invalid samples are not to be skipped; or
-                files could not be read, so that nothing is known of their samples.
-        """
+        """Raise the errors, or return their counts if invalid samples are to be skipped."""
         unread = [kind for kind in self.errors.counts if kind in READING_ERRORS]
         if self.skip_invalid and unread:
             invalid = [kind for kind in self.errors.counts if kind not in READING_ERRORS]
@@ -399,15 +336,7 @@ class DatasetValidator:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Read the lines of a text file, without blank ones at its end.
-
-    Args:
-        file: UTF-8, compressed if its name ends in `.gz`. Only a line feed ends a line: a caption
-            may contain other separators.
-
-    Raises:
-        ValueError: The file is not UTF-8, or not gzip.
-    """
+    """Read the lines of a text file, without blank ones at its end."""
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")

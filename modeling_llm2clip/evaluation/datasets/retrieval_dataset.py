@@ -128,17 +128,7 @@ RecordReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[Pub
 def build_retrieval_dataset(
     spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator
 ) -> RetrievalDataset:
-    """Read every record, check it, and put the valid ones together.
-
-    Args:
-        spec: What is known of the dataset.
-        request: How it is to be read.
-        validator: Collects the errors.
-
-    Raises:
-        DataValidationError: There are errors, and invalid samples are not to be skipped.
-        ValueError: No record is left.
-    """
+    """Read every record, check it, and put the valid ones together."""
     has_images = request.require_images and spec.dataset_type == "retrieval"
     records: list[PublishedRecord] = []
     names: set[str] = set()

@@ -14,7 +14,7 @@ The first line that fits decides, unless a type is given.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +30,11 @@ from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
 
+_BY_FOLDER: dict[str, Callable[..., Encoder]] = {
+    "llm2clip": LLM2CLIPEncoder,
+    "sentence-transformers": SentenceTransformerEncoder,
+    "transformers": ClipSiglipEncoder,
+}
 MODEL_TYPES: tuple[str, ...] = get_args(ModelType)
 
 
@@ -44,22 +49,7 @@ def load_encoder(
     records: Sequence[CaptionedImage] | None = None,
     head: str | Path | None = None,
 ) -> Encoder:
-    """Open a model for evaluation; its weights are loaded when they are needed.
-
-    Args:
-        source: Folder, Hub id, or (only open_clip) a weights file.
-        config: How the model is run.
-        model_type: One of `MODEL_TYPES`; None to detect it from the files.
-        revision: Branch, tag or commit of a Hub repository.
-        architecture: open_clip's name of the architecture in a weights file.
-        activation: Activation in a weights file, if its architecture does not say it.
-        records: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
-        head: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
-
-    Raises:
-        ValueError: There is no such model, its type cannot be detected, or an argument is for
-            another type.
-    """
+    """Open a model for evaluation; its weights are loaded when they are needed."""
     config = config or EncoderConfig()
     if model_type is not None and model_type not in MODEL_TYPES:
         raise ValueError(
@@ -79,12 +69,8 @@ def load_encoder(
     _refuse_unused(model_type, of_files, only_for="open_clip")
     _refuse_unused(model_type, {"records": records, "head": head}, only_for="embeddings")
     name = str(source)
-    if model_type == "llm2clip":
-        return LLM2CLIPEncoder(path, config, source=name)
-    if model_type == "sentence-transformers":
-        return SentenceTransformerEncoder(path, config, source=name)
-    if model_type == "transformers":
-        return ClipSiglipEncoder(path, config, source=name)
+    if model_type in _BY_FOLDER:
+        return _BY_FOLDER[model_type](path, config, source=name)
     if model_type == "open_clip":
         return OpenClipEncoder(
             path, config, source=name, architecture=architecture, activation=activation
@@ -94,17 +80,7 @@ def load_encoder(
 
 
 def detect_model_type(folder: Path) -> str:
-    """Detect the type of the model in a folder.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        One of `MODEL_TYPES`.
-
-    Raises:
-        ValueError: No type fits its files.
-    """
+    """Detect the type of the model in a folder."""
     model_type = _read_model_type(folder)
     if model_type == "llm2clip":
         return "llm2clip"

@@ -79,48 +79,21 @@ class Encoder(Protocol):
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts.
-
-        Args:
-            texts: At least one.
-
-        Raises:
-            ValueError: A text is blank.
-        """
+        """Encode texts."""
         ...
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: `ImageSource` addresses, or PIL images; at least one.
-            names: Their names in the dataset, by which stored embeddings are found.
-
-        Returns:
-            (N, D) float32 on the CPU, of any length.
-
-        Raises:
-            ValueError: An image is missing or broken.
-        """
+        """Encode images."""
         ...
 
 
 def choose_dtype(config: EncoderConfig, saved: str) -> str:
-    """Name the dtype that the weights are run in.
-
-    Args:
-        config: How the model is run.
-        saved: Dtype of the saved weights.
-    """
+    """Name the dtype that the weights are run in."""
     return saved if config.dtype == "saved" else config.dtype
 
 
 def find_loading_dtype(config: EncoderConfig) -> str:
-    """Return what `from_pretrained` takes as `dtype`.
-
-    Args:
-        config: How the model is run.
-    """
+    """Return what `from_pretrained` takes as `dtype`."""
     return "auto" if config.dtype == "saved" else config.dtype
 
 
@@ -138,11 +111,7 @@ def _choose_batch_size(config: EncoderConfig) -> int:
 
 
 def load_rgb(images: Sequence[Any]) -> list[Any]:
-    """Open images in the same way for every encoder: upright, on white, as RGB PIL images.
-
-    Args:
-        images: `ImageSource` addresses, or PIL images.
-    """
+    """Open images in the same way for every encoder: upright, on white, as RGB PIL images."""
     loaded = load_images([open_image(image) for image in images])
     assert isinstance(loaded, list)
     return loaded
@@ -283,11 +252,7 @@ class OnceEncoder:
         return self._encoder.describe()
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts.
-
-        Args:
-            texts: At least one.
-        """
+        """Encode texts."""
         new = self._texts.list_new(texts)
         if new:
             encoded = self._encoder.encode_texts(new)
@@ -300,12 +265,7 @@ class OnceEncoder:
         return EncodedTexts(self._texts.take(texts), known)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images, which are identified by their address, or themselves, and their name.
-
-        Args:
-            images: At least one.
-            names: Their names in the dataset.
-        """
+        """Encode images, which are identified by their address, or themselves, and their name."""
         images = list(images)
         wanted = list(zip(list_keys(images), names, strict=True))
         image_of = dict(zip(wanted, images, strict=True))
@@ -336,33 +296,17 @@ class KnownRows:
         self._blocks: list[Tensor] = []
 
     def list_new(self, inputs: Sequence[Any]) -> list[Any]:
-        """List the different inputs that have no embedding yet.
-
-        Args:
-            inputs: Inputs, as often as they are given.
-        """
+        """List the different inputs that have no embedding yet."""
         return [item for item in dict.fromkeys(inputs) if item not in self._row_of]
 
     def add(self, inputs: Sequence[Any], embeds: Tensor) -> None:
-        """Add embeddings, which are not copied.
-
-        Args:
-            inputs: N different inputs without an embedding.
-            embeds: (N, D).
-        """
+        """Add embeddings, which are not copied."""
         first = len(self._row_of)
         self._row_of.update(zip(inputs, range(first, first + len(embeds)), strict=True))
         self._blocks.append(embeds)
 
     def take(self, inputs: Sequence[Any]) -> Tensor:
-        """Return the embeddings of inputs; those of one whole block are not copied.
-
-        Args:
-            inputs: N inputs with embeddings, in any order.
-
-        Returns:
-            (N, D).
-        """
+        """Return the embeddings of inputs; those of one whole block are not copied."""
         rows = torch.tensor([self._row_of[item] for item in inputs])
         found: Tensor | None = None
         start = 0
@@ -392,15 +336,7 @@ _SAME_BUT_FOR_CASE = ["A Red Cat on Two Mats", "a red cat on two mats"]
 
 
 def describe_image_processor(image_processor: Any) -> dict[str, Any]:
-    """Describe how a transformers image processor makes pixel values.
-
-    Args:
-        image_processor: The image processor.
-
-    Returns:
-        `OPENING`, `processor`, `resize`, `crop`, `interpolation`, `mean`, `std`, `scale` and, if
-        the number of patches is fixed instead of the size, `patch_size` and `max_num_patches`.
-    """
+    """Describe how a transformers image processor makes pixel values."""
     fields: dict[str, Any] = image_processor.to_dict()
     resample = fields.get("resample")
     normalizes = fields.get("do_normalize", True)
@@ -425,12 +361,6 @@ def describe_activation(config: Any) -> str:
     """Name the activation that a configuration of transformers states.
 
     The weights do not show it, and a wrong one lowers the scores.
-
-    Args:
-        config: Configuration of a tower, as an object or as its JSON.
-
-    Returns:
-        The activation, or `OF_ITS_TOWER` if the configuration states none.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     stated = (fields[name] for name in _ACTIVATION_FIELDS if isinstance(fields.get(name), str))
@@ -438,10 +368,6 @@ def describe_activation(config: Any) -> str:
 
 
 def is_uncased(tokenizer: Any) -> bool:
-    """Return whether texts that differ only in case have the same tokens, as with CLIP's own.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-    """
+    """Return whether texts that differ only in case have the same tokens, as with CLIP's own."""
     mixed, lower = tokenizer(_SAME_BUT_FOR_CASE, verbose=False)["input_ids"]
     return bool(mixed == lower)

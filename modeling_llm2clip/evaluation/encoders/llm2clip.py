@@ -59,11 +59,7 @@ class LLM2CLIPEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with LLM, text adapter and projection.
-
-        Args:
-            texts: At least one.
-        """
+        """Encode texts with LLM, text adapter and projection."""
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
         embeds = encode_tokenized_texts(
@@ -76,12 +72,7 @@ class LLM2CLIPEncoder:
         return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with vision tower and projection.
-
-        Args:
-            images: At least one.
-            names: Not used.
-        """
+        """Encode images with vision tower and projection."""
         return encode_images(
             self._model,
             self._processor,

@@ -250,11 +250,7 @@ def _require_weights(folder: Path) -> Path:
 
 
 def _find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
-    """Find how images are prepared for every published model of an architecture.
-
-    Returns:
-        Mean, std, interpolation and resize mode, as `open_clip_config.json` has them.
-    """
+    """Find how images are prepared for every published model of an architecture."""
     open_clip = import_open_clip()
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
@@ -333,14 +329,7 @@ def _refuse_torchscript(file: Path, *, source: str) -> None:
 
 
 def import_open_clip(need: Need = OPEN_CLIP) -> Any:
-    """Import open_clip.
-
-    Args:
-        need: What it is needed for, for the error.
-
-    Raises:
-        MissingExtraError: It is not installed; the message says how to install it.
-    """
+    """Import open_clip."""
     require(need)
     import open_clip
 

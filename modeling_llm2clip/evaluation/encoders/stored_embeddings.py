@@ -126,21 +126,12 @@ class StoredEmbeddingsEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Look texts up by themselves.
-
-        Args:
-            texts: At least one.
-        """
+        """Look texts up by themselves."""
         check_texts(list(texts))
         return EncodedTexts(self._look_up("texts", texts, project_captions), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Look images up by their names.
-
-        Args:
-            images: Not used.
-            names: Their names in the dataset.
-        """
+        """Look images up by their names."""
         return self._look_up("images", names, project_images)
 
     def _look_up(
@@ -218,11 +209,7 @@ class StoredEmbeddingsEncoder:
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Return whether a folder has embeddings that are read here.
-
-    Args:
-        folder: The folder.
-    """
+    """Return whether a folder has embeddings that are read here."""
     return any(side_file(folder, side).is_file() for side in SIDES) or bool(_find_stores(folder))
 
 

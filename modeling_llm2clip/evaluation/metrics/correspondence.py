@@ -31,14 +31,7 @@ class PositiveLists:
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
-        """Return the positives of one query.
-
-        Args:
-            query: Row of the query.
-
-        Returns:
-            Rows of the other side, int64.
-        """
+        """Return the positives of one query."""
         return self.members[int(self.offsets[query]) : int(self.offsets[query + 1])]
 
 
@@ -101,16 +94,7 @@ class Correspondence:
         *,
         allows_distractors: bool = False,
     ) -> Correspondence:
-        """Pair every image with every text of the same group.
-
-        Args:
-            image_group_ids: Group of each image.
-            text_group_ids: Group of each text.
-            allows_distractors: Whether a group may have only images, or only texts.
-
-        Raises:
-            ValueError: A group has only images, or only texts, and may not.
-        """
+        """Pair every image with every text of the same group."""
         number_of: dict[Hashable, int] = {}
         images, texts = (
             torch.tensor([number_of.setdefault(g, len(number_of)) for g in ids], dtype=torch.int64)
@@ -143,12 +127,7 @@ class Correspondence:
     def from_image_of_text(
         cls, image_of_text: Sequence[int] | Tensor, num_images: int
     ) -> Correspondence:
-        """Pair every text with the one image it describes.
-
-        Args:
-            image_of_text: (num_texts,) integers, a row of the images for every text.
-            num_images: Number of images.
-        """
+        """Pair every text with the one image it describes."""
         images = torch.as_tensor(image_of_text, dtype=torch.int64)
         return cls(num_images, len(images), images, torch.arange(len(images)))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,14 +49,7 @@ class Ranking:
     queries: Tensor | None = None
 
     def select(self, of_rows: Tensor) -> Tensor:
-        """Return what belongs to the queries.
-
-        Args:
-            of_rows: (rows,) something of every row.
-
-        Returns:
-            (Q,).
-        """
+        """Return what belongs to the queries."""
         return of_rows if self.queries is None else of_rows[self.queries]
 
 
@@ -74,11 +68,7 @@ class RetrievalRanks:
 
 @contextmanager
 def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Set the memory of every ranking inside that names none; it changes no rank.
-
-    Args:
-        max_memory_mb: Working memory in 10^6 bytes, above 0.
-    """
+    """Set the memory of every ranking inside that names none; it changes no rank."""
     token = _memory_mb.set(max_memory_mb)
     try:
         yield
@@ -98,6 +88,11 @@ def rank_retrieval(
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
+    Embeddings are (I, P) and (T, P), of any float dtype and length; a NaN is refused, and zeros
+    score 0 with all. `max_memory_mb` is working memory in 10^6 bytes, beyond the embeddings and
+    some numbers for each image, text and pair. Ranks of all positives, not of the best alone, cost
+    one more comparison of the scores for each further positive.
+
     The rank of a query's k-th best positive is k plus the number of candidates that are not its
     positives and score as high or higher. Ties count against the model, so that equal embeddings
     cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last bits of an
@@ -107,21 +102,6 @@ def rank_retrieval(
     compared with the thresholds of both directions and dropped; the few scores that are too near to
     a threshold to trust float32 are computed again in float64. So the ranks are those of the whole
     matrix in float64, whatever the tiles and the device are.
-
-    Args:
-        image_embeds: (I, P) of any float dtype and length; compared as unit embeddings. An
-            embedding of zeros scores 0 with all.
-        text_embeds: (T, P), likewise.
-        correspondence: Which rows belong together.
-        all_positives: Rank all positives of a query, not its best alone. Costs one more comparison
-            of the scores for each further positive.
-        max_memory_mb: Working memory in 10^6 bytes, beyond the embeddings and some numbers for each
-            image, text and pair; None for that of `ranking_memory`, or else 256.
-        device: Where tiles are computed; None for the device of the images' embeddings.
-
-    Raises:
-        ValueError: Counts or widths do not fit, a dtype is not a float dtype, a row has a NaN, or
-            the memory is too little for one tile.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
     device = torch.device(device) if device is not None else image_embeds.device
@@ -131,7 +111,9 @@ def rank_retrieval(
     )
     images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
     texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
-    with full_float32(device.type):
+    # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
+    # equal scores would swap ranks, and the switches hold for the whole program.
+    with torch.autocast(device.type, enabled=False), float32_as_such():
         scores = _score_pairs(images, texts, correspondence, min(shape.texts, _PAIRS_AT_A_TIME))
         image_counts, text_counts = (
             _NegativeCounts(
@@ -143,7 +125,7 @@ def rank_retrieval(
             )
             for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
         )
-        for tile in TileScorer(images, texts, correspondence, shape, device).score_all():
+        for tile in score_tiles(images, texts, correspondence, shape):
             image_counts.add(tile)
             text_counts.add(tile.transpose())
     i2t, t2i = (
@@ -252,14 +234,7 @@ class _NegativeCounts:
     def _add_level(
         self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
     ) -> None:
-        """Count for one level of some queries of a tile.
-
-        Args:
-            tile: The tile.
-            queries: (q,) on the CPU, ascending.
-            best_negatives: (n,) for every query of the tile.
-            level: The level.
-        """
+        """Count for one level of some queries of a tile."""
         device = tile.scores.device
         rows, places = (queries - tile.query_start).to(device), self._first[queries].to(device)
         lowest = (self._thresholds[places + level] - self._margin).float()
@@ -323,8 +298,7 @@ _MB = 1e6
 _MIN_LENGTH = 1e-12
 
 
-@dataclass(frozen=True)
-class TileShape:
+class TileShape(NamedTuple):
     """Largest size of a tile.
 
     Attributes:
@@ -337,16 +311,7 @@ class TileShape:
 
 
 def choose_tile_shape(width: int, *, max_memory_mb: float, device_type: str = "cpu") -> TileShape:
-    """Choose as many rows as the memory holds, but no more than is fast.
-
-    Args:
-        width: Width of the embeddings.
-        max_memory_mb: For everything that is held beside the embeddings, in 10^6 bytes.
-        device_type: `"cpu"` or that of a GPU.
-
-    Raises:
-        ValueError: There is no room for one tile.
-    """
+    """Choose as many rows as the memory holds, but no more than is fast."""
     # Bytes per score: itself and its comparison, both once more for some queries, and, if all were
     # too near to a threshold, selection, masks and float64. Bytes per row: float32 and as it is
     # stored, and, in that case, as it is stored and float64 twice.
@@ -381,7 +346,7 @@ class UnitRows:
     ) -> None:
         self.width = embeds.shape[1]
         self._embeds = embeds
-        self._device = device
+        self.device = device
         inverses = []
         for start in range(0, len(embeds), rows_at_a_time):
             rows = embeds[start : start + rows_at_a_time]
@@ -396,31 +361,16 @@ class UnitRows:
         self._inverse_lengths = torch.cat(inverses).to(device)  # (N,) float64
 
     def write(self, start: int, buffer: Tensor) -> Tensor:
-        """Write rows into a float32 buffer, until it is full or there are no more.
-
-        Args:
-            start: The first row.
-            buffer: (n, P) float32 on the device.
-
-        Returns:
-            The part of the buffer that was written.
-        """
+        """Write rows into a float32 buffer, until it is full or there are no more."""
         stop = min(start + len(buffer), len(self._embeds))
-        rows = self._embeds[start:stop].to(self._device)
+        rows = self._embeds[start:stop].to(self.device)
         scales = self._inverse_lengths[start:stop, None].float()
         return torch.mul(rows, scales, out=buffer[: stop - start])
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return some rows.
-
-        Args:
-            rows: (n,) int64, numbers of the rows.
-
-        Returns:
-            (n, P) float64.
-        """
-        taken = self._embeds[rows.to(self._embeds.device)].to(self._device, torch.float64)
-        return taken.mul_(self._inverse_lengths[rows.to(self._device), None])
+        """Return some rows."""
+        taken = self._embeds[rows.to(self._embeds.device)].to(self.device, torch.float64)
+        return taken.mul_(self._inverse_lengths[rows.to(self.device), None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -451,78 +401,41 @@ class Tile:
         return Tile(start, other, self.scores.T, self.memory, score_exactly)
 
 
-class TileScorer:
-    """Scores all images with all texts, tile after tile.
+def score_tiles(
+    images: UnitRows, texts: UnitRows, correspondence: Correspondence, shape: TileShape
+) -> Iterator[Tile]:
+    """Score all images with all texts, tile after tile in the same memory.
 
-    Args:
-        images: Embeddings of the images.
-        texts: Embeddings of the texts.
-        correspondence: Its pairs get minus infinity.
-        shape: Largest size of a tile.
-        device: Where tiles are computed; the rows must be on it.
+    Images are the queries, pairs of the correspondence get minus infinity, and a tile is valid
+    until the next.
     """
+    tiles_per_block = math.ceil(correspondence.num_texts / shape.texts)
+    image, text = correspondence.image_of_pair, correspondence.text_of_pair
+    numbers = image // shape.images * tiles_per_block + text // shape.texts
+    tile_of_pair, order = numbers.sort()
+    device = images.device
+    image_in_tile = (image % shape.images)[order].to(device)
+    text_in_tile = (text % shape.texts)[order].to(device)
+    sizes = [shape.images * images.width, shape.texts * texts.width] + [math.prod(shape)] * 2
+    image_buffer, text_buffer, score_buffer, memory = (
+        torch.empty(size, dtype=torch.float32, device=device) for size in sizes
+    )
 
-    def __init__(
-        self,
-        images: UnitRows,
-        texts: UnitRows,
-        correspondence: Correspondence,
-        shape: TileShape,
-        device: torch.device,
-    ) -> None:
-        self._images, self._texts, self._shape = images, texts, shape
-        self._num_blocks = math.ceil(correspondence.num_images / shape.images)
-        self._tiles_per_block = math.ceil(correspondence.num_texts / shape.texts)
-        image, text = correspondence.image_of_pair, correspondence.text_of_pair
-        tiles = image // shape.images * self._tiles_per_block + text // shape.texts
-        self._tile_of_pair, order = tiles.sort()
-        self._image_in_tile = (image % shape.images)[order].to(device)
-        self._text_in_tile = (text % shape.texts)[order].to(device)
-        self._image_buffer = torch.empty(
-            shape.images, images.width, dtype=torch.float32, device=device
-        )
-        self._text_buffer = torch.empty(
-            shape.texts, texts.width, dtype=torch.float32, device=device
-        )
-        self._scores, self._memory = (
-            torch.empty(shape.images * shape.texts, dtype=torch.float32, device=device)
-            for _ in range(2)
-        )
+    def score_exactly(image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        return images.take(image_rows) @ texts.take(text_rows).T
 
-    def score_all(self) -> Iterator[Tile]:
-        """Yield all tiles, with images as queries; each is valid until the next."""
-        for block in range(self._num_blocks):
-            image_rows = self._images.write(block * self._shape.images, self._image_buffer)
-            for place in range(self._tiles_per_block):
-                text_rows = self._texts.write(place * self._shape.texts, self._text_buffer)
-                size = len(image_rows), len(text_rows)
-                scores = self._scores[: math.prod(size)].view(size)
-                torch.mm(image_rows, text_rows.T, out=scores)
-                self._mask_positives(scores, block * self._tiles_per_block + place)
-                starts = block * self._shape.images, place * self._shape.texts
-                yield Tile(*starts, scores, self._memory, self._score_exactly)
-
-    def _mask_positives(self, scores: Tensor, number: int) -> None:
-        bounds = torch.tensor([number, number + 1])
-        low, high = torch.searchsorted(self._tile_of_pair, bounds).tolist()
-        scores[self._image_in_tile[low:high], self._text_in_tile[low:high]] = -torch.inf
-
-    def _score_exactly(self, images: Tensor, texts: Tensor) -> Tensor:
-        return self._images.take(images) @ self._texts.take(texts).T
-
-
-@contextmanager
-def full_float32(device_type: str) -> Iterator[None]:
-    """Compute float32 products in float32: no TF32, no bfloat16, no autocast.
-
-    Both have 10 bits of mantissa or fewer, and the switches that choose them hold for the whole
-    program; candidates with nearly equal scores would swap ranks.
-
-    Args:
-        device_type: Type of the device whose autocast is switched off.
-    """
-    with torch.autocast(device_type, enabled=False), float32_as_such():
-        yield
+    for block in range(math.ceil(correspondence.num_images / shape.images)):
+        image_rows = images.write(block * shape.images, image_buffer.view(shape.images, -1))
+        for place in range(tiles_per_block):
+            text_rows = texts.write(place * shape.texts, text_buffer.view(shape.texts, -1))
+            size = len(image_rows), len(text_rows)
+            scores = score_buffer[: math.prod(size)].view(size)
+            torch.mm(image_rows, text_rows.T, out=scores)
+            bounds = torch.tensor([0, 1]) + block * tiles_per_block + place
+            low, high = torch.searchsorted(tile_of_pair, bounds).tolist()
+            scores[image_in_tile[low:high], text_in_tile[low:high]] = -torch.inf
+            starts = block * shape.images, place * shape.texts
+            yield Tile(*starts, scores, memory, score_exactly)
 
 
 def bound_float32_error(width: int) -> float:
@@ -532,8 +445,5 @@ def bound_float32_error(width: int) -> float:
     (Higham and Mary, 2019, doi:10.1137/18M1226312). Three roots, and four roundings for the
     embeddings themselves; the most that was measured is 1.6 roots, for embeddings that begin with a
     large number (widths 8 to 4,096, tiles of several shapes).
-
-    Args:
-        width: Width of the embeddings.
     """
     return (3 * math.sqrt(width) + 4) * 2**-24

@@ -1,7 +1,7 @@
 """Scores of a ranking: one value per query, their means, and bootstrap confidence intervals.
 
 K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1,
-except for the ranks themselves.
+except for the ranks themselves. What ends in `_at` returns (Q,) float64, of Q queries.
 """
 
 from __future__ import annotations
@@ -21,13 +21,6 @@ def hits_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute whether a positive is among the first K: R@K of CLIP papers (arXiv:2103.00020).
 
     mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
-
-    Args:
-        ranking: Ranks of one direction.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64, 0 or 1.
     """
     _require_rank(k)
     return (ranking.best_ranks <= k).double()
@@ -37,16 +30,6 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute the share of a query's positives among the first K: trec_eval's recall_K.
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
-
-    Args:
-        ranking: Ranks of one direction, of all positives.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64.
-
-    Raises:
-        ValueError: The ranking has no ranks of all positives.
     """
     found = (_require_all_ranks(ranking, k) <= k).double()
     return _sum_by_query(ranking, found) / ranking.num_positives
@@ -56,16 +39,6 @@ def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute the average precision of the first K (trec_eval's map_cut_K).
 
     AP@K = 1/R · Σ_{r ≤ K} (positives up to rank r) / r; mAP@K is the mean.
-
-    Args:
-        ranking: Ranks of one direction, of all positives.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64.
-
-    Raises:
-        ValueError: The ranking has no ranks of all positives.
     """
     ranks = _require_all_ranks(ranking, k)
     precisions = torch.where(ranks <= k, _count_up_to(ranking) / ranks.double(), 0.0)
@@ -77,16 +50,6 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
 
     NDCG@K = Σ_{r ≤ K} 1/log2(r + 1) / Σ_{i ≤ min(K, R)} 1/log2(i + 1) (Järvelin and Kekäläinen,
     2002, as trec_eval computes it).
-
-    Args:
-        ranking: Ranks of one direction, of all positives.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64.
-
-    Raises:
-        ValueError: The ranking has no ranks of all positives.
     """
     gained, most = (
         _sum_by_query(ranking, torch.where(ranks <= k, 1 / (ranks.double() + 1).log2(), 0.0))
@@ -96,26 +59,12 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
 
 
 def hit_rate_at(ranking: Ranking, *, k: int) -> float:
-    """Compute the share of queries with a positive among the first K: R@K of CLIP papers.
-
-    Args:
-        ranking: Ranks of one direction.
-        k: At least 1.
-    """
+    """Compute the share of queries with a positive among the first K: R@K of CLIP papers."""
     return float(hits_at(ranking, k=k).mean())
 
 
 def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Compute the usual scores of one direction, named as in mteb where it has them.
-
-    Args:
-        ranking: Ranks of one direction.
-        ks: The ranks K.
-
-    Returns:
-        `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`; with the ranks of all positives
-        also `recall_at_K`, `map_at_K` and `ndcg_at_K`.
-    """
+    """Compute the usual scores of one direction, named as in mteb where it has them."""
     ranks = ranking.best_ranks.double()
     # The smaller of the two middle ranks would flatter; quantile takes their mean.
     scores = {"median_rank": float(ranks.quantile(0.5)), "mean_rank": float(ranks.mean())}
@@ -155,17 +104,6 @@ def bootstrap_mean(
     Whole clusters are sampled with replacement. The five captions of an image succeed and fail
     together; sampled one by one they would pass for five independent trials, and the interval would
     be too narrow.
-
-    Args:
-        values: (Q,) one number per query, as `hits_at` and its like return.
-        generator: On the CPU; the same seed gives the same interval.
-        clusters: (Q,) integers, equal for queries that are sampled together: for captions, the
-            row of their image. None if each query is a cluster of its own.
-        num_resamples: Number of resampled datasets.
-        level: Share of them that the interval covers.
-
-    Raises:
-        ValueError: There are no values or a NaN, lengths differ, or the level is outside (0, 1).
     """
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
         raise ValueError(
@@ -200,13 +138,6 @@ def bootstrap_mean_of_means(
 
     One sample of clusters serves all groups: an image that is sampled twice counts twice in every
     language that it has captions in.
-
-    Args:
-        groups: Values and clusters of each, as `bootstrap_mean` takes them; equal numbers are one
-            cluster, in whatever group.
-        generator: On the CPU; the same seed gives the same interval.
-        num_resamples: Number of resampled datasets.
-        level: Share of them that the interval covers.
     """
     numbers = torch.cat([clusters for _, clusters in groups]).unique(return_inverse=True)[1]
     num_clusters = int(numbers.max()) + 1
@@ -252,11 +183,7 @@ def _resample_means(
 def _sample_clusters(
     num_clusters: int, num_resamples: int, generator: torch.Generator
 ) -> Iterator[tuple[int, Iterator[Tensor]]]:
-    """Sample as many clusters as there are, again and again.
-
-    Yields:
-        Number of resampled datasets, and their clusters, (count, n) in pieces of bounded size.
-    """
+    """Sample as many clusters as there are, again and again."""
 
     def sample(count: int) -> Iterator[Tensor]:
         for size in _split(num_clusters, max(1, _CLUSTERS_AT_A_TIME // count)):

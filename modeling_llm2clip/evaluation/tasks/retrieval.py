@@ -16,9 +16,10 @@ from ...data.captions.caption_groups import CaptionGroup
 from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.correspondence import Correspondence
-from ..metrics.ranking import TIE_RULE, Ranking, RetrievalRanks, rank_retrieval
+from ..metrics.ranking import Ranking, RetrievalRanks, rank_retrieval
 from ..metrics.scores import hit_rate_at, hits_at, summarize
 from .task import (
+    BY_COSINE,
     INTERVAL_PROTOCOL,
     Datasets,
     Task,
@@ -30,8 +31,7 @@ from .task import (
 
 _KS = (1, 5, 10)
 _PROTOCOL = {
-    "similarity": "cosine",
-    "ties": TIE_RULE,
+    **BY_COSINE,
     "hit_rate_at_k": "a positive is among the first k: R@K of CLIP papers",
     "recall_at_k": "share of the positives among the first k",
     "interval": INTERVAL_PROTOCOL,
@@ -80,11 +80,7 @@ def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
 
 
 def compute_chance(ranking: Ranking) -> float:
-    """Compute the hit rate at 1 that embeddings without meaning would reach.
-
-    Args:
-        ranking: Ranks of one direction.
-    """
+    """Compute the hit rate at 1 that embeddings without meaning would reach."""
     return float((ranking.num_positives.double() / ranking.num_candidates).mean())
 
 
@@ -142,7 +138,6 @@ RETRIEVAL = Task(
     title="images by caption, and captions by image",
     dataset_types=("retrieval",),
     needs_images=True,
-    all_languages=False,
     protocol=_PROTOCOL,
     headline={title: (name, "hit_rate_at_1") for title, name in _COLUMNS.items()},
     chance={title: (name, "chance_hit_rate_at_1") for title, name in _COLUMNS.items()},
@@ -165,18 +160,10 @@ CROSS_LINGUAL = Task(
 def measure_caption_retrieval(
     encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]
 ) -> float:
-    """Compute the caption retrieval accuracy of a text encoder.
-
-    Args:
-        encode: Makes embeddings of texts, (N, D) of any float dtype.
-        groups: At least two images, each with two captions.
-
-    Raises:
-        ValueError: There are fewer than two images.
-    """
+    """Compute the caption retrieval accuracy of a text encoder."""
     if len(groups) < 2:
         raise ValueError(f"Caption retrieval needs two images or more; got {len(groups)}.")
-    return hit_rate_at(_rank_captions(encode(_list_pairs(groups))).i2t, k=1)
+    return hit_rate_at(rank_pairs(encode(_list_pairs(groups))).i2t, k=1)
 
 
 def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
@@ -184,8 +171,11 @@ def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
     return [group.captions[number] for number in (0, 1) for group in groups]
 
 
-def _rank_captions(embeds: Tensor) -> RetrievalRanks:
-    """Rank second captions for first ones, which are in the place of images, and vice versa."""
+def rank_pairs(embeds: Tensor) -> RetrievalRanks:
+    """Rank second texts for first ones, which are in the place of images, and vice versa.
+
+    Takes (2N, D): all first texts, then all second ones.
+    """
     number = len(embeds) // 2
     own = Correspondence.from_image_of_text(range(number), number)
     return rank_retrieval(embeds[:number], embeds[number:], own)
@@ -195,7 +185,7 @@ def _run_cra(encoder: Encoder, datasets: Datasets) -> TaskScores:
     """Compute the accuracy, and that of the other direction."""
     groups = _require_pairs(datasets)
     texts = encoder.encode_texts(_list_pairs(groups))
-    found = _rank_captions(texts.embeds)
+    found = rank_pairs(texts.embeds)
     return TaskScores(
         {
             "cra": mean_with_interval(hits_at(found.i2t, k=1)),
@@ -225,10 +215,8 @@ CRA = Task(
     title="caption retrieval accuracy of a text encoder alone",
     dataset_types=("captions", "retrieval"),
     needs_images=False,
-    all_languages=False,
     protocol={
-        "similarity": "cosine",
-        "ties": TIE_RULE,
+        **BY_COSINE,
         "queries": "first caption of every image",
         "candidates": "second caption of every image",
         "interval": INTERVAL_PROTOCOL,

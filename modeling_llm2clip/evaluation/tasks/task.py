@@ -13,11 +13,13 @@ from torch import Tensor
 from ..._extras import Need
 from ..datasets.dataset_spec import DatasetType, EvaluationDataset
 from ..encoders.encoder import EncodedTexts, Encoder
+from ..metrics.ranking import TIE_RULE
 from ..metrics.scores import bootstrap_mean, bootstrap_mean_of_means
 
 CONFIDENCE_LEVEL = 0.95
 _NUM_RESAMPLES = 1000
 # Part of the protocol of every task that has intervals.
+BY_COSINE = {"similarity": "cosine", "ties": TIE_RULE}
 INTERVAL_PROTOCOL = f"bootstrap over images, {_NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 Datasets: TypeAlias = tuple[EvaluationDataset, ...]
@@ -62,27 +64,19 @@ class Task:
     name: str
     title: str
     dataset_types: tuple[DatasetType, ...]
-    needs_images: bool | None
-    all_languages: bool
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
     chance: Mapping[str, tuple[str, ...]]
     run: Callable[[Encoder, Datasets], TaskScores]
+    needs_images: bool | None = None
+    all_languages: bool = False
     check: Callable[[Datasets], object] = lambda datasets: None  # noqa: ARG005
     describe_data: Callable[[Datasets], Mapping[str, Any]] = lambda datasets: {}  # noqa: ARG005
     needs: tuple[Need, ...] = ()
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
-    """Compute the mean of one number per query, and how far other images could move it.
-
-    Args:
-        values: (Q,) numbers.
-        clusters: (Q,) integers, equal for queries that are sampled together; see `bootstrap_mean`.
-
-    Returns:
-        `value`, `low`, `high`.
-    """
+    """Compute the mean of one number per query, and how far other images could move it."""
     interval = bootstrap_mean(
         values,
         generator=torch.Generator().manual_seed(0),
@@ -94,14 +88,7 @@ def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dic
 
 
 def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Compute the mean over groups of equal weight of their means, as `mean_with_interval`.
-
-    Args:
-        groups: Values and clusters of each.
-
-    Returns:
-        `value`, `low`, `high`.
-    """
+    """Compute the mean over groups of equal weight of their means, as `mean_with_interval`."""
     interval = bootstrap_mean_of_means(
         groups,
         generator=torch.Generator().manual_seed(0),
@@ -113,14 +100,7 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:
-    """Count the texts, and those that the encoder had to truncate.
-
-    Args:
-        texts: Encoded texts.
-
-    Returns:
-        `texts` and `texts_truncated`; the latter is None if it is not known.
-    """
+    """Count the texts, and those that the encoder had to truncate."""
     is_truncated = texts.is_truncated
     return {
         "texts": len(texts.embeds),

@@ -22,14 +22,7 @@ DEFAULT_TASKS: dict[DatasetType, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Find a task.
-
-    Args:
-        name: Its name.
-
-    Raises:
-        ValueError: There is no task of this name; the message lists all.
-    """
+    """Find a task."""
     if name not in TASKS:
         raise ValueError(
             f"There is no task {name!r}. Known: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"

@@ -37,11 +37,6 @@ def read_custom_folder(
 
     Errors of other languages stop the reading too, but nothing of this language is skipped for
     them.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-        long: Take `long_captions` in place of `captions`; a record without one is an error.
     """
     collected, num_unused = _collect(request, validator)
     records = collected.records
@@ -78,12 +73,7 @@ def _find_rows(records: RecordTable, lang: str) -> Array:
 
 
 def _find_languages(request: ReadRequest, validator: DatasetValidator) -> tuple[str, ...]:
-    """List the languages of a folder by first occurrence; errors are reported later.
-
-    Raises:
-        ValueError: The folder has no records.
-        DataValidationError: All records are broken.
-    """
+    """List the languages of a folder by first occurrence; errors are reported later."""
     collected, _ = _collect(request, validator)
     batches = collected.records.iterate_columns(("lang",))
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
@@ -149,15 +139,7 @@ def _publish(
 
 
 def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = None) -> DatasetSpec:
-    """Make the spec of records that are in memory.
-
-    Args:
-        records: At least one.
-        name: Name of the dataset. Default: one with the hash of the records.
-
-    Raises:
-        ValueError: There are no records.
-    """
+    """Make the spec of records that are in memory."""
     if not records:
         raise ValueError("Got no records to evaluate on; give at least one.")
     languages = tuple(dict.fromkeys(record.lang for record in records))
