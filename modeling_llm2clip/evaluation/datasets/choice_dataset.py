@@ -125,15 +125,10 @@ def build_choice_dataset(
     entries = list(spec.read(request, validator))
     num_lost = validator.count_lost()
     items = [_check_entry(entry, form, request, validator) for entry in entries]
-    if request.check_images:
-        images = (image for item in items if item for image in item.images)
-        unreadable = validator.find_unreadable_images(images, show_progress=request.show_progress)
-        items = [None if item and unreadable & set(item.images) else item for item in items]
-    published = spec.list_published_counts(request.lang)
-    validator.compare_counts({"items": len(entries)}, published)
-    validator.compare_checksums(spec.checksums)
-    skipped = validator.finish()
-    kept = tuple(item for item in items if item is not None)
+    images = (image for item in items if item for image in item.images)
+    unreadable = validator.find_unreadable_images(images, request)
+    skipped = validator.finish(spec, request.lang, {"items": len(entries)})
+    kept = tuple(item for item in items if item and not unreadable & set(item.images))
     if not kept:
         raise ValueError(
             f"{validator.source}: no item is left, because each has an error: {skipped}"
@@ -144,7 +139,7 @@ def build_choice_dataset(
         **spec.protocol,
         "form": form,
         "items": len(kept),
-        "published": published,
+        "published": spec.list_published_counts(request.lang),
         "skipped": skipped,
         "skipped_samples": num_lost + len(items) - len(kept),
         **validator.notes,

@@ -125,17 +125,23 @@ def build_classification_dataset(
     _check_request(spec, request)
     found: LabeledImages = spec.read(request, validator)
     names = _name_classes(found, request, validator)
-    num_lost = _count_lost(validator)
+    errors = validator.errors
+    num_lost = errors.total - sum(errors.counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.images if item[2] in names]
     if len(kept) < len(found.images):
         validator.notes["images_of_skipped_classes"] = len(found.images) - len(kept)
-    kept = _drop_unreadable(kept, request, validator)
+    unreadable = validator.find_unreadable_images((file for _, file, _ in kept), request)
+    kept = [item for item in kept if item[1] not in unreadable]
     num_images = len(found.images) + validator.errors.counts.get("image missing", 0)
     counts = {"images": num_images, "classes": len(found.class_keys)}
-    validator.compare_counts(counts, spec.list_published_counts(request.lang))
-    skipped = validator.finish()
-    _require_a_choice(validator, images=len(kept), classes=len(in_use))
+    skipped = validator.finish(spec, request.lang, counts)
+    if not kept or len(in_use) < 2:
+        raise ValueError(
+            f"{validator.source}: {len(kept)} images and {len(in_use)} classes are left: "
+            f"{skipped}. Give an image and at least two classes, because a single one is always "
+            "right."
+        )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
     chosen = spec.templates if request.templates is None else request.templates
@@ -175,17 +181,6 @@ def normalize_class_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
 
-def _drop_unreadable(
-    images: list[tuple[str, Path, str]], request: ReadRequest, validator: DatasetValidator
-) -> list[tuple[str, Path, str]]:
-    if not request.check_images:
-        return images
-    unreadable = validator.find_unreadable_images(
-        (file for _, file, _ in images), show_progress=request.show_progress
-    )
-    return [item for item in images if item[1] not in unreadable]
-
-
 def _describe_names(
     found: LabeledImages, request: ReadRequest, names: tuple[str, ...]
 ) -> dict[str, str]:
@@ -207,21 +202,6 @@ def _check_request(spec: DatasetSpec, request: ReadRequest) -> None:
         raise ValueError(
             f"{spec.name}: the templates of the dataset are English, lang is {request.lang!r}. "
             "Give templates in that language too."
-        )
-
-
-def _count_lost(validator: DatasetValidator) -> int:
-    """Count the images that were lost in reading, before any is checked."""
-    counts = validator.errors.counts
-    return validator.errors.total - sum(counts.get(error, 0) for error in _ERRORS_OF_CLASSES)
-
-
-def _require_a_choice(validator: DatasetValidator, *, images: int, classes: int) -> None:
-    if not images or classes < 2:
-        raise ValueError(
-            f"{validator.source}: {images} images and {classes} classes are left: "
-            f"{validator.errors.counts}. Give an image and at least two classes, because a single "
-            "one is always right."
         )
 
 

@@ -248,6 +248,11 @@ def load_dataset(
         >>> dataset = load_dataset("coco", "my-coco")  # doctest: +SKIP
     """
     spec, folder = resolve_dataset(source, folder)
+    if allow_distractors and not spec.takes_distractors:
+        raise ValueError(
+            f"{spec.name} is a published dataset, whose scores are those of its own images and "
+            "captions. Leave allow_distractors out."
+        )
     place = _find_folder(spec, folder, lang=lang)
     request = ReadRequest(
         folder=place,
@@ -257,7 +262,7 @@ def load_dataset(
         class_names=_freeze(class_names),
         templates=None if templates is None else tuple(templates),
         allow_repeated_class_names=allow_repeated_class_names,
-        allow_distractors=_require_own(spec, allow_distractors),
+        allow_distractors=allow_distractors,
         ignore_fields=tuple(ignore_fields),
         show_progress=show_progress,
     )
@@ -267,16 +272,6 @@ def load_dataset(
     validator.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
     request = _choose_language(spec, request, validator, lang)
     return _BUILDERS[spec.dataset_type](spec, request, validator)
-
-
-def _require_own(spec: DatasetSpec, allow_distractors: bool) -> bool:
-    """Raise ValueError if a published dataset is to be read with distractors."""
-    if allow_distractors and not spec.takes_distractors:
-        raise ValueError(
-            f"{spec.name} is a published dataset, whose scores are those of its own images and "
-            "captions. Leave allow_distractors out."
-        )
-    return allow_distractors
 
 
 def read_data(

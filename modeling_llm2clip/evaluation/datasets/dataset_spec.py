@@ -278,17 +278,19 @@ class DatasetValidator:
         return file
 
     def find_unreadable_images(
-        self, images: Iterable[ImageSource | None], *, show_progress: bool
+        self, images: Iterable[ImageSource | None], request: ReadRequest
     ) -> set[ImageSource]:
         """Decode images that were not decoded yet; those that cannot be decoded are errors."""
+        if not request.check_images:
+            return set()
         unchecked = {image: None for image in images if image and image not in self.cache.checked}
-        unreadable = find_unreadable_images(unchecked, show_progress=show_progress)
+        unreadable = find_unreadable_images(unchecked, show_progress=request.show_progress)
         for error in unreadable.values():
             self.errors.add("image unreadable", error)
         self.cache.checked.update(image for image in unchecked if image not in unreadable)
         return set(unreadable)
 
-    def compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
+    def _compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
         """Compare what was found, valid or not, with the publisher's counts."""
         for what, wanted in published.items():
             if found[what] == wanted:
@@ -303,7 +305,7 @@ class DatasetValidator:
                     "part on purpose with skip_invalid (--skip-invalid)",
                 )
 
-    def compare_checksums(self, published: Mapping[str, str]) -> None:
+    def _compare_checksums(self, published: Mapping[str, str]) -> None:
         """Compare the files that were read with their published digests."""
         known = [
             (name, file)
@@ -322,8 +324,14 @@ class DatasetValidator:
         """Count the samples that were lost in reading, before any yielded one is checked."""
         return self.errors.total - self.num_errors_of_yielded
 
-    def finish(self) -> dict[str, int]:
-        """Raise the errors, or return their counts if invalid samples are to be skipped."""
+    def finish(self, spec: DatasetSpec, lang: str, found: Mapping[str, int]) -> dict[str, int]:
+        """Compare what was found with what was published, then raise the errors.
+
+        If invalid samples are to be skipped, the counts of the errors are returned instead. Files
+        that could not be read are refused in any case: nothing is known of their samples.
+        """
+        self._compare_counts(found, spec.list_published_counts(lang))
+        self._compare_checksums(spec.checksums)
         unread = [kind for kind in self.errors.counts if kind in READING_ERRORS]
         if self.skip_invalid and unread:
             invalid = [kind for kind in self.errors.counts if kind not in READING_ERRORS]

@@ -144,21 +144,14 @@ def build_retrieval_dataset(
     validator.errors.extend(errors)
     num_images = sum(record.has_image for record in records)
     found = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
-    if has_images and request.check_images:
-        unreadable = validator.find_unreadable_images(
-            (record.image for record in records if record.has_image),
-            show_progress=request.show_progress,
-        )
-        records = [
-            replace(record, is_valid=False)
-            if record.has_image and record.image in unreadable
-            else record
-            for record in records
-        ]
-    validator.compare_counts(found, spec.list_published_counts(request.lang))
-    validator.compare_checksums(spec.checksums)
-    skipped = validator.finish()
-    valid = [record for record in records if record.is_valid]
+    images = (record.image for record in records if has_images and record.has_image)
+    unreadable = validator.find_unreadable_images(images, request)
+    skipped = validator.finish(spec, request.lang, found)
+    valid = [
+        record
+        for record in records
+        if record.is_valid and not (record.has_image and record.image in unreadable)
+    ]
     validator.notes["skipped_samples"] = num_lost + len(records) - len(valid)
     return _assemble(spec, request, validator, valid, skipped)
 

@@ -8,7 +8,7 @@ model that computed them; captions alone need none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -250,9 +250,8 @@ def _open_stores(
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
             store.require_fingerprint(of_head(head))
-        rows_of = _list_text_rows if side == "texts" else _list_image_rows
         sides[side] = _Side(
-            row_of=dict(rows_of(store, records)),
+            row_of=dict(_list_rows(store, records, side)),
             read=store.read,
             width=store.manifest.dim,
             dtype=store.manifest.dtype,
@@ -269,16 +268,12 @@ def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> N
         )
 
 
-def _list_text_rows(
-    store: EmbeddingStore, records: Sequence[CaptionedImage]
-) -> Iterable[tuple[str, int]]:
+def _list_rows(
+    store: EmbeddingStore, records: Sequence[CaptionedImage], side: str
+) -> Iterator[tuple[str, int]]:
     for item, record in enumerate(records):
+        if side == "images":
+            yield record.name, int(store.rows_of(item)[0])
+            continue
         for is_long, texts in ((False, record.captions), (True, record.long_captions)):
             yield from zip(texts, store.rows_of(item, long=is_long).tolist(), strict=True)
-
-
-def _list_image_rows(
-    store: EmbeddingStore, records: Sequence[CaptionedImage]
-) -> Iterable[tuple[str, int]]:
-    for item, record in enumerate(records):
-        yield record.name, int(store.rows_of(item)[0])
