@@ -121,13 +121,7 @@ def check_data(
 
 @dataclass(frozen=True)
 class _Source:
-    """A dataset that is not read yet.
-
-    Attributes:
-        spec: What is known of it.
-        folder: Folder of its files.
-        image_dir: Folder of its images.
-    """
+    """A dataset that is not read yet."""
 
     spec: DatasetSpec
     folder: str | Path | None
@@ -136,13 +130,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Job:
-    """One task on one dataset.
-
-    Attributes:
-        task: The task.
-        dataset: Name of the dataset.
-        datasets: The dataset as it was read, one per language.
-    """
+    """One task on one dataset, which was read once per language."""
 
     task: Task
     dataset: str

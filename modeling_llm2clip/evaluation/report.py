@@ -1,4 +1,4 @@
-"""Several results side by side, as text or Markdown.
+"""The report on results: tables for a terminal or Markdown, what scores depend on, plots.
 
 There is a table for each question: a task, and for some tasks what is compared with what. A column
 has the scores on one dataset, a row those of one model. Results that cannot be compared share no
@@ -28,6 +28,15 @@ STYLES = ("text", "markdown")
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 _GAP = 2  # characters between columns
 _MIN_CELL = 20  # characters; narrower cells are hard to read
+ABSENT = "–"
+_SHOWN_OF_DIGEST = 8
+_SHOWN_LANGUAGES = 3
+_UNITS = ("images", "items", "captions", "classes")
+# Choices of a task that are part of its title.
+_SIDES = ("queries", "candidates")
+_SUFFIXES = (".png", ".svg", ".pdf")
+_MAX_NAMED = 60
+_INCHES_PER_CLASS = 0.25
 
 
 class EvaluationResults(Sequence[Result]):
@@ -307,14 +316,6 @@ def _capitalize(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-ABSENT = "–"
-_SHOWN_OF_DIGEST = 8
-_SHOWN_LANGUAGES = 3
-_UNITS = ("images", "items", "captions", "classes")
-# Choices of a task that are part of its title.
-_SIDES = ("queries", "candidates")
-
-
 class Table(NamedTuple):
     """A table before it is drawn; every row has the length of `heads`."""
 
@@ -496,7 +497,7 @@ def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_files(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Say whether the files are the published ones, if that is known."""
+    """Say if the files are the published ones, as far as that is known."""
     differing = dict.fromkeys(name for part in parts for name in _list_differing_files(part))
     if differing:
         return f"{', '.join(differing)}: not as published"
@@ -535,11 +536,6 @@ def _format_images(images: Mapping[str, Any]) -> str:
     return " ".join(str(part) for part in parts if part) or ABSENT
 
 
-_SUFFIXES = (".png", ".svg", ".pdf")
-_MAX_NAMED = 60
-_INCHES_PER_CLASS = 0.25
-
-
 def plot_lengths(results: Sequence[Result], file: Path) -> None:
     """Plot R@1 against the length of the text, with intervals, one line per model."""
     if not results or any("buckets" not in result.scores for result in results):
@@ -575,7 +571,10 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], file: Path) -> None:
-    """Plot a confusion matrix: rows are the images' own classes, columns the predicted ones."""
+    """Plot a (C, C) confusion matrix: rows are the images' own classes, columns the predicted ones.
+
+    Each row is scaled to its number of images; up to 60 names of classes are written.
+    """
     plt = _import_pyplot()
     number = len(confusion)
     side = max(4.0, min(10.0, 2 + _INCHES_PER_CLASS * number))

@@ -42,23 +42,18 @@ _SHOWN_BEFORE = 15  # of what two values have in common
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one task found for one model on one dataset.
+    """Scores of one task for one model on one dataset.
 
     Attributes:
         model: Name of the model in tables.
-        task: Name of the task.
-        dataset: Name of the dataset.
-        scores: Scores of the task.
         protocol: Every choice that changes a score: of the `data`, of the `model` (prompt, maximum
             tokens, resolution, preprocessing, dtype) and of the `task`.
-        counts: How many images and texts there were, and how many texts were truncated.
+        counts: Numbers of images, texts and truncated texts.
         fingerprint: Digests that identify the model.
-        run: What changes no score: device, batch size, where the model was, and how many texts and
-            images were `encoded`; embeddings of an earlier task are not computed again. Of images
-            unlike those that the model was trained on, `far_images` says so.
-        versions: Versions of the packages.
-        seconds: How long it took to compute the `encoded` embeddings and the scores.
-        format_version: Format of the file.
+        run: Facts that change no score: device, batch size, where the model was, and how many texts
+            and images were `encoded`; embeddings of an earlier task are not computed again. For
+            images unlike those that the model was trained on, `far_images` says so.
+        seconds: Time to compute the `encoded` embeddings and the scores.
     """
 
     model: str

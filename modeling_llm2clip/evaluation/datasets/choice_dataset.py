@@ -1,4 +1,4 @@
-"""Compositional choices between captions: what such a dataset is, and how it is built."""
+"""Compositional choices between captions: SugarCrepe, with images and as texts, and Winoground."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from .dataset_spec import (
 )
 
 _NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
+_SUGARCREPE_CATEGORIES = (
+    "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
+)  # fmt: skip
+_WINOGROUND_IMAGES = ("image_0", "image_1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceItem:
-    """One question of a compositional dataset.
+    """One question of a compositional dataset; its form is that of `ChoiceDataset`.
 
     Attributes:
-        name: Name within the dataset.
-        category: What differs between the two captions; each category also has its scores.
-        captions: Two texts. In form `images` the first belongs to the first image, the second to
-            the second; in the other forms the first is true and the second is false.
+        category: Kind of difference between the two captions; each category also has its scores.
+        captions: In form `images` the first belongs to the first image, the second to the second;
+            in the other forms the first is true and the second is false.
         images: Two in form `images`, one in form `image`, none in form `text`.
         anchor: In form `text`, another true caption of the same image, in place of the image.
     """
@@ -49,13 +52,8 @@ class ChoiceItem:
 class ChoiceDataset(EvaluationDataset):
     """Questions that take a model which reads word order and relations.
 
-    Attributes:
-        form: `image`: one image, a true and a false caption (SugarCrepe); `images`: two of each
-            (Winoground); `text`: a caption of the image in place of the image.
-        items: At least one.
-
-    Raises:
-        ValueError: There are no items, or an item has another form.
+    The form is `image`: one image, a true and a false caption (SugarCrepe); `images`: two of each
+    (Winoground); or `text`: a caption of the image in place of the image.
     """
 
     form: ChoiceForm
@@ -79,7 +77,7 @@ class ChoiceDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
         return self.form != "text"
 
     def list_content(self) -> list[Any]:
@@ -91,14 +89,8 @@ class ChoiceDataset(EvaluationDataset):
 class ChoiceEntry:
     """A question as the publisher's files have it.
 
-    Attributes:
-        place: Where it is written, for errors.
-        name: Name within the dataset.
-        category: What differs between the two captions.
-        captions: Two texts as they are written.
-        image_names: Paths in the folder of images; as many as the form needs.
-        images: Where the images are, if the reader knows.
-        anchor: In form `text`, another caption of the image.
+    Images are named by paths in their folder, as many as the form needs, unless the reader knows
+    where they are. `place` is for errors.
     """
 
     place: str
@@ -180,13 +172,6 @@ def _check_entry(
     )
 
 
-_SUGARCREPE_CATEGORIES = (
-    "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
-)  # fmt: skip
-_WINOGROUND_TEXTS = ("caption_0", "caption_1")
-_WINOGROUND_IMAGES = ("image_0", "image_1")
-
-
 def read_sugarcrepe(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
     """Yield a caption and a hard negative of a COCO image, category after category."""
     for category in _SUGARCREPE_CATEGORIES:
@@ -236,15 +221,26 @@ def read_sugarcrepe_text(
 
 
 def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
-    """Yield the items; the category is what the two captions differ in (`collapsed_tag`).
+    """Yield the items; their category is the difference between the captions, `collapsed_tag`."""
+    for place, fields in _iterate_winoground(request, validator):
+        first, second = (fields.get(name) for name in ("caption_0", "caption_1"))
+        found = [fields.get(name) for name in _WINOGROUND_IMAGES]
+        images = tuple(image for image in found if isinstance(image, ParquetImage | Path))
+        if not isinstance(first, str) or not isinstance(second, str):
+            validator.errors.add("no 'caption_0' and 'caption_1'", place)
+        elif len(images) < len(_WINOGROUND_IMAGES):
+            validator.errors.add("image missing", place)
+        else:
+            name, category = str(fields.get("id", place)), str(fields.get("collapsed_tag") or "all")
+            yield ChoiceEntry(place, name, category, (first, second), images=images)
 
-    The files are Parquet, or `examples.jsonl` with the unpacked `images.zip`.
-    """
+
+def _iterate_winoground(
+    request: ReadRequest, validator: DatasetValidator
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield items of Parquet files, or of `examples.jsonl` with the unpacked `images.zip`."""
     if tables := request.list_parquet_files():
-        for place, fields in iterate_rows(tables, request.data_folder, validator.errors):
-            found = [fields.get(name) for name in _WINOGROUND_IMAGES]
-            packed = tuple(image for image in found if isinstance(image, ParquetImage))
-            yield from _build_winoground(place, fields, packed, validator)
+        yield from iterate_rows(tables, request.data_folder, validator.errors)
         return
     lines = validator.find_file(
         request.data_folder,
@@ -254,30 +250,13 @@ def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterat
     )
     image_dir = request.image_dir or lines.parent / "images"
     for raw in read_json_lines(lines, validator.errors):
-        paths = [_find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES]
-        images = tuple(path for path in paths if path is not None)
-        yield from _build_winoground(raw.place, dict(raw.fields), images, validator)
+        images = {
+            name: _find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES
+        }
+        yield raw.place, {**raw.fields, **images}
 
 
 def _find_by_stem(image_dir: Path, name: Any) -> Path | None:
     """Find an image whose name is written without its suffix."""
     candidates = [image_dir / f"{name}{suffix}" for suffix in ("", ".png", ".jpg")]
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _build_winoground(
-    place: str,
-    fields: dict[str, Any],
-    images: tuple[ImageSource, ...],
-    validator: DatasetValidator,
-) -> Iterator[ChoiceEntry]:
-    first, second = (fields.get(name) for name in _WINOGROUND_TEXTS)
-    if not isinstance(first, str) or not isinstance(second, str):
-        validator.errors.add("no 'caption_0' and 'caption_1'", place)
-    elif len(images) < len(_WINOGROUND_IMAGES):
-        validator.errors.add("image missing", place)
-    else:
-        category = str(fields.get("collapsed_tag") or "all")
-        yield ChoiceEntry(
-            place, str(fields.get("id", place)), category, (first, second), images=images
-        )

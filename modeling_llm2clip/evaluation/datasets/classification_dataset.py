@@ -1,4 +1,8 @@
-"""Images by class, with prompts for the classes: what such a dataset is, and how it is built."""
+"""Images by class, with prompts for the classes: ImageNet-1k, and any folder of class folders.
+
+A file of class names has lines `<class> <name>`. ImageNet's own `LOC_synset_mapping.txt` has
+several names per class with commas between them, of which the first is taken.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,36 @@ import csv
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...data.atomic_files import hash_file
-from ...data.images.image_sources import IMAGE_SUFFIXES, ImageSource
+from ...data.images.image_sources import ImageSource
 from .dataset_spec import (
     DatasetSpec,
     DatasetValidator,
     EvaluationDataset,
     ReadRequest,
     find_repeated,
+    is_image,
     read_lines,
 )
+
+# Errors that belong to no image: what they cost is the images of the classes.
+_ERRORS_OF_CLASSES = (
+    "class without a name",
+    "class name repeated",
+    "class name for a class that does not exist",
+    "class folder without images",
+    "class named twice",
+    "line without a class and its name",
+)
+_SYNSETS = "LOC_synset_mapping.txt"
+_SOLUTION = "LOC_val_solution.csv"
+_NAMES = "class_names.txt"
+_KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +47,10 @@ class ClassificationDataset(EvaluationDataset):
     """Images, each of which belongs to one class.
 
     Attributes:
-        images: Where they are; at least one.
-        image_names: One per image, all different.
         labels: One per image: the row of its class in `class_names`.
-        class_names: Names in prompts; all different, in more than case, unless `protocol` lists
-            those that are not in `repeated_class_names`: images of these tie, and a tie is a wrong
-            answer.
+        class_names: All different, in more than case, unless `protocol` lists those that are not in
+            `repeated_class_names`: images of these tie, and a tie is a wrong answer.
         templates: Prompts with one `{}` for the class name.
-
-    Raises:
-        ValueError: Counts do not fit, names repeat, or a template has no `{}`.
     """
 
     images: tuple[ImageSource, ...]
@@ -73,7 +86,7 @@ class ClassificationDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
         return True
 
     def list_content(self) -> list[Any]:
@@ -88,7 +101,7 @@ class LabeledImages:
     """Images by class, as the publisher's files have them.
 
     Attributes:
-        class_keys: What the publisher calls the classes, in the order of their labels.
+        class_keys: The publisher's names of the classes, in the order of their labels.
         names: Names of some or all of them, for prompts.
         images: Name, file and class of each image.
         names_file: File of the names; None if they are those of the folders.
@@ -98,17 +111,6 @@ class LabeledImages:
     names: Mapping[str, str]
     images: tuple[tuple[str, Path, str], ...]
     names_file: Path | None = None
-
-
-# Errors that belong to no image: what they cost is the images of the classes.
-_ERRORS_OF_CLASSES = (
-    "class without a name",
-    "class name repeated",
-    "class name for a class that does not exist",
-    "class folder without images",
-    "class named twice",
-    "line without a class and its name",
-)
 
 
 def build_classification_dataset(
@@ -241,12 +243,6 @@ def _find_names(
     return chosen
 
 
-_SYNSETS = "LOC_synset_mapping.txt"
-_SOLUTION = "LOC_val_solution.csv"
-_NAMES = "class_names.txt"
-_KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
-
-
 def read_image_folder(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
     """Read a folder of class folders; without a file of names, the folders name the classes."""
     root = request.image_dir or request.data_folder
@@ -291,31 +287,22 @@ def _walk_class_folders(
             "a folder."
         )
     for file in sorted(path for path in root.iterdir() if path.is_file()):
-        if _is_image(file):
+        if is_image(file) and not file.name.startswith("."):
             validator.errors.add("image in no class folder", file.name)
     images: list[tuple[str, Path, str]] = []
     for folder in folders:
         before = len(images)
-        for file in _list_files(folder):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if file.name.startswith("."):  # of the system
+                continue
             name = file.relative_to(root).as_posix()
-            if _is_image(file):
+            if is_image(file):
                 images.append((name, file, folder.name))
             else:
                 validator.errors.add("not an image", name)
         if len(images) == before:
             validator.errors.add("class folder without images", folder.name)
     return tuple(images), tuple(folder.name for folder in folders)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and file.name[0] != "."
-
-
-def _list_files(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders in order, but not those of the system."""
-    yield from sorted(
-        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
-    )
 
 
 def _read_names(file: Path, validator: DatasetValidator) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The registry: every dataset by its name, what is known of it, and how it is loaded."""
+"""The registry of datasets: specs by name, and how one is loaded."""
 
 from __future__ import annotations
 
@@ -116,7 +116,12 @@ def find_dataset(name: str) -> DatasetSpec:
 
 
 def parse_dataset(text: str | Path) -> EvaluatedDataset:
-    """Read the name of a dataset and its folder as users write them."""
+    """Read the name of a dataset and its folder as users write them.
+
+    That is `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
+    images; or `NAME=` and such a place, with a name of one's own that resembles no dataset's. Any
+    path that exists is one, unless a dataset has this name.
+    """
     written = str(text)
     if written in _SPECS:
         return EvaluatedDataset(name=written)
@@ -134,7 +139,7 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
 def resolve_dataset(
     source: DatasetSource | EvaluatedDataset, folder: str | Path | None = None
 ) -> tuple[DatasetSpec, str | Path | None]:
-    """Find the spec and the folder of whatever names a dataset."""
+    """Find the spec and the folder of a dataset, given by name, path, spec or records."""
     if isinstance(source, DatasetSpec):
         return source, folder
     if isinstance(source, str | Path):
@@ -277,7 +282,10 @@ def load_dataset(
 def read_data(
     data: str | Path, config: DataConfig | None = None, *, require_images: bool
 ) -> Sequence[CaptionedImage]:
-    """Read the captioned images of a training stage, from any source."""
+    """Read the captioned images of a training stage, from any source.
+
+    That is a source of `load_records`, or `NAME` or `NAME=FOLDER` of a dataset with captions.
+    """
     config = config or DataConfig()
     check_images = bool(config.check_images)
     require_images = require_images or check_images

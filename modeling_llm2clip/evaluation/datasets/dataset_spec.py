@@ -42,17 +42,21 @@ ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # The field of the protocol that says how texts were cleaned; see `data.records.clean_text`.
 CLEANED_TEXTS = {"texts": "whitespace at the ends removed, line breaks made spaces"}
+OF_DISTRACTORS = ("no caption", "no image")
+"""Errors of a record that may be a distractor."""
+_ALLOW_DISTRACTORS = (
+    "To evaluate with images without captions, or captions without images, as candidates: "
+    "allow_distractors."
+)
+_TRY_AGAIN = (
+    "Samples are skipped for what is in them, and these files could not be read. Try again when "
+    "their disk or server works, or remove what is not there from the source."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDataset(ABC):
-    """Images, texts, and what belongs to what.
-
-    Attributes:
-        name: Name in the registry.
-        lang: Language of the texts, BCP 47.
-        protocol: Every choice that was made; see the top of this file.
-    """
+    """Images, texts, and their correspondence; `lang` is BCP 47."""
 
     name: str
     lang: str
@@ -61,7 +65,7 @@ class EvaluationDataset(ABC):
     @property
     @abstractmethod
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
 
     @abstractmethod
     def list_content(self) -> list[Any]:
@@ -78,19 +82,7 @@ class EvaluationDataset(ABC):
 class ReadRequest:
     """How a dataset is to be read; `load_dataset` explains each field.
 
-    Attributes:
-        folder: Folder of the publisher's files, or URL of one's own; None for a dataset that needs
-            none.
-        image_dir: Folder of the images; None for `folder`.
-        lang: Language of the texts.
-        require_images: Whether images are read.
-        check_images: Whether every image is decoded.
-        class_names: Names by class, or in the order of the classes.
-        templates: Prompts of a classification.
-        allow_repeated_class_names: Whether classes may share a name.
-        allow_distractors: Whether images need no captions, and captions no images.
-        ignore_fields: Further fields of one's own data.
-        show_progress: Whether to show progress bars.
+    `folder` is a path, or the URL of one's own data; None for a dataset that needs none.
     """
 
     folder: FilePlace | None
@@ -107,7 +99,7 @@ class ReadRequest:
 
     @property
     def data_folder(self) -> Path:
-        """The folder of a dataset that needs one."""
+        """The folder of a dataset that needs one, on this machine."""
         assert self.folder is not None
         if isinstance(self.folder, str):
             raise ValueError(
@@ -117,7 +109,7 @@ class ReadRequest:
         return self.folder
 
     def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
-        """List the Parquet files in the folder and its subfolders, by path."""
+        """List the Parquet files below the folder, by path; `{lang}` is the language."""
         return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
 
 
@@ -184,7 +176,7 @@ class DatasetSpec:
 
 
 def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = str) -> list[str]:
-    """List the names that occur more than once, each once, in their order."""
+    """List the names that occur more than once after `normalize`, each once, in their order."""
     seen: set[str] = set()
     repeated: dict[str, str] = {}
     for name in names:
@@ -208,26 +200,14 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 
-OF_DISTRACTORS = ("no caption", "no image")
-"""Errors of a record that may be a distractor."""
-_ALLOW_DISTRACTORS = (
-    "To evaluate with images without captions, or captions without images, as candidates: "
-    "allow_distractors."
-)
-_TRY_AGAIN = (
-    "Samples are skipped for what is in them, and these files could not be read. Try again when "
-    "their disk or server works, or remove what is not there from the source."
-)
-
-
 @dataclass
 class ReadingCache:
-    """What the languages of one folder share, so that it is read and decoded once.
+    """Results that the languages of one folder share, so that it is read and decoded once.
 
     Attributes:
         checked: Images that are known to decode.
         records: Records of folders, by how they were read.
-        keeps_indexes: Whether the index of a large folder is kept in the user's cache.
+        keeps_indexes: Keep the index of a large folder in the user's cache.
     """
 
     checked: set[ImageSource] = field(default_factory=set)
@@ -238,18 +218,11 @@ class ReadingCache:
 class DatasetValidator:
     """Collects the errors of one reading.
 
-    Args:
-        source: What is read, for messages.
-        skip_invalid: Whether invalid samples are skipped instead of refused.
-        cache: What other readings of the same folder found.
-
     Attributes:
-        errors: Errors that readers add to.
         notes: Further choices and counts for the protocol.
-        num_errors_of_yielded: How many of the errors belong to samples that a reader yielded
-            nevertheless, or are further errors of a sample that it did not yield. Each of the
-            others is a sample that is lost, so that samples are counted once, whatever is wrong
-            with them.
+        num_errors_of_yielded: Errors of samples that a reader yielded nevertheless, and further
+            errors of a sample that it did not yield. Each of the others is a lost sample, so that
+            samples are counted once, whatever is wrong with them.
     """
 
     def __init__(
@@ -264,7 +237,7 @@ class DatasetValidator:
         self._files: list[Path] = []
 
     def find_file(self, folder: Path, *names: str, advice: str) -> Path:
-        """Find the first of several files that exists."""
+        """Find the first of several files that exists, and note it for its checksum."""
         for name in names:
             if (folder / name).is_file():
                 return self.note_file(folder / name)
@@ -344,7 +317,10 @@ class DatasetValidator:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Read the lines of a text file, without blank ones at its end."""
+    """Read the lines of a UTF-8 text file, without blank ones at its end; `.gz` is decompressed.
+
+    Only a line feed ends a line: a caption may contain other separators.
+    """
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""Images and captions that retrieve each other: what such a dataset is, and how it is built."""
+"""Images and captions that retrieve each other: the dataset, and how it is built."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ class RetrievalDataset(EvaluationDataset):
     """Images and captions that retrieve each other.
 
     Attributes:
-        images: Where they are; empty if the dataset was read, or is published, without them.
+        images: Empty if the dataset was read, or is published, without them.
         image_names: One per image, all different; given even if the images are not.
         captions: One line each; a text may occur twice, for two images.
-        correspondence: Which caption belongs to which image.
-        image_group_ids: One per image: what it shows; empty if it is the name.
-
-    Raises:
-        ValueError: Counts do not fit, or names repeat.
+        image_group_ids: Group of each image; empty if it is the name.
     """
 
     images: tuple[ImageSource, ...]
@@ -52,12 +48,12 @@ class RetrievalDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
         return bool(self.images)
 
     @property
     def records(self) -> list[CaptionedImage]:
-        """The dataset as records, as training takes them: one per image."""
+        """One record per image, as training takes them."""
         group_ids = self.image_group_ids or self.image_names
         texts = self.correspondence.texts_of_images()
         return [
@@ -101,11 +97,9 @@ class PublishedRecord:
     Attributes:
         place: Where it is written, for errors.
         name: Name of the image; its path in the folder of images unless `image` is given.
-        captions: Captions as they are written.
-        image: Where the image is, if the reader knows.
-        group_id: What the image shows; None for `name`. Images of one group share their captions.
-        is_valid: Whether the reader has reported no error of it.
-        has_image: Whether it has an image; a distractor may have captions alone.
+        group_id: None for `name`. Images of one group share their captions.
+        is_valid: False if the reader has reported an error of it.
+        has_image: False for a distractor that has captions alone.
     """
 
     place: str
@@ -118,7 +112,7 @@ class PublishedRecord:
 
     @property
     def group(self) -> str:
-        """What the image shows."""
+        """The group of the image."""
         return self.name if self.group_id is None else self.group_id
 
 

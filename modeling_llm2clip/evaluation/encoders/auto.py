@@ -1,4 +1,4 @@
-"""Which type of model a folder contains, detected from its files and never from its name.
+"""Detects the type of model in a folder, from its files and never from its name.
 
 | files | model type |
 | --- | --- |
@@ -49,7 +49,12 @@ def load_encoder(
     records: Sequence[CaptionedImage] | None = None,
     head: str | Path | None = None,
 ) -> Encoder:
-    """Open a model for evaluation; its weights are loaded when they are needed."""
+    """Open a model for evaluation; its weights are loaded when they are needed.
+
+    The source is a folder, a Hub id, or, of open_clip alone, a weights file with the name of its
+    architecture. Records and head are for stores of `llm2clip extract`; see
+    `StoredEmbeddingsEncoder`.
+    """
     config = config or EncoderConfig()
     if model_type is not None and model_type not in MODEL_TYPES:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The dual encoders of transformers: CLIP, SigLIP, SigLIP2, with their own text towers.
 
-What the families are trained with, and what their processors leave to the caller:
+Each family was trained with texts of its own form, which processors leave to the caller:
 
 | family | texts |
 | --- | --- |
@@ -38,7 +38,7 @@ from .encoder import (
 
 @dataclass(frozen=True)
 class _TextRules:
-    """How a family wants its texts, beyond what its tokenizer does."""
+    """Form of a family's texts, beyond what its tokenizer does."""
 
     lower_case: bool
     padding: str

@@ -1,4 +1,4 @@
-"""The one interface of everything that is evaluated, and what its implementations share.
+"""The interface of all that is evaluated, the base of models from other packages, descriptions.
 
 N is a number of texts or images, D the width of the embeddings.
 """
@@ -24,6 +24,15 @@ from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import check_texts
 
 _ROWS_COPIED_AT_ONCE = 2**16
+# transformers' families name the same things differently; null is what a model does not do.
+_PATCH_FIELDS = ("patch_size", "max_num_patches")
+# How `encoder.load_rgb` opens an image, for every model type. The plain `convert("RGB")` of the
+# papers' code ignores the orientation and drops the transparency.
+OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
+ACTIVATIONS = ("gelu", "quick_gelu")
+OF_ITS_TOWER = "of its tower"
+_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj")
+_SAME_BUT_FOR_CASE = ["A Red Cat on Two Mats", "a red cat on two mats"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class EncoderDescription:
 
     Attributes:
         model_type: One of `auto.MODEL_TYPES`, or the family of a transformers model.
-        source: What the user gave.
+        source: Folder, Hub id or file as the user gave it.
         fingerprint: Digests of the weights and of whatever else distinguishes two models.
         text: Prompt, maximum tokens, padding, case; None if it takes no texts.
         images: Resolution, mean, std, resizing, cropping; None if it takes no images.
@@ -83,7 +92,10 @@ class Encoder(Protocol):
         ...
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images."""
+        """Encode `ImageSource` addresses or PIL images: (N, D) float32 on the CPU, of any length.
+
+        Stored embeddings are found by the names of the images in the dataset.
+        """
         ...
 
 
@@ -231,14 +243,7 @@ class ModelEncoder(ABC):
 
 
 class OnceEncoder:
-    """Encodes each text and each image once, and holds their embeddings.
-
-    Args:
-        encoder: The encoder.
-
-    Attributes:
-        encoded: How many texts and images were encoded so far.
-    """
+    """Encodes each text and each image once and holds their embeddings; `encoded` counts them."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoded = {"texts": 0, "images": 0}
@@ -306,7 +311,7 @@ class KnownRows:
         self._blocks.append(embeds)
 
     def take(self, inputs: Sequence[Any]) -> Tensor:
-        """Return the embeddings of inputs; those of one whole block are not copied."""
+        """Return the embeddings of inputs, (N, D) in any order; a whole block is not copied."""
         rows = torch.tensor([self._row_of[item] for item in inputs])
         found: Tensor | None = None
         start = 0
@@ -322,17 +327,6 @@ class KnownRows:
             start = stop
         assert found is not None
         return found
-
-
-# transformers' families name the same things differently; null is what a model does not do.
-_PATCH_FIELDS = ("patch_size", "max_num_patches")
-# How `encoder.load_rgb` opens an image, for every model type. The plain `convert("RGB")` of the
-# papers' code ignores the orientation and drops the transparency.
-OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
-ACTIVATIONS = ("gelu", "quick_gelu")
-OF_ITS_TOWER = "of its tower"
-_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj")
-_SAME_BUT_FOR_CASE = ["A Red Cat on Two Mats", "a red cat on two mats"]
 
 
 def describe_image_processor(image_processor: Any) -> dict[str, Any]:

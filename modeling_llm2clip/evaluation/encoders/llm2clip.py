@@ -36,13 +36,7 @@ _TOKENS_PER_TEXT = 64
 
 
 class LLM2CLIPEncoder:
-    """A model folder of this package.
-
-    Args:
-        folder: The folder.
-        config: How the model is run.
-        source: What the user gave.
-    """
+    """A model folder of this package."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder

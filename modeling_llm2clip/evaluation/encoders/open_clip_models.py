@@ -50,17 +50,9 @@ _SHOWN = 4
 class OpenClipEncoder(ModelEncoder):
     """An open_clip model with its own tokenizer and preprocessing.
 
-    Args:
-        path: Folder with `open_clip_config.json`, or a weights file.
-        config: How the model is run.
-        source: What the user gave.
-        architecture: For a weights file, open_clip's name of its architecture, e.g. `EVA02-B-16`.
-        activation: For a weights file, `gelu` or `quick_gelu`, if the architecture does not say
-            it; see `_find_activation`.
-
-    Raises:
-        ValueError: open_clip is not installed, weights are missing, a name is unknown, or nothing
-            says how a weights file is to be run.
+    A weights file, unlike a folder with `open_clip_config.json`, needs open_clip's name of its
+    architecture, such as `EVA02-B-16`, and its activation if the architecture does not say it; see
+    `_find_activation`.
     """
 
     def __init__(

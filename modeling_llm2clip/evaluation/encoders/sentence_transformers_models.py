@@ -153,16 +153,14 @@ def _import_sentence_transformers() -> Any:
 
 @dataclass(frozen=True)
 class _SentenceFacts:
-    """What decides the embeddings besides the weights.
+    """Facts that decide the embeddings besides the weights.
 
     Attributes:
         modules: Names of their classes, in their order.
         default_prompt: Prefix of every text; None for none.
         max_tokens: Longer texts are truncated; None for no limit.
-        lower_case: Whether texts lose their case.
-        activation: Activation of the text tower.
-        modalities: What is encoded: `text`, `image` and others.
-        images: How they are prepared; None if they are not encoded.
+        modalities: `text`, `image` and others.
+        images: Description of the image processor; None if there is none.
         tokenizer: For counting tokens, if there is a limit.
     """
 

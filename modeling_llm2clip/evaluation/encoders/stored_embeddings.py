@@ -48,12 +48,8 @@ _STORE_FOLDERS = (".", "captions", "images")
 class _Side:
     """The stored embeddings of texts or of images.
 
-    Attributes:
-        row_of: Name to row.
-        read: Makes (N, D) float32 of rows.
-        width: D.
-        dtype: Dtype on disk.
-        made_by: Digest of the embeddings, or the fingerprint of what computed them.
+    `read` returns (N, D) float32 of rows, D is `width`, `dtype` is that on disk, and `made_by` the
+    digest of the embeddings, or the fingerprint of the model that computed them.
     """
 
     row_of: dict[str, int]
@@ -66,18 +62,9 @@ class _Side:
 class StoredEmbeddingsEncoder:
     """Looks embeddings up.
 
-    Args:
-        folder: See the top of this file.
-        config: How the head is run.
-        source: What the user gave.
-        records: The dataset that the stores were extracted from, which says which row belongs to
-            what; only for stores, and compared with what the store says of its data.
-        head: Folder of the model that computed the stores, whose text adapter and projections are
-            applied.
-
-    Raises:
-        ValueError: The folder has no embeddings, two sides of different width, or stores of another
-            dataset or model.
+    Stores need the `records` that they were extracted from, to know which row belongs to what, and
+    for images the `head`: the folder of the model that computed them, whose text adapter and
+    projections are applied.
     """
 
     def __init__(
@@ -245,7 +232,11 @@ def _open_stores(
         )
     sides = {}
     for store in stores:
-        _require_data(store, records)
+        if store.manifest.plan.get("data") != hash_texts(records):
+            raise ValueError(
+                f"{store.folder} was extracted from another dataset than the one that is named: "
+                f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
+            )
         side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
@@ -258,14 +249,6 @@ def _open_stores(
             made_by=store.manifest.fingerprint | {"data": store.manifest.plan["data"]},
         )
     return sides
-
-
-def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> None:
-    if store.manifest.plan.get("data") != hash_texts(records):
-        raise ValueError(
-            f"{store.folder} was extracted from another dataset than the one that is named: "
-            f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
-        )
 
 
 def _list_rows(

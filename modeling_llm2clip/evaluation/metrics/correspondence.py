@@ -1,4 +1,4 @@
-"""Which caption belongs to which image, stated pair by pair and never by a reshape."""
+"""The correspondence of captions and images, stated pair by pair and never by a reshape."""
 
 from __future__ import annotations
 
@@ -37,21 +37,14 @@ class PositiveLists:
 
 @dataclass(frozen=True, eq=False)
 class Correspondence:
-    """Which texts describe which images, as pairs of rows.
+    """Pairs of rows: the texts that describe each image.
 
     Several texts may belong to one image and several images to one text. Distractors are images
     without a text and texts without an image: candidates, but not queries.
 
     Attributes:
-        num_images: Number of images.
-        num_texts: Number of texts.
         image_of_pair: (num_pairs,) int64, the image of each pair.
         text_of_pair: (num_pairs,) int64, the text of each pair.
-        allows_distractors: Whether there may be distractors.
-
-    Raises:
-        ValueError: A row is out of range, a pair occurs twice, there is no pair, or there are
-            distractors that are not allowed; all errors are reported at once.
     """
 
     num_images: int

@@ -25,6 +25,14 @@ _DEFAULT_MEMORY_MB = 256.0
 _memory_mb = ContextVar("_memory_mb", default=_DEFAULT_MEMORY_MB)
 # Their float64 rows should fit into the cache of a CPU.
 _PAIRS_AT_A_TIME = 64
+# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones.
+_MAX_TEXTS_CPU = 512
+_MAX_TEXTS_GPU = 2048
+# A block of images is normalized once, the texts for every block anew.
+_IMAGES_PER_TEXT = 4
+_MB = 1e6
+# Shorter embeddings keep their direction and get a length below 1, as in F.normalize.
+_MIN_LENGTH = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +65,8 @@ class Ranking:
 class RetrievalRanks:
     """Ranks in both directions.
 
-    Attributes:
-        i2t: Queries are images, candidates are texts ("text retrieval" in older papers).
-        t2i: Queries are texts, candidates are images ("image retrieval").
+    In `i2t` queries are images and candidates are texts ("text retrieval" in older papers), in
+    `t2i` the other way round ("image retrieval").
     """
 
     i2t: Ranking
@@ -68,7 +75,7 @@ class RetrievalRanks:
 
 @contextmanager
 def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Set the memory of every ranking inside that names none; it changes no rank."""
+    """Set the memory of rankings inside that name none, in 10^6 bytes; it changes no rank."""
     token = _memory_mb.set(max_memory_mb)
     try:
         yield
@@ -179,15 +186,9 @@ class _NegativeCounts:
     """Counts of negatives ranked before each positive, in one direction, summed over tiles.
 
     A query's positives are its levels, best first. Level k is compared for the queries that have
-    one, so that a query with many positives costs the others nothing.
-
-    Args:
-        positives: Positives of every query.
-        scores: (num_pairs,) float64, of every pair of the correspondence.
-        margin: Largest error of a float32 score of a tile; scores that are nearer to a threshold
-            are computed again.
-        all_levels: Count for every positive, or for the best one of each query alone.
-        device: Where the tiles are computed.
+    one, so that a query with many positives costs the others nothing. `scores` are those of every
+    pair, (num_pairs,) float64; a float32 score of a tile is off by `margin` at most, and those that
+    are nearer to a threshold are computed again.
     """
 
     def __init__(
@@ -288,23 +289,8 @@ def _order_levels(positives: PositiveLists, scores: Tensor, *, all_levels: bool)
     return ordered if all_levels else ordered[positives.offsets[:-1][positives.counts > 0]]
 
 
-# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones.
-_MAX_TEXTS_CPU = 512
-_MAX_TEXTS_GPU = 2048
-# A block of images is normalized once, the texts for every block anew.
-_IMAGES_PER_TEXT = 4
-_MB = 1e6
-# Shorter embeddings keep their direction and get a length below 1, as in F.normalize.
-_MIN_LENGTH = 1e-12
-
-
 class TileShape(NamedTuple):
-    """Largest size of a tile.
-
-    Attributes:
-        images: Number of images.
-        texts: Number of texts.
-    """
+    """Most images and texts of a tile."""
 
     images: int
     texts: int
@@ -331,14 +317,8 @@ def choose_tile_shape(width: int, *, max_memory_mb: float, device_type: str = "c
 class UnitRows:
     """Rows of embeddings in unit length, without a second copy of all of them.
 
-    Args:
-        name: Name of the embeddings in errors.
-        embeds: (N, P) of any float dtype, on any device.
-        device: Where the rows go.
-        rows_at_a_time: How many rows are held in float64 while lengths are computed.
-
-    Raises:
-        ValueError: A row has a NaN or an infinity; the first one is named.
+    Takes (N, P) of any float dtype, on any device; `rows_at_a_time` are held in float64 while
+    lengths are computed. A row with a NaN or an infinity raises ValueError, by its number.
     """
 
     def __init__(
@@ -361,28 +341,24 @@ class UnitRows:
         self._inverse_lengths = torch.cat(inverses).to(device)  # (N,) float64
 
     def write(self, start: int, buffer: Tensor) -> Tensor:
-        """Write rows into a float32 buffer, until it is full or there are no more."""
+        """Write rows into a (n, P) float32 buffer, as many as fit; return the part with them."""
         stop = min(start + len(buffer), len(self._embeds))
         rows = self._embeds[start:stop].to(self.device)
         scales = self._inverse_lengths[start:stop, None].float()
         return torch.mul(rows, scales, out=buffer[: stop - start])
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return some rows."""
+        """Return some rows, (n, P) float64."""
         taken = self._embeds[rows.to(self._embeds.device)].to(self.device, torch.float64)
         return taken.mul_(self._inverse_lengths[rows.to(self.device), None])
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Scores of some queries with some candidates.
+    """Scores of some queries with some candidates, (n, m) float32; positives have minus infinity.
 
-    Attributes:
-        query_start: Row of its first query.
-        candidate_start: Row of its first candidate.
-        scores: (n, m) float32, without gaps in memory; positives have minus infinity.
-        memory: (n · m or more,) float32, to write over.
-        score_exactly: Makes (q, c) float64 scores of rows of queries and rows of candidates.
+    `memory` has room for n · m float32 and may be written over. `score_exactly` computes (q, c)
+    float64 scores of rows of queries and rows of candidates.
     """
 
     query_start: int

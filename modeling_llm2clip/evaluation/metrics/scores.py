@@ -18,7 +18,7 @@ _CLUSTERS_AT_A_TIME = 2**16
 
 
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Compute whether a positive is among the first K: R@K of CLIP papers (arXiv:2103.00020).
+    """Compute if a positive is among the first K, 0 or 1: R@K of CLIP papers (arXiv:2103.00020).
 
     mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
     """
@@ -64,7 +64,11 @@ def hit_rate_at(ranking: Ranking, *, k: int) -> float:
 
 
 def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Compute the usual scores of one direction, named as in mteb where it has them."""
+    """Compute the usual scores of one direction, named as in mteb where it has them.
+
+    These are `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`; with the ranks of all
+    positives also `recall_at_K`, `map_at_K` and `ndcg_at_K`.
+    """
     ranks = ranking.best_ranks.double()
     # The smaller of the two middle ranks would flatter; quantile takes their mean.
     scores = {"median_rank": float(ranks.quantile(0.5)), "mean_rank": float(ranks.mean())}
@@ -78,13 +82,7 @@ def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval.
-
-    Attributes:
-        low: Lower bound.
-        high: Upper bound.
-        level: Share of resampled datasets whose score is between the bounds.
-    """
+    """A confidence interval that covers the share `level` of the resampled datasets."""
 
     low: float
     high: float
@@ -101,9 +99,10 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile bootstrap interval of a mean over queries (Efron and Tibshirani, 1993, ch. 13).
 
-    Whole clusters are sampled with replacement. The five captions of an image succeed and fail
-    together; sampled one by one they would pass for five independent trials, and the interval would
-    be too narrow.
+    Whole clusters are sampled with replacement: queries with equal numbers in `clusters`, (Q,)
+    integers, or each query by itself. The five captions of an image succeed and fail together;
+    sampled one by one they would pass for five independent trials, and the interval would be too
+    narrow. The same seed of a generator on the CPU gives the same interval.
     """
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
         raise ValueError(

@@ -46,7 +46,11 @@ def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
 
 
 def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """Find the items that are answered right; an equal score is a wrong answer."""
+    """Find the items that are answered right, (N,) bool by score; an equal score is a wrong answer.
+
+    Captions are (N, 2, D) of unit length, of which the first is true of the first of the others:
+    (N, 1, D) or (N, 2, D) of images or texts.
+    """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
     if others.shape[1] == 1:
         return {"accuracy": _is_nearer(scores[:, 0, 0], scores[:, 0, 1])}

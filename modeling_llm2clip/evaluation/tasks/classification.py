@@ -58,7 +58,11 @@ def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
 
 
 def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the rank of each image's own class, and the predicted class."""
+    """Compute the rank of each image's own class, from 1, and the predicted class, both (N,) int64.
+
+    Images are (N, D), classes (C, D), of unit length. Ties count against the model: the prediction
+    for an image whose own class ties with others is the nearest of these.
+    """
     scores = images.double() @ classes.double().T  # (N, C)
     own = scores.gather(1, labels[:, None])
     others = scores.scatter(1, labels[:, None], -torch.inf)
@@ -67,7 +71,7 @@ def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def find_tied_classes(classes: Tensor) -> list[int]:
-    """Find the classes that are as near to another one as a tie, whose images can only be wrong.
+    """Find the rows of classes as near to another one as a tie, whose images can only be wrong.
 
     A model may not distinguish names that a reader does: they differ in case, or after the last
     token that it reads.

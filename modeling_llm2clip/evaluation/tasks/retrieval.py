@@ -1,6 +1,11 @@
-"""Retrieval in both directions: every metric, with intervals of the hit rates; one language or all.
+"""Retrieval: images by caption and captions by image, in one language or all, and captions alone.
 
 In several languages, the captions of each are compared with the images of that language alone.
+
+Caption retrieval accuracy (CRA) measures a text encoder. The first caption of each image retrieves
+the second one of the same image from the second captions of all images; the share that finds it at
+rank 1, by cosine, is the accuracy (paper, section 2; upstream's COCO evaluation). More images make
+it harder, so a score needs their number.
 """
 
 from __future__ import annotations
@@ -160,7 +165,7 @@ CROSS_LINGUAL = Task(
 def measure_caption_retrieval(
     encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]
 ) -> float:
-    """Compute the caption retrieval accuracy of a text encoder."""
+    """Compute the accuracy of a text encoder, (N, D) of N texts, on two images or more."""
     if len(groups) < 2:
         raise ValueError(f"Caption retrieval needs two images or more; got {len(groups)}.")
     return hit_rate_at(rank_pairs(encode(_list_pairs(groups))).i2t, k=1)

@@ -1,4 +1,4 @@
-"""What a task takes and returns."""
+"""Tasks, and what they share: intervals, counts, parts of their protocols."""
 
 from __future__ import annotations
 
@@ -27,13 +27,10 @@ Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What a task found.
+    """Scores by name, nested at will, and counts of texts and images, as JSON values.
 
-    Attributes:
-        scores: Numbers by name, nested at will; JSON values.
-        counts: How many texts and images there were, and how many texts were truncated.
-        confusion: Of a classification: (C, C) int64, images of each class by predicted class, and
-            the names of the classes.
+    Of a classification, `confusion` has the (C, C) int64 numbers of images of each class by
+    predicted class, and the names of the classes.
     """
 
     scores: Mapping[str, Any]
@@ -46,15 +43,12 @@ class Task:
     """One thing to measure.
 
     Attributes:
-        name: Name in commands.
-        title: What it is, in one line.
-        dataset_types: Types of datasets that it can run on.
-        needs_images: Whether the encoder must take images; None if it depends on the dataset.
-        all_languages: Whether it takes all languages of a dataset together, or one alone.
         protocol: Choices of the task that change a score.
         headline: Scores that a table shows: title of a column to the path in `scores`.
         chance: For the columns that have one: the path to what embeddings without meaning reach.
-        run: The task itself; takes one dataset per language.
+        run: Takes one dataset per language.
+        needs_images: None if it depends on the dataset.
+        all_languages: Takes all languages of a dataset together, not one alone.
         check: Raises ValueError for datasets on which the task cannot run, before any model is
             loaded.
         describe_data: Further choices, which depend on the datasets.

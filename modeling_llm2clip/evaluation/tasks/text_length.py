@@ -108,7 +108,10 @@ def _split_captions(dataset: RetrievalDataset) -> list[tuple[str, str]]:
 
 
 def split_in_half(text: str) -> tuple[str, str] | None:
-    """Split a text at the end of a sentence, or else of a word, that is nearest to its middle."""
+    """Split a text at the end of a sentence, or else of a word, that is nearest to its middle.
+
+    A text of one word is None.
+    """
     for end in (_SENTENCE_END, _WORD_END):
         places = [m.end() for m in end.finditer(text) if text[: m.end()].strip()]
         places = [place for place in places if text[place:].strip()]
@@ -121,7 +124,7 @@ def split_in_half(text: str) -> tuple[str, str] | None:
 def score_lengths(
     ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None
 ) -> dict[str, Any]:
-    """Compute the hit rate at 1 of every bucket that has queries."""
+    """Compute the hit rate at 1 of every bucket that has queries, of all queries, and by chance."""
     hits = hits_at(ranking, k=1)
     tokens = torch.tensor(lengths)
     buckets = []

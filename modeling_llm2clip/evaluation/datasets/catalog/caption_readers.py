@@ -146,13 +146,10 @@ def _find_values(fields: Mapping[str, Any], path: str) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetCaptions:
-    """Reads the folder's Parquet files if it has any, and the publisher's other form if not.
+    """Reads the folder's Parquet files if it has any, and `otherwise` the publisher's other form.
 
-    Attributes:
-        columns: Columns of `image`, `file_name` and `captions`; see `read_parquet`.
-        otherwise: Reads the other form.
-        only: Column to the value that a row must have.
-        files: Pattern of the files; `{lang}` is the language.
+    `columns` are those of `image`, `file_name` and `captions`, `only` the values that a row must
+    have; see `read_parquet`. In the pattern `files`, `{lang}` is the language.
     """
 
     columns: Mapping[str, str]

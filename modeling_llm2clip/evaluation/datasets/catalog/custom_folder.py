@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from ....data.images.image_sources import IMAGE_SUFFIXES
 from ....data.records.data_hashes import hash_records
 from ....data.records.record_columns import IMAGE_FILE
 from ....data.records.record_loading import CollectedRecords, collect_records
 from ....data.records.record_table import Array, RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
-from ..dataset_spec import CLEANED_TEXTS, OF_DISTRACTORS, DatasetSpec, DatasetValidator, ReadRequest
+from ..dataset_spec import (
+    CLEANED_TEXTS,
+    OF_DISTRACTORS,
+    DatasetSpec,
+    DatasetValidator,
+    ReadRequest,
+    is_image,
+)
 from ..retrieval_dataset import PublishedRecord
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
@@ -33,7 +39,7 @@ _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 def read_custom_folder(
     request: ReadRequest, validator: DatasetValidator, *, long: bool = False
 ) -> Iterator[PublishedRecord]:
-    """Yield the records of one language.
+    """Yield the records of one language, with `captions` or `long_captions`.
 
     Errors of other languages stop the reading too, but nothing of this language is skipped for
     them.
@@ -118,8 +124,7 @@ def _count_unused(request: ReadRequest, records: RecordTable) -> int:
     given = request.data_folder
     folder = given if given.is_dir() else given.parent
     return sum(
-        file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-        and os.path.normpath(file) not in used
+        is_image(file) and os.path.normpath(file) not in used
         for file in (request.image_dir or folder).rglob("*")
     )
 
@@ -139,7 +144,7 @@ def _publish(
 
 
 def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = None) -> DatasetSpec:
-    """Make the spec of records that are in memory."""
+    """Make the spec of records in memory; the default name has their hash."""
     if not records:
         raise ValueError("Got no records to evaluate on; give at least one.")
     languages = tuple(dict.fromkeys(record.lang for record in records))
