@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .._extras import PLOTS, require
 from ..data.atomic_files import hash_json
+from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_differences
-from .tasks.task import CONFIDENCE_LEVEL
 from .tasks.task_registry import find_task
 from .tasks.text_length import CLIP_TEXT_TOKENS
 

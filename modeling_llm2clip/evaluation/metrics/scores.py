@@ -7,13 +7,15 @@ except for the ranks themselves. What ends in `_at` returns (Q,) float64, of Q q
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from .ranking import Ranking
 
+CONFIDENCE_LEVEL = 0.95
+NUM_RESAMPLES = 1000
 _CLUSTERS_AT_A_TIME = 2**16
 
 
@@ -80,29 +82,20 @@ def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
     return scores
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval that covers the share `level` of the resampled datasets."""
-
-    low: float
-    high: float
-    level: float
-
-
-def bootstrap_mean(
+def mean_with_interval(
     values: Tensor,
     *,
-    generator: torch.Generator,
     clusters: Tensor | None = None,
-    num_resamples: int = 1000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap interval of a mean over queries (Efron and Tibshirani, 1993, ch. 13).
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+) -> dict[str, float]:
+    """Compute `value`, `low` and `high`: the mean over queries, and its interval by bootstrap.
 
-    Whole clusters are sampled with replacement: queries with equal numbers in `clusters`, (Q,)
-    integers, or each query by itself. The five captions of an image succeed and fail together;
-    sampled one by one they would pass for five independent trials, and the interval would be too
-    narrow. The same seed of a generator on the CPU gives the same interval.
+    It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Whole clusters are sampled
+    with replacement: queries with equal numbers in `clusters`, (Q,) integers, or each query by
+    itself. The five captions of an image succeed and fail together; sampled one by one they would
+    pass for five independent trials, and the interval would be too narrow.
     """
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
         raise ValueError(
@@ -122,18 +115,13 @@ def bootstrap_mean(
     numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
     sums = torch.zeros(len(sizes), dtype=torch.float64)
     sums.index_add_(0, numbers, values.double().cpu())
+    generator = torch.Generator().manual_seed(seed)
     means = _resample_means(sums, sizes.double(), num_resamples, generator)
-    return _make_interval(means, level)
+    return {"value": float(values.double().mean()), **_find_interval(means, level)}
 
 
-def bootstrap_mean_of_means(
-    groups: Sequence[tuple[Tensor, Tensor]],
-    *,
-    generator: torch.Generator,
-    num_resamples: int = 1000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap interval of the mean over groups, such as languages, of their means.
+def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Compute the mean over groups, such as languages, of their means, as `mean_with_interval`.
 
     One sample of clusters serves all groups: an image that is sampled twice counts twice in every
     language that it has captions in.
@@ -145,8 +133,9 @@ def bootstrap_mean_of_means(
     for group, ((values, _), rows) in enumerate(zip(groups, parts, strict=True)):
         sums[:, group].index_add_(0, rows, values.double().cpu())
         sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
+    generator = torch.Generator().manual_seed(0)
     means = []
-    for count, pieces in _sample_clusters(num_clusters, num_resamples, generator):
+    for count, pieces in _sample_clusters(num_clusters, NUM_RESAMPLES, generator):
         times = torch.zeros(count * num_clusters, dtype=torch.int64)
         first = torch.arange(count)[:, None] * num_clusters
         for sampled in pieces:
@@ -154,13 +143,14 @@ def bootstrap_mean_of_means(
         weights = times.view(count, num_clusters).double()
         # A sample may have no image of a small group; then the mean is that of the others.
         means.append((weights @ sums / (weights @ sizes)).nanmean(dim=1))
-    return _make_interval(torch.cat(means), level)
+    value = fmean(float(values.double().mean()) for values, _ in groups)
+    return {"value": value, **_find_interval(torch.cat(means), CONFIDENCE_LEVEL)}
 
 
-def _make_interval(means: Tensor, level: float) -> Interval:
+def _find_interval(means: Tensor, level: float) -> dict[str, float]:
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(low, high, level)
+    return {"low": low, "high": high}
 
 
 def _resample_means(

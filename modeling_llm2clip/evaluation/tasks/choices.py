@@ -20,7 +20,8 @@ from torch import Tensor
 from ..datasets.choice_dataset import ChoiceDataset
 from ..encoders.encoder import Encoder
 from ..metrics.ranking import TIE_TOLERANCE
-from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
+from ..metrics.scores import mean_with_interval
+from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 # Of Winoground: two comparisons right by luck, and the share of orders of four numbers in which all
 # four comparisons are right.

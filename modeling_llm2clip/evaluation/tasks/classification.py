@@ -11,15 +11,8 @@ from torch import Tensor
 from ..datasets.classification_dataset import ClassificationDataset
 from ..encoders.encoder import Encoder
 from ..metrics.ranking import TIE_TOLERANCE
-from .task import (
-    BY_COSINE,
-    INTERVAL_PROTOCOL,
-    Datasets,
-    Task,
-    TaskScores,
-    count_texts,
-    mean_with_interval,
-)
+from ..metrics.scores import mean_with_interval
+from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 _KS = (1, 5)
 _NUM_CONFUSED = 20

@@ -22,17 +22,14 @@ from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import Ranking, RetrievalRanks, rank_retrieval
-from ..metrics.scores import hit_rate_at, hits_at, summarize
-from .task import (
-    BY_COSINE,
-    INTERVAL_PROTOCOL,
-    Datasets,
-    Task,
-    TaskScores,
-    count_texts,
+from ..metrics.scores import (
+    hit_rate_at,
+    hits_at,
     mean_of_means_with_interval,
     mean_with_interval,
+    summarize,
 )
+from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 _KS = (1, 5, 10)
 _PROTOCOL = {

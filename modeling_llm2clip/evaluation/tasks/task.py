@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ..._extras import Need
 from ..datasets.dataset_spec import DatasetType, EvaluationDataset
 from ..encoders.encoder import EncodedTexts, Encoder
 from ..metrics.ranking import TIE_RULE
-from ..metrics.scores import bootstrap_mean, bootstrap_mean_of_means
+from ..metrics.scores import CONFIDENCE_LEVEL, NUM_RESAMPLES
 
-CONFIDENCE_LEVEL = 0.95
-_NUM_RESAMPLES = 1000
 # Part of the protocol of every task that has intervals.
 BY_COSINE = {"similarity": "cosine", "ties": TIE_RULE}
-INTERVAL_PROTOCOL = f"bootstrap over images, {_NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
+INTERVAL_PROTOCOL = f"bootstrap over images, {NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
@@ -67,30 +63,6 @@ class Task:
     check: Callable[[Datasets], object] = lambda datasets: None  # noqa: ARG005
     describe_data: Callable[[Datasets], Mapping[str, Any]] = lambda datasets: {}  # noqa: ARG005
     needs: tuple[Need, ...] = ()
-
-
-def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
-    """Compute the mean of one number per query, and how far other images could move it."""
-    interval = bootstrap_mean(
-        values,
-        generator=torch.Generator().manual_seed(0),
-        clusters=clusters,
-        num_resamples=_NUM_RESAMPLES,
-        level=CONFIDENCE_LEVEL,
-    )
-    return {"value": float(values.double().mean()), "low": interval.low, "high": interval.high}
-
-
-def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Compute the mean over groups of equal weight of their means, as `mean_with_interval`."""
-    interval = bootstrap_mean_of_means(
-        groups,
-        generator=torch.Generator().manual_seed(0),
-        num_resamples=_NUM_RESAMPLES,
-        level=CONFIDENCE_LEVEL,
-    )
-    value = fmean(float(values.double().mean()) for values, _ in groups)
-    return {"value": value, "low": interval.low, "high": interval.high}
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:

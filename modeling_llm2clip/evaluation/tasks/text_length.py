@@ -23,17 +23,9 @@ from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import Encoder
 from ..encoders.open_clip_models import import_open_clip
 from ..metrics.ranking import Ranking, rank_retrieval
-from ..metrics.scores import hits_at
+from ..metrics.scores import hits_at, mean_with_interval
 from .retrieval import compute_chance, rank_pairs
-from .task import (
-    BY_COSINE,
-    INTERVAL_PROTOCOL,
-    Datasets,
-    Task,
-    TaskScores,
-    count_texts,
-    mean_with_interval,
-)
+from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 # 77 positions, two of which are the begin and the end of the text (arXiv:2103.00020).
 CLIP_TEXT_TOKENS = 75
