@@ -20,7 +20,7 @@ from torch import Tensor
 from .._extras import PLOTS, require
 from ..data.atomic_files import hash_json
 from .metrics.scores import CONFIDENCE_LEVEL
-from .results import OWN_PACKAGE, Result, find_differences
+from .results import OWN_PACKAGE, Result, find_differences, select_comparable
 from .tasks.task_registry import find_task
 from .tasks.text_length import CLIP_TEXT_TOKENS
 
@@ -135,14 +135,13 @@ def _require_comparable(results: Sequence[Result]) -> list[Result]:
                 "own (NAME=SOURCE) when you evaluate it."
             )
         first = columns.setdefault((result.task, result.dataset), result)
-        for what in ("data", "task"):
-            then, now = {what: first.protocol[what]}, {what: result.protocol[what]}
-            if differences := list(find_differences(then, now)):
-                raise ValueError(
-                    f"{first.model} and {result.model} cannot be compared in {result.task} on "
-                    f"{result.dataset}: {differences[0]}. Evaluate both on the same data and in "
-                    "the same way."
-                )
+        then, now = map(select_comparable, (first.protocol, result.protocol))
+        if differences := list(find_differences(then, now)):
+            raise ValueError(
+                f"{first.model} and {result.model} cannot be compared in {result.task} on "
+                f"{result.dataset}: {differences[0]}. Evaluate both on the same data and in the "
+                "same way."
+            )
         first = cells.setdefault((result.model, result.task, result.dataset), result)
         for what in ("protocol", "scores"):
             then, now = getattr(first, what), getattr(result, what)

@@ -158,10 +158,10 @@ def require_comparable(
     results: Mapping[Path, Result], *, task: str, dataset: str, protocol: Mapping[str, Any]
 ) -> None:
     """Refuse scores that would be in one column of a table with scores that differ in meaning."""
-    now = _select_comparable(protocol)
+    now = select_comparable(protocol)
     for file, result in results.items():
         if (result.task, result.dataset) == (task, dataset):
-            then = _select_comparable(result.protocol)
+            then = select_comparable(result.protocol)
             _require_no_difference(file, "data or in another way", then, now)
 
 
@@ -214,7 +214,8 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {was} and is {now_is}"
 
 
-def _select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+def select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what two models' scores must share to be compared."""
     return {"data": protocol["data"], "task": protocol["task"]}
 
 

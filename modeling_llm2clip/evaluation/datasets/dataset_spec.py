@@ -1,4 +1,4 @@
-"""What is known of a dataset before it is read, how it is to be read, and what every dataset has.
+"""Specs, requests and errors of reading: all that is shared by the types of datasets.
 
 A dataset knows no model. It has a `protocol`: every choice that was made on the way from the
 publisher's files, as JSON values, so that no score is reported without them. Fields that every
@@ -19,6 +19,9 @@ Where they apply there are also `texts`, how a text was taken from its field; `c
 the files are the published ones; `differences_from_published`, differing counts that were accepted
 because invalid samples were to be skipped; `images_without_a_record`, files in a folder of one's
 own that are not used; `rows_skipped`, why rows of one's own data are not records, to how many.
+
+By default an error stops the reading, and all errors are reported at once. On request invalid
+samples are skipped instead, and every skipped one is counted in the dataset's protocol.
 """
 
 from __future__ import annotations

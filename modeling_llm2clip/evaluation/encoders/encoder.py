@@ -1,4 +1,4 @@
-"""The interface of all that is evaluated, the base of models from other packages, descriptions.
+"""The encoder interface, the base of models from other packages, and their descriptions.
 
 N is a number of texts or images, D the width of the embeddings.
 """

@@ -155,7 +155,7 @@ class OpenClipEncoder(ModelEncoder):
 
     @cached_property
     def _preprocessing(self) -> Any:
-        """How open_clip prepares images, merged as it does when it loads a model."""
+        """Preparation of images as open_clip merges it when it loads a model."""
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
         written = self._written.get("preprocess_cfg", {})
