@@ -49,8 +49,8 @@ from modeling_llm2clip.configs.evaluation_config import (
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.demo.demo_data import split_emoji
 from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.report import render_results
 from modeling_llm2clip.evaluation.results import Result
-from modeling_llm2clip.evaluation.tables import render_results
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))

@@ -25,7 +25,7 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,
     load_dataset,
 )
-from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
+from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
 
 _COUNTED = ("images", "classes", "captions", "items", "captions_of_several_images")
 

@@ -34,9 +34,9 @@ from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import (
     TIE_TOLERANCE,
     RetrievalRanks,
+    choose_tile_shape,
     rank_retrieval,
 )
-from modeling_llm2clip.evaluation.metrics.score_tiles import choose_tile_shape
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 
 _RELATED_NOISE = 12.0

@@ -12,11 +12,21 @@ from types import ModuleType
 
 import pytest
 import torch
-from published_datasets import errors_of, write_images, write_own_folder
+from published_datasets import (
+    captions_by_image,
+    errors_of,
+    write_images,
+    write_json_lines,
+    write_own_folder,
+)
 
 import modeling_llm2clip
 from modeling_llm2clip.cli.flags import CommandLine
-from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
+from modeling_llm2clip.evaluation.datasets.dataset_registry import (
+    READERS,
+    load_dataset,
+    read_specs,
+)
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
 
@@ -93,10 +103,36 @@ def test_the_command_counts_the_captions_of_a_folder(
         line.parse(["count", str(folder), "--min-length", "0"])
 
 
-def test_the_dataset_is_read_and_its_errors_are_counted(package: Package, tmp_path: Path) -> None:
+def read_entry() -> str:
+    """Return the entry of the page on datasets."""
+    page = (HOW_TOS / "add-a-dataset.md").read_text("utf-8")
+    (entry,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return str(entry)
+
+
+def test_a_dataset_in_a_known_format_is_one_entry(tmp_path: Path) -> None:
+    spec = read_specs(read_entry())["my-captions"]
+    spec = replace(spec, counts={"images": 2, "captions": 3})
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    lines = [{"file_name": "a.jpg", "captions": ["one", "uno"]},
+             {"file_name": "b.jpg", "captions": ["two"]}]  # fmt: skip
+    write_json_lines(tmp_path / "captions.jsonl", lines)
+    found = load_dataset(spec, tmp_path)
+    assert isinstance(found, RetrievalDataset)
+    assert captions_by_image(found) == {"a.jpg": ["one", "uno"], "b.jpg": ["two"]}
+    write_json_lines(tmp_path / "captions.jsonl", [*lines, {"captions": ["three"]}])
+    error = "no name of an image, or captions that are not texts"
+    assert errors_of(spec, tmp_path) == {error: 1}
+
+
+def test_the_dataset_is_read_and_its_errors_are_counted(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (source,) = read_modules("add-a-dataset.md")
-    (spec,) = package.add("evaluation.datasets.catalog.my_captions", source).DATASETS
-    spec = replace(spec, counts={"images": 2, "captions": 2})
+    module = package.add("evaluation.datasets.catalog.my_captions", source)
+    monkeypatch.setitem(READERS, "tsv", module.read_tsv)
+    entry = re.sub(r"  read:\n.*", "  read: tsv\n", read_entry(), flags=re.DOTALL)
+    spec = replace(read_specs(entry)["my-captions"], counts={"images": 2, "captions": 2})
     write_images(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "captions.tsv").write_text("a.jpg\tone\nb.jpg\ttwo\n", encoding="utf-8")
     found = load_dataset(spec, tmp_path)

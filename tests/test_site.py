@@ -179,8 +179,9 @@ def test_json_blocks_parse_and_yaml_blocks_are_recipes(page: Path) -> None:
     for _, text in find_blocks(page, "json"):
         for line in text.splitlines():
             json.loads(line)
-    for _, text in find_blocks(page, "yaml"):
-        make_config(TrainConfig, yaml.safe_load(text))
+    for note, text in find_blocks(page, "yaml"):
+        if "test_how_tos.py" not in note:
+            make_config(TrainConfig, yaml.safe_load(text))
 
 
 @every_page

@@ -98,7 +98,7 @@ def evaluate(
         return 0
     _require_extras(models, tasks, plot, of_models)
     if plot is not None:
-        from ..evaluation.plots import require_plot_file
+        from ..evaluation.report import require_plot_file
 
         require_plot_file(plot)
     if models:
@@ -121,12 +121,12 @@ def evaluate(
 def _show_results(
     output: Path, *, table: Literal["text", "markdown"], details: bool, plot: Path | None
 ) -> None:
+    from ..evaluation.report import find_width, render_results
     from ..evaluation.results import read_evaluation_results
-    from ..evaluation.tables import find_width, render_results
 
     results = read_evaluation_results(output)
     if plot is not None:
-        from ..evaluation.plots import plot_lengths
+        from ..evaluation.report import plot_lengths
 
         plot_lengths([result for result in results if result.task == "length"], plot)
         print(f"Wrote {plot}.", file=sys.stderr)
@@ -315,7 +315,7 @@ def _print_lists() -> None:
 
 
 def _print_result(result: Result) -> None:
-    from ..evaluation.tables import describe_scores
+    from ..evaluation.report import describe_scores
 
     print(
         f"{result.model}: {result.task} on {result.dataset}: {describe_scores(result)}; "

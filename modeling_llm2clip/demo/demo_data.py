@@ -9,7 +9,7 @@ from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import choose_test_rows, split_records
-from ..evaluation.datasets.catalog.emoji import EMOJI_SEED, NUM_TEST_GROUPS
+from ..evaluation.datasets.catalog.caption_readers import EMOJI_SEED, NUM_TEST_GROUPS
 
 
 def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:

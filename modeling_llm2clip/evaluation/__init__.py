@@ -1,1 +1,1 @@
-"""How good embeddings are: any model on any dataset, with the protocol of every score."""
+"""Evaluates any model on any dataset, with the protocol of every score."""

@@ -18,13 +18,11 @@ from ..data.records.record_loading import load_records
 from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
-from .datasets.dataset_spec import DatasetSpec
-from .datasets.validation import ReadingCache, read_lines
+from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import Encoder, EncoderDescription
-from .encoders.once_encoder import OnceEncoder
+from .encoders.encoder import Encoder, EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
-from .plots import plot_confusion
+from .report import EvaluationResults, plot_confusion
 from .results import (
     Result,
     build_protocol,
@@ -37,7 +35,6 @@ from .results import (
     require_one_model,
     write_result,
 )
-from .tables import EvaluationResults
 from .tasks.task import Datasets, Task
 from .tasks.task_registry import DEFAULT_TASKS, find_task
 
@@ -117,31 +114,14 @@ def check_data(
     *,
     tasks: Sequence[str] = (),
 ) -> None:
-    """Read and check the datasets of an evaluation, for a model that is yet to be trained.
-
-    Args:
-        data: As in `evaluate`.
-        config: As in `evaluate`.
-        tasks: As in `evaluate`.
-
-    Raises:
-        DataValidationError: A dataset has invalid samples.
-        ValueError: A task suits no dataset, or a dataset no task.
-        MissingExtraError: An optional package is not installed.
-    """
+    """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
     config = _read_prompt_files(config or EvaluationConfig())
     _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A dataset that is not read yet.
-
-    Attributes:
-        spec: What is known of it.
-        folder: Folder of its files.
-        image_dir: Folder of its images.
-    """
+    """A dataset that is not read yet."""
 
     spec: DatasetSpec
     folder: str | Path | None
@@ -150,13 +130,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Job:
-    """One task on one dataset.
-
-    Attributes:
-        task: The task.
-        dataset: Name of the dataset.
-        datasets: The dataset as it was read, one per language.
-    """
+    """One task on one dataset, which was read once per language."""
 
     task: Task
     dataset: str

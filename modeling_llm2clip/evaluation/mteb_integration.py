@@ -184,7 +184,7 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
 
     @cached_property
     def metadata(self) -> TaskMetadata:
-        """What mteb knows of the task; made again after mteb has unloaded its data."""
+        """mteb's description of the task; made again after mteb has unloaded its data."""
         return _describe_task(self._data, from_images=self._from_images)
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002

@@ -42,23 +42,18 @@ _SHOWN_BEFORE = 15  # of what two values have in common
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one task found for one model on one dataset.
+    """Scores of one task for one model on one dataset.
 
     Attributes:
         model: Name of the model in tables.
-        task: Name of the task.
-        dataset: Name of the dataset.
-        scores: Scores of the task.
         protocol: Every choice that changes a score: of the `data`, of the `model` (prompt, maximum
             tokens, resolution, preprocessing, dtype) and of the `task`.
-        counts: How many images and texts there were, and how many texts were truncated.
+        counts: Numbers of images, texts and truncated texts.
         fingerprint: Digests that identify the model.
-        run: What changes no score: device, batch size, where the model was, and how many texts and
-            images were `encoded`; embeddings of an earlier task are not computed again. Of images
-            unlike those that the model was trained on, `far_images` says so.
-        versions: Versions of the packages.
-        seconds: How long it took to compute the `encoded` embeddings and the scores.
-        format_version: Format of the file.
+        run: Facts that change no score: device, batch size, where the model was, and how many texts
+            and images were `encoded`; embeddings of an earlier task are not computed again. For
+            images unlike those that the model was trained on, `far_images` says so.
+        seconds: Time to compute the `encoded` embeddings and the scores.
     """
 
     model: str
@@ -75,27 +70,14 @@ class Result:
 
 
 def find_result_file(folder: Path, *, model: str, dataset: str, task: str) -> Path:
-    """Return the file of a result, which need not exist.
-
-    Args:
-        folder: Folder of all results.
-        model: Name of the model.
-        dataset: Name of the dataset.
-        task: Name of the task.
-    """
+    """Return the file of a result, which need not exist."""
     return folder / model / f"{dataset}.{task}.json"
 
 
 def build_protocol(
     task: Task, datasets: Sequence[EvaluationDataset], description: EncoderDescription
 ) -> dict[str, Any]:
-    """Collect every choice that changes a score, before the model is loaded.
-
-    Args:
-        task: The task.
-        datasets: One per language.
-        description: What decides the embeddings.
-    """
+    """Collect every choice that changes a score, before the model is loaded."""
     described = description.to_json()
     of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in datasets}
     data = {"languages": of_data} if task.all_languages else next(iter(of_data.values()))
@@ -112,12 +94,6 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
     """Hash a dataset's texts, names and correspondence, and the bytes of its images.
 
     Each image file is read once per process, unless it changes.
-
-    Args:
-        dataset: The dataset.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
     """
     digest = hashlib.sha256()
     for part in dataset.list_content():
@@ -126,14 +102,7 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 
 
 def read_result(file: Path) -> Result:
-    """Read one result.
-
-    Args:
-        file: Its file.
-
-    Raises:
-        ValueError: The file is damaged or changed, or has another format.
-    """
+    """Read one result."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
@@ -142,24 +111,12 @@ def read_result(file: Path) -> Result:
 
 
 def is_result(content: Any) -> bool:
-    """Return whether a JSON value was written by an evaluation, in any version of the format.
-
-    Args:
-        content: Content of a file.
-    """
+    """Return whether a JSON value was written by an evaluation, in any version of the format."""
     return isinstance(content, dict) and {_DIGEST, "format_version"} <= set(content)
 
 
 def parse_result(content: Any, file: Path) -> Result:
-    """Make a result of a file's content.
-
-    Args:
-        content: Content of the file.
-        file: The file, for errors.
-
-    Raises:
-        ValueError: The content is damaged or changed, or has another format.
-    """
+    """Make a result of a file's content."""
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is not a result of an evaluation. Name another folder.")
     if content["format_version"] != FORMAT_VERSION:
@@ -175,23 +132,12 @@ def parse_result(content: Any, file: Path) -> Result:
 
 
 def list_result_files(folder: Path) -> list[Path]:
-    """List the files of all results in a folder by model, dataset and task.
-
-    Args:
-        folder: The folder, which need not exist.
-    """
+    """List the files of all results in a folder by model, dataset and task."""
     return sorted(folder.glob("*/*.json"))
 
 
 def read_evaluation_results(folder: Path) -> list[Result]:
-    """Read all results in a folder by model, dataset and task.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        ValueError: There are no results, or one cannot be read.
-    """
+    """Read all results in a folder by model, dataset and task."""
     files = list_result_files(folder)
     if not files:
         raise ValueError(f"{folder} has no results. Evaluate something into it first.")
@@ -201,16 +147,7 @@ def read_evaluation_results(folder: Path) -> list[Result]:
 def require_one_model(
     results: Mapping[Path, Result], *, model: str, fingerprint: Mapping[str, str]
 ) -> None:
-    """Refuse a name that is already the name of another model.
-
-    Args:
-        results: Results that exist, by their files.
-        model: The name.
-        fingerprint: Digests that identify the model.
-
-    Raises:
-        ValueError: A result of this name is of another model.
-    """
+    """Refuse a name that is already the name of another model."""
     for file, result in results.items():
         if result.model == model:
             then, now = {"fingerprint": result.fingerprint}, {"fingerprint": fingerprint}
@@ -220,22 +157,11 @@ def require_one_model(
 def require_comparable(
     results: Mapping[Path, Result], *, task: str, dataset: str, protocol: Mapping[str, Any]
 ) -> None:
-    """Refuse scores that would be in one column of a table with scores that differ in meaning.
-
-    Args:
-        results: Results that exist, by their files.
-        task: Name of the task.
-        dataset: Name of the dataset.
-        protocol: From `build_protocol`.
-
-    Raises:
-        ValueError: A result of the same task on a dataset of this name has other data, or was
-            scored in another way.
-    """
-    now = _select_comparable(protocol)
+    """Refuse scores that would be in one column of a table with scores that differ in meaning."""
+    now = select_comparable(protocol)
     for file, result in results.items():
         if (result.task, result.dataset) == (task, dataset):
-            then = _select_comparable(result.protocol)
+            then = select_comparable(result.protocol)
             _require_no_difference(file, "data or in another way", then, now)
 
 
@@ -244,13 +170,6 @@ def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
 
     Another version of this package may score otherwise, and is another run. Another version of a
     package that it calls causes a warning.
-
-    Args:
-        file: File of the result.
-        protocol: From `build_protocol`.
-
-    Raises:
-        ValueError: The file is of another run; every difference is named.
     """
     if not file.is_file():
         return None
@@ -277,12 +196,7 @@ def list_result_versions() -> dict[str, str]:
 
 
 def write_result(file: Path, result: Result) -> None:
-    """Write one result, whole or not at all.
-
-    Args:
-        file: File of the result.
-        result: The result.
-    """
+    """Write one result, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -290,13 +204,7 @@ def write_result(file: Path, result: Result) -> None:
 
 
 def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Yield for every value in which two protocols differ what it was and what it is.
-
-    Args:
-        then: JSON values.
-        now: JSON values.
-        path: Where they are, for the message.
-    """
+    """Yield for every value in which two protocols differ what it was and what it is."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted(set(then) | set(now)):
             below = f"{path}.{name}" if path else name
@@ -306,7 +214,8 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {was} and is {now_is}"
 
 
-def _select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+def select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what two models' scores must share to be compared."""
     return {"data": protocol["data"], "task": protocol["task"]}
 
 

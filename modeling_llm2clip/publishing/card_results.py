@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.result_details import label_dataset
+from ..evaluation.report import label_dataset
 from ..evaluation.results import is_result, parse_result
 from ..model_folders.fingerprint import fingerprint_model
 from ..model_folders.model_card import write_model_card

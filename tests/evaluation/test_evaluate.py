@@ -27,15 +27,15 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation import evaluate as evaluation
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
-from modeling_llm2clip.evaluation.encoders.once_encoder import KnownRows, OnceEncoder
+from modeling_llm2clip.evaluation.encoders.encoder import KnownRows, OnceEncoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.report import EvaluationResults, render_results
 from modeling_llm2clip.evaluation.results import (
     Result,
     read_evaluation_results,
     read_result,
     write_result,
 )
-from modeling_llm2clip.evaluation.tables import EvaluationResults, render_results
 
 
 def no_model(*_: object) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_llm2clip.evaluation.plots import plot_confusion, plot_lengths
+from modeling_llm2clip.evaluation.report import plot_confusion, plot_lengths
 from modeling_llm2clip.evaluation.results import (
     read_evaluation_results,
 )
@@ -32,11 +32,11 @@ def test_results_on_different_data_or_of_different_scoring_share_no_plot(
     clip, siglip = (r for r in read_evaluation_results(results) if r.task == "length")
     task = {**siglip.protocol["task"], "ties": "ties count for the model"}
     other = replace(siglip, protocol={**siglip.protocol, "task": task})
-    with pytest.raises(ValueError, match=r"clip and siglip were evaluated .*ties was 'ties count"):
+    with pytest.raises(ValueError, match=r"clip and siglip cannot be .*ties was 'ties count"):
         plot_lengths([clip, other], tmp_path / "lengths.png")
     data = {**siglip.protocol["data"], "lang": "de"}
     other = replace(siglip, protocol={**siglip.protocol, "data": data})
-    with pytest.raises(ValueError, match=r"on different data .*data\.lang was 'en' and is 'de'"):
+    with pytest.raises(ValueError, match=r"cannot be compared .*data\.lang was 'en' and is 'de'"):
         plot_lengths([clip, other], tmp_path / "lengths.png")
 
 

@@ -1,1 +1,1 @@
-"""The datasets that models are evaluated on, read as their publishers ship them."""
+"""Datasets that models are evaluated on, read as their publishers ship them."""

@@ -1,29 +1,42 @@
-"""Compositional choices between captions: what such a dataset is, and how it is built."""
+"""Compositional choices between captions: SugarCrepe, with images and as texts, and Winoground."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any
 
-from ...data.images.image_sources import ImageSource
+from ...data.images.image_sources import ImageSource, ParquetImage
 from ...data.records.records import clean_text
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
-from .validation import DatasetValidator
+from ...data.sources.coco import read_coco
+from ...data.sources.json_files import read_json, read_json_lines
+from ...data.sources.parquet import iterate_rows
+from .catalog.caption_readers import COCO_ADVICE, COCO_FILES
+from .dataset_spec import (
+    ChoiceForm,
+    DatasetSpec,
+    DatasetValidator,
+    EvaluationDataset,
+    ReadRequest,
+    find_image,
+)
 
-ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
+_SUGARCREPE_CATEGORIES = (
+    "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
+)  # fmt: skip
+_WINOGROUND_IMAGES = ("image_0", "image_1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceItem:
-    """One question of a compositional dataset.
+    """One question of a compositional dataset; its form is that of `ChoiceDataset`.
 
     Attributes:
-        name: Name within the dataset.
-        category: What differs between the two captions; each category also has its scores.
-        captions: Two texts. In form `images` the first belongs to the first image, the second to
-            the second; in the other forms the first is true and the second is false.
+        category: Kind of difference between the two captions; each category also has its scores.
+        captions: In form `images` the first belongs to the first image, the second to the second;
+            in the other forms the first is true and the second is false.
         images: Two in form `images`, one in form `image`, none in form `text`.
         anchor: In form `text`, another true caption of the same image, in place of the image.
     """
@@ -39,13 +52,8 @@ class ChoiceItem:
 class ChoiceDataset(EvaluationDataset):
     """Questions that take a model which reads word order and relations.
 
-    Attributes:
-        form: `image`: one image, a true and a false caption (SugarCrepe); `images`: two of each
-            (Winoground); `text`: a caption of the image in place of the image.
-        items: At least one.
-
-    Raises:
-        ValueError: There are no items, or an item has another form.
+    The form is `image`: one image, a true and a false caption (SugarCrepe); `images`: two of each
+    (Winoground); or `text`: a caption of the image in place of the image.
     """
 
     form: ChoiceForm
@@ -69,7 +77,7 @@ class ChoiceDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
         return self.form != "text"
 
     def list_content(self) -> list[Any]:
@@ -81,14 +89,8 @@ class ChoiceDataset(EvaluationDataset):
 class ChoiceEntry:
     """A question as the publisher's files have it.
 
-    Attributes:
-        place: Where it is written, for errors.
-        name: Name within the dataset.
-        category: What differs between the two captions.
-        captions: Two texts as they are written.
-        image_names: Paths in the folder of images; as many as the form needs.
-        images: Where the images are, if the reader knows.
-        anchor: In form `text`, another caption of the image.
+    Images are named by paths in their folder, as many as the form needs, unless the reader knows
+    where they are. `place` is for errors.
     """
 
     place: str
@@ -100,47 +102,25 @@ class ChoiceEntry:
     anchor: str | None = None
 
 
-ChoiceReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[ChoiceEntry]]
-
-
 def build_choice_dataset(
     spec: DatasetSpec,
     request: ReadRequest,
     validator: DatasetValidator,
-    *,
-    form: ChoiceForm,
-    read: ChoiceReader,
 ) -> ChoiceDataset:
-    """Read every question, check it, and keep the valid ones.
-
-    Args:
-        spec: What is known of the dataset.
-        request: How it is to be read.
-        validator: Collects the errors.
-        form: Form of the questions.
-        read: Yields the questions.
-
-    Raises:
-        DataValidationError: There are errors, and invalid samples are not to be skipped.
-        ValueError: No item is left, or a form that needs images is to be read without them.
-    """
+    """Read every question, check it, and keep the valid ones."""
+    form = spec.form
     if form != "text" and not request.require_images:
         raise ValueError(
             f"{spec.name} cannot be read without its images. Name their folder, or take a dataset "
             "of texts: sugarcrepe-text."
         )
-    entries = list(read(request, validator))
+    entries = list(spec.read(request, validator))
     num_lost = validator.count_lost()
     items = [_check_entry(entry, form, request, validator) for entry in entries]
-    if request.check_images:
-        images = (image for item in items if item for image in item.images)
-        unreadable = validator.find_unreadable_images(images, show_progress=request.show_progress)
-        items = [None if item and unreadable & set(item.images) else item for item in items]
-    published = spec.list_published_counts(request.lang)
-    validator.compare_counts({"items": len(entries)}, published)
-    validator.compare_checksums(spec.checksums)
-    skipped = validator.finish()
-    kept = tuple(item for item in items if item is not None)
+    images = (image for item in items if item for image in item.images)
+    unreadable = validator.find_unreadable_images(images, request)
+    skipped = validator.finish(spec, request.lang, {"items": len(entries)})
+    kept = tuple(item for item in items if item and not unreadable & set(item.images))
     if not kept:
         raise ValueError(
             f"{validator.source}: no item is left, because each has an error: {skipped}"
@@ -151,7 +131,7 @@ def build_choice_dataset(
         **spec.protocol,
         "form": form,
         "items": len(kept),
-        "published": published,
+        "published": spec.list_published_counts(request.lang),
         "skipped": skipped,
         "skipped_samples": num_lost + len(items) - len(kept),
         **validator.notes,
@@ -190,3 +170,93 @@ def _check_entry(
         images=() if form == "text" else images,
         anchor=anchor,
     )
+
+
+def read_sugarcrepe(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
+    """Yield a caption and a hard negative of a COCO image, category after category."""
+    for category in _SUGARCREPE_CATEGORIES:
+        file = validator.find_file(
+            request.data_folder,
+            f"{category}.json",
+            f"data/{category}.json",
+            advice="Give the folder `data` of github.com/RAIVNLab/sugar-crepe.",
+        )
+        items = read_json(file)
+        if not isinstance(items, dict):
+            raise ValueError(f"{file}: not an object of items. Download it again.")
+        for number, item in items.items():
+            place = f"{file.name} {number}"
+            fields: dict[str, Any] = item if isinstance(item, dict) else {}
+            texts = [fields.get(name) for name in ("filename", "caption", "negative_caption")]
+            if all(isinstance(text, str) for text in texts):
+                image, true, false = map(str, texts)
+                name = f"{category}/{number}"
+                yield ChoiceEntry(place, name, category, (true, false), (image,))
+            else:
+                validator.errors.add("no 'filename', 'caption' and 'negative_caption'", place)
+
+
+def read_sugarcrepe_text(
+    request: ReadRequest, validator: DatasetValidator
+) -> Iterator[ChoiceEntry]:
+    """Yield the items with another caption of the image in place of the image.
+
+    It is the first one in COCO's own file that is not the true caption itself.
+    """
+    file = validator.find_file(request.data_folder, *COCO_FILES, advice=COCO_ADVICE)
+    captions = {
+        raw.fields.get("file_name"): raw.fields["captions"]
+        for raw in read_coco(file, validator.errors)
+    }
+    for entry in read_sugarcrepe(request, validator):
+        true = clean_text(entry.captions[0])
+        others = (clean_text(caption) for caption in captions.get(entry.image_names[0], ()))
+        anchor = next((text for text in others if text and text != true), None)
+        if anchor is None:
+            validator.errors.add("no other caption of the image", entry.place)
+        else:
+            yield ChoiceEntry(
+                entry.place, entry.name, entry.category, entry.captions, anchor=anchor
+            )
+
+
+def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
+    """Yield the items; their category is the difference between the captions, `collapsed_tag`."""
+    for place, fields in _iterate_winoground(request, validator):
+        first, second = (fields.get(name) for name in ("caption_0", "caption_1"))
+        found = [fields.get(name) for name in _WINOGROUND_IMAGES]
+        images = tuple(image for image in found if isinstance(image, ParquetImage | Path))
+        if not isinstance(first, str) or not isinstance(second, str):
+            validator.errors.add("no 'caption_0' and 'caption_1'", place)
+        elif len(images) < len(_WINOGROUND_IMAGES):
+            validator.errors.add("image missing", place)
+        else:
+            name, category = str(fields.get("id", place)), str(fields.get("collapsed_tag") or "all")
+            yield ChoiceEntry(place, name, category, (first, second), images=images)
+
+
+def _iterate_winoground(
+    request: ReadRequest, validator: DatasetValidator
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield items of Parquet files, or of `examples.jsonl` with the unpacked `images.zip`."""
+    if tables := request.list_parquet_files():
+        yield from iterate_rows(tables, request.data_folder, validator.errors)
+        return
+    lines = validator.find_file(
+        request.data_folder,
+        "examples.jsonl",
+        "data/examples.jsonl",
+        advice="Get it from huggingface.co/datasets/facebook/winoground, whose license you accept.",
+    )
+    image_dir = request.image_dir or lines.parent / "images"
+    for raw in read_json_lines(lines, validator.errors):
+        images = {
+            name: _find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES
+        }
+        yield raw.place, {**raw.fields, **images}
+
+
+def _find_by_stem(image_dir: Path, name: Any) -> Path | None:
+    """Find an image whose name is written without its suffix."""
+    candidates = [image_dir / f"{name}{suffix}" for suffix in ("", ".png", ".jpg")]
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,19 +1,45 @@
-"""Images by class, with prompts for the classes: what such a dataset is, and how it is built."""
+"""Images by class, with prompts for the classes: ImageNet-1k, and any folder of class folders.
+
+A file of class names has lines `<class> <name>`. ImageNet's own `LOC_synset_mapping.txt` has
+several names per class with commas between them, of which the first is taken.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_repeated
-from .validation import DatasetValidator
+from .dataset_spec import (
+    DatasetSpec,
+    DatasetValidator,
+    EvaluationDataset,
+    ReadRequest,
+    find_repeated,
+    is_image,
+    read_lines,
+)
+
+# Errors that belong to no image: what they cost is the images of the classes.
+_ERRORS_OF_CLASSES = (
+    "class without a name",
+    "class name repeated",
+    "class name for a class that does not exist",
+    "class folder without images",
+    "class named twice",
+    "line without a class and its name",
+)
+_SYNSETS = "LOC_synset_mapping.txt"
+_SOLUTION = "LOC_val_solution.csv"
+_NAMES = "class_names.txt"
+_KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +47,10 @@ class ClassificationDataset(EvaluationDataset):
     """Images, each of which belongs to one class.
 
     Attributes:
-        images: Where they are; at least one.
-        image_names: One per image, all different.
         labels: One per image: the row of its class in `class_names`.
-        class_names: Names in prompts; all different, in more than case, unless `protocol` lists
-            those that are not in `repeated_class_names`: images of these tie, and a tie is a wrong
-            answer.
+        class_names: All different, in more than case, unless `protocol` lists those that are not in
+            `repeated_class_names`: images of these tie, and a tie is a wrong answer.
         templates: Prompts with one `{}` for the class name.
-
-    Raises:
-        ValueError: Counts do not fit, names repeat, or a template has no `{}`.
     """
 
     images: tuple[ImageSource, ...]
@@ -66,7 +86,7 @@ class ClassificationDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
         return True
 
     def list_content(self) -> list[Any]:
@@ -81,7 +101,7 @@ class LabeledImages:
     """Images by class, as the publisher's files have them.
 
     Attributes:
-        class_keys: What the publisher calls the classes, in the order of their labels.
+        class_keys: The publisher's names of the classes, in the order of their labels.
         names: Names of some or all of them, for prompts.
         images: Name, file and class of each image.
         names_file: File of the names; None if they are those of the folders.
@@ -93,61 +113,40 @@ class LabeledImages:
     names_file: Path | None = None
 
 
-# Errors that belong to no image: what they cost is the images of the classes.
-_ERRORS_OF_CLASSES = (
-    "class without a name",
-    "class name repeated",
-    "class name for a class that does not exist",
-    "class folder without images",
-    "class named twice",
-    "line without a class and its name",
-)
-
-LabeledReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], LabeledImages]
-
-
 def build_classification_dataset(
     spec: DatasetSpec,
     request: ReadRequest,
     validator: DatasetValidator,
-    *,
-    read: LabeledReader,
-    templates: tuple[str, ...],
 ) -> ClassificationDataset:
     """Read the images, name the classes, and keep what has no error.
 
     A class whose name another class also has, perhaps in another case, is an error, because no
     prompt distinguishes them, unless the request allows it: its images then tie, and count as
     wrong.
-
-    Args:
-        spec: What is known of the dataset.
-        request: How it is to be read.
-        validator: Collects the errors.
-        read: Finds the images.
-        templates: Prompts for a request that has none.
-
-    Raises:
-        DataValidationError: There are errors, and invalid samples are not to be skipped.
-        ValueError: No image or a single class is left, or images are not wanted.
     """
     _check_request(spec, request)
-    found = read(request, validator)
+    found: LabeledImages = spec.read(request, validator)
     names = _name_classes(found, request, validator)
-    num_lost = _count_lost(validator)
+    errors = validator.errors
+    num_lost = errors.total - sum(errors.counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.images if item[2] in names]
     if len(kept) < len(found.images):
         validator.notes["images_of_skipped_classes"] = len(found.images) - len(kept)
-    kept = _drop_unreadable(kept, request, validator)
+    unreadable = validator.find_unreadable_images((file for _, file, _ in kept), request)
+    kept = [item for item in kept if item[1] not in unreadable]
     num_images = len(found.images) + validator.errors.counts.get("image missing", 0)
     counts = {"images": num_images, "classes": len(found.class_keys)}
-    validator.compare_counts(counts, spec.list_published_counts(request.lang))
-    skipped = validator.finish()
-    _require_a_choice(validator, images=len(kept), classes=len(in_use))
+    skipped = validator.finish(spec, request.lang, counts)
+    if not kept or len(in_use) < 2:
+        raise ValueError(
+            f"{validator.source}: {len(kept)} images and {len(in_use)} classes are left: "
+            f"{skipped}. Give an image and at least two classes, because a single one is always "
+            "right."
+        )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
-    chosen = templates if request.templates is None else request.templates
+    chosen = spec.templates if request.templates is None else request.templates
     protocol = {
         "dataset": spec.name,
         "lang": request.lang,
@@ -180,22 +179,8 @@ def normalize_class_name(name: str) -> str:
     """Normalize a name as the least sensitive model reads it: NFC, lower case, single spaces.
 
     CLIP and SigLIP ignore case, so `Cat` and `cat` are one class to them.
-
-    Args:
-        name: The name.
     """
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
-
-
-def _drop_unreadable(
-    images: list[tuple[str, Path, str]], request: ReadRequest, validator: DatasetValidator
-) -> list[tuple[str, Path, str]]:
-    if not request.check_images:
-        return images
-    unreadable = validator.find_unreadable_images(
-        (file for _, file, _ in images), show_progress=request.show_progress
-    )
-    return [item for item in images if item[1] not in unreadable]
 
 
 def _describe_names(
@@ -219,21 +204,6 @@ def _check_request(spec: DatasetSpec, request: ReadRequest) -> None:
         raise ValueError(
             f"{spec.name}: the templates of the dataset are English, lang is {request.lang!r}. "
             "Give templates in that language too."
-        )
-
-
-def _count_lost(validator: DatasetValidator) -> int:
-    """Count the images that were lost in reading, before any is checked."""
-    counts = validator.errors.counts
-    return validator.errors.total - sum(counts.get(error, 0) for error in _ERRORS_OF_CLASSES)
-
-
-def _require_a_choice(validator: DatasetValidator, *, images: int, classes: int) -> None:
-    if not images or classes < 2:
-        raise ValueError(
-            f"{validator.source}: {images} images and {classes} classes are left: "
-            f"{validator.errors.counts}. Give an image and at least two classes, because a single "
-            "one is always right."
         )
 
 
@@ -271,3 +241,105 @@ def _find_names(
     for key in sorted(chosen.keys() - set(found.class_keys)):
         validator.errors.add("class name for a class that does not exist", key)
     return chosen
+
+
+def read_image_folder(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
+    """Read a folder of class folders; without a file of names, the folders name the classes."""
+    root = request.image_dir or request.data_folder
+    images, keys = _walk_class_folders(root, validator)
+    file = request.data_folder / _NAMES
+    if not file.is_file():
+        return LabeledImages(keys, {key: key.replace("_", " ") for key in keys}, images)
+    return LabeledImages(keys, _read_names(validator.note_file(file), validator), images, file)
+
+
+def read_imagenet(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
+    """Read ImageNet's validation images, in class folders or flat with Kaggle's solution."""
+    folder = request.data_folder
+    names, file = {}, None
+    if request.class_names is None:
+        file = validator.find_file(
+            folder,
+            _NAMES,
+            _SYNSETS,
+            advice="Give class names (a file with `<synset> <name>` lines), or the publisher's "
+            f"{_SYNSETS}.",
+        )
+        names = _read_names(file, validator)
+    if (folder / _SOLUTION).is_file():
+        return replace(_read_solution(request, validator, names), names_file=file)
+    images, keys = _walk_class_folders(request.image_dir or folder / "val", validator)
+    return LabeledImages(keys, names, images, file)
+
+
+def _walk_class_folders(
+    root: Path, validator: DatasetValidator
+) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
+    """List every image of the class folders, and the folders' names, both in their order."""
+    if not root.is_dir():
+        raise ValueError(
+            f"{validator.source}: {root} is not a folder. Give the folder of class folders."
+        )
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not folders:
+        raise ValueError(
+            f"{validator.source}: {root} has no class folders. Put the images of each class into "
+            "a folder."
+        )
+    for file in sorted(path for path in root.iterdir() if path.is_file()):
+        if is_image(file) and not file.name.startswith("."):
+            validator.errors.add("image in no class folder", file.name)
+    images: list[tuple[str, Path, str]] = []
+    for folder in folders:
+        before = len(images)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if file.name.startswith("."):  # of the system
+                continue
+            name = file.relative_to(root).as_posix()
+            if is_image(file):
+                images.append((name, file, folder.name))
+            else:
+                validator.errors.add("not an image", name)
+        if len(images) == before:
+            validator.errors.add("class folder without images", folder.name)
+    return tuple(images), tuple(folder.name for folder in folders)
+
+
+def _read_names(file: Path, validator: DatasetValidator) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        key, *rest = line.split(maxsplit=1)[:2] if line.strip() else [""]
+        place = f"{file.name} line {number}"
+        if not rest:
+            validator.errors.add("line without a class and its name", place)
+        elif rest[0].startswith((":", "=", ",")):  # some copies have `<class> : <name>`
+            validator.errors.add("name that begins with a sign", f"{place}: {line}")
+        elif key in names:
+            validator.errors.add("class named twice", f"{place}: {key}")
+        else:
+            names[key] = rest[0].partition(",")[0] if file.name == _SYNSETS else rest[0]
+    return names
+
+
+def _read_solution(
+    request: ReadRequest, validator: DatasetValidator, names: dict[str, str]
+) -> LabeledImages:
+    image_dir = request.image_dir or request.data_folder / _KAGGLE_IMAGES
+    images: list[tuple[str, Path, str]] = []
+    file = validator.note_file(request.data_folder / _SOLUTION)
+    with file.open(encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines), start=2):
+            place = f"{_SOLUTION} line {number}"
+            name, label = row.get("ImageId"), (row.get("PredictionString") or "").split()
+            if not name or not label:
+                validator.errors.add("no 'ImageId' and 'PredictionString'", place)
+                continue
+            image = image_dir / f"{name}.JPEG"
+            if image.is_file():
+                images.append((image.name, image, label[0]))
+            else:
+                validator.errors.add("image missing", f"{place}: {image.name}")
+    given = request.class_names if isinstance(request.class_names, Mapping) else names
+    # Labels are the positions of the sorted synsets, as in the publisher's list.
+    keys = tuple(sorted({*given, *(label for _, _, label in images)}))
+    return LabeledImages(keys, names, tuple(sorted(images)))

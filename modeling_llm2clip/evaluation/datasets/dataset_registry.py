@@ -1,13 +1,16 @@
-"""The registry: every dataset by its name, what is known of it, and how it is loaded."""
+"""The registry of datasets: specs by name, and how one is loaded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import yaml
 
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
@@ -18,33 +21,42 @@ from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.remote.file_places import FilePlace
 from ...data.remote.remote_files import is_remote
-from .catalog import (
-    compositional,
-    cross_lingual,
-    custom_folder,
-    emoji,
-    image_classification,
-    long_captions,
-    short_captions,
+from . import choice_dataset, classification_dataset
+from .catalog import caption_readers, custom_folder
+from .catalog.caption_readers import JsonCaptions, ParquetCaptions
+from .dataset_spec import (
+    DatasetSpec,
+    DatasetType,
+    DatasetValidator,
+    EvaluationDataset,
+    ReadingCache,
+    ReadRequest,
 )
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest
-from .retrieval_dataset import RetrievalDataset
-from .validation import DatasetValidator, ReadingCache
+from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
 
 DatasetSource: TypeAlias = str | Path | DatasetSpec | Sequence[CaptionedImage]
+Builder: TypeAlias = Callable[[DatasetSpec, ReadRequest, DatasetValidator], EvaluationDataset]
 
-_SPECS: dict[str, DatasetSpec] = {
-    spec.name: spec
-    for group in (
-        short_captions,
-        long_captions,
-        cross_lingual,
-        image_classification,
-        compositional,
-        custom_folder,
-        emoji,
-    )
-    for spec in group.DATASETS
+READERS: dict[str, Callable[..., Any]] = {
+    "json": JsonCaptions,
+    "parquet": ParquetCaptions,
+    "coco": caption_readers.read_coco_captions,
+    "coco-cn": caption_readers.read_coco_cn,
+    "emoji": caption_readers.read_emoji,
+    "flickr30k-cn": caption_readers.read_flickr30k_cn,
+    "multi30k": caption_readers.read_multi30k,
+    "urban1k": caption_readers.read_urban1k,
+    "image-folder": classification_dataset.read_image_folder,
+    "imagenet": classification_dataset.read_imagenet,
+    "sugarcrepe": choice_dataset.read_sugarcrepe,
+    "sugarcrepe-text": choice_dataset.read_sugarcrepe_text,
+    "winoground": choice_dataset.read_winoground,
+}
+_BUILDERS: dict[DatasetType, Builder] = {
+    "retrieval": build_retrieval_dataset,
+    "captions": build_retrieval_dataset,
+    "classification": classification_dataset.build_classification_dataset,
+    "choice": choice_dataset.build_choice_dataset,
 }
 
 _OWN = "folder"  # what one's own images under another name are read as
@@ -53,20 +65,48 @@ _TOO_CLOSE = 0.8
 _NAME = re.compile(r"\w[\w.-]*")
 
 
+def read_specs(text: str) -> dict[str, DatasetSpec]:
+    """Read the specs of a YAML text by name; see `published_datasets.yaml`."""
+    content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {
+        name: DatasetSpec(**{**_freeze(fields), "name": name, "read": _find_reader(fields["read"])})
+        for name, fields in content.items()
+    }
+
+
+def _find_reader(described: str | Mapping[str, Any]) -> Callable[..., Any]:
+    if isinstance(described, str):
+        return READERS[described]
+    [(name, options)] = described.items()
+    options = {**_freeze(options)}
+    if "otherwise" in options:
+        options["otherwise"] = _find_reader(options["otherwise"])
+    reader = READERS[name]
+    return reader(**options) if isinstance(reader, type) else partial(reader, **options)
+
+
+def _freeze(value: Any) -> Any:
+    """Turn lists into tuples."""
+    if isinstance(value, Mapping):
+        return {name: _freeze(inner) for name, inner in value.items()}
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
+
+
+_SPECS = {
+    **read_specs(
+        (Path(__file__).parent / "catalog" / "published_datasets.yaml").read_text("utf-8")
+    ),
+    **{spec.name: spec for spec in custom_folder.DATASETS},
+}
+
+
 def list_datasets() -> list[DatasetSpec]:
     """List the specs of all datasets by name."""
     return [_SPECS[name] for name in sorted(_SPECS)]
 
 
 def find_dataset(name: str) -> DatasetSpec:
-    """Find the spec of a dataset.
-
-    Args:
-        name: Its name.
-
-    Raises:
-        ValueError: There is no dataset of this name; the message lists all.
-    """
+    """Find the spec of a dataset."""
     if name not in _SPECS:
         raise ValueError(
             f"There is no dataset {name!r}, and no folder of this name. Known: "
@@ -78,14 +118,9 @@ def find_dataset(name: str) -> DatasetSpec:
 def parse_dataset(text: str | Path) -> EvaluatedDataset:
     """Read the name of a dataset and its folder as users write them.
 
-    Args:
-        text: `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
-            images, or `NAME=` and such a place, with a name of one's own. What exists is a path,
-            unless a dataset has this name.
-
-    Raises:
-        ValueError: There is neither a dataset nor a file of this name, or a name of one's own
-            cannot be one, or resembles that of a dataset.
+    That is `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
+    images; or `NAME=` and such a place, with a name of one's own that resembles no dataset's. Any
+    path that exists is one, unless a dataset has this name.
     """
     written = str(text)
     if written in _SPECS:
@@ -104,15 +139,7 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
 def resolve_dataset(
     source: DatasetSource | EvaluatedDataset, folder: str | Path | None = None
 ) -> tuple[DatasetSpec, str | Path | None]:
-    """Find the spec and the folder of whatever names a dataset.
-
-    Args:
-        source: A name or path (see `parse_dataset`), a spec, or records.
-        folder: Folder of a dataset that is given by name or spec.
-
-    Raises:
-        ValueError: There is no such dataset, or a folder is given twice.
-    """
+    """Find the spec and the folder of a dataset, given by name, path, spec or records."""
     if isinstance(source, DatasetSpec):
         return source, folder
     if isinstance(source, str | Path):
@@ -156,16 +183,7 @@ def find_languages(
     require_images: bool = True,
     cache: ReadingCache | None = None,
 ) -> tuple[str, ...]:
-    """Find the languages of a dataset: those of its spec, or those of the folder.
-
-    Args:
-        source: As in `load_dataset`, like all arguments.
-        folder: Its folder.
-        ignore_fields: Further fields of one's own data.
-        image_dir: Folder of the images.
-        require_images: Whether images are read.
-        cache: What other readings of the same folder found.
-    """
+    """Find the languages of a dataset: those of its spec, or those of the folder."""
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:
         return spec.languages
@@ -235,6 +253,11 @@ def load_dataset(
         >>> dataset = load_dataset("coco", "my-coco")  # doctest: +SKIP
     """
     spec, folder = resolve_dataset(source, folder)
+    if allow_distractors and not spec.takes_distractors:
+        raise ValueError(
+            f"{spec.name} is a published dataset, whose scores are those of its own images and "
+            "captions. Leave allow_distractors out."
+        )
     place = _find_folder(spec, folder, lang=lang)
     request = ReadRequest(
         folder=place,
@@ -244,7 +267,7 @@ def load_dataset(
         class_names=_freeze(class_names),
         templates=None if templates is None else tuple(templates),
         allow_repeated_class_names=allow_repeated_class_names,
-        allow_distractors=_require_own(spec, allow_distractors),
+        allow_distractors=allow_distractors,
         ignore_fields=tuple(ignore_fields),
         show_progress=show_progress,
     )
@@ -252,17 +275,8 @@ def load_dataset(
     validator = DatasetValidator(name, skip_invalid=skip_invalid, cache=cache)
     # Where files are on this machine changes no score, and the protocol is published.
     validator.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
-    return spec.build(spec, _choose_language(spec, request, validator, lang), validator)
-
-
-def _require_own(spec: DatasetSpec, allow_distractors: bool) -> bool:
-    """Raise ValueError if a published dataset is to be read with distractors."""
-    if allow_distractors and not spec.takes_distractors:
-        raise ValueError(
-            f"{spec.name} is a published dataset, whose scores are those of its own images and "
-            "captions. Leave allow_distractors out."
-        )
-    return allow_distractors
+    request = _choose_language(spec, request, validator, lang)
+    return _BUILDERS[spec.dataset_type](spec, request, validator)
 
 
 def read_data(
@@ -270,14 +284,7 @@ def read_data(
 ) -> Sequence[CaptionedImage]:
     """Read the captioned images of a training stage, from any source.
 
-    Args:
-        data: A source of `load_records`, or `NAME` or `NAME=FOLDER` of a dataset with captions.
-        config: How it is read.
-        require_images: Whether a record without its image is an error.
-
-    Raises:
-        DataValidationError: Records are invalid; all errors are reported at once.
-        ValueError: There is no such data, or the dataset has no captions of images.
+    That is a source of `load_records`, or `NAME` or `NAME=FOLDER` of a dataset with captions.
     """
     config = config or DataConfig()
     check_images = bool(config.check_images)
@@ -316,11 +323,7 @@ def read_data(
 def _find_folder(
     spec: DatasetSpec, folder: str | Path | None, *, lang: str | None = None
 ) -> FilePlace | None:
-    """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None.
-
-    Raises:
-        ValueError: The folder is missing, or given for a dataset that needs none.
-    """
+    """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None."""
     if spec.origin != "files":
         if folder is not None:
             raise ValueError(
@@ -354,14 +357,6 @@ def _find_image_dir(image_dir: str | Path | None) -> Path | None:
             f"image_dir={str(image_dir)!r} is not a folder. Give the folder of the images."
         )
     return None if image_dir is None else Path(image_dir)
-
-
-def _freeze(
-    class_names: Mapping[str, str] | Sequence[str] | None,
-) -> Mapping[str, str] | tuple[str, ...] | None:
-    if class_names is None or isinstance(class_names, Mapping):
-        return class_names
-    return tuple(class_names)
 
 
 def _choose_language(

@@ -1,4 +1,4 @@
-"""What is known of a dataset before it is read, how it is to be read, and what every dataset has.
+"""Specs, requests and errors of reading: all that is shared by the types of datasets.
 
 A dataset knows no model. It has a `protocol`: every choice that was made on the way from the
 publisher's files, as JSON values, so that no score is reported without them. Fields that every
@@ -19,36 +19,47 @@ Where they apply there are also `texts`, how a text was taken from its field; `c
 the files are the published ones; `differences_from_published`, differing counts that were accepted
 because invalid samples were to be skipped; `images_without_a_record`, files in a folder of one's
 own that are not used; `rows_skipped`, why rows of one's own data are not records, to how many.
+
+By default an error stops the reading, and all errors are reported at once. On request invalid
+samples are skipped instead, and every skipped one is counted in the dataset's protocol.
 """
 
 from __future__ import annotations
 
+import gzip
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from ...data.images.image_sources import ImageSource
+from ...data.atomic_files import hash_file
+from ...data.images.image_sources import IMAGE_SUFFIXES, ImageSource, find_unreadable_images
 from ...data.remote.file_places import FilePlace
-from .validation import DatasetValidator
+from ...data.remote.remote_access import READING_ERRORS
+from ...data.validation_errors import ErrorCollector
 
 DatasetType: TypeAlias = Literal["retrieval", "captions", "classification", "choice"]
+ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # The field of the protocol that says how texts were cleaned; see `data.records.clean_text`.
 CLEANED_TEXTS = {"texts": "whitespace at the ends removed, line breaks made spaces"}
+OF_DISTRACTORS = ("no caption", "no image")
+"""Errors of a record that may be a distractor."""
+_ALLOW_DISTRACTORS = (
+    "To evaluate with images without captions, or captions without images, as candidates: "
+    "allow_distractors."
+)
+_TRY_AGAIN = (
+    "Samples are skipped for what is in them, and these files could not be read. Try again when "
+    "their disk or server works, or remove what is not there from the source."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDataset(ABC):
-    """Images, texts, and what belongs to what.
-
-    Attributes:
-        name: Name in the registry.
-        lang: Language of the texts, BCP 47.
-        protocol: Every choice that was made; see the top of this file.
-    """
+    """Images, texts, and their correspondence; `lang` is BCP 47."""
 
     name: str
     lang: str
@@ -57,7 +68,7 @@ class EvaluationDataset(ABC):
     @property
     @abstractmethod
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
 
     @abstractmethod
     def list_content(self) -> list[Any]:
@@ -74,19 +85,7 @@ class EvaluationDataset(ABC):
 class ReadRequest:
     """How a dataset is to be read; `load_dataset` explains each field.
 
-    Attributes:
-        folder: Folder of the publisher's files, or URL of one's own; None for a dataset that needs
-            none.
-        image_dir: Folder of the images; None for `folder`.
-        lang: Language of the texts.
-        require_images: Whether images are read.
-        check_images: Whether every image is decoded.
-        class_names: Names by class, or in the order of the classes.
-        templates: Prompts of a classification.
-        allow_repeated_class_names: Whether classes may share a name.
-        allow_distractors: Whether images need no captions, and captions no images.
-        ignore_fields: Further fields of one's own data.
-        show_progress: Whether to show progress bars.
+    `folder` is a path, or the URL of one's own data; None for a dataset that needs none.
     """
 
     folder: FilePlace | None
@@ -103,11 +102,7 @@ class ReadRequest:
 
     @property
     def data_folder(self) -> Path:
-        """The folder of a dataset that needs one.
-
-        Raises:
-            ValueError: It is not on this machine.
-        """
+        """The folder of a dataset that needs one, on this machine."""
         assert self.folder is not None
         if isinstance(self.folder, str):
             raise ValueError(
@@ -117,11 +112,7 @@ class ReadRequest:
         return self.folder
 
     def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
-        """List the Parquet files in the folder and its subfolders, by path.
-
-        Args:
-            pattern: As `Path.glob` takes it; `{lang}` is the language.
-        """
+        """List the Parquet files below the folder, by path; `{lang}` is the language."""
         return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
 
 
@@ -141,7 +132,8 @@ class DatasetSpec:
         source: Where to get it.
         files: What the folder must contain.
         protocol: The choices that the spec makes, reported with every score; one is `split`.
-        build: Reads the dataset.
+        read: Yields every `PublishedRecord` of one language, or every `ChoiceEntry`, or returns the
+            `LabeledImages`. Invalid samples go to the validator.
         counts_of_language: Counts that differ from language to language.
         checksums: Name of a file to its published digest, as `sha256:…` or `md5:…`.
         captions_per_image: How many captions of an image are used, the first ones; None for all.
@@ -149,19 +141,21 @@ class DatasetSpec:
         origin: Where the data is: `files` of a folder that is named, the `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
         takes_distractors: Whether its images may be without captions, and captions without images.
+        templates: Prompts of a classification, for a request that has none.
+        form: Form of the choices.
     """
 
     name: str
     title: str
-    dataset_type: DatasetType
-    languages: tuple[str, ...]
-    counts: Mapping[str, int]
     license: str
     citation: str
     source: str
     files: str
     protocol: Mapping[str, Any]
-    build: Callable[[DatasetSpec, ReadRequest, DatasetValidator], EvaluationDataset]
+    read: Callable[[ReadRequest, DatasetValidator], Any]
+    dataset_type: DatasetType = "retrieval"
+    languages: tuple[str, ...] = ("en",)
+    counts: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
     counts_of_language: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: _NOTHING)
     checksums: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     captions_per_image: int | None = None
@@ -169,13 +163,11 @@ class DatasetSpec:
     origin: Literal["files", "package", "records"] = "files"
     hub_files: str = "*.parquet"
     takes_distractors: bool = False
+    templates: tuple[str, ...] = ()
+    form: ChoiceForm = "image"
 
     def list_published_counts(self, lang: str) -> dict[str, int]:
-        """List the counts that the publisher gives for one language.
-
-        Args:
-            lang: The language.
-        """
+        """List the counts that the publisher gives for one language."""
         return {**self.counts, **self.counts_of_language.get(lang, {})}
 
     def describe(self) -> str:
@@ -187,12 +179,7 @@ class DatasetSpec:
 
 
 def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = str) -> list[str]:
-    """List the names that occur more than once, each once, in their order.
-
-    Args:
-        names: The names.
-        normalize: Names for which it returns the same are the same.
-    """
+    """List the names that occur more than once after `normalize`, each once, in their order."""
     seen: set[str] = set()
     repeated: dict[str, str] = {}
     for name in names:
@@ -204,13 +191,145 @@ def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = s
 
 
 def find_image(image_dir: Path, name: str) -> Path | None:
-    """Find an image by its name, or by its last part: many store images without subfolders.
-
-    Args:
-        image_dir: Folder of the images.
-        name: Path of the image as the publisher writes it.
-    """
+    """Find an image by its name, or by its last part: many store images without subfolders."""
     for candidate in (image_dir / name, image_dir / Path(name).name):
         if candidate.is_file():
             return candidate
     return None
+
+
+def is_image(file: Path) -> bool:
+    """Return whether a file is an image by its name."""
+    return file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
+
+
+@dataclass
+class ReadingCache:
+    """Results that the languages of one folder share, so that it is read and decoded once.
+
+    Attributes:
+        checked: Images that are known to decode.
+        records: Records of folders, by how they were read.
+        keeps_indexes: Keep the index of a large folder in the user's cache.
+    """
+
+    checked: set[ImageSource] = field(default_factory=set)
+    records: dict[Any, Any] = field(default_factory=dict)
+    keeps_indexes: bool = True
+
+
+class DatasetValidator:
+    """Collects the errors of one reading.
+
+    Attributes:
+        notes: Further choices and counts for the protocol.
+        num_errors_of_yielded: Errors of samples that a reader yielded nevertheless, and further
+            errors of a sample that it did not yield. Each of the others is a lost sample, so that
+            samples are counted once, whatever is wrong with them.
+    """
+
+    def __init__(
+        self, source: str, *, skip_invalid: bool = False, cache: ReadingCache | None = None
+    ) -> None:
+        self.source = source
+        self.skip_invalid = skip_invalid
+        self.errors = ErrorCollector()
+        self.notes: dict[str, Any] = {}
+        self.cache = cache or ReadingCache()
+        self.num_errors_of_yielded = 0
+        self._files: list[Path] = []
+
+    def find_file(self, folder: Path, *names: str, advice: str) -> Path:
+        """Find the first of several files that exists, and note it for its checksum."""
+        for name in names:
+            if (folder / name).is_file():
+                return self.note_file(folder / name)
+        if not folder.exists():
+            raise ValueError(f"{self.source}: {folder} does not exist. {advice}")
+        raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
+
+    def note_file(self, file: Path) -> Path:
+        """Note a file that the dataset is read from, so that its checksum is compared."""
+        self._files.append(file)
+        return file
+
+    def find_unreadable_images(
+        self, images: Iterable[ImageSource | None], request: ReadRequest
+    ) -> set[ImageSource]:
+        """Decode images that were not decoded yet; those that cannot be decoded are errors."""
+        if not request.check_images:
+            return set()
+        unchecked = {image: None for image in images if image and image not in self.cache.checked}
+        unreadable = find_unreadable_images(unchecked, show_progress=request.show_progress)
+        for error in unreadable.values():
+            self.errors.add("image unreadable", error)
+        self.cache.checked.update(image for image in unchecked if image not in unreadable)
+        return set(unreadable)
+
+    def _compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
+        """Compare what was found, valid or not, with the publisher's counts."""
+        for what, wanted in published.items():
+            if found[what] == wanted:
+                continue
+            if self.skip_invalid:
+                differences = self.notes.setdefault("differences_from_published", {})
+                differences[what] = found[what] - wanted
+            else:
+                self.errors.add(
+                    f"wrong number of {what}",
+                    f"found {found[what]}, published {wanted}; download the files again, or read a "
+                    "part on purpose with skip_invalid (--skip-invalid)",
+                )
+
+    def _compare_checksums(self, published: Mapping[str, str]) -> None:
+        """Compare the files that were read with their published digests."""
+        known = [
+            (name, file)
+            for file in self._files
+            for name in published
+            if file.as_posix().endswith(f"/{name}")
+        ]
+        for name, file in known:
+            algorithm, _, wanted = published[name].partition(":")
+            is_same = hash_file(file, algorithm) == wanted
+            self.notes.setdefault("checksums", {})[name] = "published" if is_same else "differs"
+            if not (is_same or self.skip_invalid):
+                self.errors.add("file is not the published one", f"{name}: {algorithm} differs")
+
+    def count_lost(self) -> int:
+        """Count the samples that were lost in reading, before any yielded one is checked."""
+        return self.errors.total - self.num_errors_of_yielded
+
+    def finish(self, spec: DatasetSpec, lang: str, found: Mapping[str, int]) -> dict[str, int]:
+        """Compare what was found with what was published, then raise the errors.
+
+        If invalid samples are to be skipped, the counts of the errors are returned instead. Files
+        that could not be read are refused in any case: nothing is known of their samples.
+        """
+        self._compare_counts(found, spec.list_published_counts(lang))
+        self._compare_checksums(spec.checksums)
+        unread = [kind for kind in self.errors.counts if kind in READING_ERRORS]
+        if self.skip_invalid and unread:
+            invalid = [kind for kind in self.errors.counts if kind not in READING_ERRORS]
+            self.errors.without(*invalid).raise_if_any(self.source, advice=_TRY_AGAIN)
+        if not self.skip_invalid:
+            may_be_distractors = any(kind in self.errors.counts for kind in OF_DISTRACTORS)
+            advice = _ALLOW_DISTRACTORS if may_be_distractors else ""
+            self.errors.raise_if_any(self.source, advice=advice)
+        return self.errors.counts
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a UTF-8 text file, without blank ones at its end; `.gz` is decompressed.
+
+    Only a line feed ends a line: a caption may contain other separators.
+    """
+    try:
+        raw = file.read_bytes()
+        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}: cannot be read as text ({error}). Download it again.") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines

@@ -1,19 +1,17 @@
-"""Images and captions that retrieve each other: what such a dataset is, and how it is built."""
+"""Images and captions that retrieve each other: the dataset, and how it is built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from ...data.captions.caption_groups import CaptionGroup
 from ...data.images.image_sources import ImageSource
 from ...data.records.records import CaptionedImage, clean_text
-from ...data.sources.parquet import read_parquet
 from ...data.validation_errors import ErrorCollector
 from ..metrics.correspondence import Correspondence
-from .dataset_spec import DatasetSpec, EvaluationDataset, ReadRequest, find_image
-from .validation import DatasetValidator
+from .dataset_spec import DatasetSpec, DatasetValidator, EvaluationDataset, ReadRequest, find_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +19,10 @@ class RetrievalDataset(EvaluationDataset):
     """Images and captions that retrieve each other.
 
     Attributes:
-        images: Where they are; empty if the dataset was read, or is published, without them.
+        images: Empty if the dataset was read, or is published, without them.
         image_names: One per image, all different; given even if the images are not.
         captions: One line each; a text may occur twice, for two images.
-        correspondence: Which caption belongs to which image.
-        image_group_ids: One per image: what it shows; empty if it is the name.
-
-    Raises:
-        ValueError: Counts do not fit, or names repeat.
+        image_group_ids: Group of each image; empty if it is the name.
     """
 
     images: tuple[ImageSource, ...]
@@ -54,12 +48,12 @@ class RetrievalDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Whether a model has to encode images for it."""
+        """Say if a model has to encode images for it."""
         return bool(self.images)
 
     @property
     def records(self) -> list[CaptionedImage]:
-        """The dataset as records, as training takes them: one per image."""
+        """One record per image, as training takes them."""
         group_ids = self.image_group_ids or self.image_names
         texts = self.correspondence.texts_of_images()
         return [
@@ -103,11 +97,9 @@ class PublishedRecord:
     Attributes:
         place: Where it is written, for errors.
         name: Name of the image; its path in the folder of images unless `image` is given.
-        captions: Captions as they are written.
-        image: Where the image is, if the reader knows.
-        group_id: What the image shows; None for `name`. Images of one group share their captions.
-        is_valid: Whether the reader has reported no error of it.
-        has_image: Whether it has an image; a distractor may have captions alone.
+        group_id: None for `name`. Images of one group share their captions.
+        is_valid: False if the reader has reported an error of it.
+        has_image: False for a distractor that has captions alone.
     """
 
     place: str
@@ -120,7 +112,7 @@ class PublishedRecord:
 
     @property
     def group(self) -> str:
-        """What the image shows."""
+        """The group of the image."""
         return self.name if self.group_id is None else self.group_id
 
 
@@ -128,25 +120,14 @@ RecordReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[Pub
 
 
 def build_retrieval_dataset(
-    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator, *, read: RecordReader
+    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator
 ) -> RetrievalDataset:
-    """Read every record, check it, and put the valid ones together.
-
-    Args:
-        spec: What is known of the dataset.
-        request: How it is to be read.
-        validator: Collects the errors.
-        read: Yields the records of one language.
-
-    Raises:
-        DataValidationError: There are errors, and invalid samples are not to be skipped.
-        ValueError: No record is left.
-    """
+    """Read every record, check it, and put the valid ones together."""
     has_images = request.require_images and spec.dataset_type == "retrieval"
     records: list[PublishedRecord] = []
     names: set[str] = set()
     errors = ErrorCollector()  # of the checks, apart from those of reading
-    for record in read(request, validator):
+    for record in spec.read(request, validator):
         checked = _check_record(spec, record, errors, request, has_images=has_images)
         if checked.name in names:
             errors.add("image repeated", f"{record.place}: {record.name}")
@@ -157,65 +138,16 @@ def build_retrieval_dataset(
     validator.errors.extend(errors)
     num_images = sum(record.has_image for record in records)
     found = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
-    if has_images and request.check_images:
-        unreadable = validator.find_unreadable_images(
-            (record.image for record in records if record.has_image),
-            show_progress=request.show_progress,
-        )
-        records = [
-            replace(record, is_valid=False)
-            if record.has_image and record.image in unreadable
-            else record
-            for record in records
-        ]
-    validator.compare_counts(found, spec.list_published_counts(request.lang))
-    validator.compare_checksums(spec.checksums)
-    skipped = validator.finish()
-    valid = [record for record in records if record.is_valid]
+    images = (record.image for record in records if has_images and record.has_image)
+    unreadable = validator.find_unreadable_images(images, request)
+    skipped = validator.finish(spec, request.lang, found)
+    valid = [
+        record
+        for record in records
+        if record.is_valid and not (record.has_image and record.image in unreadable)
+    ]
     validator.notes["skipped_samples"] = num_lost + len(records) - len(valid)
     return _assemble(spec, request, validator, valid, skipped)
-
-
-def read_parquet_or(
-    request: ReadRequest,
-    validator: DatasetValidator,
-    *,
-    columns: Mapping[str, str],
-    otherwise: RecordReader,
-    only: Mapping[str, str] | None = None,
-    files: str = "**/*.parquet",
-) -> Iterator[PublishedRecord]:
-    """Read the folder's Parquet files if it has any, and the publisher's other form if not.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-        columns: Columns of `image`, `file_name` and `captions`; see `read_parquet`.
-        otherwise: Reads the other form.
-        only: Column to the value that a row must have.
-        files: Pattern of the files; `{lang}` is the language.
-
-    Raises:
-        ValueError: There are Parquet files, but not of the language.
-    """
-    if not request.list_parquet_files():
-        yield from otherwise(request, validator)
-        return
-    found = request.list_parquet_files(files)
-    if not found:
-        raise ValueError(
-            f"{validator.source}: no {files.format(lang=request.lang)} in {request.folder}. Get "
-            "the files of this language."
-        )
-    for raw in read_parquet(
-        found, request.data_folder, validator.errors, columns=columns, only=only
-    ):
-        name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
-        texts: list[Any] = captions if isinstance(captions, list) else [captions]
-        if name is None or not all(isinstance(text, str) for text in texts):
-            validator.errors.add("no name of an image, or captions that are not texts", raw.place)
-            continue
-        yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
 
 
 def _check_record(

@@ -1,1 +1,1 @@
-"""What is evaluated: texts and images in, embeddings out, with a description of every choice."""
+"""Models behind one interface: texts and images in, embeddings out."""

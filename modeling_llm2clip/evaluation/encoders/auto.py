@@ -1,4 +1,4 @@
-"""Which type of model a folder contains, detected from its files and never from its name.
+"""Detects the type of model in a folder, from its files and never from its name.
 
 | files | model type |
 | --- | --- |
@@ -14,7 +14,7 @@ The first line that fits decides, unless a type is given.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,10 +26,15 @@ from .clip_siglip import FAMILIES, ClipSiglipEncoder
 from .encoder import Encoder
 from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG
-from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, has_weights
+from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
 
+_BY_FOLDER: dict[str, Callable[..., Encoder]] = {
+    "llm2clip": LLM2CLIPEncoder,
+    "sentence-transformers": SentenceTransformerEncoder,
+    "transformers": ClipSiglipEncoder,
+}
 MODEL_TYPES: tuple[str, ...] = get_args(ModelType)
 
 
@@ -46,19 +51,9 @@ def load_encoder(
 ) -> Encoder:
     """Open a model for evaluation; its weights are loaded when they are needed.
 
-    Args:
-        source: Folder, Hub id, or (only open_clip) a weights file.
-        config: How the model is run.
-        model_type: One of `MODEL_TYPES`; None to detect it from the files.
-        revision: Branch, tag or commit of a Hub repository.
-        architecture: open_clip's name of the architecture in a weights file.
-        activation: Activation in a weights file, if its architecture does not say it.
-        records: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
-        head: For stores of `llm2clip extract`; see `StoredEmbeddingsEncoder`.
-
-    Raises:
-        ValueError: There is no such model, its type cannot be detected, or an argument is for
-            another type.
+    The source is a folder, a Hub id, or, of open_clip alone, a weights file with the name of its
+    architecture. Records and head are for stores of `llm2clip extract`; see
+    `StoredEmbeddingsEncoder`.
     """
     config = config or EncoderConfig()
     if model_type is not None and model_type not in MODEL_TYPES:
@@ -69,7 +64,7 @@ def load_encoder(
     is_file = Path(source).is_file()
     path = Path(source) if is_file else find_model_folder(source, revision=revision)
     model_type = model_type or ("open_clip" if is_file else detect_model_type(path))
-    if model_type == "open_clip" and not (is_file or Path(source).is_dir() or has_weights(path)):
+    if model_type == "open_clip" and not (is_file or Path(source).is_dir() or find_weights(path)):
         # Older repositories have them in another format only, which nothing else reads. A snapshot
         # is named by its commit, so that configuration and weights are of one.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
@@ -79,12 +74,8 @@ def load_encoder(
     _refuse_unused(model_type, of_files, only_for="open_clip")
     _refuse_unused(model_type, {"records": records, "head": head}, only_for="embeddings")
     name = str(source)
-    if model_type == "llm2clip":
-        return LLM2CLIPEncoder(path, config, source=name)
-    if model_type == "sentence-transformers":
-        return SentenceTransformerEncoder(path, config, source=name)
-    if model_type == "transformers":
-        return ClipSiglipEncoder(path, config, source=name)
+    if model_type in _BY_FOLDER:
+        return _BY_FOLDER[model_type](path, config, source=name)
     if model_type == "open_clip":
         return OpenClipEncoder(
             path, config, source=name, architecture=architecture, activation=activation
@@ -94,17 +85,7 @@ def load_encoder(
 
 
 def detect_model_type(folder: Path) -> str:
-    """Detect the type of the model in a folder.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        One of `MODEL_TYPES`.
-
-    Raises:
-        ValueError: No type fits its files.
-    """
+    """Detect the type of the model in a folder."""
     model_type = _read_model_type(folder)
     if model_type == "llm2clip":
         return "llm2clip"

@@ -1,14 +1,18 @@
-"""The one interface of everything that is evaluated, and what its implementations share.
+"""The encoder interface, the base of models from other packages, and their descriptions.
 
 N is a number of texts or images, D the width of the embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
+import torch
+from PIL.Image import Resampling
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,6 +21,18 @@ from ...data.images.image_sources import open_image
 from ...encoding.batches import encode_distinct, list_keys
 from ...encoding.devices import find_device
 from ...image_loading_llm2clip import load_images
+from ...processing_llm2clip import check_texts
+
+_ROWS_COPIED_AT_ONCE = 2**16
+# transformers' families name the same things differently; null is what a model does not do.
+_PATCH_FIELDS = ("patch_size", "max_num_patches")
+# How `encoder.load_rgb` opens an image, for every model type. The plain `convert("RGB")` of the
+# papers' code ignores the orientation and drops the transparency.
+OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
+ACTIVATIONS = ("gelu", "quick_gelu")
+OF_ITS_TOWER = "of its tower"
+_ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj")
+_SAME_BUT_FOR_CASE = ["A Red Cat on Two Mats", "a red cat on two mats"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class EncoderDescription:
 
     Attributes:
         model_type: One of `auto.MODEL_TYPES`, or the family of a transformers model.
-        source: What the user gave.
+        source: Folder, Hub id or file as the user gave it.
         fingerprint: Digests of the weights and of whatever else distinguishes two models.
         text: Prompt, maximum tokens, padding, case; None if it takes no texts.
         images: Resolution, mean, std, resizing, cropping; None if it takes no images.
@@ -72,136 +88,280 @@ class Encoder(Protocol):
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts.
-
-        Args:
-            texts: At least one.
-
-        Raises:
-            ValueError: A text is blank.
-        """
+        """Encode texts."""
         ...
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images.
+        """Encode `ImageSource` addresses or PIL images: (N, D) float32 on the CPU, of any length.
 
-        Args:
-            images: `ImageSource` addresses, or PIL images; at least one.
-            names: Their names in the dataset, by which stored embeddings are found.
-
-        Returns:
-            (N, D) float32 on the CPU, of any length.
-
-        Raises:
-            ValueError: An image is missing or broken.
+        Stored embeddings are found by the names of the images in the dataset.
         """
         ...
 
 
-def choose_batch_size(config: EncoderConfig) -> int:
-    """Return the batch size, or the default of the device.
-
-    Args:
-        config: How the model is run.
-    """
-    return config.batch_size or (16 if find_device(config.device).type == "cpu" else 128)
-
-
 def choose_dtype(config: EncoderConfig, saved: str) -> str:
-    """Name the dtype that the weights are run in.
-
-    Args:
-        config: How the model is run.
-        saved: Dtype of the saved weights.
-    """
+    """Name the dtype that the weights are run in."""
     return saved if config.dtype == "saved" else config.dtype
 
 
 def find_loading_dtype(config: EncoderConfig) -> str:
-    """Return what `from_pretrained` takes as `dtype`.
-
-    Args:
-        config: How the model is run.
-    """
+    """Return what `from_pretrained` takes as `dtype`."""
     return "auto" if config.dtype == "saved" else config.dtype
 
 
 def describe_run(config: EncoderConfig) -> dict[str, Any]:
-    """Describe how a model is run, for `EncoderDescription.run`.
-
-    Args:
-        config: How the model is run.
-    """
+    """Describe how a model is run, for `EncoderDescription.run`."""
     return {
         "device": str(find_device(config.device)),
-        "batch_size": choose_batch_size(config),
+        "batch_size": _choose_batch_size(config),
         "float32_products": "ieee",  # never TF32; see `encoding.float32`
     }
 
 
-def encode_batches(
-    items: Sequence[Any],
-    prepare: Callable[[list[Any]], Any],
-    encode: Callable[[Any], Tensor],
-    config: EncoderConfig,
-    *,
-    unit: str,
-    size_of: Callable[[Any], int] | None = None,
-) -> Tensor:
-    """Encode every distinct item once, in batches that are prepared ahead.
-
-    Args:
-        items: Texts or images; at least one.
-        prepare: Makes what `encode` takes of a batch of items; runs in threads.
-        encode: Makes (B, D) of any float dtype, on the device of `config`.
-        config: How the model is run.
-        unit: Name of the items in the progress bar.
-        size_of: Items of similar size share a batch, the largest first. None keeps the order.
-
-    Returns:
-        (N, D) float32 on the CPU.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity.
-    """
-    size = choose_batch_size(config)
-
-    def plan(rows: Sequence[int]) -> list[list[int]]:
-        places = list(range(len(rows)))
-        if size_of is not None:
-            places.sort(key=lambda place: size_of(items[rows[place]]), reverse=True)
-        return [places[start : start + size] for start in range(0, len(places), size)]
-
-    items = list(items)
-    total = len(set(list_keys(items)))
-    with tqdm(total=total, unit=f" {unit}", disable=not config.show_progress) as progress:
-        return encode_distinct(
-            items,
-            batches=plan,
-            prepare=prepare,
-            encode=encode,
-            device=find_device(config.device),
-            num_workers=config.num_workers,
-            on_batch=lambda rows, _: progress.update(len(rows)),
-        )
-
-
-def require_images(images: Sequence[Any]) -> None:
-    """Raise ValueError for an empty list.
-
-    Args:
-        images: Images of any type.
-    """
-    if not len(images):
-        raise ValueError("Got no images; give at least one.")
+def _choose_batch_size(config: EncoderConfig) -> int:
+    return config.batch_size or (16 if find_device(config.device).type == "cpu" else 128)
 
 
 def load_rgb(images: Sequence[Any]) -> list[Any]:
-    """Open images in the same way for every encoder: upright, on white, as RGB PIL images.
-
-    Args:
-        images: `ImageSource` addresses, or PIL images.
-    """
+    """Open images in the same way for every encoder: upright, on white, as RGB PIL images."""
     loaded = load_images([open_image(image) for image in images])
     assert isinstance(loaded, list)
     return loaded
+
+
+class ModelEncoder(ABC):
+    """What the encoders of other packages' models share: checks, batches, truncated texts."""
+
+    def __init__(self, config: EncoderConfig, *, source: str) -> None:
+        self._run_config = config
+        self._source = source
+
+    @cached_property
+    @abstractmethod
+    def _description(self) -> EncoderDescription:
+        """What decides the embeddings."""
+
+    @property
+    @abstractmethod
+    def _max_tokens(self) -> int | None:
+        """Longest text; None for no limit."""
+
+    @abstractmethod
+    def _count_tokens(self, texts: list[str]) -> list[int]:
+        """Count the tokens of texts before truncation."""
+
+    @abstractmethod
+    def _prepare_texts(self, texts: list[str]) -> Any:
+        """Make what `_embed_texts` takes of a batch; runs in threads."""
+
+    @abstractmethod
+    def _embed_texts(self, prepared: Any) -> Tensor:
+        """Encode a batch, (B, D) of any float dtype."""
+
+    @abstractmethod
+    def _prepare_images(self, images: list[Any]) -> Any:
+        """Make what `_embed_images` takes of a batch of RGB PIL images; runs in threads."""
+
+    @abstractmethod
+    def _embed_images(self, prepared: Any) -> Tensor:
+        """Encode a batch, (B, D) of any float dtype."""
+
+    def _spell(self, text: str) -> str:
+        """Return a text as the tokenizer gets it."""
+        return text
+
+    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:  # noqa: ARG002
+        """Return the size of a text: the largest come first, equal ones keep their order."""
+        return 0
+
+    def describe(self) -> EncoderDescription:
+        """Say what decides the embeddings."""
+        return self._description
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts, truncated at the model's maximum length."""
+        check_texts(list(texts))
+        spelled = [self._spell(text) for text in texts]
+        distinct = list(dict.fromkeys(spelled))
+        limit = self._max_tokens
+        counts = [] if limit is None else self._count_tokens(distinct)
+        num_tokens = dict(zip(distinct, counts, strict=limit is not None))
+        embeds = self._encode_batches(
+            spelled,
+            self._prepare_texts,
+            self._embed_texts,
+            unit="texts",
+            size_of=lambda text: self._measure(text, num_tokens),
+        )
+        if limit is None:
+            return EncodedTexts(embeds, None)
+        return EncodedTexts(embeds, torch.tensor([num_tokens[text] > limit for text in spelled]))
+
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Encode images with the model's own image processor."""
+        if not len(images):
+            raise ValueError("Got no images; give at least one.")
+        return self._encode_batches(
+            images,
+            lambda batch: self._prepare_images(load_rgb(batch)),
+            self._embed_images,
+            unit="images",
+            size_of=lambda _: 0,
+        )
+
+    def _encode_batches(
+        self,
+        items: Sequence[Any],
+        prepare: Callable[[list[Any]], Any],
+        encode: Callable[[Any], Tensor],
+        *,
+        unit: str,
+        size_of: Callable[[Any], int],
+    ) -> Tensor:
+        """Encode every distinct item once, in batches that are prepared ahead, the largest first.
+
+        Returns (N, D) float32 on the CPU; an embedding with NaN or infinity raises ValueError.
+        """
+        config = self._run_config
+        items, size = list(items), _choose_batch_size(config)
+
+        def plan(rows: Sequence[int]) -> list[list[int]]:
+            places = sorted(range(len(rows)), key=lambda p: size_of(items[rows[p]]), reverse=True)
+            return [places[start : start + size] for start in range(0, len(places), size)]
+
+        total = len(set(list_keys(items)))
+        with tqdm(total=total, unit=f" {unit}", disable=not config.show_progress) as progress:
+            return encode_distinct(
+                items,
+                batches=plan,
+                prepare=prepare,
+                encode=encode,
+                device=find_device(config.device),
+                num_workers=config.num_workers,
+                on_batch=lambda rows, _: progress.update(len(rows)),
+            )
+
+
+class OnceEncoder:
+    """Encodes each text and each image once and holds their embeddings; `encoded` counts them."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoded = {"texts": 0, "images": 0}
+        self._encoder = encoder
+        self._texts, self._images = KnownRows(), KnownRows()
+        self._is_truncated: dict[str, bool] = {}
+        self._held: list[Any] = []  # images, so that no other gets the `id` of one in memory
+
+    def describe(self) -> EncoderDescription:
+        """Say what decides the embeddings."""
+        return self._encoder.describe()
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts."""
+        new = self._texts.list_new(texts)
+        if new:
+            encoded = self._encoder.encode_texts(new)
+            self._texts.add(new, encoded.embeds)
+            self.encoded["texts"] += len(new)
+            if encoded.is_truncated is not None:
+                self._is_truncated.update(zip(new, encoded.is_truncated.tolist(), strict=True))
+        is_truncated = [self._is_truncated.get(text) for text in texts]
+        known = None if None in is_truncated else torch.tensor(is_truncated)
+        return EncodedTexts(self._texts.take(texts), known)
+
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
+        """Encode images, which are identified by their address, or themselves, and their name."""
+        images = list(images)
+        wanted = list(zip(list_keys(images), names, strict=True))
+        image_of = dict(zip(wanted, images, strict=True))
+        new = self._images.list_new(wanted)
+        if new:
+            embeds = self._encoder.encode_images(
+                [image_of[key] for key in new], names=[name for _, name in new]
+            )
+            self._images.add(new, embeds)
+            self._held += [image_of[key] for key in new]
+            self.encoded["images"] += len(new)
+        return self._images.take(wanted)
+
+    def take_far_images(self) -> str | None:
+        """Describe the images since the last call, if they are unlike those of the training.
+
+        Only a model of this package knows which these were.
+        """
+        take = getattr(self._encoder, "take_far_images", None)
+        return None if take is None else take()
+
+
+class KnownRows:
+    """Embeddings of inputs, in the blocks in which they were encoded."""
+
+    def __init__(self) -> None:
+        self._row_of: dict[Hashable, int] = {}
+        self._blocks: list[Tensor] = []
+
+    def list_new(self, inputs: Sequence[Any]) -> list[Any]:
+        """List the different inputs that have no embedding yet."""
+        return [item for item in dict.fromkeys(inputs) if item not in self._row_of]
+
+    def add(self, inputs: Sequence[Any], embeds: Tensor) -> None:
+        """Add embeddings, which are not copied."""
+        first = len(self._row_of)
+        self._row_of.update(zip(inputs, range(first, first + len(embeds)), strict=True))
+        self._blocks.append(embeds)
+
+    def take(self, inputs: Sequence[Any]) -> Tensor:
+        """Return the embeddings of inputs, (N, D) in any order; a whole block is not copied."""
+        rows = torch.tensor([self._row_of[item] for item in inputs])
+        found: Tensor | None = None
+        start = 0
+        for block in self._blocks:
+            stop = start + len(block)
+            if len(rows) == len(block) and torch.equal(rows, torch.arange(start, stop)):
+                return block
+            if found is None:
+                found = block.new_empty(len(rows), block.shape[1])
+            inside = ((rows >= start) & (rows < stop)).nonzero().flatten()
+            for part in inside.split(_ROWS_COPIED_AT_ONCE):
+                found[part] = block[rows[part] - start]
+            start = stop
+        assert found is not None
+        return found
+
+
+def describe_image_processor(image_processor: Any) -> dict[str, Any]:
+    """Describe how a transformers image processor makes pixel values."""
+    fields: dict[str, Any] = image_processor.to_dict()
+    resample = fields.get("resample")
+    normalizes = fields.get("do_normalize", True)
+    described = {
+        **OPENING,
+        "processor": type(image_processor).__name__,
+        "resize": fields.get("size") if fields.get("do_resize", True) else None,
+        "crop": fields.get("crop_size") if fields.get("do_center_crop") else None,
+        "interpolation": None if resample is None else Resampling(int(resample)).name.lower(),
+        "mean": _round(fields.get("image_mean")) if normalizes else None,
+        "std": _round(fields.get("image_std")) if normalizes else None,
+        "scale": fields.get("rescale_factor") if fields.get("do_rescale", True) else None,
+    }
+    return described | {name: fields[name] for name in _PATCH_FIELDS if name in fields}
+
+
+def _round(values: Any) -> list[float] | None:
+    return None if values is None else [round(float(value), 8) for value in values]
+
+
+def describe_activation(config: Any) -> str:
+    """Name the activation that a configuration of transformers states.
+
+    The weights do not show it, and a wrong one lowers the scores.
+    """
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    stated = (fields[name] for name in _ACTIVATION_FIELDS if isinstance(fields.get(name), str))
+    return str(next(stated, OF_ITS_TOWER))
+
+
+def is_uncased(tokenizer: Any) -> bool:
+    """Return whether texts that differ only in case have the same tokens, as with CLIP's own."""
+    mixed, lower = tokenizer(_SAME_BUT_FOR_CASE, verbose=False)["input_ids"]
+    return bool(mixed == lower)

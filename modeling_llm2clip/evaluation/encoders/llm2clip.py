@@ -20,13 +20,15 @@ from ...model_folders.training_images import ImageTally, read_training_images
 from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .descriptions import describe_activation, describe_image_processor, is_uncased
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
     choose_dtype,
+    describe_activation,
+    describe_image_processor,
     describe_run,
     find_loading_dtype,
+    is_uncased,
 )
 
 # A batch of texts is that many tokens per text.
@@ -34,13 +36,7 @@ _TOKENS_PER_TEXT = 64
 
 
 class LLM2CLIPEncoder:
-    """A model folder of this package.
-
-    Args:
-        folder: The folder.
-        config: How the model is run.
-        source: What the user gave.
-    """
+    """A model folder of this package."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         self._folder = folder
@@ -57,11 +53,7 @@ class LLM2CLIPEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with LLM, text adapter and projection.
-
-        Args:
-            texts: At least one.
-        """
+        """Encode texts with LLM, text adapter and projection."""
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
         embeds = encode_tokenized_texts(
@@ -74,12 +66,7 @@ class LLM2CLIPEncoder:
         return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with vision tower and projection.
-
-        Args:
-            images: At least one.
-            names: Not used.
-        """
+        """Encode images with vision tower and projection."""
         return encode_images(
             self._model,
             self._processor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,13 @@ from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
 from ...encoding.devices import find_device
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from ...processing_llm2clip import check_texts
-from .descriptions import ACTIVATIONS, OF_ITS_TOWER, OPENING
 from .encoder import (
-    EncodedTexts,
+    ACTIVATIONS,
+    OF_ITS_TOWER,
+    OPENING,
     EncoderDescription,
+    ModelEncoder,
     describe_run,
-    encode_batches,
-    load_rgb,
-    require_images,
 )
 
 CONFIG_FILE = "open_clip_config.json"
@@ -49,20 +47,12 @@ _QUICK_GELU_SUFFIX = "-quickgelu"
 _SHOWN = 4
 
 
-class OpenClipEncoder:
+class OpenClipEncoder(ModelEncoder):
     """An open_clip model with its own tokenizer and preprocessing.
 
-    Args:
-        path: Folder with `open_clip_config.json`, or a weights file.
-        config: How the model is run.
-        source: What the user gave.
-        architecture: For a weights file, open_clip's name of its architecture, e.g. `EVA02-B-16`.
-        activation: For a weights file, `gelu` or `quick_gelu`, if the architecture does not say
-            it; see `_find_activation`.
-
-    Raises:
-        ValueError: open_clip is not installed, weights are missing, a name is unknown, or nothing
-            says how a weights file is to be run.
+    A weights file, unlike a folder with `open_clip_config.json`, needs open_clip's name of its
+    architecture, such as `EVA02-B-16`, and its activation if the architecture does not say it; see
+    `_find_activation`.
     """
 
     def __init__(
@@ -74,9 +64,8 @@ class OpenClipEncoder:
         architecture: str | None = None,
         activation: str | None = None,
     ) -> None:
+        super().__init__(config, source=source)
         self._open_clip = import_open_clip()
-        self._run_config = config
-        self._source = source
         self._path = path
         given = {"architecture": architecture, "activation": activation}
         for argument, value in given.items():
@@ -85,7 +74,7 @@ class OpenClipEncoder:
                     f"{source} is a folder, whose {CONFIG_FILE} says how it is run; leave "
                     f"{argument}={value!r} out."
                 )
-        self._weights = path if path.is_file() else _find_weights(path)
+        self._weights = path if path.is_file() else _require_weights(path)
         self._name = f"local-dir:{path}"
         self._pretrained: str | None = None
         if path.is_file():
@@ -93,55 +82,35 @@ class OpenClipEncoder:
             self._pretrained = str(path)
         self._written = _read_config(path) if path.is_dir() else self._infer_config(activation)
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
-        self._max_tokens = int(self._tokenizer.context_length)
 
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
+    @property
+    def _max_tokens(self) -> int:
+        return int(self._tokenizer.context_length)
 
-    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts, truncated at the context length.
-
-        Args:
-            texts: At least one.
-        """
-        check_texts(list(texts))
-        embeds = encode_batches(
-            texts,
-            self._tokenizer,
-            lambda ids: self._model.encode_text(ids.to(find_device(self._run_config.device))),
-            self._run_config,
-            unit="texts",
-        )
-        is_truncated = {text: self._count_tokens(text) > self._max_tokens for text in set(texts)}
-        return EncodedTexts(embeds, torch.tensor([is_truncated[text] for text in texts]))
-
-    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with the model's own preprocessing.
-
-        Args:
-            images: At least one.
-            names: Not used.
-        """
-        require_images(images)
-        return encode_batches(
-            images,
-            lambda batch: torch.stack([self._transform(p) for p in load_rgb(batch)]),
-            lambda pixels: self._model.encode_image(self._cast(pixels)),
-            self._run_config,
-            unit="images",
-        )
-
-    def _cast(self, pixels: Tensor) -> Tensor:
-        dtype = getattr(torch, self._description.dtype)
-        return pixels.to(find_device(self._run_config.device), dtype=dtype)
-
-    def _count_tokens(self, text: str) -> int:
+    def _count_tokens(self, texts: list[str]) -> list[int]:
         """Count the tokens with begin and end, before truncation."""
+        tokenizer = self._tokenizer
         if self._is_clips_own:
-            return len(self._tokenizer.encode(text)) + 2
-        cleaned = self._tokenizer.clean_fn(text)
-        return len(self._tokenizer.tokenizer(cleaned, truncation=False)["input_ids"])
+            return [len(tokenizer.encode(text)) + 2 for text in texts]
+        cleaned = map(tokenizer.clean_fn, texts)
+        return [len(tokenizer.tokenizer(text, truncation=False)["input_ids"]) for text in cleaned]
+
+    def _prepare_texts(self, texts: list[str]) -> Tensor:
+        ids: Tensor = self._tokenizer(texts)
+        return ids
+
+    def _embed_texts(self, prepared: Tensor) -> Tensor:
+        embeds: Tensor = self._model.encode_text(prepared.to(find_device(self._run_config.device)))
+        return embeds
+
+    def _prepare_images(self, images: list[Any]) -> Tensor:
+        return torch.stack([self._transform(image) for image in images])
+
+    def _embed_images(self, prepared: Tensor) -> Tensor:
+        dtype = getattr(torch, self._description.dtype)
+        pixels = prepared.to(find_device(self._run_config.device), dtype=dtype)
+        embeds: Tensor = self._model.encode_image(pixels)
+        return embeds
 
     @property
     def _is_clips_own(self) -> bool:
@@ -186,7 +155,7 @@ class OpenClipEncoder:
 
     @cached_property
     def _preprocessing(self) -> Any:
-        """How open_clip prepares images, merged as it does when it loads a model."""
+        """Preparation of images as open_clip merges it when it loads a model."""
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
         written = self._written.get("preprocess_cfg", {})
@@ -258,19 +227,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def has_weights(folder: Path) -> bool:
-    """Return whether a folder has any of the weight files that open_clip looks for.
-
-    Args:
-        folder: The folder.
-    """
-    return any((folder / name).is_file() for name in WEIGHT_FILES)
+def find_weights(folder: Path) -> Path | None:
+    """Find the weights that open_clip itself would load."""
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
-def _find_weights(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
+def _require_weights(folder: Path) -> Path:
+    if found := find_weights(folder):
+        return found
     raise ValueError(
         f"{folder} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would be "
         "random. Get the weights."
@@ -278,11 +242,7 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
-    """Find how images are prepared for every published model of an architecture.
-
-    Returns:
-        Mean, std, interpolation and resize mode, as `open_clip_config.json` has them.
-    """
+    """Find how images are prepared for every published model of an architecture."""
     open_clip = import_open_clip()
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
@@ -361,14 +321,7 @@ def _refuse_torchscript(file: Path, *, source: str) -> None:
 
 
 def import_open_clip(need: Need = OPEN_CLIP) -> Any:
-    """Import open_clip.
-
-    Args:
-        need: What it is needed for, for the error.
-
-    Raises:
-        MissingExtraError: It is not installed; the message says how to install it.
-    """
+    """Import open_clip."""
     require(need)
     import open_clip
 

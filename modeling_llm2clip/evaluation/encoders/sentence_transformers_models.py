@@ -8,7 +8,7 @@ modules do, such as static embeddings.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,17 +23,16 @@ from ...configs.evaluation_config import EncoderConfig
 from ...encoding.devices import find_device
 from ...loading_llm2clip import load_without_code, naming_code
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from ...processing_llm2clip import check_texts
-from .descriptions import OF_ITS_TOWER, describe_activation, describe_image_processor, is_uncased
 from .encoder import (
-    EncodedTexts,
+    OF_ITS_TOWER,
     EncoderDescription,
+    ModelEncoder,
     choose_dtype,
+    describe_activation,
+    describe_image_processor,
     describe_run,
-    encode_batches,
     find_loading_dtype,
-    load_rgb,
-    require_images,
+    is_uncased,
 )
 
 # Older files are named by the model's family: `sentence_roberta_config.json`.
@@ -43,7 +42,7 @@ _MODEL_FILE = "config_sentence_transformers.json"
 _NO_LIMIT = 10**9
 
 
-class SentenceTransformerEncoder:
+class SentenceTransformerEncoder(ModelEncoder):
     """A folder with `modules.json`.
 
     No prompt is added but the model's own default one. Only modules of sentence-transformers
@@ -59,63 +58,51 @@ class SentenceTransformerEncoder:
     """
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
+        super().__init__(config, source=source)
         self._folder = folder
-        self._run_config = config
-        self._source = source
         _import_sentence_transformers()
         first = _list_modules(folder)[:1]
         self._has_readable_files = [module["class"] for module in first] == ["Transformer"]
 
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
+    @property
+    def _max_tokens(self) -> int | None:
+        return self._facts.max_tokens
 
-    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with `encode`.
+    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:  # noqa: ARG002
+        return len(text)
 
-        Args:
-            texts: At least one.
-        """
-        check_texts(list(texts))
-        embeds = encode_batches(
-            texts, list, self._encode, self._run_config, unit="texts", size_of=len
-        )
-        return EncodedTexts(embeds, self._find_truncated(texts))
+    def _count_tokens(self, texts: list[str]) -> list[int]:
+        whole = [(self._facts.default_prompt or "") + text for text in texts]
+        if self._facts.lower_case:
+            whole = [text.lower() for text in whole]
+        ids = self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+        return [len(row) for row in ids]
 
-    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with `encode`, if the model takes them.
-
-        Args:
-            images: At least one.
-            names: Not used.
-        """
-        require_images(images)
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
+        """Encode images with `encode`, if the model takes them."""
         if self._facts.images is None:
             raise ValueError(
                 f"{self._source} is a sentence-transformers model for "
                 f"{', '.join(self._facts.modalities)}; it takes no images. Give it text tasks."
             )
-        return encode_batches(images, load_rgb, self._encode, self._run_config, unit="images")
+        return super().encode_images(images, names=names)
 
-    def _encode(self, batch: list[Any]) -> Tensor:
+    def _prepare_texts(self, texts: list[str]) -> list[str]:
+        return texts
+
+    def _prepare_images(self, images: list[Any]) -> list[Any]:
+        return images
+
+    def _embed_texts(self, prepared: list[Any]) -> Tensor:
         embeddings: Tensor = self._model.encode(
-            batch,
-            batch_size=len(batch),
+            prepared,
+            batch_size=len(prepared),
             convert_to_tensor=True,
             show_progress_bar=False,
         )
         return embeddings
 
-    def _find_truncated(self, texts: Sequence[str]) -> Tensor | None:
-        longest = self._facts.max_tokens
-        if longest is None:
-            return None
-        prompt = self._facts.default_prompt or ""
-        whole = [prompt + text for text in texts]
-        if self._facts.lower_case:
-            whole = [text.lower() for text in whole]
-        ids = self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
-        return torch.tensor([len(row) > longest for row in ids])
+    _embed_images = _embed_texts
 
     @cached_property
     def _facts(self) -> _SentenceFacts:
@@ -166,16 +153,14 @@ def _import_sentence_transformers() -> Any:
 
 @dataclass(frozen=True)
 class _SentenceFacts:
-    """What decides the embeddings besides the weights.
+    """Facts that decide the embeddings besides the weights.
 
     Attributes:
         modules: Names of their classes, in their order.
         default_prompt: Prefix of every text; None for none.
         max_tokens: Longer texts are truncated; None for no limit.
-        lower_case: Whether texts lose their case.
-        activation: Activation of the text tower.
-        modalities: What is encoded: `text`, `image` and others.
-        images: How they are prepared; None if they are not encoded.
+        modalities: `text`, `image` and others.
+        images: Description of the image processor; None if there is none.
         tokenizer: For counting tokens, if there is a limit.
     """
 

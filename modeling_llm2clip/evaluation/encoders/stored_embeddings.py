@@ -8,7 +8,7 @@ model that computed them; captions alone need none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,12 +48,8 @@ _STORE_FOLDERS = (".", "captions", "images")
 class _Side:
     """The stored embeddings of texts or of images.
 
-    Attributes:
-        row_of: Name to row.
-        read: Makes (N, D) float32 of rows.
-        width: D.
-        dtype: Dtype on disk.
-        made_by: Digest of the embeddings, or the fingerprint of what computed them.
+    `read` returns (N, D) float32 of rows, D is `width`, `dtype` is that on disk, and `made_by` the
+    digest of the embeddings, or the fingerprint of the model that computed them.
     """
 
     row_of: dict[str, int]
@@ -66,18 +62,9 @@ class _Side:
 class StoredEmbeddingsEncoder:
     """Looks embeddings up.
 
-    Args:
-        folder: See the top of this file.
-        config: How the head is run.
-        source: What the user gave.
-        records: The dataset that the stores were extracted from, which says which row belongs to
-            what; only for stores, and compared with what the store says of its data.
-        head: Folder of the model that computed the stores, whose text adapter and projections are
-            applied.
-
-    Raises:
-        ValueError: The folder has no embeddings, two sides of different width, or stores of another
-            dataset or model.
+    Stores need the `records` that they were extracted from, to know which row belongs to what, and
+    for images the `head`: the folder of the model that computed them, whose text adapter and
+    projections are applied.
     """
 
     def __init__(
@@ -126,21 +113,12 @@ class StoredEmbeddingsEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Look texts up by themselves.
-
-        Args:
-            texts: At least one.
-        """
+        """Look texts up by themselves."""
         check_texts(list(texts))
         return EncodedTexts(self._look_up("texts", texts, project_captions), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Look images up by their names.
-
-        Args:
-            images: Not used.
-            names: Their names in the dataset.
-        """
+        """Look images up by their names."""
         return self._look_up("images", names, project_images)
 
     def _look_up(
@@ -218,11 +196,7 @@ class StoredEmbeddingsEncoder:
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Return whether a folder has embeddings that are read here.
-
-    Args:
-        folder: The folder.
-    """
+    """Return whether a folder has embeddings that are read here."""
     return any(side_file(folder, side).is_file() for side in SIDES) or bool(_find_stores(folder))
 
 
@@ -258,14 +232,17 @@ def _open_stores(
         )
     sides = {}
     for store in stores:
-        _require_data(store, records)
+        if store.manifest.plan.get("data") != hash_texts(records):
+            raise ValueError(
+                f"{store.folder} was extracted from another dataset than the one that is named: "
+                f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
+            )
         side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
             store.require_fingerprint(of_head(head))
-        rows_of = _list_text_rows if side == "texts" else _list_image_rows
         sides[side] = _Side(
-            row_of=dict(rows_of(store, records)),
+            row_of=dict(_list_rows(store, records, side)),
             read=store.read,
             width=store.manifest.dim,
             dtype=store.manifest.dtype,
@@ -274,24 +251,12 @@ def _open_stores(
     return sides
 
 
-def _require_data(store: EmbeddingStore, records: Sequence[CaptionedImage]) -> None:
-    if store.manifest.plan.get("data") != hash_texts(records):
-        raise ValueError(
-            f"{store.folder} was extracted from another dataset than the one that is named: "
-            f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
-        )
-
-
-def _list_text_rows(
-    store: EmbeddingStore, records: Sequence[CaptionedImage]
-) -> Iterable[tuple[str, int]]:
+def _list_rows(
+    store: EmbeddingStore, records: Sequence[CaptionedImage], side: str
+) -> Iterator[tuple[str, int]]:
     for item, record in enumerate(records):
+        if side == "images":
+            yield record.name, int(store.rows_of(item)[0])
+            continue
         for is_long, texts in ((False, record.captions), (True, record.long_captions)):
             yield from zip(texts, store.rows_of(item, long=is_long).tolist(), strict=True)
-
-
-def _list_image_rows(
-    store: EmbeddingStore, records: Sequence[CaptionedImage]
-) -> Iterable[tuple[str, int]]:
-    for item, record in enumerate(records):
-        yield record.name, int(store.rows_of(item)[0])

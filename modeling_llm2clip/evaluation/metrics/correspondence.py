@@ -1,4 +1,4 @@
-"""Which caption belongs to which image, stated pair by pair and never by a reshape."""
+"""The correspondence of captions and images, stated pair by pair and never by a reshape."""
 
 from __future__ import annotations
 
@@ -31,34 +31,20 @@ class PositiveLists:
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
-        """Return the positives of one query.
-
-        Args:
-            query: Row of the query.
-
-        Returns:
-            Rows of the other side, int64.
-        """
+        """Return the positives of one query."""
         return self.members[int(self.offsets[query]) : int(self.offsets[query + 1])]
 
 
 @dataclass(frozen=True, eq=False)
 class Correspondence:
-    """Which texts describe which images, as pairs of rows.
+    """Pairs of rows: the texts that describe each image.
 
     Several texts may belong to one image and several images to one text. Distractors are images
     without a text and texts without an image: candidates, but not queries.
 
     Attributes:
-        num_images: Number of images.
-        num_texts: Number of texts.
         image_of_pair: (num_pairs,) int64, the image of each pair.
         text_of_pair: (num_pairs,) int64, the text of each pair.
-        allows_distractors: Whether there may be distractors.
-
-    Raises:
-        ValueError: A row is out of range, a pair occurs twice, there is no pair, or there are
-            distractors that are not allowed; all errors are reported at once.
     """
 
     num_images: int
@@ -101,16 +87,7 @@ class Correspondence:
         *,
         allows_distractors: bool = False,
     ) -> Correspondence:
-        """Pair every image with every text of the same group.
-
-        Args:
-            image_group_ids: Group of each image.
-            text_group_ids: Group of each text.
-            allows_distractors: Whether a group may have only images, or only texts.
-
-        Raises:
-            ValueError: A group has only images, or only texts, and may not.
-        """
+        """Pair every image with every text of the same group."""
         number_of: dict[Hashable, int] = {}
         images, texts = (
             torch.tensor([number_of.setdefault(g, len(number_of)) for g in ids], dtype=torch.int64)
@@ -143,12 +120,7 @@ class Correspondence:
     def from_image_of_text(
         cls, image_of_text: Sequence[int] | Tensor, num_images: int
     ) -> Correspondence:
-        """Pair every text with the one image it describes.
-
-        Args:
-            image_of_text: (num_texts,) integers, a row of the images for every text.
-            num_images: Number of images.
-        """
+        """Pair every text with the one image it describes."""
         images = torch.as_tensor(image_of_text, dtype=torch.int64)
         return cls(num_images, len(images), images, torch.arange(len(images)))
 

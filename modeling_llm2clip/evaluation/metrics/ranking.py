@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...encoding.float32 import float32_as_such
 from .correspondence import Correspondence, PositiveLists
-from .score_tiles import (
-    Tile,
-    TileScorer,
-    UnitRows,
-    bound_float32_error,
-    choose_tile_shape,
-    full_float32,
-)
 
 # Equal inputs that a model encodes in different batches differ in the last bits of float32.
 TIE_TOLERANCE = 1e-6
@@ -30,6 +25,14 @@ _DEFAULT_MEMORY_MB = 256.0
 _memory_mb = ContextVar("_memory_mb", default=_DEFAULT_MEMORY_MB)
 # Their float64 rows should fit into the cache of a CPU.
 _PAIRS_AT_A_TIME = 64
+# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones.
+_MAX_TEXTS_CPU = 512
+_MAX_TEXTS_GPU = 2048
+# A block of images is normalized once, the texts for every block anew.
+_IMAGES_PER_TEXT = 4
+_MB = 1e6
+# Shorter embeddings keep their direction and get a length below 1, as in F.normalize.
+_MIN_LENGTH = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +57,7 @@ class Ranking:
     queries: Tensor | None = None
 
     def select(self, of_rows: Tensor) -> Tensor:
-        """Return what belongs to the queries.
-
-        Args:
-            of_rows: (rows,) something of every row.
-
-        Returns:
-            (Q,).
-        """
+        """Return what belongs to the queries."""
         return of_rows if self.queries is None else of_rows[self.queries]
 
 
@@ -69,9 +65,8 @@ class Ranking:
 class RetrievalRanks:
     """Ranks in both directions.
 
-    Attributes:
-        i2t: Queries are images, candidates are texts ("text retrieval" in older papers).
-        t2i: Queries are texts, candidates are images ("image retrieval").
+    In `i2t` queries are images and candidates are texts ("text retrieval" in older papers), in
+    `t2i` the other way round ("image retrieval").
     """
 
     i2t: Ranking
@@ -80,11 +75,7 @@ class RetrievalRanks:
 
 @contextmanager
 def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Set the memory of every ranking inside that names none; it changes no rank.
-
-    Args:
-        max_memory_mb: Working memory in 10^6 bytes, above 0.
-    """
+    """Set the memory of rankings inside that name none, in 10^6 bytes; it changes no rank."""
     token = _memory_mb.set(max_memory_mb)
     try:
         yield
@@ -104,6 +95,11 @@ def rank_retrieval(
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
+    Embeddings are (I, P) and (T, P), of any float dtype and length; a NaN is refused, and zeros
+    score 0 with all. `max_memory_mb` is working memory in 10^6 bytes, beyond the embeddings and
+    some numbers for each image, text and pair. Ranks of all positives, not of the best alone, cost
+    one more comparison of the scores for each further positive.
+
     The rank of a query's k-th best positive is k plus the number of candidates that are not its
     positives and score as high or higher. Ties count against the model, so that equal embeddings
     cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last bits of an
@@ -113,21 +109,6 @@ def rank_retrieval(
     compared with the thresholds of both directions and dropped; the few scores that are too near to
     a threshold to trust float32 are computed again in float64. So the ranks are those of the whole
     matrix in float64, whatever the tiles and the device are.
-
-    Args:
-        image_embeds: (I, P) of any float dtype and length; compared as unit embeddings. An
-            embedding of zeros scores 0 with all.
-        text_embeds: (T, P), likewise.
-        correspondence: Which rows belong together.
-        all_positives: Rank all positives of a query, not its best alone. Costs one more comparison
-            of the scores for each further positive.
-        max_memory_mb: Working memory in 10^6 bytes, beyond the embeddings and some numbers for each
-            image, text and pair; None for that of `ranking_memory`, or else 256.
-        device: Where tiles are computed; None for the device of the images' embeddings.
-
-    Raises:
-        ValueError: Counts or widths do not fit, a dtype is not a float dtype, a row has a NaN, or
-            the memory is too little for one tile.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
     device = torch.device(device) if device is not None else image_embeds.device
@@ -137,7 +118,9 @@ def rank_retrieval(
     )
     images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
     texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
-    with full_float32(device.type):
+    # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
+    # equal scores would swap ranks, and the switches hold for the whole program.
+    with torch.autocast(device.type, enabled=False), float32_as_such():
         scores = _score_pairs(images, texts, correspondence, min(shape.texts, _PAIRS_AT_A_TIME))
         image_counts, text_counts = (
             _NegativeCounts(
@@ -149,7 +132,7 @@ def rank_retrieval(
             )
             for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
         )
-        for tile in TileScorer(images, texts, correspondence, shape, device).score_all():
+        for tile in score_tiles(images, texts, correspondence, shape):
             image_counts.add(tile)
             text_counts.add(tile.transpose())
     i2t, t2i = (
@@ -203,15 +186,9 @@ class _NegativeCounts:
     """Counts of negatives ranked before each positive, in one direction, summed over tiles.
 
     A query's positives are its levels, best first. Level k is compared for the queries that have
-    one, so that a query with many positives costs the others nothing.
-
-    Args:
-        positives: Positives of every query.
-        scores: (num_pairs,) float64, of every pair of the correspondence.
-        margin: Largest error of a float32 score of a tile; scores that are nearer to a threshold
-            are computed again.
-        all_levels: Count for every positive, or for the best one of each query alone.
-        device: Where the tiles are computed.
+    one, so that a query with many positives costs the others nothing. `scores` are those of every
+    pair, (num_pairs,) float64; a float32 score of a tile is off by `margin` at most, and those that
+    are nearer to a threshold are computed again.
     """
 
     def __init__(
@@ -258,14 +235,7 @@ class _NegativeCounts:
     def _add_level(
         self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
     ) -> None:
-        """Count for one level of some queries of a tile.
-
-        Args:
-            tile: The tile.
-            queries: (q,) on the CPU, ascending.
-            best_negatives: (n,) for every query of the tile.
-            level: The level.
-        """
+        """Count for one level of some queries of a tile."""
         device = tile.scores.device
         rows, places = (queries - tile.query_start).to(device), self._first[queries].to(device)
         lowest = (self._thresholds[places + level] - self._margin).float()
@@ -317,3 +287,139 @@ def _order_levels(positives: PositiveLists, scores: Tensor, *, all_levels: bool)
     by_score = scores.argsort(descending=True, stable=True)
     ordered = scores[by_score[queries[by_score].argsort(stable=True)]]
     return ordered if all_levels else ordered[positives.offsets[:-1][positives.counts > 0]]
+
+
+class TileShape(NamedTuple):
+    """Most images and texts of a tile."""
+
+    images: int
+    texts: int
+
+
+def choose_tile_shape(width: int, *, max_memory_mb: float, device_type: str = "cpu") -> TileShape:
+    """Choose as many rows as the memory holds, but no more than is fast."""
+    # Bytes per score: itself and its comparison, both once more for some queries, and, if all were
+    # too near to a threshold, selection, masks and float64. Bytes per row: float32 and as it is
+    # stored, and, in that case, as it is stored and float64 twice.
+    per_score, per_row = 40, 28 * width
+    squared, linear = per_score * _IMAGES_PER_TEXT, per_row * (1 + _IMAGES_PER_TEXT)
+    root = math.sqrt(linear**2 + 4 * squared * max_memory_mb * _MB)
+    texts = int((root - linear) / (2 * squared))
+    if texts < 1:
+        raise ValueError(
+            f"max_memory_mb={max_memory_mb:g} is too little for a tile of {_IMAGES_PER_TEXT} "
+            f"images and a text of width {width}, which takes {(squared + linear) / _MB:.2g}."
+        )
+    texts = min(texts, _MAX_TEXTS_CPU if device_type == "cpu" else _MAX_TEXTS_GPU)
+    return TileShape(_IMAGES_PER_TEXT * texts, texts)
+
+
+class UnitRows:
+    """Rows of embeddings in unit length, without a second copy of all of them.
+
+    Takes (N, P) of any float dtype, on any device; `rows_at_a_time` are held in float64 while
+    lengths are computed. A row with a NaN or an infinity raises ValueError, by its number.
+    """
+
+    def __init__(
+        self, name: str, embeds: Tensor, *, device: torch.device, rows_at_a_time: int
+    ) -> None:
+        self.width = embeds.shape[1]
+        self._embeds = embeds
+        self.device = device
+        inverses = []
+        for start in range(0, len(embeds), rows_at_a_time):
+            rows = embeds[start : start + rows_at_a_time]
+            lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            if not lengths.isfinite().all():
+                row = start + int((~lengths.isfinite()).long().argmax())
+                raise ValueError(
+                    f"{name} row {row} has a NaN or an infinity. Find out which input it comes "
+                    "from before anything is ranked."
+                )
+            inverses.append(lengths.clamp(min=_MIN_LENGTH).reciprocal())
+        self._inverse_lengths = torch.cat(inverses).to(device)  # (N,) float64
+
+    def write(self, start: int, buffer: Tensor) -> Tensor:
+        """Write rows into a (n, P) float32 buffer, as many as fit; return the part with them."""
+        stop = min(start + len(buffer), len(self._embeds))
+        rows = self._embeds[start:stop].to(self.device)
+        scales = self._inverse_lengths[start:stop, None].float()
+        return torch.mul(rows, scales, out=buffer[: stop - start])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return some rows, (n, P) float64."""
+        taken = self._embeds[rows.to(self._embeds.device)].to(self.device, torch.float64)
+        return taken.mul_(self._inverse_lengths[rows.to(self.device), None])
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Scores of some queries with some candidates, (n, m) float32; positives have minus infinity.
+
+    `memory` has room for n · m float32 and may be written over. `score_exactly` computes (q, c)
+    float64 scores of rows of queries and rows of candidates.
+    """
+
+    query_start: int
+    candidate_start: int
+    scores: Tensor
+    memory: Tensor
+    score_exactly: Callable[[Tensor, Tensor], Tensor]
+
+    def transpose(self) -> Tile:
+        """Return the tile in which the candidates are the queries."""
+
+        def score_exactly(queries: Tensor, candidates: Tensor) -> Tensor:
+            return self.score_exactly(candidates, queries).T
+
+        start, other = self.candidate_start, self.query_start
+        return Tile(start, other, self.scores.T, self.memory, score_exactly)
+
+
+def score_tiles(
+    images: UnitRows, texts: UnitRows, correspondence: Correspondence, shape: TileShape
+) -> Iterator[Tile]:
+    """Score all images with all texts, tile after tile in the same memory.
+
+    Images are the queries, pairs of the correspondence get minus infinity, and a tile is valid
+    until the next.
+    """
+    tiles_per_block = math.ceil(correspondence.num_texts / shape.texts)
+    image, text = correspondence.image_of_pair, correspondence.text_of_pair
+    numbers = image // shape.images * tiles_per_block + text // shape.texts
+    tile_of_pair, order = numbers.sort()
+    device = images.device
+    image_in_tile = (image % shape.images)[order].to(device)
+    text_in_tile = (text % shape.texts)[order].to(device)
+    sizes = [shape.images * images.width, shape.texts * texts.width] + [math.prod(shape)] * 2
+    image_buffer, text_buffer, score_buffer, memory = (
+        torch.empty(size, dtype=torch.float32, device=device) for size in sizes
+    )
+
+    def score_exactly(image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        return images.take(image_rows) @ texts.take(text_rows).T
+
+    for block in range(math.ceil(correspondence.num_images / shape.images)):
+        image_rows = images.write(block * shape.images, image_buffer.view(shape.images, -1))
+        for place in range(tiles_per_block):
+            text_rows = texts.write(place * shape.texts, text_buffer.view(shape.texts, -1))
+            size = len(image_rows), len(text_rows)
+            scores = score_buffer[: math.prod(size)].view(size)
+            torch.mm(image_rows, text_rows.T, out=scores)
+            bounds = torch.tensor([0, 1]) + block * tiles_per_block + place
+            low, high = torch.searchsorted(tile_of_pair, bounds).tolist()
+            scores[image_in_tile[low:high], text_in_tile[low:high]] = -torch.inf
+            starts = block * shape.images, place * shape.texts
+            yield Tile(*starts, scores, memory, score_exactly)
+
+
+def bound_float32_error(width: int) -> float:
+    """Bound the difference between a float32 cosine and the exact one.
+
+    The rounding error of a sum grows with the root of its length with all but certain probability
+    (Higham and Mary, 2019, doi:10.1137/18M1226312). Three roots, and four roundings for the
+    embeddings themselves; the most that was measured is 1.6 roots, for embeddings that begin with a
+    large number (widths 8 to 4,096, tiles of several shapes).
+    """
+    return (3 * math.sqrt(width) + 4) * 2**-24

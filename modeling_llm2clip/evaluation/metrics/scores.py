@@ -1,33 +1,28 @@
 """Scores of a ranking: one value per query, their means, and bootstrap confidence intervals.
 
 K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1,
-except for the ranks themselves.
+except for the ranks themselves. What ends in `_at` returns (Q,) float64, of Q queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from .ranking import Ranking
 
+CONFIDENCE_LEVEL = 0.95
+NUM_RESAMPLES = 1000
 _CLUSTERS_AT_A_TIME = 2**16
 
 
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Compute whether a positive is among the first K: R@K of CLIP papers (arXiv:2103.00020).
+    """Compute if a positive is among the first K, 0 or 1: R@K of CLIP papers (arXiv:2103.00020).
 
     mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
-
-    Args:
-        ranking: Ranks of one direction.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64, 0 or 1.
     """
     _require_rank(k)
     return (ranking.best_ranks <= k).double()
@@ -37,16 +32,6 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute the share of a query's positives among the first K: trec_eval's recall_K.
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
-
-    Args:
-        ranking: Ranks of one direction, of all positives.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64.
-
-    Raises:
-        ValueError: The ranking has no ranks of all positives.
     """
     found = (_require_all_ranks(ranking, k) <= k).double()
     return _sum_by_query(ranking, found) / ranking.num_positives
@@ -56,16 +41,6 @@ def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute the average precision of the first K (trec_eval's map_cut_K).
 
     AP@K = 1/R · Σ_{r ≤ K} (positives up to rank r) / r; mAP@K is the mean.
-
-    Args:
-        ranking: Ranks of one direction, of all positives.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64.
-
-    Raises:
-        ValueError: The ranking has no ranks of all positives.
     """
     ranks = _require_all_ranks(ranking, k)
     precisions = torch.where(ranks <= k, _count_up_to(ranking) / ranks.double(), 0.0)
@@ -77,16 +52,6 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
 
     NDCG@K = Σ_{r ≤ K} 1/log2(r + 1) / Σ_{i ≤ min(K, R)} 1/log2(i + 1) (Järvelin and Kekäläinen,
     2002, as trec_eval computes it).
-
-    Args:
-        ranking: Ranks of one direction, of all positives.
-        k: At least 1.
-
-    Returns:
-        (Q,) float64.
-
-    Raises:
-        ValueError: The ranking has no ranks of all positives.
     """
     gained, most = (
         _sum_by_query(ranking, torch.where(ranks <= k, 1 / (ranks.double() + 1).log2(), 0.0))
@@ -96,25 +61,15 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
 
 
 def hit_rate_at(ranking: Ranking, *, k: int) -> float:
-    """Compute the share of queries with a positive among the first K: R@K of CLIP papers.
-
-    Args:
-        ranking: Ranks of one direction.
-        k: At least 1.
-    """
+    """Compute the share of queries with a positive among the first K: R@K of CLIP papers."""
     return float(hits_at(ranking, k=k).mean())
 
 
 def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Compute the usual scores of one direction, named as in mteb where it has them.
 
-    Args:
-        ranking: Ranks of one direction.
-        ks: The ranks K.
-
-    Returns:
-        `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`; with the ranks of all positives
-        also `recall_at_K`, `map_at_K` and `ndcg_at_K`.
+    These are `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`; with the ranks of all
+    positives also `recall_at_K`, `map_at_K` and `ndcg_at_K`.
     """
     ranks = ranking.best_ranks.double()
     # The smaller of the two middle ranks would flatter; quantile takes their mean.
@@ -127,45 +82,20 @@ def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
     return scores
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval.
-
-    Attributes:
-        low: Lower bound.
-        high: Upper bound.
-        level: Share of resampled datasets whose score is between the bounds.
-    """
-
-    low: float
-    high: float
-    level: float
-
-
-def bootstrap_mean(
+def mean_with_interval(
     values: Tensor,
     *,
-    generator: torch.Generator,
     clusters: Tensor | None = None,
-    num_resamples: int = 1000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap interval of a mean over queries (Efron and Tibshirani, 1993, ch. 13).
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = CONFIDENCE_LEVEL,
+) -> dict[str, float]:
+    """Compute `value`, `low` and `high`: the mean over queries, and its interval by bootstrap.
 
-    Whole clusters are sampled with replacement. The five captions of an image succeed and fail
-    together; sampled one by one they would pass for five independent trials, and the interval would
-    be too narrow.
-
-    Args:
-        values: (Q,) one number per query, as `hits_at` and its like return.
-        generator: On the CPU; the same seed gives the same interval.
-        clusters: (Q,) integers, equal for queries that are sampled together: for captions, the
-            row of their image. None if each query is a cluster of its own.
-        num_resamples: Number of resampled datasets.
-        level: Share of them that the interval covers.
-
-    Raises:
-        ValueError: There are no values or a NaN, lengths differ, or the level is outside (0, 1).
+    It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Whole clusters are sampled
+    with replacement: queries with equal numbers in `clusters`, (Q,) integers, or each query by
+    itself. The five captions of an image succeed and fail together; sampled one by one they would
+    pass for five independent trials, and the interval would be too narrow.
     """
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
         raise ValueError(
@@ -185,28 +115,16 @@ def bootstrap_mean(
     numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
     sums = torch.zeros(len(sizes), dtype=torch.float64)
     sums.index_add_(0, numbers, values.double().cpu())
+    generator = torch.Generator().manual_seed(seed)
     means = _resample_means(sums, sizes.double(), num_resamples, generator)
-    return _make_interval(means, level)
+    return {"value": float(values.double().mean()), **_find_interval(means, level)}
 
 
-def bootstrap_mean_of_means(
-    groups: Sequence[tuple[Tensor, Tensor]],
-    *,
-    generator: torch.Generator,
-    num_resamples: int = 1000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap interval of the mean over groups, such as languages, of their means.
+def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Compute the mean over groups, such as languages, of their means, as `mean_with_interval`.
 
     One sample of clusters serves all groups: an image that is sampled twice counts twice in every
     language that it has captions in.
-
-    Args:
-        groups: Values and clusters of each, as `bootstrap_mean` takes them; equal numbers are one
-            cluster, in whatever group.
-        generator: On the CPU; the same seed gives the same interval.
-        num_resamples: Number of resampled datasets.
-        level: Share of them that the interval covers.
     """
     numbers = torch.cat([clusters for _, clusters in groups]).unique(return_inverse=True)[1]
     num_clusters = int(numbers.max()) + 1
@@ -215,8 +133,9 @@ def bootstrap_mean_of_means(
     for group, ((values, _), rows) in enumerate(zip(groups, parts, strict=True)):
         sums[:, group].index_add_(0, rows, values.double().cpu())
         sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
+    generator = torch.Generator().manual_seed(0)
     means = []
-    for count, pieces in _sample_clusters(num_clusters, num_resamples, generator):
+    for count, pieces in _sample_clusters(num_clusters, NUM_RESAMPLES, generator):
         times = torch.zeros(count * num_clusters, dtype=torch.int64)
         first = torch.arange(count)[:, None] * num_clusters
         for sampled in pieces:
@@ -224,13 +143,14 @@ def bootstrap_mean_of_means(
         weights = times.view(count, num_clusters).double()
         # A sample may have no image of a small group; then the mean is that of the others.
         means.append((weights @ sums / (weights @ sizes)).nanmean(dim=1))
-    return _make_interval(torch.cat(means), level)
+    value = fmean(float(values.double().mean()) for values, _ in groups)
+    return {"value": value, **_find_interval(torch.cat(means), CONFIDENCE_LEVEL)}
 
 
-def _make_interval(means: Tensor, level: float) -> Interval:
+def _find_interval(means: Tensor, level: float) -> dict[str, float]:
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(low, high, level)
+    return {"low": low, "high": high}
 
 
 def _resample_means(
@@ -252,11 +172,7 @@ def _resample_means(
 def _sample_clusters(
     num_clusters: int, num_resamples: int, generator: torch.Generator
 ) -> Iterator[tuple[int, Iterator[Tensor]]]:
-    """Sample as many clusters as there are, again and again.
-
-    Yields:
-        Number of resampled datasets, and their clusters, (count, n) in pieces of bounded size.
-    """
+    """Sample as many clusters as there are, again and again."""
 
     def sample(count: int) -> Iterator[Tensor]:
         for size in _split(num_clusters, max(1, _CLUSTERS_AT_A_TIME // count)):

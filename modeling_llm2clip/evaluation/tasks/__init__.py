@@ -1,1 +1,1 @@
-"""What is measured: from embeddings to scores and their protocol."""
+"""Tasks: from embeddings to scores and their protocol."""

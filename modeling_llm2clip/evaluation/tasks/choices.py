@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..datasets.choice_dataset import ChoiceDataset
-from ..encoders.encoder import EncodedTexts, Encoder
+from ..encoders.encoder import Encoder
 from ..metrics.ranking import TIE_TOLERANCE
-from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
+from ..metrics.scores import mean_with_interval
+from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 # Of Winoground: two comparisons right by luck, and the share of orders of four numbers in which all
 # four comparisons are right.
@@ -40,28 +41,23 @@ def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
     else:
         others = _encode_images(encoder, dataset)
     answers = compare_choices(caption_embeds, others)
-    return TaskScores(_score(dataset, answers), _count(dataset, texts))
+    images = {image for item in dataset.items for image in item.images}
+    counts = {"items": len(dataset.items), "images": len(images), **count_texts(texts)}
+    return TaskScores(_score(dataset, answers), counts)
 
 
 def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """Find the items that are answered right; an equal score is a wrong answer.
+    """Find the items that are answered right, (N,) bool by score; an equal score is a wrong answer.
 
-    Args:
-        captions: (N, 2, D) of unit length; the first is true of the first of the others.
-        others: (N, 1, D) or (N, 2, D), images or what is in their place.
-
-    Returns:
-        Name of a score to (N,) bool.
+    Captions are (N, 2, D) of unit length, of which the first is true of the first of the others:
+    (N, 1, D) or (N, 2, D) of images or texts.
     """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
     if others.shape[1] == 1:
         return {"accuracy": _is_nearer(scores[:, 0, 0], scores[:, 0, 1])}
-    text = _is_nearer(scores[:, 0, 0], scores[:, 0, 1]) & _is_nearer(
-        scores[:, 1, 1], scores[:, 1, 0]
-    )
-    image = _is_nearer(scores[:, 0, 0], scores[:, 1, 0]) & _is_nearer(
-        scores[:, 1, 1], scores[:, 0, 1]
-    )
+    right = scores.diagonal(dim1=1, dim2=2)  # (N, 2)
+    text = _is_nearer(right, scores.flip(2).diagonal(dim1=1, dim2=2)).all(dim=1)
+    image = _is_nearer(right, scores.flip(1).diagonal(dim1=1, dim2=2)).all(dim=1)
     return {"text": text, "image": image, "group": text & image}
 
 
@@ -96,11 +92,6 @@ def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, A
     return {**scores, "categories": of_category}
 
 
-def _count(dataset: ChoiceDataset, texts: EncodedTexts) -> dict[str, Any]:
-    images = {image for item in dataset.items for image in item.images}
-    return {"items": len(dataset.items), "images": len(images), **count_texts(texts)}
-
-
 _COLUMNS = {
     "accuracy": "accuracy", "text score": "text", "image score": "image", "group score": "group",
 }  # fmt: skip
@@ -109,8 +100,6 @@ CHOICES = Task(
     name="choices",
     title="which of two captions is true",
     dataset_types=("choice",),
-    needs_images=None,
-    all_languages=False,
     protocol={
         "similarity": "cosine",
         "ties": f"cosines that differ by no more than {TIE_TOLERANCE:g} are a wrong answer",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..datasets.classification_dataset import ClassificationDataset
 from ..encoders.encoder import Encoder
-from ..metrics.ranking import TIE_RULE, TIE_TOLERANCE
-from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
+from ..metrics.ranking import TIE_TOLERANCE
+from ..metrics.scores import mean_with_interval
+from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 _KS = (1, 5)
 _NUM_CONFUSED = 20
@@ -50,16 +51,10 @@ def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
 
 
 def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the rank of each image's own class, and the predicted class.
+    """Compute the rank of each image's own class, from 1, and the predicted class, both (N,) int64.
 
-    Args:
-        images: (N, D) of unit length.
-        classes: (C, D) of unit length.
-        labels: (N,) int64.
-
-    Returns:
-        Two (N,) int64; ranks begin at 1, and ties count against the model: the prediction for an
-        image whose own class ties with others is the nearest of these.
+    Images are (N, D), classes (C, D), of unit length. Ties count against the model: the prediction
+    for an image whose own class ties with others is the nearest of these.
     """
     scores = images.double() @ classes.double().T  # (N, C)
     own = scores.gather(1, labels[:, None])
@@ -69,16 +64,10 @@ def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def find_tied_classes(classes: Tensor) -> list[int]:
-    """Find the classes that are as near to another one as a tie, whose images can only be wrong.
+    """Find the rows of classes as near to another one as a tie, whose images can only be wrong.
 
     A model may not distinguish names that a reader does: they differ in case, or after the last
     token that it reads.
-
-    Args:
-        classes: (C, D) of unit length.
-
-    Returns:
-        Their rows.
     """
     tied: set[int] = set()
     for start in range(0, len(classes), _ROWS_AT_ONCE):
@@ -92,16 +81,7 @@ def find_tied_classes(classes: Tensor) -> list[int]:
 
 
 def count_confusion(labels: Tensor, predicted: Tensor, *, num_classes: int) -> Tensor:
-    """Count the images of each class (row) by their predicted class (column).
-
-    Args:
-        labels: (N,) int64.
-        predicted: (N,) int64.
-        num_classes: C.
-
-    Returns:
-        (C, C) int64.
-    """
+    """Count the images of each class (row) by their predicted class (column)."""
     cells = labels * num_classes + predicted
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -137,10 +117,8 @@ CLASSIFICATION = Task(
     title="zero-shot classification by prompts",
     dataset_types=("classification",),
     needs_images=True,
-    all_languages=False,
     protocol={
-        "similarity": "cosine",
-        "ties": TIE_RULE,
+        **BY_COSINE,
         "class_embedding": "mean of the unit embeddings of its prompts, normalized again",
         "interval": INTERVAL_PROTOCOL,
     },

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ..._suggestions import did_you_mean
 from ..datasets.dataset_spec import DatasetType
-from .caption_retrieval import CRA
 from .choices import CHOICES
 from .classification import CLASSIFICATION
-from .retrieval import CROSS_LINGUAL, RETRIEVAL
+from .retrieval import CRA, CROSS_LINGUAL, RETRIEVAL
 from .task import Task
 from .text_length import LENGTH
 
@@ -23,14 +22,7 @@ DEFAULT_TASKS: dict[DatasetType, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Find a task.
-
-    Args:
-        name: Its name.
-
-    Raises:
-        ValueError: There is no task of this name; the message lists all.
-    """
+    """Find a task."""
     if name not in TASKS:
         raise ValueError(
             f"There is no task {name!r}. Known: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"

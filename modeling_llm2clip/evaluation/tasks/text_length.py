@@ -22,11 +22,10 @@ from ..._extras import CLIP_TOKENS
 from ..datasets.retrieval_dataset import RetrievalDataset
 from ..encoders.encoder import Encoder
 from ..encoders.open_clip_models import import_open_clip
-from ..metrics.correspondence import Correspondence
-from ..metrics.ranking import TIE_RULE, Ranking, rank_retrieval
-from ..metrics.scores import hits_at
-from .retrieval import compute_chance
-from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts, mean_with_interval
+from ..metrics.ranking import Ranking, rank_retrieval
+from ..metrics.scores import hits_at, mean_with_interval
+from .retrieval import compute_chance, rank_pairs
+from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
 
 # 77 positions, two of which are the begin and the end of the text (arXiv:2103.00020).
 CLIP_TEXT_TOKENS = 75
@@ -53,7 +52,7 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         queries = [first for first, _ in pairs]
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
-        ranking = _rank_second_parts(texts.embeds)
+        ranking = rank_pairs(texts.embeds).i2t
         asked = torch.arange(len(queries))
     counts = {
         "images": len(dataset.images),
@@ -66,14 +65,7 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
 
 
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:
-    """Count the tokens of each text in CLIP's vocabulary, without begin and end.
-
-    Args:
-        texts: The texts.
-
-    Raises:
-        MissingExtraError: open_clip, which has the vocabulary, is not installed.
-    """
+    """Count the tokens of each text in CLIP's vocabulary, without begin and end."""
     tokenizer = import_open_clip(CLIP_TOKENS).SimpleTokenizer()
     # A text of nothing but whitespace that Python does not know as such has no token.
     return [max(1, len(tokenizer.encode(text))) for text in texts]
@@ -110,11 +102,7 @@ def _split_captions(dataset: RetrievalDataset) -> list[tuple[str, str]]:
 def split_in_half(text: str) -> tuple[str, str] | None:
     """Split a text at the end of a sentence, or else of a word, that is nearest to its middle.
 
-    Args:
-        text: The text.
-
-    Returns:
-        Both parts; None for a text of one word.
+    A text of one word is None.
     """
     for end in (_SENTENCE_END, _WORD_END):
         places = [m.end() for m in end.finditer(text) if text[: m.end()].strip()]
@@ -128,18 +116,7 @@ def split_in_half(text: str) -> tuple[str, str] | None:
 def score_lengths(
     ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None
 ) -> dict[str, Any]:
-    """Compute the hit rate at 1 of every bucket that has queries.
-
-    Args:
-        ranking: Ranks of the queries.
-        lengths: Length of each query in CLIP's tokens.
-        is_truncated: (Q,) bool, which queries the evaluated encoder truncated; None if that is not
-            known.
-
-    Returns:
-        `all` and `buckets`, each with `queries`, `mean_clip_tokens`, `hit_rate_at_1` (value, low,
-        high), `share_of_tokens_beyond_clip` and `share_truncated`; and `chance`.
-    """
+    """Compute the hit rate at 1 of every bucket that has queries, of all queries, and by chance."""
     hits = hits_at(ranking, k=1)
     tokens = torch.tensor(lengths)
     buckets = []
@@ -160,37 +137,24 @@ def score_lengths(
 def _score_bucket(
     hits: Tensor, tokens: Tensor, is_truncated: Tensor | None, chosen: Tensor
 ) -> dict[str, Any]:
+    beyond = (tokens[chosen] - CLIP_TEXT_TOKENS).clamp(min=0)
     return {
         "queries": int(chosen.sum()),
         "mean_clip_tokens": float(tokens[chosen].double().mean()),
         "hit_rate_at_1": mean_with_interval(hits[chosen]),
-        "share_of_tokens_beyond_clip": _share_beyond_clip(tokens[chosen].tolist()),
+        "share_of_tokens_beyond_clip": int(beyond.sum()) / int(tokens[chosen].sum()),
         "share_truncated": None
         if is_truncated is None
         else float(is_truncated[chosen].double().mean()),
     }
 
 
-def _share_beyond_clip(lengths: Sequence[int]) -> float:
-    """Compute the share of all tokens that come after the 75th of their text."""
-    return sum(max(0, length - CLIP_TEXT_TOKENS) for length in lengths) / sum(lengths)
-
-
-def _rank_second_parts(embeds: Tensor) -> Ranking:
-    number = len(embeds) // 2
-    own = Correspondence.from_image_of_text(range(number), number)
-    return rank_retrieval(embeds[:number], embeds[number:], own).i2t
-
-
 LENGTH = Task(
     name="length",
     title="R@1 against the length of the text",
     dataset_types=("retrieval", "captions"),
-    needs_images=None,
-    all_languages=False,
     protocol={
-        "similarity": "cosine",
-        "ties": TIE_RULE,
+        **BY_COSINE,
         "length": "tokens of CLIP's vocabulary without begin and end",
         "buckets": list(BUCKET_BOUNDS),
         "beyond_clip": f"after the {CLIP_TEXT_TOKENS}th token of a query",

@@ -29,7 +29,7 @@ from ...data.records.data_hashes import hash_records
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...encoding.encode import encode_texts
-from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
+from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.golden_embeddings import compare_golden, require_golden

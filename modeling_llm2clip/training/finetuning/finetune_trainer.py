@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ...configs.finetune_config import FinetuneConfig
 from ...data.captions.caption_groups import CaptionGroup
-from ...evaluation.tasks.caption_retrieval import measure_caption_retrieval
+from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ..distributed import training_arguments_on
 from ..run_folder import CHECKPOINTS, METRICS_FILE, require_finite
 from ..trainer_mixins import (

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets, load_dataset
-from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec
+from modeling_llm2clip.evaluation.datasets.dataset_spec import DatasetSpec, ReadingCache
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
-from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
 
 FOLDER = Path(os.environ.get("LLM2CLIP_PUBLISHED_DATASETS", "no-folder-is-given"))
 PUBLISHED = [spec for spec in list_datasets() if spec.counts and spec.origin == "files"]

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.once_encoder import OnceEncoder
+from modeling_llm2clip.evaluation.encoders.encoder import OnceEncoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.image_loading_llm2clip import load_images

@@ -12,7 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
-from modeling_llm2clip.evaluation.metrics.ranking import TIE_TOLERANCE, rank_retrieval
+from modeling_llm2clip.evaluation.metrics.ranking import (
+    TIE_TOLERANCE,
+    choose_tile_shape,
+    rank_retrieval,
+)
 
 ONE_TILE_MB = 256
 SMALL_TILES_MB = 0.02
@@ -252,3 +256,13 @@ def test_ranks_of_a_gpu_are_those_of_the_cpu():
         for device in ("cpu", "cuda")
     ]  # fmt: skip
     assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 64, 1280, 4096])
+@pytest.mark.parametrize("memory_mb", [2, 64, 256, 1024])
+def test_a_tile_grows_with_memory_and_fits_it(width, memory_mb):
+    shape = choose_tile_shape(width, max_memory_mb=memory_mb, device_type="cuda")
+    needed = 40 * shape.images * shape.texts + 28 * width * (shape.images + shape.texts)
+    assert needed <= memory_mb * 1e6
+    more = choose_tile_shape(width, max_memory_mb=2 * memory_mb, device_type="cuda")
+    assert more.texts > shape.texts or shape.texts == 2048

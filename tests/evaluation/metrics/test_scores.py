@@ -13,10 +13,10 @@ from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import Ranking, rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import (
     average_precisions_at,
-    bootstrap_mean,
-    bootstrap_mean_of_means,
     hit_rate_at,
     hits_at,
+    mean_of_means_with_interval,
+    mean_with_interval,
     ndcgs_at,
     recalls_at,
     summarize,
@@ -101,12 +101,10 @@ def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
     for sample in samples:
         sampled = [value for cluster in sample for value in members[cluster]]
         means.append(sum(sampled) / len(sampled))
-    interval = bootstrap_mean(
-        values, clusters=clusters, generator=generator(), num_resamples=4000, level=0.8
-    )
+    interval = mean_with_interval(values, clusters=clusters, num_resamples=4000, level=0.8)
     wanted = torch.tensor(means).quantile(torch.tensor([0.1, 0.9])).tolist()
     # The 27 possible means are far apart, so quantiles of 4,000 samples are the same ones.
-    assert [interval.low, interval.high] == pytest.approx(wanted, abs=1e-6)
+    assert [interval["low"], interval["high"]] == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 50, 120])
@@ -119,9 +117,9 @@ def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(
 
     def compute():
         return (
-            bootstrap_mean(hits, generator=generator()),
-            bootstrap_mean(hits, clusters=clusters, generator=generator()),
-            bootstrap_mean_of_means([(hits, clusters), some], generator=generator()),
+            mean_with_interval(hits),
+            mean_with_interval(hits, clusters=clusters),
+            mean_of_means_with_interval([(hits, clusters), some]),
         )
 
     whole = compute()
@@ -131,28 +129,26 @@ def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(
 
 def test_an_interval_covers_what_the_central_limit_says():
     values = (torch.rand(2000, generator=generator(4)) < 0.3).double()
-    interval = bootstrap_mean(values, generator=generator())
+    interval = mean_with_interval(values)
     half = 1.96 * float(values.std()) / math.sqrt(2000)
     # An end is a quantile of 1,000 resamples: its standard error is 7 % of the half width.
-    assert interval.low == pytest.approx(float(values.mean()) - half, abs=0.2 * half)
-    assert interval.high == pytest.approx(float(values.mean()) + half, abs=0.2 * half)
+    assert interval["low"] == pytest.approx(float(values.mean()) - half, abs=0.2 * half)
+    assert interval["high"] == pytest.approx(float(values.mean()) + half, abs=0.2 * half)
 
 
 def test_captions_of_one_image_do_not_count_as_independent():
     hits = (torch.rand(400, generator=generator(5)) < 0.5).double().repeat_interleave(5)
     images = torch.arange(400).repeat_interleave(5)
-    alone = bootstrap_mean(hits, generator=generator())
-    together = bootstrap_mean(hits, clusters=images, generator=generator())
+    alone = mean_with_interval(hits)
+    together = mean_with_interval(hits, clusters=images)
     # Five copies say as much as one: the root of five wider, up to 7 % noise at each end.
-    widths = [interval.high - interval.low for interval in (together, alone)]
+    widths = [interval["high"] - interval["low"] for interval in (together, alone)]
     assert widths[0] / widths[1] == pytest.approx(math.sqrt(5), rel=0.2)
 
 
 def test_the_same_seed_gives_the_same_interval():
     values = torch.rand(50, generator=generator(6))
-    assert bootstrap_mean(values, generator=generator(1)) == bootstrap_mean(
-        values, generator=generator(1)
-    )
+    assert mean_with_interval(values, seed=1) == mean_with_interval(values, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -170,4 +166,4 @@ def test_the_same_seed_gives_the_same_interval():
 )
 def test_an_interval_of_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        bootstrap_mean(**{"values": torch.ones(2), "generator": generator(), **arguments})
+        mean_with_interval(**{"values": torch.ones(2), **arguments})

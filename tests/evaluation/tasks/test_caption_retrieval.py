@@ -15,7 +15,7 @@ from embeddings_by_hand import (
 )
 
 from modeling_llm2clip.data.captions.caption_groups import CaptionGroup
-from modeling_llm2clip.evaluation.tasks.caption_retrieval import CRA, measure_caption_retrieval
+from modeling_llm2clip.evaluation.tasks.retrieval import CRA, measure_caption_retrieval
 
 
 def test_cra_is_what_fine_tuning_measures(tmp_path: Path) -> None:

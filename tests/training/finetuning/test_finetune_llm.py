@@ -18,7 +18,7 @@ from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor

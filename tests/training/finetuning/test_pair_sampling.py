@@ -15,7 +15,7 @@ from modeling_llm2clip.data.captions.caption_groups import CaptionGroup, group_c
 from modeling_llm2clip.data.captions.text_pairs import TextPair
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.evaluation.tasks.caption_retrieval import measure_caption_retrieval
+from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
 from modeling_llm2clip.training.finetuning import pair_tables
 from modeling_llm2clip.training.finetuning.pair_sampling import (
     NoDuplicateGroupsBatchSampler,

@@ -1,1 +1,1 @@
-"""The specs of the registry and their readers, by what they test; counts are the publishers'."""
+"""The published datasets, and the readers of captions."""

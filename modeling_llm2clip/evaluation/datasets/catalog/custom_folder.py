@@ -10,22 +10,25 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from ....data.images.image_sources import IMAGE_SUFFIXES
 from ....data.records.data_hashes import hash_records
 from ....data.records.record_columns import IMAGE_FILE
 from ....data.records.record_loading import CollectedRecords, collect_records
 from ....data.records.record_table import Array, RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
-from ..dataset_spec import CLEANED_TEXTS, DatasetSpec, ReadRequest
-from ..retrieval_dataset import PublishedRecord, build_retrieval_dataset
-from ..validation import OF_DISTRACTORS, DatasetValidator
+from ..dataset_spec import (
+    CLEANED_TEXTS,
+    OF_DISTRACTORS,
+    DatasetSpec,
+    DatasetValidator,
+    ReadRequest,
+    is_image,
+)
+from ..retrieval_dataset import PublishedRecord
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
 _OWN: dict[str, Any] = {
-    "dataset_type": "retrieval",
     "languages": (),
-    "counts": {},
     "license": "yours",
     "citation": "none",
     "takes_distractors": True,
@@ -36,15 +39,10 @@ _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 def read_custom_folder(
     request: ReadRequest, validator: DatasetValidator, *, long: bool = False
 ) -> Iterator[PublishedRecord]:
-    """Yield the records of one language.
+    """Yield the records of one language, with `captions` or `long_captions`.
 
     Errors of other languages stop the reading too, but nothing of this language is skipped for
     them.
-
-    Args:
-        request: How the dataset is to be read.
-        validator: Collects the errors.
-        long: Take `long_captions` in place of `captions`; a record without one is an error.
     """
     collected, num_unused = _collect(request, validator)
     records = collected.records
@@ -81,12 +79,7 @@ def _find_rows(records: RecordTable, lang: str) -> Array:
 
 
 def _find_languages(request: ReadRequest, validator: DatasetValidator) -> tuple[str, ...]:
-    """List the languages of a folder by first occurrence; errors are reported later.
-
-    Raises:
-        ValueError: The folder has no records.
-        DataValidationError: All records are broken.
-    """
+    """List the languages of a folder by first occurrence; errors are reported later."""
     collected, _ = _collect(request, validator)
     batches = collected.records.iterate_columns(("lang",))
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
@@ -131,8 +124,7 @@ def _count_unused(request: ReadRequest, records: RecordTable) -> int:
     given = request.data_folder
     folder = given if given.is_dir() else given.parent
     return sum(
-        file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-        and os.path.normpath(file) not in used
+        is_image(file) and os.path.normpath(file) not in used
         for file in (request.image_dir or folder).rglob("*")
     )
 
@@ -152,15 +144,7 @@ def _publish(
 
 
 def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = None) -> DatasetSpec:
-    """Make the spec of records that are in memory.
-
-    Args:
-        records: At least one.
-        name: Name of the dataset. Default: one with the hash of the records.
-
-    Raises:
-        ValueError: There are no records.
-    """
+    """Make the spec of records in memory; the default name has their hash."""
     if not records:
         raise ValueError("Got no records to evaluate on; give at least one.")
     languages = tuple(dict.fromkeys(record.lang for record in records))
@@ -179,7 +163,7 @@ def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = N
         source="your program",
         files="none",
         protocol={"split": "all", "fields": "captions", **_CORRESPONDENCE, **CLEANED_TEXTS},
-        build=partial(build_retrieval_dataset, read=read),
+        read=read,
         origin="records",
     )
 
@@ -197,7 +181,7 @@ def _make_folder_spec(name: str, title: str, *, long: bool) -> DatasetSpec:
             **_CORRESPONDENCE,
             **CLEANED_TEXTS,
         },
-        build=partial(build_retrieval_dataset, read=partial(read_custom_folder, long=long)),
+        read=partial(read_custom_folder, long=long),
         find_languages=_find_languages,
     )
 

@@ -22,10 +22,10 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,
     load_dataset,
 )
+from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import (
     RetrievalDataset,
 )
-from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
 
 
 def test_images_of_one_group_share_their_captions_each_text_once(tmp_path: Path) -> None:

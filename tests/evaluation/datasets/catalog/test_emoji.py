@@ -9,10 +9,10 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,
     load_dataset,
 )
+from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import (
     RetrievalDataset,
 )
-from modeling_llm2clip.evaluation.datasets.validation import ReadingCache
 
 
 def test_the_emoji_are_those_that_the_demo_holds_out_in_every_language() -> None:

@@ -14,19 +14,17 @@ from published_datasets import (
     write_images,
 )
 
-from modeling_llm2clip.evaluation.datasets.catalog.image_classification import IMAGENET_TEMPLATES
 from modeling_llm2clip.evaluation.datasets.classification_dataset import ClassificationDataset
-from modeling_llm2clip.evaluation.datasets.dataset_registry import (
-    load_dataset,
-)
+from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset, load_dataset
 
 
 def test_imagenet_has_eighty_different_templates() -> None:
-    assert len(set(IMAGENET_TEMPLATES)) == len(IMAGENET_TEMPLATES) == 80
-    assert all(text.count("{}") == 1 for text in IMAGENET_TEMPLATES)
+    templates = find_dataset("imagenet").templates
+    assert len(set(templates)) == len(templates) == 80
+    assert all(text.count("{}") == 1 for text in templates)
     # Spelt as published, with their grammar: the score depends on it.
-    assert {"itap of my {}.", "a origami {}.", "a embroidered {}."} <= set(IMAGENET_TEMPLATES)
-    assert {"a photo of the hard to see {}.", "the {} in a video game."} <= set(IMAGENET_TEMPLATES)
+    assert {"itap of my {}.", "a origami {}.", "a embroidered {}."} <= set(templates)
+    assert {"a photo of the hard to see {}.", "the {} in a video game."} <= set(templates)
 
 
 @pytest.mark.parametrize("write", [write_imagenet, write_imagenet_of_kaggle])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,12 @@ from published_datasets import (
     write_urban1k,
 )
 
-from modeling_llm2clip.evaluation.datasets.catalog.long_captions import read_sharegpt4v
+from modeling_llm2clip.evaluation.datasets.catalog.caption_readers import JsonCaptions
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
     load_dataset,
 )
-from modeling_llm2clip.evaluation.datasets.retrieval_dataset import (
-    RetrievalDataset,
-    build_retrieval_dataset,
-)
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 
 
 def test_the_first_line_of_an_urban1k_file_is_the_caption_and_longer_files_are_counted(
@@ -72,8 +68,9 @@ def test_only_the_wanted_records_of_sharegpt4v_are_read(tmp_path: Path) -> None:
     # What follows the third record is broken, which a reader of the whole file would meet.
     folder = write_sharegpt4v(tmp_path / "sharegpt4v", records=3)
     assert find_dataset("sharegpt4v-1k").protocol["split"] == "first 1000 records"
-    build = partial(build_retrieval_dataset, read=partial(read_sharegpt4v, records=3))
-    spec = replace(tiny_spec("sharegpt4v-1k", images=3, captions=3), build=build)
+    spec = tiny_spec("sharegpt4v-1k", images=3, captions=3)
+    assert isinstance(spec.read, JsonCaptions)
+    spec = replace(spec, read=replace(spec.read, first=3))
     found = load_dataset(spec, folder)
     assert isinstance(found, RetrievalDataset)
     assert found.captions == tuple(f"A long answer. It is number {n}." for n in range(3))

@@ -18,10 +18,10 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluationConfig,
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.report import render_results
 from modeling_llm2clip.evaluation.results import (
     read_evaluation_results,
 )
-from modeling_llm2clip.evaluation.tables import render_results
 
 
 def test_languages_are_scored_together(sources: Any, data: str, tmp_path: Path) -> None:

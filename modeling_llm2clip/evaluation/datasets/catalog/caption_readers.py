@@ -1,0 +1,369 @@
+"""Readers of published captions: JSON, Parquet, and the text files that three publishers use.
+
+Two of them, `JsonCaptions` and `ParquetCaptions`, are described by their fields, so that a dataset
+in these formats needs no code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ....data.records.record_loading import find_example_data, load_records
+from ....data.records.records import CaptionedImage
+from ....data.records.splits import choose_test_rows, split_records
+from ....data.sources.coco import read_coco
+from ....data.sources.json_files import iterate_json_list, read_json, read_json_lines
+from ....data.sources.parquet import read_parquet
+from ..dataset_spec import DatasetValidator, ReadRequest, is_image, read_lines
+from ..retrieval_dataset import PublishedRecord, RecordReader
+
+COCO_FILES = ("captions_val2017.json", "annotations/captions_val2017.json")
+COCO_ADVICE = (
+    "Give the folder that contains annotations/captions_val2017.json, from "
+    "annotations_trainval2017.zip of cocodataset.org."
+)
+# The split of `llm2clip demo`, unless it is given another seed.
+EMOJI_SEED = 0
+NUM_TEST_GROUPS = 300
+# Every word has its part of speech: not a caption that people read.
+_SPLIT_INTO_WORDS = re.compile(r"\S+:[a-z]+\d*(\s+\S+:[a-z]+\d*)*\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonCaptions:
+    """Reads JSON or JSON lines.
+
+    A path names fields with dots between them; a number is one element of a list, `*` each of them,
+    and `{lang}` the language.
+
+    Attributes:
+        files: Each file by the names that it may have.
+        advice: Where to get them.
+        image: Fields of the image's name, of which the first one that exists is taken.
+        captions: Paths of the captions; those that exist are taken.
+        items: Field of the list of records, unless the file itself is a list.
+        parent: Field of the folder of the image.
+        name: The image's name, from `{name}` and `{folder}`, which is that of the file.
+        subfolder: Folder of the images, unless the request names another.
+        other_splits: Values of `split` besides `test`; empty if there are no splits. A file that
+            is a list has only the test split.
+        first: How many records are read, of a list that is too large for memory.
+        min_captions: Images with fewer captions are not part of the dataset.
+        lacking: Error of a record without a name or captions.
+    """
+
+    files: tuple[tuple[str, ...], ...]
+    advice: str
+    image: tuple[str, ...]
+    captions: tuple[str, ...]
+    items: str = ""
+    parent: str = ""
+    name: str = "{name}"
+    subfolder: str = ""
+    other_splits: tuple[str, ...] = ()
+    first: int | None = None
+    min_captions: int = 0
+    lacking: str = "no name of an image, or captions that are not texts"
+
+    def __call__(
+        self, request: ReadRequest, validator: DatasetValidator
+    ) -> Iterator[PublishedRecord]:
+        """Yield a record per image, in the order of the files."""
+        for names in self.files:
+            file = validator.find_file(request.data_folder, *names, advice=self.advice)
+            folder = "".join(names[0].rpartition("/")[:2])
+            for place, fields in self._iterate(file, validator):
+                name = next((fields[field] for field in self.image if fields.get(field)), None)
+                captions = self._find_captions(fields, request.lang)
+                if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
+                    error = self.lacking.format(lang=request.lang)
+                    validator.errors.add(error, f"{folder}{place}")
+                elif len(captions) >= self.min_captions:
+                    if parent := fields.get(self.parent):
+                        name = f"{parent}/{name}"
+                    name = self.name.format(name=name, folder=folder)
+                    image = self._find_image(request, name)
+                    yield PublishedRecord(f"{folder}{place}", name, tuple(captions), image)
+
+    def _iterate(
+        self, file: Path, validator: DatasetValidator
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the place and the fields of each record of the split."""
+        if file.suffix == ".json":
+            content = read_json(file) if self.first is None else iterate_json_list(file)
+            has_splits = bool(self.other_splits) and isinstance(content, dict)
+            items = content.get(self.items) if isinstance(content, dict) else content
+            if not isinstance(items, list | Iterator):
+                raise ValueError(
+                    f"{file}: neither a list nor an object with {self.items!r}. {self.advice}"
+                )
+            records = (
+                (f"{file.name} [{index}]", item if isinstance(item, dict) else {})
+                for index, item in enumerate(islice(items, self.first))
+            )
+        else:
+            has_splits = bool(self.other_splits)
+            lines = read_json_lines(file, validator.errors)
+            records = ((raw.place, dict(raw.fields)) for raw in lines)
+        for place, fields in records:
+            if not has_splits or fields.get("split") == "test":
+                yield place, fields
+            elif fields.get("split") not in self.other_splits:
+                validator.errors.add("no split, or an unknown one", place)
+
+    def _find_captions(self, fields: Mapping[str, Any], lang: str) -> list[Any]:
+        """List the captions; [None] if there is no field of them."""
+        found = [_find_values(fields, path.format(lang=lang)) for path in self.captions]
+        there = [values for values in found if values != [None]]
+        return list(chain(*there)) if there else [None]
+
+    def _find_image(self, request: ReadRequest, name: str) -> Path | None:
+        """Find an image in the publisher's own subfolder."""
+        image = request.data_folder / self.subfolder / name
+        is_there = self.subfolder and request.image_dir is None and image.is_file()
+        return image if is_there else None
+
+
+def _find_values(fields: Mapping[str, Any], path: str) -> list[Any]:
+    """List the values at a path; None stands for one that is missing."""
+    values: list[Any] = [fields]
+    for step in path.split("."):
+        if step == "*":
+            several = (value if isinstance(value, list) else [value] for value in values)
+            values = list(chain(*several))
+        elif step.isdigit():
+            place = int(step)
+            values = [v[place] if isinstance(v, list) and place < len(v) else None for v in values]
+        else:
+            values = [value.get(step) if isinstance(value, Mapping) else None for value in values]
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetCaptions:
+    """Reads the folder's Parquet files if it has any, and `otherwise` the publisher's other form.
+
+    `columns` are those of `image`, `file_name` and `captions`, `only` the values that a row must
+    have; see `read_parquet`. In the pattern `files`, `{lang}` is the language.
+    """
+
+    columns: Mapping[str, str]
+    otherwise: RecordReader
+    only: Mapping[str, str] | None = None
+    files: str = "**/*.parquet"
+
+    def __call__(
+        self, request: ReadRequest, validator: DatasetValidator
+    ) -> Iterator[PublishedRecord]:
+        """Yield a record per row; raise ValueError if there are only files of other languages."""
+        if not request.list_parquet_files():
+            yield from self.otherwise(request, validator)
+            return
+        found = request.list_parquet_files(self.files)
+        if not found:
+            raise ValueError(
+                f"{validator.source}: no {self.files.format(lang=request.lang)} in "
+                f"{request.folder}. Get the files of this language."
+            )
+        errors = validator.errors
+        columns, only = self.columns, self.only
+        for raw in read_parquet(found, request.data_folder, errors, columns=columns, only=only):
+            name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
+            texts: list[Any] = captions if isinstance(captions, list) else [captions]
+            if name is None or not all(isinstance(text, str) for text in texts):
+                errors.add("no name of an image, or captions that are not texts", raw.place)
+            else:
+                yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
+
+
+def read_coco_captions(
+    request: ReadRequest, validator: DatasetValidator
+) -> Iterator[PublishedRecord]:
+    """Yield a record per image of COCO's own caption file, in the order of its `images`."""
+    file = validator.find_file(request.data_folder, *COCO_FILES, advice=COCO_ADVICE)
+    for raw in read_coco(file, validator.errors):
+        name = raw.fields.get("file_name", raw.default_name)
+        yield PublishedRecord(raw.place, str(name), tuple(raw.fields["captions"]))
+
+
+def read_urban1k(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
+    """Yield a record per name that has a caption or an image, in the order of the numbers.
+
+    `caption/17.txt` describes `image/17.jpg`; its first line is the caption.
+    """
+    folder = request.data_folder
+    root = next((r for r in (folder, folder / "Urban1k") if (r / "caption").is_dir()), None)
+    if root is None:
+        raise ValueError(
+            f"{validator.source}: {folder} has no folder 'caption'. Unpack Urban1k.zip from "
+            "huggingface.co/datasets/BeichenZhang/Urban1k and give the folder that contains "
+            "'caption' and 'image'."
+        )
+    captions = {file.stem: file for file in (root / "caption").glob("*.txt")}
+    images: dict[str, list[Path]] = {}
+    for file in sorted((request.image_dir or root / "image").glob("*")):
+        if is_image(file):
+            images.setdefault(file.stem, []).append(file)
+    num_longer = 0
+    for name in sorted(captions.keys() | images.keys(), key=_number_first):
+        place, lines, errors = f"caption/{name}.txt", [], []
+        if name in captions:
+            try:
+                lines = read_lines(captions[name])
+            except ValueError:
+                errors.append(("not UTF-8", place))
+        if len(found := images.get(name, [])) > 1:
+            shown = ", ".join(file.name for file in found)
+            errors.append(("several images of one name", f"{place}: {shown}"))
+        for error in errors:
+            validator.errors.add(*error)
+        validator.num_errors_of_yielded += len(errors)
+        num_longer += any(line.strip() for line in lines[1:])
+        image = found[0] if found else None
+        yield PublishedRecord(
+            place, f"{name}.jpg", tuple(lines[:1]), image=image, is_valid=not errors
+        )
+    validator.notes["captions_truncated_to_first_line"] = num_longer
+
+
+def _number_first(name: str) -> tuple[bool, int, str]:
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+
+
+def read_multi30k(
+    request: ReadRequest, validator: DatasetValidator, *, split: str
+) -> Iterator[PublishedRecord]:
+    """Yield a record per image of a split: line n of a language's file describes image n."""
+    of_texts = [f"raw/{split}.{request.lang}.gz", f"raw/{split}.{request.lang}"]
+    texts, names = (
+        validator.find_file(
+            request.data_folder,
+            *(f"{root}{file}" for root in ("", "data/task1/") for file in files),
+            advice="Give the folder `data/task1` of github.com/multi30k/dataset.",
+        )
+        for files in (of_texts, [f"image_splits/{split}.txt"])
+    )
+    captions, images = read_lines(texts), read_lines(names)
+    if len(captions) != len(images):
+        # Nobody knows which caption is missing, so no line can be trusted.
+        raise ValueError(
+            f"{texts} has {len(captions)} lines, {names} has {len(images)}; line n of one must "
+            "describe line n of the other. Download both again from github.com/multi30k/dataset."
+        )
+    for number, (name, caption) in enumerate(zip(images, captions, strict=True), start=1):
+        # The COCO split has the number of the caption after the image.
+        place = f"{texts.name} line {number}"
+        yield PublishedRecord(place, name.strip().partition("#")[0], (caption,))
+
+
+class _Line(NamedTuple):
+    """A caption as the file has it, with its number as it is written."""
+
+    place: str
+    number: str
+    text: str
+
+
+def read_flickr30k_cn(
+    request: ReadRequest, validator: DatasetValidator
+) -> Iterator[PublishedRecord]:
+    """Yield the images of the test file, in the order of their first lines."""
+    file = validator.find_file(
+        request.data_folder,
+        "flickr30k_cn_test.txt",
+        "test/flickr30k_cn_test.txt",
+        advice="Get it from the folder `test` of Flickr30k-CNA, zero.so.com/download.html.",
+    )
+    for stem, lines in _group_lines(file, validator).items():
+        errors = list(_find_errors(lines))
+        for error, place in errors:
+            validator.errors.add(error, place)
+        validator.num_errors_of_yielded += len(errors)
+        ordered = lines if errors else sorted(lines, key=lambda line: int(line.number))
+        captions = tuple(line.text for line in ordered)
+        yield PublishedRecord(lines[0].place, f"{stem}.jpg", captions, is_valid=not errors)
+
+
+def _find_errors(lines: Iterable[_Line]) -> Iterator[tuple[str, str]]:
+    """Find captions of one image without a number of their own, or split into words."""
+    seen: set[int] = set()
+    for line in lines:
+        if not line.number.isdecimal():
+            yield "caption without a number", line.place
+        elif int(line.number) in seen:
+            yield "number of a caption repeated", line.place
+        else:
+            seen.add(int(line.number))
+        if _SPLIT_INTO_WORDS.fullmatch(line.text):
+            yield "caption split into words with parts of speech", line.place
+
+
+def read_coco_cn(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
+    """Yield the images of the test split with the captions that people wrote for them."""
+    split, file = (
+        validator.find_file(
+            request.data_folder,
+            name,
+            f"coco-cn-version1805v1.1/{name}",
+            advice="Unpack coco-cn-version1805v1.1.tar.gz of "
+            "huggingface.co/datasets/AIMClab/COCO-CN.",
+        )
+        for name in ("coco-cn_test.txt", "imageid.human-written-caption.txt")
+    )
+    wanted = [line.strip() for line in read_lines(split) if line.strip()]
+    grouped = _group_lines(file, validator)
+    for number, stem in enumerate(wanted, start=1):
+        part = "train2014" if "train2014" in stem else "val2014"
+        captions = tuple(line.text for line in grouped.get(stem, ()))
+        yield PublishedRecord(f"{split.name} line {number}", f"{part}/{stem}.jpg", captions)
+
+
+def _group_lines(file: Path, validator: DatasetValidator) -> dict[str, list[_Line]]:
+    """Group lines `image#number caption` by image; a type may precede the number.
+
+    `1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`, and
+    `COCO_val2014_000000000042#0 一只狗` of `COCO_val2014_000000000042.jpg`. Any whitespace ends the
+    first part.
+    """
+    lines: dict[str, list[_Line]] = {}
+    for row, line in enumerate(read_lines(file), start=1):
+        place = f"{file.name} line {row}"
+        label, *text = line.split(maxsplit=1)
+        stem, mark, rest = label.partition("#")
+        if not mark or not stem:
+            validator.errors.add("no 'image#number' at the start of the line", place)
+            continue
+        found = _Line(place, rest.rpartition("#")[2], text[0] if text else "")
+        lines.setdefault(stem.removesuffix(".jpg"), []).append(found)
+    return lines
+
+
+def read_emoji(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
+    """Yield one image of each emoji of the test split, with its name in one language."""
+    if "emoji" not in validator.cache.records:
+        validator.cache.records["emoji"] = _choose_emoji()
+    tested, captions = validator.cache.records["emoji"]
+    validator.notes["seed"] = EMOJI_SEED
+    for record in tested:
+        yield PublishedRecord(
+            place="captions.jsonl",
+            name=record.name,
+            captions=captions[record.name, request.lang],
+            image=record.image,
+            group_id=record.group_id,
+        )
+
+
+def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[str, ...]]]:
+    """Return the records that test English, and the first caption by image and language."""
+    records = load_records(find_example_data() / "emoji")
+    english = [record for record in records if record.lang == "en"]
+    _, held_out = split_records(english, test_size=NUM_TEST_GROUPS, seed=EMOJI_SEED)
+    groups = {record.group_id for record in held_out}
+    tested = [english[row] for row in choose_test_rows(english, groups)]
+    return tested, {(record.name, record.lang): record.captions[:1] for record in records}
