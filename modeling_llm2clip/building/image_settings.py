@@ -24,7 +24,7 @@ from ..configs.build_config import Normalization
 from ..loading_llm2clip import build_tower
 from ..vision_llm2clip import find_fixed_size, find_patch_size
 
-_MEAN_AND_STD = {
+MEAN_AND_STD = {
     "openai": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "half": ([0.5] * 3, [0.5] * 3),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -49,7 +49,7 @@ def set_normalization(image_processor: Any, normalization: Normalization) -> Any
         )
     if normalization == "own":
         return image_processor
-    mean, std = _MEAN_AND_STD[normalization]
+    mean, std = MEAN_AND_STD[normalization]
     return _change(image_processor, image_mean=list(mean), image_std=list(std), do_normalize=True)
 
 

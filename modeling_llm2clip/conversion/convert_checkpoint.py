@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .._environment import list_versions
+from ..building.image_settings import MEAN_AND_STD
 from ..configs.export_config import ConvertConfig
-from ..configs.source_format import PREPROCESSINGS, SourceFormat
+from ..configs.source_format import SourceFormat
 from ..data.atomic_files import hash_file
 from ..doctor.check_model import check_model
 from ..model_folders.atomic_folder import require_new_folder
@@ -25,6 +26,7 @@ from ..model_folders.model_folder import RECORD_FILE
 from ..model_folders.model_writing import LazyModel, save_model
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .conversion_plan import ConversionPlan, plan_conversion
+from .layouts import find_layout
 from .source_checkpoint import (
     CheckpointSource,
     find_commit,
@@ -84,10 +86,11 @@ def convert_checkpoint(
     config = config or ConvertConfig()
     output = Path(output)
     require_new_folder(output)
+    layout = find_layout(source_format)
     card = _gather_card(source, llm, config)
     language = open_language_model(llm)
     # The checkpoint is not held: the plan has its weights.
-    plan = plan_conversion(open_checkpoint(source), language, source_format, config)
+    plan = plan_conversion(open_checkpoint(source), language, layout, source_format, config)
     dtype: torch.dtype = getattr(torch, config.dtype)
     for part in (plan.config, plan.config.vision_config, plan.config.text_config):
         part.dtype = dtype
@@ -129,7 +132,7 @@ def _make_record(
 ) -> dict[str, Any]:
     """Record for good what the folder was made of; names of files, not their paths."""
     assert source_format.preprocessing is not None
-    mean, std = PREPROCESSINGS[source_format.preprocessing]
+    mean, std = MEAN_AND_STD[source_format.preprocessing]
     llm, paths = language.source, [*plan.files, language.folder]
     by_reason: dict[str, list[str]] = {}
     for key, reason in plan.dropped.items():

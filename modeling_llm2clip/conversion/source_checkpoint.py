@@ -10,17 +10,12 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..configs.source_format import SOURCE_FORMATS
 from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, open_weights
-from .layouts.eva02 import EVA02
-from .layouts.hub_clip import HUB_CLIP
+from .layouts import LAYOUTS
 from .layouts.layout import Layout
-from .layouts.openai import OPENAI
-from .layouts.siglip2 import SIGLIP2
 
-_LAYOUTS = (HUB_CLIP, OPENAI, EVA02, SIGLIP2)
 _KEYS_SHOWN = 6
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Where huggingface_hub notes what it downloaded into a folder that a user named.
@@ -85,36 +80,22 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     return Checkpoint(source, files, open_weights(path), stated)
 
 
-def require_layout(checkpoint: Checkpoint, name: str) -> Layout:
-    """Return the layout of a source format, which the checkpoint's keys must have.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        name: Name of the layout.
-
-    Raises:
-        ValueError: The keys have another layout, whose source format is named, or none that is
-            known.
-    """
-    fitting = [layout for layout in _LAYOUTS if all(m in checkpoint.tensors for m in layout.marks)]
-    chosen = next(layout for layout in _LAYOUTS if layout.name == name)
-    if chosen in fitting and len(fitting) == 1:
-        return chosen
+def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Refuse a checkpoint whose keys are not those of a layout, and name the one they are of."""
+    fitting = [one for one in LAYOUTS if all(mark in checkpoint.tensors for mark in one.marks)]
+    if fitting == [layout]:
+        return
     source = checkpoint.source.name
-    formats: dict[str, str] = {
-        source_format.layout: name for name, source_format in SOURCE_FORMATS.items()
-    }
     if len(fitting) == 1:
-        found = fitting[0].name
         raise ValueError(
-            f"{source} has keys of the family {found!r}, the source format is for {name!r}. Choose "
-            f"the source format {formats[found]!r}."
+            f"{source} has keys of the family {fitting[0].name!r}, the source format is for "
+            f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
         )
-    shown = sorted(checkpoint.tensors)[:_KEYS_SHOWN]
+    shown, families = sorted(checkpoint.tensors)[:_KEYS_SHOWN], sorted(one.name for one in LAYOUTS)
     raise ValueError(
-        f"{source} has keys of {len(fitting)} known families, wanted one of {sorted(formats)}. Its "
-        f"first keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be "
-        "converted; build a new model from its tower instead (llm2clip build)."
+        f"{source} has keys of {len(fitting)} known families, wanted one of {families}. Its first "
+        f"keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be converted; "
+        "build a new model from its tower instead (llm2clip build)."
     )
 
 

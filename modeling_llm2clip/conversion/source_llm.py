@@ -18,7 +18,7 @@ from ..building.text_towers import require_decoder, require_own_tokenizer
 from ..loading_llm2clip import build_tower, list_weight_files, load_without_code
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
-from .key_mapping import Drop, RenamedWeights, apply_rules, rename
+from .layouts.layout import Drop, RenamedWeights, apply_rules, rename
 from .source_checkpoint import public_name, require_no_revision, split_revision
 
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)

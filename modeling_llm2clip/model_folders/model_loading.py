@@ -26,6 +26,13 @@ MODEL_CLASSES: dict[str, Any] = {
     cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
 }
 
+# By what a command calls the parts of a model.
+CLASS_OF_COMPONENTS = {
+    "full": "LLM2CLIPModel",
+    "text": "LLM2CLIPTextModel",
+    "vision": "LLM2CLIPVisionModel",
+}
+
 
 def load_model(
     source: str | Path,

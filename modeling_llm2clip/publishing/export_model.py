@@ -20,7 +20,7 @@ from ..model_folders.model_card_data import (
     update_card_data,
 )
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
+from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
 from ..model_folders.model_writing import find_carried_files, save_model
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..sentence_transformers_llm2clip import read_instructions
@@ -28,12 +28,6 @@ from .card_results import read_card_results, require_own_results
 from .hosting_files import render_hosting_files
 from .onnx_export import export_onnx
 from .vision_tower_export import export_vision_tower
-
-CLASS_OF_COMPONENTS = {
-    "full": "LLM2CLIPModel",
-    "text": "LLM2CLIPTextModel",
-    "vision": "LLM2CLIPVisionModel",
-}
 
 
 def export_model(

@@ -11,11 +11,11 @@ from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.model_loading import MODEL_CLASSES
+from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES
 from ..model_folders.model_writing import cast_weights, find_carried_files
 from ..model_folders.weights import open_model_weights, plan_shards
 from .card_results import require_own_results
-from .export_model import CLASS_OF_COMPONENTS, plan_card
+from .export_model import plan_card
 from .hosting_files import render_hosting_files
 from .push_to_hub import require_healthy
 from .uploaded_files import PlannedFile, list_own_files
