@@ -96,8 +96,7 @@ def convert(
     chosen = replace(layout.source_format, **changes)
     config = replace(config, device=str(use_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
-    from ..conversion.source_checkpoint import CheckpointSource
-    from ..conversion.source_llm import LLMSource
+    from ..conversion.source_checkpoint import CheckpointSource, LLMSource
     from ..model_folders.model_folder import RECORD_FILE
 
     folder = convert_checkpoint(

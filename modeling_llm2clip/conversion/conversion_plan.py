@@ -1,4 +1,4 @@
-"""Where every weight of the new model comes from, settled before anything is read or written."""
+"""Plans a conversion: the origin of every weight, settled before anything is read or written."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES
 from ..model_folders.weights import LazyTensor
 from ..modeling_llm2clip import LLM2CLIPModel
 from .layouts.layout import Layout, RenamedWeights, Rule, apply_rules, rename
-from .source_checkpoint import Checkpoint, public_name, require_layout
-from .source_llm import LanguageModel, open_llm_weights
+from .source_checkpoint import (
+    Checkpoint,
+    LanguageModel,
+    open_llm_weights,
+    public_name,
+    require_layout,
+)
 
 _NOT_ASKED_FOR = "belongs to the tower that was not asked for"
 # Training clamps to ln 100; a checkpoint in half precision holds it rounded up.
@@ -83,7 +88,14 @@ def plan_conversion(
     source = str(checkpoint.source.name)
     require_layout(checkpoint, layout)
     sizes = _read_adapter_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
-    _require_width(sizes, language.config.hidden_size, source=source, llm=str(language.source.name))
+    width = language.config.hidden_size
+    if width != sizes.llm_width:
+        fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
+        raise ValueError(
+            f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but "
+            f"{language.source.name} gives {width}. LLMs of {sizes.llm_width}: {fitting}. Give the "
+            "LLM that the checkpoint was trained with."
+        )
     model_config, tokenizer = _configure(checkpoint, layout, sizes, language, source_format)
     vision: Any = model_config.vision_config
     model_args = getattr(vision, "model_args", None)  # of a network of timm
@@ -117,14 +129,7 @@ def plan_conversion(
 def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImageProcessor:
     """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
 
-    It does what the official code does with torchvision.
-
-    Args:
-        source_format: Which mean and standard deviation.
-        size: Side of the images in pixels.
-
-    Raises:
-        ValueError: The source format leaves the preprocessing open.
+    Its pixels are those of the official code, which uses torchvision.
     """
     if source_format.preprocessing is None:
         raise ValueError(
@@ -217,17 +222,6 @@ def _read_adapter_sizes(
         )
     inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
     return _AdapterSizes(width, last.shape[0], num_layers, inner // width)
-
-
-def _require_width(sizes: _AdapterSizes, llm_width: int, *, source: str, llm: str) -> None:
-    if sizes.llm_width == llm_width:
-        return
-    fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
-    raise ValueError(
-        f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but {llm} gives "
-        f"{llm_width}. "
-        f"LLMs of {sizes.llm_width}: {fitting}. Give the LLM that the checkpoint was trained with."
-    )
 
 
 def _count_blocks(prefix: str, tensors: Mapping[str, LazyTensor]) -> int:

@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
 from modeling_llm2clip.conversion.layouts.siglip2 import LAYOUT as SIGLIP2
-from modeling_llm2clip.conversion.source_llm import LLMSource
+from modeling_llm2clip.conversion.source_checkpoint import LLMSource
 
 
 def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""A layout, the rules that it is made of, and what several layouts share."""
+"""The parts of a layout, and functions that several layouts share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """Where the keys that match a pattern go.
+    """A pattern of keys and the names that they get.
 
     Attributes:
         pattern: Regular expression for a whole key.
-        targets: Pairs of a name in the new model, with `\\1` for a group of the pattern, and what
-            is made of the tensor, which is None for the tensor itself. Several for a matrix that
-            is split.
+        targets: Pairs of a name in the new model, with a backslash and a number for a group of the
+            pattern, and a function that changes the tensor, or None. Several for a matrix that is
+            split.
     """
 
     pattern: str
@@ -50,10 +50,10 @@ class Drop:
 
 @dataclass
 class RenamedWeights:
-    """What rules made of the weights of a source.
+    """The weights of a source after its rules.
 
     Attributes:
-        weights: By their names in the new model.
+        weights: Weights by their names in the new model.
         origins: Name in the new model → key of the source that it was made from.
         dropped: Key of the source → why it is not needed.
     """
@@ -65,7 +65,7 @@ class RenamedWeights:
     def add(
         self, targets: Mapping[str, Make | None], key: str, tensor: LazyTensor, source: str
     ) -> None:
-        """Add what a rule makes of one key."""
+        """Add the weights that a rule makes of one key."""
         for name, make in targets.items():
             if name in self.weights:
                 raise ValueError(
@@ -78,24 +78,24 @@ class RenamedWeights:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of checkpoints: its keys, and what they do not say.
+    """A family of checkpoints: its keys, and everything that they do not say.
 
     Attributes:
         choice: Name of its source format, as users choose it.
-        source_format: What the official checkpoints of the family do not say.
+        source_format: Source format of the official checkpoints; its `layout` names the family.
         marks: Keys that this family has and no other.
-        adapter_prefix: What the keys of the text adapter begin with.
-        rules: For the vision tower and its projection.
+        adapter_prefix: Prefix of the keys of the text adapter.
+        rules: Rules for the vision tower and its projection.
         make_vision_config: Makes the tower's configuration of weights, source format and the
             checkpoint's own configuration, which is None where it has none.
         drops: Keys left out, with the reason.
         options: Fields of `SourceFormat` that this family has and others may not have.
         activations: Activations that its vision towers may have.
-        needs_timm: Whether its vision tower is a network of timm.
+        needs_timm: Its vision tower is a network of timm.
         has_projection: False where the tower's embedding is the image's embedding; the projection
             then becomes the identity.
-        projection_bias: Whether the image projection has a bias.
-        llm_prefix: What the keys of the LLM begin with, where a checkpoint may hold it.
+        projection_bias: The image projection has a bias.
+        llm_prefix: Prefix of the keys of the LLM, where a checkpoint may hold it.
     """
 
     choice: str
