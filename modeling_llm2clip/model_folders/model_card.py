@@ -122,16 +122,8 @@ class CardData:
     @property
     def metadata(self) -> dict[str, Any]:
         """Fields of the card's metadata, without the results."""
-        fields = {
-            "license": self.license,
-            "license_name": self.license_name,
-            "license_link": self.license_link,
-            "vision_license": self.vision_license,
-            "text_license": self.text_license,
-            "training_data": list(self.training_data) or None,
-            "caution": self.caution,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+        stated = {**vars(self), "training_data": list(self.training_data) or None}
+        return {n: value for n, value in stated.items() if n != "results" and value is not None}
 
     @property
     def eval_results(self) -> list[EvalResult]:
@@ -231,7 +223,8 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
     stated: Any = data.license
     if isinstance(stated, list):
         return ", ".join(map(str, stated)) or None
-    return (data.license_name or stated) if stated == "other" else stated
+    named: str | None = (data.license_name or stated) if stated == "other" else stated
+    return named
 
 
 def _read_metadata(card: Path) -> Any:

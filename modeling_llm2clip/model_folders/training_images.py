@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -156,29 +156,26 @@ class TrainingImages:
         )
 
 
+@dataclass
 class ImageTally:
-    """Adds up the images of a run: their number, and the sum of their embeddings, (D,) float64."""
+    """Adds up the images of a run, batch by batch.
 
-    def __init__(self, num_images: int = 0, total: Array | None = None) -> None:
-        self.num_images = num_images
-        self._total = total
+    Attributes:
+        num_images: Number of images so far.
+        total: (D,) float64, the sum of their embeddings of unit length; zero before the first.
+    """
 
-    @property
-    def total(self) -> Array:
-        """(D,) float64, the sum of the embeddings of at least one image."""
-        assert self._total is not None
-        return self._total
+    num_images: int = 0
+    total: Array = field(default_factory=lambda: np.zeros(()))
 
     def add(self, vision_embeds: Tensor) -> None:
-        """Add images."""
-        if len(vision_embeds):
-            total = _to_unit_rows(vision_embeds).sum(axis=0)
-            self.join(ImageTally(len(vision_embeds), total))
+        """Add images, (B, D) of the tower before the projection."""
+        self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
 
     def join(self, other: ImageTally) -> None:
         """Add the images of another tally."""
         if other.num_images:
-            self._total = other.total if self._total is None else self._total + other.total
+            self.total = self.total + other.total
             self.num_images += other.num_images
 
 
@@ -191,13 +188,12 @@ def read_training_images(folder: Path) -> TrainingImages | None:
         with safe_open(file, framework="pt") as opened:
             found = json.loads((opened.metadata() or {})[_METADATA])
             clusters = [opened.get_tensor(f"clusters.{n}") for n in range(len(found["datasets"]))]
-        summary = _parse(found, clusters)
+        return _parse(found, clusters)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is damaged or of another version ({error}). Restore it; or remove it, and "
             "images unlike those of the training are no longer noticed."
         ) from error
-    return summary
 
 
 def write_training_images(folder: Path, summary: TrainingImages) -> None:

@@ -150,7 +150,7 @@ class _OnnxWriter:
 
     folder: Path
     reference: Reference
-    graphs: dict[str, dict[str, Any]]
+    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Versions of ONNX's operators and of its file format.
     versions: dict[str, int] = field(default_factory=dict)
 
@@ -166,7 +166,7 @@ class _OnnxWriter:
         dtype = stated if isinstance(stated, torch.dtype) else torch.float32
         require_golden(source, model.eval(), processor, dtype=dtype)
         inputs = load_check_inputs(config.onnx_data)
-        return cls(folder, Reference(model, processor, inputs, source, dtype), {})
+        return cls(folder, Reference(model, processor, inputs, source, dtype))
 
     def write_text_graphs(self, config: ExportConfig) -> None:
         """Write the text tower in float32, check it, and round it as often as asked."""
