@@ -127,12 +127,14 @@ def join_towers(
     dtype = getattr(torch, config.dtype)
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
+        require_pixels_alone(vision_model)
     else:
         vision_model, image_processor = load_vision_tower(
             vision, dtype=dtype, allow_missing_pooler=config.vision_pooling != "pooler"
         )
     if isinstance(text, tuple):
         text_model, tokenizer = text
+        require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     else:
         text_model, tokenizer = load_text_tower(
             text, dtype=dtype, tokenizer_code=config.tokenizer_code
@@ -155,7 +157,6 @@ def configure_model(
     The LLM's configuration is changed in place. `text_width` is the width of the hidden states that
     the LLM returns; None for its `hidden_size`.
     """
-    require_own_tokenizer(text_config, tokenizer, "The LLM")
     template = resolve_template(
         tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
     )
@@ -192,7 +193,6 @@ def _join(
     tokenizer: PreTrainedTokenizerBase,
     config: BuildConfig,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    require_pixels_alone(vision_model)
     image_processor = set_normalization(image_processor, config.normalization)
     if config.image_size is not None:
         vision_model, image_processor = set_image_size(

@@ -1,6 +1,6 @@
 """Loads the vision tower that a new model is built from, and its image processor.
 
-What loading an LLM shares with it is here too: an account of every key, and errors that name the
+Here is also the part that loading an LLM shares: an account of every key, and errors that name the
 source.
 """
 

@@ -36,10 +36,7 @@ class FoundModel:
 
 
 def find_model_type(source: str | Path, *, revision: str | None = None) -> FoundModel | None:
-    """Look at the small files of a folder or Hub repository.
-
-    None where they do not show the content, or there is no such source.
-    """
+    """Look at the small files of a folder or Hub repository; None where they show nothing."""
     folder = Path(source)
     if not folder.is_dir():
         file = is_hub_id(source) and fetch_hub_file(source, "config.json", revision=revision)

@@ -115,7 +115,6 @@ def save_model(
         max_text_length=config.max_text_length,
     )
     folder = Path(folder)
-    require_new_folder(folder)
     if isinstance(model, LazyModel):
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)

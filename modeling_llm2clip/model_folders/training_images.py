@@ -170,7 +170,8 @@ class ImageTally:
 
     def add(self, vision_embeds: Tensor) -> None:
         """Add images, (B, D) of the tower before the projection."""
-        self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
+        if len(vision_embeds):
+            self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
 
     def join(self, other: ImageTally) -> None:
         """Add the images of another tally."""

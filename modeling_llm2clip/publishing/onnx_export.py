@@ -26,7 +26,7 @@ from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..model_folders.atomic_folder import atomic_folder, require_new_folder
+from ..model_folders.atomic_folder import atomic_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
 from ..model_folders.model_card import CardData, read_card_data, update_card_data
@@ -91,7 +91,6 @@ def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
     processor, configuration, golden embeddings, script, record and card.
     """
     require(*ONNX_EXPORT)
-    require_new_folder(Path(output))
     _require_parts(folder, config)
     with atomic_folder(Path(output)) as unfinished:
         (unfinished / GRAPHS).mkdir()
