@@ -37,7 +37,7 @@ from modeling_llm2clip.data.captions.caption_groups import group_captions
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
-from modeling_llm2clip.model_folders.lora_base import LORA_WEIGHTS
+from modeling_llm2clip.model_folders.model_folder import LORA_WEIGHTS
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
 

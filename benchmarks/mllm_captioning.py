@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dinov2_tower import DINOV2
 from provenance import describe_run
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.pretrained_towers import DINOV2, SMOLLM2, SMOLLM2_BASE, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2, SMOLLM2_BASE, fetch_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
@@ -51,7 +52,7 @@ from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.publishing.vision_tower_export import export_vision_tower
+from modeling_llm2clip.publishing.export_model import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.extraction.extract import extract
 from modeling_llm2clip.training.run_folder import read_results

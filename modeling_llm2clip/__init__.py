@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
     from .conversion.convert_checkpoint import convert_checkpoint
-    from .conversion.source_checkpoint import CheckpointSource
-    from .conversion.source_llm import LLMSource
+    from .conversion.source_checkpoint import CheckpointSource, LLMSource
     from .data.captions.caption_joins import join_captions
     from .data.records.dataset_objects import records_from_dataset, stream_dataset
     from .data.records.record_loading import load_records
@@ -93,8 +92,7 @@ _HOMES = {
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),
     "conversion.convert_checkpoint": ("convert_checkpoint",),
-    "conversion.source_checkpoint": ("CheckpointSource",),
-    "conversion.source_llm": ("LLMSource",),
+    "conversion.source_checkpoint": ("CheckpointSource", "LLMSource"),
     "data.captions.caption_joins": ("join_captions",),
     "data.records.dataset_objects": ("records_from_dataset", "stream_dataset"),
     "data.store.embedding_store": ("EmbeddingStore",),

@@ -113,7 +113,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One exported tiny checkpoint with an instruction; tests break copies of it."""
     from tiny import tiny_model
 
-    from modeling_llm2clip.model_folders.model_card_data import CardData
+    from modeling_llm2clip.model_folders.model_card import CardData
     from modeling_llm2clip.model_folders.model_writing import save_model
 
     model, processor = tiny_model("clip", "llama")

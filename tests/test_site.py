@@ -28,8 +28,8 @@ from modeling_llm2clip.__main__ import LINE
 from modeling_llm2clip.cli.command import UsageError
 from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
 from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
 from modeling_llm2clip.data.records.records import _KNOWN_FIELDS
 from modeling_llm2clip.doctor import server_checks
 from modeling_llm2clip.doctor.check_model import check_model

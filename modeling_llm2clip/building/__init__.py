@@ -1,1 +1,1 @@
-"""Two towers into an untrained model."""
+"""Builds an untrained model from two towers."""

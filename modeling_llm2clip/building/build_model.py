@@ -13,12 +13,13 @@ from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
 from ..model_folders.atomic_folder import require_new_folder
-from ..model_folders.model_card_data import (
+from ..model_folders.model_card import (
     CardData,
     find_license,
     set_base_models,
     update_card_data,
 )
+from ..model_folders.model_folder import require_sources
 from ..model_folders.model_writing import require_as_written, save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -34,7 +35,6 @@ from .tower_checks import (
     require_pixels_alone,
     require_pooled_tokens,
 )
-from .tower_sources import require_sources
 from .vision_towers import load_vision_tower
 
 # A Hub id or folder, or a loaded tower with its image processor.
@@ -127,12 +127,14 @@ def join_towers(
     dtype = getattr(torch, config.dtype)
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
+        require_pixels_alone(vision_model)
     else:
         vision_model, image_processor = load_vision_tower(
             vision, dtype=dtype, allow_missing_pooler=config.vision_pooling != "pooler"
         )
     if isinstance(text, tuple):
         text_model, tokenizer = text
+        require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     else:
         text_model, tokenizer = load_text_tower(
             text, dtype=dtype, tokenizer_code=config.tokenizer_code
@@ -152,17 +154,9 @@ def configure_model(
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
-    Args:
-        vision_config: Configuration of the vision tower.
-        text_config: Configuration of the LLM; changed in place.
-        tokenizer: Tokenizer of the LLM.
-        config: How the towers are joined.
-        text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
-
-    Raises:
-        ValueError: The tokenizer is another model's, or the prompt does not fit it.
+    The LLM's configuration is changed in place. `text_width` is the width of the hidden states that
+    the LLM returns; None for its `hidden_size`.
     """
-    require_own_tokenizer(text_config, tokenizer, "The LLM")
     template = resolve_template(
         tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
     )
@@ -199,7 +193,6 @@ def _join(
     tokenizer: PreTrainedTokenizerBase,
     config: BuildConfig,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    require_pixels_alone(vision_model)
     image_processor = set_normalization(image_processor, config.normalization)
     if config.image_size is not None:
         vision_model, image_processor = set_image_size(

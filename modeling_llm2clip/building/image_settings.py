@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..configs.build_config import Normalization
 from ..loading_llm2clip import build_tower
 from ..vision_llm2clip import find_fixed_size, find_patch_size
 
-_MEAN_AND_STD = {
+MEAN_AND_STD = {
     "openai": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "half": ([0.5] * 3, [0.5] * 3),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -32,45 +32,21 @@ _MEAN_AND_STD = {
 
 
 def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
-    """Return the image processor with another mean and standard deviation.
-
-    Args:
-        image_processor: Image processor of the tower; it stays as it is.
-        normalization: `"own"` leaves them, `"openai"` is CLIP's, with which the official
-            checkpoints of every tower were trained, `"half"` is SigLIP's 0.5 and 0.5, `"imagenet"`
-            is DINO's.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    if normalization not in get_args(Normalization):
-        raise ValueError(
-            f"normalization={normalization!r} must be one of {get_args(Normalization)}."
-        )
+    """Return the image processor with another mean and standard deviation."""
     if normalization == "own":
         return image_processor
-    mean, std = _MEAN_AND_STD[normalization]
+    mean, std = MEAN_AND_STD[normalization]
     return _change(image_processor, image_mean=list(mean), image_std=list(std), do_normalize=True)
 
 
 def set_image_size(
     vision_model: PreTrainedModel, image_processor: Any, image_size: int
 ) -> tuple[PreTrainedModel, Any]:
-    """Make tower and image processor take square images of another size.
+    """Make tower and image processor take square images of another size, in pixels.
 
     Position embeddings for one size alone are interpolated once and for all, as the tower itself
-    does when it runs. A tower that takes any size is left as it is.
-
-    Args:
-        vision_model: Vision tower. A timm network is changed in place, another one is not.
-        image_processor: Its image processor; it stays as it is.
-        image_size: Side in pixels, a multiple of the tower's patch size.
-
-    Returns:
-        Tower and image processor.
-
-    Raises:
-        ValueError: The side is not a multiple, or the tower does not take it, which is tried.
+    does when it runs. A tower that takes any size is left as it is. A timm network is changed in
+    place, another one is not; the image processor stays as it is.
     """
     own = find_fixed_size(vision_model)
     patch = find_patch_size(vision_model)
@@ -155,7 +131,7 @@ def _resize_positions(
 def _interpolate_positions(
     vision_model: nn.Module, image_size: int, patch: int, num_others: int
 ) -> Tensor:
-    """Ask the tower's own interpolation for the positions of another size, (1, L, D) float32."""
+    """Interpolate positions as the tower itself does, (1, L, D) float32."""
     found: Any = next(
         module for module in vision_model.modules() if hasattr(module, "interpolate_pos_encoding")
     )

@@ -8,6 +8,7 @@ and the LLM need not be in memory. The sum is computed in float32 and rounded on
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from ..loading_llm2clip import build_tower
-from ..model_folders.lora_base import PLAIN_STARTS, read_lora_config, require_base
-from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
 from ..model_folders.weights import LazyTensor, open_weights
 
 # peft's wrapper around the LLM, and the LLM's name inside the class that has its head.
@@ -30,6 +31,10 @@ _ADAPTER = "default"
 # In half precision the changes of a usual LoRA reach most entries; where they do not, its accuracy
 # is not that of the merged weights.
 _FEW_CHANGED = 0.5
+# Values of peft's `init_lora_weights` that leave the base as it is; others take a part out of it.
+PLAIN_STARTS = (True, False, None, "gaussian")
+# In the metadata of a LoRA's weights: SHA-256 of the weights of the LLM that it was trained on.
+BASE_WEIGHTS = "base_weights"
 # Starts that take a part out of the base, the same one each time. Others sample or need data.
 _REPEATABLE_STARTS = ("pissa", "olora")
 # What peft can train beside the low-rank matrices; neutral values.
@@ -47,21 +52,11 @@ _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
 def merge_lora(
     text_model: PreTrainedModel, lora: str | Path, *, accepted_base: str | None = None
 ) -> float:
-    """Merge a LoRA into a loaded LLM without its head, and warn if most of it is rounded away.
+    """Merge a LoRA into a loaded LLM without its head, in place, and warn if most is rounded away.
 
-    Args:
-        text_model: Changed in place, unless an error is raised.
-        lora: Hub id or folder of `adapter_config.json` and `adapter_model.safetensors`. It may have
-            been trained on the class with the head (`…ForCausalLM`).
-        accepted_base: Name that the LoRA has for this LLM, where both are the same weights.
-
-    Returns:
-        Share of the entries of its weights that the LLM now has with another value.
-
-    Raises:
-        ValueError: The LoRA is for another base, trains more than low-rank matrices, has keys
-            without a place here, lacks some, is not finite, or changes nothing; or a change is lost
-            in the rounding of the LLM's dtype.
+    The LoRA may have been trained on the class with the head (`…ForCausalLM`). Where an error is
+    raised, nothing is changed. Returns the share of the entries of its weights that have another
+    value now.
     """
     parameters = dict(text_model.named_parameters())
     merged = merge_lora_weights(
@@ -102,28 +97,34 @@ def merge_lora_weights(
     accepted_base: str | None = None,
     dtype: torch.dtype,
 ) -> dict[str, LazyTensor]:
-    """Return the weights of an LLM that a LoRA changes, merged when they are read.
+    """Return the weights of an LLM that a LoRA changes, float32, merged when they are read.
 
-    Args:
-        weights: Weights of the LLM without its head, by name.
-        config: Configuration of the LLM.
-        lora: As in `merge_lora`.
-        base: Name of the LLM, compared with the one that the LoRA states; empty where it has none.
-        accepted_base: As in `merge_lora`.
-        dtype: Dtype that the merged weights are going to be saved in.
-
-    Returns:
-        Name → float32 tensor. Reading it raises ValueError where the sum is not finite, or `dtype`
-        would round the change away.
-
-    Raises:
-        ValueError: As in `merge_lora`.
+    `base` is compared with the base that the LoRA states, unless either has no name; a LoRA that
+    names `accepted_base` is taken. Reading a weight raises where the sum is not finite, or where
+    `dtype`, in which it is going to be saved, would round the change away.
     """
-    folder = find_model_folder(lora if isinstance(lora, str) else str(lora))
-    stated = read_lora_config(folder)
-    _require_matrices_alone(stated, lora)
-    if base and stated.get("base_model_name_or_path"):  # both have a name to compare
-        require_base(stated, base, lora=lora, accepted_base=accepted_base)
+    folder = find_model_folder(str(lora))
+    if not (folder / LORA_CONFIG).is_file():
+        raise ValueError(f"{folder} has no {LORA_CONFIG}; it is not a LoRA that peft saved.")
+    stated: dict[str, Any] = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8"))
+    others = {
+        name: stated[name]
+        for name, neutral in _MATRICES_ALONE.items()
+        if stated.get(name, neutral[0]) not in neutral
+    }
+    if others:
+        raise ValueError(
+            f"{lora} is more than the low-rank matrices of a LoRA ({others}), which is not merged "
+            "here. Merge it with peft (merge_and_unload), save the LLM, and give that folder."
+        )
+    trained_on = stated.get("base_model_name_or_path")
+    same = trained_on == accepted_base or is_same_base(str(trained_on), base)
+    if base and trained_on and not same:  # both have a name to compare
+        raise ValueError(
+            f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Give that "
+            "base; if both names are of the same weights, pass "
+            f"accept_lora_base={trained_on!r}."
+        )
     factors = {name: tensor.read().float() for name, tensor in open_weights(folder).items()}
     # peft saves an embedding table beside the LoRA of it.
     tables = {n: factors.pop(n) for n in list(factors) if n.endswith(".base_layer.weight")}
@@ -138,19 +139,6 @@ def merge_lora_weights(
         read = partial(_merge, layer, weight, stated, name=f"{lora}: {name}", dtype=dtype)
         merged[name] = LazyTensor(weights[name].shape, torch.float32, read)
     return merged
-
-
-def _require_matrices_alone(lora_config: Mapping[str, Any], lora: str | Path) -> None:
-    others = {
-        name: lora_config[name]
-        for name, neutral in _MATRICES_ALONE.items()
-        if lora_config.get(name, neutral[0]) not in neutral
-    }
-    if others:
-        raise ValueError(
-            f"{lora} is more than the low-rank matrices of a LoRA ({others}), which is not merged "
-            "here. Merge it with peft (merge_and_unload), save the LLM, and give that folder."
-        )
 
 
 class _Headed(PreTrainedModel):
@@ -299,12 +287,18 @@ def _merge(
     name: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge one weight, (…) float32."""
+    """Merge one weight, in float32."""
     base, parameter = layer.get_base_layer(), _name_weight(layer)
     before = weight.read()
     _set_weight(base, parameter, before.to(torch.float32, copy=True))
     try:
-        _take_out_start(layer, lora_config.get("init_lora_weights"))
+        # A start takes what the LoRA's matrices began with out of the base.
+        start = lora_config.get("init_lora_weights")
+        if start in _REPEATABLE_STARTS:
+            saved = [factor.clone() for factor in _list_factors(layer)]
+            layer.pissa_init(_ADAPTER, start) if start == "pissa" else layer.olora_init(_ADAPTER)
+            for factor, value in zip(_list_factors(layer), saved, strict=True):
+                factor.copy_(value)
         layer.merge(adapter_names=[_ADAPTER])
         layer.merged_adapters.clear()  # so that it can be merged again
         merged: Tensor = getattr(base, parameter).detach()
@@ -318,14 +312,22 @@ def _merge(
     return merged
 
 
-def _take_out_start(layer: Any, start: Any) -> None:
-    """Take out of the base what the LoRA's matrices began with."""
-    if start not in _REPEATABLE_STARTS:
-        return
-    saved = [factor.clone() for factor in _list_factors(layer)]
-    if start == "pissa":
-        layer.pissa_init(_ADAPTER, start)
-    else:
-        layer.olora_init(_ADAPTER)
-    for factor, value in zip(_list_factors(layer), saved, strict=True):
-        factor.copy_(value)
+def is_same_base(stated: str, base: str) -> bool:
+    """Return whether two names are of one LLM; owners and case are not compared."""
+    first, second = (name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (stated, base))
+    return first == second
+
+
+def require_base_weights(file: Path, weights: str) -> None:
+    """Refuse a LoRA that states that it was trained on other weights, by their SHA-256.
+
+    The name does not show it: an LLM that a LoRA was merged into keeps its name. LoRAs that another
+    package wrote state no weights.
+    """
+    with safe_open(file, framework="pt") as opened:
+        trained_on = (opened.metadata() or {}).get(BASE_WEIGHTS)
+    if trained_on is not None and trained_on != weights:
+        raise ValueError(
+            f"{file.parent} was trained on an LLM with other weights ({trained_on} then, {weights} "
+            "now). Begin from it on that very model, which it must not be merged into."
+        )

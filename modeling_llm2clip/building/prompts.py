@@ -49,15 +49,8 @@ def resolve_template(
 ) -> str:
     """Turn a choice of prompt into a template with `{text}` in it.
 
-    Args:
-        tokenizer: Tokenizer of the LLM.
-        prompt: Name in `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None with
-            `prefix` or `suffix` given.
-        prefix: Text in front of every caption.
-        suffix: Text after every caption.
-
-    Raises:
-        ValueError: The choice is unknown, contradictory or missing.
+    The choice is a name in `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None
+    with prefix or suffix.
     """
     if prefix is not None or suffix is not None:
         if prompt is not None:
@@ -74,17 +67,18 @@ def resolve_template(
 
 
 def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
-    """Find the ids that a template puts around any caption, and verify them on several.
-
-    Args:
-        tokenizer: Tokenizer of the LLM.
-        template: Text with `{text}` in it.
-
-    Raises:
-        ValueError: The tokenizer merges prompt and caption, so that there are no fixed ids, or does
-            not know the template's special tokens.
-    """
-    _refuse_unknown_special_tokens(tokenizer, template)
+    """Find the ids that a template puts around any caption, and verify them on several."""
+    looking_special = re.findall(r"<[^<>]+>", template.replace("{text}", ""))
+    unknown = [
+        token
+        for token in looking_special
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
+    ]
+    if unknown:
+        raise ValueError(
+            f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
+            "the prompt belongs to another family of models. Choose another prompt."
+        )
     pieces = {_split_around_caption(tokenizer, template, caption) for caption in _SAMPLE_CAPTIONS}
     if len(pieces) != 1:
         raise ValueError(
@@ -105,14 +99,6 @@ def write_prompt(
     A tokenizer strips each piece between added tokens, not the whole text: whitespace beside an
     added token inside a caption is lost, and whitespace that is an added token stays at the ends.
     So added tokens of whitespace become ordinary ones where that changes nothing else.
-
-    Args:
-        tokenizer: Tokenizer of the LLM; it stays as it is.
-        prompt: Token ids to write.
-        max_length: Maximum number of tokens of a text, prompt included.
-
-    Raises:
-        ValueError: It has neither a padding nor an end token.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend = _without_added_whitespace(backend)
@@ -198,20 +184,6 @@ def _split_around_caption(
         f"With the template {template!r} this tokenizer merges the caption {caption!r} with its "
         "prompt. Put a special token or a newline next to {text}."
     )
-
-
-def _refuse_unknown_special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    looking_special = re.findall(r"<[^<>]+>", template.replace("{text}", ""))
-    unknown = [
-        token
-        for token in looking_special
-        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
-    ]
-    if unknown:
-        raise ValueError(
-            f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
-            "the prompt belongs to another family of models. Choose another prompt."
-        )
 
 
 def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

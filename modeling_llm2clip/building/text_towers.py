@@ -27,14 +27,13 @@ from transformers import (
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import build_tower, load_without_code, naming_code
-from .tower_loading import (
-    forget_code,
+from .vision_towers import (
+    forget_origin,
     load_with_account,
-    name_without_path,
     naming,
     refuse_unread_weights,
+    takes_images,
 )
-from .vision_towers import takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
 # Model types that have a text encoder of their own, which cannot take the place of an LLM.
@@ -52,31 +51,19 @@ def load_text_tower(
     source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
     tokenizer_code: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an LLM without its head, and its tokenizer.
+    """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
-    Args:
-        source: Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a model
-            that also takes images (Gemma 3 from 4B on) the LLM is taken.
-        dtype: Dtype of the weights.
-        revision: Branch, tag or commit of the Hub repository.
-        tokenizer_code: Commit of the Hub repository at which the code of its tokenizer is run, and
-            everything else is read; None to run no code.
-
-    Returns:
-        The LLM in evaluation mode, and its tokenizer.
-
-    Raises:
-        ValueError: It is not a decoder, weights are missing or not read, or the tokenizer is
-            another model's.
+    The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
+    model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
+    commit at which the code of its tokenizer is run, and everything else is read; None to run no
+    code.
     """
     if tokenizer_code is not None:
         require_pinned(source, tokenizer_code)
-        revision = tokenizer_code
     path = Path(source)
-    where: dict[str, Any] = {"revision": revision}
+    where: dict[str, Any] = {"revision": tokenizer_code}
     name: str | Path = source
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
@@ -87,23 +74,17 @@ def load_text_tower(
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     model = _load_decoder(name, config, source, dtype=dtype, **where)
-    _forget_quantization(model)
+    # A GGUF file's weights are plain numbers after loading; the mark would break saving.
+    for holder in (model, model.config):
+        for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            holder.__dict__.pop(mark, None)
     require_own_tokenizer(model.config, tokenizer, source)
-    name_without_path(model, source)
-    forget_code(model.config)
+    forget_origin(model.config, source)
     return model.eval(), tokenizer
 
 
 def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
-    """Refuse a text encoder, a vision tower or a whole LLM2CLIP model in the LLM's place.
-
-    Args:
-        config: Configuration of the model.
-        source: How errors name it.
-
-    Raises:
-        ValueError: It is one of these.
-    """
+    """Refuse a text encoder, a vision tower or a whole LLM2CLIP model in the LLM's place."""
     if config.model_type == LLM2CLIPConfig.model_type:
         raise ValueError(
             f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Give the LLM it "
@@ -125,14 +106,6 @@ def require_own_tokenizer(
     They are when the tokenizer has more ids than the embedding table has rows, or lacks an id at
     which the LLM begins or ends texts. Where that id exists as an ordinary piece of text, this only
     warns: an LLM's configuration may have kept its class's defaults.
-
-    Args:
-        config: Configuration of the LLM.
-        tokenizer: The tokenizer.
-        source: How errors name the LLM.
-
-    Raises:
-        ValueError: They are of different models.
     """
     rows = config.vocab_size
     ids = set(tokenizer.get_vocab().values())
@@ -142,7 +115,11 @@ def require_own_tokenizer(
             f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
             "rows. They belong to different models; take the tokenizer that came with the LLM."
         )
-    marks = {name: _list_ids(getattr(config, name, None)) for name in _MARKS}
+    marks = {}  # none, one, or several ends of a turn
+    for name in _MARKS:
+        stated = getattr(config, name, None)
+        listed = stated if isinstance(stated, list | tuple) else [stated]
+        marks[name] = [i for i in listed if i is not None and i >= 0]
     lost = {name: found for name, found in marks.items() if set(found) - ids}
     if lost:
         raise ValueError(
@@ -162,15 +139,7 @@ def require_own_tokenizer(
 
 
 def require_pinned(source: str | Path, commit: str) -> None:
-    """Refuse a commit that does not pin the code of a Hub repository.
-
-    Args:
-        source: What the user gave as the LLM.
-        commit: What the user gave as the commit.
-
-    Raises:
-        ValueError: The source is not a Hub repository, or the commit is not one version.
-    """
+    """Refuse a commit that does not pin the code of a Hub repository."""
     if Path(source).exists() or str(source).endswith(".gguf"):
         raise ValueError(
             f"{source} is not a Hub repository, so a commit does not pin its code. Leave "
@@ -219,14 +188,12 @@ def _load_decoder(
     name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
+    whole, info = load_with_account(AutoModel, name, config=config, **settings)
+    decoder, prefix = whole, ""
     text_config = config.get_text_config(decoder=True)
-    if text_config is config:
-        whole, info = load_with_account(AutoModel, name, config=config, **settings)
-        decoder, prefix = whole, ""
-    else:
+    if text_config is not config:
         with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
             wanted = type(build_tower(text_config))
-        whole, info = load_with_account(AutoModel, name, config=config, **settings)
         prefix, decoder = _find_part(whole, wanted, source)
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
     if missing:
@@ -248,12 +215,6 @@ def _find_part(
     )
 
 
-def _list_ids(stated: Any) -> list[int]:
-    """List the ids that a configuration states: none, one, or several ends of a turn."""
-    listed = stated if isinstance(stated, list | tuple) else [stated]
-    return [i for i in listed if i is not None and i >= 0]
-
-
 def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Undo that transformers adds GPT-2's unknown token to a byte-level GGUF vocabulary.
 
@@ -269,10 +230,3 @@ def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
         chat_template=tokenizer.chat_template,
         **tokenizer.special_tokens_map,
     )
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """A GGUF file's weights are plain numbers after loading; the mark would break saving."""
-    for holder in (model, model.config):
-        for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
-            holder.__dict__.pop(name, None)

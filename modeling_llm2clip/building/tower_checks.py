@@ -1,4 +1,7 @@
-"""Checks of a tower by running it: attention in both directions, the same embedding every time."""
+"""Checks of a tower by running it: attention in both directions, the same embedding every time.
+
+L tokens, D the width of the LLM.
+"""
 
 from __future__ import annotations
 
@@ -53,17 +56,9 @@ _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shape
 
 @torch.no_grad()
 def measure_text_width(text_model: PreTrainedModel) -> int:
-    """Return the width of a text tower's hidden states, which its configuration may not state.
-
-    Args:
-        text_model: LLM without its head.
-
-    Raises:
-        ValueError: Its forward pass fails on a few tokens.
-    """
-    ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
+    """Return the width of a text tower's hidden states, which its configuration may not state."""
     try:
-        return _run(text_model, ids % text_model.config.vocab_size, num_pads=0).shape[-1]
+        return _run(text_model, _make_texts(text_model)[0], num_pads=0).shape[-1]
     except _MODEL_ERRORS as error:
         raise ValueError(
             f"The {text_model.config.model_type!r} tower gives no hidden states of tokens: its "
@@ -76,12 +71,7 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
     """Perturb the last token and check that the first one changes, with and without padding.
 
     Each layer is also tested separately, because one bidirectional layer can mask a causal one.
-
-    Args:
-        text_model: LLM without its head.
-
-    Returns:
-        What is wrong, in words; empty for a tower that is bidirectional on every path.
+    Returns the errors in words, none for a tower that is bidirectional on every path.
     """
     ids, changed = _make_texts(text_model)
     layers = _list_layers(text_model)
@@ -100,7 +90,7 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
                 f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
                 f"number {causal[0]})"
             )
-        elif parts := check.list_causal_parts():
+        elif parts := check.causal_parts:
             errors.append(
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
                 "beside them does, which hides it)"
@@ -115,11 +105,7 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
 def find_causality_errors(text_model: PreTrainedModel) -> list[str]:
     """Perturb the last token and check that no other one changes, with and without padding.
 
-    Args:
-        text_model: LLM without its head.
-
-    Returns:
-        What is wrong, in words; empty for a tower that is causal on every path.
+    Returns the errors in words.
     """
     ids, changed = _make_texts(text_model)
     errors = []
@@ -135,15 +121,7 @@ def find_causality_errors(text_model: PreTrainedModel) -> list[str]:
 
 
 def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
-    """Refuse a text tower that is not bidirectional, or not causal, on every path.
-
-    Args:
-        text_model: LLM without its head.
-        bidirectional: Which of both it has to be.
-
-    Raises:
-        ValueError: It is not; the message says where.
-    """
+    """Refuse a text tower that is not bidirectional, or not causal, on every path."""
     find_errors = find_attention_errors if bidirectional else find_causality_errors
     try:
         errors = find_errors(text_model)
@@ -184,7 +162,8 @@ class _LayerCheck:
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
         self._looks_ahead: dict[int, bool] = {}
-        self._causal_parts: dict[str, None] = {}  # in order
+        # Parts of any layer that look back but not ahead, by name; a dictionary keeps their order.
+        self.causal_parts: dict[str, None] = {}
         self._is_running_again = False
         self._handles: list[Any] = []
 
@@ -207,10 +186,6 @@ class _LayerCheck:
         """List the layers that look back but not ahead, by number, or that never ran."""
         return [n for n in range(len(self._layers)) if not self._looks_ahead.get(n, False)]
 
-    def list_causal_parts(self) -> list[str]:
-        """List the parts of any layer that look back but not ahead, by name."""
-        return list(self._causal_parts)
-
     def _make_hook(self, number: int) -> Any:
         def compare(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             own = args[0] if args else kwargs["hidden_states"]  # (…, L, D)
@@ -224,7 +199,7 @@ class _LayerCheck:
             if self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output)):
                 return
             if not self._compare(part, own, args, kwargs, output, None):
-                self._causal_parts[name] = None
+                self.causal_parts[name] = None
 
         return compare
 
@@ -306,14 +281,7 @@ def _relative(before: Tensor, after: Tensor) -> float:
 
 
 def require_pixels_alone(vision_model: PreTrainedModel) -> None:
-    """Refuse a vision tower that needs more than pixels, as those inside some MLLMs do.
-
-    Args:
-        vision_model: Vision tower.
-
-    Raises:
-        ValueError: It has further required inputs.
-    """
+    """Refuse a vision tower that needs more than pixels, as those inside some MLLMs do."""
     parameters = inspect.signature(vision_model.forward).parameters.values()
     needed = [
         parameter.name
@@ -336,13 +304,6 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
     """Refuse a model whose vision tower gives an image another embedding in a second run.
 
     Masked autoencoders, for one, also mask random patches when they encode.
-
-    Args:
-        model: Whole model.
-        processor: Its processor.
-
-    Raises:
-        ValueError: The embeddings differ, or the forward pass fails.
     """
     inputs = processor(images=render_golden_images()[:1]).to(model.device)
     try:
@@ -369,13 +330,6 @@ def require_pooled_tokens(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
 
     Where tokens enter the layers, a class token, a register or another special token is the same
     for every image, and a patch is not. That is measured, because no name is common to all towers.
-
-    Args:
-        model: Whole model.
-        processor: Its processor.
-
-    Raises:
-        ValueError: `cls` would pool a patch, or `patch_mean` tokens that are no patches.
     """
     pooling, tower = model.config.vision_pooling, model.vision_model
     if pooling not in ("cls", "patch_mean"):
@@ -418,14 +372,6 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
     """Refuse a model that its configuration does not describe, so that its folder would load wrong.
 
     It is loaded from its configuration and its weights, which both models share in memory.
-
-    Args:
-        model: Whole model.
-        processor: Its processor.
-
-    Raises:
-        ValueError: Its weights do not fit its configuration, or give other embeddings with it; or
-            the installed timm cannot load the vision tower.
     """
     require_restored_buffers(model.vision_model)
     kept = json.loads(model.config.to_json_string(use_diff=False))  # what a file keeps of it

@@ -1,11 +1,21 @@
-"""Loads the vision tower that a new model is built from, and its image processor."""
+"""Loads the vision tower that a new model is built from, and its image processor.
+
+Here is also the part that loading an LLM shares: an account of every key, and errors that name the
+source.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,58 +29,41 @@ from transformers.image_utils import PILImageResampling
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
-from .tower_loading import (
-    forget_code,
-    load_with_account,
-    name_without_path,
-    naming,
-    refuse_unread_weights,
-)
 
-# What a model with two towers calls its vision part.
-_VISION_PART = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
-_CROP_MODES = ("center", "squash")
+# Models with two towers.
+_WITH_VISION_PART = ("clip", "siglip", "siglip2")
+# Causal masks, which older checkpoints hold beside the weights.
+_MASKS = ("attn.bias", "attention.bias")
 _NAMES_SHOWN = 8
+_CROP_MODES = ("center", "squash")
 
 
 def load_vision_tower(
     source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
     allow_missing_pooler: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a vision tower and its image processor.
+    """Load a vision tower, in evaluation mode, and its image processor.
 
-    Args:
-        source: Hub id or folder of CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT, or a timm network
-            in transformers' wrapper. Of a whole CLIP or SigLIP the vision part is taken.
-        dtype: Dtype of the weights.
-        revision: Branch, tag or commit of the Hub repository.
-        allow_missing_pooler: Accept a tower saved without pooler weights, which stay random,
-            because its pooler is not going to be used.
-
-    Returns:
-        The tower in evaluation mode, and its image processor.
-
-    Raises:
-        ValueError: Weights are missing or not read, or it is not a vision tower.
+    The source is a Hub id or folder of CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT, or a timm
+    network in transformers' wrapper. Of a whole CLIP or SigLIP the vision part is taken. A tower
+    may be saved without pooler weights, which stay random, where its pooler is not going to be
+    used.
     """
     with naming(source):
-        config = load_without_code(AutoConfig, source, revision=revision)
-    part = _VISION_PART.get(config.model_type)
-    if part:
-        config = getattr(config, part)
+        config = load_without_code(AutoConfig, source)
+    is_part = config.model_type in _WITH_VISION_PART
+    if is_part:
+        config = config.vision_config
     if not takes_images(config):
         raise ValueError(
             f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
             "ViT or a timm network."
         )
     # AutoModel would choose the whole model for a CLIP folder; the tower's class does not.
-    tower_class = type(build_tower(config)) if part else AutoModel
-    model, info = load_with_account(
-        tower_class, source, config=config, dtype=dtype, revision=revision
-    )
+    tower_class = type(build_tower(config)) if is_part else AutoModel
+    model, info = load_with_account(tower_class, source, config=config, dtype=dtype)
     missing = sorted(
         k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k)
     )
@@ -83,29 +76,10 @@ def load_vision_tower(
     require_pixels_alone(model)
     if config.model_type != "timm_wrapper":  # in which a head left out is still a module
         refuse_unread_weights(model, model, info, source)
-    name_without_path(model, source)
-    forget_code(model.config)
-    return model.eval(), load_image_processor(source, model.config, revision=revision)
-
-
-def load_image_processor(
-    source: str | Path, config: PreTrainedConfig, *, revision: str | None = None
-) -> Any:
-    """Load the tower's own image processor; timm's settings become an ordinary one.
-
-    So size, mean and std are plain numbers in the model folder.
-
-    Args:
-        source: Hub id or folder of the tower.
-        config: Configuration of the tower.
-        revision: Branch, tag or commit of the Hub repository.
-
-    Raises:
-        ValueError: timm's settings have no equivalent.
-    """
-    if config.model_type != "timm_wrapper":
-        return forget_code(load_without_code(AutoImageProcessor, source, revision=revision))
-    return image_processor_from_timm(config.pretrained_cfg)
+    forget_origin(model.config, source)
+    if config.model_type == "timm_wrapper":
+        return model.eval(), image_processor_from_timm(model.config.pretrained_cfg)
+    return model.eval(), forget_code(load_without_code(AutoImageProcessor, source))
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
@@ -113,12 +87,6 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
 
     Both crop modes enlarge by the crop ratio, rounded down, then crop the center: `center` keeps
     the shape of the image, `squash` resizes both sides to that length.
-
-    Args:
-        pretrained_cfg: timm's input size, mean, std, crop ratio, crop mode and interpolation.
-
-    Raises:
-        ValueError: No image processor of transformers follows these settings.
     """
     _, height, width = pretrained_cfg["input_size"]
     crop_mode = str(pretrained_cfg.get("crop_mode") or "center")
@@ -152,10 +120,86 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
 
 
 def takes_images(config: PreTrainedConfig) -> bool:
-    """Return whether a configuration is a vision tower's.
-
-    Args:
-        config: Configuration of a tower.
-    """
+    """Return whether a configuration is a vision tower's."""
     fields = ("image_size", "num_channels", "patch_size", "architecture")
     return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """Name the source in transformers' errors about files that are not there."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{source} cannot be loaded: {error}") from error
+
+
+def load_with_account(
+    model_class: Any, name: str | Path, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load as `from_pretrained` does, without its table of keys, which the caller judges.
+
+    Returns the model and, among others, its `missing_keys` and `unexpected_keys`.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_needed)
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = load_without_code(
+            model_class, name, output_loading_info=True, **settings
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: a weight file is truncated or damaged ({error}). Download or save it again."
+        ) from error
+    finally:
+        logger.removeFilter(_is_needed)
+    return loaded
+
+
+def refuse_unread_weights(
+    whole: PreTrainedModel, tower: PreTrainedModel, info: dict[str, Any], source: str | Path
+) -> None:
+    """Refuse weights in a module of the tower that the tower does not read.
+
+    Other parts of the checkpoint, such as a head, are beside the tower's modules; buffers are not
+    weights.
+    """
+    parts = set(tower.modules()) - {tower}
+    inside = {
+        name
+        for name, module in whole.named_modules()
+        if not isinstance(module, nn.ModuleList) and module in parts
+    }
+    unread = []
+    for key in sorted(info["unexpected_keys"]):
+        parents = accumulate(
+            key.removeprefix(f"{whole.base_model_prefix}.").split(".")[:-1], "{}.{}".format
+        )
+        is_weight = key.endswith((".weight", ".bias")) and not key.endswith(_MASKS)
+        if is_weight and not inside.isdisjoint(parents):
+            unread.append(key)
+    if unread:
+        raise ValueError(
+            f"{source} has {len(unread)} weights that {type(tower).__name__} does not read, so it "
+            f"would give other hidden states: {unread[:_NAMES_SHOWN]}. Correct config.json, or "
+            "take the transformers version that the checkpoint names."
+        )
+
+
+def forget_code(holder: Any) -> Any:
+    """Remove the name of a repository's code from a configuration or image processor."""
+    holder.__dict__.pop("auto_map", None)
+    return holder
+
+
+def forget_origin(config: Any, source: str | Path) -> None:
+    """Forget the path that a tower came from, since configurations are published, and its code."""
+    if Path(source).exists():
+        config._name_or_path = Path(source).name
+    forget_code(config)
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Return whether a log record is no table of keys, or one that an error refers to."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text

@@ -36,8 +36,8 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         output: Folder to write.
         config: How they are joined.
     """
-    from ..building.tower_sources import require_sources
     from ..model_folders.atomic_folder import require_new_folder
+    from ..model_folders.model_folder import require_sources
 
     require_new_folder(output)
     embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))

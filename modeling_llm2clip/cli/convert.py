@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from .._extras import TIMM_TOWER, require
 from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
 from ..configs.export_config import CardConfig, ConvertConfig
-from ..configs.source_format import SOURCE_FORMATS, SourceFormat
+from ..configs.source_format import SourceFormat
+from ..conversion.layouts import LAYOUTS, SOURCE_FORMATS, require_options
 from .chosen_device import use_device
 from .command import Changes, Repeated, command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 
 _LLM2VEC = "llm2vec"
-_TIMM_FORMATS = ("eva02", "siglip2")
-# Flags that only some formats use → these.
-_FORMATS_WITH = {
-    "head_width": ("openai", "eva02", "siglip2"),
-    "rope_reference_size": ("eva02",),
-}
 # What an LLM2Vec folder does not say itself.
 _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
+if TYPE_CHECKING:
+    FormatName: TypeAlias = str
+else:
+    FormatName = Literal[(*SOURCE_FORMATS, _LLM2VEC)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def convert(
     output: Path,
     /,
     *,
-    source_format: Literal["openai-hub", "openai", "eva02", "siglip2", "llm2vec"],
+    source_format: FormatName,
     source: SourceConfig,
     changes: Annotated[
         dict[str, Any],
@@ -84,17 +83,20 @@ def convert(
     require_new_folder(output)
     if source_format == _LLM2VEC:
         return _build(checkpoint, output, source, changes, config)
-    require(*([TIMM_TOWER] if source_format in _TIMM_FORMATS else []))
+    layout = next(one for one in LAYOUTS if one.choice == source_format)
+    require(*([TIMM_TOWER] if layout.needs_timm else []))
     if source.text_model is None or source.vision_model is not None:
         raise ValueError(
             "A checkpoint is converted with its language model: give --text-model, and no "
             "--vision-model."
         )
-    chosen = _change(source_format, changes)
+    require_options(layout, changes)
+    if "prompt_prefix" in changes or "prompt_suffix" in changes:
+        changes = {"prompt": None, **changes}
+    chosen = replace(layout.source_format, **changes)
     config = replace(config, device=str(use_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
-    from ..conversion.source_checkpoint import CheckpointSource
-    from ..conversion.source_llm import LLMSource
+    from ..conversion.source_checkpoint import CheckpointSource, LLMSource
     from ..model_folders.model_folder import RECORD_FILE
 
     folder = convert_checkpoint(
@@ -120,23 +122,6 @@ def convert(
         f"recorded; check any copy with: llm2clip doctor {output}"
     )
     return 0
-
-
-def _change(name: str, changes: dict[str, Any]) -> SourceFormat:
-    """Return the named source format with what was given in its place.
-
-    Raises:
-        ValueError: The format has no use for an option.
-    """
-    for option, formats in _FORMATS_WITH.items():
-        if option in changes and name not in formats:
-            raise ValueError(
-                f"`{option}` goes with the source formats {', '.join(formats)}; {name} has no use "
-                "for it. Leave it out."
-            )
-    if "prompt_prefix" in changes or "prompt_suffix" in changes:
-        changes = {"prompt": None, **changes}
-    return replace(SOURCE_FORMATS[name], **changes)
 
 
 def _build(

@@ -158,8 +158,7 @@ def _require_models(
     models: Sequence[str], datasets: Sequence[str], of_models: ModelsConfig
 ) -> None:
     """Raise ValueError for models that cannot be evaluated, before anything is imported."""
-    from ..model_folders.hub_access import is_hub_id
-    from ..model_folders.model_folder import require_there
+    from ..model_folders.model_folder import is_hub_id, require_there
     from ..model_folders.model_types import find_model_type
 
     if not datasets:

@@ -110,8 +110,8 @@ def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
 
 def _list_files(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
     """Print what would be written, after the same checks."""
-    from ..publishing.export_plan import plan_export
-    from ..publishing.uploaded_files import describe_files
+    from ..publishing.export_model import plan_export
+    from ..publishing.push_to_hub import describe_files
 
     print(describe_files(plan_export(model, output, config, revision=revision)))
     print(

@@ -110,6 +110,6 @@ def _find(source: str | Path, name: str, revision: str | None) -> Path | None:
     if Path(source).exists():
         file = Path(source) / name
         return file if file.is_file() else None
-    from ..model_folders.hub_access import fetch_hub_file, is_hub_id  # imports huggingface_hub
+    from ..model_folders.model_folder import fetch_hub_file, is_hub_id  # imports huggingface_hub
 
     return fetch_hub_file(source, name, revision=revision) if is_hub_id(source) else None

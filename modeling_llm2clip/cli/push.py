@@ -54,8 +54,12 @@ def push(
 
     require_own_model(folder)
     device = str(use_device(config.device))
-    from ..publishing.push_to_hub import check_publishable, push_to_hub, require_repo_id
-    from ..publishing.uploaded_files import describe_files
+    from ..publishing.push_to_hub import (
+        check_publishable,
+        describe_files,
+        push_to_hub,
+        require_repo_id,
+    )
 
     require_repo_id(repo_id)
     if dry_run:

@@ -1,4 +1,4 @@
-"""What the weights of other projects do not say, stated for each official family."""
+"""Everything that changes an embedding and that the weights of another project do not say."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from typing import Annotated, Literal
 from .build_config import Prompt, TextPooling
 from .config_fields import Config, Range
 
-# Mean and standard deviation by which pixels are normalized: those of the official factory, which
-# gives every tower OpenAI's, and those that SigLIP's own weights were trained with.
-PREPROCESSINGS = {
-    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
     """Everything that changes a number and is in no key of a checkpoint."""
 
-    layout: Literal["hub_clip", "openai", "eva02", "siglip2"]
-    """How the weights are named; the keys of the file must agree."""
+    layout: str
+    """How the weights are named, one of `modeling_llm2clip/conversion/layouts/`; the keys of the
+    file must agree."""
     prompt: Prompt | None = "llama-3"
     """Prompt around every caption."""
     prompt_prefix: str | None = None
@@ -49,29 +43,6 @@ class SourceFormat(Config):
     """Side, in patches, that EVA02's rotary positions are scaled to."""
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence where a prompt is chosen twice, or an option is of another layout."""
+        """Yield a sentence where a prompt is chosen twice."""
         if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
             yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
-        if self.layout != "siglip2":
-            if self.activation == "gelu_tanh":
-                yield f"activation=gelu_tanh is of layout siglip2 alone, not of {self.layout}."
-            if self.image_size is not None:
-                yield f"image_size={self.image_size} is of layout siglip2 alone. Leave it out."
-
-
-# Named after the vision tower. The text side is that of the official code: prompt, mean over
-# caption and end-of-turn token, 512 tokens. EVA02's activation is the gate of its SwiGLU.
-SOURCE_FORMATS = {
-    "openai-hub": SourceFormat(layout="hub_clip"),
-    "openai": SourceFormat(layout="openai"),
-    "eva02": SourceFormat(layout="eva02", activation="silu"),
-    # The official factory normalized with OpenAI's numbers, the tower's own are 0.5: the checkpoint
-    # does not say which it was trained with, so neither is a default.
-    "siglip2": SourceFormat(
-        layout="siglip2",
-        normalize_text_before_adapter=False,
-        activation="gelu",
-        preprocessing=None,
-        head_width=72,
-    ),
-}

@@ -1,4 +1,4 @@
-"""Where every weight of the new model comes from, settled before anything is read or written."""
+"""Plans a conversion: the origin of every weight, settled before anything is read or written."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from transformers import initialization as init
 from transformers.image_utils import PILImageResampling
 
 from ..building.build_model import configure_model
+from ..building.image_settings import MEAN_AND_STD
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import ConvertConfig
-from ..configs.source_format import PREPROCESSINGS, SourceFormat
+from ..configs.source_format import SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
+from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES
 from ..model_folders.weights import LazyTensor
-from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from .key_mapping import RenamedWeights, Rule, apply_rules, rename
-from .layouts.layout import Layout
-from .source_checkpoint import Checkpoint, public_name, require_layout
-from .source_llm import LanguageModel, open_llm_weights
+from ..modeling_llm2clip import LLM2CLIPModel
+from .layouts.layout import Layout, RenamedWeights, Rule, apply_rules, rename
+from .source_checkpoint import (
+    Checkpoint,
+    LanguageModel,
+    open_llm_weights,
+    public_name,
+    require_layout,
+)
 
-MODEL_CLASSES: dict[str, Any] = {
-    "full": LLM2CLIPModel,
-    "vision": LLM2CLIPVisionModel,
-    "text": LLM2CLIPTextModel,
-}
 _NOT_ASKED_FOR = "belongs to the tower that was not asked for"
 # Training clamps to ln 100; a checkpoint in half precision holds it rounded up.
 _LARGEST_LOG_SCALE = float(torch.tensor(MAX_LOG_SCALE, dtype=torch.float16)) + 1e-6
@@ -79,41 +80,46 @@ class _AdapterSizes:
 def plan_conversion(
     checkpoint: Checkpoint,
     language: LanguageModel,
+    layout: Layout,
     source_format: SourceFormat,
     config: ConvertConfig,
 ) -> ConversionPlan:
-    """Settle the configuration and the origin of every weight; reads shapes only.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        language: The opened LLM.
-        source_format: What the weights do not say.
-        config: What is written; its `components` and `dtype` count here.
-
-    Raises:
-        ValueError: The checkpoint is of another family, the LLM does not fit its text adapter, a
-            key is unknown, a weight is missing, or the preprocessing is not chosen.
-    """
+    """Settle the configuration and the origin of every weight; reads shapes only."""
     source = str(checkpoint.source.name)
-    layout = require_layout(checkpoint, source_format.layout)
+    require_layout(checkpoint, layout)
     sizes = _read_adapter_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
-    _require_width(sizes, language.config.hidden_size, source=source, llm=str(language.source.name))
+    width = language.config.hidden_size
+    if width != sizes.llm_width:
+        fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
+        raise ValueError(
+            f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but "
+            f"{language.source.name} gives {width}. LLMs of {sizes.llm_width}: {fitting}. Give the "
+            "LLM that the checkpoint was trained with."
+        )
     model_config, tokenizer = _configure(checkpoint, layout, sizes, language, source_format)
-    image_processor = make_image_processor(source_format, _find_image_size(model_config))
-    inside = _take_llm(checkpoint, layout)
+    vision: Any = model_config.vision_config
+    model_args = getattr(vision, "model_args", None)  # of a network of timm
+    size = int(model_args["img_size"] if model_args else vision.image_size)
+    image_processor = make_image_processor(source_format, size)
+    prefix = layout.llm_prefix
+    inside = {key: t for key, t in checkpoint.tensors.items() if prefix and key.startswith(prefix)}
     renamed = _rename_checkpoint(checkpoint, layout, leave_out=set(inside), source=source)
     if not layout.has_projection:
-        renamed.weights["visual_projection.weight"] = _make_identity(sizes.projection_dim)
+        width = sizes.projection_dim
+        identity = LazyTensor((width, width), torch.float32, lambda: torch.eye(width))
+        renamed.weights["visual_projection.weight"] = identity
     files = list(checkpoint.files)
     if config.components != "vision":
-        stripped = {key.removeprefix(layout.llm_prefix or ""): t for key, t in inside.items()}
+        stripped = {key.removeprefix(prefix or ""): tensor for key, tensor in inside.items()}
         dtype = getattr(torch, config.dtype)
         llm, llm_files = open_llm_weights(language, stripped, dtype=dtype)
-        renamed.add(llm)
+        renamed.weights |= llm.weights
+        renamed.origins |= llm.origins
+        renamed.dropped |= llm.dropped
         files += llm_files
     else:
         renamed.dropped |= dict.fromkeys(inside, _NOT_ASKED_FOR)
-    model_class = MODEL_CLASSES[config.components]
+    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     weights = _fit(renamed, model_class, model_config, source)
     return ConversionPlan(
         model_config, model_class, tokenizer, image_processor, weights, renamed.dropped, files
@@ -123,14 +129,7 @@ def plan_conversion(
 def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImageProcessor:
     """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
 
-    It does what the official code does with torchvision.
-
-    Args:
-        source_format: Which mean and standard deviation.
-        size: Side of the images in pixels.
-
-    Raises:
-        ValueError: The source format leaves the preprocessing open.
+    Its pixels are those of the official code, which uses torchvision.
     """
     if source_format.preprocessing is None:
         raise ValueError(
@@ -138,7 +137,7 @@ def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImag
             "training code gives every tower OpenAI's mean and standard deviation) or 'half' (0.5, "
             "SigLIP's own). The weights do not say, so it is not guessed."
         )
-    mean, std = PREPROCESSINGS[source_format.preprocessing]
+    mean, std = MEAN_AND_STD[source_format.preprocessing]
     return LLM2CLIPImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
@@ -177,28 +176,18 @@ def _configure(
     return config, tokenizer
 
 
-def _find_image_size(config: LLM2CLIPConfig) -> int:
-    vision = config.vision_config
-    model_args = getattr(vision, "model_args", None)
-    return int(model_args["img_size"] if model_args else vision.image_size)
-
-
-def _take_llm(checkpoint: Checkpoint, layout: Layout) -> dict[str, LazyTensor]:
-    prefix = layout.llm_prefix
-    if prefix is None:
-        return {}
-    return {key: value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
-
-
 def _rename_checkpoint(
     checkpoint: Checkpoint, layout: Layout, *, leave_out: set[str], source: str
 ) -> RenamedWeights:
     own = {key: value for key, value in checkpoint.tensors.items() if key not in leave_out}
     rules = [*layout.rules, *_list_adapter_rules(layout.adapter_prefix, own)]
     renamed = apply_rules(own, rules, layout.drops, source=source)
-    temperature = own.get("logit_scale")
-    if temperature is not None:
-        _require_temperature(float(temperature.read()), source=source)
+    log_scale = float(own["logit_scale"].read()) if "logit_scale" in own else 0.0
+    if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
+        raise ValueError(
+            f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
+            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
+        )
     return renamed
 
 
@@ -235,25 +224,6 @@ def _read_adapter_sizes(
     return _AdapterSizes(width, last.shape[0], num_layers, inner // width)
 
 
-def _require_width(sizes: _AdapterSizes, llm_width: int, *, source: str, llm: str) -> None:
-    if sizes.llm_width == llm_width:
-        return
-    fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
-    raise ValueError(
-        f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but {llm} gives "
-        f"{llm_width}. "
-        f"LLMs of {sizes.llm_width}: {fitting}. Give the LLM that the checkpoint was trained with."
-    )
-
-
-def _require_temperature(log_scale: float, *, source: str) -> None:
-    if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
-        raise ValueError(
-            f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
-            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
-        )
-
-
 def _count_blocks(prefix: str, tensors: Mapping[str, LazyTensor]) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.fn\.0\.weight")
     return sum(1 for key in tensors if pattern.fullmatch(key))
@@ -263,20 +233,12 @@ def _reshape_temperature(log_scale: Tensor) -> Tensor:
     return log_scale.reshape(1).float().clamp(max=MAX_LOG_SCALE)
 
 
-def _make_identity(width: int) -> LazyTensor:
-    """Make the projection of a tower whose own embedding is the image's embedding."""
-    return LazyTensor((width, width), torch.float32, lambda: torch.eye(width))
-
-
 def _fit(
     renamed: RenamedWeights, model_class: Any, config: LLM2CLIPConfig, source: str
 ) -> dict[str, LazyTensor]:
     """Order the weights as the model has them; each must occur once and have its shape."""
     wanted = _list_shapes(lambda: model_class(config))
-    if model_class is LLM2CLIPModel:
-        whole = wanted
-    else:
-        whole = _list_shapes(lambda: LLM2CLIPModel(config))
+    whole = wanted if model_class is LLM2CLIPModel else _list_shapes(lambda: LLM2CLIPModel(config))
     for name in sorted(set(renamed.weights) & set(whole) - set(wanted)):
         del renamed.weights[name]
         if name in renamed.origins:

@@ -10,30 +10,34 @@ from typing import Any
 import torch
 
 from .._environment import list_versions
+from ..building.image_settings import MEAN_AND_STD
 from ..configs.export_config import ConvertConfig
-from ..configs.source_format import PREPROCESSINGS, SourceFormat
+from ..configs.source_format import SourceFormat
 from ..data.atomic_files import hash_file
 from ..doctor.check_model import check_model
 from ..model_folders.atomic_folder import require_new_folder
-from ..model_folders.model_card_data import (
+from ..model_folders.model_card import (
     CardData,
     find_license,
     set_base_models,
     update_card_data,
 )
 from ..model_folders.model_folder import RECORD_FILE
-from ..model_folders.model_writing import LazyModel, save_model
+from ..model_folders.model_writing import LazyModel, cast_weights, save_model
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .conversion_plan import ConversionPlan, plan_conversion
+from .layouts import find_layout
 from .source_checkpoint import (
     CheckpointSource,
+    LanguageModel,
+    LLMSource,
     find_commit,
     find_published_hash,
     open_checkpoint,
+    open_language_model,
     public_name,
     split_revision,
 )
-from .source_llm import LanguageModel, LLMSource, open_language_model
 
 
 def convert_checkpoint(
@@ -84,17 +88,24 @@ def convert_checkpoint(
     config = config or ConvertConfig()
     output = Path(output)
     require_new_folder(output)
-    card = _gather_card(source, llm, config)
+    layout = find_layout(source_format)
+    card = update_card_data(CardData(), config)
+    card = replace(
+        card,
+        vision_license=card.vision_license or find_license(source.name, revision=source.revision),
+        text_license=card.text_license or find_license(llm.name, revision=llm.revision),
+    )
     language = open_language_model(llm)
     # The checkpoint is not held: the plan has its weights.
-    plan = plan_conversion(open_checkpoint(source), language, source_format, config)
+    plan = plan_conversion(open_checkpoint(source), language, layout, source_format, config)
     dtype: torch.dtype = getattr(torch, config.dtype)
     for part in (plan.config, plan.config.vision_config, plan.config.text_config):
         part.dtype = dtype
     set_base_models(plan.config, config.base_models)
+    weights = cast_weights(plan.weights, dtype, plan.model_class)
     record = _make_record(plan, source, language, source_format)
     return save_model(
-        LazyModel(plan.model_class, plan.config, plan.weights).to(dtype),
+        LazyModel(plan.model_class, plan.config, weights),
         LLM2CLIPProcessor(plan.image_processor, plan.tokenizer, source_format.max_text_length),
         output,
         card=card,
@@ -103,15 +114,6 @@ def convert_checkpoint(
         max_shard_size=config.max_shard_size,
         device=config.device,
         verify=lambda folder: _require_healthy(folder, device=config.device),
-    )
-
-
-def _gather_card(source: CheckpointSource, llm: LLMSource, config: ConvertConfig) -> CardData:
-    card = update_card_data(CardData(), config)
-    return replace(
-        card,
-        vision_license=card.vision_license or find_license(source.name, revision=source.revision),
-        text_license=card.text_license or find_license(llm.name, revision=llm.revision),
     )
 
 
@@ -129,7 +131,7 @@ def _make_record(
 ) -> dict[str, Any]:
     """Record for good what the folder was made of; names of files, not their paths."""
     assert source_format.preprocessing is not None
-    mean, std = PREPROCESSINGS[source_format.preprocessing]
+    mean, std = MEAN_AND_STD[source_format.preprocessing]
     llm, paths = language.source, [*plan.files, language.folder]
     by_reason: dict[str, list[str]] = {}
     for key, reason in plan.dropped.items():
@@ -143,7 +145,10 @@ def _make_record(
         "llm": {
             "name": public_name(llm.name),
             "revision": find_commit(llm.name, paths),
-            "loras": [_describe_lora(lora, paths) for lora in llm.loras],
+            "loras": [
+                {"name": public_name(name), "revision": find_commit(name, paths)}
+                for name, _ in map(split_revision, llm.loras)
+            ],
         },
         "num_parameters": sum(tensor.num_elements for tensor in plan.weights.values()),
         "files": [_describe_file(path) for path in plan.files],
@@ -151,11 +156,6 @@ def _make_record(
         "pixels": {"mean": mean, "std": std},
         "dropped": {reason: sorted(keys) for reason, keys in by_reason.items()},
     }
-
-
-def _describe_lora(lora: str | Path, paths: list[Path]) -> dict[str, str | None]:
-    name, _ = split_revision(lora)
-    return {"name": public_name(name), "revision": find_commit(name, paths)}
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

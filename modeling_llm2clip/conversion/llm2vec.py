@@ -1,4 +1,4 @@
-"""An LLM2Vec folder as the text tower of a new model."""
+"""Makes an LLM2Vec folder the text tower of a new model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..building.build_model import build_model
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import CardConfig
-from ..model_folders.lora_base import LORA_CONFIG
+from ..model_folders.model_folder import LORA_CONFIG
 
 SETTINGS_FILE = "llm2vec_config.json"
 _POOLINGS = {"mean": "mean", "eos_token": "last_token", "last_token": "last_token"}
@@ -27,20 +27,8 @@ def build_from_llm2vec(
 ) -> Path:
     """Build an untrained model whose text tower gives the embeddings that LLM2Vec gives.
 
-    Args:
-        vision: Hub id or folder of a vision tower.
-        folder: Folder that `LLM2Vec.save` wrote, merged or a LoRA.
-        output: New or empty folder.
-        config: How the towers are joined; pooling and length give way to the folder's.
-        base: LLM that a LoRA is for; None for a merged folder.
-        card: What the card states; as in `build_model`.
-
-    Returns:
-        The folder that was written.
-
-    Raises:
-        ValueError: The folder's settings do not exist or have no equivalent here; a base is given
-            for a merged folder, or missing for a LoRA; or as `build_model`.
+    `folder` is one that `LLM2Vec.save` wrote, merged or a LoRA; a LoRA needs its base LLM. Pooling
+    and length in the config give way to the folder's.
     """
     config = replace(config, **_read_settings(folder))
     is_lora = (folder / LORA_CONFIG).is_file()

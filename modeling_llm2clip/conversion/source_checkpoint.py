@@ -1,35 +1,42 @@
-"""The checkpoint to convert: where it is, its weights, and which family they belong to."""
+"""The sources of a conversion, opened without reading their weights: checkpoint and LLM."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import initialization as init
 
-from ..configs.source_format import SOURCE_FORMATS
-from ..loading_llm2clip import list_weight_files, load_without_code
+from ..building.lora_merging import merge_lora_weights
+from ..building.text_towers import require_decoder, require_own_tokenizer
+from ..loading_llm2clip import build_tower, list_weight_files, load_without_code
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, open_weights
-from .layouts.eva02 import EVA02
-from .layouts.hub_clip import HUB_CLIP
-from .layouts.layout import Layout
-from .layouts.openai import OPENAI
-from .layouts.siglip2 import SIGLIP2
+from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
+from .layouts import LAYOUTS
+from .layouts.layout import Drop, Layout, RenamedWeights, apply_rules, rename
 
-_LAYOUTS = (HUB_CLIP, OPENAI, EVA02, SIGLIP2)
 _KEYS_SHOWN = 6
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Where huggingface_hub notes what it downloaded into a folder that a user named.
 _NOTES = Path(".cache") / "huggingface" / "download"
+_RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
+_FREQUENCIES = r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+_DROPS = (
+    Drop(r"lm_head\.(?:weight|bias)", "the head that predicts the next token, which is not used"),
+    Drop(_FREQUENCIES, "rotary frequencies, equal to those of the LLM's configuration"),
+)
+_PREFIX = "text_model."
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Where a checkpoint is.
+    """A checkpoint by its place.
 
     Attributes:
         name: A weight file, a folder, or a Hub id.
@@ -48,7 +55,7 @@ class Checkpoint:
     """An opened checkpoint, whose weights are still on the disk.
 
     Attributes:
-        source: Where it is.
+        source: Its place.
         files: Its weight files.
         tensors: Its weights, by their keys.
         stated_config: The repository's own configuration; None where there is none.
@@ -61,14 +68,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: CheckpointSource) -> Checkpoint:
-    """Open a checkpoint; a Hub repository is downloaded first.
-
-    Args:
-        source: Where it is.
-
-    Raises:
-        ValueError: No checkpoint is there, it is damaged, or a local one is given a revision.
-    """
+    """Open a checkpoint; a Hub repository is downloaded first."""
     require_no_revision(source.name, source.revision)
     path = Path(source.name)
     if source.file is not None and not path.is_dir():
@@ -85,60 +85,35 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     return Checkpoint(source, files, open_weights(path), stated)
 
 
-def require_layout(checkpoint: Checkpoint, name: str) -> Layout:
-    """Return the layout of a source format, which the checkpoint's keys must have.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        name: Name of the layout.
-
-    Raises:
-        ValueError: The keys have another layout, whose source format is named, or none that is
-            known.
-    """
-    fitting = [layout for layout in _LAYOUTS if all(m in checkpoint.tensors for m in layout.marks)]
-    chosen = next(layout for layout in _LAYOUTS if layout.name == name)
-    if chosen in fitting and len(fitting) == 1:
-        return chosen
+def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Refuse a checkpoint whose keys are not those of a layout, and name the one they are of."""
+    fitting = [one for one in LAYOUTS if all(mark in checkpoint.tensors for mark in one.marks)]
+    if fitting == [layout]:
+        return
     source = checkpoint.source.name
-    formats: dict[str, str] = {
-        source_format.layout: name for name, source_format in SOURCE_FORMATS.items()
-    }
     if len(fitting) == 1:
-        found = fitting[0].name
         raise ValueError(
-            f"{source} has keys of the family {found!r}, the source format is for {name!r}. Choose "
-            f"the source format {formats[found]!r}."
+            f"{source} has keys of the family {fitting[0].name!r}, the source format is for "
+            f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
         )
-    shown = sorted(checkpoint.tensors)[:_KEYS_SHOWN]
+    shown, families = sorted(checkpoint.tensors)[:_KEYS_SHOWN], sorted(one.name for one in LAYOUTS)
     raise ValueError(
-        f"{source} has keys of {len(fitting)} known families, wanted one of {sorted(formats)}. Its "
-        f"first keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be "
-        "converted; build a new model from its tower instead (llm2clip build)."
+        f"{source} has keys of {len(fitting)} known families, wanted one of {families}. Its first "
+        f"keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be converted; "
+        "build a new model from its tower instead (llm2clip build)."
     )
 
 
 def public_name(source: str | Path) -> str:
     """Return a Hub id, or the name of a local file or folder without its path.
 
-    What a written model states of its sources gets published, so it holds no paths.
-
-    Args:
-        source: Hub id, file or folder.
+    A written model gets published with the names of its sources, so they hold no paths.
     """
     return Path(source).name if Path(source).exists() else str(source)
 
 
 def require_no_revision(source: str | Path, revision: str | None) -> None:
-    """Refuse a revision of a local source, which has none.
-
-    Args:
-        source: Hub id, file or folder.
-        revision: Branch, tag or commit; None is always fine.
-
-    Raises:
-        ValueError: The source is local and a revision is given.
-    """
+    """Refuse a revision of a local source, which has none."""
     if revision is not None and Path(source).exists():
         raise ValueError(
             f"{source} is a local file or folder, which has no revision {revision!r}; leave it out."
@@ -146,14 +121,7 @@ def require_no_revision(source: str | Path, revision: str | None) -> None:
 
 
 def split_revision(source: str | Path) -> tuple[str | Path, str | None]:
-    """Split `owner/name@revision` into Hub id and revision; an existing path is never split.
-
-    Args:
-        source: Hub id with or without a revision, or a folder.
-
-    Raises:
-        ValueError: There is no revision after the `@`, or the source is local.
-    """
+    """Split `owner/name@revision` into Hub id and revision; an existing path is never split."""
     if isinstance(source, Path) or "@" not in source or Path(source).exists():
         return source, None
     name, _, revision = source.partition("@")
@@ -166,13 +134,8 @@ def split_revision(source: str | Path) -> tuple[str | Path, str | None]:
 def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
     """Find the commit at which files of a Hub repository were downloaded.
 
-    Args:
-        source: Hub id, file or folder.
-        paths: Files and folders, some of them in the repository's snapshot in huggingface_hub's
-            cache: `models--owner--name/snapshots/COMMIT`.
-
-    Returns:
-        The commit; None where none of them is in a snapshot, as with local sources.
+    It is in their paths in huggingface_hub's cache, `models--owner--name/snapshots/COMMIT`; None
+    for local sources.
     """
     cache = f"models--{str(source).replace('/', '--')}"
     for path in paths:
@@ -185,14 +148,10 @@ def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
 
 
 def find_published_hash(file: Path) -> str | None:
-    """Find the SHA-256 that the Hub had for a file when it was downloaded.
+    """Find the SHA-256 that the Hub had for a file when it was downloaded; None where unknown.
 
-    Args:
-        file: File in huggingface_hub's cache, whose contents are named by their hashes, or in a
-            folder that `hf download --local-dir` wrote, which notes them beside its files.
-
-    Returns:
-        64 hexadecimal digits; None where none is recorded, as for small files and other folders.
+    huggingface_hub's cache names large contents by their hashes; `hf download --local-dir` notes
+    them beside the files.
     """
     content = file.resolve()
     if content.parent.name == "blobs":
@@ -203,3 +162,125 @@ def find_published_hash(file: Path) -> str | None:
             lines = notes.read_text(encoding="utf-8").splitlines()
             return next((line for line in lines[1:2] if _SHA256.fullmatch(line)), None)
     return None
+
+
+@dataclass(frozen=True)
+class LLMSource:
+    """An LLM by its place.
+
+    Attributes:
+        name: Hub id, or folder with configuration, tokenizer and, usually, weights.
+        revision: Branch, tag or commit of the Hub repository.
+        loras: Folders or Hub ids of LoRAs, Hub ids as `owner/name` or `owner/name@revision`; merged
+            in this order.
+        accept_lora_base: Name that the LoRAs have for this LLM, where both are the same weights.
+    """
+
+    name: str | Path
+    revision: str | None = None
+    loras: Sequence[str | Path] = ()
+    accept_lora_base: str | None = None
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """An opened LLM, whose weights are still on the disk.
+
+    Attributes:
+        source: Its place.
+        folder: Its folder.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+    """
+
+    source: LLMSource
+    folder: Path
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_language_model(source: LLMSource) -> LanguageModel:
+    """Read configuration and tokenizer; code that the folder brings is not run."""
+    folder = find_model_folder(source.name, revision=source.revision)
+    if is_lora_alone(folder):
+        raise ValueError(
+            f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as the "
+            "LLM's LoRA."
+        )
+    config = load_without_code(AutoConfig, folder, local_files_only=True)
+    config = config.get_text_config(decoder=True)
+    require_decoder(config, source.name)
+    tokenizer = load_without_code(AutoTokenizer, folder, local_files_only=True)
+    require_own_tokenizer(config, tokenizer, source.name)
+    config._name_or_path = public_name(source.name)
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # names code of another repository
+    return LanguageModel(source, folder, config, tokenizer)
+
+
+def open_llm_weights(
+    language: LanguageModel, inside: Mapping[str, LazyTensor], *, dtype: torch.dtype
+) -> tuple[RenamedWeights, list[Path]]:
+    """Open the weights, under `text_model.`, from the LLM's folder or the checkpoint itself.
+
+    A checkpoint was trained with the weights that it holds (`inside`), so they win over the
+    folder's. `dtype` is the one that they are going to be saved in. Returns the weights, and the
+    files that they come from beside the checkpoint.
+    """
+    source = language.source
+    if inside:
+        if source.loras:
+            raise ValueError(
+                "The checkpoint holds the LLM's weights, merged as they were trained. Leave the "
+                "LoRA out."
+            )
+        _require_frequencies(inside, language.config, source="The LLM in the checkpoint")
+        return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), []
+    files = list_weight_files(language.folder, names=WEIGHT_NAMES)
+    weights, shown = open_weights(language.folder), f"The LLM {source.name}"
+    _require_frequencies(weights, language.config, source=shown)
+    renamed = apply_rules(weights, _RULES, _DROPS, source=shown)
+    for lora in source.loras:
+        name, revision = split_revision(lora)
+        folder = find_model_folder(name, revision=revision)
+        merged = merge_lora_weights(
+            {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()},
+            language.config,
+            folder,
+            base=str(source.name),
+            accepted_base=source.accept_lora_base,
+            dtype=dtype,
+        )
+        renamed.weights |= {f"{_PREFIX}{key}": value for key, value in merged.items()}
+        files += list_weight_files(folder, names=WEIGHT_NAMES)
+    return renamed, files
+
+
+def _require_frequencies(
+    tensors: Mapping[str, LazyTensor], config: PreTrainedConfig, *, source: str
+) -> None:
+    """Require that rotary frequencies, which older checkpoints hold, are the configuration's."""
+    held = {key: tensors[key].read().float() for key in tensors if re.fullmatch(_FREQUENCIES, key)}
+    if not held:
+        return
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        rotary: Any = getattr(build_tower(config), "rotary_emb", None)
+    if rotary is None:
+        raise ValueError(
+            f"{source} holds rotary frequencies ({min(held)}), but a {config.model_type!r} has "
+            "none. Give the LLM with its own config.json."
+        )
+    # Older versions scaled the positions instead, and saved the frequencies as they were.
+    plain = getattr(rotary, "compute_default_rope_parameters", None)
+    accepted = [type(rotary)(config).inv_freq, *([plain(config)[0]] if plain else [])]
+    for key, found in held.items():
+        # Up to the rounding of half precision.
+        if not any(
+            found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-2, atol=1e-6)
+            for wanted in accepted
+        ):
+            raise ValueError(
+                f"{source} has other rotary frequencies than its configuration gives: {key} ends "
+                f"with {float(found[-1]):.3g}, wanted {float(accepted[0][-1]):.3g}. Correct "
+                "rope_theta and its scaling in the LLM's config.json."
+            )

@@ -16,9 +16,8 @@ from ..data.safetensors_files import iterate_tensors
 from ..loading_llm2clip import list_foreign_code, list_model_files
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
 from ..model_folders.model_folder import list_uploaded_files
-from ..model_folders.model_loading import MODEL_CLASSES
+from ..model_folders.model_loading import MODEL_CLASSES, describe_untrained
 from ..model_folders.training_images import TRAINING_IMAGES_FILE, read_training_images
-from ..model_folders.training_state import describe_untrained
 from ..model_folders.weights import open_model_weights
 from ..modeling_llm2clip import LLM2CLIPModel
 from .model_report import ConcernError, NotApplicableError

@@ -34,7 +34,7 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.images.image_sources import ImageSource
 from ..loading_llm2clip import list_model_files
 from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
-from ..model_folders.training_state import warn_of_untrained
+from ..model_folders.model_loading import warn_of_untrained
 from .datasets.dataset_registry import find_dataset, list_datasets, load_dataset
 from .datasets.retrieval_dataset import RetrievalDataset
 from .metrics.correspondence import PositiveLists

@@ -1,1 +1,1 @@
-"""What a model folder is: find, load, write, fingerprint, card."""
+"""Finds, loads and writes model folders: weights, card, fingerprint, golden embeddings."""

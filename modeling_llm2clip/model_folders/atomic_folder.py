@@ -24,14 +24,7 @@ _CLAIM = ".llm2clip-is-writing"
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes the target unless an error is raised inside.
-
-    Args:
-        folder: New or empty folder.
-
-    Raises:
-        FileExistsError: The folder exists and is not empty.
-    """
+    """Yield a temporary folder, which becomes the target unless an error is raised inside."""
     require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
@@ -53,30 +46,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_new_folder(folder: Path) -> None:
-    """Refuse a folder that exists and is not empty, or cannot be made.
-
-    Args:
-        folder: Folder that is going to be written.
-
-    Raises:
-        FileExistsError: It exists and is not empty.
-        OSError: It cannot be made.
-    """
+    """Refuse a folder that exists and is not empty, or cannot be made."""
     require_writable(folder.parent)  # a temporary folder there gets the name at the end
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, or not be written, before the work for it is done.
-
-    Args:
-        folder: Folder, which may not exist yet.
-
-    Raises:
-        NotADirectoryError: It is a file, or would be inside one.
-        PermissionError: This process may not write where it is or would be.
-    """
+    """Refuse a folder that cannot be made or written, before the work for it is done."""
     place = folder.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -96,9 +73,6 @@ def clear_leftovers(folder: Path) -> None:
 
     Any other hidden folder beside it is kept: one without a claim, one claimed for another target,
     one whose writer is alive. Several processes may clear at once.
-
-    Args:
-        folder: Target of the writers.
     """
     for claim in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_CLAIM}"):
         if not claim.parent.is_symlink() and _is_abandoned(claim, folder.name):

@@ -1,4 +1,4 @@
-"""Which model made these embeddings: everything that determines them, as short texts to compare.
+"""Fingerprints of models: everything that determines their embeddings, as short texts to compare.
 
 It is read from the model's folder, one tensor at a time; no model is built. A loaded model would
 not do, because transformers renames weights of some towers on loading. Weights of the text adapter
@@ -67,25 +67,19 @@ _IMAGE_LIBRARY = re.compile("(Fast|Pil)$")
 
 
 def fingerprint_text(model: str | Path) -> dict[str, str]:
-    """Describe what determines the embedding of a caption.
+    """Describe what determines the embedding of a caption before the text adapter.
 
-    Args:
-        model: Folder or Hub id.
-
-    Returns:
-        `weights`, `architecture` and `tokenizer` (SHA-256), `dtype`, `prompt`, `pooling`,
-        `direction`, `max_text_length`.
-
-    Raises:
-        ValueError: The folder has no weights.
+    `weights`, `architecture` and `tokenizer` are SHA-256; `dtype`, `prompt`, `pooling`, `direction`
+    and `max_text_length` are readable.
     """
     config, tensors, processor = _open(model, prefix="text_model.")
+    found: Any = getattr(config, "quantization_config", None)
+    stated = found if found is None or isinstance(found, dict) else found.to_dict()
+    quantization = {} if found is None else {"quantization": stated}
     return {
         **_describe_weights(tensors),
-        "architecture": hash_json(
-            {**_tower_settings(config.text_config), **_find_quantization(config)}
-        ),
-        "tokenizer": _hash_tokenizer(processor),
+        "architecture": hash_json({**_tower_settings(config.text_config), **quantization}),
+        "tokenizer": _hash_tokenizer(processor.tokenizer),
         "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
         "pooling": config.text_pooling,
         "direction": "bidirectional" if config.bidirectional else "causal",
@@ -94,16 +88,9 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_vision(model: str | Path) -> dict[str, str]:
-    """Describe what determines the embedding of an image.
+    """Describe what determines the embedding of an image before its projection.
 
-    Args:
-        model: Folder or Hub id.
-
-    Returns:
-        `weights`, `architecture` and `image_processor` (SHA-256), `dtype`, `pooling`.
-
-    Raises:
-        ValueError: The folder has no weights.
+    `weights`, `architecture` and `image_processor` are SHA-256; `dtype` and `pooling` are readable.
     """
     config, tensors, processor = _open(model, prefix="vision_model.")
     settings: dict[str, Any] = processor.image_processor.to_dict()
@@ -124,16 +111,8 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
 def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> dict[str, str]:
     """Describe what determines a final embedding: the tower, and what projects its output.
 
-    Args:
-        folder: Model folder.
-        modality: What is embedded.
-
-    Returns:
-        As `fingerprint_text` or `fingerprint_vision`, and `head weights` (SHA-256); of texts also
-        the setting of the text adapter that its weights do not show.
-
-    Raises:
-        ValueError: The folder has no weights.
+    Beside the tower's fingerprint, `head weights` (SHA-256), and for texts the one setting of the
+    text adapter that its weights do not show.
     """
     files = list_model_files(folder)
     if modality == "image":
@@ -152,15 +131,8 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
 def fingerprint_model(folder: Path) -> dict[str, str]:
     """Identify the whole model in a folder.
 
-    Args:
-        folder: Model folder.
-
-    Returns:
-        `weights` (SHA-256 of all of them), `dtype`, and the one setting that changes embeddings and
-        that neither weights nor `fingerprint_text` nor `fingerprint_vision` show.
-
-    Raises:
-        ValueError: The folder has no weights.
+    `weights` (SHA-256 of all of them), `dtype`, and the one setting that changes embeddings and
+    that neither weights nor the fingerprints of the towers show.
     """
     config = LLM2CLIPConfig.from_pretrained(folder)
     setting = str(getattr(config, _ADAPTER_SETTING))
@@ -170,16 +142,8 @@ def fingerprint_model(folder: Path) -> dict[str, str]:
 def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> dict[str, str]:
     """Hash all tensors of safetensors files, however they are distributed over files.
 
-    Args:
-        files: Files of one model.
-        base: Folder of the model, if some are in subfolders, whose names become part of the names
-            of their tensors.
-
-    Returns:
-        `weights` (SHA-256 over names, dtypes, shapes and bytes, by name) and `dtype`.
-
-    Raises:
-        ValueError: There are no weights, or a name occurs in two files.
+    The hash is over names, dtypes, shapes and bytes, by name. Below `base`, the names of subfolders
+    are part of the names of their tensors.
     """
     return _describe_weights(iterate_tensors(files, base=base))
 
@@ -216,15 +180,7 @@ def _tower_settings(config: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in _NOT_OF_THE_TOWER}
 
 
-def _find_quantization(config: LLM2CLIPConfig) -> dict[str, Any]:
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return {}
-    return {"quantization": found if isinstance(found, dict) else found.to_dict()}
-
-
-def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
-    tokenizer = processor.tokenizer
+def _hash_tokenizer(tokenizer: Any) -> str:
     written = json.loads(tokenizer.backend_tokenizer.to_str())
     return hash_json(
         {
@@ -238,20 +194,10 @@ def _hash_tokenizer(processor: LLM2CLIPProcessor) -> str:
 
 
 def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[str, str]:
-    """Hash each file of a model folder that decides its embeddings.
+    """Hash each file of a model folder that decides its embeddings, and all weights as one.
 
-    Args:
-        folder: Model folder.
-        of_vision_tower: Only what decides the embeddings of images before their projection; the
-            LLM is not read.
-
-    Returns:
-        Name of each file → SHA-256 of its content, of JSON without what changes no embedding;
-        `weights` → that of all tensors, however they are distributed over files, or `weights of
-        the vision tower` → that of its tensors.
-
-    Raises:
-        ValueError: The folder has no weights, or a file is not valid JSON.
+    JSON is hashed without what changes no embedding. For the vision tower alone, the LLM is not
+    read.
     """
     found = {
         name: hash_json(_read_deciding(folder / name))
@@ -286,14 +232,9 @@ def _keep_deciding(content: Any) -> Any:
 
 
 def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:
-    """Hash the small files that decide a model's embeddings beside its weights.
+    """Hash the small files that decide a model's embeddings beside its weights, of any model type.
 
-    Args:
-        folder: Folder of a model of any type.
-        patterns: As `Path.glob` takes them.
-
-    Returns:
-        SHA-256 of names and contents, of JSON without what changes no embedding.
+    JSON is hashed without what changes no embedding.
     """
     digest = hashlib.sha256()
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):

@@ -1,4 +1,7 @@
-"""Embeddings recorded when a model folder was written, against which any later load is compared."""
+"""Embeddings recorded when a model folder was written, against which any later load is compared.
+
+T texts, D the width of the LLM, P `projection_dim`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import serialize_tensors
 from ..encoding.encode import encode_images, encode_texts, project_captions
 from ..encoding.float32 import float32_as_such
-from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .fingerprint import VISION_ENTRY, hash_deciding_files
 from .weights import open_model_weights
@@ -64,17 +66,10 @@ def compute_golden(
     *,
     caption_embeds: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Encode texts and the golden images.
+    """Encode T texts and the two golden images, as float32 of unit length on the CPU.
 
-    Args:
-        model: A whole, text-only or vision-only model.
-        processor: Its processor.
-        texts: T texts.
-        caption_embeds: (T, D) of the texts, where the LLM is not to be run.
-
-    Returns:
-        `text_embeds` (T, P) and `image_embeds` (2, P), float32 of unit length on the CPU; only one
-        of them for a text-only or vision-only model.
+    `text_embeds` (T, P) and `image_embeds` (2, P); a text-only or vision-only model gives one of
+    them. With `caption_embeds` (T, D) the LLM is not run.
     """
     embeddings = {}
     if caption_embeds is not None:
@@ -86,56 +81,49 @@ def compute_golden(
     return embeddings
 
 
-def write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor) -> None:
+def write_golden(
+    folder: Path, model: Any, processor: LLM2CLIPProcessor, *, source: Path | None = None
+) -> None:
     """Record the embeddings that a model gives now, beside its weights, and hashes of its files.
 
     Also `caption_embeds` (T, D), the LLM's part, so that the embeddings of another text adapter can
     be recorded without the LLM; and of a whole model `logit_scale` (1,), which no embedding shows.
 
-    Args:
-        folder: Model folder, complete but for its card.
-        model: A whole, text-only or vision-only model.
-        processor: Its processor.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity.
+    With `source`, the folder of a model with the same LLM, that part is taken over and the LLM is
+    not run. Where the source has no such part, nothing is recorded.
     """
-    with _naming_the_save():
-        embeddings = compute_golden(model, processor)
-        if hasattr(model, "text_model"):
-            embeddings["caption_embeds"] = encode_texts(
-                model, processor, GOLDEN_TEXTS, project=False
-            )
-    _save(folder, {**embeddings, **read_temperature(model)}, list(GOLDEN_TEXTS), model)
-
-
-def renew_golden(
-    source: Path, folder: Path, model: LLM2CLIPModel, processor: LLM2CLIPProcessor
-) -> bool:
-    """Record a model's embeddings without running its LLM.
-
-    Args:
-        source: Folder of a model with the same LLM, where its caption embeddings are recorded.
-        folder: Where to record.
-        model: Its text adapter, projections and vision tower are run.
-        processor: Its processor.
-
-    Returns:
-        Whether they were recorded: False where the source has no caption embeddings.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity.
-    """
-    golden = read_golden(source)
-    if golden is None or "caption_embeds" not in golden[1]:
-        return False
-    texts, recorded = golden
-    caption_embeds = recorded["caption_embeds"]
-    with _naming_the_save():
-        embeddings = compute_golden(model, processor, caption_embeds=caption_embeds)
-    embeddings = {**embeddings, "caption_embeds": caption_embeds, **read_temperature(model)}
-    _save(folder, embeddings, texts, model)
-    return True
+    texts, caption_embeds = list(GOLDEN_TEXTS), None
+    if source is not None:
+        golden = read_golden(source)
+        if golden is None or "caption_embeds" not in golden[1]:
+            return
+        texts, caption_embeds = golden[0], golden[1]["caption_embeds"]
+    try:
+        embeddings = compute_golden(model, processor, texts, caption_embeds=caption_embeds)
+        if caption_embeds is None and hasattr(model, "text_model"):
+            caption_embeds = encode_texts(model, processor, texts, project=False)
+    except ValueError as error:
+        raise ValueError(
+            f"The model is not saved. {error} After a training, take the last weights that give "
+            "finite embeddings."
+        ) from error
+    if caption_embeds is not None:
+        embeddings["caption_embeds"] = caption_embeds
+    embeddings |= read_temperature(model)
+    if not embeddings.get("logit_scale", torch.zeros(1)).isfinite().all():
+        raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
+    files = hash_deciding_files(folder)
+    if hasattr(model, "vision_model"):
+        files |= hash_deciding_files(folder, of_vision_tower=True)
+    content = serialize_tensors(
+        {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
+        {
+            "texts": json.dumps(texts, ensure_ascii=False),
+            "dtype": str(model.dtype),
+            "files": json.dumps(files, sort_keys=True),
+        },
+    )
+    (folder / GOLDEN_FILE).write_bytes(content)
 
 
 def compare_golden(
@@ -146,20 +134,12 @@ def compare_golden(
     dtype: torch.dtype | None = None,
     runs_llm: bool = True,
 ) -> str | None:
-    """Compare the embeddings of a model with those that were recorded in its folder.
+    """Compare a model with the embeddings recorded in its folder, and say what was compared.
 
-    Args:
-        folder: Folder that the model was loaded from.
-        model: The whole model, or the parts of it that are compared.
-        processor: Its processor.
-        dtype: Dtype of the folder's weights, which sets what may differ; None for the model's.
-        runs_llm: False to start from the recorded caption embeddings.
-
-    Returns:
-        What was compared, in words; None where the folder has no recorded embeddings of the model.
-
-    Raises:
-        ValueError: They differ by more than rounding on another machine.
+    `dtype` is that of the folder's weights and sets what may differ; None for the model's. Without
+    `runs_llm`, texts start from the recorded caption embeddings. Returns None where nothing is
+    recorded for this model, and raises where embeddings differ by more than rounding on another
+    machine.
     """
     golden = read_golden(folder)
     if golden is None or not (runs_llm or "caption_embeds" in golden[1]):
@@ -179,8 +159,21 @@ def compare_golden(
         largest = max(largest, furthest)
         if not furthest <= tolerance:
             errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_PARTS[name]})")
-    errors += _compare_temperatures(read_temperature(model), recorded)
-    errors += _find_caption_errors(recorded, texts, is_needed="text_embeds" in found)
+    # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
+    for name, value in read_temperature(model).items():
+        if name not in recorded:
+            errors.append(f"{name} was not recorded")
+        elif not torch.allclose(value, recorded[name].float(), atol=1e-6, rtol=0):
+            was = float(recorded[name])
+            errors.append(f"{name} is {float(value):.4f}, recorded was {was:.4f}")
+    # The LLM's part, which a later training takes over unseen.
+    llm = recorded.get("caption_embeds")
+    if llm is None and "text_embeds" in found:
+        errors.append("caption_embeds was not recorded")
+    elif llm is not None and not (
+        llm.ndim == 2 and len(llm) == len(texts) and llm.isfinite().all()
+    ):
+        errors.append(f"caption_embeds {tuple(llm.shape)} has NaN, or not a row for each text")
     if errors:
         raise ValueError(
             f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.0e}. Weights, "
@@ -188,29 +181,6 @@ def compare_golden(
         )
     count = sum(map(len, found.values()))
     return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
-
-
-def _compare_temperatures(found: dict[str, Tensor], recorded: dict[str, Tensor]) -> list[str]:
-    # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
-    if missing := set(found) - set(recorded):
-        return [f"{', '.join(missing)} was not recorded"]
-    return [
-        f"{name} is {float(value):.4f}, recorded was {float(recorded[name]):.4f}"
-        for name, value in found.items()
-        if not torch.allclose(value, recorded[name].float(), atol=1e-6, rtol=0)
-    ]
-
-
-def _find_caption_errors(
-    recorded: dict[str, Tensor], texts: Sequence[str], *, is_needed: bool
-) -> list[str]:
-    """Find what is wrong with the LLM's part, which a later training takes over unseen."""
-    found = recorded.get("caption_embeds")
-    if found is None:
-        return ["caption_embeds was not recorded"] if is_needed else []
-    if found.ndim != 2 or len(found) != len(texts) or not found.isfinite().all():
-        return [f"caption_embeds {tuple(found.shape)} has NaN, or not a row for each text"]
-    return []
 
 
 def require_golden(
@@ -225,20 +195,8 @@ def require_golden(
     """Refuse to write a folder from one that differs from its recorded embeddings and files.
 
     The new folder would record the embeddings of the damage, and be healthy by them. Where nothing
-    is recorded, a warning says that damage would not show.
-
-    Args:
-        folder: As in `compare_golden`, like the other arguments.
-        model: The model, in the dtype of the folder unless `dtype` is given.
-        processor: Its processor.
-        dtype: Dtype of the folder's weights; None for the model's.
-        runs_llm: False to start from the recorded caption embeddings.
-        of_vision_tower: Whether only the vision tower is written, so that neither tokenizer nor LLM
-            is read.
-
-    Raises:
-        ValueError: Embeddings differ by more than rounding on another machine, a file that decides
-            embeddings is another, or the folder states another dtype than its weights have.
+    is recorded, a warning says that damage would not show. With `of_vision_tower`, neither
+    tokenizer nor LLM is read.
     """
     try:
         compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
@@ -283,30 +241,13 @@ def _require_stated_dtype(folder: Path) -> None:
 
 
 def read_temperature(model: Any) -> dict[str, Tensor]:
-    """Return the temperature as it is saved.
-
-    Args:
-        model: A whole, text-only or vision-only model.
-
-    Returns:
-        `logit_scale` (1,) float32, a logarithm; nothing of a text-only or vision-only model.
-    """
+    """Return `logit_scale` (1,) float32, a logarithm, as it is saved; some models have none."""
     scale = getattr(model, "logit_scale", None)
     return {} if scale is None else {"logit_scale": scale.log_scale.detach().float().cpu()}
 
 
 def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
-    """Read the recorded texts and embeddings.
-
-    Args:
-        folder: Model folder.
-
-    Returns:
-        The texts, and name → embeddings; None where the folder has none.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """Read the recorded texts and embeddings by name; None where the folder has none."""
     if not (folder / GOLDEN_FILE).is_file():
         return None
     with _open_golden(folder) as file:
@@ -314,76 +255,40 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
         return texts, {name: file.get_tensor(name) for name in file.keys()}
 
 
-def find_changed_files(folder: Path, *, of_vision_tower: bool = False) -> list[str] | None:
-    """Find the files that differ from those that the recorded embeddings were computed with.
-
-    Embeddings of a few texts do not show every change: an edited tokenizer may give them the same
-    ids.
-
-    Args:
-        folder: Model folder.
-        of_vision_tower: As in `hash_deciding_files`.
-
-    Returns:
-        Names of files that were changed, added or removed, and `weights`; None where nothing was
-        recorded.
-
-    Raises:
-        ValueError: The folder has no weights, a file is not valid JSON, or the golden embeddings
-            are damaged.
-    """
-    if not (folder / GOLDEN_FILE).is_file():
-        return None
-    with _open_golden(folder) as file:
-        recorded = json.loads(file.metadata().get("files", "null"))
-        if recorded is None:
-            return None
-        recorded = dict(recorded)
-    found = hash_deciding_files(folder, of_vision_tower=of_vision_tower)
-    names = {*found} if of_vision_tower else {*found, *recorded} - {VISION_ENTRY}
-    return sorted(name for name in names if found.get(name) != recorded.get(name))
-
-
 def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bool:
     """Refuse a folder whose files differ from those that the golden embeddings were computed with.
 
-    Args:
-        folder: Model folder.
-        of_vision_tower: As in `hash_deciding_files`.
-
-    Returns:
-        Whether files are recorded.
-
-    Raises:
-        ValueError: A file was changed, added or removed.
+    Embeddings of a few texts do not show every change: an edited tokenizer may give them the same
+    ids. Returns False where no files are recorded.
     """
-    changed = find_changed_files(folder, of_vision_tower=of_vision_tower)
-    if changed:
+    if not (folder / GOLDEN_FILE).is_file():
+        return False
+    with _open_golden(folder) as file:
+        recorded = json.loads(file.metadata().get("files", "null"))
+        if recorded is None:
+            return False
+        recorded = dict(recorded)
+    found = hash_deciding_files(folder, of_vision_tower=of_vision_tower)
+    names = {*found} if of_vision_tower else {*found, *recorded} - {VISION_ENTRY}
+    if changed := sorted(name for name in names if found.get(name) != recorded.get(name)):
         raise ValueError(
             f"{', '.join(changed)}: not as when the folder was written, so that some inputs get "
             "other embeddings. Restore these files, or, if the change is wanted, remove "
             f"{GOLDEN_FILE} and write the folder anew (llm2clip export)."
         )
-    return changed is not None
+    return True
 
 
 def find_tolerance(dtype: torch.dtype, *, other_machine: bool = False) -> float:
-    """Return the largest harmless distance between two computations of a unit embedding.
-
-    Args:
-        dtype: Dtype that they are computed in.
-        other_machine: Whether they are computed on two machines.
-    """
+    """Return the largest harmless distance between two computations of a unit embedding."""
     table = _OTHER_MACHINE if other_machine else _SAME_MACHINE
     return table.get(dtype, table[torch.float32])
 
 
 def measure_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Return the distance of each row from its counterpart, (B,) float32; NaN becomes infinite.
+    """Return the distance of each row of (B, P) from its counterpart, (B,) float32.
 
-    Args:
-        first: (B, P) embeddings.
-        second: (B, P) embeddings.
+    NaN becomes infinite.
     """
     distances: Tensor = (first.float() - second.float()).norm(dim=1).nan_to_num(nan=torch.inf)
     return distances
@@ -401,32 +306,3 @@ def _open_golden(folder: Path) -> Iterator[Any]:
             f"{path} is damaged ({error!r}). Restore it, or, if the model is known to be intact, "
             "remove it and write the folder anew (llm2clip export)."
         ) from error
-
-
-@contextmanager
-def _naming_the_save() -> Iterator[None]:
-    """Say of broken embeddings that the model is therefore not saved."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"The model is not saved. {error} After a training, take the last weights that give "
-            "finite embeddings."
-        ) from error
-
-
-def _save(folder: Path, embeddings: dict[str, Tensor], texts: list[str], model: Any) -> None:
-    if not embeddings.get("logit_scale", torch.zeros(1)).isfinite().all():
-        raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
-    files = hash_deciding_files(folder)
-    if hasattr(model, "vision_model"):
-        files |= hash_deciding_files(folder, of_vision_tower=True)
-    content = serialize_tensors(
-        {name: embedding.cpu().contiguous() for name, embedding in embeddings.items()},
-        {
-            "texts": json.dumps(texts, ensure_ascii=False),
-            "dtype": str(model.dtype),
-            "files": json.dumps(files, sort_keys=True),
-        },
-    )
-    (folder / GOLDEN_FILE).write_bytes(content)

@@ -1,22 +1,32 @@
-"""The README.md of a model folder: the template, filled from what is in the folder."""
+"""The README.md of a model folder: the template, filled from what is in the folder.
+
+What no weight shows, such as licenses, training data and results, is in the metadata of the card,
+where the Hub reads it, and is read back from there whenever the folder is written again.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml  # what huggingface_hub reads cards with
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tokenizers import Tokenizer
 
+from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import write_atomically
-from .model_card_data import CardData, read_card_data, relicense
-from .training_state import describe_untrained
+from .model_folder import fetch_hub_file
+from .model_loading import describe_untrained
 from .weights import open_model_weights
 
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TASK_TAG = "image-text-retrieval"
@@ -50,30 +60,194 @@ _SNIPPETS = {
 }
 
 
-def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
-    """Write `README.md` with the Hub's metadata: the old one or the new one is there, always.
+@dataclass(frozen=True)
+class CardResult:
+    """The scores of one evaluation.
 
-    Args:
-        folder: Folder that holds the saved model.
-        card: What the card states beside what is in the folder.
-        name: What the card calls the model: the folder's last name, or its Hub id.
+    Attributes:
+        task: Task, such as `"retrieval"`.
+        dataset: Dataset, with its language where it has several.
+        scores: Name of a measure → value.
+        fingerprint: Fingerprint of the measured model, where it is known; a card does not keep it.
+        dtype: Dtype that the model was measured in; a card does not keep it.
     """
-    _write(folder, _render(folder, card, name=name))
+
+    task: str
+    dataset: str
+    scores: Mapping[str, float]
+    fingerprint: Mapping[str, str] | None = field(default=None, compare=False)
+    dtype: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class CardData:
+    """The statements of a card about a model.
+
+    Attributes:
+        license: License of the weights: an identifier of the Hub, such as `"apache-2.0"`, or
+            `"other"`.
+        license_name: Name of a license that the Hub has no identifier for.
+        license_link: Address of it.
+        vision_license: License of the vision tower, as its own card has it.
+        text_license: License of the language model, likewise.
+        training_data: Names or Hub ids of the datasets of the alignment.
+        results: Results measured with these very weights.
+        caution: A warning that a user must see first, for example that the model is near chance.
+
+    Raises:
+        ValueError: `license` is not an identifier, or `"other"` without name and link.
+    """
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    vision_license: str | None = None
+    text_license: str | None = None
+    training_data: tuple[str, ...] = ()
+    results: tuple[CardResult, ...] = ()
+    caution: str | None = None
+
+    def __post_init__(self) -> None:
+        errors = []
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            errors.append(f"license={self.license!r} is not an identifier like 'apache-2.0'")
+        if self.license == "other" and not (self.license_name and self.license_link):
+            errors.append("license='other' needs license_name and license_link")
+        if errors:
+            raise ValueError(
+                f"{'; '.join(errors)}. The identifiers: https://huggingface.co/docs/hub/"
+                "repositories-licenses."
+            )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Fields of the card's metadata, without the results."""
+        stated = {**vars(self), "training_data": list(self.training_data) or None}
+        return {n: value for n, value in stated.items() if n != "results" and value is not None}
+
+    @property
+    def eval_results(self) -> list[EvalResult]:
+        """Results as the Hub's `model-index` has them, one per score."""
+        return [
+            EvalResult(
+                task_type=result.task,
+                dataset_type=result.dataset,
+                dataset_name=result.dataset,
+                metric_type=name,
+                metric_value=value,
+            )
+            for result in self.results
+            for name, value in result.scores.items()
+        ]
+
+
+def read_card_data(folder: Path) -> CardData:
+    """Read what the card of a folder states; nothing where there is no card."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return CardData()
+    data = _read_metadata(path)
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in data.eval_results or []:
+        task = (entry.task_type, entry.dataset_name)
+        scores.setdefault(task, {})[entry.metric_type] = entry.metric_value
+    return CardData(
+        license=data.license if isinstance(data.license, str) else None,
+        license_name=data.license_name,
+        license_link=data.license_link,
+        vision_license=data.get("vision_license"),
+        text_license=data.get("text_license"),
+        training_data=tuple(data.get("training_data") or ()),
+        results=tuple(CardResult(*task, found) for task, found in scores.items()),
+        caution=data.get("caution"),
+    )
+
+
+def update_card_data(
+    card: CardData, config: CardConfig, *, results: Sequence[CardResult] | None = None
+) -> CardData:
+    """Return what a card states once a config says more; fields that are given win.
+
+    Results replace the card's; None keeps those.
+    """
+    names = ("license_name", "license_link", "vision_license", "text_license")
+    changes: dict[str, Any] = {name: getattr(config, name) for name in names}
+    changes["training_data"] = config.training_data or None
+    changes["results"] = None if results is None else tuple(results)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return relicense(card, config.license, **given)
+
+
+def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:
+    """Return what a card states under another license, without name and address of the old one."""
+    if license is None or license == card.license == "other":
+        return replace(card, **changes)
+    fresh = {"license": license, "license_name": None, "license_link": None}
+    return replace(card, **{**fresh, **changes})
+
+
+def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None) -> None:
+    """Name vision tower and LLM in a configuration, which the card repeats."""
+    if base_models is not None:
+        config.vision_config._name_or_path, config.text_config._name_or_path = base_models
+
+
+def require_license(card: CardData, source: str | Path) -> None:
+    """Refuse to publish a model without a license."""
+    if card.license is None:
+        raise ValueError(
+            f"{source} states no license, and nothing is published without one. State it with "
+            "--license, e.g. --license apache-2.0; the licenses of both towers must allow it "
+            f"(vision tower: {card.vision_license or 'not recorded'}, language model: "
+            f"{card.text_license or 'not recorded'})."
+        )
+
+
+def find_license(source: str | Path, *, revision: str | None = None) -> str | None:
+    """Read the license on a tower's own card, in its folder, beside its weight file or on the Hub.
+
+    None where no card states one, or the Hub cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        card: Path | None = (path if path.is_dir() else path.parent) / "README.md"
+    else:
+        repository = path.parent if path.suffix == ".gguf" else path
+        card = fetch_hub_file(repository, "README.md", revision=revision)
+    try:
+        if card is None or not card.is_file():
+            return None
+        data = _read_metadata(card)
+    except (OSError, ValueError):  # metadata that cannot be parsed
+        return None
+    stated: Any = data.license
+    if isinstance(stated, list):
+        return ", ".join(map(str, stated)) or None
+    named: str | None = (data.license_name or stated) if stated == "other" else stated
+    return named
+
+
+def _read_metadata(card: Path) -> Any:
+    try:
+        return ModelCard.load(card).data
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{card}: its metadata is not YAML ({error}). Correct the lines between the '---'."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{card} is not UTF-8 ({error}). Save it in this encoding.") from error
+
+
+def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
+    """Write `README.md` with the Hub's metadata; a stopped write leaves the old card."""
+    write_atomically(folder / "README.md", _render(folder, card, name=name).encode())
 
 
 def update_model_card(folder: Path, *, license: str | None, name: str) -> None:
-    """State a license, and rename the model where nobody edited its card.
+    """State a license (None keeps the stated one), and rename the model unless its card was edited.
 
-    On an edited card, name and address of another license go with it, and so does the sentence
-    that this package wrote about it.
-
-    Args:
-        folder: Model folder with a card.
-        license: License of the weights; None keeps the stated one.
-        name: New name.
-
-    Raises:
-        ValueError: `license` is `"other"`, and the card has no name and address of it.
+    On an edited card, name and address of another license go with it, and so does the sentence that
+    this package wrote about it.
     """
     path = folder / "README.md"
     card = read_card_data(folder)
@@ -87,18 +261,16 @@ def update_model_card(folder: Path, *, license: str | None, name: str) -> None:
         for field in ("license", "license_name", "license_link"):
             setattr(edited.data, field, getattr(stated, field))
         edited.text = edited.text.replace(_describe_license(card), _describe_license(stated))
-        _write(folder, str(edited))
-
-
-def _write(folder: Path, text: str) -> None:
-    write_atomically(folder / "README.md", text.encode())
+        write_atomically(path, str(edited).encode())
 
 
 def _render(folder: Path, card: CardData, *, name: str) -> str:
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
-    counts = _count_parameters(folder)
+    counts = Counter[str]()  # parameters of each direct part of the model
+    for weight, tensor in open_model_weights(folder).items():
+        counts[weight.split(".")[0]] += tensor.num_elements
     sides = tuple(side for side, tower in _TOWERS.items() if tower in counts)
-    origins = {side: _name_origin(config, side) for side in sides}
+    origins = {side: getattr(config, f"{side}_config")._name_or_path or "" for side in sides}
     trained = config.projections_trained
     data = ModelCardData(
         **card.metadata,
@@ -223,19 +395,6 @@ def _describe_origins(origins: dict[str, str], card: CardData) -> list[tuple[str
         )
         for side, origin in origins.items()
     ]
-
-
-def _name_origin(config: LLM2CLIPConfig, side: str) -> str:
-    return str(getattr(config, f"{side}_config")._name_or_path or "")
-
-
-def _count_parameters(folder: Path) -> dict[str, int]:
-    """Count the parameters of each direct part of the model, by the headers of its weight files."""
-    counts: dict[str, int] = {}
-    for name, tensor in open_model_weights(folder).items():
-        part = name.split(".")[0]
-        counts[part] = counts.get(part, 0) + tensor.num_elements
-    return counts
 
 
 def _shorten(count: int) -> str:

@@ -1,26 +1,43 @@
-"""Finds the folder of a model by its path or Hub id, and files in it."""
+"""Finds the folder of a model by its path or Hub id, and files in it; needs no torch.
+
+huggingface_hub tries again and again before it says that there is no network. Here the Hub is tried
+once, so that a misspelled folder is reported within seconds.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
-from .hub_access import explain_missing, fetch_hub_file, is_hub_id
+from ..configs.build_config import EMBEDDED
 
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
 # The same, where the weights were trained since: they are no longer those of the listed files.
 RECORD_BEFORE_TRAINING = "conversion_before_training.json"
+# What peft saves a LoRA as.
+LORA_CONFIG = "adapter_config.json"
+LORA_WEIGHTS = "adapter_model.safetensors"
 _DEMO_MODEL = Path("..") / "llm2clip-demo" / "model"  # as a notebook in examples/ sees it
 # Other formats of the same weights, which are read only where they are asked for by name.
 _NOT_DOWNLOADED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
     "openvino/*",
 ]  # fmt: skip
+_NAME = r"\w[\w.-]*"
+_SECONDS = 5.0
+_NAMES_SHOWN = 6
 
 
 def find_model_folder(
@@ -28,17 +45,7 @@ def find_model_folder(
 ) -> Path:
     """Return a local folder, or download a Hub repository and return its snapshot.
 
-    Args:
-        source: Folder or Hub id.
-        revision: Branch, tag or commit of the Hub repository.
-        only: Names of files: nothing else is downloaded, and these in any format.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: The source is neither a folder nor a Hub id, or a folder with a revision.
-        OSError: The download failed.
+    With `only`, nothing but files of these names is downloaded, and these in any format.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -66,27 +73,13 @@ def find_model_folder(
 
 
 def require_there(source: str | Path) -> None:
-    """Refuse a source that is neither a folder nor a Hub repository that can be reached.
-
-    Args:
-        source: Folder or Hub id.
-
-    Raises:
-        ValueError: Neither is there; it is found out within seconds.
-    """
+    """Refuse a source that is neither a folder nor a Hub repository that can be reached."""
     if not Path(source).is_dir() and (missing := explain_missing(source)):
         raise ValueError(f"{source}: {missing}. Correct the path or id.")
 
 
 def find_demo_model() -> str:
-    """Find the model that the notebooks use: `LLM2CLIP_MODEL`, or the folder that the demo wrote.
-
-    Returns:
-        Folder or Hub id.
-
-    Raises:
-        FileNotFoundError: there is no such model; the message names the command that writes one.
-    """
+    """Find the notebooks' model: `LLM2CLIP_MODEL`, or the folder that the demo wrote."""
     source = os.environ.get("LLM2CLIP_MODEL") or str(_DEMO_MODEL)
     if not is_hub_id(source) and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
@@ -97,32 +90,10 @@ def find_demo_model() -> str:
     return source
 
 
-def find_source_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
-    """Find a file of a tower: in its folder, beside its weight file, or on the Hub.
-
-    Args:
-        source: Folder, weight file, Hub id, or a `.gguf` file of a Hub repository.
-        name: Name of the file.
-        revision: Branch, tag or commit of the Hub repository.
-
-    Returns:
-        The file; None where there is none, or the Hub cannot be reached.
-    """
-    path = Path(source)
-    if path.exists():
-        file = (path if path.is_dir() else path.parent) / name
-        return file if file.is_file() else None
-    repository = path.parent if path.suffix == ".gguf" else path
-    return fetch_hub_file(repository, name, revision=revision)
-
-
 def is_inside(file: Path, folder: Path) -> bool:
     """Return whether a file is a folder's own once all links are followed.
 
-    Args:
-        file: File in the folder.
-        folder: A folder; of a snapshot in huggingface_hub's cache, the contents that this cache
-            keeps for its repository are inside too.
+    A snapshot in huggingface_hub's cache owns the contents that the cache keeps for its repository.
     """
     content, root = file.resolve(), folder.resolve()
     in_snapshots = root.parent.name == "snapshots"
@@ -137,18 +108,111 @@ def list_uploaded_files() -> list[Path]:
     return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
 
 
-def find_records(folder: Path, *, trained_since: bool = False) -> dict[str, Path]:
-    """Find the record of a folder's conversion.
+def is_hub_id(source: str | Path) -> bool:
+    """Return whether this can only be a Hub id: `owner/name`, and no folder `owner` here.
 
-    Args:
-        folder: Model folder.
-        trained_since: Whether the model that is written of this folder has other weights.
-
-    Returns:
-        Name in the folder that is written → file; empty where nothing was converted.
+    A `Path` never is.
     """
-    names = (RECORD_FILE, RECORD_BEFORE_TRAINING)
-    found = {name: folder / name for name in names if (folder / name).is_file()}
-    if trained_since and found:
-        return {RECORD_BEFORE_TRAINING: next(iter(found.values()))}
-    return found
+    return (
+        isinstance(source, str)
+        and re.fullmatch(f"{_NAME}/{_NAME}", source) is not None
+        and not Path(source).parent.is_dir()
+    )
+
+
+def explain_missing(source: str | Path, *, may_lack_owner: bool = False) -> str | None:
+    """Explain why a source is neither a local folder nor a Hub repository that can be reached.
+
+    None where the Hub or its cache may have it. Older repositories lack an owner ("gpt2").
+    """
+    is_short = may_lack_owner and re.fullmatch(_NAME, str(source)) is not None
+    if is_short or is_hub_id(source):
+        name = repo_folder_name(repo_id=str(source), repo_type="model")
+        is_cached = (Path(constants.HF_HUB_CACHE) / name / "snapshots").is_dir()
+        if is_cached or (reason := _try_hub()) is None:
+            return None
+        return (
+            "no such folder here, and the Hub, which may have a repository of this name, cannot "
+            f"be reached ({reason}: check the network)"
+        )
+    above = next((parent for parent in Path(source).parents if parent.is_dir()), Path())
+    if above in (Path(), Path("/")):
+        return "no such folder, and no Hub id like 'owner/name'"
+    names = sorted(path.name for path in above.iterdir() if path.is_dir())
+    more = ", …" if len(names) > _NAMES_SHOWN else ""
+    shown = f"the folders {', '.join(names[:_NAMES_SHOWN])}{more}" if names else "no folder"
+    return f"no such folder, and no Hub id: {above} is here, and has {shown}"
+
+
+def fetch_hub_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
+    """Fetch a small file of a Hub repository, or find it in the cache where there is no Hub.
+
+    None where there is no such file.
+    """
+    try:
+        return Path(
+            hf_hub_download(
+                str(source), name, revision=revision, local_files_only=_try_hub() is not None
+            )
+        )
+    except (OSError, ValueError):  # no such file, not in the cache, or not a Hub id
+        return None
+
+
+def _try_hub() -> str | None:
+    """Return why the Hub cannot be reached; None where it can, or where a proxy is between."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    scheme = urlsplit(constants.ENDPOINT).scheme
+    return None if getproxies().keys() & {scheme, "all"} else _connect(constants.ENDPOINT)
+
+
+@cache
+def _connect(endpoint: str) -> str | None:
+    address = urlsplit(endpoint)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
+    except OSError as error:
+        return f"{address.hostname}: {error.strerror or error}"
+    return None
+
+
+def require_sources(
+    *,
+    vision: str | Path | None = None,
+    text: str | Path | None = None,
+    lora: str | Path | None = None,
+) -> None:
+    """Refuse towers and LoRAs that are neither there nor named as on the Hub.
+
+    Nothing is loaded for it, and every such source is named. A text tower may be a `.gguf` file,
+    also in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
+    """
+    errors = []
+    if vision is not None and vision != EMBEDDED:
+        errors.append(_find_error("vision tower", vision, file="config.json"))
+    if text is not None and Path(text).suffix == ".gguf":
+        if not Path(text).is_file() and not is_hub_id(str(Path(text).parent)):
+            wanted = "file of a Hub repository like 'owner/name/FILE'"
+            errors.append(f"{text}: no such .gguf file, and no {wanted}")
+    elif text is not None and text != EMBEDDED:
+        errors.append(_find_error("language model", text, file="config.json"))
+    if lora is not None:
+        errors.append(_find_error("LoRA", lora, file=LORA_CONFIG))
+    if found := [error for error in errors if error]:
+        raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
+
+
+def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
+    path = Path(source)
+    if path.is_dir():
+        if (path / file).is_file():
+            return None
+        return f"{source}: the folder has no {file}, so it does not hold a {what}"
+    if path.exists():
+        return f"{source}: a file; the {what} must be a folder or a Hub id"
+    if str(source) != EMBEDDED and get_close_matches(str(source), [EMBEDDED], cutoff=0.8):
+        return f"{source}: no such {what}. Did you mean {EMBEDDED}?"
+    missing = explain_missing(source, may_lack_owner=True)
+    return f"{source}: no such {what}: {missing}" if missing else None

@@ -1,10 +1,12 @@
 """Loads model folders: whole, without a tower, or with the LLM quantized.
 
-Code that a folder brings is never run: the package's own classes load it.
+Code that a folder brings is never run: the package's own classes load it. A model whose projections
+were not trained gives meaningless embeddings, which is refused or warned of here.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,13 @@ from .model_types import require_own_model
 Quantization = Literal["4bit", "8bit"]
 MODEL_CLASSES: dict[str, Any] = {
     cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
+}
+
+# By what a command calls the parts of a model.
+CLASS_OF_COMPONENTS = {
+    "full": "LLM2CLIPModel",
+    "text": "LLM2CLIPTextModel",
+    "vision": "LLM2CLIPVisionModel",
 }
 
 
@@ -70,14 +79,7 @@ def load_model(
 
 
 def find_model_class(folder: Path) -> Any:
-    """Return the class that saved a folder.
-
-    Args:
-        folder: Model folder.
-
-    Raises:
-        ValueError: Its `config.json` names another class than those of this package.
-    """
+    """Return the class that a folder was saved from, by its `config.json`."""
     architectures = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).architectures
     name = (architectures or ["nothing"])[0]
     if name not in MODEL_CLASSES:
@@ -101,12 +103,8 @@ class PartialModel(LLM2CLIPModel):
     """A whole model without the towers that are not run.
 
     It loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It
-    cannot be saved as a model: `save_trained_model` writes what changed.
-
-    Args:
-        config: The model's configuration.
-        with_llm: False where caption embeddings are stored.
-        with_vision_tower: False where image embeddings are stored.
+    cannot be saved as a model: `save_trained_model` writes what changed. The LLM is not run where
+    caption embeddings are stored, the vision tower where image embeddings are.
     """
 
     _auto_class = None  # type: ignore[assignment]
@@ -138,20 +136,9 @@ def load_partial_model(
     with_vision_tower: bool = False,
     device: str = "cpu",
 ) -> PartialModel:
-    """Load a whole model without one or both of its towers: at least text adapter and projections.
+    """Load a whole model without one or both of its towers, in evaluation mode.
 
-    Args:
-        source: Folder or Hub id of a whole model.
-        revision: Branch, tag or commit of the Hub repository.
-        with_llm: Whether the LLM is loaded.
-        with_vision_tower: Whether the vision tower is loaded.
-        device: Where the model runs; see `find_device`.
-
-    Returns:
-        The model in evaluation mode. `to_text_embeds` and `to_image_embeds` work without towers.
-
-    Raises:
-        ValueError: Weights are missing or unexpected, or the device is not there.
+    `to_text_embeds` and `to_image_embeds` work without towers.
     """
     folder = find_model_folder(source, revision=revision)
     model: PartialModel = PartialModel.from_pretrained(
@@ -164,15 +151,10 @@ def load_partial_model(
 def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
 
-    Any other configuration of bitsandbytes reaches the LLM alone too. Quantize while a whole model
-    is loaded: a model built from an already quantized tower cannot be loaded again, and
-    `save_pretrained` refuses it, as it does a 4-bit model that has run on a CPU.
-
-    Args:
-        quantization: `"4bit"` (NF4, computed in bfloat16) or `"8bit"`.
-
-    Raises:
-        ValueError: It is something else.
+    4 bits are NF4, computed in bfloat16. Any other configuration of bitsandbytes reaches the LLM
+    alone too. Quantize while a whole model is loaded: a model built from an already quantized tower
+    cannot be loaded again, and `save_pretrained` refuses it, as it does a 4-bit model that has run
+    on a CPU.
     """
     if quantization == "4bit":
         return BitsAndBytesConfig(
@@ -184,3 +166,44 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_IN_FULL)
     raise ValueError(f"quantization={quantization!r} must be '4bit' or '8bit'.")
+
+
+def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
+    """List the parts that still have their initial random weights."""
+    has_text = config.architectures != ["LLM2CLIPVisionModel"]
+    return (
+        *(["text adapter"] if has_text and not config.text_adapter_trained else []),
+        *([] if config.projections_trained else ["projections"]),
+    )
+
+
+def describe_untrained(config: LLM2CLIPConfig) -> str | None:
+    """Describe which parts are untrained, and what to do, in a sentence without its subject.
+
+    None for a trained model.
+    """
+    parts = find_untrained_parts(config)
+    if not parts:
+        return None
+    remedy = "; ".join(f"model.config.{p.replace(' ', '_')}_trained = True" for p in parts)
+    return (
+        f"untrained: random weights are left in its {' and '.join(parts)}. Train them first "
+        f"(llm2clip align). If a training loop of your own did: {remedy}; "
+        "model.save_pretrained(FOLDER)"
+    )
+
+
+def require_trained(
+    model_or_config: Any, *, purpose: str, source: str | Path | None = None
+) -> None:
+    """Refuse a model whose projections are random."""
+    config: LLM2CLIPConfig = getattr(model_or_config, "config", model_or_config)
+    if not config.projections_trained:
+        name = source or config._name_or_path or "The model"
+        raise ValueError(f"{name} is refused for {purpose}. It is {describe_untrained(config)}.")
+
+
+def warn_of_untrained(config: LLM2CLIPConfig, source: str | Path) -> None:
+    """Warn where an untrained model is evaluated, which is allowed as a baseline."""
+    if state := describe_untrained(config):
+        warnings.warn(f"{source} is {state}.", stacklevel=3)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .hub_access import fetch_hub_file, is_hub_id
-from .model_folder import require_there
+from .model_folder import LORA_CONFIG, fetch_hub_file, is_hub_id, require_there
 
 # Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
 ONNX_RECORD = "onnx_export.json"
@@ -23,13 +22,13 @@ _FOLDERS_SHOWN = 4
 
 @dataclass(frozen=True)
 class FoundModel:
-    """What a folder or Hub repository holds.
+    """The content of a folder or Hub repository.
 
     Attributes:
         content: `"llm2clip"`, `"onnx"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`,
             `"store"`, `"sentence-transformers"`, `"above"` (the parent folder of models), or
             `"other"`.
-        advice: What it is, and the command that takes it; empty for `"llm2clip"`.
+        advice: A sentence with the content and the command that takes it; empty for `"llm2clip"`.
     """
 
     content: str
@@ -37,18 +36,11 @@ class FoundModel:
 
 
 def find_model_type(source: str | Path, *, revision: str | None = None) -> FoundModel | None:
-    """Look at the small files of a folder or Hub repository.
-
-    Args:
-        source: Folder or Hub id.
-        revision: Branch, tag or commit of the Hub repository.
-
-    Returns:
-        What was found; None if the files do not show it, or there is no such source.
-    """
+    """Look at the small files of a folder or Hub repository; None where they show nothing."""
     folder = Path(source)
     if not folder.is_dir():
-        config = _fetch_config(source, revision)
+        file = is_hub_id(source) and fetch_hub_file(source, "config.json", revision=revision)
+        config = read_json_object(file) if file else None
         return None if config is None else _judge_config(str(source), config)
     if holds_graphs(folder):
         return FoundModel(
@@ -70,28 +62,17 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
 
 
 def holds_graphs(source: str | Path | None) -> bool:
-    """Whether a model is a local folder of ONNX graphs.
-
-    Args:
-        source: Folder or Hub id; None where none is named.
-    """
+    """Return whether a model is a local folder of ONNX graphs."""
     return source is not None and (Path(source) / ONNX_RECORD).is_file()
 
 
 def require_own_model(source: str | Path, *, revision: str | None = None) -> None:
-    """Refuse a source that is not an LLM2CLIP model.
-
-    Args:
-        source: Folder or Hub id.
-        revision: Branch, tag or commit of the Hub repository.
-
-    Raises:
-        ValueError: There is no such folder, or it holds something else; the message names the
-            command that takes it.
-    """
+    """Refuse a source that is not an LLM2CLIP model, and name the command that takes it."""
     require_there(source)
-    found = find_model_type(source, revision=revision)
-    if found is None and Path(source).is_dir() and not _may_be_model(Path(source)):
+    found, folder = find_model_type(source, revision=revision), Path(source)
+    # Weights that have lost their config may be a model's, which `doctor` explains.
+    is_model = (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    if found is None and folder.is_dir() and not is_model:
         raise ValueError(
             f"{source} is not a model folder: it has no config.json and no weights. Give the "
             "folder or Hub id of an LLM2CLIP model."
@@ -101,21 +82,12 @@ def require_own_model(source: str | Path, *, revision: str | None = None) -> Non
 
 
 def read_json_object(file: Path) -> dict[str, Any] | None:
-    """Read a JSON file; None where it is damaged or holds no object.
-
-    Args:
-        file: The file.
-    """
+    """Read a JSON file; None where it is damaged or holds no object."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # damaged, which loading the model reports
         return None
     return content if isinstance(content, dict) else None
-
-
-def _may_be_model(folder: Path) -> bool:
-    """Whether a folder has a config, or weights that have lost theirs, which `doctor` explains."""
-    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
 
 
 def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
@@ -157,7 +129,7 @@ def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
 
 def _judge_other_files(folder: Path) -> FoundModel | None:
     """Judge a folder without `config.json`."""
-    if (folder / "adapter_config.json").is_file():
+    if (folder / LORA_CONFIG).is_file():
         return FoundModel(
             "lora",
             f"{folder} is a LoRA. `llm2clip build VISION_MODEL TEXT_MODEL OUTPUT "
@@ -179,10 +151,3 @@ def _judge_other_files(folder: Path) -> FoundModel | None:
         "above",
         f"{folder} has no config.json; it is the parent folder of {shown}{more}. Give that one.",
     )
-
-
-def _fetch_config(source: str | Path, revision: str | None) -> dict[str, Any] | None:
-    if not is_hub_id(source):
-        return None
-    file = fetch_hub_file(source, "config.json", revision=revision)
-    return None if file is None else read_json_object(file)

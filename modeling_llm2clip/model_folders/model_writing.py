@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,10 +30,15 @@ from ..sentence_transformers_llm2clip import (
     write_sentence_transformers_files,
 )
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
-from .golden_embeddings import compare_golden, renew_golden, require_golden, write_golden
-from .model_card import write_model_card
-from .model_card_data import CardData, CardResult, read_card_data
-from .model_folder import find_records, is_inside, list_uploaded_files
+from .golden_embeddings import compare_golden, require_golden, write_golden
+from .model_card import CardData, CardResult, read_card_data, write_model_card
+from .model_folder import (
+    RECORD_BEFORE_TRAINING,
+    RECORD_FILE,
+    find_model_folder,
+    is_inside,
+    list_uploaded_files,
+)
 from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
 from .training_images import TRAINING_IMAGES_FILE, read_training_images
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
@@ -40,6 +47,10 @@ from .weights import LazyTensor, open_model_weights, require_disk_space, write_w
 SHARD_SIZE = "50GB"
 _LEGAL_FILE = re.compile(r"(licen[cs]e|notice|use_policy|copying|copyright)\b.*", re.IGNORECASE)
 _NAMES_SHOWN = 5
+
+SavedModel: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
+LoadedModel: TypeAlias = tuple[SavedModel, LLM2CLIPProcessor]
+Source: TypeAlias = str | Path | LoadedModel
 
 
 @dataclass(frozen=True)
@@ -59,25 +70,11 @@ class LazyModel:
     weights: Mapping[str, LazyTensor]
     golden_source: Path | None = None
 
-    def to(self, dtype: torch.dtype) -> LazyModel:
-        """Return the model in another dtype; the temperature stays float32.
-
-        Args:
-            dtype: Of all other weights.
-        """
-        return replace(self, weights=cast_weights(self.weights, dtype, self.model_class))
-
 
 def cast_weights(
     weights: Mapping[str, LazyTensor], dtype: torch.dtype, model_class: Any
 ) -> dict[str, LazyTensor]:
-    """Cast weights as loading a model in another dtype would.
-
-    Args:
-        weights: Name → tensor.
-        dtype: Wanted dtype of floating-point weights.
-        model_class: Class of the model, which names what stays float32.
-    """
+    """Cast floating-point weights as loading a model in another dtype would."""
     exact = model_class._keep_in_fp32_modules_strict or ()
     return {
         name: tensor.then(lambda value: value.to(dtype))
@@ -88,7 +85,7 @@ def cast_weights(
 
 
 def save_model(
-    model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel | LazyModel,
+    model: SavedModel | LazyModel,
     processor: LLM2CLIPProcessor,
     folder: str | Path,
     *,
@@ -102,29 +99,11 @@ def save_model(
 ) -> Path:
     """Write a model folder: weights, code, processor, golden embeddings, card and all the rest.
 
-    Args:
-        model: A whole, text-only or vision-only model, loaded or lazy. A text-only or vision-only
-            model keeps the whole processor.
-        processor: Its processor.
-        folder: New or empty folder.
-        instructions: Name → instruction for sentence-transformers, see `check_instructions`; None
-            for those in the model's configuration.
-        card: What the card states beside what it reads in the folder.
-        name: What the card calls the model; None for the folder's last name.
-        files: Path in the folder → further file, copied, or text; see `find_carried_files`.
-        max_shard_size: Maximum size of a weight file, in bytes or like "5GB". Memory holds one
-            file of a lazy model.
-        device: Where a lazy model is loaded for its golden embeddings; see `find_device`.
-        verify: Called with the complete folder before it is renamed; what it raises leaves nothing.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: The folder exists and is not empty.
-        ValueError: The model is of another class, whose code is not uploaded with it, or gives NaN;
-            or an instruction cannot be used.
-        OSError: There is no room for the weights of a lazy model, or a file cannot be written.
+    A text-only or vision-only model keeps the whole processor. Memory holds one file of a lazy
+    model, which is loaded on `device` for its golden embeddings. `files` maps a path in the folder
+    to a file to copy or a text. `verify` is called with the complete folder before it is renamed;
+    whatever it raises leaves nothing. Without `instructions` those in the model's configuration are
+    kept.
     """
     _require_own_class(model)
     config: LLM2CLIPConfig = model.config
@@ -136,7 +115,6 @@ def save_model(
         max_text_length=config.max_text_length,
     )
     folder = Path(folder)
-    require_new_folder(folder)
     if isinstance(model, LazyModel):
         folder.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
@@ -144,7 +122,12 @@ def save_model(
     with atomic_folder(folder) as unfinished:
         processor.save_pretrained(unfinished)
         for file, content in (files or {}).items():
-            _write_file(unfinished / file, content)
+            place = unfinished / file
+            place.parent.mkdir(exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copy2(content, place)
+            else:
+                place.write_text(content, encoding="utf-8")
         own, config.instructions = config.instructions, instructions
         try:
             if isinstance(model, LazyModel):
@@ -179,25 +162,8 @@ def save_trained_model(
     were measured with other weights. Where the LLM is unchanged and the source has no golden
     embeddings of it, none are recorded.
 
-    Args:
-        source: Folder of the model that was trained.
-        trained: Trained weights by their names there; each gets the dtype it had there.
-        folder: New or empty folder.
-        training_data: Names or Hub ids of what was trained on, added to what the source states.
-        text_adapter_trained: Whether the text adapter is trained now.
-        projections_trained: Whether the projections are trained now.
-        results: Results measured with the trained weights.
-        caution: What the card must warn of.
-        measure: Called with the complete folder before it is renamed; returns results and caution
-            in place of those above.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: The folder exists and is not empty.
-        ValueError: A weight has another name or shape than in the source, or the source no longer
-            gives its golden embeddings, see `require_intact`.
+    Trained weights get the dtype that they had in the source. `measure` is called with the complete
+    folder before it is renamed; it returns results and caution in place of those given.
     """
     require_new_folder(Path(folder))
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
@@ -238,16 +204,8 @@ def save_trained_model(
 def require_intact(source: Path, *, with_llm: bool) -> None:
     """Refuse to train a whole model that no longer gives its golden embeddings, or is damaged.
 
-    Args:
-        source: Folder of a whole model.
-        with_llm: Whether the LLM is run. Without it the text adapter starts from the recorded
-            caption embeddings. The folder that is written takes these over, so that `check_model`
-            still sees a damaged LLM there.
-
-    Raises:
-        ValueError: It gives other embeddings, see `require_golden`; or a file that the new folder
-            gets leads out of it, see `find_carried_files`; or the summary of its training images is
-            damaged.
+    Without the LLM the text adapter starts from the recorded caption embeddings. The folder that is
+    written takes these over, so that `check_model` still sees a damaged LLM there.
     """
     find_carried_files(source)
     read_training_images(source)
@@ -260,15 +218,7 @@ def require_intact(source: Path, *, with_llm: bool) -> None:
 
 
 def require_as_written(folder: Path, *, device: str) -> None:
-    """Load a folder that was written from a model in memory, and require that model's embeddings.
-
-    Args:
-        folder: Model folder.
-        device: Where the model runs; see `find_device`.
-
-    Raises:
-        ValueError: It does not load, or gives other embeddings than it recorded.
-    """
+    """Load a folder that was just written, and require the embeddings of the model in memory."""
     try:
         compare_golden(folder, *load_model(folder, device=device))
     except ValueError as error:
@@ -278,58 +228,36 @@ def require_as_written(folder: Path, *, device: str) -> None:
 
 
 def open_model(source: Path) -> LazyModel:
-    """Open a model folder without reading its weights.
-
-    Args:
-        source: Model folder.
-
-    Raises:
-        ValueError: It is not one, or weights are missing.
-    """
+    """Open a model folder without reading its weights."""
     config = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
     return LazyModel(find_model_class(source), config, open_model_weights(source))
 
 
 def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:
-    """Find the files that a folder made of this one carries over: legal ones, records, summary.
+    """Find the files that a new folder carries over: legal ones, records, summary of images.
 
-    Args:
-        source: Model folder.
-        trained_since: Whether the model that is written has other weights.
-
-    Returns:
-        Name in the new folder → file.
-
-    Raises:
-        ValueError: One of them is a link that leads out of the folder, whose target is not copied.
+    A link that leads out of the folder is refused. `trained_since` says that the weights are
+    others.
     """
     legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
     summary = source / TRAINING_IMAGES_FILE
-    carried = {**legal, **find_records(source, trained_since=trained_since)}
+    names = (RECORD_FILE, RECORD_BEFORE_TRAINING)
+    records = {name: source / name for name in names if (source / name).is_file()}
+    if trained_since and records:
+        records = {RECORD_BEFORE_TRAINING: next(iter(records.values()))}
+    carried = {**legal, **records}
     carried |= {summary.name: summary} if summary.is_file() else {}
     require_inside(source, carried.values())
     return carried
 
 
 def is_legal_file(name: str) -> bool:
-    """Return whether a file is named like a license or a notice, which every copy needs.
-
-    Args:
-        name: Name of a file, or its path in a model folder.
-    """
+    """Return whether a file is named like a license or a notice, which every copy needs."""
     return _LEGAL_FILE.fullmatch(name) is not None
 
 
 def require_inside(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse to copy files that are links out of their folder.
-
-    Args:
-        folder: The folder.
-        files: Files in it.
-
-    Raises:
-        ValueError: One of them is such a link.
-    """
+    """Refuse to copy files that are links out of their folder."""
     links = [f"{file.name} -> {file.resolve()}" for file in files if not is_inside(file, folder)]
     if links:
         raise ValueError(
@@ -339,7 +267,7 @@ def require_inside(folder: Path, files: Iterable[Path]) -> None:
 
 
 def _require_own_class(model: Any) -> None:
-    """The folder's code is the package's, so any other class would load as another model."""
+    """Refuse another class than the package's, whose code is the folder's."""
     if isinstance(model, LazyModel):
         return
     found = type(model)
@@ -372,14 +300,6 @@ def _require_places(
         )
 
 
-def _write_file(path: Path, content: Path | str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    if isinstance(content, Path):
-        shutil.copy2(content, path)
-    else:
-        path.write_text(content, encoding="utf-8")
-
-
 def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:
     """Write what `save_pretrained` of a loaded model would write.
 
@@ -403,9 +323,56 @@ def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, dev
         return
     if model.golden_source is not None:
         partial = load_partial_model(folder, with_vision_tower=True, device=device)
-        renew_golden(model.golden_source, folder, partial, processor)
+        write_golden(folder, partial, processor, source=model.golden_source)
         return
     loaded, _ = load_model(folder, device=device)
     write_golden(folder, loaded, processor)
     del loaded
     gc.collect()  # what verifies the folder may load the model again
+
+
+@dataclass(frozen=True)
+class StageSource:
+    """The model that a stage works on.
+
+    Attributes:
+        folder: Its folder.
+        name: What the user gave, for records and messages.
+    """
+
+    folder: Path
+    name: str
+
+
+@contextmanager
+def open_source(source: Source, output: Path) -> Iterator[StageSource]:
+    """Give the folder of a model; the processes of a launcher must have joined.
+
+    A loaded pair is written to a temporary folder beside the output, so that a stage works on
+    exactly these weights, knows them by their hash, and leaves the pair as it is. Licenses and
+    training data are taken from the card of the folder that it was loaded from.
+    """
+    if isinstance(source, str | Path):
+        yield StageSource(find_model_folder(source), str(source))
+        return
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state, folders = PartialState(), [""]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            temporary = TemporaryDirectory(prefix=f".{output.name}-source-", dir=output.parent)
+            folders = [str(_save(source, Path(stack.enter_context(temporary)) / "model"))]
+        broadcast_object_list(folders)
+        yield StageSource(Path(folders[0]), type(source[0]).__name__)
+        state.wait_for_everyone()  # before the folder is deleted
+
+
+def _save(source: LoadedModel, folder: Path) -> Path:
+    model, processor = source
+    origin = Path(model.name_or_path or "")
+    card = None
+    if (origin / "README.md").is_file():
+        card = replace(read_card_data(origin), results=())
+    return save_model(model, processor, folder, card=card)

@@ -1,4 +1,4 @@
-"""Which images a model was trained on: a summary in its folder, and how far others are from it.
+"""A summary of the images that a model was trained on, and how far others are from it.
 
 Per dataset the summary has the means of its clusters of images, by the embeddings of the vision
 tower before the projection, each scaled to unit length. A set of images is judged as a whole: by
@@ -6,14 +6,14 @@ how far its mean is from every mixture of these clusters. Images of one topic of
 are such a mixture, too; images of another kind are not, though each of them may be as near to some
 training image as these are to each other. No embedding of a single image is kept.
 
-D is the width of the tower's embeddings, K the number of clusters.
+D is the width of the tower's embeddings, K the number of clusters, N of images.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,11 +47,11 @@ class DatasetSummary:
     """The images of one dataset.
 
     Attributes:
-        name: Name of the data.
-        num_images: Images of the dataset.
-        num_measured: Images of the sample that this is computed from.
-        spread: Their variance, summed over the dimensions.
-        own_distance: Distance of one part of them from the clusters of the other.
+        name: Name of the dataset.
+        num_images: Number of its images.
+        num_measured: Number of images in the sample that the summary is computed from.
+        spread: Variance of the sample, summed over the dimensions.
+        own_distance: Distance of one part of the sample from the clusters of the other.
         clusters: (K, D) float32, the means of clusters of at least three images.
     """
 
@@ -66,15 +66,10 @@ class DatasetSummary:
 def summarize_images(
     vision_embeds: Tensor, is_first_part: Array, *, name: str, num_images: int
 ) -> DatasetSummary:
-    """Summarize a sample of the images of a dataset.
+    """Summarize a sample of the images of a dataset, (N, D) of the tower.
 
-    Args:
-        vision_embeds: (N, D) of the tower, in an order that is random and does not depend on that
-            of the dataset.
-        is_first_part: (N,) bool, parts that share no group of images, each of `FEWEST_JUDGED` at
-            least.
-        name: Name of the data.
-        num_images: Images of the dataset.
+    Its order is random and does not depend on that of the dataset. `is_first_part` (N,) bool
+    divides it into parts that share no group of images, each of at least `FEWEST_JUDGED`.
     """
     rows = _to_unit_rows(vision_embeds)
     parts = rows[is_first_part], rows[~is_first_part]
@@ -105,11 +100,7 @@ class TrainingImages:
         return int(self.datasets[0].clusters.shape[1])
 
     def add(self, dataset: DatasetSummary) -> TrainingImages:
-        """Return the summary with one more dataset; the same one is not added again.
-
-        Args:
-            dataset: What the model was trained on now.
-        """
+        """Return the summary with one more dataset; the same one is not added again."""
         others = [
             known
             for known in self.datasets
@@ -125,15 +116,8 @@ class TrainingImages:
     def measure(self, tally: ImageTally) -> float | None:
         """Measure how far a set of images is from all mixtures of training images.
 
-        Args:
-            tally: The set.
-
-        Returns:
-            The squared distance as a share of the spread of the training images, from 0; None for
-            fewer than `FEWEST_JUDGED` images.
-
-        Raises:
-            ValueError: The summary is of another tower.
+        Returns the squared distance as a share of the spread of the training images, from 0; None
+        for fewer than `FEWEST_JUDGED` images.
         """
         if tally.num_images < FEWEST_JUDGED:
             return None
@@ -154,13 +138,9 @@ class TrainingImages:
         return max(_FAR, *(_TIMES_OWN * dataset.own_distance for dataset in self.datasets))
 
     def describe_far(self, tally: ImageTally) -> str | None:
-        """Describe images that are far from those that the model was trained on.
+        """Describe what images are far from, and what to do.
 
-        Args:
-            tally: The images.
-
-        Returns:
-            What they are far from, and what to do; None where they are not far, or too few.
+        None where they are not far, or too few.
         """
         distance = self.measure(tally)
         if distance is None or distance <= self.threshold:
@@ -176,57 +156,32 @@ class TrainingImages:
         )
 
 
+@dataclass
 class ImageTally:
-    """Adds up the images of a run, batch by batch: their number, and the sum of their embeddings.
+    """Adds up the images of a run, batch by batch.
 
-    Args:
-        num_images: Images so far.
-        total: (D,) float64, the sum of their embeddings of unit length; None before the first.
+    Attributes:
+        num_images: Number of images so far.
+        total: (D,) float64, the sum of their embeddings of unit length; zero before the first.
     """
 
-    def __init__(self, num_images: int = 0, total: Array | None = None) -> None:
-        self.num_images = num_images
-        self._total = total
-
-    @property
-    def total(self) -> Array:
-        """(D,) float64, the sum of the embeddings of at least one image."""
-        assert self._total is not None
-        return self._total
+    num_images: int = 0
+    total: Array = field(default_factory=lambda: np.zeros(()))
 
     def add(self, vision_embeds: Tensor) -> None:
-        """Add images.
-
-        Args:
-            vision_embeds: (B, D) of the tower, before the projection.
-        """
+        """Add images, (B, D) of the tower before the projection."""
         if len(vision_embeds):
-            total = _to_unit_rows(vision_embeds).sum(axis=0)
-            self.join(ImageTally(len(vision_embeds), total))
+            self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
 
     def join(self, other: ImageTally) -> None:
-        """Add the images of another tally.
-
-        Args:
-            other: Of other images.
-        """
+        """Add the images of another tally."""
         if other.num_images:
-            self._total = other.total if self._total is None else self._total + other.total
+            self.total = self.total + other.total
             self.num_images += other.num_images
 
 
 def read_training_images(folder: Path) -> TrainingImages | None:
-    """Read the summary of a model folder.
-
-    Args:
-        folder: Model folder.
-
-    Returns:
-        The summary; None where there is none, so that nothing is known.
-
-    Raises:
-        ValueError: The file is damaged, or of another format.
-    """
+    """Read the summary of a model folder; None where there is none, so that nothing is known."""
     file = folder / TRAINING_IMAGES_FILE
     if not file.is_file():
         return None
@@ -234,22 +189,16 @@ def read_training_images(folder: Path) -> TrainingImages | None:
         with safe_open(file, framework="pt") as opened:
             found = json.loads((opened.metadata() or {})[_METADATA])
             clusters = [opened.get_tensor(f"clusters.{n}") for n in range(len(found["datasets"]))]
-        summary = _parse(found, clusters)
+        return _parse(found, clusters)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is damaged or of another version ({error}). Restore it; or remove it, and "
             "images unlike those of the training are no longer noticed."
         ) from error
-    return summary
 
 
 def write_training_images(folder: Path, summary: TrainingImages) -> None:
-    """Write the summary of a model folder; the same summary always as the same bytes.
-
-    Args:
-        folder: Model folder.
-        summary: The summary.
-    """
+    """Write the summary of a model folder; the same summary always as the same bytes."""
     content = {
         "format": _FORMAT,
         "datasets": [
@@ -280,7 +229,7 @@ def _parse(found: Mapping[str, Any], clusters: Sequence[Tensor]) -> TrainingImag
 
 
 def _to_unit_rows(vision_embeds: Tensor) -> Array:
-    """In float64, so that sums do not depend on the number of threads once they are rounded."""
+    """Scale rows to unit length in float64, so that rounded sums do not depend on threads."""
     rows: Array = vision_embeds.detach().cpu().double().numpy()
     unit: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
     return unit

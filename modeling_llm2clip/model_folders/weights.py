@@ -71,58 +71,40 @@ class LazyTensor:
     def then(self, make: Callable[[Tensor], Tensor]) -> LazyTensor:
         """Return what a function makes of this tensor, without reading it.
 
-        Args:
-            make: Called with the tensor when the result is read, and once with a meta tensor, which
-                gives shape and dtype.
+        It is called once with a meta tensor, which gives shape and dtype.
         """
         made = make(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return LazyTensor(tuple(made.shape), made.dtype, lambda: make(self.read()))
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
-        """Wrap a tensor that is in memory.
-
-        Args:
-            tensor: The tensor.
-        """
+        """Wrap a tensor that is in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
 def open_weights(path: Path) -> dict[str, LazyTensor]:
-    """Open a weight file, or the weight files of a folder; only their headers are read.
+    """Open a weight file, or those of a folder as transformers or peft saves it, by names.
 
-    Args:
-        path: A `.safetensors`, `.pt`, `.pth` or `.bin` file, or a folder as transformers or peft
-            saves it.
-
-    Returns:
-        Name → tensor.
-
-    Raises:
-        ValueError: A file is broken, holds more than weights, or holds none; or a name occurs in
-            two files.
+    Only headers are read. A file that holds more than weights is refused, and so is a name in two
+    files.
     """
     return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
 
 
 def open_model_weights(folder: Path) -> dict[str, LazyTensor]:
-    """Open the weights of an LLM2CLIP model; result and errors are those of `open_weights`.
-
-    Args:
-        folder: Model folder.
-    """
+    """Open the weights of an LLM2CLIP model."""
     return open_weight_files(list_model_files(folder))
 
 
 def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
-    """Open weight files; arguments, result and errors are those of `open_weights`.
-
-    Args:
-        files: Weight files of one model.
-    """
+    """Open the weight files of one model."""
     tensors: dict[str, LazyTensor] = {}
     for file in files:
-        opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        if file.suffix == ".safetensors":
+            opened = _open_safetensors(file)
+        else:
+            state = _find_state_dict(_load_pickle(file), file)
+            opened = {name: LazyTensor.of(value) for name, value in state.items()}
         if twice := sorted(set(opened) & set(tensors)):
             raise ValueError(
                 f"{file} repeats the weights {twice[:8]} of another file beside it. Keep one copy."
@@ -132,11 +114,7 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
 
 
 def is_lora_alone(folder: Path) -> bool:
-    """Return whether a folder holds the weights of a LoRA, without those of its base.
-
-    Args:
-        folder: Folder of a model or a LoRA.
-    """
+    """Return whether a folder holds the weights of a LoRA, without those of its base."""
     of_models = (*_MODELS, *(f"{name}.index.json" for name in _MODELS))
     whole = any((folder / name).is_file() for name in of_models)
     return not whole and any((folder / name).is_file() for name in _LORAS)
@@ -145,16 +123,7 @@ def is_lora_alone(folder: Path) -> bool:
 def plan_shards(
     weights: Mapping[str, LazyTensor], *, max_shard_size: int | str
 ) -> dict[str, list[str]]:
-    """Distribute weights over files as transformers does.
-
-    Args:
-        weights: Name → tensor.
-        max_shard_size: Maximum size of a file, in bytes or like "5GB"; a larger weight gets a file
-            of its own.
-
-    Returns:
-        Name of a file → names of its weights.
-    """
+    """Distribute weights over files as transformers does: name of a file → names of its weights."""
     split = split_torch_state_dict_into_shards(
         {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.items()},
         filename_pattern="model{suffix}.safetensors",
@@ -166,16 +135,7 @@ def plan_shards(
 def write_weights(
     weights: Mapping[str, LazyTensor], folder: Path, *, max_shard_size: int | str
 ) -> None:
-    """Write `model.safetensors`, or numbered shards and their index; memory holds one file.
-
-    Args:
-        weights: Name → tensor.
-        folder: Existing folder.
-        max_shard_size: As in `plan_shards`.
-
-    Raises:
-        OSError: A file cannot be written.
-    """
+    """Write `model.safetensors`, or numbered shards and their index; memory holds one file."""
     shards = plan_shards(weights, max_shard_size=max_shard_size)
     for file, names in shards.items():
         _write_shard({name: weights[name] for name in names}, folder / file)
@@ -189,15 +149,7 @@ def write_weights(
 
 
 def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:
-    """Refuse to write weights for which the disk has no room.
-
-    Args:
-        weights: Name → tensor.
-        folder: Existing folder on the disk.
-
-    Raises:
-        OSError: There is too little space.
-    """
+    """Refuse to write weights for which the disk has no room."""
     needed = sum(tensor.num_bytes for tensor in weights.values()) + _OTHER_FILES_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -246,11 +198,6 @@ def _read_safetensor(file: Path, name: str) -> Tensor:
     # Opened anew for each tensor, so that the pages of earlier ones are freed.
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)  # type: ignore[no-any-return]
-
-
-def _open_pickle(file: Path) -> dict[str, LazyTensor]:
-    state = _find_state_dict(_load_pickle(file), file)
-    return {name: LazyTensor.of(value) for name, value in state.items()}
 
 
 def _load_pickle(file: Path) -> Any:

@@ -1,1 +1,1 @@
-"""Building from towers, checking, saving and publishing."""
+"""Exports models, states results on their cards, and uploads them to the Hub."""

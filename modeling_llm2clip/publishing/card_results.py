@@ -1,19 +1,18 @@
-"""Recorded evaluations as results on a model card."""
+"""Reads recorded evaluations as results for a model card."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.report import label_dataset
 from ..evaluation.results import is_result, parse_result
 from ..model_folders.fingerprint import fingerprint_model
-from ..model_folders.model_card import write_model_card
-from ..model_folders.model_card_data import CardResult, read_card_data
+from ..model_folders.model_card import CardResult, read_card_data, write_model_card
 
 # What `llm2clip evaluate` reports per language, class, category or measure: too much for a card.
 _DETAILS = {"languages", "categories", "intervals", "top_1_of_class"}
@@ -21,19 +20,13 @@ _INTERVAL = {"value", "low", "high"}
 
 
 def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
-    """Read recorded evaluation results.
+    """Read recorded evaluation results from JSON files with an object each, or a list of them.
 
-    Args:
-        files: JSON files with an object each, or a list of them. An object has `task`, `dataset`
-            and `scores`: numbers by name, nested to any depth, with an interval as
-            `{"value", "low", "high"}`. A nested score is named by its path, such as
-            `t2i.hit_rate_at_1`. Scores per language, class or category, and everything else, are
-            left to the file. For results of `llm2clip evaluate`, the dataset's name states its
-            language and what was left out.
-
-    Raises:
-        ValueError: A file has another form, a score is not a finite number, or a task occurs
-            twice on one dataset. All errors are named at once.
+    An object has `task`, `dataset` and `scores`: numbers by name, nested to any depth, with an
+    interval as `{"value", "low", "high"}`. A nested score is named by its path, such as
+    `t2i.hit_rate_at_1`. Scores per language, class or category, and everything else, are left to
+    the file. For results of `llm2clip evaluate`, the dataset's name states its language and what
+    was left out. All errors are named at once.
     """
     results: dict[tuple[str, str], CardResult] = {}
     errors = []
@@ -62,15 +55,7 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
 
 
 def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
-    """Refuse results that were measured with another model than a folder's.
-
-    Args:
-        results: Results; those without a fingerprint are taken.
-        folder: Model folder.
-
-    Raises:
-        ValueError: The models differ; the message says in what.
-    """
+    """Refuse results of another model than a folder's; those without a fingerprint are taken."""
     stated = [result for result in results if result.fingerprint is not None]
     if not stated:
         return
@@ -90,14 +75,9 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
 
 
 def add_card_results(folder: Path, files: Sequence[Path]) -> None:
-    """State further results on the card of a model folder; a card that has them stays as it is.
+    """State further results on the card of a model folder, in place of older ones on a dataset.
 
-    Args:
-        folder: Model folder.
-        files: As `read_card_results` takes them; they replace older ones on the same dataset.
-
-    Raises:
-        ValueError: As `read_card_results` and `require_own_results`.
+    A card that has them stays as it is.
     """
     results = read_card_results(files)
     require_own_results(results, folder)
@@ -119,7 +99,8 @@ def _read_result(entry: Any, file: Path) -> CardResult:
     found = dict(_iterate_scores(entry.get("scores"), ""))
     if not found:
         raise ValueError("has no scores")
-    wrong = sorted(name for name, value in found.items() if not _is_number(value))
+    # By their exact types, because True is an int.
+    wrong = sorted(n for n, v in found.items() if type(v) not in (int, float) or not isfinite(v))
     if wrong:
         raise ValueError(f"has scores that are not finite numbers: {wrong}")
     if not is_result(entry):
@@ -143,8 +124,3 @@ def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:
                 yield from _iterate_scores(value, f"{path}.{name}".strip("."))
     elif scores is not None and not isinstance(scores, list):
         yield path, scores
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)

@@ -2,38 +2,76 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..building.vision_towers import forget_code
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
-from ..model_folders.atomic_folder import require_new_folder
+from ..loading_llm2clip import load_without_code
+from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import require_golden
-from ..model_folders.model_card_data import (
+from ..model_folders.model_card import (
     CardData,
     read_card_data,
     set_base_models,
     update_card_data,
 )
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
-from ..model_folders.model_writing import find_carried_files, save_model
+from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
+from ..model_folders.model_writing import cast_weights, find_carried_files, save_model
+from ..model_folders.weights import open_model_weights, plan_shards
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..sentence_transformers_llm2clip import read_instructions
 from .card_results import read_card_results, require_own_results
-from .hosting_files import render_hosting_files
 from .onnx_export import export_onnx
-from .vision_tower_export import export_vision_tower
+from .push_to_hub import list_own_files, require_healthy
 
-CLASS_OF_COMPONENTS = {
-    "full": "LLM2CLIPModel",
-    "text": "LLM2CLIPTextModel",
-    "vision": "LLM2CLIPVisionModel",
-}
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_VISION_TOWER_CARD = """
+# {title}
+
+The vision tower of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)), an
+ordinary `{architecture}` of transformers: `AutoModel` loads it without any further code.
+{processor} It began as {origin}; the license of that applies.
+"""
+_PLAIN = "`AutoImageProcessor` does so too."
+_CROPS = """`AutoImageProcessor` needs `trust_remote_code=True`, or `import modeling_llm2clip`
+before: this tower takes images that are cropped as torchvision does, which transformers' own
+classes miss by a pixel."""
+_TEMPLATES = Path(__file__).parent / "templates"
+# What the model's code needs on a host.
+_NEEDED_PACKAGES = (
+    "accelerate", "numpy", "pillow", "safetensors", "torch", "torchvision", "transformers",
+)  # fmt: skip
+# The oldest that the page was written for; another is pinned where it is installed.
+_GRADIO = "6.31.0"
+_SPACE_CARD = """---
+title: {title}
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+python_version: "3.11"
+---
+
+A page for {name}, an LLM2CLIP model: labels of an image, and search in a few images.
+
+The model is found where this Space's variables say, `MODEL_ID` (its repository) and
+`MODEL_REVISION` (a commit there), or else beside `app.py`.
+"""
 
 
 def export_model(
@@ -94,7 +132,7 @@ def export_model(
 
 
 def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConfig) -> Any:
-    """Load what is exported, once it gave its golden embeddings in the dtype that it was saved in.
+    """Load a model for its export, once it gave its golden embeddings in the dtype it was saved in.
 
     Another dtype is loaded anew: a model that is cast in memory loses digits of its temperature.
     """
@@ -110,15 +148,7 @@ def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConf
 
 
 def plan_card(folder: Path, config: ExportConfig) -> CardData:
-    """Return what the card of an export states.
-
-    Args:
-        folder: Folder of the model that is exported.
-        config: What is written, and what the card states anew.
-
-    Raises:
-        ValueError: A file of results is not one; see `read_card_results`.
-    """
+    """Return the statements on the card of an export; results stay where all weights do."""
     card = read_card_data(folder)
     if config.results:
         return update_card_data(card, config, results=read_card_results(config.results))
@@ -128,3 +158,146 @@ def plan_card(folder: Path, config: ExportConfig) -> CardData:
     if not (keeps_dtype and find_model_class(folder).__name__ == name):
         card = replace(card, results=())
     return update_card_data(card, config)
+
+
+def plan_export(
+    source: str | Path,
+    output: str | Path,
+    config: ExportConfig | None = None,
+    *,
+    revision: str | None = None,
+) -> dict[str, int]:
+    """Make the checks of `export_model` and `push_to_hub` that need no written folder.
+
+    Returns path → bytes of the files that would be written: of weights those of their tensors, of
+    other files those of the source's.
+    """
+    config = config or ExportConfig()
+    require_new_folder(Path(output))
+    folder = find_model_folder(source, revision=revision)
+    card = plan_card(folder, config)
+    if config.components == "full" and config.dtype is None:
+        require_own_results(card.results, folder)
+    find_carried_files(folder)
+    require_healthy(folder, device=config.device)
+    hosting = render_hosting_files(
+        config, LLM2CLIPConfig.from_pretrained(folder), name=Path(output).name
+    )
+    files = {
+        **{
+            path: num_bytes
+            for path, num_bytes in list_own_files(folder).items()
+            if not _WEIGHTS.fullmatch(path)
+        },
+        **{path: len(content.encode()) for path, content in hosting.items()},
+        **_plan_weights(folder, config),
+    }
+    return dict(sorted(files.items()))
+
+
+def _plan_weights(folder: Path, config: ExportConfig) -> dict[str, int]:
+    """Distribute the weights as saving them would, from the headers of their files alone."""
+    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
+    left_out = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    weights = {
+        name: tensor
+        for name, tensor in open_model_weights(folder).items()
+        if not any(re.search(pattern, name) for pattern in left_out)
+    }
+    if config.dtype is not None:
+        weights = cast_weights(weights, getattr(torch, config.dtype), model_class)
+    shards = plan_shards(weights, max_shard_size=config.max_shard_size)
+    return {file: sum(weights[n].num_bytes for n in names) for file, names in shards.items()}
+
+
+def render_hosting_files(
+    config: ExportConfig, model_config: LLM2CLIPConfig, *, name: str
+) -> dict[str, str]:
+    """Render what a host needs beside the weights (Inference Endpoints, Spaces): path → content.
+
+    The versions of packages are those of this environment, in which the embeddings of the folder
+    are recorded.
+    """
+    files = {}
+    needed = {package: f"=={_find_version(package)}" for package in _NEEDED_PACKAGES}
+    if getattr(model_config.vision_config, "model_type", None) == "timm_wrapper":
+        needed["timm"] = f"=={_find_version('timm')}"
+    if config.handler:
+        files["handler.py"] = (_TEMPLATES / "endpoint_handler.py").read_text(encoding="utf-8")
+        files["requirements.txt"] = _render_requirements(needed)
+    if config.space:
+        page = (_TEMPLATES / "space_app.py").read_text(encoding="utf-8")
+        files["space/app.py"] = page.replace('TITLE = "LLM2CLIP"', f"TITLE = {name!r}")
+        # Gradio takes no later pillow, beside which pip would install a gradio of years ago.
+        is_later = not needed["pillow"].startswith("==12.")
+        files["space/requirements.txt"] = _render_requirements(
+            {**needed, "pillow": ">=12,<13"} if is_later else needed
+        )
+        files["space/README.md"] = _SPACE_CARD.format(
+            name=name, title=json.dumps(name), gradio=_find_version("gradio", default=_GRADIO)
+        )
+    return files
+
+
+def _render_requirements(needed: Mapping[str, str]) -> str:
+    return "".join(f"{package}{needed[package]}\n" for package in sorted(needed))
+
+
+def _find_version(name: str, *, default: str | None = None) -> str:
+    """Return the installed version, without what names a build, such as `+cpu`."""
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        if default is None:
+            raise
+        return default
+
+
+def export_vision_tower(folder: Path, output: str | Path, *, license: str | None = None) -> Path:
+    """Write the vision tower of a model folder; LLM and tokenizer are not read.
+
+    `AutoModel` loads it without this package, and so does whatever is built on a vision tower: a
+    detector, a classifier, a multimodal LLM. An image processor that crops as torchvision does
+    needs the code that is saved with it.
+    """
+    require_new_folder(Path(output))  # before the weights are read
+    model = LLM2CLIPVisionModel.from_pretrained(folder)
+    image_processor = forget_code(load_without_code(AutoImageProcessor, folder))
+    no_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+    processor = LLM2CLIPProcessor(image_processor, no_tokenizer)
+    require_golden(folder, model.eval(), processor, of_vision_tower=True)
+    return save_vision_tower(model, image_processor, output, license=license)
+
+
+def save_vision_tower(
+    model: LLM2CLIPModel | LLM2CLIPVisionModel,
+    image_processor: Any,
+    output: str | Path,
+    *,
+    license: str | None = None,
+) -> Path:
+    """Write a loaded model's vision tower, its image processor and a card.
+
+    The folder is complete or absent. The projection into the shared space is left out, because it
+    belongs to the captions.
+    """
+    folder = Path(output)
+    tower: PreTrainedModel = model.vision_model
+    with atomic_folder(folder) as unfinished:
+        tower.save_pretrained(unfinished)
+        image_processor.save_pretrained(unfinished)
+        data = ModelCardData(
+            license=license,
+            library_name="transformers",
+            pipeline_tag="image-feature-extraction",
+            tags=["llm2clip"],
+        )
+        name = tower.config._name_or_path
+        body = _VISION_TOWER_CARD.format(
+            title=folder.name,
+            architecture=type(tower).__name__,
+            processor=_CROPS if image_processor._auto_class else _PLAIN,
+            origin=f"`{name}`" if name else "a tower whose name is not recorded",
+        )
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")
+    return folder

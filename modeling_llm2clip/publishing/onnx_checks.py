@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,17 @@ _LONGEST_CAPTION = 64  # captions in one text, which most models truncate
 MIN_COSINE_8_BITS = 0.999
 # Pillow and torchvision resize with other rounding: at most one of 255 steps for most pixels.
 MIN_COSINE_OF_SCRIPT = 0.999
-_SEED = 0
 
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """What graphs are checked on.
+    """The texts and images that graphs are checked on.
 
     Attributes:
         captions: One of each record.
         texts: The captions, and texts of several of them, up to beyond the model's maximum.
         images: Image of each record.
-        data: Where they come from, for the record of the export.
+        data: Source of the records, for the record of the export.
     """
 
     captions: Sequence[str]
@@ -62,12 +62,12 @@ class CheckInputs:
 
 @dataclass
 class Reference:
-    """The model itself, and what it gives for the check's inputs; each is computed once.
+    """The model itself, and its embeddings of the check's inputs; each is computed once.
 
     Attributes:
         model: The model, in float32 on the CPU.
         processor: Its processor.
-        inputs: What it is asked.
+        inputs: Texts and images.
         folder: Its folder, which may have golden embeddings.
         dtype: Dtype in which it was saved, and these computed.
     """
@@ -77,43 +77,41 @@ class Reference:
     inputs: CheckInputs
     folder: Path
     dtype: torch.dtype = torch.float32
-    _known: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def golden_limit(self) -> float:
-        """How far golden embeddings may be, which another machine computed."""
-        return find_tolerance(self.dtype, other_machine=True)
+    @cached_property
+    def text_embeds(self) -> Tensor:
+        """Embeddings of all texts, (N, P)."""
+        return encode_texts(self.model, self.processor, self.inputs.texts)
 
-    def embed_texts(self) -> Tensor:
-        """Return the embeddings of all texts, (N, P)."""
-        if "texts" not in self._known:
-            self._known["texts"] = encode_texts(self.model, self.processor, self.inputs.texts)
-        return self._known["texts"]
+    @cached_property
+    def image_embeds(self) -> Tensor:
+        """Embeddings of all images, (N, P)."""
+        return encode_images(self.model, self.processor, self.inputs.images)
 
-    def embed_images(self) -> Tensor:
-        """Return the embeddings of all images, (N, P)."""
-        if "images" not in self._known:
-            self._known["images"] = encode_images(self.model, self.processor, self.inputs.images)
-        return self._known["images"]
+    def compare_golden(
+        self, kind: str, encode: Callable[[Any], Tensor], inputs: Sequence[Any] | None = None
+    ) -> dict[str, float]:
+        """Compare a graph with golden embeddings, if the folder has them, by its largest distance.
+
+        Their texts are recorded, their images are not and are given as `inputs`.
+        """
+        golden = read_golden(self.folder)
+        if golden is None or f"{kind}_embeds" not in golden[1]:
+            return {}
+        found, wanted = encode(golden[0] if inputs is None else inputs), golden[1][f"{kind}_embeds"]
+        limit = find_tolerance(self.dtype, other_machine=True)  # another machine computed them
+        largest = _compare(f"golden {kind}s", found, wanted, limit)
+        return {"max_distance_from_golden": largest}
 
 
 def load_check_inputs(data: str | None) -> CheckInputs:
-    """Choose captioned images at random, one of each group, always the same ones.
+    """Choose 200 captioned images at random, or all there are, always the same ones.
 
-    Args:
-        data: Captioned images; None for the embedded photographs and emoji.
-
-    Returns:
-        200 records, or as many as there are.
-
-    Raises:
-        ValueError: There are fewer than two groups, or records have errors.
+    Each is of another group. Without data they are the embedded photographs and emoji.
     """
-    sources = (
-        [data] if data else [find_example_data() / "photographs", find_example_data() / "emoji"]
-    )
+    embedded = [find_example_data() / name for name in ("photographs", "emoji")]
     first: dict[str, CaptionedImage] = {}
-    for source in sources:
+    for source in [data] if data else embedded:
         for record in load_records(source):
             if data or record.lang == "en":
                 first.setdefault(record.group_id, record)
@@ -121,74 +119,40 @@ def load_check_inputs(data: str | None) -> CheckInputs:
         raise ValueError(f"{data} has images of one group; the check needs those of at least two.")
     groups = list(first)
     if len(groups) > NUM_CAPTIONS:
-        groups = sorted(random.Random(_SEED).sample(groups, NUM_CAPTIONS))
+        groups = sorted(random.Random(0).sample(groups, NUM_CAPTIONS))
     captions = [first[group].captions[0] for group in groups]
+    counts = [2 + (_LONGEST_CAPTION - 2) * i // (_NUM_LONG - 1) for i in range(_NUM_LONG)]
+    repeated = [*captions] * (1 + _LONGEST_CAPTION // len(captions))
     return CheckInputs(
         captions=captions,
-        texts=[*captions, *_join_captions(captions)],
+        texts=[*captions, *(". ".join(repeated[:count]) for count in counts)],
         images=[open_image(first[group].image) for group in groups],
         data=data or "embedded photographs and emoji",
     )
 
 
-def _join_captions(captions: Sequence[str]) -> list[str]:
-    """Join 2, 3, … captions to texts of all lengths."""
-    counts = [2 + (_LONGEST_CAPTION - 2) * i // (_NUM_LONG - 1) for i in range(_NUM_LONG)]
-    repeated = [*captions] * (1 + _LONGEST_CAPTION // len(captions))
-    return [". ".join(repeated[:count]) for count in counts]
-
-
 def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
-    """Compare a float32 text graph with the model, and with its golden embeddings.
-
-    Args:
-        encoder: The graph.
-        reference: The model.
-
-    Returns:
-        Figures for the record of the export.
-
-    Raises:
-        ValueError: They differ by more than rounding.
-    """
+    """Compare a float32 text graph with the model, and with its golden embeddings."""
     limit = find_tolerance(torch.float32)
-    wanted = reference.embed_texts()
+    wanted = reference.text_embeds
     texts = reference.inputs.texts
     found = encoder.encode_texts(texts)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     alone = [order[0], order[len(order) // 2], order[-1]]
     one_by_one = torch.cat([encoder.encode_texts([texts[row]]) for row in alone])
-    figures = {
+    return {
         "texts": len(texts),
         "max_distance": _compare("texts", found, wanted, limit),
         "max_distance_alone": _compare("single texts", one_by_one, wanted[alone], limit),
         "min_cosine": _round(measure_cosines(found, wanted).min()),
+        **reference.compare_golden("text", encoder.encode_texts),
     }
-    golden = read_golden(reference.folder)
-    if golden is not None and "text_embeds" in golden[1]:
-        found = encoder.encode_texts(golden[0])
-        figures["max_distance_from_golden"] = _compare(
-            "golden texts", found, golden[1]["text_embeds"], reference.golden_limit
-        )
-    return figures
 
 
 def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) -> dict[str, Any]:
-    """Compare a vision graph with the model, and with its golden embeddings.
-
-    Args:
-        encoder: The graph.
-        reference: The model.
-        any_size: Whether the graph is for images of any size.
-
-    Returns:
-        Figures for the record of the export.
-
-    Raises:
-        ValueError: They differ by more than rounding.
-    """
+    """Compare a vision graph with the model, and with its golden embeddings."""
     limit = find_tolerance(torch.float32)
-    wanted = reference.embed_images()[:NUM_IMAGES]
+    wanted = reference.image_embeds[:NUM_IMAGES]
     images = list(reference.inputs.images[:NUM_IMAGES])
     found = encoder.encode_images(images)
     alone = encoder.encode_images(images[:1])
@@ -199,31 +163,16 @@ def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) 
     }
     if any_size:
         figures["max_distance_at_other_sizes"] = _check_other_sizes(encoder, reference, images[:2])
-    golden = read_golden(reference.folder)
-    if golden is not None and "image_embeds" in golden[1]:
-        found = encoder.encode_images(render_golden_images())
-        figures["max_distance_from_golden"] = _compare(
-            "golden images", found, golden[1]["image_embeds"], reference.golden_limit
-        )
-    return figures
+    golden = reference.compare_golden("image", encoder.encode_images, render_golden_images())
+    return {**figures, **golden}
 
 
 def compare_rounded_texts(
     encoder: OnnxEncoder, reference: Reference, *, with_recall: bool
 ) -> dict[str, Any]:
-    """Measure how far a text graph with rounded weights is from the model.
-
-    Args:
-        encoder: The graph.
-        reference: The model.
-        with_recall: Whether text to image R@1 is measured too, which needs a model with both
-            towers.
-
-    Returns:
-        Figures for the record of the export.
-    """
+    """Measure how far a text graph with rounded weights is from the model."""
     found = encoder.encode_texts(reference.inputs.texts)
-    cosines = measure_cosines(found, reference.embed_texts())
+    cosines = measure_cosines(found, reference.text_embeds)
     figures = {
         "texts": len(cosines),
         "texts_below_0.999": int((cosines < MIN_COSINE_8_BITS).sum()),
@@ -231,23 +180,14 @@ def compare_rounded_texts(
         "mean_cosine": _round(cosines.mean()),
     }
     if with_recall:
-        images, count = reference.embed_images(), len(reference.inputs.captions)
+        images, count = reference.image_embeds, len(reference.inputs.captions)
         figures["recall_at_1"] = measure_recall(found[:count], images)
-        figures["recall_at_1_of_the_model"] = measure_recall(
-            reference.embed_texts()[:count], images
-        )
+        figures["recall_at_1_of_the_model"] = measure_recall(reference.text_embeds[:count], images)
     return figures
 
 
 def require_near_texts(figures: Mapping[str, Any]) -> None:
-    """Refuse 8-bit weights with which a text is too far from the model's own embedding.
-
-    Args:
-        figures: From `compare_rounded_texts`.
-
-    Raises:
-        ValueError: A text has a cosine below 0.999.
-    """
+    """Refuse 8-bit weights with which a text is too far from the model's own embedding."""
     if low := figures["texts_below_0.999"]:
         raise ValueError(
             f"8-bit weights change this model too much: {low} of {figures['texts']} texts have a "
@@ -258,16 +198,7 @@ def require_near_texts(figures: Mapping[str, Any]) -> None:
 
 
 def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss: float) -> None:
-    """Refuse 4-bit weights that cost more recall than accepted.
-
-    Args:
-        figures: From `compare_rounded_texts`, with recall.
-        inputs: What it was measured on.
-        max_loss: Largest loss of text to image R@1 that is accepted, as a share.
-
-    Raises:
-        ValueError: More is lost; the message has the figures, and the option that accepts them.
-    """
+    """Refuse 4-bit weights that cost more recall than accepted."""
     before, after = figures["recall_at_1_of_the_model"], figures["recall_at_1"]
     loss = round(before - after, 6)
     if loss > max_loss:
@@ -282,16 +213,8 @@ def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss:
 def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) -> str | None:
     """Compare the script that needs no torch with the processor, on the golden inputs.
 
-    Args:
-        folder: Complete folder of ONNX graphs.
-        encoder: The same graphs.
-        text_graph: File of its text graph.
-
-    Returns:
-        Why the script cannot be used; None where it gives the same embeddings.
-
-    Raises:
-        ValueError: Its texts get other embeddings: the tokenizer's file is not the tokenizer.
+    Returns why the script cannot be used; None where it gives the same embeddings. Other texts are
+    an error, because then the tokenizer's file is not the tokenizer.
     """
     from ..encoding import encode_onnx  # imports onnxruntime
 
@@ -315,15 +238,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
 
 
 def measure_recall(text_embeds: Tensor, image_embeds: Tensor) -> float:
-    """Compute text to image R@1, where text i belongs to image i alone.
-
-    Args:
-        text_embeds: (N, P).
-        image_embeds: (N, P).
-
-    Returns:
-        Share of the texts that find their image first; ties count against them.
-    """
+    """Compute text to image R@1, where text i belongs to image i alone; ties count against."""
     rows = torch.arange(len(text_embeds))
     ranks = rank_retrieval(
         image_embeds, text_embeds, Correspondence(len(rows), len(rows), rows, rows)
@@ -332,18 +247,13 @@ def measure_recall(text_embeds: Tensor, image_embeds: Tensor) -> float:
 
 
 def measure_cosines(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the cosine of each row with its counterpart, (N,) float64.
-
-    Args:
-        found: (N, P) embeddings.
-        wanted: (N, P) embeddings.
-    """
+    """Return the cosine of each row with its counterpart, (N,) float64."""
     return torch.nn.functional.cosine_similarity(found.double(), wanted.double())
 
 
 @torch.no_grad()
 def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[Any]) -> float:
-    """Compare at twice the width, and at twice the height, of what the processor gives."""
+    """Compare at twice the width, and at twice the height, of the processor's pixels."""
     model, pixels = reference.model, reference.processor(images=images)[IMAGE_INPUT]
     largest = 0.0
     for repeats in ((1, 1, 1, 2), (1, 1, 2, 1)):

@@ -1,4 +1,4 @@
-"""Exports a model to ONNX: a graph per tower, and what else ONNX Runtime and transformers.js need.
+"""Exports a model to ONNX: a graph per tower, and the files of ONNX Runtime and transformers.js.
 
 The folder is complete or absent, and it gets its name after every graph gave the model's own
 embeddings in ONNX Runtime.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,11 @@ from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..model_folders.atomic_folder import atomic_folder, require_new_folder
+from ..model_folders.atomic_folder import atomic_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
-from ..model_folders.model_card_data import CardData, read_card_data, update_card_data
-from ..model_folders.model_loading import MODEL_CLASSES, find_model_class
+from ..model_folders.model_card import CardData, read_card_data, update_card_data
+from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
 from ..model_folders.model_types import ONNX_RECORD, read_json_object
 from ..model_folders.model_writing import require_inside
 from ..model_folders.onnx_folder import (
@@ -41,9 +41,9 @@ from ..model_folders.onnx_folder import (
     open_session,
 )
 from ..processing_llm2clip import LLM2CLIPProcessor
+from ..vision_llm2clip import find_fixed_size
 from .onnx_checks import (
     MIN_COSINE_8_BITS,
-    CheckInputs,
     Reference,
     check_images,
     check_script,
@@ -54,26 +54,20 @@ from .onnx_checks import (
     require_recall,
 )
 from .onnx_graphs import (
-    OnnxGraph,
+    choose_exact_layers,
+    measure_layers,
     name_vision_tower,
-    takes_any_size,
     write_image_graph,
+    write_rounded_graph,
     write_text_graph,
 )
-from .onnx_weights import choose_exact_layers, measure_layers, write_rounded_graph
 
 SCRIPT = "encode.py"
-_LOADER = Path(image_loading_llm2clip.__file__).name  # which the script imports
 _RECORD_FORMAT = 1
 _NUM_MEASURED = 16  # captions on which the effect of each layer is measured
 # The captions that errors are measured on are not those with the largest.
 _MARGINS = (0.85, 0.65, 0.5)
-_NEEDED_PARTS = {"full": ("text", "vision"), "text": ("text",), "vision": ("vision",)}
-_PARTS = {
-    "LLM2CLIPModel": ("text", "vision"),
-    "LLM2CLIPTextModel": ("text",),
-    "LLM2CLIPVisionModel": ("vision",),
-}
+_TOWERS = {"text": "text", "image": "vision"}
 _SCRIPT_USE = f"""\
 `python {SCRIPT} "a dog" dog.jpg` encodes a text and an image with `onnxruntime`, `tokenizers`,
 `pillow` and `numpy` alone. """
@@ -91,33 +85,19 @@ images into one space, as embeddings of unit length. Opset {opset}, IR {ir_versi
 
 
 def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
-    """Write the graphs of a model folder, each checked against the model.
+    """Write the graphs of a model folder, each checked against the model, or nothing.
 
-    Args:
-        folder: Folder of an LLM2CLIP model.
-        output: New or empty folder.
-        config: What is written, with `onnx` set.
-
-    Returns:
-        The folder: `onnx/text_model.onnx`, `onnx/vision_model.onnx`, rounded weights beside them,
-        tokenizer, processor, configuration, golden embeddings, script, record and card.
-
-    Raises:
-        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
-        FileExistsError: The output exists and is not empty.
-        ValueError: The model is quantized, lacks a part that is wanted, or no longer gives its
-            golden embeddings; a tower cannot be exported; or a graph does not give the model's
-            embeddings. Nothing is left behind.
+    `onnx/text_model.onnx`, `onnx/vision_model.onnx`, rounded weights beside them, tokenizer,
+    processor, configuration, golden embeddings, script, record and card.
     """
     require(*ONNX_EXPORT)
-    require_new_folder(Path(output))
     _require_parts(folder, config)
     with atomic_folder(Path(output)) as unfinished:
         (unfinished / GRAPHS).mkdir()
         writer = _OnnxWriter.open(folder, unfinished, config)
-        if "text" in _NEEDED_PARTS[config.components]:
+        if "text" in _list_modalities(config):
             writer.write_text_graphs(config)
-        if "vision" in _NEEDED_PARTS[config.components]:
+        if "image" in _list_modalities(config):
             writer.write_image_graph()
         writer.write_other_files(config, name=Path(output).name)
     return Path(output)
@@ -134,14 +114,15 @@ def _require_parts(folder: Path, config: ExportConfig) -> None:
             f"{folder} is quantized ({method}), and its rounded weights would become those of the "
             "graph. Export the model that it was made from; onnx_weights rounds it."
         )
-    there = _PARTS[find_model_class(folder).__name__]
-    missing = [part for part in _NEEDED_PARTS[config.components] if part not in there]
-    if missing:
+    there = find_model_class(folder).input_modalities
+    wanted = _list_modalities(config)
+    if missing := [modality for modality in wanted if modality not in there]:
+        has, lacks = (_TOWERS[modality] for modality in (there[0], missing[0]))
         raise ValueError(
-            f"{folder} is a {there[0]}-only model without a {missing[0]} tower. Export it with "
-            f"components={there[0]}."
+            f"{folder} is a {has}-only model without a {lacks} tower. Export it with "
+            f"components={has}."
         )
-    if "text" not in _NEEDED_PARTS[config.components]:
+    if "text" not in wanted:
         if config.onnx_weights != ("float32",):
             raise ValueError(
                 "`onnx_weights` rounds the language model, which components=vision leaves out. "
@@ -155,45 +136,46 @@ def _require_parts(folder: Path, config: ExportConfig) -> None:
         )
 
 
+def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
+    """List the modalities that graphs are written for, texts first."""
+    return sorted(
+        MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]].input_modalities, reverse=True
+    )
+
+
 @dataclass
 class _OnnxWriter:
     """Writes graphs into an unfinished folder, and keeps the record of them."""
 
     folder: Path
     reference: Reference
-    graphs: dict[str, dict[str, Any]]
-    last: OnnxGraph | None = None
+    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Versions of ONNX's operators and of its file format.
+    versions: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: Path, folder: Path, config: ExportConfig) -> _OnnxWriter:
         """Load the model, and the inputs of its check."""
-        saved = find_model_class(source)
-        whole = config.components == "full" or "int4" in config.onnx_weights
-        part = {"text": "LLM2CLIPTextModel", "vision": "LLM2CLIPVisionModel"}
-        model_class = saved if whole else MODEL_CLASSES[part[config.components]]
+        model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
+        if "int4" in config.onnx_weights:  # recall is measured on both towers
+            model_class = find_model_class(source)
         model = model_class.from_pretrained(source, dtype=torch.float32, local_files_only=True)
         processor = LLM2CLIPProcessor.from_pretrained(source, local_files_only=True)
         stated = LLM2CLIPConfig.from_pretrained(source, local_files_only=True).dtype
         dtype = stated if isinstance(stated, torch.dtype) else torch.float32
         require_golden(source, model.eval(), processor, dtype=dtype)
         inputs = load_check_inputs(config.onnx_data)
-        return cls(folder, Reference(model, processor, inputs, source, dtype), {})
-
-    @property
-    def inputs(self) -> CheckInputs:
-        """What graphs are checked on."""
-        return self.reference.inputs
+        return cls(folder, Reference(model, processor, inputs, source, dtype))
 
     def write_text_graphs(self, config: ExportConfig) -> None:
         """Write the text tower in float32, check it, and round it as often as asked."""
         file = graph_file(self.folder, "text")
-        short_and_long = self.reference.processor(
-            text=[self.inputs.texts[0], *self.inputs.texts[-2:]]
-        )
+        texts = self.reference.inputs.texts
+        short_and_long = self.reference.processor(text=[texts[0], *texts[-2:]])
         inputs: Mapping[str, Tensor] = {name: short_and_long[name] for name in TEXT_INPUTS}
         graph = write_text_graph(self.reference.model, inputs, file)
         figures = check_texts(self._encoder(text=file), self.reference)
-        self._record(graph, "float32", figures)
+        self._record(graph, file, figures)
         for weights in (name for name in config.onnx_weights if name != "float32"):
             self._write_rounded(file, weights, config)
         if "float32" not in config.onnx_weights:
@@ -207,7 +189,9 @@ class _OnnxWriter:
             described = self._write_eight_bits(source, file)
         else:
             described = self._round(source, file, bits=4)
-            require_recall(described["check"], self.inputs, max_loss=config.max_recall_loss)
+            require_recall(
+                described["check"], self.reference.inputs, max_loss=config.max_recall_loss
+            )
         self.graphs[_name(file)] = {
             **self.graphs[_name(source)],
             **described,
@@ -222,7 +206,7 @@ class _OnnxWriter:
         if not described["check"]["texts_below_0.999"]:
             return described
         reference = self.reference
-        texts = self.inputs.captions[:_NUM_MEASURED]
+        texts = reference.inputs.captions[:_NUM_MEASURED]
         errors = measure_layers(reference.model, reference.processor, texts, bits=8)
         for margin in _MARGINS:
             share = margin * (1 - MIN_COSINE_8_BITS) / error
@@ -251,7 +235,7 @@ class _OnnxWriter:
     def write_image_graph(self) -> None:
         """Write the vision tower, for images of any size if that passes its check."""
         model, file = self.reference.model, graph_file(self.folder, "image")
-        inputs = self.reference.processor(images=list(self.inputs.images[:2]))
+        inputs = self.reference.processor(images=list(self.reference.inputs.images[:2]))
         if set(inputs) != {IMAGE_INPUT} or inputs[IMAGE_INPUT].ndim != 4:
             raise ValueError(
                 f"The {name_vision_tower(model)} takes patches of images of any shape "
@@ -259,7 +243,7 @@ class _OnnxWriter:
                 "alone (components=text), or build the model with a tower for one size."
             )
         reason = None
-        if takes_any_size(model):
+        if find_fixed_size(model.vision_model) is None:  # else other sizes need an option
             try:
                 self._write_image_graph(inputs[IMAGE_INPUT], file, any_size=True)
                 return
@@ -272,7 +256,7 @@ class _OnnxWriter:
     def _write_image_graph(self, pixel_values: Tensor, file: Path, *, any_size: bool) -> None:
         graph = write_image_graph(self.reference.model, pixel_values, file, any_size=any_size)
         figures = check_images(self._encoder(vision=file), self.reference, any_size=any_size)
-        self._record(graph, "float32", figures)
+        self._record(graph, file, figures)
 
     def _encoder(self, *, text: Path | None = None, vision: Path | None = None) -> OnnxEncoder:
         return OnnxEncoder(
@@ -281,20 +265,17 @@ class _OnnxWriter:
             vision_session=vision and open_session(vision),
         )
 
-    def _record(self, graph: OnnxGraph, weights: TextWeights, figures: dict[str, Any]) -> None:
-        self.last = graph
-        self.graphs[_name(graph.file)] = {
-            "weights": weights,
-            "inputs": dict(graph.inputs),
-            "optional_inputs": dict(graph.optional_inputs),
-            "outputs": dict(graph.outputs),
-            "size_mb": _measure_mb(graph.file),
+    def _record(self, graph: dict[str, Any], file: Path, figures: dict[str, Any]) -> None:
+        self.versions = {name: graph.pop(name) for name in ("opset", "ir_version")}
+        self.graphs[_name(file)] = {
+            "weights": "float32",
+            **graph,
+            "size_mb": _measure_mb(file),
             "check": figures,
         }
 
     def write_other_files(self, config: ExportConfig, *, name: str) -> None:
         """Write processor, configuration, golden embeddings, script, record and card."""
-        assert self.last is not None
         reference, folder = self.reference, self.folder
         reference.processor.save_pretrained(folder)
         _name_prompt_tokens(folder / "tokenizer.json")
@@ -303,16 +284,16 @@ class _OnnxWriter:
         if (reference.folder / GOLDEN_FILE).is_file():
             require_inside(reference.folder, [reference.folder / GOLDEN_FILE])
             shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
-        _write_script(folder)
-        script = self._check_script()
+        script = self._write_script()
+        scale = getattr(reference.model, "logit_scale", None)
         record = {
             "format": _RECORD_FORMAT,
-            "opset": self.last.opset,
-            "ir_version": self.last.ir_version,
+            **self.versions,
             "graphs": self.graphs,
-            "logit_scale": _read_logit_scale(reference.model),
+            # The factor of cosines before a softmax; a text-only or vision-only model has none.
+            "logit_scale": None if scale is None else round(float(scale().detach()), 6),
             "script": script,
-            "checked_on": self.inputs.data,
+            "checked_on": reference.inputs.data,
             "source": {
                 modality: fingerprint_embeddings(reference.folder, modality)
                 for modality in _list_modalities(config)
@@ -326,19 +307,30 @@ class _OnnxWriter:
         card = update_card_data(read_card_data(reference.folder), config)
         _write_card(folder, card, record, name=name)
 
-    def _check_script(self) -> str | None:
-        """Run the script on the new folder; where it misreads images, remove it and say why."""
+    def _write_script(self) -> str | None:
+        """Write the script and the module that it imports, which is not in a package there.
+
+        It runs on the new folder; where it misreads images, it is removed and the reason returned.
+        """
+        from ..encoding import encode_onnx  # imports onnxruntime
+
+        loader = Path(image_loading_llm2clip.__file__)
+        content = Path(encode_onnx.__file__).read_text(encoding="utf-8")
+        content = content.replace(f"from ..{loader.stem} import", f"from {loader.stem} import")
+        script, copy = self.folder / SCRIPT, self.folder / loader.name
+        script.write_text(content, encoding="utf-8")
+        shutil.copyfile(loader, copy)
         files = [self.folder / name for name in self.graphs]
         text = next((file for file in files if file.stem.startswith("text")), None)
         vision = next((file for file in files if file.stem.startswith("vision")), None)
         reason = check_script(self.folder, self._encoder(text=text, vision=vision), text)
         if reason is not None:
-            (self.folder / SCRIPT).unlink()
-            (self.folder / _LOADER).unlink()
+            script.unlink()
+            copy.unlink()
         return reason
 
     def _write_config(self) -> None:
-        """Write the model's configuration, and what transformers.js loads by default."""
+        """Write the model's configuration, and the files that transformers.js loads by default."""
         config = self.reference.model.config.to_dict()
         config.pop("auto_map", None)
         config["dtype"] = "float32"
@@ -357,17 +349,6 @@ class _OnnxWriter:
         }
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
-    modalities: dict[str, Literal["text", "image"]] = {"text": "text", "vision": "image"}
-    return [modalities[part] for part in _NEEDED_PARTS[config.components]]
-
-
-def _read_logit_scale(model: Any) -> float | None:
-    """Return the factor of cosines before a softmax; None of a text-only or vision-only model."""
-    scale = getattr(model, "logit_scale", None)
-    return None if scale is None else round(float(scale().detach()), 6)
 
 
 def _name(file: Path) -> str:
@@ -420,17 +401,6 @@ def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def _write_script(folder: Path) -> None:
-    """Write the script and the module that it imports, which is not in a package there."""
-    from ..encoding import encode_onnx  # imports onnxruntime
-
-    loader = Path(image_loading_llm2clip.__file__)
-    script = Path(encode_onnx.__file__).read_text(encoding="utf-8")
-    script = script.replace(f"from ..{loader.stem} import", f"from {loader.stem} import")
-    (folder / SCRIPT).write_text(script, encoding="utf-8")
-    shutil.copyfile(loader, folder / _LOADER)
-
-
 def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: str) -> None:
     data = ModelCardData(
         license=card.license,
@@ -457,11 +427,7 @@ def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: s
 
 
 def describe_check(check: dict[str, Any]) -> str:
-    """Say in a few words how a graph was checked.
-
-    Args:
-        check: Figures from the record of the export.
-    """
+    """Describe the check of a graph in a few words."""
     kind = "text" if "texts" in check else "image"
     count = counted(check[f"{kind}s"], kind)
     if "max_distance" in check:

@@ -1,22 +1,28 @@
 """Turns the towers of a model into ONNX graphs: tokens or pixels in, unit embeddings out.
 
 Prompt and truncation are the tokenizer's. Positions, the pooled span, pooling, text adapter,
-projection and normalization are in the graph.
+projection and normalization are in the graph. A model is in float32 on the CPU, in evaluation mode.
+
+The language model's linear layers may be rounded to 8 or 4 bits, each block of weights with its own
+scale and zero point. Everything else stays float32: token embeddings, norms, text adapter,
+projection, activations. The error of rounding adds up over the model's layers (attention and MLP);
+where it is too large, those with the largest share of it stay float32.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..encoding.encode import encode_texts
 from ..encoding.onnx_encoding import (
     IMAGE_INPUT,
     IMAGE_OUTPUT,
@@ -26,7 +32,8 @@ from ..encoding.onnx_encoding import (
 )
 from ..model_folders.onnx_folder import data_file
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from ..vision_llm2clip import find_fixed_size, find_patch_size
+from ..processing_llm2clip import LLM2CLIPProcessor
+from ..vision_llm2clip import find_patch_size
 
 # What torch 2.6 and later write without converting again; ONNX Runtime 1.18 and later read it.
 OPSET = 20
@@ -34,27 +41,11 @@ OPSET = 20
 _LARGEST_FILE = 2**31 - 2**24
 _LARGEST_BATCH = 2**16
 _LARGEST_SIDE = 2**12
-
-
-@dataclass(frozen=True)
-class OnnxGraph:
-    """A graph that was written.
-
-    Attributes:
-        file: Where it is.
-        opset: Version of ONNX's operators.
-        ir_version: Version of ONNX's file format.
-        inputs: Name → shape, in which names stand for dimensions that may vary.
-        optional_inputs: Likewise, of inputs that have a default.
-        outputs: Likewise.
-    """
-
-    file: Path
-    opset: int
-    ir_version: int
-    inputs: Mapping[str, list[str | int]]
-    optional_inputs: Mapping[str, list[str | int]]
-    outputs: Mapping[str, list[str | int]]
+BLOCK_SIZE = 16
+_FLOAT32 = 1  # level of accuracy in which the operator computes; see its documentation
+# Where torch's exporter notes the modules that a node comes from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_LLM_SCOPE = "model.text_model."
 
 
 class _TextGraph(nn.Module):
@@ -83,16 +74,10 @@ class _ImageGraph(nn.Module):
 
 def write_text_graph(
     model: LLM2CLIPModel | LLM2CLIPTextModel, inputs: Mapping[str, Tensor], file: Path
-) -> OnnxGraph:
+) -> dict[str, Any]:
     """Write the text tower, for any number of texts of any length.
 
-    Args:
-        model: A model with a text tower, in float32 on the CPU, in evaluation mode.
-        inputs: `input_ids` and `attention_mask` of at least two texts of unequal length.
-        file: File to write.
-
-    Raises:
-        ValueError: The tower cannot be exported; the message names it and has the reason.
+    `inputs` are `input_ids` and `attention_mask` of at least two texts of unequal length.
     """
     config = model.config
     batch = torch.export.Dim("batch_size", max=_LARGEST_BATCH)
@@ -122,17 +107,10 @@ def write_image_graph(
     file: Path,
     *,
     any_size: bool,
-) -> OnnxGraph:
-    """Write the vision tower, for any number of images.
+) -> dict[str, Any]:
+    """Write the vision tower, for any number of images, and for any height and width if asked.
 
-    Args:
-        model: A model with a vision tower, in float32 on the CPU, in evaluation mode.
-        pixel_values: (B, 3, H, W) of at least two images.
-        file: File to write.
-        any_size: Whether height and width may vary; see `takes_any_size`.
-
-    Raises:
-        ValueError: The tower cannot be exported; the message names it and has the reason.
+    `pixel_values` (B, 3, H, W) are of at least two images.
     """
     shape: dict[int, Any] = {0: torch.export.Dim("batch_size", max=_LARGEST_BATCH)}
     if any_size:
@@ -156,21 +134,8 @@ def write_image_graph(
         return _save(program, file, defaults={})
 
 
-def takes_any_size(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> bool:
-    """Whether the vision tower takes images of other sizes than its own without an option.
-
-    Args:
-        model: A model with a vision tower.
-    """
-    return find_fixed_size(model.vision_model) is None
-
-
 def name_vision_tower(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> str:
-    """Return what errors call a vision tower.
-
-    Args:
-        model: A model with a vision tower.
-    """
+    """Name a vision tower in errors."""
     config: Any = model.vision_model.config
     architecture = getattr(config, "architecture", None)  # timm's name of the network
     return f"vision tower {architecture or config.model_type!r}"
@@ -178,7 +143,7 @@ def name_vision_tower(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> str:
 
 @contextmanager
 def _explaining(tower: str, *, other: str) -> Iterator[None]:
-    """Name the tower that torch cannot export, and silence what torch says of its own."""
+    """Name the tower that torch cannot export, and silence torch's own messages."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -194,8 +159,11 @@ def _explaining(tower: str, *, other: str) -> Iterator[None]:
         ) from error
 
 
-def _save(program: Any, file: Path, *, defaults: Mapping[str, Tensor]) -> OnnxGraph:
-    """Write the graph; inputs with a default may be left out when it is run."""
+def _save(program: Any, file: Path, *, defaults: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write the graph, and describe it: versions, and name → shape of inputs and outputs.
+
+    Names stand for dimensions that may vary. Inputs with a default may be left out when it is run.
+    """
     import onnx_ir
 
     model = program.model
@@ -212,26 +180,125 @@ def _save(program: Any, file: Path, *, defaults: Mapping[str, Tensor]) -> OnnxGr
             if (value.name in defaults) == optional
         }
 
-    return OnnxGraph(
-        file=file,
-        opset=model.opset_imports[""],
-        ir_version=model.ir_version,
-        inputs=list_shapes(model.graph.inputs),
-        optional_inputs=list_shapes(model.graph.inputs, optional=True),
-        outputs=list_shapes(model.graph.outputs),
-    )
+    return {
+        "opset": model.opset_imports[""],
+        "ir_version": model.ir_version,
+        "inputs": list_shapes(model.graph.inputs),
+        "optional_inputs": list_shapes(model.graph.inputs, optional=True),
+        "outputs": list_shapes(model.graph.outputs),
+    }
 
 
 def save_graph(model: Any, file: Path) -> None:
-    """Write a graph, with its weights in a second file if they are too large for one.
-
-    Args:
-        model: `onnx_ir.Model`.
-        file: File to write.
-    """
+    """Write a graph, with its weights in a second file if they are too large for one."""
     import onnx_ir
 
     weights = (value.const_value for value in model.graph.initializers.values())
     num_bytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
     beside = data_file(file).name if num_bytes > _LARGEST_FILE else None
     onnx_ir.save(model, file, external_data=beside)
+
+
+def write_rounded_graph(
+    source: Path, file: Path, *, bits: int, exact_layers: Collection[str] = ()
+) -> int:
+    """Write a text graph whose language model has weights of 8 or 4 bits.
+
+    `exact_layers` of `measure_layers` stay float32. Returns the number of linear layers that were
+    rounded.
+    """
+    import onnx
+    import onnx_ir
+
+    model = onnx.load(source)
+    products = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    constant = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    layers = []  # the language model's products with a constant matrix
+    for node in model.graph.node:
+        scopes = {entry.key: entry.value for entry in node.metadata_props}.get(_SCOPES, "")
+        is_exact = any(f"{_LLM_SCOPE}{name}." in scopes for name in exact_layers)
+        is_linear = node.op_type == "MatMul" and node.input[1] in constant
+        if is_linear and _LLM_SCOPE in scopes and not is_exact:
+            layers.append(node.name)
+    if not layers:
+        raise ValueError(f"{source} has no linear layers of a language model to round.")
+    with _quiet_quantizer():
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+        config = nbits.DefaultWeightOnlyQuantConfig(
+            block_size=BLOCK_SIZE, is_symmetric=False, accuracy_level=_FLOAT32, bits=bits
+        )
+        others = sorted({*products} - {*layers})
+        quantizer = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
+        quantizer.process()
+    save_graph(onnx_ir.from_proto(quantizer.model.model), file)
+    return len(layers)
+
+
+@torch.no_grad()
+def measure_layers(
+    model: Any, processor: LLM2CLIPProcessor, texts: Sequence[str], *, bits: int
+) -> dict[str, float]:
+    """Measure how far rounding each layer of the language model alone moves embeddings.
+
+    Returns name of the layer → one minus the mean cosine; empty where the model has no list of
+    layers. The model is left as it is.
+    """
+    wanted = encode_texts(model, processor, texts).double()
+    errors = {}
+    lists = {n: m for n, m in model.text_model.named_modules() if isinstance(m, nn.ModuleList)}
+    longest = max(lists, key=lambda name: len(lists[name]), default=None)
+    layers = {} if longest is None else {f"{longest}.{n}": m for n, m in enumerate(lists[longest])}
+    for name, layer in layers.items():
+        linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        kept = [module.weight.data for module in linear]
+        for module in linear:
+            module.weight.data = _round(module.weight.data, bits)
+        found = encode_texts(model, processor, texts).double()
+        for module, weight in zip(linear, kept, strict=True):
+            module.weight.data = weight
+        errors[name] = float(1 - (found * wanted).sum(dim=1).mean())
+    return errors
+
+
+def choose_exact_layers(errors: Mapping[str, float], *, share: float) -> list[str]:
+    """Choose the fewest layers to keep float32, those with the largest errors first.
+
+    The others may have `share` of the sum of all errors.
+    """
+    order = sorted(errors, key=lambda name: -errors[name])
+    left, allowed = sum(errors.values()), share * sum(errors.values())
+    exact = []
+    for name in order:
+        if left <= allowed:
+            break
+        exact.append(name)
+        left -= errors[name]
+    return exact
+
+
+def _round(weight: Tensor, bits: int) -> Tensor:
+    """Round as ONNX Runtime's quantizer does: a scale and a zero point for each block of a row."""
+    rows, width = weight.shape
+    padded = F.pad(weight, (0, -width % BLOCK_SIZE))
+    blocks = padded.reshape(rows, -1, BLOCK_SIZE)
+    low = blocks.amin(dim=-1, keepdim=True).clamp(max=0)
+    high = blocks.amax(dim=-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(weight.dtype).tiny)
+    zero = (-low / scale).round()
+    whole = ((blocks / scale).round() + zero).clamp(0, 2**bits - 1)
+    rounded: Tensor = (whole - zero) * scale
+    return rounded.reshape(rows, -1)[:, :width]
+
+
+@contextmanager
+def _quiet_quantizer() -> Iterator[None]:
+    """Undo what the quantizer's module does to the root logger, which then shows every node."""
+    root, own = logging.getLogger(), logging.getLogger("onnxruntime.quantization")
+    level, handlers = root.level, [*root.handlers]
+    own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers

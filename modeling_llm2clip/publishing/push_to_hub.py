@@ -5,8 +5,11 @@ Credentials are huggingface_hub's own: `HF_TOKEN`, or what `hf auth login` store
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,63 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from .._suggestions import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import is_unfinished
 from ..doctor.check_model import check_model
-from ..model_folders.model_card import update_model_card
-from ..model_folders.model_card_data import read_card_data, relicense, require_license
-from ..model_folders.training_state import require_trained
-from .uploaded_files import PlannedFile, describe_files, list_files, require_no_credentials
+from ..model_folders.model_card import read_card_data, relicense, require_license, update_model_card
+from ..model_folders.model_folder import is_inside
+from ..model_folders.model_loading import require_trained
+from ..model_folders.model_writing import is_legal_file
 
 COMMIT_MESSAGE = "Upload LLM2CLIP model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Formats that can carry code which runs when they are opened.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy"}
 _REFUSED = {401: "there is no valid token", 403: "the token has no permission"}
+# What this package, transformers and sentence-transformers write into a model folder.
+_OWN_FILES = (
+    "README.md", "config.json", "generation_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "golden_embeddings.safetensors", "*_llm2clip.py",
+    "training_images.safetensors", "tokenizer*.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
+    "processor_config.json", "preprocessor_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*",
+    "conversion*.json", "handler.py", "requirements.txt", "space/*",
+)  # fmt: skip
+_CREDENTIAL_NAME = re.compile(
+    r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx|env)"
+    # A vocabulary is "tokens.txt", too.
+    r"|((.*[._-])?token|(.*[._-])?(hf|api|auth|access|refresh)[._-]?tokens)(\.txt|\.ya?ml)?"
+    r"|(.*[._-])?(password|passwd|secret|api_?key)s?(\.(txt|ya?ml|csv|tsv|xlsx?|ini|json))?"
+    r"|_?netrc|(.*[._-])?(credentials?|client_secret.*|service[_-]account.*)\.(json|csv)"
+    r"|token\.json|credentials|git-credentials|pypirc|npmrc|htpasswd|kubeconfig",
+    re.IGNORECASE,
+)
+# What tokens and keys begin with. Each pattern begins with a literal, so that large files are
+# searched fast; a lookbehind after it keeps it from matching inside a word.
+_SECRET_KEY = rb"[\"']?\s{0,3}[=:]\s{0,3}[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
+_CREDENTIALS = {
+    "a private key": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY",
+    "a token of Hugging Face": rb"hf_(?<![A-Za-z0-9]hf_)[A-Za-z0-9]{30,}",
+    "an access key of AWS": rb"AKIA(?<![A-Za-z0-9]AKIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    "a temporary access key of AWS": rb"ASIA(?<![A-Za-z0-9]ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    "a secret key of AWS": rb"aws_secret_access_key" + _SECRET_KEY,
+    "a secret key of AWS, as a variable": rb"AWS_SECRET_ACCESS_KEY" + _SECRET_KEY,
+    "a secret key of AWS, in JSON": rb"SecretAccessKey" + _SECRET_KEY,
+    "a token of GitHub": rb"gh[pousr]_(?<![A-Za-z0-9]gh._)[A-Za-z0-9]{36}",
+    "a fine-grained token of GitHub": rb"github_pat_[A-Za-z0-9_]{50}",
+    "a token of GitLab": rb"glpat-[A-Za-z0-9_-]{20}",
+    "an API key": rb"sk-(?<![A-Za-z0-9]sk-)(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{32}",
+    "an API key of Google": rb"AIza(?<![A-Za-z0-9]AIza)[A-Za-z0-9_-]{35}",
+    "a token of Slack": rb"xox[abprs]-[A-Za-z0-9-]{20}",
+    "a token of npm": rb"npm_(?<![A-Za-z0-9]npm_)[A-Za-z0-9]{36}",
+    "a token of PyPI": rb"pypi-AgEI[A-Za-z0-9_-]{50}",
+}
+# How a text in UTF-16 begins: with its mark, or with two characters of ASCII beside zeros.
+_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){2}|(?:\0[\t-~]){2}")
+_WEIGHTS = ".safetensors"
+_SHOWN = 8
 
 
 def push_to_hub(
@@ -85,7 +133,8 @@ def push_to_hub(
         commit: CommitInfo = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[_quote(file.path) for file in files],
+            # Patterns that match these paths alone.
+            allow_patterns=[re.sub(r"([*?[])", r"[\1]", path) for path in files],
             delete_patterns="*",
             commit_message=commit_message,
             revision=revision,
@@ -104,23 +153,13 @@ def check_publishable(
     license: str | None = None,
     device: str = "auto",
     allow_files: Sequence[str] = (),
-) -> list[PlannedFile]:
+) -> dict[str, int]:
     """Refuse a folder that others should not get; nothing is sent or changed.
 
-    Args:
-        model_folder: Folder of a model.
-        license: License that would be stated on its card; None where that has one.
-        device: Where the model is checked; see `find_device`.
-        allow_files: Paths in the folder of files that look like credentials and are not.
-
-    Returns:
-        The files that would be uploaded.
-
-    Raises:
-        ValueError: It is not a model folder, states no license, is untrained, has links that leave
-            it, holds files that can carry code or that look like credentials, or `check_model`
-            finds an error. There is no way around that: a folder that
-            gives wrong embeddings here gives wrong embeddings everywhere.
+    It must be a trained, healthy model with a license, without links that leave it, files that can
+    carry code, or files that look like credentials (but for `allow_files`). There is no way around
+    health: a folder that gives wrong embeddings here gives wrong embeddings everywhere. Returns
+    path → bytes of the files that would be uploaded.
     """
     folder = Path(model_folder)
     if not (folder / "config.json").is_file():
@@ -132,7 +171,7 @@ def check_publishable(
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)
-    pickles = [file.path for file in files if Path(file.path).suffix.lower() in _PICKLES]
+    pickles = [path for path in files if Path(path).suffix.lower() in _PICKLES]
     if pickles:
         raise ValueError(
             f"{folder} holds files that can carry code: {pickles[:8]}. Remove them from it."
@@ -143,15 +182,7 @@ def check_publishable(
 
 
 def require_healthy(folder: Path, *, device: str = "auto") -> None:
-    """Refuse a folder in which `check_model` finds an error.
-
-    Args:
-        folder: Model folder.
-        device: Where the model is checked; see `find_device`.
-
-    Raises:
-        ValueError: There is an error.
-    """
+    """Refuse a folder in which `check_model` finds an error."""
     report = check_model(folder, device=device)
     if not report.healthy:
         failed = "; ".join(f"{check.name}: {check.message}" for check in report.failed)
@@ -162,14 +193,7 @@ def require_healthy(folder: Path, *, device: str = "auto") -> None:
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuse a name that cannot be a repository's.
-
-    Args:
-        repo_id: Name of a Hub repository.
-
-    Raises:
-        ValueError: It is not like `owner/name`.
-    """
+    """Refuse a name that is not like `owner/name`."""
     if not _HUB_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id={repo_id!r} must be 'owner/name'.")
     validate_repo_id(repo_id)
@@ -189,11 +213,6 @@ def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: st
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def _quote(path: str) -> str:
-    """Return a pattern that matches this path alone."""
-    return re.sub(r"([*?[])", r"[\1]", path)
-
-
 def _explain(error: Exception, folder: Path, repo_id: str) -> str:
     response: Any = error.response if isinstance(error, HfHubHTTPError) else None
     reason = _REFUSED.get(getattr(response, "status_code", 0))
@@ -207,3 +226,112 @@ def _explain(error: Exception, folder: Path, repo_id: str) -> str:
         f"({type(error).__name__}: {error}). Repeat it with `llm2clip push {folder} {repo_id}`: "
         "files that had arrived are not sent again."
     )
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """List the sizes in bytes of all files of a folder, by their path inside it.
+
+    Hidden ones are left out, and files that killed writers left unfinished. The folder may itself
+    be a link, or a snapshot in huggingface_hub's cache. A link out of it, to a hidden file, to a
+    folder or nowhere is refused.
+    """
+    files, errors = {}, []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and (reason := _find_wrong_link(path, folder)):
+            errors.append(f"{name} {reason}")
+        elif path.is_file():
+            files[name] = path.stat().st_size
+    if errors:
+        more = f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+        raise ValueError(
+            f"{folder} has links whose targets are not its own files: "
+            f"{'; '.join(errors[:_SHOWN])}{more}. Remove them, or put copies of the files in their "
+            "places."
+        )
+    return dict(sorted(files.items()))
+
+
+def list_own_files(folder: Path) -> dict[str, int]:
+    """List the files that are part of a model folder, without others that somebody put there."""
+    files = {path.relative_to(folder).as_posix(): path for path in _walk(folder) if path.is_file()}
+    return {name: files[name].stat().st_size for name in sorted(files) if _is_own(name)}
+
+
+def require_no_credentials(
+    folder: Path, files: Mapping[str, int], *, allowed: Sequence[str] = ()
+) -> None:
+    """Refuse files that look like credentials, by their names or contents."""
+    if unknown := sorted(set(allowed) - set(files)):
+        raise ValueError(
+            f"allow_files={unknown}: {folder} has no such files that would be uploaded. Give paths "
+            "as they are listed."
+        )
+    found = [
+        f"{path} ({reason})"
+        for path in sorted(set(files) - set(allowed))
+        if (reason := _find_credential(folder / path)) is not None
+    ]
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ValueError(
+            f"{folder} holds what looks like credentials: {'; '.join(found[:_SHOWN])}{more}. "
+            "Remove them from it; name a file that has none with allow_files (--allow-files)."
+        )
+
+
+def describe_files(files: Mapping[str, int]) -> str:
+    """List files with their sizes, the sum, and what is not part of a model folder."""
+    lines = [f"{num_bytes:>15,}  {path}" for path, num_bytes in files.items()]
+    lines.append(f"{sum(files.values()):>15,}  bytes in {counted(len(files), 'file')}.")
+    if others := [path for path in files if not _is_own(path)]:
+        lines.append(f"Not of the model, but in its folder: {', '.join(others)}.")
+    return "\n".join(lines)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield every file and every link that is not hidden; links to folders are not followed."""
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*folders, *files]:
+            path = Path(parent, name)
+            if name.startswith(".") or is_unfinished(path):
+                continue
+            if path.is_symlink() or not path.is_dir():
+                yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _find_wrong_link(path: Path, folder: Path) -> str | None:
+    """Return why a link is not uploaded; None if it is, as a file of the folder."""
+    target = path.readlink()
+    if not path.exists():
+        return f"links to {target}, which is not there"
+    if not is_inside(path, folder):
+        return f"links to {target}, outside of the folder"
+    if path.is_dir():
+        return f"links to the folder {target}, whose files would be left out"
+    content, root = path.resolve(), folder.resolve()
+    if content.is_relative_to(root):  # else it is in the cache, whose contents have no names
+        if any(part.startswith(".") for part in content.relative_to(root).parts):
+            return f"links to {target}, which is hidden"
+    return None
+
+
+def _is_own(path: str) -> bool:
+    return is_legal_file(path) or any(fnmatch(path, pattern) for pattern in _OWN_FILES)
+
+
+def _find_credential(file: Path) -> str | None:
+    if _CREDENTIAL_NAME.fullmatch(file.name):
+        return "its name"
+    if file.suffix == _WEIGHTS or not file.stat().st_size:
+        return None
+    with file.open("rb") as opened:
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            text = content[:].replace(b"\0", b"") if _UTF_16.match(content) else content
+            found = (what for what, pattern in _CREDENTIALS.items() if re.search(pattern, text))
+            return next(found, None)

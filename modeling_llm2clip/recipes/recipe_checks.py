@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..building.pretrained_towers import EMBEDDED
-from ..building.tower_sources import require_sources
 from ..configs.train_config import TrainConfig
 from ..data.atomic_files import hash_file, hash_json
 from ..data.records.data_hashes import hash_image_sizes, hash_records
 from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
 from ..evaluation.evaluate import check_data as check_eval_data
-from ..model_folders.lora_base import LORA_WEIGHTS
+from ..model_folders.model_folder import LORA_WEIGHTS, require_sources
 from ..training.alignment.align_checks import check_data, check_options
 from ..training.finetuning.finetune_llm import check_finetuning
 from ..training.losses.loss import load_loss

@@ -14,7 +14,7 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 
 from ..building.pretrained_towers import EMBEDDED, PretrainedTower, find_tower
 from ..data.safetensors_files import read_header
-from ..model_folders.hub_access import explain_missing, fetch_hub_file, is_hub_id
+from ..model_folders.model_folder import explain_missing, fetch_hub_file, is_hub_id
 
 # Where the configuration says neither image nor patch size, as of a convolutional network.
 _DEFAULT_TOKENS_PER_IMAGE = 200

@@ -26,9 +26,9 @@ from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_text
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
-from ..model_folders.stage_source import Source, open_source
+from ..model_folders.model_loading import require_trained
+from ..model_folders.model_writing import Source, open_source
 from ..model_folders.training_images import ImageTally, read_training_images
-from ..model_folders.training_state import require_trained
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device

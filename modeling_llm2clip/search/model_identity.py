@@ -9,8 +9,8 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_loading import require_trained
 from ..model_folders.model_types import require_own_model
-from ..model_folders.training_state import require_trained
 from .index_about import About, require_same_fingerprint
 
 _WHOLE = "LLM2CLIPModel"

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..image_loading_llm2clip import get_image_limits, load_images
-from ..model_folders.model_card_data import read_card_data
+from ..model_folders.model_card import read_card_data
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..model_folders.training_images import TrainingImages, read_training_images
@@ -508,7 +508,7 @@ async def _all_or_none(*awaitables: Any) -> Any:
 
 def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
     """Load a model for the backend that is wanted, and refuse one that is not trained."""
-    from ..model_folders.training_state import require_trained
+    from ..model_folders.model_loading import require_trained
     from .served_encoder import ModelEncoder, OnnxModelEncoder
 
     if config.backend == "onnx":

@@ -15,12 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.building.pretrained_towers import (
     PretrainedTower,
-    _read_onnx_weights,
     fetch_tower,
 )
 
@@ -104,27 +101,3 @@ def test_a_fetch_killed_half_way_is_repeated_as_if_it_had_never_been(part, tmp_p
     assert killed.returncode == -signal.SIGKILL
     assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
     assert (fetch_tower(part, cache=cache) / "weights").read_bytes() == CONTENT
-
-
-def test_matrices_of_an_onnx_file_get_their_names_and_their_direction_back(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    matrix, bias = torch.arange(6.0).reshape(2, 3), torch.arange(3.0)
-    product = onnx.helper.make_node(
-        "MatMul", ["x", "onnx::MatMul_7"], ["y"], name="/backbone/layer.0/fc1/MatMul"
-    )
-    graph = onnx.helper.make_graph(
-        [product], "g", [], [],
-        [onnx.numpy_helper.from_array(matrix.numpy(), "onnx::MatMul_7"),
-         onnx.numpy_helper.from_array(bias.numpy(), "backbone.layer.0.fc1.bias")],
-    )  # fmt: skip
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "network.onnx")
-    weights = _read_onnx_weights(tmp_path / "network.onnx")
-    # x @ matrix is torch's linear layer with the transposed weight.
-    assert torch.equal(weights["backbone.layer.0.fc1.weight"], matrix.T)
-    assert torch.equal(weights["backbone.layer.0.fc1.bias"], bias)
-
-
-def test_an_onnx_file_without_its_library_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r"onnx .*modeling_llm2clip\[onnx\]"):
-        _read_onnx_weights(tmp_path / "network.onnx")

@@ -17,7 +17,7 @@ import pytest
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import MISSING, Command, UsageError
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.search.results_page import ResultFormat
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
+from modeling_llm2clip.configs.source_format import SourceFormat
+from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
+from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS, find_layout
 
 
 def test_the_preprocessing_of_siglip2_has_no_default() -> None:
@@ -15,9 +18,20 @@ def test_the_preprocessing_of_siglip2_has_no_default() -> None:
 
 @pytest.mark.parametrize("layout", ["openai", "hub_clip", "eva02"])
 @pytest.mark.parametrize("option", [{"activation": "gelu_tanh"}, {"image_size": 384}])
-def test_what_siglip2_alone_leaves_open_is_refused_elsewhere(layout: Any, option: Any) -> None:
-    with pytest.raises(ValueError, match="of layout siglip2 alone"):
-        SourceFormat(layout=layout, **option)
+def test_what_siglip2_alone_leaves_open_is_refused_elsewhere(layout: str, option: Any) -> None:
+    with pytest.raises(ValueError, match=r"go(es)? with the source format.*Leave it out"):
+        find_layout(SourceFormat(layout=layout, **option))
+
+
+def test_every_layout_takes_its_own_source_format() -> None:
+    for source_format in SOURCE_FORMATS.values():
+        assert find_layout(source_format).source_format == source_format
+
+
+def test_an_unknown_layout_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    source_format = SourceFormat(layout="open_clip")
+    with pytest.raises(ValueError, match=r"must be one of.*'siglip2'"):
+        convert_checkpoint(tmp_path / "none.pt", tmp_path / "llm", tmp_path / "new", source_format)
 
 
 def test_a_prompt_excludes_a_prefix() -> None:

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS
-from modeling_llm2clip.conversion.layouts.siglip2 import SIGLIP2
-from modeling_llm2clip.conversion.source_llm import LLMSource
+from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts.siglip2 import LAYOUT as SIGLIP2
+from modeling_llm2clip.conversion.source_checkpoint import LLMSource
 
 
 def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:

@@ -18,11 +18,12 @@ from converting import (
 
 from modeling_llm2clip.conversion.source_checkpoint import (
     CheckpointSource,
+    LLMSource,
     find_published_hash,
     open_checkpoint,
+    open_language_model,
     split_revision,
 )
-from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.model_folders.model_folder import RECORD_FILE
 

@@ -15,11 +15,16 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from modeling_llm2clip.configs.export_config import ConvertConfig
-from modeling_llm2clip.configs.source_format import SOURCE_FORMATS, SourceFormat
+from modeling_llm2clip.configs.source_format import SourceFormat
 from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, plan_conversion
 from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
-from modeling_llm2clip.conversion.source_checkpoint import CheckpointSource, open_checkpoint
-from modeling_llm2clip.conversion.source_llm import LLMSource, open_language_model
+from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS, find_layout
+from modeling_llm2clip.conversion.source_checkpoint import (
+    CheckpointSource,
+    LLMSource,
+    open_checkpoint,
+    open_language_model,
+)
 
 GOLDEN = Path(__file__).parents[2] / "conversion" / "golden"
 LLM2VEC = GOLDEN / "llm2vec"
@@ -103,6 +108,7 @@ def plan(
     return plan_conversion(
         open_checkpoint(CheckpointSource(source)),
         open_language_model(llm or LLMSource(LLM)),
+        find_layout(source_format),
         source_format,
         ConvertConfig(**config),
     )

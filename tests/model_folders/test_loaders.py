@@ -32,7 +32,7 @@ from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.model_folders.golden_embeddings import read_golden
-from modeling_llm2clip.model_folders.model_card_data import CardData
+from modeling_llm2clip.model_folders.model_card import CardData
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.sentence_transformers_llm2clip import write_sentence_transformers_files

@@ -14,14 +14,15 @@ from shared_models import shared_model
 from tiny import tiny_images, tiny_model
 
 from modeling_llm2clip.configs.export_config import CardConfig
-from modeling_llm2clip.model_folders.model_card import update_model_card, write_model_card
-from modeling_llm2clip.model_folders.model_card_data import (
+from modeling_llm2clip.model_folders.model_card import (
     CardData,
     CardResult,
     find_license,
     read_card_data,
     relicense,
     update_card_data,
+    update_model_card,
+    write_model_card,
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
 

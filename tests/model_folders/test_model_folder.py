@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from modeling_llm2clip.building.tower_sources import require_sources
 from modeling_llm2clip.cli.extras import list_needs_of_model
-from modeling_llm2clip.model_folders import hub_access
-from modeling_llm2clip.model_folders.hub_access import explain_missing, fetch_hub_file, is_hub_id
-from modeling_llm2clip.model_folders.model_folder import find_model_folder
+from modeling_llm2clip.model_folders import model_folder
+from modeling_llm2clip.model_folders.model_folder import (
+    explain_missing,
+    fetch_hub_file,
+    find_model_folder,
+    is_hub_id,
+    require_sources,
+)
 from modeling_llm2clip.model_folders.model_types import find_model_type, require_own_model
 
 
@@ -34,9 +38,9 @@ def tries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    hub_access._connect.cache_clear()
+    model_folder._connect.cache_clear()
     yield tried
-    hub_access._connect.cache_clear()
+    model_folder._connect.cache_clear()
 
 
 @pytest.mark.usefixtures("tries")

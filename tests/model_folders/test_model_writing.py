@@ -15,9 +15,10 @@ from shared_models import shared_model
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.model_folders.model_card_data import CardData, CardResult, read_card_data
+from modeling_llm2clip.model_folders.model_card import CardData, CardResult, read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import (
+    cast_weights,
     find_carried_files,
     open_model,
     save_model,
@@ -86,7 +87,7 @@ def test_memory_holds_one_file_of_a_lazy_model(source: Path, tmp_path: Path) -> 
 
 def test_another_dtype_rounds_every_weight_but_the_temperature(source: Path) -> None:
     before = open_model(source)
-    for name, tensor in before.to(torch.bfloat16).weights.items():
+    for name, tensor in cast_weights(before.weights, torch.bfloat16, before.model_class).items():
         dtype = torch.float32 if name.startswith("logit_scale") else torch.bfloat16
         assert tensor.dtype == tensor.read().dtype == dtype
         assert torch.equal(tensor.read(), before.weights[name].read().to(dtype))

@@ -13,7 +13,7 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.model_folders.model_card_data import CardResult, read_card_data
+from modeling_llm2clip.model_folders.model_card import CardResult, read_card_data
 from modeling_llm2clip.publishing.card_results import read_card_results
 from modeling_llm2clip.publishing.export_model import export_model
 

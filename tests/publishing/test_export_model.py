@@ -24,7 +24,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_model
-from modeling_llm2clip.model_folders.model_card_data import CardData, CardResult, read_card_data
+from modeling_llm2clip.model_folders.model_card import CardData, CardResult, read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.publishing.export_model import export_model
 

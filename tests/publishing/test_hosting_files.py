@@ -32,8 +32,7 @@ from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
-from modeling_llm2clip.publishing.export_model import export_model
-from modeling_llm2clip.publishing.export_plan import plan_export
+from modeling_llm2clip.publishing.export_model import export_model, plan_export
 
 HOSTING = {
     "handler.py", "requirements.txt", "space/app.py", "space/requirements.txt", "space/README.md",
@@ -87,10 +86,7 @@ def test_files_for_hosts_are_written_on_request_alone(folder: Path, tmp_path: Pa
 
 
 def test_the_plan_of_an_export_has_them_with_their_sizes(folder: Path, tmp_path: Path) -> None:
-    plan = {
-        file.path: file.num_bytes
-        for file in plan_export(folder, tmp_path / "out", ExportConfig(handler=True, space=True))
-    }
+    plan = plan_export(folder, tmp_path / "out", ExportConfig(handler=True, space=True))
     assert set(plan) == list_files(folder)
     assert plan["handler.py"] == (folder / "handler.py").stat().st_size
 

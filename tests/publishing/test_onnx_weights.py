@@ -18,7 +18,7 @@ from modeling_llm2clip.publishing.onnx_checks import (
     require_near_texts,
     require_recall,
 )
-from modeling_llm2clip.publishing.onnx_weights import (
+from modeling_llm2clip.publishing.onnx_graphs import (
     _round,
     choose_exact_layers,
     measure_layers,

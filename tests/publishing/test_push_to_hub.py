@@ -28,16 +28,15 @@ from tiny import tiny_model
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.model_folders.model_card_data import CardData, read_card_data
+from modeling_llm2clip.model_folders.model_card import CardData, read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.publishing.export_model import export_model
-from modeling_llm2clip.publishing.export_plan import plan_export
+from modeling_llm2clip.publishing.export_model import export_model, plan_export
 from modeling_llm2clip.publishing.push_to_hub import (
     check_publishable,
+    list_files,
     push_to_hub,
     require_repo_id,
 )
-from modeling_llm2clip.publishing.uploaded_files import list_files
 
 pytestmark = pytest.mark.slow
 STATED = CardData(license="mit")
@@ -130,7 +129,7 @@ class Published:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    return {file.path: (folder / file.path).read_bytes() for file in list_files(folder)}
+    return {path: (folder / path).read_bytes() for path in list_files(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +370,7 @@ def test_a_dry_run_of_an_export_writes_nothing_and_does_not_block_the_real_one(
     assert f"Nothing was written to {tmp_path / 'new'}." in printed
     listed = re.findall(r"^ *[\d,]+  (\S+)$", printed, re.MULTILINE)
     assert main(command) == 0
-    assert sorted(listed) == [file.path for file in list_files(tmp_path / "new")]
+    assert sorted(listed) == list(list_files(tmp_path / "new"))
 
 
 def test_a_dry_run_of_an_export_refuses_an_unhealthy_model(
@@ -413,9 +412,9 @@ def compare_weight_files(source: Path, tmp_path: Path, config: ExportConfig) -> 
             header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
             tensors[file.name] = file.stat().st_size - header
     found = {
-        file.path: file.num_bytes
-        for file in planned
-        if re.fullmatch(r"model.*\.safetensors", file.path)
+        path: num_bytes
+        for path, num_bytes in planned.items()
+        if re.fullmatch(r"model.*\.safetensors", path)
     }
     assert sum(found.values()) == sum(tensors.values())
     # The names of the tensors decide how they are split, not their order in the model.

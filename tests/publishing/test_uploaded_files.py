@@ -14,16 +14,16 @@ from shared_models import shared_model
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.model_folders.model_card_data import CardData
+from modeling_llm2clip.model_folders.model_card import CardData
 from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
 from modeling_llm2clip.publishing import push_to_hub as pushing
-from modeling_llm2clip.publishing.export_model import export_model
-from modeling_llm2clip.publishing.export_plan import plan_export
-from modeling_llm2clip.publishing.push_to_hub import check_publishable, push_to_hub
-from modeling_llm2clip.publishing.uploaded_files import (
+from modeling_llm2clip.publishing.export_model import export_model, plan_export
+from modeling_llm2clip.publishing.push_to_hub import (
+    check_publishable,
     describe_files,
     list_files,
     list_own_files,
+    push_to_hub,
     require_no_credentials,
 )
 
@@ -161,7 +161,7 @@ def test_a_link_that_is_not_to_a_file_of_the_folder_is_not_pushed(
 def test_a_link_to_a_file_of_the_folder_is_pushed_as_that_file(folder: Path) -> None:
     (folder / "LICENSE.txt").write_text("MIT", encoding="utf-8")
     (folder / "LICENSE").symlink_to("LICENSE.txt")
-    sizes = {file.path: file.num_bytes for file in list_files(folder)}
+    sizes = list_files(folder)
     assert sizes["LICENSE"] == sizes["LICENSE.txt"] == 3
     (folder.parent / "alias").symlink_to(folder)  # the folder itself may be one
     assert list_files(folder.parent / "alias") == list_files(folder)
@@ -176,8 +176,8 @@ def test_a_snapshot_in_the_hubs_cache_is_made_of_links_and_may_be_pushed_and_exp
     for path in (snapshot, blobs):
         path.mkdir(parents=True)
     for number, file in enumerate(list_files(folder)):
-        shutil.copy(folder / file.path, blobs / str(number))
-        place = snapshot / file.path
+        shutil.copy(folder / file, blobs / str(number))
+        place = snapshot / file
         place.parent.mkdir(exist_ok=True, parents=True)
         place.symlink_to(os.path.relpath(blobs / str(number), place.parent))
     assert list_files(snapshot) == list_files(folder)
@@ -228,7 +228,7 @@ def test_a_dry_run_of_an_export_lists_what_it_would_write(folder: Path, tmp_path
     link_folder(folder)
     planned = plan_export(folder, tmp_path / "new", ExportConfig(handler=True))
     new = export_model(folder, tmp_path / "new", ExportConfig(handler=True))
-    assert [file.path for file in planned] == [file.path for file in list_files(new)]
+    assert list(planned) == list(list_files(new))
     assert list_own_files(new) == list_files(new)
 
 
@@ -243,7 +243,7 @@ def test_a_file_named_like_a_credential_is_refused_without_the_flag(
     (folder / name).write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"looks like credentials: {name} \(its name\)"):
         check_publishable(folder)
-    assert name in {file.path for file in check_publishable(folder, allow_files=[name])}
+    assert name in check_publishable(folder, allow_files=[name])
 
 
 @pytest.mark.parametrize("kind", SECRETS)

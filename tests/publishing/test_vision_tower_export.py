@@ -24,7 +24,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.publishing.vision_tower_export import (
+from modeling_llm2clip.publishing.export_model import (
     export_vision_tower,
     save_vision_tower,
 )

@@ -24,7 +24,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.model_folders.model_card_data import read_card_data
+from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.recipes import recipe_checks
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split

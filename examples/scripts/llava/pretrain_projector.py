@@ -4,7 +4,7 @@
     python examples/scripts/llava/tune_instructions.py step1/model instructions.json images step2
 
 TOWER is the aligned vision tower as a plain folder
-(`modeling_llm2clip.publishing.vision_tower_export`), or any other to compare with. Tower and LLM
+(`modeling_llm2clip.publishing.export_model`), or any other to compare with. Tower and LLM
 stay as they are; the projector of transformers' LLaVA classes learns to caption (LLaVA-1.5,
 arXiv:2310.03744: 558,000 captions, one epoch, batch 256, rate 1e-3).
 """

@@ -1,1 +1,56 @@
-"""One file a family of checkpoints: how it names its weights, and what vision tower they make."""
+"""The official families of checkpoints: one file each, which is all that a new one needs.
+
+A file describes its family as `LAYOUT`, without importing torch or transformers before it is used:
+the flags and help of `llm2clip convert` are made of these descriptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
+
+from ...configs.source_format import SourceFormat
+from .layout import Layout
+
+LAYOUTS: tuple[Layout, ...] = tuple(
+    import_module(f"{__name__}.{file.name}").LAYOUT
+    for file in iter_modules(__path__)
+    if file.name != "layout"
+)
+# By the names that users choose.
+SOURCE_FORMATS = {layout.choice: layout.source_format for layout in LAYOUTS}
+
+
+def find_layout(source_format: SourceFormat) -> Layout:
+    """Find the layout of a source format, and refuse what that layout has no use for."""
+    layout = next((one for one in LAYOUTS if one.name == source_format.layout), None)
+    if layout is None:
+        raise ValueError(
+            f"layout={source_format.layout!r} must be one of {[one.name for one in LAYOUTS]}."
+        )
+    changed = (
+        field.name
+        for field in fields(source_format)
+        if getattr(source_format, field.name) != field.default
+    )
+    require_options(layout, changed)
+    if source_format.activation not in layout.activations:
+        raise ValueError(
+            f"activation={source_format.activation} does not go with the source format "
+            f"{layout.choice}, but {' or '.join(layout.activations)} does. Leave it out, or give "
+            "the one that the checkpoint was trained with."
+        )
+    return layout
+
+
+def require_options(layout: Layout, given: Iterable[str]) -> None:
+    """Refuse options of a source format that only other layouts have."""
+    for option in given:
+        takers = [one.choice for one in LAYOUTS if option in one.options]
+        if takers and layout.choice not in takers:
+            raise ValueError(
+                f"`{option}` goes with the source formats {', '.join(takers)}; {layout.choice} has "
+                "no use for it. Leave it out."
+            )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from ...configs.source_format import SourceFormat
-from ..key_mapping import Drop, rename
 from .layout import (
+    Drop,
     Layout,
-    Tensors,
     count_blocks,
     count_heads,
     find_ratio,
     make_timm_config,
+    rename,
     square_side,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+    from .layout import Tensors
 
 _BLOCK = r"visual\.blocks\.(\d+)\."
 _INTO = r"vision_model.timm_model.blocks.\1."
@@ -35,11 +38,6 @@ def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
     """Describe the tower by the shapes of its weights and the source format."""
-    if source_format.activation != "silu":
-        raise ValueError(
-            "EVA02's gate is 'silu', the source format has "
-            f"activation={source_format.activation!r}. Leave it out."
-        )
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)
     inner = tensors["visual.blocks.0.mlp.w1.weight"].shape[0]
@@ -116,11 +114,16 @@ def _compute_rotary_table(part: str, side: int, head_width: int, reference: int)
 
 
 def _are_close(table: Tensor, computed: Tensor) -> bool:
-    return torch.allclose(table, computed, atol=_MOST_DIFFERENCE, rtol=0)
+    return table.allclose(computed, atol=_MOST_DIFFERENCE, rtol=0)
 
 
-EVA02 = Layout(
-    name="eva02",
+# The activation is the gate of its SwiGLU.
+LAYOUT = Layout(
+    choice="eva02",
+    source_format=SourceFormat(layout="eva02", activation="silu"),
+    options=("head_width", "rope_reference_size"),
+    activations=("silu",),
+    needs_timm=True,
     marks=("visual.cls_token", "visual.pos_embed", "visual.head.weight"),
     adapter_prefix="text.text_adaptor.",
     rules=(

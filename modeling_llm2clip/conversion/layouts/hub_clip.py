@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from transformers import CLIPVisionConfig, PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from ...configs.source_format import SourceFormat
-from ..key_mapping import Drop, rename
-from .layout import Layout, Tensors
+from .layout import Drop, Layout, rename
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .layout import Tensors
 
 
 def _make_vision_config(
     _tensors: Tensors, source_format: SourceFormat, stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
     """Take the repository's own description, which the source format must not contradict."""
+    from transformers import CLIPVisionConfig
+
     vision: PreTrainedConfig | None = getattr(stated, "vision_config", None)
     if vision is None:
         raise ValueError(
@@ -28,8 +34,9 @@ def _make_vision_config(
     return CLIPVisionConfig.from_dict(vision.to_dict())
 
 
-HUB_CLIP = Layout(
-    name="hub_clip",
+LAYOUT = Layout(
+    choice="openai-hub",
+    source_format=SourceFormat(layout="hub_clip"),
     marks=("vision_model.embeddings.class_embedding", "visual_projection.weight"),
     adapter_prefix="text_adapter.adaptor.",
     rules=(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from transformers import CLIPVisionConfig, PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from ...configs.source_format import SourceFormat
-from ..key_mapping import Make, Rule, rename
-from .layout import Layout, Tensors, count_blocks, count_heads, square_side
+from .layout import Layout, Rule, count_blocks, count_heads, rename, square_side
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+    from .layout import Make, Tensors
 
 _BLOCK = r"visual\.transformer\.resblocks\.(\d+)\."
 _INTO = r"vision_model.encoder.layers.\1."
@@ -19,10 +23,6 @@ def _third(number: int) -> Make:
         return stacked.chunk(3, dim=0)[number]
 
     return take
-
-
-def _transpose(matrix: Tensor) -> Tensor:
-    return matrix.T
 
 
 def _split(part: str) -> Rule:
@@ -37,6 +37,8 @@ def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
     """Describe the tower by the shapes of its weights."""
+    from transformers import CLIPVisionConfig
+
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
     num_positions = tensors["visual.positional_embedding"].shape[0]
     return CLIPVisionConfig(
@@ -52,8 +54,10 @@ def _make_vision_config(
     )
 
 
-OPENAI = Layout(
-    name="openai",
+LAYOUT = Layout(
+    choice="openai",
+    source_format=SourceFormat(layout="openai"),
+    options=("head_width",),
     marks=("visual.conv1.weight", "visual.proj"),
     adapter_prefix="text.text_adaptor.",
     rules=(
@@ -70,8 +74,7 @@ OPENAI = Layout(
         rename(rf"{_BLOCK}attn\.out_proj\.{_PART}", rf"{_INTO}self_attn.out_proj.\2"),
         rename(rf"{_BLOCK}mlp\.c_fc\.{_PART}", rf"{_INTO}mlp.fc1.\2"),
         rename(rf"{_BLOCK}mlp\.c_proj\.{_PART}", rf"{_INTO}mlp.fc2.\2"),
-        rename(r"visual\.proj", "visual_projection.weight", _transpose),
+        rename(r"visual\.proj", "visual_projection.weight", lambda matrix: matrix.T),
     ),
-    drops=(),
     make_vision_config=_make_vision_config,
 )

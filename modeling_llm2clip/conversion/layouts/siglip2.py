@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from ...configs.source_format import SourceFormat
-from ..key_mapping import rename
 from .layout import (
     Layout,
-    Tensors,
     count_blocks,
     count_heads,
     find_ratio,
     make_timm_config,
+    rename,
     square_side,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .layout import Tensors
 
 # Patches along a side, and their pixels: published as SO400M for 378 and for 384 pixels.
 _OF_SEVERAL_SIZES = ((27, 14),)
@@ -64,12 +68,23 @@ def _find_image_size(side: int, patch_size: int, stated: int | None) -> int:
     return stated
 
 
-SIGLIP2 = Layout(
-    name="siglip2",
+LAYOUT = Layout(
+    choice="siglip2",
+    # The official factory normalized with OpenAI's numbers, the tower's own are 0.5: the checkpoint
+    # does not say which it was trained with, so neither is a default.
+    source_format=SourceFormat(
+        layout="siglip2",
+        normalize_text_before_adapter=False,
+        activation="gelu",
+        preprocessing=None,
+        head_width=72,
+    ),
+    options=("head_width", "image_size"),
+    activations=("quick_gelu", "gelu", "gelu_tanh", "silu"),
+    needs_timm=True,
     marks=("visual.trunk.pos_embed", "visual.trunk.attn_pool.latent"),
     adapter_prefix="text.text_proj.text_adaptor.",
     rules=(rename(r"visual\.trunk\.(.*)", r"vision_model.timm_model.\1"),),
-    drops=(),
     make_vision_config=_make_vision_config,
     has_projection=False,
     llm_prefix="text.text.model.",

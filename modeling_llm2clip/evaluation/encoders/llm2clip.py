@@ -16,8 +16,8 @@ from ...encoding.devices import find_device
 from ...encoding.encode import encode_images, encode_tokenized_texts
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
-from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .encoder import (

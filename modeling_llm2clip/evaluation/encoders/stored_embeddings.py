@@ -32,8 +32,11 @@ from ...model_folders.fingerprint import (
     fingerprint_vision,
     fingerprint_weights,
 )
-from ...model_folders.model_loading import load_partial_model
-from ...model_folders.training_state import find_untrained_parts, warn_of_untrained
+from ...model_folders.model_loading import (
+    find_untrained_parts,
+    load_partial_model,
+    warn_of_untrained,
+)
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
 from .encoder import EncodedTexts, EncoderDescription, choose_dtype

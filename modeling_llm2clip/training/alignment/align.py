@@ -29,9 +29,14 @@ from ...encoding.float32 import float32_as_such
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
-from ...model_folders.model_card_data import CardResult
-from ...model_folders.model_writing import require_intact, save_trained_model
-from ...model_folders.stage_source import Source, StageSource, open_source
+from ...model_folders.model_card import CardResult
+from ...model_folders.model_writing import (
+    Source,
+    StageSource,
+    open_source,
+    require_intact,
+    save_trained_model,
+)
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device

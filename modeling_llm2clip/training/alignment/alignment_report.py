@@ -10,7 +10,7 @@ from ..._suggestions import counted
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.streams.stream_report import StreamReport
 from ...data.validation_errors import describe_errors
-from ...model_folders.model_card_data import CardResult, read_card_data
+from ...model_folders.model_card import CardResult, read_card_data
 from ..run_folder import read_run_record
 from .held_out import HeldOutScores
 from .run_data import RunData

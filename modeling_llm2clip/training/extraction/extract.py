@@ -18,7 +18,7 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter
 from ...data.store.shared_store_writer import SharedStoreWriter
 from ...data.store.store_manifest import read_manifest
-from ...model_folders.stage_source import Source, open_source
+from ...model_folders.model_writing import Source, open_source
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
 from ...scheduling.shard_computation import (

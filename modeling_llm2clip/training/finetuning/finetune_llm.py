@@ -20,7 +20,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ..._suggestions import counted
-from ...building.lora_merging import merge_lora
+from ...building.lora_merging import merge_lora, require_base_weights
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
@@ -33,10 +33,15 @@ from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.golden_embeddings import compare_golden, require_golden
-from ...model_folders.lora_base import LORA_WEIGHTS, require_base_weights
-from ...model_folders.model_card_data import read_card_data
-from ...model_folders.model_writing import find_carried_files, save_model
-from ...model_folders.stage_source import Source, StageSource, open_source
+from ...model_folders.model_card import read_card_data
+from ...model_folders.model_folder import LORA_WEIGHTS
+from ...model_folders.model_writing import (
+    Source,
+    StageSource,
+    find_carried_files,
+    open_source,
+    save_model,
+)
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import stop_on_signals

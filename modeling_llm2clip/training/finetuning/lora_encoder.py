@@ -17,16 +17,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
-from ...configs.finetune_config import FinetuneConfig
-from ...data.safetensors_files import serialize_tensors
-from ...encoding.encode import encode_texts
-from ...model_folders.lora_base import (
+from ...building.lora_merging import (
     BASE_WEIGHTS,
-    LORA_CONFIG,
-    LORA_WEIGHTS,
     PLAIN_STARTS,
     is_same_base,
 )
+from ...configs.finetune_config import FinetuneConfig
+from ...data.safetensors_files import serialize_tensors
+from ...encoding.encode import encode_texts
+from ...model_folders.model_folder import LORA_CONFIG, LORA_WEIGHTS
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
 
@@ -203,7 +202,7 @@ def write_lora(
         encoder: The LLM with its LoRA.
         folder: Folder to write.
         dtype: Of the written weights.
-        base_weights: SHA-256 of the LLM's weights; see `lora_base.require_base_weights`.
+        base_weights: SHA-256 of the LLM's weights; see `require_base_weights`.
     """
     name_base_without_path(encoder.adapted)
     _save_lora(encoder.adapted, str(folder))

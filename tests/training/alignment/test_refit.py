@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.model_folders.model_card_data import read_card_data
+from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import (
