@@ -97,17 +97,7 @@ class EndpointClient:
         return self.schema in ("cohere", "jina")
 
     def connect(self, text: str) -> Tensor:
-        """Embed one text, and keep the first path of the schema that the server knows.
-
-        Args:
-            text: A text.
-
-        Returns:
-            (1, width) float32.
-
-        Raises:
-            EndpointError: There is no server, or it gives no embedding.
-        """
+        """Embed one text, and keep the first path of the schema that the server knows."""
         for url in list(self.urls):
             try:
                 embeds = self.embed_texts([text], url=url)
@@ -134,19 +124,7 @@ class EndpointClient:
     def embed_texts(
         self, texts: Sequence[str], *, url: str | None = None, **options: Any
     ) -> Tensor:
-        """Embed texts in one request.
-
-        Args:
-            texts: N texts.
-            url: Another address than the endpoint's.
-            options: Further fields of the request.
-
-        Returns:
-            (N, width) float32, as they came.
-
-        Raises:
-            EndpointError: The reply has not one embedding per text.
-        """
+        """Embed texts in one request."""
         body: dict[str, Any] = {"input": list(texts)}
         if self.schema == "cohere":
             body = {"texts": list(texts), "embedding_types": ["float"]}
@@ -155,17 +133,7 @@ class EndpointClient:
         return self._embed({**body, **options}, count=len(texts), url=url)
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed images: in one request, or one request each where the schema has no batches.
-
-        Args:
-            images: N images, sent as PNG.
-
-        Returns:
-            (N, width) float32, as they came.
-
-        Raises:
-            EndpointError: The reply has not one embedding per image.
-        """
+        """Embed images: in one request, or one request each where the schema has no batches."""
         addresses = [_to_data_url(image) for image in images]
         if self.schema == "chat":
             parts = [{"type": "image_url", "image_url": {"url": one}} for one in addresses]

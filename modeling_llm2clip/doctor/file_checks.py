@@ -34,11 +34,7 @@ _PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 
 def check_config(tested: ModelUnderTest) -> str:
-    """Read config.json, which must be complete, of this format, and free of contradictions.
-
-    Args:
-        tested: Gets its configuration and class.
-    """
+    """Read config.json, which must be complete, of this format, and free of contradictions."""
     raw = _read_json(tested.folder / "config.json")
     if raw.get("model_type") != LLM2CLIPConfig.model_type:
         raise ValueError(
@@ -61,22 +57,14 @@ def check_config(tested: ModelUnderTest) -> str:
 
 
 def check_training(tested: ModelUnderTest) -> str:
-    """Report parts with random weights: not an error, but useless before they are trained.
-
-    Args:
-        tested: The model.
-    """
+    """Report parts with random weights: not an error, but useless before they are trained."""
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
     return "by its configuration, text adapter and projections are trained"
 
 
 def check_training_images(tested: ModelUnderTest) -> str:
-    """Read the summary of the images that the model was trained on, which must be of its tower.
-
-    Args:
-        tested: The model.
-    """
+    """Read the summary of the images that the model was trained on, which must be of its tower."""
     summary = read_training_images(tested.folder)
     if summary is None:
         return f"there is no {TRAINING_IMAGES_FILE}, and images unlike them are not noticed"
@@ -90,11 +78,7 @@ def check_training_images(tested: ModelUnderTest) -> str:
 
 
 def check_weight_dtypes(tested: ModelUnderTest) -> str:
-    """Require one floating-point dtype in all weight files, and float32 for the temperature.
-
-    Args:
-        tested: The model.
-    """
+    """Require one floating-point dtype in all weight files, and float32 for the temperature."""
     dtypes = {name: tensor.dtype for name, tensor in open_model_weights(tested.folder).items()}
     if getattr(tested.config, "quantization_config", None):
         found = sorted({_name(dtype) for dtype in dtypes.values()})
@@ -132,11 +116,7 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def check_finite_weights(tested: ModelUnderTest) -> str:
-    """Look for NaN and infinity in every weight.
-
-    Args:
-        tested: The model.
-    """
+    """Look for NaN and infinity in every weight."""
     count, errors = 0, []
     for name, tensor in iterate_tensors(list_model_files(tested.folder)):
         count += 1
@@ -157,11 +137,7 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
 
 
 def check_remote_code(tested: ModelUnderTest) -> str:
-    """Compare the folder's code with the installed package, and the code that its files name.
-
-    Args:
-        tested: The model.
-    """
+    """Compare the folder's code with the installed package, and the code that its files name."""
     folder = tested.folder
     wanted = {path.name: path for path in list_uploaded_files()}
     config = _read_json(folder / "config.json")
@@ -193,11 +169,7 @@ def check_remote_code(tested: ModelUnderTest) -> str:
 
 
 def check_recorded_files(tested: ModelUnderTest) -> str:
-    """Compare the files with those that the golden embeddings were computed with.
-
-    Args:
-        tested: The model.
-    """
+    """Compare the files with those that the golden embeddings were computed with."""
     if not require_recorded_files(tested.folder):
         raise NotApplicableError(f"{GOLDEN_FILE} is absent, or records no files")
     return "the files that decide embeddings are those that the folder was written with"

@@ -66,15 +66,7 @@ class ModelUnderTest:
         return is_whole or any((self.folder / name).is_file() for name in names)
 
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
-        """Tokenize as a user of the bare tokenizer would, padded and truncated.
-
-        Args:
-            texts: B texts.
-            padding_side: `"right"` or `"left"`.
-
-        Returns:
-            `input_ids` and `attention_mask`, (B, L) int64.
-        """
+        """Tokenize as a user of the bare tokenizer would, padded and truncated."""
         return self.tokenizer(
             list(texts),
             padding=True,
@@ -87,17 +79,7 @@ class ModelUnderTest:
     def encode_texts(
         self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
     ) -> Tensor:
-        """Encode texts.
-
-        Args:
-            texts: B texts.
-            padding_side: `"right"` or `"left"`.
-            as_one_batch: Keep the padding, as training and accelerators do; without gradients, a
-                CPU would get small batches that have almost none.
-
-        Returns:
-            (B, P) float32 of unit length.
-        """
+        """Encode texts."""
         batch = self.tokenize(texts, padding_side=padding_side)
         with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
             features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
@@ -105,24 +87,12 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Any]) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: B images.
-
-        Returns:
-            (B, P) float32 of unit length.
-        """
+        """Encode images."""
         batch = self.processor(images=list(images)).to(self.device)
         return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
-        """Tokenize one text, truncated.
-
-        Args:
-            text: A text.
-            enclosed: Whether the prompt is put around it.
-        """
+        """Tokenize one text, truncated."""
         longest = self.config.max_text_length
         if not enclosed:
             longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
@@ -133,15 +103,7 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Pool the LLM's hidden states of one text without the model's own functions.
-
-        Args:
-            ids: Token ids of the text, prompt included.
-            num_unpooled: How many of the first are not pooled.
-
-        Returns:
-            (1, D) float32.
-        """
+        """Pool the LLM's hidden states of one text without the model's own functions."""
         row = torch.tensor([list(ids)], device=self.device)
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False

@@ -70,15 +70,7 @@ class Comparison:
         return float(measure_distances(self.served, self.wanted).max())
 
     def explain(self, *, thorough: bool = False) -> str | None:
-        """Return what differs and why; None where nothing does.
-
-        Args:
-            thorough: Look for errors also in what half precision allows, which is more than some
-                errors cost.
-
-        Returns:
-            One or two sentences.
-        """
+        """Return what differs and why; None where nothing does."""
         if self.measure() <= self.tolerance:
             return _find_closer(self) if thorough and self.measure() > _ROUNDING else None
         for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length):
@@ -93,12 +85,7 @@ class Comparison:
         return float(measure_distances(F.normalize(self.served, dim=-1), self.wanted).max())
 
     def find_variants(self) -> list[tuple[float, str]]:
-        """Compute what each error gives, until one fits.
-
-        Returns:
-            Distance and name of each error that gives this width, the closest first. What is far
-            off for the input that differs most is not computed for the others.
-        """
+        """Compute what each error gives, until one fits."""
         found = []
         if self.served.shape[1] < self.wanted.shape[1]:
             part = F.normalize(self.wanted[:, : self.served.shape[1]], dim=-1)
@@ -231,11 +218,7 @@ def _find_closer(compared: Comparison) -> str | None:
 
 
 def find_rounding(served: Tensor) -> str | None:
-    """Return what the values were rounded to; None where they use all digits of float32.
-
-    Args:
-        served: (N, width) float32.
-    """
+    """Return what the values were rounded to; None where they use all digits of float32."""
     values = served[served.isfinite()]
     if bool((values == values.round()).all()):
         return "integers"

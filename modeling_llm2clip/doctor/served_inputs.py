@@ -34,12 +34,7 @@ _COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see t
 
 @cache
 def render_photographs() -> tuple[Image.Image, ...]:
-    """Render images with the sizes and the fine detail of photographs, always the same ones.
-
-    Returns:
-        One of each size, and a copy of the first with a white patch beside a black one. A server
-        that looks for known images by their thumbnails must not take it for the first.
-    """
+    """Render images with the sizes and the fine detail of photographs, always the same ones."""
     images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
     near_copy = images[0].copy()
     left, top = near_copy.width // 2 + _PATCH, near_copy.height * 11 // 20
@@ -51,13 +46,7 @@ def render_photographs() -> tuple[Image.Image, ...]:
 
 
 def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
-    """Render noise with detail of every size, as photographs have it, and edges of one pixel.
-
-    Args:
-        width: In pixels.
-        height: In pixels.
-        seed: Of the noise.
-    """
+    """Render noise with detail of every size, as photographs have it, and edges of one pixel."""
     generator = np.random.default_rng(seed)
     light, *colors = (
         _render_noise(generator, width, height, cells)

@@ -67,22 +67,14 @@ class TextVariants:
         self.limit = int(config.max_text_length)
 
     def list_ids(self, text: str) -> list[int]:
-        """Tokenize a text without prompt, special tokens and truncation.
-
-        Args:
-            text: A text.
-        """
+        """Tokenize a text without prompt, special tokens and truncation."""
         ids = self.tested.tokenizer(
             text, add_special_tokens=False, truncation=False, verbose=False
         )["input_ids"]
         return [int(i) for i in ids]
 
     def list_variants(self, texts: Sequence[str]) -> list[Variant]:
-        """List the errors that change at least one of these texts.
-
-        Args:
-            texts: N texts.
-        """
+        """List the errors that change at least one of these texts."""
         longest = max(len(self.list_ids(text)) for text in texts)
         variants = [*self._list_prompts(), *self._list_poolings(), *self._list_heads()]
         for name, instruction in (self.tested.config.instructions or {}).items():
@@ -267,12 +259,7 @@ class TextVariants:
 
 
 def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> list[Variant]:
-    """List errors in how a server prepares and encodes images.
-
-    Args:
-        tested: The model, with a vision tower and a processor.
-        images: N images.
-    """
+    """List errors in how a server prepares and encodes images."""
     variants = [
         Variant(
             "transparency is not put on white",

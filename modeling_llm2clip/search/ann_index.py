@@ -38,11 +38,7 @@ Report = Callable[[str], object]
 
 
 def needs_training(database: IndexDatabase) -> bool:
-    """Whether an index has so many new images that its partitions no longer fit them.
-
-    Args:
-        database: The index.
-    """
+    """Whether an index has so many new images that its partitions no longer fit them."""
     ann = database.about.ann
     if ann is None:
         return True
@@ -57,18 +53,7 @@ def train_ann(
     always: bool,
     report: Report,
 ) -> AnnIndex:
-    """Train the approximate index, and keep it if it finds enough and is faster.
-
-    Args:
-        database: The index, with at least one image.
-        queries: (Q, P) float32 of unit length: embeddings of texts.
-        min_recall: Recall@10 to reach, against comparing with every image.
-        always: Keep it even if it is slower or finds less.
-        report: Called with what was measured.
-
-    Returns:
-        What was measured; `is_used` says whether it was kept.
-    """
+    """Train the approximate index, and keep it if it finds enough and is faster."""
     num_rows = database.count()
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
     report(f"Training an approximate index of {counted(num_rows, 'image')} …")
@@ -96,17 +81,7 @@ def train_ann(
 def tune_ann(
     database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any], *, min_recall: float
 ) -> AnnIndex:
-    """Choose how many partitions a query visits by the recall of texts, and measure it.
-
-    Args:
-        database: The index, whose approximate index is trained.
-        ann: Its partitions.
-        queries: (Q, P) float32 of unit length: embeddings of texts.
-        min_recall: Recall@10 to reach.
-
-    Returns:
-        The fewest partitions that reach it, or the choice that finds most.
-    """
+    """Choose how many partitions a query visits by the recall of texts, and measure it."""
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
@@ -133,16 +108,7 @@ def tune_ann(
 def search_all(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> list[Sequence[float]]:
-    """Search with each query.
-
-    Args:
-        database: The index.
-        queries: (Q, P) float32 of unit length.
-        ann: The approximate index; None compares with every image.
-
-    Returns:
-        Cosines of what each query found.
-    """
+    """Search with each query."""
     return [
         [row["cosine"] for row in database.search(query, top_k=_TOP_K, ann=ann)]
         for query in queries
@@ -152,13 +118,7 @@ def search_all(
 def time_search(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> float:
-    """Measure the median milliseconds of a query, after one that warms up.
-
-    Args:
-        database: The index.
-        queries: (Q, P) float32 of unit length.
-        ann: The approximate index; None compares with every image.
-    """
+    """Measure the median milliseconds of a query, after one that warms up."""
     search_all(database, queries[:1], ann=ann)
     seconds = []
     for query in queries:
@@ -169,11 +129,7 @@ def time_search(
 
 
 def describe_ann(ann: AnnIndex) -> str:
-    """Say in one line what an approximate index finds, and how fast.
-
-    Args:
-        ann: What was measured.
-    """
+    """Say in one line what an approximate index finds, and how fast."""
     return (
         f"Approximate index: {ann.nprobes} of {ann.num_partitions} partitions per query, refined "
         f"{ann.refine_factor}-fold; recall@10 {ann.recall_at_10:.3f} of {ann.num_queries} texts; "

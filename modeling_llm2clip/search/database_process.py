@@ -45,23 +45,12 @@ class DatabaseProcess(IndexDatabase):
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self) -> DatabaseProcess:
-        """Wait until the database is open, and return it.
-
-        Raises:
-            ValueError: As `IndexDatabase.open`, and as `count` for the filter.
-        """
+        """Wait until the database is open, and return it."""
         self.about = self._opening.result()
         return self
 
     def count(self, where: str | None = None) -> int:
-        """Count the images.
-
-        Args:
-            where: Filter over the columns; None for all images.
-
-        Raises:
-            ValueError: The filter is not one, or names a column that is not there.
-        """
+        """Count the images."""
         return self._pool.submit(_count, where).result()
 
     def search(
@@ -72,17 +61,7 @@ class DatabaseProcess(IndexDatabase):
         where: str | None = None,
         ann: AnnIndex | None = None,
     ) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine.
-
-        Args:
-            embedding: (P,) of unit length.
-            top_k: How many.
-            where: Filter over the columns; None for all images.
-            ann: The approximate index to use; None compares with every image.
-
-        Returns:
-            Values of the columns and `cosine`, best first.
-        """
+        """Find the images of the greatest cosine."""
         return self._pool.submit(_search, embedding, top_k, where, ann).result()
 
 

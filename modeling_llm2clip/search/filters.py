@@ -45,16 +45,7 @@ class _Token(NamedTuple):
 
 
 def check_filter(where: str, columns: Iterable[str]) -> None:
-    """Refuse a filter that is not in the part of SQL that is described above.
-
-    Args:
-        where: The filter.
-        columns: Names that it may use, in any letter case as in SQL.
-
-    Raises:
-        ValueError: It is too long or too deep, or something else is in it; what, where, and what is
-            allowed is said.
-    """
+    """Refuse a filter that is not in the part of SQL that is described above."""
     names = list(columns)
     try:
         if len(where) > MOST_CHARACTERS:
@@ -65,13 +56,7 @@ def check_filter(where: str, columns: Iterable[str]) -> None:
 
 
 def explain_filter(where: str, problem: str, columns: Iterable[str]) -> str:
-    """Say what is wrong with a filter, and what is allowed.
-
-    Args:
-        where: The filter.
-        problem: What is wrong.
-        columns: Names that it may use.
-    """
+    """Say what is wrong with a filter, and what is allowed."""
     shown = where if len(where) <= _SHOWN else where[: _SHOWN - 1] + "…"
     return (
         f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}; compare "

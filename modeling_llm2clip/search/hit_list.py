@@ -46,24 +46,12 @@ class Hit(NamedTuple):
 
 
 def note_rank(rank: int, cosine: float) -> str:
-    """Return rank and cosine of a hit in HTML.
-
-    Args:
-        rank: From 1.
-        cosine: With the query.
-    """
+    """Return rank and cosine of a hit in HTML."""
     return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
 
 
 def write_hits(hits: Iterable[Hit]) -> str:
-    """Write a list whose entries are links, each with an image, its rank and its path.
-
-    Args:
-        hits: The hits, in their order.
-
-    Returns:
-        HTML, to be shown with `HITS_CSS`.
-    """
+    """Write a list whose entries are links, each with an image, its rank and its path."""
     return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
 
 

@@ -39,11 +39,7 @@ class ImageFiles:
     closed_folders: list[Path] = field(default_factory=list)
 
     def describe_skipped(self) -> str:
-        """Count and name what is left out, and say how to have it read.
-
-        Returns:
-            A line for each reason, which lists at most eight names; empty where there is none.
-        """
+        """Count and name what is left out, and say how to have it read."""
         lines = [self._describe_formats()] if self.skipped else []
         for paths, what, remedy in (
             (self.dangling, "symbolic links that lead to no file", "Correct or remove them."),
@@ -72,15 +68,6 @@ def list_images(image_dir: str | Path) -> ImageFiles:
 
     A symbolic link to a file is a file. One to a folder is not followed, because it may lead to a
     folder above it, or to images that are found already.
-
-    Args:
-        image_dir: Folder of images.
-
-    Returns:
-        Its image files, and what is left out.
-
-    Raises:
-        ValueError: There is no such folder, or no readable image in it.
     """
     folder = Path(image_dir)
     if not folder.is_dir():

@@ -108,11 +108,7 @@ class About:
 
 
 def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Join what decides the embeddings of each modality, as an `About` holds it.
-
-    Args:
-        by_modality: Of text, image or both, from `fingerprint_embeddings`.
-    """
+    """Join what decides the embeddings of each modality, as an `About` holds it."""
     return {
         f"{modality} {name}": value
         for modality, fingerprint in by_modality.items()
@@ -123,17 +119,7 @@ def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str,
 def require_same_fingerprint(
     location: str, about: About, source: object, by_modality: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Refuse a model that is not the one of an index.
-
-    Args:
-        location: Of the index, for the error.
-        about: What the index is of.
-        source: How the user named the model.
-        by_modality: What decides its embeddings; those of a modality that it lacks do not count.
-
-    Raises:
-        ValueError: It would give other embeddings; every difference is named.
-    """
+    """Refuse a model that is not the one of an index."""
     indexed = {
         name: value
         for name, value in about.fingerprint.items()
@@ -148,37 +134,19 @@ def require_same_fingerprint(
 
 
 def list_tables(connection: Any) -> list[str]:
-    """List the tables of a database.
-
-    Args:
-        connection: LanceDB's.
-    """
+    """List the tables of a database."""
     return list(connection.list_tables().tables)
 
 
 def write_about(connection: Any, about: About, *, mode: str) -> None:
-    """Write the table.
-
-    Args:
-        connection: LanceDB's.
-        about: What the index is of.
-        mode: As `create_table` takes it.
-    """
+    """Write the table."""
     content = json.dumps(dataclasses.asdict(about))
     rows = pa.table({"format_version": [FORMAT_VERSION], "content": [content]})
     connection.create_table(ABOUT, data=rows, mode=mode)
 
 
 def read_about(location: str, connection: Any) -> About | None:
-    """Read the table; None where there is none.
-
-    Args:
-        location: Folder or URI, for errors.
-        connection: LanceDB's.
-
-    Raises:
-        IndexUnavailableError: It is something else, damaged, or of another version.
-    """
+    """Read the table; None where there is none."""
     with explained(location, "read"):
         if ABOUT not in list_tables(connection):
             return None
@@ -210,15 +178,7 @@ def read_about(location: str, connection: Any) -> About | None:
 
 @contextmanager
 def explained(location: str, what: str) -> Iterator[None]:
-    """Turn an error of LanceDB into one that names the database and what to do.
-
-    Args:
-        location: Folder or URI.
-        what: What could not be done to it, such as "read".
-
-    Raises:
-        IndexUnavailableError: The body failed.
-    """
+    """Turn an error of LanceDB into one that names the database and what to do."""
     try:
         yield
     except ERRORS as error:
@@ -231,10 +191,6 @@ def explained(location: str, what: str) -> Iterator[None]:
 
 
 def shorten(error: BaseException) -> str:
-    """Take the first sentence of LanceDB's error, which goes on with places in its source.
-
-    Args:
-        error: LanceDB's.
-    """
+    """Take the first sentence of LanceDB's error, which goes on with places in its source."""
     text = " ".join(str(error).split())
     return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")

@@ -43,22 +43,7 @@ def build_index(
     *,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, QueryEncoder]:
-    """Index a folder of images, or bring an index in line with its folder.
-
-    Args:
-        model: Folder or Hub id of a whole, trained model.
-        image_dir: Folder of images.
-        location: Folder or URI of the database.
-        config: How images are encoded, and when an approximate index is built.
-        report: Called with each line on what was done. Default: images that are left out are
-            warned of.
-
-    Returns:
-        The database, and what encodes queries for it.
-
-    Raises:
-        ValueError: As `ImageIndex.build`.
-    """
+    """Index a folder of images, or bring an index in line with its folder."""
     find_device(config.device)  # before what takes long
     files = list_images(image_dir)
     if skipped := files.describe_skipped():
@@ -148,14 +133,7 @@ def _update_ann(
 
 
 def choose_texts(count: int) -> list[str]:
-    """Choose different English captions of the images that come with the package.
-
-    Args:
-        count: How many.
-
-    Returns:
-        The same ones at each call.
-    """
+    """Choose different English captions of the images that come with the package."""
     captions: set[str] = set()
     for name in ("photographs", "emoji"):
         file = find_example_data() / name / "captions.jsonl"

@@ -99,14 +99,7 @@ class IndexDatabase:
 
     @classmethod
     def open(cls, location: str | Path) -> IndexDatabase:
-        """Open a database that `llm2clip index` wrote.
-
-        Args:
-            location: Folder, or URI on object storage.
-
-        Raises:
-            ValueError: It is missing, something else, damaged, or of another version.
-        """
+        """Open a database that `llm2clip index` wrote."""
         location = str(location)
         if "://" not in location:
             require_database_folder(Path(location))
@@ -118,15 +111,7 @@ class IndexDatabase:
 
     @classmethod
     def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
-        """Make a database without images, or open the one that is there.
-
-        Args:
-            location: Folder, or URI on object storage.
-            describe: Says what a new one is of.
-
-        Raises:
-            ValueError: Something else is there, or it is damaged or of another version.
-        """
+        """Make a database without images, or open the one that is there."""
         location = str(location)
         folder = None if "://" in location else Path(location)
         if folder is not None and (folder.is_file() or _list_foreign(folder)):
@@ -151,9 +136,6 @@ class IndexDatabase:
 
         Images and `about` are looked at together, and `about` on both sides: whoever reads it after
         a search has that of the images that were searched, even if they were replaced meanwhile.
-
-        Raises:
-            IndexUnavailableError: The database is gone, or is another thing now.
         """
         with self._lock:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
@@ -184,11 +166,7 @@ class IndexDatabase:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keep other processes from writing a database in a folder meanwhile.
-
-        Raises:
-            ValueError: Another one is writing.
-        """
+        """Keep other processes from writing a database in a folder meanwhile."""
         if "://" in self.location:  # object storage has no locks
             yield
             return
@@ -200,25 +178,13 @@ class IndexDatabase:
             yield
 
     def write_about(self, about: About) -> None:
-        """Replace what is noted of the index.
-
-        Args:
-            about: What it is of now.
-        """
+        """Replace what is noted of the index."""
         with explained(self.location, "written"):
             write_about(self._connection, about, mode="overwrite")
         self.about = about
 
     def count(self, where: str | None = None) -> int:
-        """Count the images.
-
-        Args:
-            where: Filter over the columns, see `filters`; None for all images.
-
-        Raises:
-            ValueError: The filter is not one, or names a column that is not there.
-            IndexUnavailableError: The database cannot be read any more.
-        """
+        """Count the images."""
         if where is not None:
             check_filter(where, COLUMNS)
         self.refresh()
@@ -234,32 +200,20 @@ class IndexDatabase:
             raise ValueError(explain_filter(where, shorten(error), COLUMNS)) from error
 
     def count_readable(self) -> int:
-        """Count the images by reading a number of each; `count` without a filter reads no file.
-
-        Raises:
-            IndexUnavailableError: The database cannot be read any more, or lacks files.
-        """
+        """Count the images by reading a number of each; `count` without a filter reads no file."""
         self.refresh()
         with explained(self.location, "read"):
             return int(self._read(lambda table: table.count_rows(_EVERY_IMAGE)))
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Read columns of all images.
-
-        Args:
-            columns: Their names.
-        """
+        """Read columns of all images."""
         self.refresh()
         with explained(self.location, "read"):
             found = self._table.search().select(list(columns))
             return found.to_batches(_READ_AT_ONCE).read_all()
 
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
-        """Read all embeddings in parts.
-
-        Yields:
-            Paths below the folder, and their embeddings, (rows, P) float32.
-        """
+        """Read all embeddings in parts."""
         self.refresh()
         with explained(self.location, "read"):
             found = self._table.search().select(["path", "embedding"]).to_batches(_READ_AT_ONCE)
@@ -269,14 +223,7 @@ class IndexDatabase:
     def find_by_digest(
         self, digests: Sequence[str]
     ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
-        """Find images by what their files contain.
-
-        Args:
-            digests: SHA-256 of image files.
-
-        Returns:
-            Digest to facts and embedding, (P,), of those that are there.
-        """
+        """Find images by what their files contain."""
         found: dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]] = {}
         names = ["width", "height", "taken"]
         with explained(self.location, "read"):
@@ -289,12 +236,7 @@ class IndexDatabase:
         return found
 
     def write(self, rows: Mapping[str, Sequence[Any]], embeddings: np.ndarray[Any, Any]) -> None:
-        """Add images, and replace those whose path is there already, in one commit.
-
-        Args:
-            rows: Values of each column and of `stat`.
-            embeddings: (rows, P) float32.
-        """
+        """Add images, and replace those whose path is there already, in one commit."""
         schema = _make_schema(self.about.width)
         flat = pa.array(embeddings.astype(np.float32).ravel())
         lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
@@ -304,22 +246,14 @@ class IndexDatabase:
             merge.when_not_matched_insert_all().execute(table)
 
     def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Replace some columns of files that were touched and not changed.
-
-        Args:
-            rows: `path`, and the columns that are of the file and not of what it contains.
-        """
+        """Replace some columns of files that were touched and not changed."""
         fields = [_make_schema(self.about.width).field(name) for name in rows]
         with explained(self.location, "written"):
             table = pa.table(dict(rows), schema=pa.schema(fields))
             self._table.merge_insert("path").when_matched_update_all().execute(table)
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Remove images.
-
-        Args:
-            paths: Below the folder.
-        """
+        """Remove images."""
         with explained(self.location, "written"):
             for names in _list_in_parts(paths):
                 self._table.delete(f"path IN ({names})")
@@ -335,9 +269,6 @@ class IndexDatabase:
         It is one of inner products, which are cosines of unit embeddings. By them, a text visits
         the partitions where its images are; by distances, which also count how far a partition is
         from all texts, it would visit twice as many to find the same.
-
-        Args:
-            num_partitions: Partitions of the images.
         """
         from lancedb.index import IvfRq, IvfSq
 
@@ -366,17 +297,7 @@ class IndexDatabase:
         where: str | None = None,
         ann: AnnIndex | None = None,
     ) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine.
-
-        Args:
-            embedding: (P,) of unit length.
-            top_k: How many.
-            where: Filter over the columns, see `filters`; None for all images.
-            ann: The approximate index to use; None compares with every image.
-
-        Returns:
-            Values of the columns and `cosine`, best first; of equal cosines by path.
-        """
+        """Find the images of the greatest cosine."""
         if where is not None:
             check_filter(where, COLUMNS)
 
@@ -397,14 +318,7 @@ class IndexDatabase:
 
 
 def require_database_folder(folder: Path) -> None:
-    """Refuse a path that cannot be a database, and say what it is instead.
-
-    Args:
-        folder: Of the database.
-
-    Raises:
-        IndexUnavailableError: There is no folder, or no database in it.
-    """
+    """Refuse a path that cannot be a database, and say what it is instead."""
     if not folder.exists():
         raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")
     if not folder.is_dir():
@@ -453,14 +367,7 @@ def _make_schema(width: int) -> pa.Schema:
 
 
 def to_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    """Turn a column of embeddings into a matrix.
-
-    Args:
-        column: Lists of one length.
-
-    Returns:
-        (rows, P) float32.
-    """
+    """Turn a column of embeddings into a matrix."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     width = column.type.list_size

@@ -13,18 +13,7 @@ _DIGITS = 4  # of a sum of numbers below 1 over all images
 
 
 def describe_far_index(about: About, folder: Path) -> str | None:
-    """Describe the images of an index, if they are far from those that its model was trained on.
-
-    Args:
-        about: What the index is of.
-        folder: Folder of its model.
-
-    Returns:
-        As `TrainingImages.describe_far`; None also where nothing is known of model or index.
-
-    Raises:
-        ValueError: The summary of the model's images is damaged.
-    """
+    """Describe the images of an index, if they are far from those that its model was trained on."""
     training_images = read_training_images(folder)
     if training_images is None:
         return None
@@ -32,11 +21,7 @@ def describe_far_index(about: About, folder: Path) -> str | None:
 
 
 def restore_tally(about: About) -> ImageTally:
-    """Restore the tally of the images that were encoded into an index.
-
-    Args:
-        about: What the index is of.
-    """
+    """Restore the tally of the images that were encoded into an index."""
     stored = about.tally
     if stored is None:
         return ImageTally()
@@ -44,11 +29,7 @@ def restore_tally(about: About) -> ImageTally:
 
 
 def store_tally(tally: ImageTally) -> StoredTally | None:
-    """Return a tally as an index holds it.
-
-    Args:
-        tally: The images that were encoded into it.
-    """
+    """Return a tally as an index holds it."""
     if not tally.num_images:
         return None
     return StoredTally(num_images=tally.num_images, total=np.round(tally.total, _DIGITS).tolist())

@@ -90,19 +90,7 @@ def update_images(
     config: IndexConfig,
     tally: ImageTally,
 ) -> UpdateCounts:
-    """Write the embeddings of new and changed images, and remove those of images that are gone.
-
-    Args:
-        database: The index, which this process may write.
-        image_dir: Its folder.
-        paths: All image files in it.
-        encoder: Of the model; its vision tower is loaded if there is anything to encode.
-        config: How images are encoded.
-        tally: Gets the images that are encoded.
-
-    Returns:
-        Counts, and the images that cannot be read.
-    """
+    """Write the embeddings of new and changed images, and remove those of images that are gone."""
     return _Update(database, image_dir, encoder, config, tally).run(paths)
 
 
@@ -312,11 +300,7 @@ def _read_known(database: IndexDatabase) -> dict[str, _KnownFile]:
 
 
 def describe_stat(stat: os.stat_result) -> str:
-    """Describe a file by what changes whenever it is written: size and times.
-
-    Args:
-        stat: What the file system says of it.
-    """
+    """Describe a file by what changes whenever it is written: size and times."""
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 

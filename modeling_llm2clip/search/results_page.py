@@ -61,12 +61,6 @@ def write_results_page(
     """Write an HTML page that holds small copies of the images and links to their files.
 
     Links are relative to the page, so that page and images may be moved together.
-
-    Args:
-        results: Queries with the images found for them.
-        path: File to write.
-        title: Heading of the page.
-        note: Text below the heading.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
     page = _PAGE.format(
@@ -79,10 +73,6 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
     """Draw one row per query: the query, then its images with their cosines.
 
     A query with letters that Pillow's own font lacks is named by its number.
-
-    Args:
-        results: Queries with the images found for them.
-        path: Image file to write, in the format of its suffix.
     """
     columns = max(len(result.hits) for result in results)
     width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
@@ -96,16 +86,7 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
 
 
 def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
-    """Render search results as text.
-
-    Args:
-        results: Queries with the images found for them.
-        style: `"table"`, one table per query; `"json"`, a list of objects, and `"csv"`, lines
-            below a header, with the keys and columns `query`, `rank`, `cosine` and `image`.
-
-    Returns:
-        The text, without a newline at its end.
-    """
+    """Render search results as text."""
     if style == "json":
         return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
     if style == "csv":

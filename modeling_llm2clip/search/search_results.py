@@ -38,20 +38,7 @@ class SearchResult:
 def rank_images(
     queries: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, top_k: int = 6
 ) -> list[SearchResult]:
-    """Take for each query the images of the greatest cosine, best first.
-
-    Args:
-        queries: What the rows are called.
-        cosines: (queries, images).
-        paths: One per image.
-        top_k: Images per query; all of them where there are fewer.
-
-    Returns:
-        One result per query.
-
-    Raises:
-        ValueError: `top_k` is below 1, or a cosine is not finite.
-    """
+    """Take for each query the images of the greatest cosine, best first."""
     require_top_k(top_k)
     if broken := int((~cosines.isfinite()).sum()):  # a NaN would come first
         raise ValueError(
@@ -66,10 +53,6 @@ def rank_images(
 
 
 def require_top_k(top_k: int) -> None:
-    """Raise ValueError where less than one image per query is asked for.
-
-    Args:
-        top_k: Images per query.
-    """
+    """Raise ValueError where less than one image per query is asked for."""
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1.")

@@ -77,26 +77,7 @@ def tag_folder(
     config: TagConfig | None = None,
     report: Report | None = None,
 ) -> TaggedFolder:
-    """Label the images of a folder.
-
-    Args:
-        model: Folder or Hub id of a whole, trained model.
-        image_dir: Folder of images; subfolders are included.
-        labels: Labels and their prompts.
-        top_k: Labels per image; all of them where there are fewer.
-        threshold: Smallest cosine of a label.
-        config: How the images are encoded, and where their embeddings are kept.
-        report: Called with each line on what is skipped and known. Default: what is skipped is
-            warned of.
-
-    Returns:
-        Its images in their order.
-
-    Raises:
-        ValueError: There is no such device or no image, an image cannot be read and
-            `config.skip_invalid` is off, the model is not trained, `top_k` is below 1, or a
-            prompt is blank.
-    """
+    """Label the images of a folder."""
     config = config or TagConfig()
     require_top_k(top_k)
     find_device(config.device)  # before what takes long
@@ -183,20 +164,7 @@ def tag_images(
     top_k: int = 3,
     threshold: float | None = None,
 ) -> Iterator[TaggedImage]:
-    """Yield the labels of each image; each label is encoded once.
-
-    Args:
-        model: The model of the embeddings.
-        processor: Its processor.
-        parts: Paths and embeddings, (images, P) of unit length.
-        labels: Labels, each the mean of its prompts' unit embeddings, of unit length again.
-        prompts: All prompts of the labels, in their order.
-        top_k: Labels per image; all of them where there are fewer.
-        threshold: Smallest cosine of a label.
-
-    Yields:
-        Each image, in their order.
-    """
+    """Yield the labels of each image; each label is encoded once."""
     label_embeds = average_prompts(encode_tokenized_texts(model, processor, prompts), labels)
     scale = float(model.logit_scale())
     for paths, embeds in parts:
@@ -211,14 +179,6 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
     """Write tags as CSV, one line per label, or as JSON lines, one per image.
 
     An image without a label has a line too; in CSV its other columns are empty.
-
-    Args:
-        tagged: Images with their labels.
-        file: Text file, open for writing.
-        style: `".csv"` or `".jsonl"`.
-
-    Returns:
-        How many images there were, and how many of them have no label.
     """
     num_images = num_untagged = 0
     writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")

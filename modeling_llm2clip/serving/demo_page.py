@@ -90,20 +90,7 @@ class DemoPage:
     async def search(
         self, text: str | None, image: str | None, top_k: float | None, where: str | None
     ) -> tuple[str, str]:
-        """Find images by a text, an image, or both by the mean of their embeddings.
-
-        Args:
-            text: What to look for; may be blank, and is None in a box that was never used.
-            image: Uploaded file.
-            top_k: How many images.
-            where: Filter; blank or None for none.
-
-        Returns:
-            The hits in HTML, best first; and a line on them.
-
-        Raises:
-            gr.Error: There is nothing to look for, or the service refuses it.
-        """
+        """Find images by a text, an image, or both by the mean of their embeddings."""
         queries: list[Input] = [text] if text and text.strip() else []
         if image is not None:
             queries.append(Path(image).read_bytes())
@@ -150,19 +137,7 @@ class DemoPage:
     async def classify(
         self, image: str | None, labels: str | None, template: str | None
     ) -> dict[str, float]:
-        """Compare an image with the prompts of all labels.
-
-        Args:
-            image: Uploaded file.
-            labels: Labels, with commas or line breaks between them.
-            template: Prompt with `{}` for the label.
-
-        Returns:
-            Label → share; the shares add up to 1.
-
-        Raises:
-            gr.Error: There is no image or label, or the service refuses one.
-        """
+        """Compare an image with the prompts of all labels."""
         if image is None:
             raise _show("Drop an image first.")
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
@@ -179,12 +154,7 @@ class DemoPage:
 
 
 def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
-    """Add the page to an application, at `/`.
-
-    Args:
-        app: The application; its routes go before those of the page.
-        service: What answers.
-    """
+    """Add the page to an application, at `/`."""
     folder = _make_upload_folder()
     page = _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS)))
     gr.mount_gradio_app(

@@ -45,14 +45,7 @@ class ImageInputs:
             )
 
     async def read(self, images: Sequence[str]) -> list[bytes]:
-        """Return the encoded images, in their order.
-
-        Args:
-            images: Data URLs, web URLs, or plain base64.
-
-        Raises:
-            RequestError: One cannot be read or is too large.
-        """
+        """Return the encoded images, in their order."""
         contents: list[bytes] = []
         for start in range(0, len(images), _AT_ONCE):
             part = images[start : start + _AT_ONCE]
@@ -108,15 +101,7 @@ class ImageInputs:
 
 
 def decode_image(content: bytes, limits: ImageLimits) -> Image.Image:
-    """Decode an image of a request, upright RGB as everywhere in this package.
-
-    Args:
-        content: The encoded image.
-        limits: Which images are decoded.
-
-    Raises:
-        RequestError: It is not an image, is broken, or is beyond the limits.
-    """
+    """Decode an image of a request, upright RGB as everywhere in this package."""
     register_heif_reader()
     name = "An image of the request"
     try:

@@ -39,18 +39,7 @@ class _JsonRequest(Request):
 
 
 def read_json(body: bytes) -> Any:
-    """Read a body as JSON.
-
-    Args:
-        body: UTF-8; UTF-16 and UTF-32 are recognized.
-
-    Returns:
-        Its value.
-
-    Raises:
-        RequestError: It is not JSON, not in such an encoding, nested too deeply, has an integer
-            that is too long, or an object has a key twice, of which one value would be dropped.
-    """
+    """Read a body as JSON."""
     try:
         return json.loads(body.decode(json.detect_encoding(body)), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:

@@ -21,19 +21,7 @@ _OF_RAY = ("host", "port")
 
 
 def build(options: Mapping[str, Any]) -> Any:
-    """Build the application that `serve run` deploys.
-
-    Args:
-        options: Fields of `RayServeConfig`: strings from the command line of `serve run`, or values
-            from a file of `serve deploy`.
-
-    Returns:
-        An application of Ray Serve.
-
-    Raises:
-        MissingExtraError: Ray Serve or a package of the server is not installed.
-        ValueError: An option is unknown, missing, has another type, or is Ray's own.
-    """
+    """Build the application that `serve run` deploys."""
     require(RAY_SERVE, *SERVE)
     from ray import serve
 

@@ -59,13 +59,7 @@ class RequestGuard:
         self._num_bytes = 0  # of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request.
-
-        Args:
-            scope: What ASGI says of it.
-            receive: Its body.
-            send: Takes the response.
-        """
+        """Answer a request."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return

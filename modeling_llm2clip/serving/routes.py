@@ -89,21 +89,12 @@ class JsonResponse(JSONResponse):
     """JSON with escapes in place of what is not ASCII, so that any string can be sent."""
 
     def render(self, content: Any) -> bytes:
-        """Return the body.
-
-        Args:
-            content: What `json` can write; no NaN and no infinity.
-        """
+        """Return the body."""
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
-    """Make the routes of a service.
-
-    Args:
-        service: What answers.
-        images: Reads the images of requests.
-    """
+    """Make the routes of a service."""
     router = APIRouter(
         responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
     )

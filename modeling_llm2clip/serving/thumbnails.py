@@ -32,18 +32,7 @@ class Thumbnails:
         self._used: OrderedDict[str, None] = OrderedDict()
 
     def find(self, image: Path, sha256: str) -> Path | None:
-        """Return the small copy of an image.
-
-        Args:
-            image: The image, as an index names it.
-            sha256: Digest of its content when it was indexed, which names the copy.
-
-        Returns:
-            A JPEG file; None where the image is gone or can no longer be read.
-
-        Raises:
-            ValueError: The digest is not one.
-        """
+        """Return the small copy of an image."""
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise ValueError(f"sha256={sha256!r} is not a digest of 64 hexadecimal digits.")
         file = self._folder / f"{sha256}.jpg"

@@ -25,13 +25,7 @@ _SHOWN_ERRORS = 3
 
 
 def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: ServerMetrics) -> FastAPI:
-    """Make the application with its routes and errors, and nothing at `/` yet.
-
-    Args:
-        service: What answers; it is closed at the end of the application.
-        config: Limits.
-        metrics: What `/metrics` shows.
-    """
+    """Make the application with its routes and errors, and nothing at `/` yet."""
 
     @asynccontextmanager
     async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
@@ -52,11 +46,7 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
 
 
 def add_redirect(app: FastAPI) -> None:
-    """Lead `/` to the documentation of the API.
-
-    Args:
-        app: The application.
-    """
+    """Lead `/` to the documentation of the API."""
 
     @app.get("/", include_in_schema=False)
     async def show_documentation() -> Response:
