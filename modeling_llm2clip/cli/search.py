@@ -77,9 +77,9 @@ def search(
     if output is not None:
         _require_page_folder(output)
     if "://" not in db:
-        from ..search.index_database import require_database_folder
+        from ..search.vector_table import require_place
 
-        require_database_folder(Path(db))
+        require_place(db)
     from ..model_folders.model_types import holds_graphs
     from ..search.image_index import ImageIndex
     from ..search.results_page import render_search_results
@@ -116,7 +116,7 @@ def _opening(db: str, where: str | None, *, apart: bool) -> Iterator[Callable[[]
         What waits for the database.
     """
     if apart:
-        from ..search.database_process import DatabaseProcess
+        from ..search.index_database import DatabaseProcess
 
         with DatabaseProcess(db, where) as process:
             yield process.wait

@@ -17,8 +17,8 @@ import numpy as np
 
 from .._suggestions import counted
 from .exact_search import find_greatest_cosines, measure_recall
-from .index_about import AnnIndex
 from .index_database import IndexDatabase
+from .vector_table import AnnIndex
 
 # Below, a query that is compared with every image takes less than about 50 ms.
 FEWEST_ROWS = 20_000
@@ -58,7 +58,8 @@ def train_ann(
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
     report(f"Training an approximate index of {counted(num_rows, 'image')} …")
     started = time.monotonic()
-    database.build_ann(num_partitions)
+    with database.changing() as table:
+        table.build_ann(num_partitions)
     seconds = round(time.monotonic() - started, 1)
     untuned = AnnIndex(
         num_rows=num_rows, num_partitions=num_partitions, nprobes=1, refine_factor=1,
@@ -69,7 +70,8 @@ def train_ann(
     finds_enough, is_faster = ann.recall_at_10 >= min_recall, ann.query_ms < ann.exact_query_ms
     ann = replace(ann, is_used=always or (finds_enough and is_faster))
     if not ann.is_used:
-        database.drop_ann()
+        with database.changing() as table:
+            table.drop_ann()
     reason = f"below {min_recall}" if not finds_enough else "slower than without"
     report(
         f"Trained in {seconds:.0f} s. {describe_ann(ann)}"

@@ -17,8 +17,7 @@ from ..configs.search_config import IndexConfig
 from ..data.atomic_files import list_differences
 from ..model_folders.model_types import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
-from .index_about import About, AnnIndex, IndexUnavailableError, require_same_fingerprint
-from .index_database import COLUMNS, IndexDatabase
+from .index_database import About, IndexDatabase
 from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
     NamedQuery,
@@ -29,6 +28,7 @@ from .query_encoding import (
     name_queries,
 )
 from .search_results import SearchResult, require_top_k
+from .vector_table import COLUMNS, AnnIndex, IndexUnavailableError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -364,21 +364,20 @@ class ImageIndex:
 
 def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:
     if holds_graphs(source):
-        exported = read_onnx_record(Path(source))["source"]
-        require_same_fingerprint(database.location, database.about, source, exported)
+        database.require_same_fingerprint(source, read_onnx_record(Path(source))["source"])
         return OnnxQueryEncoder(Path(source))
     # Not above: it imports torch, which an index is opened without.
     from .model_identity import find_whole_model, name_model, require_same_model
 
-    about = database.about
+    model = database.about.model
     try:
         folder = find_whole_model(source)
     except (ValueError, OSError) as error:
-        if name_model(source) != about.model:
+        if name_model(source) != model:
             raise
         raise ValueError(
-            f"{database.location} is an index of the model {about.model}, which cannot be used "
+            f"{database.location} is an index of the model {model}, which cannot be used "
             f"any more: {error} If it was moved, say where it is (model, --model)."
         ) from error
-    require_same_model(database.location, about, source, folder)
+    require_same_model(database, source, folder)
     return QueryEncoder(folder, device)

@@ -141,7 +141,8 @@ class _Update:
         self._database.remove(gone)
         self.counts.removed = len(gone)
         if waiting or gone:
-            self._database.optimize()
+            with self._database.changing() as table:
+                table.optimize()
         return self.counts
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
@@ -294,9 +295,11 @@ class _Update:
 
 
 def _read_known(database: IndexDatabase) -> dict[str, _KnownFile]:
-    table = database.read(["path", "stat", "sha256"])
-    columns = (table[name].to_pylist() for name in ("path", "stat", "sha256"))
-    return {path: _KnownFile(stat, sha256) for path, stat, sha256 in zip(*columns, strict=True)}
+    return {
+        row["path"]: _KnownFile(row["stat"], row["sha256"])
+        for batch in database.iterate(["path", "stat", "sha256"])
+        for row in batch.to_pylist()
+    }
 
 
 def describe_stat(stat: os.stat_result) -> str:

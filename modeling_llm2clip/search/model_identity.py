@@ -1,20 +1,24 @@
-"""Which model an index is of: what decides its embeddings, and a digest that is found at once."""
+"""The model of an index: its name, what decides its embeddings, and the images it has encoded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_types import require_own_model
+from ..model_folders.training_images import ImageTally
 from ..model_folders.training_state import require_trained
-from .index_about import About, require_same_fingerprint
+from .index_database import About, IndexDatabase, StoredTally
 
 _WHOLE = "LLM2CLIPModel"
 _MODALITIES: tuple[Literal["text", "image"], ...] = ("text", "image")
+_DIGITS = 4  # of a sum of numbers below 1 over all images
 
 
 def find_whole_model(source: str | Path) -> Path:
@@ -49,8 +53,20 @@ def hash_file_facts(folder: Path) -> str:
     )
 
 
-def require_same_model(location: str, about: About, source: str | Path, folder: Path) -> None:
-    """Refuse a model that is not the one of an index."""
-    if about.model_files == hash_file_facts(folder):
-        return
-    require_same_fingerprint(location, about, source, fingerprint_whole_model(folder))
+def require_same_model(database: IndexDatabase, source: str | Path, folder: Path) -> None:
+    """Raise ValueError for a model that gives other embeddings than those of an index."""
+    if database.about.model_files != hash_file_facts(folder):
+        database.require_same_fingerprint(source, fingerprint_whole_model(folder))
+
+
+def restore_tally(about: About) -> ImageTally:
+    """Restore the tally of the images that were encoded into an index."""
+    stored = about.tally
+    return ImageTally(stored.num_images, np.asarray(stored.total)) if stored else ImageTally()
+
+
+def store_tally(tally: ImageTally) -> StoredTally | None:
+    """Return a tally as an index holds it."""
+    if not tally.num_images:
+        return None
+    return StoredTally(num_images=tally.num_images, total=np.round(tally.total, _DIGITS).tolist())

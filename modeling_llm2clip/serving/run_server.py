@@ -42,7 +42,7 @@ def run_server(
     *,
     on_start: Callable[[str], object] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the requests in work and raise the signal again."""
+    """Serve until SIGINT or SIGTERM, finish the requests in work, and raise the signal again."""
     server = _Server(
         uvicorn.Config(
             app,
