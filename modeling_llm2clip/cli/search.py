@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from .._extras import LANCEDB, require
+from .._extras import list_needs_of_index, require
 from ..configs.config_fields import DeviceConfig, Range
 from ..configs.data_config import ImageLimitsConfig
 from .chosen_device import use_device
@@ -72,7 +72,7 @@ def search(
     """
     use_image_limits(limits)
     _require_database(db, queries)
-    require(LANCEDB)
+    require(*list_needs_of_index(db))
     _require_queries(queries, image)
     if output is not None:
         _require_page_folder(output)
