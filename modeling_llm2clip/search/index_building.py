@@ -17,7 +17,7 @@ from ..model_folders.training_images import ImageTally, read_training_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_files import list_images
 from .index_database import About, IndexDatabase, join_fingerprints
-from .index_update import update_images
+from .index_update import FolderUpdate
 from .model_identity import (
     find_whole_model,
     fingerprint_whole_model,
@@ -55,9 +55,8 @@ def build_index(
     tally = restore_tally(database.about)
     with database.writing():
         try:
-            counts = update_images(
-                database, image_dir, files.readable, encoder, config=config, tally=tally
-            )
+            update = FolderUpdate(database, image_dir, encoder, config, tally)
+            counts = update.run(files.readable)
         except KeyboardInterrupt:
             _note_place(database, model, folder, image_dir, tally)
             warn(f"What was encoded is in {location}; the same call continues there.")

@@ -14,16 +14,15 @@ import io
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..image_loading_llm2clip import load_images
-from .hit_list import HITS_CSS, Hit, note_rank, write_hits
 from .search_results import SearchResult
 
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
@@ -35,6 +34,26 @@ _PAGE_SIDE = 320
 _GONE = "#dddddd"
 _GAP = 12
 _TEXT_WIDTH = 330
+# The list is as wide as its page. A caption is below its image: the end of the folder in one line,
+# the name in as many as it takes. Colors are mixed from that of the text, for light and dark pages.
+HITS_CSS = """
+.hits { list-style: none; margin: 0; padding: 0; display: grid; gap: 1.25rem 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(11rem, 44%), 1fr)); }
+.hits li { margin: 0; min-width: 0; max-width: 26rem; }
+.hits a { display: block; color: inherit; text-decoration: none; border-radius: 8px; }
+.hits a:hover .name { text-decoration: underline; }
+.hits a:focus-visible { outline: 3px solid #2563eb; outline-offset: 3px; }
+.hits img { display: block; box-sizing: border-box; width: 100%; aspect-ratio: 4 / 3;
+  max-height: 320px; object-fit: contain; border-radius: 8px;
+  background: color-mix(in srgb, currentColor 6%, transparent); }
+.hits .caption { display: block; margin-top: .4rem; font-size: .875rem; line-height: 1.35; }
+.hits .rank { font-weight: 600; margin-right: .35em; }
+.hits .cosine, .hits .folder { color: color-mix(in srgb, currentColor 74%, transparent); }
+.hits .cosine { font-variant-numeric: tabular-nums; }
+.hits .folder { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  direction: rtl; text-align: left; }
+.hits .name { display: block; overflow-wrap: anywhere; }
+"""
 _NOTHING_FOUND = "<p>No image was found.</p>"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -53,6 +72,32 @@ section {{ margin-top: 1.5rem; padding-top: 1.25rem;
 {rows}
 </main></body></html>
 """
+
+
+class Hit(NamedTuple):
+    """What a page shows of an image that was found.
+
+    Attributes:
+        path: Path, as a user reads it.
+        image: Address of the image that is shown.
+        link: Address that it leads to.
+        note: HTML before the path; see `note_rank`.
+    """
+
+    path: str
+    image: str
+    link: str
+    note: str
+
+
+def note_rank(rank: int, cosine: float) -> str:
+    """Return rank and cosine of a hit in HTML."""
+    return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
+
+
+def write_hits(hits: Iterable[Hit]) -> str:
+    """Write a list whose entries are links, each with an image, its rank and its path."""
+    return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
 
 
 def write_results_page(
@@ -159,6 +204,19 @@ def _write_section(result: SearchResult, folder: Path) -> str:
         for rank, (image, cosine) in enumerate(result.hits, start=1)
     ]
     return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
+
+
+def _write_hit(hit: Hit) -> str:
+    path = hit.path.encode("utf-8", errors="replace").decode()  # a path may not be Unicode
+    cut = max(path.rfind("/"), path.rfind(os.sep)) + 1
+    folder, name = html.escape(path[:cut]), html.escape(path[cut:])
+    # The text beside it names the image, so that its own description is blank.
+    return (
+        f'<li><a href="{html.escape(hit.link)}" target="_blank" title="{html.escape(path)}">'
+        f'<img alt="" src="{html.escape(hit.image)}">'
+        f'<span class="caption">{hit.note} <span class="folder"><bdi>{folder}</bdi></span>'
+        f'<span class="name">{name}</span></span></a></li>'
+    )
 
 
 def _make_hit(image: Path, note: str, folder: Path) -> Hit:

@@ -23,7 +23,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.routing import Match, Mount
 
-from ..search.hit_list import HITS_CSS, Hit, note_rank, write_hits
+from ..search.results_page import HITS_CSS, Hit, note_rank, write_hits
 from ..search.search_results import SearchResult
 from .errors import RequestError
 from .service import EmbeddingService, Input
