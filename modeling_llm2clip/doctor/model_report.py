@@ -1,8 +1,15 @@
-"""The result of checking a model, as data and as text."""
+"""Runs a table of checks; their results as data and as text."""
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from ..encoding.float32 import float32_as_such
+
+T = TypeVar("T")
 
 
 class NotApplicableError(Exception):
@@ -70,3 +77,62 @@ class ModelReport:
         verdict += "".join(f", but {check.message}" for check in self.checks if check.concern)
         skipped = f", {num_skipped} skipped" if num_skipped else ""
         return "\n".join([*lines, f"{self.source}: {verdict}{skipped}"])
+
+
+@dataclass(frozen=True)
+class PlannedCheck(Generic[T]):
+    """A check, the earlier checks without which it cannot run, and the towers it is about."""
+
+    name: str
+    run: Callable[[T], str]
+    needs: tuple[str, ...] = ()
+    about: str | None = None
+
+
+def run_checks(
+    planned: Iterable[PlannedCheck[T]],
+    tested: T,
+    find_obstacle: Callable[[str | None], str | None],
+) -> Iterator[Check]:
+    """Make the checks in order.
+
+    `find_obstacle` says why checks `about` something do not apply. Such a check is skipped, and so
+    is one that needs a check which failed.
+    """
+    unmet: dict[str, str] = {}
+    for one in planned:
+        obstacle = find_obstacle(one.about)
+        reasons = [f"needs {name!r}, which {unmet[name]}" for name in one.needs if name in unmet]
+        if obstacle is not None:
+            yield Check(one.name, False, obstacle, skipped=True)
+        elif reasons:
+            unmet[one.name] = "did not run"
+            yield Check(one.name, False, "; ".join(reasons), skipped=True)
+        else:
+            check = _run(one, tested)
+            if not check.passed and not check.skipped:
+                unmet[one.name] = "failed"
+            yield check
+
+
+def _run(planned: PlannedCheck[T], tested: T) -> Check:
+    try:
+        with float32_as_such():
+            return Check(planned.name, True, planned.run(tested))
+    except NotApplicableError as reason:
+        return Check(planned.name, False, str(reason), skipped=True)
+    except ConcernError as concern:
+        return Check(planned.name, True, str(concern), concern=True)
+    # What is broken can raise anything anywhere; here all of it becomes a failed check.
+    except Exception as error:
+        return Check(planned.name, False, describe_error(error))
+
+
+def describe_error(error: Exception) -> str:
+    """Return the message of an error, after its type unless it is written for users."""
+    text = " ".join(str(error).split())
+    if not text:  # a bare assertion has only its place
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        text = f"raised at {frame.f_code.co_filename}, line {line}"
+    is_own = type(error) is ValueError or type(error).__module__.startswith(f"{__package__}.")
+    return text if is_own else f"{type(error).__name__}: {text}"
