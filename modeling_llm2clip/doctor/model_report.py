@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def _run(planned: PlannedCheck[T], tested: T) -> Check:
 
 def describe_error(error: Exception) -> str:
     """Return the message of an error, after its type unless it is written for users."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
     if not text:  # a bare assertion has only its place
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         text = f"raised at {frame.f_code.co_filename}, line {line}"

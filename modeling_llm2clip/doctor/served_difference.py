@@ -46,20 +46,18 @@ class Comparison:
     Args:
         served: (N, any width) float32, as they came.
         wanted: (N, P) float32 of unit length.
-        inputs: What each row is called.
+        inputs: N texts or images.
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
-        variant_inputs: N texts or images, for the variants.
         encode_in_half: Returns the model's own embeddings in each half precision.
         in_sequence: Whether each input was sent alone, after the reply to the one before it.
     """
 
     served: Tensor
     wanted: Tensor
-    inputs: Sequence[str]
+    inputs: Sequence[Any]
     tolerance: float
     list_variants: Callable[[], Sequence[Variant]]
-    variant_inputs: Sequence[Any]
     encode_in_half: Callable[[], dict[str, Tensor]]
     in_sequence: bool = False
 
@@ -102,17 +100,17 @@ class Comparison:
         """Return the distance of an error's embeddings; infinite where they have another width."""
         rows = list(range(len(self.served)))
         if variant.of_batch:
-            return self._measure_from(variant.compute(self.variant_inputs), rows)
+            return self._measure_from(variant.compute(self.inputs), rows)
         direction = F.normalize(self.served, dim=-1)
         own = torch.full((len(rows),), torch.inf)
         if self.served.shape == self.wanted.shape:
             own = measure_distances(direction, self.wanted)
         worst = int(own.argmax())
-        distance = self._measure_from(variant.compute([self.variant_inputs[worst]]), [worst])
+        distance = self._measure_from(variant.compute([self.inputs[worst]]), [worst])
         rows.remove(worst)
         if not rows or distance > max(_ROUNDING, _PROMISING * min(float(own[worst]), 2.0)):
             return distance
-        others = variant.compute([self.variant_inputs[row] for row in rows])
+        others = variant.compute([self.inputs[row] for row in rows])
         return max(distance, self._measure_from(others, rows))
 
     def _measure_from(self, embeds: Tensor, rows: Sequence[int]) -> float:
@@ -272,8 +270,9 @@ def _find_crosstalk(compared: Comparison) -> str | None:
     if found and found[0][0] <= _ROUNDING:
         return f"{compared.describe_distance()}: {found[0][1]}."
     shown = [
-        f"{compared.inputs[row]} has that of {compared.inputs[nearest]}"
-        + _describe_shared(compared.variant_inputs[row], compared.variant_inputs[nearest])
+        f"{_name(compared.inputs[row], row)} has that of "
+        f"{_name(compared.inputs[nearest], nearest)}"
+        + _describe_shared(compared.inputs[row], compared.inputs[nearest])
         for row, nearest in swapped[:_ROWS_SHOWN]
     ]
     more = f"; and {len(swapped) - _ROWS_SHOWN} more" if len(swapped) > _ROWS_SHOWN else ""
@@ -286,6 +285,12 @@ def _find_crosstalk(compared: Comparison) -> str | None:
         f"{len(swapped)} of {len(served)} inputs have another input's embedding: "
         f"{'; '.join(shown)}{more}. {cause}"
     )
+
+
+def _name(one: Any, row: int) -> str:
+    if not isinstance(one, str):
+        return f"image {row}"
+    return repr(one if len(one) <= 32 else f"{one[:24]}… ({len(one)} characters)")
 
 
 def _describe_shared(first: Any, second: Any) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..model_folders.golden_embeddings import render_golden_images
+
 # Each has something that libraries and gateways rewrite: line breaks, several spaces, ligatures and
 # other compatibility characters, accents in two characters and in one, emoji, typographic quotes,
 # markup, and a pair that differs in case alone.
@@ -27,9 +29,21 @@ EXACT_TEXTS = (
 )
 # COCO's commonest size, an odd one, a large one, a small one, and one with a far longer side.
 _SIZES = ((640, 427), (333, 501), (1280, 853), (61, 47), (700, 96))
+_EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _PATCH = 24  # pixels of the two patches by which the near copy of a photograph differs
 _CELLS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see these coarsely
+
+
+@cache
+def render_odd_images() -> tuple[Image.Image, ...]:
+    """Render an image with transparency, and one that EXIF rotates."""
+    ramp, disc = render_golden_images()
+    transparent = ramp.convert("RGBA")
+    transparent.putalpha(disc.convert("L").resize(ramp.size).point(lambda value: 255 - value))
+    rotated = ramp.copy()
+    rotated.getexif()[_EXIF_ORIENTATION] = _ROTATED
+    return transparent, rotated
 
 
 @cache

@@ -90,7 +90,10 @@ class JsonResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        text = json.dumps(
+            content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
+        )
+        return text.encode("ascii")
 
 
 def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
@@ -210,24 +213,12 @@ def _list_items(body: Any) -> list[Any]:
 
 async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]:
     """Return texts as they are, and the bytes of images."""
-    found: list[Any] = [_find_value(item) for item in items]
-    is_image = [isinstance(item, schemas.ImageInput | schemas.ImagePart) for item in items]
-    contents = iter(
-        await images.read([value for value, it_is in zip(found, is_image, strict=True) if it_is])
-    )
-    return [next(contents) if it_is else v for v, it_is in zip(found, is_image, strict=True)]
-
-
-def _find_value(item: Any) -> str:
-    """Return the text of an item, or where its image is."""
-    match item:
-        case schemas.TextInput() | schemas.TextPart():
-            return item.text
-        case schemas.ImageInput():
-            return item.image
-        case schemas.ImagePart():
-            return item.image_url.url
-    return str(item)
+    addresses = [getattr(item, "image", None) for item in items]
+    contents = iter(await images.read([one for one in addresses if one is not None]))
+    return [
+        getattr(item, "text", item) if address is None else next(contents)
+        for item, address in zip(items, addresses, strict=True)
+    ]
 
 
 def _encode(embeds: _Embeds, form: str) -> list[Any]:
@@ -250,13 +241,9 @@ def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult)
 def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
     """Return cosine and columns of each image; its path is below the folder of the index."""
     return [
-        {"cosine": cosine, **{name: _to_plain(value) for name, value in columns.items()}}
+        {"cosine": cosine, **columns}
         for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
     ]
-
-
-def _to_plain(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _make_cohere_response(

@@ -106,6 +106,11 @@ class ImagePart(_Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
 
+    @property
+    def image(self) -> str:
+        """The address, as `ImageInput` has it."""
+        return self.image_url.url
+
 
 Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts: TypeAlias = Annotated[list[Part], Field(min_length=1, max_length=MOST_INPUTS)]
