@@ -1,4 +1,4 @@
-"""The table of checks of a model folder, in their order, and what each of them needs."""
+"""The table of checks of a model folder, in order, with the checks that each one needs."""
 
 from __future__ import annotations
 

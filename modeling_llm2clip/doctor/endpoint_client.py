@@ -1,4 +1,4 @@
-"""Asks an embedding endpoint in the request schemas in use, by the standard library alone."""
+"""A client of embedding endpoints in the common request schemas, on the standard library alone."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class EndpointError(ValueError):
 
 
 class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would turn a POST into a GET, and hand the API key to another host."""
+    """Follows no redirect: it would turn a POST into a GET, and leak the API key."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Follow none: the reply becomes an error."""
+        """Return no request, so that the reply becomes an error."""
 
 
 class EndpointClient:
@@ -88,16 +88,15 @@ class EndpointClient:
 
     @property
     def takes_images(self) -> bool:
-        """Whether the schema has images."""
         return self.schema != "openai"
 
     @property
     def batches_images(self) -> bool:
-        """Whether a request may have several images."""
+        """Whether one request may hold several images."""
         return self.schema in ("cohere", "jina")
 
     def connect(self, text: str) -> Tensor:
-        """Embed one text, and keep the first path of the schema that the server knows."""
+        """Embed one text, (1, width), and keep the first path that the server knows."""
         for url in list(self.urls):
             try:
                 embeds = self.embed_texts([text], url=url)
@@ -124,7 +123,7 @@ class EndpointClient:
     def embed_texts(
         self, texts: Sequence[str], *, url: str | None = None, **options: Any
     ) -> Tensor:
-        """Embed texts in one request."""
+        """Embed N texts in one request, (N, width) float32 as they came."""
         body: dict[str, Any] = {"input": list(texts)}
         if self.schema == "cohere":
             body = {"texts": list(texts), "embedding_types": ["float"]}
@@ -133,7 +132,7 @@ class EndpointClient:
         return self._embed({**body, **options}, count=len(texts), url=url)
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed images: in one request, or one request each where the schema has no batches."""
+        """Embed N images, (N, width), in one request if the schema has batches."""
         addresses = [_to_data_url(image) for image in images]
         if self.schema == "chat":
             parts = [{"type": "image_url", "image_url": {"url": one}} for one in addresses]
@@ -155,7 +154,7 @@ class EndpointClient:
         return _to_tensor(rows)
 
     def _send(self, url: str, body: dict[str, Any] | None) -> bytes:
-        """Send a request, again where the server asks to wait; None for the body is a GET."""
+        """Send a request, a GET without a body, and repeat it where the server asks to wait."""
         headers = {"Accept": "application/json", "User-Agent": "llm2clip-doctor"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
@@ -189,7 +188,7 @@ class EndpointClient:
 
 
 def _read(reply: Any, *, timeout_s: float) -> bytes:
-    """Read a reply, no longer and no more than allowed."""
+    """Read a reply, within the limits on seconds and bytes."""
     end, parts, size = time.monotonic() + timeout_s, [], 0
     while part := reply.read1(2**16):
         parts.append(part)
@@ -230,7 +229,7 @@ def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
 
 
 def _find_message(text: str) -> str:
-    """Return what an error of OpenAI's or FastAPI's shape says, else all of it."""
+    """Return the message in an error of OpenAI's or FastAPI's shape, or else the whole text."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -255,7 +254,7 @@ def _describe_failure(url: str, error: Exception, timeout_s: float) -> EndpointE
 
 
 def _find_rows(content: Any) -> list[Any]:
-    """Return the embeddings of a reply of OpenAI's or Cohere's shape."""
+    """Return the embeddings in a reply of OpenAI's or Cohere's shape."""
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         rows = content["data"]
         if not all(isinstance(row, dict) and "embedding" in row for row in rows):
@@ -277,7 +276,7 @@ def _find_rows(content: Any) -> list[Any]:
 
 
 def _to_tensor(rows: list[Any]) -> Tensor:
-    """Turn rows of numbers, or of base64, into float32."""
+    """Turn rows of numbers, or of base64, into (N, width) float32."""
     arrays = [_decode(row) if isinstance(row, str) else _check(row) for row in rows]
     widths = sorted({len(array) for array in arrays})
     if len(widths) > 1:
@@ -310,7 +309,7 @@ def _decode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _to_data_url(image: Image.Image) -> str:
-    """Write an image as PNG, with its EXIF data."""
+    """Encode an image as PNG, with its EXIF data."""
     file = io.BytesIO()
     exif = image.getexif()
     # Noise, as in photographs, is not made smaller by trying harder.

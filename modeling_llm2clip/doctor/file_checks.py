@@ -57,14 +57,14 @@ def check_config(tested: ModelUnderTest) -> str:
 
 
 def check_training(tested: ModelUnderTest) -> str:
-    """Report parts with random weights: not an error, but useless before they are trained."""
+    """Warn of parts with random weights."""
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
     return "by its configuration, text adapter and projections are trained"
 
 
 def check_training_images(tested: ModelUnderTest) -> str:
-    """Read the summary of the images that the model was trained on, which must be of its tower."""
+    """Read the summary of the training images, which must fit the model's vision tower."""
     summary = read_training_images(tested.folder)
     if summary is None:
         return f"there is no {TRAINING_IMAGES_FILE}, and images unlike them are not noticed"
@@ -190,7 +190,7 @@ def _find_code_inside(folder: Path) -> list[str]:
 
 
 def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """List what saving writes as `auto_map` into each file of the folder that a loader reads."""
+    """List the `auto_map` that saving writes into each file that a loader reads."""
     architecture = (config.get("architectures") or [""])[0]
     model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
     of_processor = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
@@ -217,7 +217,7 @@ def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Check the extremes, which NaN propagates to: no copy of an embedding table is made."""
+    """Check the extremes, which NaN propagates to, so that no large tensor is copied."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 

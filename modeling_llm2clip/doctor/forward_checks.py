@@ -92,7 +92,7 @@ def check_finite_outputs(tested: ModelUnderTest) -> str:
 
 
 def check_pooled_span(tested: ModelUnderTest) -> str:
-    """Require that caption and suffix are pooled: by number of tokens, and by value."""
+    """Require that caption and suffix alone are pooled, by number of tokens and by value."""
     config = tested.config
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
@@ -116,7 +116,7 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
 
 
 def check_batch_invariance(tested: ModelUnderTest) -> str:
-    """Require that a text or image alone has the embedding that it has in a batch."""
+    """Require that an input has the same embedding alone and in a batch."""
     compared: dict[str, tuple[Tensor, Tensor]] = {}
     if tested.encodes_texts:
         alone = torch.cat([tested.encode_texts([text]) for text in SHORT_TEXTS])
@@ -130,7 +130,7 @@ def check_batch_invariance(tested: ModelUnderTest) -> str:
 
 
 def check_padding_invariance(tested: ModelUnderTest) -> str:
-    """Require that padding on the left gives the embeddings of padding on the right."""
+    """Require that left and right padding give the same embeddings."""
     left, right = (
         tested.encode_texts(SHORT_TEXTS, padding_side=side, as_one_batch=True)
         for side in ("left", "right")

@@ -1,4 +1,4 @@
-"""Runs a table of checks; their results as data and as text."""
+"""Runs a table of checks, and reports the results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class NotApplicableError(Exception):
-    """A check has nothing to look at in this folder or on this machine; the text says why."""
+    """A check does not apply to this folder or machine; the message says why."""
 
 
 class ConcernError(Exception):
-    """A check found no error, but something that a user must know; the text says what."""
+    """A check found no error, but something that a user must know, which is the message."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,14 @@ class ModelReport:
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that found an error."""
         return [check for check in self.checks if not check.passed and not check.skipped]
 
     @property
     def healthy(self) -> bool:
-        """Whether no check found an error."""
         return not self.failed
 
     def __str__(self) -> str:
-        """Return one line per check, and a last line that sums up."""
+        """Return one line per check, and a summary."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
         num_skipped = sum(check.skipped for check in self.checks)
@@ -82,7 +80,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class PlannedCheck(Generic[T]):
-    """A check, the earlier checks without which it cannot run, and the towers it is about."""
+    """A check, the earlier checks that it needs, and the tower that it is about, if any."""
 
     name: str
     run: Callable[[T], str]
@@ -95,10 +93,10 @@ def run_checks(
     tested: T,
     find_obstacle: Callable[[str | None], str | None],
 ) -> Iterator[Check]:
-    """Make the checks in order.
+    """Run the checks in order.
 
-    `find_obstacle` says why checks `about` something do not apply. Such a check is skipped, and so
-    is one that needs a check which failed.
+    `find_obstacle` returns the reason why checks `about` a tower do not apply, or None. A check is
+    skipped if it does not apply, or if a check that it needs failed or did not run.
     """
     unmet: dict[str, str] = {}
     for one in planned:
@@ -130,7 +128,7 @@ def _run(planned: PlannedCheck[T], tested: T) -> Check:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the message of an error, after its type unless it is written for users."""
+    """Return the message of an error, with its type unless the message is written for users."""
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
     if not text:  # a bare assertion has only its place
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The model that is checked, by a second, naive path that the package's own is compared with.
+"""The model under test, with a second, naive path to compare the package's own with.
 
 Shapes: B texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -50,23 +50,21 @@ class ModelUnderTest:
 
     @property
     def encodes_texts(self) -> bool:
-        """Whether there are a loaded text tower and a tokenizer."""
         return hasattr(self.model, "text_model") and self.tokenizer is not None
 
     @property
     def encodes_images(self) -> bool:
-        """Whether there are a loaded vision tower and a processor."""
         return hasattr(self.model, "vision_model") and self.processor is not None
 
     @property
     def has_processor_files(self) -> bool:
-        """Whether a processor is, or should be, in the folder; a single tower may have none."""
+        """Whether the folder has a processor, or should; that of a single tower may have none."""
         names = ("processor_config.json", "preprocessor_config.json")
         is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
         return is_whole or any((self.folder / name).is_file() for name in names)
 
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
-        """Tokenize as a user of the bare tokenizer would, padded and truncated."""
+        """Tokenize as a user of the bare tokenizer would; ids and mask are (B, L) int64."""
         return self.tokenizer(
             list(texts),
             padding=True,
@@ -79,7 +77,11 @@ class ModelUnderTest:
     def encode_texts(
         self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
     ) -> Tensor:
-        """Encode texts."""
+        """Encode B texts, (B, P) float32 of unit length.
+
+        With `as_one_batch` the padding stays, as in training and on accelerators; otherwise, a CPU
+        gets small batches with almost no padding.
+        """
         batch = self.tokenize(texts, padding_side=padding_side)
         with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
             features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
@@ -87,12 +89,12 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Any]) -> Tensor:
-        """Encode images."""
+        """Encode B images, (B, P) float32 of unit length."""
         batch = self.processor(images=list(images)).to(self.device)
         return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
-        """Tokenize one text, truncated."""
+        """Tokenize one text, truncated, and without the prompt unless `enclosed`."""
         longest = self.config.max_text_length
         if not enclosed:
             longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
@@ -103,7 +105,7 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Pool the LLM's hidden states of one text without the model's own functions."""
+        """Pool the LLM's states after `num_unpooled` tokens by hand; returns (1, D) float32."""
         row = torch.tensor([list(ids)], device=self.device)
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False

@@ -1,4 +1,4 @@
-"""Checks against something outside the model: recorded embeddings, and sentence-transformers."""
+"""Checks against references: recorded embeddings, and sentence-transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_golden_embeddings(tested: ModelUnderTest) -> str:
 
 
 def check_sentence_transformers(tested: ModelUnderTest) -> str:
-    """Require that sentence-transformers gives the model's own embeddings."""
+    """Require the model's own embeddings from sentence-transformers; frees the model."""
     if find_spec("sentence_transformers") is None:
         raise NotApplicableError(
             "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"

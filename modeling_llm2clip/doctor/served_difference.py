@@ -1,4 +1,4 @@
-"""Names the error of a server from its embeddings and those that were wanted.
+"""Finds the error of a server from its embeddings and the model's own.
 
 Shapes: N texts or images, P `projection_dim`.
 """
@@ -41,7 +41,7 @@ _ROWS_SHOWN = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Embeddings of a server beside those that were wanted.
+    """Embeddings of a server beside the model's own.
 
     Args:
         served: (N, any width) float32, as they came.
@@ -62,13 +62,16 @@ class Comparison:
     in_sequence: bool = False
 
     def measure(self) -> float:
-        """Return the largest distance; infinite where the width is another."""
+        """Return the largest distance; infinite if the widths differ."""
         if self.served.shape != self.wanted.shape:
             return float("inf")
         return float(measure_distances(self.served, self.wanted).max())
 
     def explain(self, *, thorough: bool = False) -> str | None:
-        """Return what differs and why; None where nothing does."""
+        """Return one or two sentences on the difference and its cause; None if there is none.
+
+        A thorough search also looks for errors within the tolerance of half precision.
+        """
         if self.measure() <= self.tolerance:
             return _find_closer(self) if thorough and self.measure() > _ROUNDING else None
         for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length):
@@ -77,13 +80,13 @@ class Comparison:
         return _find_rounded(self) or _find_cause(self)
 
     def measure_direction(self) -> float:
-        """Return the largest distance once lengths are 1; infinite where the width is another."""
+        """Return the largest distance between unit embeddings; infinite if the widths differ."""
         if self.served.shape != self.wanted.shape:
             return float("inf")
         return float(measure_distances(F.normalize(self.served, dim=-1), self.wanted).max())
 
     def find_variants(self) -> list[tuple[float, str]]:
-        """Compute what each error gives, until one fits."""
+        """Compute each variant until one fits; return distances and names, nearest first."""
         found = []
         if self.served.shape[1] < self.wanted.shape[1]:
             part = F.normalize(self.wanted[:, : self.served.shape[1]], dim=-1)
@@ -97,7 +100,10 @@ class Comparison:
         return sorted(one for one in found if one[0] < float("inf"))
 
     def _measure_variant(self, variant: Variant) -> float:
-        """Return the distance of an error's embeddings; infinite where they have another width."""
+        """Return the distance from a variant's embeddings; infinite if the widths differ.
+
+        The input that differs most goes first; the others are computed only if it comes near.
+        """
         rows = list(range(len(self.served)))
         if variant.of_batch:
             return self._measure_from(variant.compute(self.inputs), rows)
@@ -120,14 +126,13 @@ class Comparison:
         return float(measure_distances(direction, embeds).max())
 
     def describe_lengths(self) -> str:
-        """Return a clause on lengths other than 1; empty where there are none."""
+        """Return a clause on lengths other than 1, or an empty string."""
         lengths = self.served.norm(dim=-1)
         if float((lengths - 1).abs().max()) <= max(self.tolerance, 1e-3):
             return ""
         return f", and lengths are {float(lengths.min()):.3g} to {float(lengths.max()):.3g}, not 1"
 
     def describe_distance(self) -> str:
-        """Return how many differ and how far."""
         if self.served.shape[1] != self.wanted.shape[1]:
             return (
                 f"the embeddings have {self.served.shape[1]} dimensions, the model's have "
@@ -142,7 +147,7 @@ class Comparison:
 
 
 def _find_rounded(compared: Comparison) -> str | None:
-    """Name the rounding of the values, where it alone moved the embeddings as far."""
+    """Name the rounding of the values if it alone explains the difference."""
     rounding = find_rounding(compared.served)
     if rounding is None or compared.served.shape != compared.wanted.shape:
         return None
@@ -160,7 +165,7 @@ def _find_rounded(compared: Comparison) -> str | None:
 
 
 def _find_cause(compared: Comparison) -> str:
-    """Name the variant, or the dtype, that gives these embeddings, or say that none is known."""
+    """Name the variant, or the dtype, that gives these embeddings."""
     found, moved = compared.find_variants(), compared.measure_direction()
     if found and _explains(found[0][0], moved, tolerance=compared.tolerance):
         distance, name = found[0]
@@ -178,9 +183,9 @@ def _find_cause(compared: Comparison) -> str:
 
 
 def _find_half_precision(compared: Comparison) -> str | None:
-    """Return the dtype that moves embeddings as far, and to the same side.
+    """Return the dtype that moves embeddings as far, and in the same direction.
 
-    A single embedding says too little: whatever moves it may do so to the same side by chance.
+    It takes several embeddings, because a single one may move in that direction by chance.
     """
     if compared.served.shape != compared.wanted.shape or len(compared.wanted) < 2:
         return None
@@ -195,7 +200,7 @@ def _find_half_precision(compared: Comparison) -> str | None:
 
 
 def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
-    """Return whether an error that leaves this distance of so much is the cause.
+    """Return whether a variant that leaves `distance` of `moved` is the cause.
 
     In half precision the tolerance may be larger than what an error costs.
     """
@@ -203,7 +208,7 @@ def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
 
 
 def _find_closer(compared: Comparison) -> str | None:
-    """Name the variant that gives embeddings which rounding could have moved as far."""
+    """Name the variant that explains a difference which rounding could explain, too."""
     own = compared.measure_direction()
     found = compared.find_variants()
     if not found or found[0][0] > _EXPLAINED * own:
@@ -216,7 +221,7 @@ def _find_closer(compared: Comparison) -> str | None:
 
 
 def find_rounding(served: Tensor) -> str | None:
-    """Return what the values were rounded to; None where they use all digits of float32."""
+    """Return what values, (N, width) float32, are rounded to; None if they have all digits."""
     values = served[served.isfinite()]
     if bool((values == values.round()).all()):
         return "integers"
@@ -242,7 +247,7 @@ def _find_broken(compared: Comparison) -> str | None:
 
 
 def _find_equal_rows(compared: Comparison) -> str | None:
-    """Every input has the embedding of one of them, or of nothing."""
+    """Detect one embedding for all inputs."""
     served, wanted = compared.served, compared.wanted
     if len(served) < 2 or float((wanted - wanted[:1]).norm(dim=-1).max()) <= compared.tolerance:
         return None
@@ -252,7 +257,7 @@ def _find_equal_rows(compared: Comparison) -> str | None:
 
 
 def _find_crosstalk(compared: Comparison) -> str | None:
-    """Some inputs have the embedding of another."""
+    """Detect inputs that have the embedding of another."""
     served, wanted = compared.served, compared.wanted
     if served.shape != wanted.shape:
         return None
@@ -294,7 +299,7 @@ def _name(one: Any, row: int) -> str:
 
 
 def _describe_shared(first: Any, second: Any) -> str:
-    """Return how many characters two texts begin or end with in common."""
+    """Return a note on the characters that two texts begin or end with in common."""
     if not isinstance(first, str) or not isinstance(second, str):
         return ""
     for place, one, other in (

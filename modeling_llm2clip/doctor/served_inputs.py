@@ -1,4 +1,4 @@
-"""What an endpoint is asked beside the golden inputs: what servers change without saying so."""
+"""Inputs for an endpoint, beside the golden ones, in which silent changes by servers show."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ def render_odd_images() -> tuple[Image.Image, ...]:
 
 @cache
 def render_photographs() -> tuple[Image.Image, ...]:
-    """Render images with the sizes and the fine detail of photographs, always the same ones."""
+    """Render images with the sizes and the detail of photographs, always the same ones.
+
+    The last one is a copy of the first with a white patch beside a black one: a server that looks
+    up known images by their thumbnails must not take one for the other.
+    """
     images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
     near_copy = images[0].copy()
     left, top = near_copy.width // 2 + _PATCH, near_copy.height * 11 // 20
@@ -60,7 +64,7 @@ def render_photographs() -> tuple[Image.Image, ...]:
 
 
 def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
-    """Render noise with detail of every size, as photographs have it, and edges of one pixel."""
+    """Render noise with detail of every size, as in photographs, and edges one pixel wide."""
     generator = np.random.default_rng(seed)
     light, *colors = (
         _render_noise(generator, width, height, cells)
@@ -93,7 +97,7 @@ def _render_noise(
 def _stretch(
     values: np.ndarray[Any, np.dtype[np.float64]],
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Use the whole range of pixels, but for a few that are clipped."""
+    """Stretch values to the full range of pixels, and clip the outermost percent."""
     low, high = np.percentile(values, (1, 99))
     shown: np.ndarray[Any, np.dtype[np.float64]] = (values - low) / (high - low) * 255
     return shown.clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a server would answer with one error in it, computed with the model itself.
+"""Embeddings that a server with one error would return, computed with the model itself.
 
 Shapes: N texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -40,7 +40,7 @@ _INTERPOLATIONS = tuple(
 
 @dataclass(frozen=True)
 class Variant:
-    """One error of a server.
+    """An error of a server, and a function that reproduces it.
 
     Attributes:
         name: What the server does, as a sentence without a full stop.
@@ -55,11 +55,7 @@ class Variant:
 
 
 class TextVariants:
-    """Texts as servers with an error encode them.
-
-    Args:
-        tested: The model, with a text tower and a tokenizer.
-    """
+    """Encodes texts as servers with an error would."""
 
     def __init__(self, tested: ModelUnderTest) -> None:
         self.tested = tested
@@ -95,7 +91,7 @@ class TextVariants:
         return variants + [Variant(name, self._per_text(embed)) for name, embed in truncations]
 
     def _list_paddings(self) -> Iterator[Variant]:
-        """List what a batch without an attention mask gives."""
+        """List the errors of a batch without an attention mask."""
         for side in ("right", "left"):
             for pools, effect in ((True, "attended to and pooled"), (False, "attended to")):
                 yield Variant(
@@ -174,7 +170,7 @@ class TextVariants:
         }
 
     def _list_truncations(self, longest: int) -> dict[str, _EmbedIds]:
-        """List other lengths than the model's, other ends, and none at all."""
+        """List other lengths, truncation at the other end, and no truncation."""
         prefix, suffix, embed = self.prefix, self.suffix, self._embed
         num_prompt = len(prefix) + len(suffix)
         room = self.limit - num_prompt
@@ -216,7 +212,7 @@ class TextVariants:
         return ids[: self.limit - len(self.prefix) - len(self.suffix)]
 
     def _enclose(self, ids: list[int], **options: Any) -> Tensor:
-        """Embed a text as the model does, but for the options."""
+        """Embed a text as the model does, except for the options."""
         return self._embed(self.prefix, [*self._fit(ids), *self.suffix], **options)
 
     @torch.no_grad()
@@ -230,7 +226,7 @@ class TextVariants:
         first: bool = False,
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Run the LLM on token ids, and pool those in the middle; returns (1, width)."""
+        """Run the LLM on token ids and pool those in the middle; returns (1, width)."""
         tested = self.tested
         row = torch.tensor([[*before, *pooled, *after]], device=tested.device)
         hidden = tested.model.text_model(
@@ -247,7 +243,7 @@ class TextVariants:
 
 
 def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> list[Variant]:
-    """List errors in how a server prepares and encodes images."""
+    """List errors in the preparation and encoding of images."""
     current = getattr(tested.processor.image_processor, "resample", None)
     methods = [] if current is None else [m for m in _INTERPOLATIONS if int(m) != int(current)]
     return [

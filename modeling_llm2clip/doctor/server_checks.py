@@ -1,4 +1,4 @@
-"""Compares an embedding endpoint with the model folder that it is meant to serve."""
+"""Compares an embedding endpoint with the model folder that it should serve."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], "
 
 @dataclass
 class _Served:
-    """An endpoint beside the model that it is meant to serve."""
+    """An endpoint beside the model that it should serve."""
 
     client: EndpointClient
     tested: ModelUnderTest
@@ -60,7 +60,7 @@ class _Served:
 
     @cached_property
     def in_half_precision(self) -> dict[str, ModelUnderTest]:
-        """The model in each half precision."""
+        """The model, by the name of each half-precision dtype."""
         found = {}
         for dtype in (torch.float16, torch.bfloat16):
             model, _ = load_model(self.tested.folder, device=self.tested.device, dtype=dtype)
@@ -71,13 +71,13 @@ class _Served:
 
     @property
     def room(self) -> int:
-        """Tokens of a text that fit beside the prompt."""
+        """Number of tokens that a text may have beside the prompt."""
         config = self.tested.config
         num_prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
         return int(config.max_text_length) - num_prompt
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
-        """Write the longest text of whole words with no more than this many tokens."""
+        """Write the longest text of whole words within this number of tokens."""
         tokens, known = TextVariants(self.tested), _WORDS.split()
         first %= len(known)
         words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
@@ -89,20 +89,18 @@ class _Served:
         return " ".join(words[: max(num_words, 1)])
 
     def embed(self, inputs: Sequence[Any]) -> Tensor:
-        """Have the endpoint embed texts or images, in one request where the schema has batches."""
+        """Send texts or images, in one request where the schema allows it."""
         embed = self.client.embed_texts if isinstance(inputs[0], str) else self.client.embed_images
         return embed(inputs)
 
     def embed_at_once(self, requests: Sequence[Sequence[Any]]) -> Tensor:
-        """Send many requests at once, each of one modality."""
+        """Send many requests at once, each with texts or images alone."""
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             return torch.cat(list(pool.map(self.embed, requests)))
 
     def compare(
         self, served: Tensor, inputs: Sequence[Any], *, in_sequence: bool = False
     ) -> Comparison:
-        """Put the endpoint's embeddings beside the model's own."""
-
         def list_variants() -> Sequence[Variant]:
             if isinstance(inputs[0], str):
                 return TextVariants(self.tested).list_variants(inputs)
@@ -123,17 +121,14 @@ class _Served:
         )
 
     def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> float:
-        """Raise ValueError with the cause where embeddings differ; returns the distance."""
+        """Raise ValueError with the cause if embeddings differ; return their distance."""
         compared = self.compare(served, inputs)
         if (text := compared.explain()) is not None:
             raise ValueError(f"{where}: {text}")
         return compared.measure()
 
     def require_equal_alone(self, inputs: Sequence[Any]) -> tuple[Tensor, float]:
-        """Send each input alone, as `require_equal`; returns the embeddings too.
-
-        Errors are looked for also in what half precision allows.
-        """
+        """Send each input alone, and compare them thoroughly; return embeddings and distance."""
         served = torch.cat([self.embed([one]) for one in inputs])
         compared = self.compare(served, inputs, in_sequence=True)
         if (text := compared.explain(thorough=True)) is not None:
@@ -149,7 +144,6 @@ class _Served:
         return self.describe(sum(map(len, batches)), max(distances))
 
     def describe(self, count: int, distance: float) -> str:
-        """Say how near embeddings are that are near enough."""
         return f"{count} embeddings at most {distance:.1e} off (allowed {self.tolerance:.0e})"
 
 
@@ -161,7 +155,7 @@ def _encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
 
 
 def _check_model(served: _Served) -> str:
-    """The folder itself has to give what it recorded, or nothing can be said of a server."""
+    """Check the folder itself first: a wrong one says nothing about a server."""
     tested = served.tested
     try:
         compared = compare_golden(tested.folder, tested.model, tested.processor)
@@ -191,7 +185,7 @@ def _check_texts(served: _Served) -> str:
 
 
 def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served], str]:
-    """Make the check that sends each of some inputs alone."""
+    """Make a check that sends each of these inputs in a request of its own."""
 
     def check(served: _Served) -> str:
         inputs = list_inputs(served)
@@ -201,7 +195,7 @@ def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served
 
 
 def _list_exact_texts(served: _Served) -> list[str]:
-    """Texts with what servers rewrite, and pairs that a cache by part of a text takes for one."""
+    """Texts that servers rewrite, and pairs that a cache keyed by part of a text mixes up."""
     shared = served.write_text(max(served.room - _TOKENS_OF_ENDS, 1))
     pairs = [*(f"{shared} {end}" for end in _ENDS), *(f"{end} {shared}" for end in _ENDS)]
     return [*EXACT_TEXTS, *pairs]
@@ -213,7 +207,7 @@ def _check_batched_texts(served: _Served) -> str:
 
 
 def _check_mixed_lengths(served: _Served) -> str:
-    """Texts from one token to the limit in one request, where padding and truncation show."""
+    """Send texts from one token to the limit at once, which shows padding and truncation."""
     room = served.room
     counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
     # Each begins with another word, so that none equals another that is truncated.
@@ -223,7 +217,7 @@ def _check_mixed_lengths(served: _Served) -> str:
 
 
 def _check_concurrent_texts(served: _Served) -> str:
-    """Many requests at once, each with other texts, as cross-talk between requests shows."""
+    """Send many requests at once, each with other texts, which shows cross-talk."""
     count = served.config.concurrency * _REQUESTS_PER_THREAD
     chooser = random.Random(0)
     pool = [*_TEXTS, *(f"{text} {n}" for n in range(8) for text in SHORT_TEXTS)]
@@ -235,7 +229,7 @@ def _check_concurrent_texts(served: _Served) -> str:
 
 
 def _check_long_text(served: _Served) -> str:
-    """A text beyond the limit: truncated as the model does, or refused."""
+    """A text beyond the limit must be truncated as by the model, or refused."""
     limit = served.tested.config.max_text_length
     long = f"{_WORDS * (limit // len(_WORDS.split()) + 2)}and an owl"
     try:
@@ -249,7 +243,7 @@ def _check_long_text(served: _Served) -> str:
 
 
 def _check_empty_text(served: _Served) -> str:
-    """An empty text has no embedding: a server has to say so."""
+    """An empty text has no embedding, and a server has to refuse it."""
     errors, statuses = [], set()
     for texts in _BLANK_REQUESTS:
         try:
@@ -279,7 +273,7 @@ def _embed_with(served: _Served, name: str, value: Any) -> Tensor:
 
 
 def _check_base64(served: _Served) -> str:
-    """OpenAI's client asks for base64 by default."""
+    """Check base64, which OpenAI's client asks for by default."""
     found = _embed_with(served, "encoding_format", "base64")
     wanted = served.client.embed_texts(_TEXTS)
     # The same numbers, once in decimals; a served model may round once more between two requests.
@@ -293,7 +287,7 @@ def _check_base64(served: _Served) -> str:
 
 
 def _check_dimensions(served: _Served) -> str:
-    """Fewer dimensions are the first ones at unit length."""
+    """Check that fewer dimensions are the first ones, at unit length."""
     count = max(served.tested.config.projection_dim // 2, 1)
     found = _embed_with(served, "dimensions", count)
     if found.shape[1] != count:
@@ -318,7 +312,7 @@ def _check_batched_images(served: _Served) -> str:
 
 
 def _check_concurrent_inputs(served: _Served) -> str:
-    """Texts and images at once."""
+    """Send texts and images at once."""
     known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
     count = served.config.concurrency * _REQUESTS_PER_THREAD
     inputs = [known[row % len(known)] for row in range(count)]

@@ -1,4 +1,4 @@
-"""Images of requests: base64, data URLs and, where allowed, web URLs; and their safe decoding."""
+"""Reads and decodes the images of requests: base64, data URLs and, where allowed, web URLs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
 
 class ImageInputs:
-    """Reads the images of requests, within the limits of a server."""
+    """Reads the images of requests within the limits of a server."""
 
     def __init__(self, config: ServeConfig) -> None:
         limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ class ImageInputs:
             )
 
     async def read(self, images: Sequence[str]) -> list[bytes]:
-        """Return the bytes of data URLs, web URLs or plain base64, in their order."""
+        """Return the bytes of images given as data URLs, web URLs or plain base64, in order."""
         contents: list[bytes] = []
         for start in range(0, len(images), _AT_ONCE):
             part = images[start : start + _AT_ONCE]
@@ -104,7 +104,7 @@ class ImageInputs:
 
 
 def decode_image(content: bytes, limits: ImageLimits) -> Image.Image:
-    """Decode an image of a request, upright RGB as everywhere in this package."""
+    """Decode an image of a request as upright RGB; RequestError if it is beyond the limits."""
     register_heif_reader()
     name = "An image of the request"
     try:

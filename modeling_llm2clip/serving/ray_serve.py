@@ -21,7 +21,11 @@ _OF_RAY = ("host", "port")
 
 
 def build(options: Mapping[str, Any]) -> Any:
-    """Build the application that `serve run` deploys."""
+    """Build the application that `serve run` deploys.
+
+    Options are the fields of `RayServeConfig`, as strings from the command line of `serve run` or
+    as values from a file of `serve deploy`.
+    """
     require(RAY_SERVE, *SERVE)
     from ray import serve
 
@@ -63,7 +67,7 @@ def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Return the value of an option, which the command line gives as a string."""
+    """Convert an option, which comes as a string from the command line."""
     try:
         return convert_value(name, value, hint)
     except ValueError:

@@ -15,7 +15,7 @@ _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Take the address, before anything costly. Connections are refused until the server runs."""
+    """Bind the address before anything costly; connections are refused until the server runs."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -60,12 +60,11 @@ def run_server(
 
 
 class _Server(uvicorn.Server):
-    """Says when it answers."""
+    """Calls `on_start` once it answers."""
 
     on_start: Callable[[], object] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
         await super().startup(sockets=sockets)
         if self.on_start is not None and self.started:
             self.on_start()

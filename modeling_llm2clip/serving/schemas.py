@@ -1,4 +1,4 @@
-"""Requests and responses: OpenAI's, with images in the three ways that clients send them today.
+"""Requests and responses of the API: a superset of OpenAI's.
 
 | field | who sends it |
 | --- | --- |
@@ -108,7 +108,7 @@ class ImagePart(_Strict):
 
     @property
     def image(self) -> str:
-        """The address, as `ImageInput` has it."""
+        """The address, named as in `ImageInput`."""
         return self.image_url.url
 
 
@@ -218,7 +218,7 @@ class CohereInputsRequest(_CohereOptions, _HasInputs):
 
 
 def _one_of(*names: str) -> Discriminator:
-    """Choose a request by the one field of these that it has."""
+    """Choose the request that has exactly one of these fields."""
 
     def find(body: Any) -> str:
         has: Callable[[str], bool] = (
@@ -414,7 +414,7 @@ class ModelList(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, and what to do."""
+    """Message, type and place of an error."""
 
     message: str
     type: str
