@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -97,16 +98,18 @@ class EndpointClient:
 
     def connect(self, text: str) -> Tensor:
         """Embed one text, (1, width), and keep the first path that the server knows."""
-        for url in list(self.urls):
+        *others, last = self.urls
+        for url in others:
             try:
                 embeds = self.embed_texts([text], url=url)
             except EndpointError as error:
-                if error.status != 404 or url == self.urls[-1]:
+                if error.status != 404:
                     raise
             else:
                 self.urls = [url]
                 return embeds
-        raise AssertionError("there is at least one address")
+        self.urls = [last]
+        return self.embed_texts([text])
 
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
@@ -162,7 +165,7 @@ class EndpointClient:
         if body is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body, ensure_ascii=False).encode()
-        for number in range(1, _MAX_TRIES + 1):
+        for number in count(1):
             request = urllib.request.Request(url, data=data, headers=headers)
             try:
                 with self._opener.open(request, timeout=self.timeout_s) as reply:
@@ -174,7 +177,6 @@ class EndpointClient:
                 time.sleep(_read_wait(error.headers.get("Retry-After"), number))
             except (OSError, http.client.HTTPException) as error:
                 raise _describe_failure(url, error, self.timeout_s) from error
-        raise AssertionError("the last try returns or raises")
 
     @staticmethod
     def _load(content: bytes) -> Any:
@@ -213,15 +215,16 @@ def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
         found = error.read(2**16).decode(errors="replace")
     except (OSError, http.client.HTTPException) as failure:
         found = f"({failure})"
-    remedy = ""
-    if error.code in (401, 403):
-        remedy = " Put the server's API key into the environment variable of --api-key-env."
-    elif error.code in (404, 405):
-        remedy = " Give the address of the endpoint for embeddings, and its --schema."
-    elif 300 <= error.code < 400:
+    by_key = " Put the server's API key into the environment variable of --api-key-env."
+    by_address = " Give the address of the endpoint for embeddings, and its --schema."
+    by_waiting = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
+    remedies = {
+        401: by_key, 403: by_key, 404: by_address, 405: by_address,
+        429: by_waiting, 503: by_waiting,
+    }  # fmt: skip
+    remedy = remedies.get(error.code, "")
+    if 300 <= error.code < 400:
         remedy = f" It redirects to {error.headers.get('Location')!r}: give that address."
-    elif error.code in (429, 503):
-        remedy = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
     shown = " ".join(_find_message(found).split())[:_SHOWN]
     return EndpointError(
         f"{url} answered {error.code} {error.reason}: {shown!r}.{remedy}", status=error.code

@@ -61,11 +61,17 @@ class Comparison:
     encode_in_half: Callable[[], dict[str, Tensor]]
     in_sequence: bool = False
 
-    def measure(self) -> float:
-        """Return the largest distance; infinite if the widths differ."""
-        if self.served.shape != self.wanted.shape:
+    @property
+    def same_width(self) -> bool:
+        """Whether the embeddings are as wide as the model's."""
+        return self.served.shape == self.wanted.shape
+
+    def measure(self, *, directions: bool = False) -> float:
+        """Return the largest distance, of `directions` alone; infinite if the widths differ."""
+        if not self.same_width:
             return float("inf")
-        return float(measure_distances(self.served, self.wanted).max())
+        served = F.normalize(self.served, dim=-1) if directions else self.served
+        return float(measure_distances(served, self.wanted).max())
 
     def explain(self, *, thorough: bool = False) -> str | None:
         """Return one or two sentences on the difference and its cause; None if there is none.
@@ -78,12 +84,6 @@ class Comparison:
             if (text := find(self)) is not None:
                 return text
         return _find_rounded(self) or _find_cause(self)
-
-    def measure_direction(self) -> float:
-        """Return the largest distance between unit embeddings; infinite if the widths differ."""
-        if self.served.shape != self.wanted.shape:
-            return float("inf")
-        return float(measure_distances(F.normalize(self.served, dim=-1), self.wanted).max())
 
     def find_variants(self) -> list[tuple[float, str]]:
         """Compute each variant until one fits; return distances and names, nearest first."""
@@ -109,7 +109,7 @@ class Comparison:
             return self._measure_from(variant.compute(self.inputs), rows)
         direction = F.normalize(self.served, dim=-1)
         own = torch.full((len(rows),), torch.inf)
-        if self.served.shape == self.wanted.shape:
+        if self.same_width:
             own = measure_distances(direction, self.wanted)
         worst = int(own.argmax())
         distance = self._measure_from(variant.compute([self.inputs[worst]]), [worst])
@@ -133,7 +133,7 @@ class Comparison:
         return f", and lengths are {float(lengths.min()):.3g} to {float(lengths.max()):.3g}, not 1"
 
     def describe_distance(self) -> str:
-        if self.served.shape[1] != self.wanted.shape[1]:
+        if not self.same_width:
             return (
                 f"the embeddings have {self.served.shape[1]} dimensions, the model's have "
                 f"{self.wanted.shape[1]}"
@@ -149,7 +149,7 @@ class Comparison:
 def _find_rounded(compared: Comparison) -> str | None:
     """Name the rounding of the values if it alone explains the difference."""
     rounding = find_rounding(compared.served)
-    if rounding is None or compared.served.shape != compared.wanted.shape:
+    if rounding is None or not compared.same_width:
         return None
     if rounding in _HALF:
         rounded = compared.wanted.to(_HALF[rounding]).float()
@@ -166,7 +166,7 @@ def _find_rounded(compared: Comparison) -> str | None:
 
 def _find_cause(compared: Comparison) -> str:
     """Name the variant, or the dtype, that gives these embeddings."""
-    found, moved = compared.find_variants(), compared.measure_direction()
+    found, moved = compared.find_variants(), compared.measure(directions=True)
     if found and _explains(found[0][0], moved, tolerance=compared.tolerance):
         distance, name = found[0]
         return (
@@ -187,7 +187,7 @@ def _find_half_precision(compared: Comparison) -> str | None:
 
     It takes several embeddings, because a single one may move in that direction by chance.
     """
-    if compared.served.shape != compared.wanted.shape or len(compared.wanted) < 2:
+    if not compared.same_width or len(compared.wanted) < 2:
         return None
     error = F.normalize(compared.served, dim=-1) - compared.wanted  # (N, P)
     for dtype, embeds in compared.encode_in_half().items():
@@ -209,7 +209,7 @@ def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
 
 def _find_closer(compared: Comparison) -> str | None:
     """Name the variant that explains a difference which rounding could explain, too."""
-    own = compared.measure_direction()
+    own = compared.measure(directions=True)
     found = compared.find_variants()
     if not found or found[0][0] > _EXPLAINED * own:
         return None
@@ -259,7 +259,7 @@ def _find_equal_rows(compared: Comparison) -> str | None:
 def _find_crosstalk(compared: Comparison) -> str | None:
     """Detect inputs that have the embedding of another."""
     served, wanted = compared.served, compared.wanted
-    if served.shape != wanted.shape:
+    if not compared.same_width:
         return None
     own = measure_distances(served, wanted)
     swapped = []
@@ -314,9 +314,9 @@ def _describe_shared(first: Any, second: Any) -> str:
 
 
 def _find_length(compared: Comparison) -> str | None:
-    if compared.served.shape != compared.wanted.shape:
+    if not compared.same_width:
         return None
-    lengths, direction = compared.served.norm(dim=-1), compared.measure_direction()
+    lengths, direction = compared.served.norm(dim=-1), compared.measure(directions=True)
     if find_rounding(compared.served) == "integers" and direction <= _QUANTIZED:
         return "the values are integers: embeddings are quantized, where float was asked for."
     if direction > compared.tolerance:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -88,15 +89,11 @@ def tune_ann(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
     best = ann
-    for refine_factor in _REFINE_FACTORS:
-        for nprobes in _list_nprobes(ann.num_partitions):
-            tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
-            found = search_all(database, queries, ann=tried)
-            tried = replace(tried, recall_at_10=round(measure_recall(found, greatest), 4))
-            if tried.recall_at_10 > best.recall_at_10:
-                best = tried
-            if best.recall_at_10 >= min_recall:
-                break
+    for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
+        tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
+        found = search_all(database, queries, ann=tried)
+        tried = replace(tried, recall_at_10=round(measure_recall(found, greatest), 4))
+        best = max(best, tried, key=lambda one: one.recall_at_10)
         if best.recall_at_10 >= min_recall:
             break
     return replace(

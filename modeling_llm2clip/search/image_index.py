@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -286,8 +287,9 @@ class ImageIndex:
         else:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
+        ann, most = self._choose_ann(where, exact, num_rows), min(top_k, num_rows)
         found = [
-            self._search_one(one, row, min(top_k, num_rows), where, exact, num_rows)
+            self._search_one(one, row, most, where, ann)
             for one, row in zip(named, embeds, strict=True)
         ]
         self._require_same_model()  # it may have been replaced meanwhile
@@ -339,15 +341,12 @@ class ImageIndex:
         embedding: np.ndarray[Any, Any],
         top_k: int,
         where: str | None,
-        exact: bool,
-        num_rows: int,
+        ann: AnnIndex | None,
     ) -> SearchResult:
-        if num_rows == 0:
-            return SearchResult(query.name, [], query.image)
-        ann = self._choose_ann(where, exact, num_rows)
-        rows = self._database.search(embedding, top_k=top_k, where=where, ann=ann)
+        find = partial(self._database.search, embedding, top_k=top_k, where=where)
+        rows = find(ann=ann) if top_k else []
         if ann is not None and len(rows) < top_k:  # the partitions that were visited have no more
-            rows = self._database.search(embedding, top_k=top_k, where=where)
+            rows = find()
         hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
         columns = [{name: row[name] for name in COLUMNS} for row in rows]
         return SearchResult(query.name, hits, query.image, columns)

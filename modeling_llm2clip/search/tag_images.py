@@ -187,30 +187,21 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
     for image in tagged:
         num_images += 1
         num_untagged += not image.tags
+        labels = [
+            {
+                "label": tag.label,
+                "cosine": round(tag.cosine, 6),
+                "probability": round(tag.probability, 6),
+            }
+            for tag in image.tags
+        ]
         if style == ".csv":
-            writer.writerows(_list_rows(image))
+            ranked = [{"rank": rank, **label} for rank, label in enumerate(labels, start=1)]
+            writer.writerows({"image": image.path, **row} for row in ranked or [{}])
         else:
-            file.write(json.dumps(_to_record(image), ensure_ascii=False) + "\n")
+            record = {"image": str(image.path), "labels": labels}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return num_images, num_untagged
-
-
-def _list_rows(image: TaggedImage) -> Iterator[dict[str, Any]]:
-    if not image.tags:
-        yield {"image": image.path}
-    for rank, tag in enumerate(image.tags, start=1):
-        yield {"image": image.path, "rank": rank, **_to_numbers(tag)}
-
-
-def _to_record(image: TaggedImage) -> dict[str, Any]:
-    return {"image": str(image.path), "labels": [_to_numbers(tag) for tag in image.tags]}
-
-
-def _to_numbers(tag: Tag) -> dict[str, Any]:
-    return {
-        "label": tag.label,
-        "cosine": round(tag.cosine, 6),
-        "probability": round(tag.probability, 6),
-    }
 
 
 def _warn(text: str) -> None:
