@@ -93,7 +93,7 @@ class EndpointClient:
 
     @property
     def batches_images(self) -> bool:
-        """Whether one request may hold several images."""
+        """True if one request may hold several images."""
         return self.schema in ("cohere", "jina")
 
     def connect(self, text: str) -> Tensor:

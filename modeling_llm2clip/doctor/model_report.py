@@ -28,9 +28,9 @@ class Check:
     Attributes:
         name: Name of the check.
         passed: False also where it was skipped.
-        message: What was found; for an error, what was wanted and what to do.
-        skipped: Whether it could not run; `message` says why.
-        concern: Whether it passed and `message` says what a user must know; the summary repeats it.
+        message: The finding; for an error, also what was wanted and what to do.
+        skipped: True if it could not run, for the reason in `message`.
+        concern: True if it passed with a warning in `message`, which the summary repeats.
     """
 
     name: str

@@ -58,7 +58,7 @@ class ModelUnderTest:
 
     @property
     def has_processor_files(self) -> bool:
-        """Whether the folder has a processor, or should; that of a single tower may have none."""
+        """True if the folder has a processor, or should; a single tower may lack one."""
         names = ("processor_config.json", "preprocessor_config.json")
         is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
         return is_whole or any((self.folder / name).is_file() for name in names)

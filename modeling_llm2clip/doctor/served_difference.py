@@ -50,7 +50,7 @@ class Comparison:
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
         encode_in_half: Returns the model's own embeddings in each half precision.
-        in_sequence: Whether each input was sent alone, after the reply to the one before it.
+        in_sequence: True if each input was sent alone, after the reply to the one before it.
     """
 
     served: Tensor
@@ -63,7 +63,6 @@ class Comparison:
 
     @property
     def same_width(self) -> bool:
-        """Whether the embeddings are as wide as the model's."""
         return self.served.shape == self.wanted.shape
 
     def measure(self, *, directions: bool = False) -> float:

@@ -43,10 +43,10 @@ class Variant:
     """An error of a server, and a function that reproduces it.
 
     Attributes:
-        name: What the server does, as a sentence without a full stop.
-        compute: Takes N texts or images and returns what such a server would answer, (N, width)
+        name: A sentence on the error, without a full stop.
+        compute: Maps N texts or images to the embeddings of such a server, (N, width)
             float32 of unit length.
-        of_batch: Whether the embedding of an input depends on the others of its request.
+        of_batch: True if the embedding of an input depends on the others of its request.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""An approximate index, once it is faster than comparing with every image and finds enough.
+"""Trains an approximate index, and keeps it if it is faster than exact search and finds enough.
 
 Texts lie far from all images, on another side of the space, so that the images nearest to a text
-are spread over many partitions. How many a query must visit is therefore measured with texts: with
-queries that are images, a fraction of it would seem to be enough.
+are spread over many partitions. The number of partitions to visit is therefore measured with
+texts; with images as queries, a fraction of it would seem to be enough.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Report = Callable[[str], object]
 
 
 def needs_training(database: IndexDatabase) -> bool:
-    """Whether an index has so many new images that its partitions no longer fit them."""
+    """Return True if there are no partitions, or if they no longer fit the number of images."""
     ann = database.about.ann
     if ann is None:
         return True
@@ -54,7 +54,11 @@ def train_ann(
     always: bool,
     report: Report,
 ) -> AnnIndex:
-    """Train the approximate index, and keep it if it finds enough and is faster."""
+    """Train the approximate index; `is_used` of the result says if it was kept.
+
+    Queries are embeddings of texts, (Q, P) float32 of unit length. `always` keeps an index that is
+    slower or finds less.
+    """
     num_rows = database.count()
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
     report(f"Training an approximate index of {counted(num_rows, 'image')} …")
@@ -84,7 +88,7 @@ def train_ann(
 def tune_ann(
     database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any], *, min_recall: float
 ) -> AnnIndex:
-    """Choose how many partitions a query visits by the recall of texts, and measure it."""
+    """Choose and measure the fewest partitions per query that reach `min_recall`, or the best."""
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
@@ -107,7 +111,7 @@ def tune_ann(
 def search_all(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> list[Sequence[float]]:
-    """Search with each query."""
+    """Return the cosines that each query, (Q, P), finds."""
     return [
         [row["cosine"] for row in database.search(query, top_k=_TOP_K, ann=ann)]
         for query in queries
@@ -117,7 +121,7 @@ def search_all(
 def time_search(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> float:
-    """Measure the median milliseconds of a query, after one that warms up."""
+    """Measure the median milliseconds of a query, after a warm-up."""
     search_all(database, queries[:1], ann=ann)
     seconds = []
     for query in queries:
@@ -128,7 +132,6 @@ def time_search(
 
 
 def describe_ann(ann: AnnIndex) -> str:
-    """Say in one line what an approximate index finds, and how fast."""
     return (
         f"Approximate index: {ann.nprobes} of {ann.num_partitions} partitions per query, refined "
         f"{ann.refine_factor}-fold; recall@10 {ann.recall_at_10:.3f} of {ann.num_queries} texts; "

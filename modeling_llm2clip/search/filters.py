@@ -1,4 +1,4 @@
-"""The part of SQL that filters of an index may use, checked before LanceDB sees them.
+"""The subset of SQL that filters of an index may use, checked before the database sees them.
 
 LanceDB's parser goes one level deeper with each operator, so that a filter of two kilobytes can
 overflow its stack and end the process; and some functions of SQL make gigabytes out of a few
@@ -45,7 +45,7 @@ class _Token(NamedTuple):
 
 
 def check_filter(where: str, columns: Iterable[str]) -> None:
-    """Refuse a filter that is not in the part of SQL that is described above."""
+    """Raise ValueError, with the place and the remedy, for a filter outside of this subset."""
     names = list(columns)
     try:
         if len(where) > MOST_CHARACTERS:
@@ -56,7 +56,7 @@ def check_filter(where: str, columns: Iterable[str]) -> None:
 
 
 def explain_filter(where: str, problem: str, columns: Iterable[str]) -> str:
-    """Say what is wrong with a filter, and what is allowed."""
+    """Return what is wrong with a filter, and what is allowed."""
     shown = where if len(where) <= _SHOWN else where[: _SHOWN - 1] + "…"
     return (
         f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}; compare "

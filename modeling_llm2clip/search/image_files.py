@@ -1,4 +1,4 @@
-"""Image files in a folder: those that can be decoded here, what is left out, and their records."""
+"""The image files of a folder: which can be decoded, which are left out, and their records."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ImageFiles:
     closed_folders: list[Path] = field(default_factory=list)
 
     def describe_skipped(self) -> str:
-        """Count and name what is left out, and say how to have it read."""
+        """Return a line with names and a remedy for each reason to leave files out."""
         lines = [self._describe_formats()] if self.skipped else []
         for paths, what, remedy in (
             (self.dangling, "symbolic links that lead to no file", "Correct or remove them."),
@@ -173,7 +173,10 @@ def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a path leads to a file; from Python 3.14 on, `is_file` hides a disk that fails."""
+    """Return True for a path that leads to a file, and raise if it is the disk that fails.
+
+    From Python 3.14 on, `is_file` hides such failures.
+    """
     try:
         return S_ISREG(path.stat().st_mode)
     except PermissionError:

@@ -116,7 +116,7 @@ class ImageIndex:
 
     @property
     def about(self) -> About:
-        """What the index is of: model, folder, width of the embeddings, approximate index."""
+        """Model, folder, width of the embeddings, and approximate index."""
         return self._database.about
 
     @property
@@ -352,7 +352,7 @@ class ImageIndex:
         return SearchResult(query.name, hits, query.image, columns)
 
     def _choose_ann(self, where: str | None, exact: bool, num_rows: int) -> AnnIndex | None:
-        """Return the approximate index to use, if any, where so many images pass the filter."""
+        """Return the approximate index to use, if any; `num_rows` images pass the filter."""
         ann = self.about.ann
         if exact or ann is None or not ann.is_used:
             return None

@@ -1,4 +1,4 @@
-"""Builds the index of a folder of images: the model, the rows, the approximate index."""
+"""Builds the index of a folder of images: rows, and approximate index."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build_index(
     *,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, QueryEncoder]:
-    """Index a folder of images, or bring an index in line with its folder."""
+    """Index a folder, or update its index; return the database and the encoder of its queries."""
     find_device(config.device)  # before what takes long
     files = list_images(image_dir)
     warn, say = report or _warn, report or _ignore
@@ -103,7 +103,7 @@ def _update_ann(
     has_changed: bool,
     report: Report,
 ) -> None:
-    """Train, measure anew or drop the approximate index, as the number of images asks for."""
+    """Train, tune or drop the approximate index, depending on the number of images."""
     about = database.about
     if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
         if about.ann is not None:
@@ -131,7 +131,7 @@ def _update_ann(
 
 
 def choose_texts(count: int) -> list[str]:
-    """Choose different English captions of the images that come with the package."""
+    """Choose different English captions of the example images, the same ones at each call."""
     captions: set[str] = set()
     for name in ("photographs", "emoji"):
         file = find_example_data() / name / "captions.jsonl"
@@ -147,7 +147,7 @@ def _note_place(
     image_dir: Path,
     tally: ImageTally,
 ) -> None:
-    """Note where model and images are now, if either was moved, and what was encoded."""
+    """Record where model and images are now, and which images were encoded."""
     about = replace(
         database.about,
         model=name_model(model),

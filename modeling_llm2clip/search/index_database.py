@@ -1,6 +1,6 @@
-"""An index of images in a database, without torch: what it is of, and what its rows hold.
+"""The database of an image index, without torch: its model, its rows, and its errors.
 
-It is checked for damage, filters and other models here, whatever the database.
+Filters, damage and other models are handled here, whatever the database.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SEEN_AFTER_S = 5
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTally:
-    """What an `ImageTally` has added up.
+    """The content of an `ImageTally`.
 
     Attributes:
         num_images: Images, at least one.
@@ -65,7 +65,7 @@ class About:
 
     Attributes:
         model: Folder or Hub id of the model.
-        fingerprint: What decides its embeddings.
+        fingerprint: Short texts on weights, tokenizer and prompt, which decide its embeddings.
         model_files: Digest of names, sizes and times of the model's files: while it stays the
             same, the fingerprint need not be computed again.
         image_dir: Folder of the images.
@@ -121,7 +121,7 @@ class IndexDatabase:
 
     @classmethod
     def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
-        """Make a database without images, or open the one that is there."""
+        """Open a database, or make one without images."""
         location = str(location)
         require_place(location, is_new=True)
         table = _connect(location)
@@ -141,10 +141,10 @@ class IndexDatabase:
         return cls(location, table, about)
 
     def refresh(self) -> None:
-        """See what other processes have written, if the last look was some seconds ago.
+        """Read what other processes have written, unless that was done seconds ago.
 
-        Images and `about` are looked at together, and `about` on both sides: whoever reads it after
-        a search has that of the images that were searched, even if they were replaced meanwhile.
+        `about` is read before and after the images: whoever reads it after a search has that of the
+        images that were searched, even if they were replaced meanwhile.
         """
         with self._lock:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
@@ -157,7 +157,7 @@ class IndexDatabase:
             self._looked_at = time.monotonic()
 
     def _read(self, function: Callable[[VectorTable], T]) -> T:
-        """Read the table, and once more after a new look: files go when it is replaced."""
+        """Read the table, and retry once after a refresh: files go when a database is replaced."""
         with _explained(self.location, "read"):
             try:
                 return function(self._table)
@@ -168,7 +168,7 @@ class IndexDatabase:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keep other processes from writing a database in a folder meanwhile."""
+        """Lock a database in a folder against other writers."""
         if "://" in self.location:  # object storage has no locks
             yield
             return
@@ -181,18 +181,17 @@ class IndexDatabase:
 
     @contextmanager
     def changing(self) -> Iterator[VectorTable]:
-        """Give the table to one that changes it, and explain its errors."""
+        """Yield the table for changes, and explain their errors."""
         with _explained(self.location, "written"):
             yield self._table
 
     def write_about(self, about: About) -> None:
-        """Replace what is noted of the index."""
         with self.changing() as table:
             _write_about(table, about)
         self.about = about
 
     def count(self, where: str | None = None) -> int:
-        """Count the images that pass a filter; ValueError where it is not one."""
+        """Count the images that pass a filter; ValueError if it is not valid."""
         if where is not None:
             check_filter(where, COLUMNS)
         self.refresh()
@@ -206,12 +205,12 @@ class IndexDatabase:
             raise ValueError(explain_filter(where, problem, COLUMNS)) from error
 
     def count_readable(self) -> int:
-        """Count the images by reading a number of each; `count` without a filter reads no file."""
+        """Count images by reading values; `count` without a filter reads no file."""
         self.refresh()
         return self._read(lambda table: table.count(_EVERY_IMAGE))
 
     def iterate(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Read columns in parts; the embeddings by `to_matrix`."""
+        """Yield columns of all images, or of those that pass a filter, in parts."""
         self.refresh()
         with _explained(self.location, "read"):
             yield from self._table.read(columns, where)
@@ -224,7 +223,7 @@ class IndexDatabase:
     def find_by_digest(
         self, digests: Sequence[str]
     ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
-        """Find images by the SHA-256 of their files: digest to facts and embedding, (P,)."""
+        """Map the SHA-256 of image files to facts and embedding, (P,), of those that are there."""
         found: dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]] = {}
         names = ["width", "height", "taken"]
         for condition in _list_conditions("sha256", digests):
@@ -235,7 +234,7 @@ class IndexDatabase:
         return found
 
     def write(self, rows: Mapping[str, Sequence[Any]], embeddings: np.ndarray[Any, Any]) -> None:
-        """Add images, and replace those whose path is there already, in one commit.
+        """Add images, and replace those of the same path, in one commit.
 
         Rows hold all columns and `stat`; embeddings are (rows, P).
         """
@@ -245,12 +244,11 @@ class IndexDatabase:
             table.write({**rows, "embedding": lists}, adds=True)
 
     def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Replace some columns of the files of these `path`, which were touched and not changed."""
+        """Replace some columns of files that were touched but not changed."""
         with self.changing() as table:
             table.write(rows, adds=False)
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Remove images by their paths below the folder."""
         with self.changing() as table:
             for condition in _list_conditions("path", paths):
                 table.delete(condition)
@@ -263,10 +261,10 @@ class IndexDatabase:
         where: str | None = None,
         ann: AnnIndex | None = None,
     ) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine with (P,) of unit length.
+        """Find the images with the greatest cosines to an embedding, (P,) of unit length.
 
-        Returns values of the columns and `cosine`, best first; of equal cosines by path. Without
-        `ann` every image is compared.
+        Returns columns and `cosine`, best first, ties by path. Without `ann` every image is
+        compared.
         """
         if where is not None:
             check_filter(where, COLUMNS)
@@ -276,7 +274,7 @@ class IndexDatabase:
     def require_same_fingerprint(
         self, source: object, by_modality: Mapping[str, Mapping[str, str]]
     ) -> None:
-        """Raise ValueError for a model that would give other embeddings, naming every difference.
+        """Raise ValueError, with every difference, for a model with other embeddings.
 
         A model of one modality is compared by that alone.
         """
@@ -294,7 +292,7 @@ class IndexDatabase:
 
 
 class DatabaseProcess(IndexDatabase):
-    """Counts and searches in a process of its own, while this one imports torch; writes nothing.
+    """Counts and searches in a process of its own, while this one imports torch; read-only.
 
     From the shell, a search is mostly imports: about two seconds of LanceDB, five of torch and
     transformers. Python imports one module at a time, so only another process does both at once.
@@ -314,17 +312,15 @@ class DatabaseProcess(IndexDatabase):
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self) -> DatabaseProcess:
-        """Wait until the database is open, and return it."""
+        """Wait until the database is open."""
         self.about = self._opening.result()
         return self
 
     def count(self, where: str | None = None) -> int:
-        """Count the images that pass a filter."""
         num_rows: int = self._pool.submit(_call, "count", where).result()
         return num_rows
 
     def search(self, embedding: np.ndarray[Any, Any], **options: Any) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine."""
         rows: list[dict[str, Any]] = self._pool.submit(
             _call, "search", embedding, **options
         ).result()
@@ -347,7 +343,7 @@ def _call(name: str, *args: Any, **options: Any) -> Any:
 
 
 def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Join what decides the embeddings of each modality, as an `About` holds it."""
+    """Flatten the fingerprints of the modalities into one, as in an `About`."""
     return {
         f"{modality} {name}": value
         for modality, fingerprint in by_modality.items()
@@ -373,7 +369,7 @@ def _require_about(location: str, table: VectorTable) -> About:
 
 
 def _read_about(location: str, table: VectorTable) -> About | None:
-    """Read what an index is of; None where there is no index."""
+    """Read the `About` of an index; None if there is no index."""
     with _explained(location, "read"):
         if ABOUT not in table.list_tables():
             return None
@@ -407,7 +403,7 @@ def _refuse(location: str) -> IndexUnavailableError:
 
 @contextmanager
 def _explained(location: str, what: str) -> Iterator[None]:
-    """Turn an error of the database into one that names it, what failed, and what to do."""
+    """Turn errors of the database into ones with its location and a remedy."""
     try:
         yield
     except IndexUnavailableError:
@@ -420,7 +416,7 @@ def _explained(location: str, what: str) -> Iterator[None]:
 
 
 def _shorten(error: BaseException) -> str:
-    """Take the first sentence of a database's error; LanceDB goes on with places in its source."""
+    """Return the first sentence of an error; LanceDB's go on with places in its source."""
     text = " ".join(str(error).split())
     return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")
 
@@ -431,7 +427,7 @@ def _to_matrix(column: pa.Array) -> np.ndarray[Any, Any]:
 
 
 def _list_conditions(column: str, values: Sequence[str]) -> Iterator[str]:
-    """Yield filters for some values at a time, because one must not grow without bounds."""
+    """Yield filters for some values at a time, so that none grows without bounds."""
     quoted = [f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values]
     for start in range(0, len(quoted), _VALUES_AT_ONCE):
         yield f"{column} IN ({', '.join(quoted[start : start + _VALUES_AT_ONCE])})"

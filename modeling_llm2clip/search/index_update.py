@@ -1,8 +1,8 @@
-"""Brings an index in line with its folder: new, changed and removed images, and nothing else.
+"""Updates an index to match its folder: new, changed and removed images, and nothing else.
 
 A file whose size and times are those of the last run is not read. One that was touched, renamed or
-copied is read and not encoded: what it contains has an embedding already. Images are committed some
-at a time, so that a run that is stopped or killed is continued by the next one.
+copied is read and not encoded, because its content has an embedding already. Images are committed
+some at a time, so that a run that is stopped or killed is continued by the next one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FactsAndEmbedding: TypeAlias = tuple[ImageFacts, np.ndarray[Any, Any]]
 
 @dataclass
 class UpdateCounts:
-    """What an update did.
+    """The effect of an update.
 
     Attributes:
         unchanged: Images that were there already.
@@ -66,11 +66,10 @@ class UpdateCounts:
 
     @property
     def has_changed(self) -> bool:
-        """Whether the index is another one than before."""
         return self.added + self.changed + self.removed > 0
 
     def describe_errors(self) -> str:
-        """Count and name the images that cannot be read, of at least one."""
+        """Count and name the images that cannot be read, at least one."""
         lines = "\n".join([*self.errors.values()][:_SHOWN] + ["…"] * (len(self.errors) > _SHOWN))
         return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
 
@@ -83,14 +82,14 @@ class _KnownFile:
 
 @dataclass
 class FolderUpdate:
-    """Writes the embeddings of new and changed images, and removes those of images that are gone.
+    """Writes embeddings of new and changed images, and removes those of images that are gone.
 
     Attributes:
         database: The index, which this process may write.
         image_dir: Its folder.
         encoder: Its model; the vision tower is loaded if there is anything to encode.
         config: How images are encoded.
-        tally: Gets the images that are encoded.
+        tally: Tally that the encoded images are added to.
         counts: What was done so far, and the images that cannot be read.
     """
 
@@ -110,7 +109,7 @@ class FolderUpdate:
         self._digests = {file.sha256 for file in self._known.values()}
 
     def run(self, paths: Sequence[Path]) -> UpdateCounts:
-        """Bring the index in line with all image files of its folder."""
+        """Update the index for all image files of its folder."""
         named = self._name(paths)
         # Before a file is read, so that one that is written meanwhile is noticed.
         stats = map(partial(_try, Path.stat), named.values())
@@ -175,7 +174,7 @@ class FolderUpdate:
         self.counts.added += len(names) - num_changed
 
     def _describe_files(self, names: list[str]) -> dict[str, list[Any]]:
-        """List the columns that change with a file, whatever it contains."""
+        """Return the columns that depend on the file and not on its content."""
         stats = [self._stats[name] for name in names]
         return {
             "path": names,
@@ -186,10 +185,10 @@ class FolderUpdate:
     def _find_or_encode(
         self, digests: dict[str, str], part: dict[str, Path], progress: tqdm[Any]
     ) -> dict[str, _FactsAndEmbedding]:
-        """Return facts and embedding by digest: from the index, or else by the model.
+        """Return facts and embedding by digest, from the index or else from the model.
 
-        Of equal files the first is encoded. If it was written since it was hashed, what it holds
-        now says nothing of the others, and the next one is encoded.
+        Among equal files the first is encoded. If it was written since it was hashed, its content
+        says nothing about the others, and the next one is encoded.
         """
         known = [digest for digest in set(digests.values()) if digest in self._digests]
         found = self.database.find_by_digest(known)
@@ -212,7 +211,7 @@ class FolderUpdate:
     def _encode(
         self, digests: dict[Path, str], progress: tqdm[Any]
     ) -> tuple[dict[str, _FactsAndEmbedding], dict[str, str]]:
-        """Encode files; return what was found and errors, each by the digest it is sure of."""
+        """Encode files; return what was found, and errors, by the digests that are certain."""
         encoded = encode_readable_images(
             self.encoder.vision_model,
             self.encoder.processor,
@@ -235,7 +234,7 @@ class FolderUpdate:
         return found, {digests[path]: error for path, error in errors if path in same}
 
     def _refuse_written(self, part: dict[str, Path]) -> None:
-        """Make errors of files that are no longer what their size and times are noted of."""
+        """Record an error for each file that was written while it was read."""
         for name, path in part.items():
             if path in self.counts.errors:
                 continue
@@ -254,7 +253,7 @@ class FolderUpdate:
     def _keep_readable(
         self, named: dict[str, Path], results: Iterable[T | OSError]
     ) -> dict[str, T]:
-        """Return what was read of files; one that is gone or closed to us becomes an error."""
+        """Return the results of readable files, and record an error for each other one."""
         kept = {}
         for (name, path), found in zip(named.items(), results, strict=True):
             if isinstance(found, OSError):
@@ -265,7 +264,7 @@ class FolderUpdate:
         return kept
 
     def _name(self, paths: Sequence[Path]) -> dict[str, Path]:
-        """Name each file by its path below the folder, which has to be Unicode."""
+        """Name each file by its path below the folder, which must be Unicode."""
         named = {}
         for path in paths:
             name = self._relative(path)
@@ -282,7 +281,7 @@ class FolderUpdate:
 
 
 def describe_stat(stat: os.stat_result) -> str:
-    """Describe a file by what changes whenever it is written: size and times."""
+    """Return size and times of a file, which change whenever it is written."""
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 

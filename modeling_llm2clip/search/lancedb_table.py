@@ -1,4 +1,4 @@
-"""The table of images in LanceDB, in a folder or on object storage; the only file that knows it.
+"""The table of images in LanceDB; no other file of the index knows LanceDB.
 
 | table | rows |
 | --- | --- |
@@ -39,7 +39,7 @@ _DISTANCE = "dot"
 
 
 class LanceTable:
-    """A connection to LanceDB, and its table of images once that is there."""
+    """A `VectorTable` in a folder or on object storage."""
 
     def __init__(self, location: str) -> None:
         require(LANCEDB)
@@ -51,20 +51,16 @@ class LanceTable:
         self._table: Any = None
 
     def list_tables(self) -> Sequence[str]:
-        """List the tables."""
         return list(self._connection.list_tables().tables)
 
     def read_about(self) -> pa.Table:
-        """Read the table of notes."""
         return self._connection.open_table(ABOUT).to_arrow()
 
     def write_about(self, rows: pa.Table) -> None:
-        """Replace the table of notes in one commit."""
         mode = "overwrite" if ABOUT in self.list_tables() else "create"
         self._connection.create_table(ABOUT, data=rows, mode=mode)
 
     def create(self, width: int) -> None:
-        """Make the table of images."""
         self._connection.create_table(IMAGES, schema=make_schema(width))
 
     def reopen(self) -> None:
@@ -72,18 +68,16 @@ class LanceTable:
         self._table = self._connection.open_table(IMAGES)
 
     def count(self, where: str | None = None) -> int:
-        """Count images; without a filter no file of values is read."""
+        """Count images; without a filter this reads no file of values."""
         return int(self._table.count_rows(where))
 
     def read(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Read columns in parts."""
         query = self._table.search().select(list(columns))
         if where is not None:
             query = query.where(where)
         yield from query.to_batches(_READ_AT_ONCE)
 
     def write(self, rows: Mapping[str, Any], *, adds: bool) -> None:
-        """Merge rows by `path`, in one commit."""
         fields = [self._table.schema.field(name) for name in rows]
         merge = self._table.merge_insert("path").when_matched_update_all()
         if adds:
@@ -91,19 +85,17 @@ class LanceTable:
         merge.execute(pa.table(dict(rows), schema=pa.schema(fields)))
 
     def delete(self, where: str) -> None:
-        """Remove images in one commit."""
         self._table.delete(where)
 
     def optimize(self) -> None:
-        """Compact the table, and take new images into the approximate index."""
         self._table.optimize(cleanup_older_than=_KEPT_FOR)
 
     def build_ann(self, num_partitions: int) -> None:
-        """Train an approximate index: partitions of embeddings in one bit per dimension.
+        """Train partitions of embeddings in one bit per dimension, by inner products.
 
-        It is one of inner products, which are cosines of unit embeddings. By them, a text visits
-        the partitions where its images are; by distances, which also count how far a partition is
-        from all texts, it would visit twice as many to find the same.
+        These are cosines of unit embeddings. By them, a text visits the partitions where its images
+        are; by distances, which also count how far a partition is from all texts, it would visit
+        twice as many to find the same.
         """
         from lancedb.index import IvfRq, IvfSq
 
@@ -119,7 +111,6 @@ class LanceTable:
         self._table.create_index("embedding", config=config, replace=True)
 
     def drop_ann(self) -> None:
-        """Remove all approximate indices."""
         for index in self._table.list_indices():
             self._table.drop_index(index.name)
 
@@ -131,7 +122,6 @@ class LanceTable:
         where: str | None,
         ann: AnnIndex | None,
     ) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine."""
         query = self._table.search(embedding, vector_column_name="embedding")
         query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
         if where is not None:
@@ -147,9 +137,9 @@ class LanceTable:
 
 
 def require_database_folder(folder: Path, *, is_new: bool = False) -> None:
-    """Raise IndexUnavailableError for a path that cannot be a database, and say what it is instead.
+    """Raise IndexUnavailableError for a path that is not a database, naming what it is.
 
-    With `is_new`, it may be missing, empty, or a database that was not finished.
+    With `is_new`, it may be missing, empty, or an unfinished database.
     """
     if is_new and not folder.is_file() and not _holds_others(folder):
         return
@@ -165,14 +155,14 @@ def require_database_folder(folder: Path, *, is_new: bool = False) -> None:
 
 
 def _holds_others(folder: Path) -> bool:
-    """Whether a folder is there and holds anything that is not of LanceDB."""
+    """Return True for a folder with files that are not of LanceDB."""
     if not folder.is_dir():
         return False
     return any(file.suffix != ".lance" and file.name != LOCK for file in folder.iterdir())
 
 
 def _find_storage_options(location: str) -> dict[str, str] | None:
-    """Pass on the endpoint of another S3 than Amazon's, which LanceDB does not look for."""
+    """Return the endpoint of an S3 service other than Amazon, which LanceDB does not look up."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if not location.startswith("s3://") or not endpoint:
         return None

@@ -1,4 +1,4 @@
-"""The model of an index: its name, what decides its embeddings, and the images it has encoded."""
+"""The model of an index: its name, its fingerprint, and the images that it has encoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DIGITS = 4  # of a sum of numbers below 1 over all images
 
 
 def find_whole_model(source: str | Path) -> Path:
-    """Find the folder of a model that texts and images can be searched with."""
+    """Find the folder of a trained model with both towers; ValueError for any other one."""
     require_own_model(source)
     folder = find_model_folder(source)
     config = LLM2CLIPConfig.from_pretrained(folder)
@@ -36,17 +36,17 @@ def find_whole_model(source: str | Path) -> Path:
 
 
 def name_model(source: str | Path) -> str:
-    """Return how an index names its model: the whole path of a folder, or a Hub id."""
+    """Return the name of a model in an index: the absolute path of a folder, or a Hub id."""
     return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
 
 
 def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
-    """Describe what decides the embeddings of texts and of images."""
+    """Return the fingerprints of the text and the image embeddings."""
     return {modality: fingerprint_embeddings(folder, modality) for modality in _MODALITIES}
 
 
 def hash_file_facts(folder: Path) -> str:
-    """Hash names, sizes and times of a model's files, which takes no time."""
+    """Hash names, sizes and times of a model's files, without reading them."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return hash_json(
         [[f.name, (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in files]
@@ -54,19 +54,18 @@ def hash_file_facts(folder: Path) -> str:
 
 
 def require_same_model(database: IndexDatabase, source: str | Path, folder: Path) -> None:
-    """Raise ValueError for a model that gives other embeddings than those of an index."""
+    """Raise ValueError for a model with other embeddings than those of an index."""
     if database.about.model_files != hash_file_facts(folder):
         database.require_same_fingerprint(source, fingerprint_whole_model(folder))
 
 
 def restore_tally(about: About) -> ImageTally:
-    """Restore the tally of the images that were encoded into an index."""
+    """Return the tally of the images that were encoded into an index."""
     stored = about.tally
     return ImageTally(stored.num_images, np.asarray(stored.total)) if stored else ImageTally()
 
 
 def store_tally(tally: ImageTally) -> StoredTally | None:
-    """Return a tally as an index holds it."""
     if not tally.num_images:
         return None
     return StoredTally(num_images=tally.num_images, total=np.round(tally.total, _DIGITS).tolist())

@@ -1,4 +1,4 @@
-"""Shows what a search found: an HTML page with links to the files, a PNG sheet, or text.
+"""Renders search results: an HTML page with links to the files, a PNG sheet, or text.
 
 The sheet is drawn with Pillow's own font, which has the letters of ASCII and few others, or, where
 matplotlib is installed, with its DejaVu Sans: Latin, Greek, Cyrillic, Hebrew, Arabic. A query in
@@ -75,7 +75,7 @@ section {{ margin-top: 1.5rem; padding-top: 1.25rem;
 
 
 class Hit(NamedTuple):
-    """What a page shows of an image that was found.
+    """An image that was found, as a page shows it.
 
     Attributes:
         path: Path, as a user reads it.
@@ -91,19 +91,19 @@ class Hit(NamedTuple):
 
 
 def note_rank(rank: int, cosine: float) -> str:
-    """Return rank and cosine of a hit in HTML."""
+    """Return rank and cosine as HTML."""
     return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
 
 
 def write_hits(hits: Iterable[Hit]) -> str:
-    """Write a list whose entries are links, each with an image, its rank and its path."""
+    """Return an HTML list of linked images with rank and path, styled by `HITS_CSS`."""
     return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
 
 
 def write_results_page(
     results: Sequence[SearchResult], path: Path, *, title: str, note: str
 ) -> None:
-    """Write an HTML page that holds small copies of the images and links to their files.
+    """Write an HTML page with thumbnails and relative links to the files.
 
     Links are relative to the page, so that page and images may be moved together.
     """
@@ -115,10 +115,7 @@ def write_results_page(
 
 
 def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
-    """Draw one row per query: the query, then its images with their cosines.
-
-    A query with letters that Pillow's own font lacks is named by its number.
-    """
+    """Draw one row per query: the query, then its images with their cosines."""
     columns = max(len(result.hits) for result in results)
     width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
     rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
@@ -131,7 +128,7 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
 
 
 def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
-    """Render search results as text."""
+    """Render results as tables, JSON or CSV, without a newline at the end."""
     if style == "json":
         return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
     if style == "csv":
@@ -171,7 +168,7 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
 
 
 def _find_font(text: str, *, size: int) -> _Font | None:
-    """Find a font that has every letter of a text, of Pillow's and matplotlib's own."""
+    """Return a font of Pillow or matplotlib with every letter of a text, if there is one."""
     letters = {letter for letter in text if not letter.isspace()}
     return next((font for font in _list_fonts(size) if _has_letters(font, letters)), None)
 
@@ -225,7 +222,7 @@ def _make_hit(image: Path, note: str, folder: Path) -> Hit:
 
 
 def _find_address(file: Path, folder: Path) -> str:
-    """Where a page in the folder finds a file: relative, unless it is on another drive."""
+    """Return the address of a file for a page: relative, unless it is on another drive."""
     try:
         return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
     except ValueError:
@@ -233,7 +230,7 @@ def _find_address(file: Path, folder: Path) -> str:
 
 
 def _shrink(image: Path, side: int = _SIDE) -> Image.Image:
-    """Decode and shrink an image; one that is gone since it was indexed is a gray square."""
+    """Decode and shrink an image; a missing one becomes a gray square."""
     try:
         thumbnail: Image.Image = load_images(str(image))
     except ValueError:
@@ -264,7 +261,7 @@ def _wrap(text: str, font: _Font, width: int) -> str:
 
 
 def _count_fitting(word: str, font: _Font, width: int) -> int:
-    """How many of a word's letters a line has room for, at least one."""
+    """Return how many letters of a word fit into a line, at least one."""
     lengths = range(2, len(word) + 1)
     return 1 + bisect_right(
         lengths, float(width), key=lambda length: float(font.getlength(word[:length]))

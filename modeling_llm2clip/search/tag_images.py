@@ -1,4 +1,4 @@
-"""Tags images: the labels of the greatest cosine, each label encoded once for all images."""
+"""Tags images with the labels of the greatest cosines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class TaggedFolder:
     Attributes:
         images: Each image, labeled as it is taken from here.
         num_truncated: Prompts of the labels that are longer than the model reads.
-        max_text_length: How many tokens it reads.
+        max_text_length: Maximum tokens per prompt.
     """
 
     images: Iterator[TaggedImage]
@@ -77,7 +77,7 @@ def tag_folder(
     config: TagConfig | None = None,
     report: Report | None = None,
 ) -> TaggedFolder:
-    """Label the images of a folder."""
+    """Label the images of a folder, in order, as they are taken from the result."""
     config = config or TagConfig()
     require_top_k(top_k)
     find_device(config.device)  # before what takes long
@@ -110,7 +110,7 @@ def _encode(
     report: Report,
     tally: ImageTally,
 ) -> EmbeddedImages:
-    """Encode the images of a folder, and skip or refuse those that are broken."""
+    """Encode the images of a folder, and skip or refuse broken ones."""
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
             model, processor, paths, progress=progress,
@@ -137,7 +137,7 @@ def _judge_errors(errors: Sequence[str], total: int, config: TagConfig, report: 
 def _read_index(
     model: str | Path, image_dir: Path, config: TagConfig, report: Report | None
 ) -> Iterator[EmbeddedImages]:
-    """Bring the index up to date, and read its embeddings."""
+    """Update the index, and yield its embeddings."""
     assert config.index is not None
     index = ImageIndex.build(
         model,
@@ -164,7 +164,7 @@ def tag_images(
     top_k: int = 3,
     threshold: float | None = None,
 ) -> Iterator[TaggedImage]:
-    """Yield the labels of each image; each label is encoded once."""
+    """Yield the labels of each image; embeddings are (images, P) of unit length."""
     label_embeds = average_prompts(encode_tokenized_texts(model, processor, prompts), labels)
     scale = float(model.logit_scale())
     for paths, embeds in parts:
@@ -176,9 +176,10 @@ def tag_images(
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
-    """Write tags as CSV, one line per label, or as JSON lines, one per image.
+    """Write tags as CSV, a line per label, or as JSON lines, a line per image.
 
-    An image without a label has a line too; in CSV its other columns are empty.
+    An image without a label has a line, too; in CSV its other columns are empty. Returns the number
+    of images, and the number of images without a label.
     """
     num_images = num_untagged = 0
     writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")

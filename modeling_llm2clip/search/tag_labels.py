@@ -1,4 +1,4 @@
-"""Reads the labels that images are tagged with, and the prompts of each of them.
+"""Reads labels for tagging, and their prompts.
 
 Imports no torch, so that an invalid file is reported at once.
 
@@ -42,7 +42,7 @@ class Label:
 
 
 def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label]:
-    """Read a file of labels."""
+    """Read a file of labels in UTF-8, in its order; templates have one `{}` for the label."""
     check_templates(templates)
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
@@ -54,7 +54,7 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
 
 
 def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> list[Label]:
-    """Make labels of their names."""
+    """Make labels from their names, in order."""
     check_templates(templates)
     prompts_of: list[tuple[str, list[str]]] = [(name.strip(), []) for name in names]
     _check(prompts_of)
@@ -62,7 +62,7 @@ def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> 
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates that say nowhere, or more than once, where a label goes."""
+    """Raise ValueError for templates without exactly one `{}`."""
     broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
     if broken:
         raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")

@@ -1,6 +1,7 @@
-"""The seam between an image index and a database: one table of images, and one row of notes.
+"""The seam between an image index and its database.
 
-Another database is a class with these methods in a file of its own, and a line in `open_table`.
+Another database is a class with the methods of `VectorTable` in a file of its own, and a line in
+`open_table`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _REFINED_MORE = 4
 
 
 class IndexUnavailableError(ValueError):
-    """An index that cannot be searched, whatever the query: gone, damaged or of another model."""
+    """An index that no query can search: gone, damaged or of another model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class AnnIndex:
         query_ms: Median milliseconds of a query.
         exact_query_ms: Median milliseconds of a query without the index.
         build_s: Seconds that training took.
-        is_used: Whether searches use it: it finds enough, and is faster than no index.
+        is_used: True if searches use it: it finds enough, and is faster than no index.
     """
 
     num_rows: int
@@ -81,36 +82,36 @@ class AnnIndex:
 
 
 class VectorTable(Protocol):
-    """The table of images in one database, which is there or is made by `create`.
+    """A table of images, and a table `about` with one row, in a database.
 
-    Searches of several threads may run at once. Its methods raise `ERRORS`.
+    Several threads may search at once. Methods raise `ERRORS`.
     """
 
     def list_tables(self) -> Sequence[str]:
-        """List those of `IMAGES` and `ABOUT` that are there."""
+        """List those of `IMAGES` and `ABOUT` that exist."""
 
     def read_about(self) -> pa.Table:
-        """Read the notes, whatever their columns."""
+        """Read the table `about`, whatever its columns."""
 
     def write_about(self, rows: pa.Table) -> None:
-        """Replace the notes."""
+        """Replace the table `about`."""
 
     def create(self, width: int) -> None:
-        """Make the table of images without rows, for embeddings of this width."""
+        """Make the table of images, for embeddings of this width."""
 
     def reopen(self) -> None:
-        """Read the version that is there now from here on, even if its number is lower."""
+        """Switch to the current version, even if its number is lower."""
 
     def count(self, where: str | None = None) -> int:
-        """Count images; with a filter by reading values, so that missing files are noticed."""
+        """Count images; with a filter, values are read, so that missing files are noticed."""
 
     def read(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Read columns in parts."""
+        """Yield columns in parts."""
 
     def write(self, rows: Mapping[str, Any], *, adds: bool) -> None:
-        """Replace what is given of the images of the same `path`, in one commit.
+        """Replace columns of the images with these `path`, in one commit.
 
-        With `adds`, all columns are given, and images of other paths are added.
+        With `adds`, all columns are given, and images with other paths are added.
         """
 
     def delete(self, where: str) -> None:
@@ -133,21 +134,21 @@ class VectorTable(Protocol):
         where: str | None,
         ann: AnnIndex | None,
     ) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine: their `COLUMNS`, and `cosine`, in any order.
+        """Find the images with the greatest cosines: `COLUMNS` and `cosine`, in any order.
 
         Without `ann` every image that passes the filter is compared.
         """
 
 
 def open_table(location: str) -> VectorTable:
-    """Connect to the database at a location: a folder, or a URI on object storage."""
+    """Connect to the database in a folder, or at a URI."""
     from .lancedb_table import LanceTable
 
     return LanceTable(location)
 
 
 def require_place(location: str, *, is_new: bool = False) -> None:
-    """Raise IndexUnavailableError for a place that cannot hold a database, or none yet."""
+    """Raise IndexUnavailableError for a place without a database; a new one may be empty."""
     from .lancedb_table import require_database_folder
 
     if "://" not in location:
@@ -155,7 +156,7 @@ def require_place(location: str, *, is_new: bool = False) -> None:
 
 
 def make_schema(width: int) -> pa.Schema:
-    """Return the schema of the images: `COLUMNS`, `stat`, and embeddings of this width."""
+    """Return the schema of the table of images: `COLUMNS`, `stat`, and `embedding`."""
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
     embedding = pa.list_(pa.float32(), width)
     return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", embedding)])

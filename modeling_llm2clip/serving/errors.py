@@ -17,9 +17,9 @@ class RequestError(Exception):
 
     Args:
         status: HTTP status.
-        message: What came, what was wanted, and what to do.
+        message: The error and its remedy, for the client.
         param: Field of the request; None for the request as a whole.
-        code: A short name that programs can compare.
+        code: A short name for programs.
         retry_after_s: Seconds after which the same request may succeed.
     """
 

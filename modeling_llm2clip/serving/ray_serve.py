@@ -1,4 +1,4 @@
-"""The same application under Ray Serve: replicas on many machines, more of them under load.
+"""The application under Ray Serve: replicas on many machines, more of them under load.
 
     serve run modeling_llm2clip.serving.ray_serve:build model=my-model max_replicas=4
 

@@ -378,7 +378,7 @@ class SearchResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server can answer."""
+    """State of the server."""
 
     status: Literal["ok", "degraded", "failed"] = Field(
         description="degraded: everything works but searches; failed: no model is running."
