@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -119,8 +118,13 @@ class TextVariants:
         return self._per_text(self._enclose)([change(text) for text in texts])
 
     def _encode_other_direction(self, texts: Sequence[str]) -> Tensor:
-        with _other_direction(self.tested):
-            return self._per_text(self._enclose)(texts)
+        model, bidirectional = self.tested.model, self.tested.config.bidirectional
+        with model.text_forward_lock():
+            set_attention_direction(model.text_model, bidirectional=not bidirectional)
+            try:
+                return self._per_text(self._enclose)(texts)
+            finally:
+                set_attention_direction(model.text_model, bidirectional=bidirectional)
 
     def _list_prompts(self) -> dict[str, _EmbedIds]:
         prefix, suffix, fit, embed = self.prefix, self.suffix, self._fit, self._embed
@@ -328,15 +332,6 @@ def _encode_resampled(
     return _encode_batch(tested, processor(images=list(images)))
 
 
-def _without_alpha(image: Image.Image) -> Image.Image:
-    return image.convert("RGB") if image.mode == "RGBA" else image
-
-
-def _without_exif(image: Image.Image) -> Image.Image:
-    # Pixels alone: a copy keeps the EXIF data.
-    return Image.frombytes(image.mode, image.size, image.tobytes())
-
-
 def _crop_square(image: Image.Image) -> Image.Image:
     image = load_images(image)
     side = min(image.size)
@@ -351,19 +346,13 @@ def _stretch_square(image: Image.Image) -> Image.Image:
 
 
 _IMAGE_ERRORS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "transparency is not put on white": _without_alpha,
-    "the EXIF rotation is not applied": _without_exif,
+    "transparency is not put on white": (
+        lambda image: image.convert("RGB") if image.mode == "RGBA" else image
+    ),
+    # Pixels alone: a copy keeps the EXIF data.
+    "the EXIF rotation is not applied": (
+        lambda image: Image.frombytes(image.mode, image.size, image.tobytes())
+    ),
     "images are cropped to a square where the model stretches them": _crop_square,
     "images are stretched to a square where the model crops them": _stretch_square,
 }
-
-
-@contextmanager
-def _other_direction(tested: ModelUnderTest) -> Iterator[None]:
-    text_model, bidirectional = tested.model.text_model, tested.config.bidirectional
-    with tested.model.text_forward_lock():
-        set_attention_direction(text_model, bidirectional=not bidirectional)
-        try:
-            yield
-        finally:
-            set_attention_direction(text_model, bidirectional=bidirectional)

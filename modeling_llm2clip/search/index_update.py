@@ -102,9 +102,9 @@ class FolderUpdate:
 
     def __post_init__(self) -> None:
         self._known = {
-            row["path"]: _KnownFile(row["stat"], row["sha256"])
+            path: _KnownFile(stat, sha256)
             for batch in self.database.iterate(["path", "stat", "sha256"])
-            for row in batch.to_pylist()
+            for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
         }
         self._digests = {file.sha256 for file in self._known.values()}
 

@@ -141,7 +141,9 @@ def require_database_folder(folder: Path, *, is_new: bool = False) -> None:
 
     With `is_new`, it may be missing, empty, or an unfinished database.
     """
-    if is_new and not folder.is_file() and not _holds_others(folder):
+    files = folder.iterdir() if folder.is_dir() else iter(())
+    has_others = any(file.suffix != ".lance" and file.name != LOCK for file in files)
+    if is_new and not folder.is_file() and not has_others:
         return
     if not folder.exists():
         raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")
@@ -152,13 +154,6 @@ def require_database_folder(folder: Path, *, is_new: bool = False) -> None:
         )
     if not (folder / f"{ABOUT}.lance").is_dir():
         raise IndexUnavailableError(f"{folder} is not a database of llm2clip index. {HOW_TO_INDEX}")
-
-
-def _holds_others(folder: Path) -> bool:
-    """Return True for a folder with files that are not of LanceDB."""
-    if not folder.is_dir():
-        return False
-    return any(file.suffix != ".lance" and file.name != LOCK for file in folder.iterdir())
 
 
 def _find_storage_options(location: str) -> dict[str, str] | None:
