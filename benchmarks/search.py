@@ -38,8 +38,7 @@ import numpy as np
 from provenance import describe_processor, read_commit, write_result
 
 from modeling_llm2clip.search.ann_index import train_ann
-from modeling_llm2clip.search.index_about import About
-from modeling_llm2clip.search.index_database import IndexDatabase
+from modeling_llm2clip.search.index_database import About, IndexDatabase
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Search: TypeAlias = Callable[[Array], list[int]]
@@ -234,7 +233,8 @@ def fill(folder: Path, images: Array) -> IndexDatabase:
             "stat": [str(time.timestamp()) for time in times],
         }
         database.write(facts, part)
-    database.optimize()
+    with database.changing() as table:
+        table.optimize()
     return database
 
 

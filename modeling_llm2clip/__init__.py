@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from .recipes.train import train
     from .scheduling.graceful_stop import StageInterrupt
     from .search.bulk_embedding import embed
-    from .search.image_folder_records import records_from_images
+    from .search.image_files import records_from_images
     from .search.image_index import ImageIndex
     from .serving.app import create_app
     from .serving.service import EmbeddingService
@@ -126,7 +126,7 @@ _HOMES = {
     "publishing.push_to_hub": ("push_to_hub",),
     "recipes.train": ("train",),
     "search.bulk_embedding": ("embed",),
-    "search.image_folder_records": ("records_from_images",),
+    "search.image_files": ("records_from_images",),
     "search.image_index": ("ImageIndex",),
     "serving.app": ("create_app",),
     "serving.service": ("EmbeddingService",),

@@ -68,6 +68,11 @@ LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 
 
+def list_needs_of_index(location: str | None) -> list[Need]:
+    """List what the database of an image index needs; nothing where there is none."""
+    return [] if location is None else [LANCEDB]
+
+
 class MissingExtraError(ImportError):
     """Optional packages are missing; the message has the command that installs them."""
 

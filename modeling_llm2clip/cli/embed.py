@@ -132,7 +132,7 @@ def _read_image_folder(
     data: str, reading: DataConfig, config: EmbedConfig, *, check_images: bool
 ) -> RecordTable:
     """Read a folder that has images alone, of which options on captions say nothing."""
-    from ..search.image_folder_records import records_from_images
+    from ..search.image_files import records_from_images
 
     if reading.captions_from is not None or reading.image_dir is not None:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import FAISS, LANCEDB, require
+from .._extras import FAISS, list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
@@ -42,7 +42,8 @@ def index(
         limits: Which images are decoded.
         config: How the images are encoded, and when an approximate index is built.
     """
-    require(LANCEDB, *list_needs_of_model(model), *([FAISS] if faiss is not None else []))
+    needs = [*list_needs_of_index(db), *list_needs_of_model(model)]
+    require(*needs, *([FAISS] if faiss is not None else []))
     from ..model_folders.model_types import require_own_model
 
     if faiss is not None:

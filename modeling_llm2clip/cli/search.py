@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from .._extras import LANCEDB, require
+from .._extras import list_needs_of_index, require
 from ..configs.config_fields import DeviceConfig, Range
 from ..configs.data_config import ImageLimitsConfig
 from .chosen_device import use_device
@@ -72,14 +72,14 @@ def search(
     """
     use_image_limits(limits)
     _require_database(db, queries)
-    require(LANCEDB)
+    require(*list_needs_of_index(db))
     _require_queries(queries, image)
     if output is not None:
         _require_page_folder(output)
     if "://" not in db:
-        from ..search.index_database import require_database_folder
+        from ..search.vector_table import require_place
 
-        require_database_folder(Path(db))
+        require_place(db)
     from ..model_folders.model_types import holds_graphs
     from ..search.image_index import ImageIndex
     from ..search.results_page import render_search_results
@@ -116,7 +116,7 @@ def _opening(db: str, where: str | None, *, apart: bool) -> Iterator[Callable[[]
         What waits for the database.
     """
     if apart:
-        from ..search.database_process import DatabaseProcess
+        from ..search.index_database import DatabaseProcess
 
         with DatabaseProcess(db, where) as process:
             yield process.wait

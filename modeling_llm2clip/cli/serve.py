@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .._extras import LANCEDB, ONNX_RUNTIME, PAGE, SERVE, require
+from .._extras import ONNX_RUNTIME, PAGE, SERVE, list_needs_of_index, require
 from ..configs.serve_config import ServeConfig
 from .chosen_device import use_device
 from .command import command
@@ -44,7 +44,7 @@ def serve(
         config: How requests are batched, and what is refused.
     """
     is_onnx = config.backend == "onnx"
-    optional = [*([PAGE] if page else []), *([] if index is None else [LANCEDB])]
+    optional = [*([PAGE] if page else []), *list_needs_of_index(index)]
     require(*SERVE, *optional, *([ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)))
     from ..model_folders.model_types import require_own_model
     from ..serving.run_server import bind_socket, run_server

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from .._extras import LANCEDB, require
+from .._extras import list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.config_fields import Range
 from ..configs.data_config import ImageLimitsConfig
@@ -57,8 +57,7 @@ def tag(
         limits: Which images are decoded.
         config: How the folder is encoded, and where its embeddings are kept.
     """
-    kept_in = [LANCEDB] if config.index is not None else []
-    require(*list_needs_of_model(model), *kept_in)
+    require(*list_needs_of_model(model), *list_needs_of_index(config.index))
     from ..model_folders.model_types import require_own_model
     from ..search.tag_labels import read_labels
 

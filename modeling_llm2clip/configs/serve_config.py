@@ -53,6 +53,10 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Networks that are not public and from which images may be fetched, such as 10.1.0.0/16.
     Default: none."""
 
+    def list_limits(self) -> dict[str, float]:
+        """Return the limits of images by their names; a download ends with its request."""
+        return {**super().list_limits(), "max_download_s": self.timeout_s}
+
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each network that cannot be read or is never used."""
         yield from super().find_conflicts()

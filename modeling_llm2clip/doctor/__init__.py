@@ -1,1 +1,1 @@
-"""Checks of a model folder: does it give the embeddings that it was written with?"""
+"""Checks that a model folder, or an endpoint, gives the embeddings it was written with."""

@@ -1,82 +1,51 @@
-"""The order of the checks, and what each of them needs."""
+"""The table of checks of a model folder, in order, with the checks that each one needs."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from .._suggestions import counted
 from ..encoding.devices import find_device
-from ..encoding.float32 import float32_as_such
 from ..model_folders.model_folder import find_model_folder
-from .file_checks import (
-    check_config,
-    check_finite_weights,
-    check_recorded_files,
-    check_remote_code,
-    check_training,
-    check_training_images,
-    check_weight_dtypes,
-)
-from .forward_checks import (
-    check_attention_direction,
-    check_batch_invariance,
-    check_finite_outputs,
-    check_loading,
-    check_padding_invariance,
-    check_pooled_span,
-    check_temperature,
-)
-from .model_report import Check, ConcernError, ModelReport, NotApplicableError
+from . import file_checks, forward_checks, reference_checks, tokenizer_checks
+from .model_report import Check, ModelReport, PlannedCheck, describe_error, run_checks
 from .model_under_test import ModelUnderTest
-from .reference_checks import check_golden_embeddings, check_sentence_transformers
-from .tokenizer_checks import (
-    check_padding_side,
-    check_processor,
-    check_prompt,
-    check_text_length,
-    check_tokenizer,
-    check_tokenizer_path,
-)
-
-
-@dataclass(frozen=True)
-class _PlannedCheck:
-    """A check, the earlier checks without which it cannot run, and the towers it is about."""
-
-    name: str
-    run: Callable[[ModelUnderTest], str]
-    needs: tuple[str, ...] = ()
-    towers: str | None = None
-
 
 _TEXT, _BOTH = "text", "both"
-_PLANNED_CHECKS = (
-    _PlannedCheck("config", check_config),
-    _PlannedCheck("training", check_training, ("config",)),
-    _PlannedCheck("training images", check_training_images),
-    _PlannedCheck("remote code", check_remote_code),
-    _PlannedCheck("finite weights", check_finite_weights),
-    _PlannedCheck("recorded files", check_recorded_files, ("config", "finite weights")),
-    _PlannedCheck("weight dtype", check_weight_dtypes, ("config",)),
-    _PlannedCheck("weights", check_loading, ("config",)),
-    _PlannedCheck("tokenizer", check_tokenizer, ("config",), _TEXT),
-    _PlannedCheck("processor", check_processor, ("config",)),
-    _PlannedCheck("padding side", check_padding_side, ("tokenizer",), _TEXT),
-    _PlannedCheck("text length", check_text_length, ("tokenizer",), _TEXT),
-    _PlannedCheck("prompt", check_prompt, ("tokenizer",), _TEXT),
-    _PlannedCheck("tokenizer path", check_tokenizer_path, ("tokenizer", "processor"), _TEXT),
-    _PlannedCheck("temperature", check_temperature, ("weights",), _BOTH),
-    _PlannedCheck("bidirectional", check_attention_direction, ("weights",), _TEXT),
-    _PlannedCheck("finite outputs", check_finite_outputs, ("weights", "prompt")),
-    _PlannedCheck("pooled span", check_pooled_span, ("finite outputs",), _TEXT),
-    _PlannedCheck("batch invariance", check_batch_invariance, ("finite outputs",)),
-    _PlannedCheck("padding invariance", check_padding_invariance, ("finite outputs",), _TEXT),
-    _PlannedCheck("golden embeddings", check_golden_embeddings, ("finite outputs", "processor")),
+_PLANNED_CHECKS: tuple[PlannedCheck[ModelUnderTest], ...] = (
+    PlannedCheck("config", file_checks.check_config),
+    PlannedCheck("training", file_checks.check_training, ("config",)),
+    PlannedCheck("training images", file_checks.check_training_images),
+    PlannedCheck("remote code", file_checks.check_remote_code),
+    PlannedCheck("finite weights", file_checks.check_finite_weights),
+    PlannedCheck("recorded files", file_checks.check_recorded_files, ("config", "finite weights")),
+    PlannedCheck("weight dtype", file_checks.check_weight_dtypes, ("config",)),
+    PlannedCheck("weights", forward_checks.check_loading, ("config",)),
+    PlannedCheck("tokenizer", tokenizer_checks.check_tokenizer, ("config",), _TEXT),
+    PlannedCheck("processor", tokenizer_checks.check_processor, ("config",)),
+    PlannedCheck("padding side", tokenizer_checks.check_padding_side, ("tokenizer",), _TEXT),
+    PlannedCheck("text length", tokenizer_checks.check_text_length, ("tokenizer",), _TEXT),
+    PlannedCheck("prompt", tokenizer_checks.check_prompt, ("tokenizer",), _TEXT),
+    PlannedCheck(
+        "tokenizer path", tokenizer_checks.check_tokenizer_path, ("tokenizer", "processor"), _TEXT
+    ),
+    PlannedCheck("temperature", forward_checks.check_temperature, ("weights",), _BOTH),
+    PlannedCheck("bidirectional", forward_checks.check_attention_direction, ("weights",), _TEXT),
+    PlannedCheck("finite outputs", forward_checks.check_finite_outputs, ("weights", "prompt")),
+    PlannedCheck("pooled span", forward_checks.check_pooled_span, ("finite outputs",), _TEXT),
+    PlannedCheck("batch invariance", forward_checks.check_batch_invariance, ("finite outputs",)),
+    PlannedCheck(
+        "padding invariance", forward_checks.check_padding_invariance, ("finite outputs",), _TEXT
+    ),
+    PlannedCheck(
+        "golden embeddings",
+        reference_checks.check_golden_embeddings,
+        ("finite outputs", "processor"),
+    ),
     # Last, because it frees the model.
-    _PlannedCheck("sentence-transformers", check_sentence_transformers, ("finite outputs",)),
+    PlannedCheck(
+        "sentence-transformers", reference_checks.check_sentence_transformers, ("finite outputs",)
+    ),
 )
 _TOWERS_OF: dict[str, set[str | None]] = {
     "LLM2CLIPModel": {None, _TEXT, _BOTH},
@@ -108,55 +77,19 @@ def check_model(
         True
     """
     device = str(find_device(device))
-    checks: list[Check] = []
     try:
         folder = find_model_folder(source, revision=revision)
     except Exception as error:  # the client raises anything for connections, names, permissions
-        checks.append(Check("folder", False, _describe(error)))
-        checks += [
-            Check(planned.name, False, "needs 'folder', which failed", skipped=True)
-            for planned in _PLANNED_CHECKS
-        ]
-        return ModelReport(str(source), checks)
-    checks.append(
-        Check("folder", True, f"{counted(sum(1 for _ in folder.iterdir()), 'entry')} in {folder}")
-    )
+        reason = "needs 'folder', which failed"
+        skipped = [Check(one.name, False, reason, skipped=True) for one in _PLANNED_CHECKS]
+        failed = Check("folder", False, describe_error(error))
+        return ModelReport(str(source), [failed, *skipped])
     tested = ModelUnderTest(folder, device)
-    unmet: dict[str, str] = {}
-    for planned in _PLANNED_CHECKS:
-        check, blocks = _run(planned, tested, unmet)
-        checks.append(check)
-        if blocks:
-            unmet[planned.name] = "did not run" if check.skipped else "failed"
-    return ModelReport(str(source), checks)
 
+    def find_obstacle(about: str | None) -> str | None:
+        model_class = getattr(tested.model_class, "__name__", "LLM2CLIPModel")
+        return None if about in _TOWERS_OF[model_class] else f"the folder holds an {model_class}"
 
-def _run(
-    planned: _PlannedCheck, tested: ModelUnderTest, unmet: dict[str, str]
-) -> tuple[Check, bool]:
-    """Make one check; returns it, and whether checks that need it must be skipped."""
-    reasons = [f"needs {name!r}, which {unmet[name]}" for name in planned.needs if name in unmet]
-    if reasons:
-        return Check(planned.name, False, "; ".join(reasons), skipped=True), True
-    model_class = getattr(tested.model_class, "__name__", "LLM2CLIPModel")
-    if planned.towers not in _TOWERS_OF[model_class]:
-        reason = f"the folder holds an {model_class}"
-        return Check(planned.name, False, reason, skipped=True), False
-    try:
-        with float32_as_such():
-            return Check(planned.name, True, planned.run(tested)), False
-    except NotApplicableError as reason:
-        return Check(planned.name, False, str(reason), skipped=True), False
-    except ConcernError as concern:
-        return Check(planned.name, True, str(concern), concern=True), False
-    # A broken folder can raise anything anywhere; here all of it becomes a failed check.
-    except Exception as error:
-        return Check(planned.name, False, _describe(error)), True
-
-
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if not text:  # a bare assertion has only its place
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        text = f"raised at {frame.f_code.co_filename}, line {line}"
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+    found = f"{counted(sum(1 for _ in folder.iterdir()), 'entry')} in {folder}"
+    checks = run_checks(_PLANNED_CHECKS, tested, find_obstacle)
+    return ModelReport(str(source), [Check("folder", True, found), *checks])

@@ -1,4 +1,4 @@
-"""Asks an embedding endpoint in the request schemas in use, by the standard library alone."""
+"""A client of embedding endpoints in the common request schemas, on the standard library alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,10 +46,10 @@ class EndpointError(ValueError):
 
 
 class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would turn a POST into a GET, and hand the API key to another host."""
+    """Follows no redirect: it would turn a POST into a GET, and leak the API key."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Follow none: the reply becomes an error."""
+        """Return no request, so that the reply becomes an error."""
 
 
 class EndpointClient:
@@ -88,36 +89,27 @@ class EndpointClient:
 
     @property
     def takes_images(self) -> bool:
-        """Whether the schema has images."""
         return self.schema != "openai"
 
     @property
     def batches_images(self) -> bool:
-        """Whether a request may have several images."""
+        """True if one request may hold several images."""
         return self.schema in ("cohere", "jina")
 
     def connect(self, text: str) -> Tensor:
-        """Embed one text, and keep the first path of the schema that the server knows.
-
-        Args:
-            text: A text.
-
-        Returns:
-            (1, width) float32.
-
-        Raises:
-            EndpointError: There is no server, or it gives no embedding.
-        """
-        for url in list(self.urls):
+        """Embed one text, (1, width), and keep the first path that the server knows."""
+        *others, last = self.urls
+        for url in others:
             try:
                 embeds = self.embed_texts([text], url=url)
             except EndpointError as error:
-                if error.status != 404 or url == self.urls[-1]:
+                if error.status != 404:
                     raise
             else:
                 self.urls = [url]
                 return embeds
-        raise AssertionError("there is at least one address")
+        self.urls = [last]
+        return self.embed_texts([text])
 
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
@@ -134,19 +126,7 @@ class EndpointClient:
     def embed_texts(
         self, texts: Sequence[str], *, url: str | None = None, **options: Any
     ) -> Tensor:
-        """Embed texts in one request.
-
-        Args:
-            texts: N texts.
-            url: Another address than the endpoint's.
-            options: Further fields of the request.
-
-        Returns:
-            (N, width) float32, as they came.
-
-        Raises:
-            EndpointError: The reply has not one embedding per text.
-        """
+        """Embed N texts in one request, (N, width) float32 as they came."""
         body: dict[str, Any] = {"input": list(texts)}
         if self.schema == "cohere":
             body = {"texts": list(texts), "embedding_types": ["float"]}
@@ -155,17 +135,7 @@ class EndpointClient:
         return self._embed({**body, **options}, count=len(texts), url=url)
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed images: in one request, or one request each where the schema has no batches.
-
-        Args:
-            images: N images, sent as PNG.
-
-        Returns:
-            (N, width) float32, as they came.
-
-        Raises:
-            EndpointError: The reply has not one embedding per image.
-        """
+        """Embed N images, (N, width), in one request if the schema has batches."""
         addresses = [_to_data_url(image) for image in images]
         if self.schema == "chat":
             parts = [{"type": "image_url", "image_url": {"url": one}} for one in addresses]
@@ -187,7 +157,7 @@ class EndpointClient:
         return _to_tensor(rows)
 
     def _send(self, url: str, body: dict[str, Any] | None) -> bytes:
-        """Send a request, again where the server asks to wait; None for the body is a GET."""
+        """Send a request, a GET without a body, and repeat it where the server asks to wait."""
         headers = {"Accept": "application/json", "User-Agent": "llm2clip-doctor"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
@@ -195,7 +165,7 @@ class EndpointClient:
         if body is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body, ensure_ascii=False).encode()
-        for number in range(1, _MAX_TRIES + 1):
+        for number in count(1):
             request = urllib.request.Request(url, data=data, headers=headers)
             try:
                 with self._opener.open(request, timeout=self.timeout_s) as reply:
@@ -207,7 +177,6 @@ class EndpointClient:
                 time.sleep(_read_wait(error.headers.get("Retry-After"), number))
             except (OSError, http.client.HTTPException) as error:
                 raise _describe_failure(url, error, self.timeout_s) from error
-        raise AssertionError("the last try returns or raises")
 
     @staticmethod
     def _load(content: bytes) -> Any:
@@ -221,7 +190,7 @@ class EndpointClient:
 
 
 def _read(reply: Any, *, timeout_s: float) -> bytes:
-    """Read a reply, no longer and no more than allowed."""
+    """Read a reply, within the limits on seconds and bytes."""
     end, parts, size = time.monotonic() + timeout_s, [], 0
     while part := reply.read1(2**16):
         parts.append(part)
@@ -246,15 +215,16 @@ def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
         found = error.read(2**16).decode(errors="replace")
     except (OSError, http.client.HTTPException) as failure:
         found = f"({failure})"
-    remedy = ""
-    if error.code in (401, 403):
-        remedy = " Put the server's API key into the environment variable of --api-key-env."
-    elif error.code in (404, 405):
-        remedy = " Give the address of the endpoint for embeddings, and its --schema."
-    elif 300 <= error.code < 400:
+    by_key = " Put the server's API key into the environment variable of --api-key-env."
+    by_address = " Give the address of the endpoint for embeddings, and its --schema."
+    by_waiting = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
+    remedies = {
+        401: by_key, 403: by_key, 404: by_address, 405: by_address,
+        429: by_waiting, 503: by_waiting,
+    }  # fmt: skip
+    remedy = remedies.get(error.code, "")
+    if 300 <= error.code < 400:
         remedy = f" It redirects to {error.headers.get('Location')!r}: give that address."
-    elif error.code in (429, 503):
-        remedy = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
     shown = " ".join(_find_message(found).split())[:_SHOWN]
     return EndpointError(
         f"{url} answered {error.code} {error.reason}: {shown!r}.{remedy}", status=error.code
@@ -262,7 +232,7 @@ def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
 
 
 def _find_message(text: str) -> str:
-    """Return what an error of OpenAI's or FastAPI's shape says, else all of it."""
+    """Return the message in an error of OpenAI's or FastAPI's shape, or else the whole text."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -287,7 +257,7 @@ def _describe_failure(url: str, error: Exception, timeout_s: float) -> EndpointE
 
 
 def _find_rows(content: Any) -> list[Any]:
-    """Return the embeddings of a reply of OpenAI's or Cohere's shape."""
+    """Return the embeddings in a reply of OpenAI's or Cohere's shape."""
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         rows = content["data"]
         if not all(isinstance(row, dict) and "embedding" in row for row in rows):
@@ -309,7 +279,7 @@ def _find_rows(content: Any) -> list[Any]:
 
 
 def _to_tensor(rows: list[Any]) -> Tensor:
-    """Turn rows of numbers, or of base64, into float32."""
+    """Turn rows of numbers, or of base64, into (N, width) float32."""
     arrays = [_decode(row) if isinstance(row, str) else _check(row) for row in rows]
     widths = sorted({len(array) for array in arrays})
     if len(widths) > 1:
@@ -342,7 +312,7 @@ def _decode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _to_data_url(image: Image.Image) -> str:
-    """Write an image as PNG, with its EXIF data."""
+    """Encode an image as PNG, with its EXIF data."""
     file = io.BytesIO()
     exif = image.getexif()
     # Noise, as in photographs, is not made smaller by trying harder.

@@ -33,11 +33,7 @@ _PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 
 def check_config(tested: ModelUnderTest) -> str:
-    """Read config.json, which must be complete, of this format, and free of contradictions.
-
-    Args:
-        tested: Gets its configuration and class.
-    """
+    """Read config.json, which must be complete, of this format, and free of contradictions."""
     raw = _read_json(tested.folder / "config.json")
     if raw.get("model_type") != LLM2CLIPConfig.model_type:
         raise ValueError(
@@ -60,22 +56,14 @@ def check_config(tested: ModelUnderTest) -> str:
 
 
 def check_training(tested: ModelUnderTest) -> str:
-    """Report parts with random weights: not an error, but useless before they are trained.
-
-    Args:
-        tested: The model.
-    """
+    """Warn of parts with random weights."""
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
     return "by its configuration, text adapter and projections are trained"
 
 
 def check_training_images(tested: ModelUnderTest) -> str:
-    """Read the summary of the images that the model was trained on, which must be of its tower.
-
-    Args:
-        tested: The model.
-    """
+    """Read the summary of the training images, which must fit the model's vision tower."""
     summary = read_training_images(tested.folder)
     if summary is None:
         return f"there is no {TRAINING_IMAGES_FILE}, and images unlike them are not noticed"
@@ -89,11 +77,7 @@ def check_training_images(tested: ModelUnderTest) -> str:
 
 
 def check_weight_dtypes(tested: ModelUnderTest) -> str:
-    """Require one floating-point dtype in all weight files, and float32 for the temperature.
-
-    Args:
-        tested: The model.
-    """
+    """Require one floating-point dtype in all weight files, and float32 for the temperature."""
     dtypes = {name: tensor.dtype for name, tensor in open_model_weights(tested.folder).items()}
     if getattr(tested.config, "quantization_config", None):
         found = sorted({_name(dtype) for dtype in dtypes.values()})
@@ -131,11 +115,7 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def check_finite_weights(tested: ModelUnderTest) -> str:
-    """Look for NaN and infinity in every weight.
-
-    Args:
-        tested: The model.
-    """
+    """Look for NaN and infinity in every weight."""
     count, errors = 0, []
     for name, tensor in iterate_tensors(list_model_files(tested.folder)):
         count += 1
@@ -156,11 +136,7 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
 
 
 def check_remote_code(tested: ModelUnderTest) -> str:
-    """Compare the folder's code with the installed package, and the code that its files name.
-
-    Args:
-        tested: The model.
-    """
+    """Compare the folder's code with the installed package, and the code that its files name."""
     folder = tested.folder
     wanted = {path.name: path for path in list_uploaded_files()}
     config = _read_json(folder / "config.json")
@@ -192,11 +168,7 @@ def check_remote_code(tested: ModelUnderTest) -> str:
 
 
 def check_recorded_files(tested: ModelUnderTest) -> str:
-    """Compare the files with those that the golden embeddings were computed with.
-
-    Args:
-        tested: The model.
-    """
+    """Compare the files with those that the golden embeddings were computed with."""
     if not require_recorded_files(tested.folder):
         raise NotApplicableError(f"{GOLDEN_FILE} is absent, or records no files")
     return "the files that decide embeddings are those that the folder was written with"
@@ -217,7 +189,7 @@ def _find_code_inside(folder: Path) -> list[str]:
 
 
 def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """List what saving writes as `auto_map` into each file of the folder that a loader reads."""
+    """List the `auto_map` that saving writes into each file that a loader reads."""
     architecture = (config.get("architectures") or [""])[0]
     model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
     of_processor = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
@@ -244,7 +216,7 @@ def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Check the extremes, which NaN propagates to: no copy of an embedding table is made."""
+    """Check the extremes, which NaN propagates to, so that no large tensor is copied."""
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 

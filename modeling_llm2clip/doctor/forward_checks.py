@@ -22,11 +22,7 @@ _MAX_LONG_WORDS = 512
 
 
 def check_loading(tested: ModelUnderTest) -> str:
-    """Load strictly: every weight must be used, and none may be missing.
-
-    Args:
-        tested: Gets its model.
-    """
+    """Load strictly: every weight must be used, and none may be missing."""
     model = tested.model_class.from_pretrained(tested.folder, local_files_only=True)
     tested.model = model.eval().requires_grad_(False).to(tested.device)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -34,11 +30,7 @@ def check_loading(tested: ModelUnderTest) -> str:
 
 
 def check_temperature(tested: ModelUnderTest) -> str:
-    """Require an inverse temperature in [1, 100]; outside, it is clamped.
-
-    Args:
-        tested: The model.
-    """
+    """Require an inverse temperature in [1, 100]; outside, it is clamped."""
     log_scale = float(tested.model.logit_scale.log_scale)
     # float32 rounds ln 100 by up to 5e-7; anything further was not written by a training.
     if not -1e-6 <= log_scale <= MAX_LOG_SCALE + 1e-6:
@@ -51,11 +43,7 @@ def check_temperature(tested: ModelUnderTest) -> str:
 
 
 def check_attention_direction(tested: ModelUnderTest) -> str:
-    """Require that tokens attend to all others, or only to earlier ones, as configured.
-
-    Args:
-        tested: The model.
-    """
+    """Require that tokens attend to all others, or only to earlier ones, as configured."""
     config, text_model = tested.model.config, tested.model.text_model
     errors = []
     if bool(config.text_config.is_causal) == config.bidirectional:
@@ -81,11 +69,7 @@ def check_attention_direction(tested: ModelUnderTest) -> str:
 
 
 def check_finite_outputs(tested: ModelUnderTest) -> str:
-    """Encode short, foreign and maximum-length texts, and images; none may give NaN or infinity.
-
-    Args:
-        tested: The model.
-    """
+    """Encode short, foreign and maximum-length texts, and images; none may give NaN or infinity."""
     errors, count = [], 0
     if tested.encodes_texts:
         num_words = min(tested.config.max_text_length, _MAX_LONG_WORDS)
@@ -108,11 +92,7 @@ def check_finite_outputs(tested: ModelUnderTest) -> str:
 
 
 def check_pooled_span(tested: ModelUnderTest) -> str:
-    """Require that caption and suffix are pooled: by number of tokens, and by value.
-
-    Args:
-        tested: The model.
-    """
+    """Require that caption and suffix alone are pooled, by number of tokens and by value."""
     config = tested.config
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
@@ -136,11 +116,7 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
 
 
 def check_batch_invariance(tested: ModelUnderTest) -> str:
-    """Require that a text or image alone has the embedding that it has in a batch.
-
-    Args:
-        tested: The model.
-    """
+    """Require that an input has the same embedding alone and in a batch."""
     compared: dict[str, tuple[Tensor, Tensor]] = {}
     if tested.encodes_texts:
         alone = torch.cat([tested.encode_texts([text]) for text in SHORT_TEXTS])
@@ -154,11 +130,7 @@ def check_batch_invariance(tested: ModelUnderTest) -> str:
 
 
 def check_padding_invariance(tested: ModelUnderTest) -> str:
-    """Require that padding on the left gives the embeddings of padding on the right.
-
-    Args:
-        tested: The model.
-    """
+    """Require that left and right padding give the same embeddings."""
     left, right = (
         tested.encode_texts(SHORT_TEXTS, padding_side=side, as_one_batch=True)
         for side in ("left", "right")

@@ -1,4 +1,4 @@
-"""How servers and gateways change texts and images before a model sees them."""
+"""Changes that servers and gateways make to texts and images before a model sees them."""
 
 from __future__ import annotations
 
@@ -61,11 +61,7 @@ TEXT_CHANGES: dict[str, Callable[[str], str]] = {
 
 
 def list_text_changes(texts: list[str]) -> Iterator[tuple[str, Callable[[str], str]]]:
-    """Yield name and function of each change that some of these texts would show.
-
-    Args:
-        texts: N texts.
-    """
+    """Yield the name and function of each change that shows in some of these texts."""
     for name, change in TEXT_CHANGES.items():
         if any(change(text) != text for text in texts):
             yield name, change
@@ -82,11 +78,7 @@ def _cut(count: int, text: str) -> str:
 def list_image_changes(
     images: list[Image.Image],
 ) -> Iterator[tuple[str, Callable[[Image.Image], Image.Image]]]:
-    """Yield name and function of each change that some of these images would show.
-
-    Args:
-        images: N images.
-    """
+    """Yield the name and function of each change that shows in some of these images."""
     largest = max(max(image.size) for image in images)
     for side in _COMMON_SIDES:
         if side < largest:

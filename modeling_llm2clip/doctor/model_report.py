@@ -1,16 +1,24 @@
-"""The result of checking a model, as data and as text."""
+"""Runs a table of checks, and reports the results."""
 
 from __future__ import annotations
 
+import re
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from ..encoding.float32 import float32_as_such
+
+T = TypeVar("T")
 
 
 class NotApplicableError(Exception):
-    """A check has nothing to look at in this folder or on this machine; the text says why."""
+    """A check does not apply to this folder or machine; the message says why."""
 
 
 class ConcernError(Exception):
-    """A check found no error, but something that a user must know; the text says what."""
+    """A check found no error, but something that a user must know, which is the message."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +28,9 @@ class Check:
     Attributes:
         name: Name of the check.
         passed: False also where it was skipped.
-        message: What was found; for an error, what was wanted and what to do.
-        skipped: Whether it could not run; `message` says why.
-        concern: Whether it passed and `message` says what a user must know; the summary repeats it.
+        message: The finding; for an error, also what was wanted and what to do.
+        skipped: True if it could not run, for the reason in `message`.
+        concern: True if it passed with a warning in `message`, which the summary repeats.
     """
 
     name: str
@@ -53,16 +61,14 @@ class ModelReport:
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that found an error."""
         return [check for check in self.checks if not check.passed and not check.skipped]
 
     @property
     def healthy(self) -> bool:
-        """Whether no check found an error."""
         return not self.failed
 
     def __str__(self) -> str:
-        """Return one line per check, and a last line that sums up."""
+        """Return one line per check, and a summary."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
         num_skipped = sum(check.skipped for check in self.checks)
@@ -70,3 +76,62 @@ class ModelReport:
         verdict += "".join(f", but {check.message}" for check in self.checks if check.concern)
         skipped = f", {num_skipped} skipped" if num_skipped else ""
         return "\n".join([*lines, f"{self.source}: {verdict}{skipped}"])
+
+
+@dataclass(frozen=True)
+class PlannedCheck(Generic[T]):
+    """A check, the earlier checks that it needs, and the tower that it is about, if any."""
+
+    name: str
+    run: Callable[[T], str]
+    needs: tuple[str, ...] = ()
+    about: str | None = None
+
+
+def run_checks(
+    planned: Iterable[PlannedCheck[T]],
+    tested: T,
+    find_obstacle: Callable[[str | None], str | None],
+) -> Iterator[Check]:
+    """Run the checks in order.
+
+    `find_obstacle` returns the reason why checks `about` a tower do not apply, or None. A check is
+    skipped if it does not apply, or if a check that it needs failed or did not run.
+    """
+    unmet: dict[str, str] = {}
+    for one in planned:
+        obstacle = find_obstacle(one.about)
+        reasons = [f"needs {name!r}, which {unmet[name]}" for name in one.needs if name in unmet]
+        if obstacle is not None:
+            yield Check(one.name, False, obstacle, skipped=True)
+        elif reasons:
+            unmet[one.name] = "did not run"
+            yield Check(one.name, False, "; ".join(reasons), skipped=True)
+        else:
+            check = _run(one, tested)
+            if not check.passed and not check.skipped:
+                unmet[one.name] = "failed"
+            yield check
+
+
+def _run(planned: PlannedCheck[T], tested: T) -> Check:
+    try:
+        with float32_as_such():
+            return Check(planned.name, True, planned.run(tested))
+    except NotApplicableError as reason:
+        return Check(planned.name, False, str(reason), skipped=True)
+    except ConcernError as concern:
+        return Check(planned.name, True, str(concern), concern=True)
+    # What is broken can raise anything anywhere; here all of it becomes a failed check.
+    except Exception as error:
+        return Check(planned.name, False, describe_error(error))
+
+
+def describe_error(error: Exception) -> str:
+    """Return the message of an error, with its type unless the message is written for users."""
+    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    if not text:  # a bare assertion has only its place
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        text = f"raised at {frame.f_code.co_filename}, line {line}"
+    is_own = type(error) is ValueError or type(error).__module__.startswith(f"{__package__}.")
+    return text if is_own else f"{type(error).__name__}: {text}"

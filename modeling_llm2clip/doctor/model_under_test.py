@@ -1,4 +1,4 @@
-"""The model that is checked, by a second, naive path that the package's own is compared with.
+"""The model under test, with a second, naive path to compare the package's own with.
 
 Shapes: B texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -50,31 +50,21 @@ class ModelUnderTest:
 
     @property
     def encodes_texts(self) -> bool:
-        """Whether there are a loaded text tower and a tokenizer."""
         return hasattr(self.model, "text_model") and self.tokenizer is not None
 
     @property
     def encodes_images(self) -> bool:
-        """Whether there are a loaded vision tower and a processor."""
         return hasattr(self.model, "vision_model") and self.processor is not None
 
     @property
     def has_processor_files(self) -> bool:
-        """Whether a processor is, or should be, in the folder; a single tower may have none."""
+        """True if the folder has a processor, or should; a single tower may lack one."""
         names = ("processor_config.json", "preprocessor_config.json")
         is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
         return is_whole or any((self.folder / name).is_file() for name in names)
 
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
-        """Tokenize as a user of the bare tokenizer would, padded and truncated.
-
-        Args:
-            texts: B texts.
-            padding_side: `"right"` or `"left"`.
-
-        Returns:
-            `input_ids` and `attention_mask`, (B, L) int64.
-        """
+        """Tokenize as a user of the bare tokenizer would; ids and mask are (B, L) int64."""
         return self.tokenizer(
             list(texts),
             padding=True,
@@ -87,16 +77,10 @@ class ModelUnderTest:
     def encode_texts(
         self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
     ) -> Tensor:
-        """Encode texts.
+        """Encode B texts, (B, P) float32 of unit length.
 
-        Args:
-            texts: B texts.
-            padding_side: `"right"` or `"left"`.
-            as_one_batch: Keep the padding, as training and accelerators do; without gradients, a
-                CPU would get small batches that have almost none.
-
-        Returns:
-            (B, P) float32 of unit length.
+        With `as_one_batch` the padding stays, as in training and on accelerators; otherwise, a CPU
+        gets small batches with almost no padding.
         """
         batch = self.tokenize(texts, padding_side=padding_side)
         with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
@@ -105,24 +89,12 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Any]) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: B images.
-
-        Returns:
-            (B, P) float32 of unit length.
-        """
+        """Encode B images, (B, P) float32 of unit length."""
         batch = self.processor(images=list(images)).to(self.device)
         return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
-        """Tokenize one text, truncated.
-
-        Args:
-            text: A text.
-            enclosed: Whether the prompt is put around it.
-        """
+        """Tokenize one text, truncated, and without the prompt unless `enclosed`."""
         longest = self.config.max_text_length
         if not enclosed:
             longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
@@ -133,15 +105,7 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Pool the LLM's hidden states of one text without the model's own functions.
-
-        Args:
-            ids: Token ids of the text, prompt included.
-            num_unpooled: How many of the first are not pooled.
-
-        Returns:
-            (1, D) float32.
-        """
+        """Pool the LLM's states after `num_unpooled` tokens by hand; returns (1, D) float32."""
         row = torch.tensor([list(ids)], device=self.device)
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False

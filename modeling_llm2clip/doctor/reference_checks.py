@@ -1,4 +1,4 @@
-"""Checks against something outside the model: recorded embeddings, and sentence-transformers."""
+"""Checks against references: recorded embeddings, and sentence-transformers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,7 @@ _COSINES = ("cosine", "dot", None)
 
 
 def check_golden_embeddings(tested: ModelUnderTest) -> str:
-    """Require the embeddings that were recorded when the folder was written.
-
-    Args:
-        tested: The model.
-    """
+    """Require the embeddings that were recorded when the folder was written."""
     if not (tested.folder / GOLDEN_FILE).is_file():
         raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
     if tested.processor is None:
@@ -47,11 +43,7 @@ def check_golden_embeddings(tested: ModelUnderTest) -> str:
 
 
 def check_sentence_transformers(tested: ModelUnderTest) -> str:
-    """Require that sentence-transformers gives the model's own embeddings.
-
-    Args:
-        tested: The model; it is freed.
-    """
+    """Require the model's own embeddings from sentence-transformers; frees the model."""
     if find_spec("sentence_transformers") is None:
         raise NotApplicableError(
             "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"

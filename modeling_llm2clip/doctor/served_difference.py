@@ -1,4 +1,4 @@
-"""Names the error of a server from its embeddings and those that were wanted.
+"""Finds the error of a server from its embeddings and the model's own.
 
 Shapes: N texts or images, P `projection_dim`.
 """
@@ -41,43 +41,41 @@ _ROWS_SHOWN = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Embeddings of a server beside those that were wanted.
+    """Embeddings of a server beside the model's own.
 
     Args:
         served: (N, any width) float32, as they came.
         wanted: (N, P) float32 of unit length.
-        inputs: What each row is called.
+        inputs: N texts or images.
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
-        variant_inputs: N texts or images, for the variants.
         encode_in_half: Returns the model's own embeddings in each half precision.
-        in_sequence: Whether each input was sent alone, after the reply to the one before it.
+        in_sequence: True if each input was sent alone, after the reply to the one before it.
     """
 
     served: Tensor
     wanted: Tensor
-    inputs: Sequence[str]
+    inputs: Sequence[Any]
     tolerance: float
     list_variants: Callable[[], Sequence[Variant]]
-    variant_inputs: Sequence[Any]
     encode_in_half: Callable[[], dict[str, Tensor]]
     in_sequence: bool = False
 
-    def measure(self) -> float:
-        """Return the largest distance; infinite where the width is another."""
-        if self.served.shape != self.wanted.shape:
+    @property
+    def same_width(self) -> bool:
+        return self.served.shape == self.wanted.shape
+
+    def measure(self, *, directions: bool = False) -> float:
+        """Return the largest distance, of `directions` alone; infinite if the widths differ."""
+        if not self.same_width:
             return float("inf")
-        return float(measure_distances(self.served, self.wanted).max())
+        served = F.normalize(self.served, dim=-1) if directions else self.served
+        return float(measure_distances(served, self.wanted).max())
 
     def explain(self, *, thorough: bool = False) -> str | None:
-        """Return what differs and why; None where nothing does.
+        """Return one or two sentences on the difference and its cause; None if there is none.
 
-        Args:
-            thorough: Look for errors also in what half precision allows, which is more than some
-                errors cost.
-
-        Returns:
-            One or two sentences.
+        A thorough search also looks for errors within the tolerance of half precision.
         """
         if self.measure() <= self.tolerance:
             return _find_closer(self) if thorough and self.measure() > _ROUNDING else None
@@ -86,19 +84,8 @@ class Comparison:
                 return text
         return _find_rounded(self) or _find_cause(self)
 
-    def measure_direction(self) -> float:
-        """Return the largest distance once lengths are 1; infinite where the width is another."""
-        if self.served.shape != self.wanted.shape:
-            return float("inf")
-        return float(measure_distances(F.normalize(self.served, dim=-1), self.wanted).max())
-
     def find_variants(self) -> list[tuple[float, str]]:
-        """Compute what each error gives, until one fits.
-
-        Returns:
-            Distance and name of each error that gives this width, the closest first. What is far
-            off for the input that differs most is not computed for the others.
-        """
+        """Compute each variant until one fits; return distances and names, nearest first."""
         found = []
         if self.served.shape[1] < self.wanted.shape[1]:
             part = F.normalize(self.wanted[:, : self.served.shape[1]], dim=-1)
@@ -112,20 +99,23 @@ class Comparison:
         return sorted(one for one in found if one[0] < float("inf"))
 
     def _measure_variant(self, variant: Variant) -> float:
-        """Return the distance of an error's embeddings; infinite where they have another width."""
+        """Return the distance from a variant's embeddings; infinite if the widths differ.
+
+        The input that differs most goes first; the others are computed only if it comes near.
+        """
         rows = list(range(len(self.served)))
         if variant.of_batch:
-            return self._measure_from(variant.compute(self.variant_inputs), rows)
+            return self._measure_from(variant.compute(self.inputs), rows)
         direction = F.normalize(self.served, dim=-1)
         own = torch.full((len(rows),), torch.inf)
-        if self.served.shape == self.wanted.shape:
+        if self.same_width:
             own = measure_distances(direction, self.wanted)
         worst = int(own.argmax())
-        distance = self._measure_from(variant.compute([self.variant_inputs[worst]]), [worst])
+        distance = self._measure_from(variant.compute([self.inputs[worst]]), [worst])
         rows.remove(worst)
         if not rows or distance > max(_ROUNDING, _PROMISING * min(float(own[worst]), 2.0)):
             return distance
-        others = variant.compute([self.variant_inputs[row] for row in rows])
+        others = variant.compute([self.inputs[row] for row in rows])
         return max(distance, self._measure_from(others, rows))
 
     def _measure_from(self, embeds: Tensor, rows: Sequence[int]) -> float:
@@ -135,15 +125,14 @@ class Comparison:
         return float(measure_distances(direction, embeds).max())
 
     def describe_lengths(self) -> str:
-        """Return a clause on lengths other than 1; empty where there are none."""
+        """Return a clause on lengths other than 1, or an empty string."""
         lengths = self.served.norm(dim=-1)
         if float((lengths - 1).abs().max()) <= max(self.tolerance, 1e-3):
             return ""
         return f", and lengths are {float(lengths.min()):.3g} to {float(lengths.max()):.3g}, not 1"
 
     def describe_distance(self) -> str:
-        """Return how many differ and how far."""
-        if self.served.shape[1] != self.wanted.shape[1]:
+        if not self.same_width:
             return (
                 f"the embeddings have {self.served.shape[1]} dimensions, the model's have "
                 f"{self.wanted.shape[1]}"
@@ -157,9 +146,9 @@ class Comparison:
 
 
 def _find_rounded(compared: Comparison) -> str | None:
-    """Name the rounding of the values, where it alone moved the embeddings as far."""
+    """Name the rounding of the values if it alone explains the difference."""
     rounding = find_rounding(compared.served)
-    if rounding is None or compared.served.shape != compared.wanted.shape:
+    if rounding is None or not compared.same_width:
         return None
     if rounding in _HALF:
         rounded = compared.wanted.to(_HALF[rounding]).float()
@@ -175,8 +164,8 @@ def _find_rounded(compared: Comparison) -> str | None:
 
 
 def _find_cause(compared: Comparison) -> str:
-    """Name the variant, or the dtype, that gives these embeddings, or say that none is known."""
-    found, moved = compared.find_variants(), compared.measure_direction()
+    """Name the variant, or the dtype, that gives these embeddings."""
+    found, moved = compared.find_variants(), compared.measure(directions=True)
     if found and _explains(found[0][0], moved, tolerance=compared.tolerance):
         distance, name = found[0]
         return (
@@ -193,11 +182,11 @@ def _find_cause(compared: Comparison) -> str:
 
 
 def _find_half_precision(compared: Comparison) -> str | None:
-    """Return the dtype that moves embeddings as far, and to the same side.
+    """Return the dtype that moves embeddings as far, and in the same direction.
 
-    A single embedding says too little: whatever moves it may do so to the same side by chance.
+    It takes several embeddings, because a single one may move in that direction by chance.
     """
-    if compared.served.shape != compared.wanted.shape or len(compared.wanted) < 2:
+    if not compared.same_width or len(compared.wanted) < 2:
         return None
     error = F.normalize(compared.served, dim=-1) - compared.wanted  # (N, P)
     for dtype, embeds in compared.encode_in_half().items():
@@ -210,7 +199,7 @@ def _find_half_precision(compared: Comparison) -> str | None:
 
 
 def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
-    """Return whether an error that leaves this distance of so much is the cause.
+    """Return whether a variant that leaves `distance` of `moved` is the cause.
 
     In half precision the tolerance may be larger than what an error costs.
     """
@@ -218,8 +207,8 @@ def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
 
 
 def _find_closer(compared: Comparison) -> str | None:
-    """Name the variant that gives embeddings which rounding could have moved as far."""
-    own = compared.measure_direction()
+    """Name the variant that explains a difference which rounding could explain, too."""
+    own = compared.measure(directions=True)
     found = compared.find_variants()
     if not found or found[0][0] > _EXPLAINED * own:
         return None
@@ -231,11 +220,7 @@ def _find_closer(compared: Comparison) -> str | None:
 
 
 def find_rounding(served: Tensor) -> str | None:
-    """Return what the values were rounded to; None where they use all digits of float32.
-
-    Args:
-        served: (N, width) float32.
-    """
+    """Return what values, (N, width) float32, are rounded to; None if they have all digits."""
     values = served[served.isfinite()]
     if bool((values == values.round()).all()):
         return "integers"
@@ -261,7 +246,7 @@ def _find_broken(compared: Comparison) -> str | None:
 
 
 def _find_equal_rows(compared: Comparison) -> str | None:
-    """Every input has the embedding of one of them, or of nothing."""
+    """Detect one embedding for all inputs."""
     served, wanted = compared.served, compared.wanted
     if len(served) < 2 or float((wanted - wanted[:1]).norm(dim=-1).max()) <= compared.tolerance:
         return None
@@ -271,9 +256,9 @@ def _find_equal_rows(compared: Comparison) -> str | None:
 
 
 def _find_crosstalk(compared: Comparison) -> str | None:
-    """Some inputs have the embedding of another."""
+    """Detect inputs that have the embedding of another."""
     served, wanted = compared.served, compared.wanted
-    if served.shape != wanted.shape:
+    if not compared.same_width:
         return None
     own = measure_distances(served, wanted)
     swapped = []
@@ -289,8 +274,9 @@ def _find_crosstalk(compared: Comparison) -> str | None:
     if found and found[0][0] <= _ROUNDING:
         return f"{compared.describe_distance()}: {found[0][1]}."
     shown = [
-        f"{compared.inputs[row]} has that of {compared.inputs[nearest]}"
-        + _describe_shared(compared.variant_inputs[row], compared.variant_inputs[nearest])
+        f"{_name(compared.inputs[row], row)} has that of "
+        f"{_name(compared.inputs[nearest], nearest)}"
+        + _describe_shared(compared.inputs[row], compared.inputs[nearest])
         for row, nearest in swapped[:_ROWS_SHOWN]
     ]
     more = f"; and {len(swapped) - _ROWS_SHOWN} more" if len(swapped) > _ROWS_SHOWN else ""
@@ -305,8 +291,14 @@ def _find_crosstalk(compared: Comparison) -> str | None:
     )
 
 
+def _name(one: Any, row: int) -> str:
+    if not isinstance(one, str):
+        return f"image {row}"
+    return repr(one if len(one) <= 32 else f"{one[:24]}… ({len(one)} characters)")
+
+
 def _describe_shared(first: Any, second: Any) -> str:
-    """Return how many characters two texts begin or end with in common."""
+    """Return a note on the characters that two texts begin or end with in common."""
     if not isinstance(first, str) or not isinstance(second, str):
         return ""
     for place, one, other in (
@@ -321,9 +313,9 @@ def _describe_shared(first: Any, second: Any) -> str:
 
 
 def _find_length(compared: Comparison) -> str | None:
-    if compared.served.shape != compared.wanted.shape:
+    if not compared.same_width:
         return None
-    lengths, direction = compared.served.norm(dim=-1), compared.measure_direction()
+    lengths, direction = compared.served.norm(dim=-1), compared.measure(directions=True)
     if find_rounding(compared.served) == "integers" and direction <= _QUANTIZED:
         return "the values are integers: embeddings are quantized, where float was asked for."
     if direction > compared.tolerance:

@@ -1,4 +1,4 @@
-"""What an endpoint is asked beside the golden inputs: what servers change without saying so."""
+"""Inputs for an endpoint, beside the golden ones, in which silent changes by servers show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ..model_folders.golden_embeddings import render_golden_images
 
 # Each has something that libraries and gateways rewrite: line breaks, several spaces, ligatures and
 # other compatibility characters, accents in two characters and in one, emoji, typographic quotes,
@@ -27,18 +29,29 @@ EXACT_TEXTS = (
 )
 # COCO's commonest size, an odd one, a large one, a small one, and one with a far longer side.
 _SIZES = ((640, 427), (333, 501), (1280, 853), (61, 47), (700, 96))
+_EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _PATCH = 24  # pixels of the two patches by which the near copy of a photograph differs
 _CELLS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see these coarsely
 
 
 @cache
-def render_photographs() -> tuple[Image.Image, ...]:
-    """Render images with the sizes and the fine detail of photographs, always the same ones.
+def render_odd_images() -> tuple[Image.Image, ...]:
+    """Render an image with transparency, and one that EXIF rotates."""
+    ramp, disc = render_golden_images()
+    transparent = ramp.convert("RGBA")
+    transparent.putalpha(disc.convert("L").resize(ramp.size).point(lambda value: 255 - value))
+    rotated = ramp.copy()
+    rotated.getexif()[_EXIF_ORIENTATION] = _ROTATED
+    return transparent, rotated
 
-    Returns:
-        One of each size, and a copy of the first with a white patch beside a black one. A server
-        that looks for known images by their thumbnails must not take it for the first.
+
+@cache
+def render_photographs() -> tuple[Image.Image, ...]:
+    """Render images with the sizes and the detail of photographs, always the same ones.
+
+    The last one is a copy of the first with a white patch beside a black one: a server that looks
+    up known images by their thumbnails must not take one for the other.
     """
     images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
     near_copy = images[0].copy()
@@ -51,13 +64,7 @@ def render_photographs() -> tuple[Image.Image, ...]:
 
 
 def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
-    """Render noise with detail of every size, as photographs have it, and edges of one pixel.
-
-    Args:
-        width: In pixels.
-        height: In pixels.
-        seed: Of the noise.
-    """
+    """Render noise with detail of every size, as in photographs, and edges one pixel wide."""
     generator = np.random.default_rng(seed)
     light, *colors = (
         _render_noise(generator, width, height, cells)
@@ -90,7 +97,7 @@ def _render_noise(
 def _stretch(
     values: np.ndarray[Any, np.dtype[np.float64]],
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Use the whole range of pixels, but for a few that are clipped."""
+    """Stretch values to the full range of pixels, and clip the outermost percent."""
     low, high = np.percentile(values, (1, 99))
     shown: np.ndarray[Any, np.dtype[np.float64]] = (values - low) / (high - low) * 255
     return shown.clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a server would answer with one error in it, computed with the model itself.
+"""Embeddings that a server with one error would return, computed with the model itself.
 
 Shapes: N texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -6,11 +6,10 @@ Shapes: N texts or images, D width of the LLM, P `projection_dim`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,8 @@ from ..image_loading_llm2clip import load_images
 from ..pooling_llm2clip import build_pooling_mask, pool_tokens
 from .input_changes import list_image_changes, list_text_changes
 from .model_under_test import ModelUnderTest
+
+_EmbedIds: TypeAlias = Callable[[list[int]], Tensor]
 
 # What servers and libraries truncate to by default.
 _COMMON_LENGTHS = (16, 32, 64, 77, 128, 256, 512, 1024, 2048)
@@ -38,13 +39,13 @@ _INTERPOLATIONS = tuple(
 
 @dataclass(frozen=True)
 class Variant:
-    """One error of a server.
+    """An error of a server, and a function that reproduces it.
 
     Attributes:
-        name: What the server does, as a sentence without a full stop.
-        compute: Takes N texts or images and returns what such a server would answer, (N, width)
+        name: A sentence on the error, without a full stop.
+        compute: Maps N texts or images to the embeddings of such a server, (N, width)
             float32 of unit length.
-        of_batch: Whether the embedding of an input depends on the others of its request.
+        of_batch: True if the embedding of an input depends on the others of its request.
     """
 
     name: str
@@ -53,11 +54,7 @@ class Variant:
 
 
 class TextVariants:
-    """Texts as servers with an error encode them.
-
-    Args:
-        tested: The model, with a text tower and a tokenizer.
-    """
+    """Encodes texts as servers with an error would."""
 
     def __init__(self, tested: ModelUnderTest) -> None:
         self.tested = tested
@@ -67,36 +64,33 @@ class TextVariants:
         self.limit = int(config.max_text_length)
 
     def list_ids(self, text: str) -> list[int]:
-        """Tokenize a text without prompt, special tokens and truncation.
-
-        Args:
-            text: A text.
-        """
+        """Tokenize a text without prompt, special tokens and truncation."""
         ids = self.tested.tokenizer(
             text, add_special_tokens=False, truncation=False, verbose=False
         )["input_ids"]
         return [int(i) for i in ids]
 
     def list_variants(self, texts: Sequence[str]) -> list[Variant]:
-        """List the errors that change at least one of these texts.
-
-        Args:
-            texts: N texts.
-        """
-        longest = max(len(self.list_ids(text)) for text in texts)
-        variants = [*self._list_prompts(), *self._list_poolings(), *self._list_heads()]
-        for name, instruction in (self.tested.config.instructions or {}).items():
-            if instruction.strip():
-                changed = partial(self._encode_changed, instruction.__add__)
-                variants.append(Variant(f"texts get the instruction {name!r}", changed))
-        for name, change in list_text_changes(list(texts)):
+        """List the errors that change at least one of these texts."""
+        lengths = {len(self.list_ids(text)) for text in texts}
+        errors = {**self._list_prompts(), **self._list_poolings(), **self._list_heads()}
+        variants = [Variant(name, self._per_text(embed)) for name, embed in errors.items()]
+        wrong = "causal" if self.tested.config.bidirectional else "bidirectional"
+        variants.append(Variant(f"attention is {wrong}", self._encode_other_direction))
+        changes = [
+            (f"texts get the instruction {name!r}", instruction.__add__)
+            for name, instruction in (self.tested.config.instructions or {}).items()
+            if instruction.strip()
+        ]
+        for name, change in (*changes, *list_text_changes(list(texts))):
             variants.append(Variant(name, partial(self._encode_changed, change)))
-        if len({len(self.list_ids(text)) for text in texts}) > 1:
+        if len(lengths) > 1:
             variants += self._list_paddings()
-        return [*variants, *self._list_truncations(longest)]
+        truncations = self._list_truncations(max(lengths)).items()
+        return variants + [Variant(name, self._per_text(embed)) for name, embed in truncations]
 
     def _list_paddings(self) -> Iterator[Variant]:
-        """List what a batch without an attention mask gives."""
+        """List the errors of a batch without an attention mask."""
         for side in ("right", "left"):
             for pools, effect in ((True, "attended to and pooled"), (False, "attended to")):
                 yield Variant(
@@ -123,98 +117,87 @@ class TextVariants:
     def _encode_changed(self, change: Callable[[str], str], texts: Sequence[str]) -> Tensor:
         return self._per_text(self._enclose)([change(text) for text in texts])
 
-    def _list_prompts(self) -> Iterator[Variant]:
-        prefix, suffix = self.prefix, self.suffix
+    def _encode_other_direction(self, texts: Sequence[str]) -> Tensor:
+        model, bidirectional = self.tested.model, self.tested.config.bidirectional
+        with model.text_forward_lock():
+            set_attention_direction(model.text_model, bidirectional=not bidirectional)
+            try:
+                return self._per_text(self._enclose)(texts)
+            finally:
+                set_attention_direction(model.text_model, bidirectional=bidirectional)
+
+    def _list_prompts(self) -> dict[str, _EmbedIds]:
+        prefix, suffix, fit, embed = self.prefix, self.suffix, self._fit, self._embed
         begin = self.tested.tokenizer.bos_token_id
+        errors: dict[str, _EmbedIds] = {}
         if prefix or suffix:
-            yield self._variant(
-                "the prompt is lost", lambda ids: self._embed([], ids[: self.limit])
-            )
-            yield self._variant(
-                "the prompt is applied twice",
-                lambda ids: self._embed(prefix, [*prefix, *self._fit(ids), *suffix, *suffix]),
+            errors["the prompt is lost"] = lambda ids: embed([], ids[: self.limit])
+            errors["the prompt is applied twice"] = lambda ids: embed(
+                prefix, [*prefix, *fit(ids), *suffix, *suffix]
             )
         if begin is not None and (prefix or suffix) and prefix != [begin]:
-            yield self._variant(
-                "the prompt is lost but for the token that begins a text",
-                lambda ids: self._embed([], [begin, *ids][: self.limit]),
+            errors["the prompt is lost but for the token that begins a text"] = lambda ids: embed(
+                [], [begin, *ids][: self.limit]
             )
         if prefix:
-            yield self._variant(
-                "the prompt's prefix is lost",
-                lambda ids: self._embed([], [*self._fit(ids), *suffix]),
-            )
-            yield self._variant(
-                "the prompt's prefix is pooled too",
-                lambda ids: self._embed([], [*prefix, *self._fit(ids), *suffix]),
+            errors["the prompt's prefix is lost"] = lambda ids: embed([], [*fit(ids), *suffix])
+            errors["the prompt's prefix is pooled too"] = lambda ids: embed(
+                [], [*prefix, *fit(ids), *suffix]
             )
         if suffix:
-            yield self._variant(
-                "the prompt's suffix is lost", lambda ids: self._embed(prefix, self._fit(ids))
+            errors["the prompt's suffix is lost"] = lambda ids: embed(prefix, fit(ids))
+            errors["the prompt's suffix is not pooled"] = lambda ids: embed(
+                prefix, fit(ids), suffix
             )
-            yield self._variant(
-                "the prompt's suffix is not pooled",
-                lambda ids: self._embed(prefix, self._fit(ids), suffix),
-            )
+        return errors
 
-    def _list_poolings(self) -> Iterator[Variant]:
+    def _list_poolings(self) -> dict[str, _EmbedIds]:
         if self.tested.config.text_pooling == "mean":
             other, name = "last_token", "last-token pooling instead of the mean"
         else:
             other, name = "mean", "mean pooling instead of the last token"
-        yield self._variant(name, partial(self._enclose, pooling=other))
-        yield self._variant(
-            "first-token (CLS) pooling",
-            lambda ids: self._embed([], [*self.prefix, *self._fit(ids), *self.suffix], first=True),
-        )
-
-        def encode_other_direction(texts: Sequence[str]) -> Tensor:
-            with _other_direction(self.tested):
-                return self._per_text(self._enclose)(texts)
-
-        wrong = "causal" if self.tested.config.bidirectional else "bidirectional"
-        yield Variant(f"attention is {wrong}", encode_other_direction)
-
-    def _list_heads(self) -> Iterator[Variant]:
-        model = self.tested.model
-        heads: dict[str, Callable[[Tensor], Tensor]] = {
-            "the text adapter is left out": model.text_projection,
-            "text adapter and projection are left out": lambda pooled: pooled,
-            "the text projection is left out": model.text_adapter,
-        }
-        for name, head in heads.items():
-            yield self._variant(name, partial(self._enclose, head=head))
-
-    def _list_truncations(self, longest: int) -> Iterator[Variant]:
-        """List other lengths than the model's, other ends, and none at all."""
-        room = self.limit - len(self.prefix) - len(self.suffix)
-        lengths = {*_COMMON_LENGTHS, self.limit // 2, room} - {self.limit}
-        for length in sorted(lengths):
-            space = length - len(self.prefix) - len(self.suffix)
-            if 0 < space < longest:
-                yield self._variant(
-                    f"texts are truncated to {length} tokens, not to {self.limit}",
-                    partial(self._embed_beginning, space),
-                )
-        if longest <= room:
-            return
-        yield self._variant(
-            "truncation cuts off the prompt's suffix",
-            lambda ids: self._embed(
-                self.prefix, [*ids, *self.suffix][: self.limit - len(self.prefix)]
+        return {
+            name: partial(self._enclose, pooling=other),
+            "first-token (CLS) pooling": lambda ids: self._embed(
+                [], [*self.prefix, *self._fit(ids), *self.suffix], first=True
             ),
+        }
+
+    def _list_heads(self) -> dict[str, _EmbedIds]:
+        model = self.tested.model
+        return {
+            "the text adapter is left out": partial(self._enclose, head=model.text_projection),
+            "text adapter and projection are left out": partial(
+                self._enclose, head=lambda pooled: pooled
+            ),
+            "the text projection is left out": partial(self._enclose, head=model.text_adapter),
+        }
+
+    def _list_truncations(self, longest: int) -> dict[str, _EmbedIds]:
+        """List other lengths, truncation at the other end, and no truncation."""
+        prefix, suffix, embed = self.prefix, self.suffix, self._embed
+        num_prompt = len(prefix) + len(suffix)
+        room = self.limit - num_prompt
+        errors: dict[str, _EmbedIds] = {
+            f"texts are truncated to {length} tokens, not to {self.limit}": partial(
+                self._embed_beginning, length - num_prompt
+            )
+            for length in sorted({*_COMMON_LENGTHS, self.limit // 2, room} - {self.limit})
+            if 0 < length - num_prompt < longest
+        }
+        if longest <= room:
+            return errors
+        errors["truncation cuts off the prompt's suffix"] = lambda ids: embed(
+            prefix, [*ids, *suffix][: self.limit - len(prefix)]
         )
-        yield self._variant(
-            "truncation keeps the end of a text, not its beginning",
-            lambda ids: self._embed(self.prefix, [*ids[-room:], *self.suffix]),
+        errors["truncation keeps the end of a text, not its beginning"] = lambda ids: embed(
+            prefix, [*ids[-room:], *suffix]
         )
         positions = getattr(self.tested.config.text_config, "max_position_embeddings", None)
-        if positions is None or len(self.prefix) + longest + len(self.suffix) <= positions:
-            yield self._variant(
-                "long texts are not truncated",
-                lambda ids: self._embed(self.prefix, [*ids, *self.suffix]),
-            )
-        yield self._variant("long texts are split, and their parts averaged", self._average_parts)
+        if positions is None or num_prompt + longest <= positions:
+            errors["long texts are not truncated"] = lambda ids: embed(prefix, [*ids, *suffix])
+        errors["long texts are split, and their parts averaged"] = self._average_parts
+        return errors
 
     def _embed_beginning(self, num_tokens: int, ids: list[int]) -> Tensor:
         return self._embed(self.prefix, [*ids[:num_tokens], *self.suffix])
@@ -226,9 +209,6 @@ class TextVariants:
         embeds = torch.cat([self._enclose(part) for part in parts])  # (parts, P)
         return F.normalize((embeds * weights).sum(0, keepdim=True), dim=-1)
 
-    def _variant(self, name: str, embed: Callable[[list[int]], Tensor]) -> Variant:
-        return Variant(name, self._per_text(embed))
-
     def _per_text(self, embed: Callable[[list[int]], Tensor]) -> Callable[[Sequence[str]], Tensor]:
         return lambda texts: torch.cat([embed(self.list_ids(text)) for text in texts])
 
@@ -236,7 +216,7 @@ class TextVariants:
         return ids[: self.limit - len(self.prefix) - len(self.suffix)]
 
     def _enclose(self, ids: list[int], **options: Any) -> Tensor:
-        """Embed a text as the model does, but for the options."""
+        """Embed a text as the model does, except for the options."""
         return self._embed(self.prefix, [*self._fit(ids), *self.suffix], **options)
 
     @torch.no_grad()
@@ -250,7 +230,7 @@ class TextVariants:
         first: bool = False,
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Run the LLM on token ids, and pool those in the middle; returns (1, width)."""
+        """Run the LLM on token ids and pool those in the middle; returns (1, width)."""
         tested = self.tested
         row = torch.tensor([[*before, *pooled, *after]], device=tested.device)
         hidden = tested.model.text_model(
@@ -267,102 +247,75 @@ class TextVariants:
 
 
 def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> list[Variant]:
-    """List errors in how a server prepares and encodes images.
-
-    Args:
-        tested: The model, with a vision tower and a processor.
-        images: N images.
-    """
-    variants = [
-        Variant(
-            "transparency is not put on white",
-            lambda images: tested.encode_images([_without_alpha(image) for image in images]),
-        ),
-        Variant(
-            "the EXIF rotation is not applied",
-            lambda images: tested.encode_images([_without_exif(image) for image in images]),
-        ),
-        Variant(
-            "images are cropped to a square where the model stretches them",
-            lambda images: tested.encode_images([_crop_square(image) for image in images]),
-        ),
-        Variant(
-            "images are stretched to a square where the model crops them",
-            lambda images: tested.encode_images([_stretch_square(image) for image in images]),
-        ),
+    """List errors in the preparation and encoding of images."""
+    current = getattr(tested.processor.image_processor, "resample", None)
+    methods = [] if current is None else [m for m in _INTERPOLATIONS if int(m) != int(current)]
+    return [
+        *_list_changed(tested, _IMAGE_ERRORS.items()),
         Variant("the visual projection is left out", partial(_encode_unprojected, tested)),
         *_list_pixel_variants(tested),
+        *_list_changed(tested, list_image_changes(list(images))),
+        *(
+            Variant(
+                f"images are resized by {method.name.lower()} interpolation",
+                partial(_encode_resampled, tested, method),
+            )
+            for method in methods
+        ),
     ]
-    variants += [
-        Variant(name, partial(_encode_changed_images, tested, change))
-        for name, change in list_image_changes(list(images))
-    ]
-    current = getattr(tested.processor.image_processor, "resample", None)
-    return variants + [
-        Variant(
-            f"images are resized by {method.name.lower()} interpolation",
-            partial(_encode_resampled, tested, method),
-        )
-        for method in _INTERPOLATIONS
-        if current is not None and int(current) != int(method)
-    ]
+
+
+def _list_changed(
+    tested: ModelUnderTest, changes: Iterable[tuple[str, Callable[[Image.Image], Image.Image]]]
+) -> Iterator[Variant]:
+    for name, change in changes:
+        yield Variant(name, partial(_encode_changed, tested, change))
+
+
+def _encode_changed(
+    tested: ModelUnderTest, change: Callable[[Image.Image], Image.Image], images: Sequence[Any]
+) -> Tensor:
+    return tested.encode_images([change(image) for image in images])
 
 
 def _list_pixel_variants(tested: ModelUnderTest) -> Iterator[Variant]:
     processor = tested.processor.image_processor
-    mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
-    if mean is None or std is None or not getattr(processor, "do_normalize", True):
+    statistics = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
+    if any(one is None for one in statistics) or not getattr(processor, "do_normalize", True):
         return
     if hasattr(processor, "patch_size"):  # pixels come in patches, without an axis of channels
         return
-    own = _to_statistics(mean, std)
+    own = _to_tensor(statistics)
 
     def encode(change: Callable[[Tensor], Tensor], images: Sequence[Any]) -> Tensor:
         batch = tested.processor(images=list(images))
-        batch["pixel_values"] = change(batch["pixel_values"] * own.std + own.mean)
+        batch["pixel_values"] = change(batch["pixel_values"] * own[1] + own[0])
         return _encode_batch(tested, batch)
 
-    yield Variant(
-        "pixels are not normalized by mean and std", partial(encode, lambda pixels: pixels)
-    )
+    def normalize(by: Tensor, pixels: Tensor) -> Tensor:
+        return (pixels - by[0]) / by[1]
+
+    yield Variant("pixels are not normalized by mean and std", partial(encode, lambda one: one))
     yield Variant(
         "the color channels are BGR, not RGB",
-        partial(encode, lambda pixels: own.normalize(pixels.flip(1))),
+        partial(encode, lambda pixels: normalize(own, pixels.flip(1))),
     )
-    for name, statistics in _PIXEL_STATISTICS.items():
-        other = _to_statistics(*statistics)
-        if not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(own, other, strict=True)):
-            yield Variant(
-                f"pixels are normalized by {name} mean and std", partial(encode, other.normalize)
-            )
+    for name, published in _PIXEL_STATISTICS.items():
+        other = _to_tensor(published)
+        if not torch.allclose(own, other, atol=1e-3):
+            change = partial(normalize, other)
+            yield Variant(f"pixels are normalized by {name} mean and std", partial(encode, change))
 
 
-class _Statistics(NamedTuple):
-    """Mean and std of pixels, (1, 3, 1, 1) each."""
-
-    mean: Tensor
-    std: Tensor
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) / self.std
-
-
-def _to_statistics(mean: Sequence[float], std: Sequence[float]) -> _Statistics:
-    return _Statistics(*(torch.tensor(one).view(1, 3, 1, 1) for one in (mean, std)))
+def _to_tensor(statistics: Sequence[Any]) -> Tensor:
+    """Return mean and std of pixels, (2, 1, 3, 1, 1)."""
+    return torch.tensor(statistics).view(2, 1, 3, 1, 1)
 
 
 @torch.no_grad()
 def _encode_batch(tested: ModelUnderTest, batch: Any) -> Tensor:
     batch = batch.to(tested.device)
     return F.normalize(tested.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
-
-
-def _encode_changed_images(
-    tested: ModelUnderTest,
-    change: Callable[[Image.Image], Image.Image],
-    images: Sequence[Image.Image],
-) -> Tensor:
-    return tested.encode_images([change(image) for image in images])
 
 
 @torch.no_grad()
@@ -379,15 +332,6 @@ def _encode_resampled(
     return _encode_batch(tested, processor(images=list(images)))
 
 
-def _without_alpha(image: Image.Image) -> Image.Image:
-    return image.convert("RGB") if image.mode == "RGBA" else image
-
-
-def _without_exif(image: Image.Image) -> Image.Image:
-    # Pixels alone: a copy keeps the EXIF data.
-    return Image.frombytes(image.mode, image.size, image.tobytes())
-
-
 def _crop_square(image: Image.Image) -> Image.Image:
     image = load_images(image)
     side = min(image.size)
@@ -401,12 +345,14 @@ def _stretch_square(image: Image.Image) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-@contextmanager
-def _other_direction(tested: ModelUnderTest) -> Iterator[None]:
-    text_model, bidirectional = tested.model.text_model, tested.config.bidirectional
-    with tested.model.text_forward_lock():
-        set_attention_direction(text_model, bidirectional=not bidirectional)
-        try:
-            yield
-        finally:
-            set_attention_direction(text_model, bidirectional=bidirectional)
+_IMAGE_ERRORS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "transparency is not put on white": (
+        lambda image: image.convert("RGB") if image.mode == "RGBA" else image
+    ),
+    # Pixels alone: a copy keeps the EXIF data.
+    "the EXIF rotation is not applied": (
+        lambda image: Image.frombytes(image.mode, image.size, image.tobytes())
+    ),
+    "images are cropped to a square where the model stretches them": _crop_square,
+    "images are stretched to a square where the model crops them": _stretch_square,
+}

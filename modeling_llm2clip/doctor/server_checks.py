@@ -1,4 +1,4 @@
-"""Compares an embedding endpoint with the model folder that it is meant to serve."""
+"""Compares an embedding endpoint with the model folder that it should serve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..configs.server_check_config import ServerCheckConfig
 from ..encoding.encode import encode_images, encode_texts
-from ..encoding.float32 import float32_as_such
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compare_golden,
@@ -29,55 +28,56 @@ from ..model_folders.golden_embeddings import (
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model
 from .endpoint_client import EndpointClient, EndpointError
-from .model_report import Check, ConcernError, ModelReport, NotApplicableError
+from .model_report import (
+    ConcernError,
+    ModelReport,
+    NotApplicableError,
+    PlannedCheck,
+    run_checks,
+)
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 from .served_difference import Comparison, find_rounding
-from .served_inputs import EXACT_TEXTS, render_photographs
+from .served_inputs import EXACT_TEXTS, render_odd_images, render_photographs
 from .served_variants import TextVariants, Variant, list_image_variants
 
-_EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
 _WORDS = "a dog and two red apples lie on a wooden table beside an open window at night "
 # Words of one token or a few, by which texts differ that have all else in common.
 _ENDS, _TOKENS_OF_ENDS = ("cats", "dogs"), 8
+_TEXTS = list(dict.fromkeys([*GOLDEN_TEXTS, *SHORT_TEXTS]))
 _BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
 
 
 @dataclass
 class _Served:
-    """An endpoint beside the model that it is meant to serve."""
+    """An endpoint beside the model that it should serve."""
 
     client: EndpointClient
     tested: ModelUnderTest
     config: ServerCheckConfig
-    texts: list[str]
     tolerance: float
-    unit_dimensions: int
 
     @cached_property
     def in_half_precision(self) -> dict[str, ModelUnderTest]:
-        """The model in each half precision."""
+        """The model, by the name of each half-precision dtype."""
         found = {}
         for dtype in (torch.float16, torch.bfloat16):
             model, _ = load_model(self.tested.folder, device=self.tested.device, dtype=dtype)
-            found[str(dtype).removeprefix("torch.")] = ModelUnderTest(
-                self.tested.folder,
-                self.tested.device,
-                config=model.config,
-                model=model,
-                processor=self.tested.processor,
+            found[str(dtype).removeprefix("torch.")] = replace(
+                self.tested, config=model.config, model=model
             )
         return found
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens that the model puts around every text."""
+    def room(self) -> int:
+        """Number of tokens that a text may have beside the prompt."""
         config = self.tested.config
-        return len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+        num_prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+        return int(config.max_text_length) - num_prompt
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
-        """Write the longest text of whole words with no more than this many tokens."""
+        """Write the longest text of whole words within this number of tokens."""
         tokens, known = TextVariants(self.tested), _WORDS.split()
         first %= len(known)
         words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
@@ -88,18 +88,21 @@ class _Served:
         num_words = bisect_right(range(1, len(words) + 1), num_tokens, key=count)
         return " ".join(words[: max(num_words, 1)])
 
-    def encode(self, inputs: Sequence[Any]) -> Tensor:
-        """Encode texts or images with the model itself; (N, P) float32 of unit length."""
-        return _encode(self.tested, inputs)
+    def embed(self, inputs: Sequence[Any]) -> Tensor:
+        """Send texts or images, in one request where the schema allows it."""
+        embed = self.client.embed_texts if isinstance(inputs[0], str) else self.client.embed_images
+        return embed(inputs)
+
+    def embed_at_once(self, requests: Sequence[Sequence[Any]]) -> Tensor:
+        """Send many requests at once, each with texts or images alone."""
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            return torch.cat(list(pool.map(self.embed, requests)))
 
     def compare(
         self, served: Tensor, inputs: Sequence[Any], *, in_sequence: bool = False
     ) -> Comparison:
-        """Put the endpoint's embeddings beside the model's own."""
-        is_text = isinstance(inputs[0], str)
-
         def list_variants() -> Sequence[Variant]:
-            if is_text:
+            if isinstance(inputs[0], str):
                 return TextVariants(self.tested).list_variants(inputs)
             return list_image_variants(self.tested, inputs)
 
@@ -109,49 +112,50 @@ class _Served:
 
         return Comparison(
             served=served,
-            wanted=self.encode(inputs),
-            inputs=[_name(one, row) for row, one in enumerate(inputs)],
+            wanted=_encode(self.tested, inputs),
+            inputs=inputs,
             tolerance=self.tolerance,
             list_variants=list_variants,
-            variant_inputs=inputs,
             encode_in_half=encode_in_half,
             in_sequence=in_sequence,
         )
 
     def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> float:
-        """Raise ValueError with the cause where embeddings differ; returns the distance."""
+        """Raise ValueError with the cause if embeddings differ; return their distance."""
         compared = self.compare(served, inputs)
         if (text := compared.explain()) is not None:
             raise ValueError(f"{where}: {text}")
         return compared.measure()
 
     def require_equal_alone(self, inputs: Sequence[Any]) -> tuple[Tensor, float]:
-        """Send each input alone, as `require_equal`; returns the embeddings too.
-
-        Errors are looked for also in what half precision allows.
-        """
-        embed = self.client.embed_texts if isinstance(inputs[0], str) else self.client.embed_images
-        served = torch.cat([embed([one]) for one in inputs])
+        """Send each input alone, and compare them thoroughly; return embeddings and distance."""
+        served = torch.cat([self.embed([one]) for one in inputs])
         compared = self.compare(served, inputs, in_sequence=True)
         if (text := compared.explain(thorough=True)) is not None:
             raise ValueError(f"one at a time: {text}")
         return served, compared.measure()
 
+    def check_together(self, *batches: Sequence[Any], where: Sequence[str]) -> str:
+        """Send each batch in one request."""
+        distances = [
+            self.require_equal(self.embed(batch), batch, where=name)
+            for batch, name in zip(batches, where, strict=True)
+        ]
+        return self.describe(sum(map(len, batches)), max(distances))
+
+    def describe(self, count: int, distance: float) -> str:
+        return f"{count} embeddings at most {distance:.1e} off (allowed {self.tolerance:.0e})"
+
 
 def _encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
+    """Encode texts or images with the model itself; (N, P) float32 of unit length."""
     if isinstance(inputs[0], str):
         return encode_texts(tested.model, tested.processor, list(inputs))
     return encode_images(tested.model, tested.processor, list(inputs))
 
 
-def _name(one: Any, row: int) -> str:
-    if not isinstance(one, str):
-        return f"image {row}"
-    return repr(one if len(one) <= 32 else f"{one[:24]}… ({len(one)} characters)")
-
-
 def _check_model(served: _Served) -> str:
-    """The folder itself has to give what it recorded, or nothing can be said of a server."""
+    """Check the folder itself first: a wrong one says nothing about a server."""
     tested = served.tested
     try:
         compared = compare_golden(tested.folder, tested.model, tested.processor)
@@ -170,74 +174,64 @@ def _check_connection(served: _Served) -> str:
 
 
 def _check_texts(served: _Served) -> str:
-    texts = served.texts
-    embeds, distance = served.require_equal_alone(texts)
+    embeds, distance = served.require_equal_alone(_TEXTS)
     rounding = find_rounding(embeds)
     if rounding is not None and served.config.served_dtype in (None, "float32"):
         raise ConcernError(
-            f"{len(texts)} embeddings at most {distance:.1e} from the model's, but their values "
+            f"{len(_TEXTS)} embeddings at most {distance:.1e} from the model's, but their values "
             f"are rounded to {rounding}"
         )
-    return _describe(len(texts), distance, served)
+    return served.describe(len(_TEXTS), distance)
 
 
-def _check_exact_texts(served: _Served) -> str:
-    """Texts with what servers rewrite, and pairs that a cache by part of a text takes for one."""
-    room = served.tested.config.max_text_length - served.num_prompt_tokens
-    shared = served.write_text(max(room - _TOKENS_OF_ENDS, 1))
-    texts = [
-        *EXACT_TEXTS,
-        *(f"{shared} {end}" for end in _ENDS),
-        *(f"{end} {shared}" for end in _ENDS),
-    ]
-    return _describe(len(texts), served.require_equal_alone(texts)[1], served)
+def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served], str]:
+    """Make a check that sends each of these inputs in a request of its own."""
+
+    def check(served: _Served) -> str:
+        inputs = list_inputs(served)
+        return served.describe(len(inputs), served.require_equal_alone(inputs)[1])
+
+    return check
+
+
+def _list_exact_texts(served: _Served) -> list[str]:
+    """Texts that servers rewrite, and pairs that a cache keyed by part of a text mixes up."""
+    shared = served.write_text(max(served.room - _TOKENS_OF_ENDS, 1))
+    pairs = [*(f"{shared} {end}" for end in _ENDS), *(f"{end} {shared}" for end in _ENDS)]
+    return [*EXACT_TEXTS, *pairs]
 
 
 def _check_batched_texts(served: _Served) -> str:
-    texts = served.texts
-    distance = served.require_equal(served.client.embed_texts(texts), texts, where="in one request")
-    backwards = [texts[0], *reversed(texts)]  # the first one twice
-    found = served.client.embed_texts(backwards)
-    distance = max(distance, served.require_equal(found, backwards, where="in reverse order"))
-    return _describe(len(texts) + len(backwards), distance, served)
+    backwards = [_TEXTS[0], *reversed(_TEXTS)]  # the first one twice
+    return served.check_together(_TEXTS, backwards, where=("in one request", "in reverse order"))
 
 
 def _check_mixed_lengths(served: _Served) -> str:
-    """Texts from one token to the limit in one request, where padding and truncation show."""
-    room = served.tested.config.max_text_length - served.num_prompt_tokens
+    """Send texts from one token to the limit at once, which shows padding and truncation."""
+    room = served.room
     counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
     # Each begins with another word, so that none equals another that is truncated.
     texts = [served.write_text(count, first=number) for number, count in enumerate(counts)]
     texts = [*texts[::2], *texts[1::2], GOLDEN_TEXTS[0]]
-    found = served.client.embed_texts(texts)
-    distance = served.require_equal(found, texts, where="short and long texts in one request")
-    return _describe(len(texts), distance, served)
+    return served.check_together(texts, where=["short and long texts in one request"])
 
 
 def _check_concurrent_texts(served: _Served) -> str:
-    """Many requests at once, each with other texts, as cross-talk between requests shows."""
+    """Send many requests at once, each with other texts, which shows cross-talk."""
     count = served.config.concurrency * _REQUESTS_PER_THREAD
     chooser = random.Random(0)
-    pool = [*served.texts, *(f"{text} {n}" for n in range(8) for text in SHORT_TEXTS)]
+    pool = [*_TEXTS, *(f"{text} {n}" for n in range(8) for text in SHORT_TEXTS)]
     requests = [chooser.sample(pool, chooser.randint(1, _TEXTS_PER_REQUEST)) for _ in range(count)]
-    found = _send_at_once(served, served.client.embed_texts, requests)
     texts = [text for request in requests for text in request]
+    found = served.embed_at_once(requests)
     distance = served.require_equal(found, texts, where=f"{count} requests at once")
-    return f"{count} requests: {_describe(len(texts), distance, served)}"
-
-
-def _send_at_once(
-    served: _Served, embed: Callable[[Any], Tensor], requests: Sequence[Any]
-) -> Tensor:
-    with ThreadPoolExecutor(served.config.concurrency) as pool:
-        return torch.cat(list(pool.map(embed, requests)))
+    return f"{count} requests: {served.describe(len(texts), distance)}"
 
 
 def _check_long_text(served: _Served) -> str:
-    """A text beyond the limit: truncated as the model does, or refused."""
+    """A text beyond the limit must be truncated as by the model, or refused."""
     limit = served.tested.config.max_text_length
-    long = _WORDS * (limit // len(_WORDS.split()) + 2)
-    long = f"{long}and an owl"
+    long = f"{_WORDS * (limit // len(_WORDS.split()) + 2)}and an owl"
     try:
         found = served.client.embed_texts([long])
     except EndpointError as error:
@@ -249,7 +243,7 @@ def _check_long_text(served: _Served) -> str:
 
 
 def _check_empty_text(served: _Served) -> str:
-    """An empty text has no embedding: a server has to say so."""
+    """An empty text has no embedding, and a server has to refuse it."""
     errors, statuses = [], set()
     for texts in _BLANK_REQUESTS:
         try:
@@ -266,18 +260,22 @@ def _check_empty_text(served: _Served) -> str:
     return f"{len(_BLANK_REQUESTS)} requests refused with {', '.join(map(str, sorted(statuses)))}"
 
 
-def _check_base64(served: _Served) -> str:
-    """OpenAI's client asks for base64 by default."""
+def _embed_with(served: _Served, name: str, value: Any) -> Tensor:
+    """Embed the texts with an option that a server may refuse."""
     if served.client.schema == "cohere":
-        raise NotApplicableError("the schema cohere has no encoding_format")
-    texts = served.texts
+        raise NotApplicableError(f"the schema cohere has no {name}")
     try:
-        found = served.client.embed_texts(texts, encoding_format="base64")
+        return served.client.embed_texts(_TEXTS, **{name: value})
     except EndpointError as error:
         if error.status not in (400, 422):
             raise
-        raise NotApplicableError(f"encoding_format='base64' is refused: {error}") from None
-    wanted = served.client.embed_texts(texts)
+        raise NotApplicableError(f"{name}={value!r} is refused: {error}") from None
+
+
+def _check_base64(served: _Served) -> str:
+    """Check base64, which OpenAI's client asks for by default."""
+    found = _embed_with(served, "encoding_format", "base64")
+    wanted = served.client.embed_texts(_TEXTS)
     # The same numbers, once in decimals; a served model may round once more between two requests.
     if found.shape != wanted.shape or not float(
         measure_distances(found, wanted).max()
@@ -285,23 +283,16 @@ def _check_base64(served: _Served) -> str:
         raise ValueError(
             "base64 and float give different embeddings; wanted base64 of little-endian float32."
         )
-    return f"{len(texts)} embeddings equal those in decimals"
+    return f"{len(_TEXTS)} embeddings equal those in decimals"
 
 
 def _check_dimensions(served: _Served) -> str:
-    """Fewer dimensions are the first ones at unit length."""
-    if served.client.schema == "cohere":
-        raise NotApplicableError("the schema cohere has other names for it")
-    texts, count = served.texts, max(served.unit_dimensions // 2, 1)
-    try:
-        found = served.client.embed_texts(texts, dimensions=count)
-    except EndpointError as error:
-        if error.status not in (400, 422):
-            raise
-        raise NotApplicableError(f"dimensions={count} is refused: {error}") from None
+    """Check that fewer dimensions are the first ones, at unit length."""
+    count = max(served.tested.config.projection_dim // 2, 1)
+    found = _embed_with(served, "dimensions", count)
     if found.shape[1] != count:
         raise ValueError(f"dimensions={count} gives {found.shape[1]} dimensions.")
-    wanted = torch.nn.functional.normalize(served.encode(texts)[:, :count], dim=-1)
+    wanted = torch.nn.functional.normalize(_encode(served.tested, _TEXTS)[:, :count], dim=-1)
     distance = float(measure_distances(found, wanted).max())
     # Half of the dimensions have less than the whole length, by which rounding is divided.
     if not distance <= 4 * served.tolerance:
@@ -310,102 +301,55 @@ def _check_dimensions(served: _Served) -> str:
             f"dimensions={count} gives embeddings {distance:.1e} from the model's first {count} "
             f"at unit length; their lengths are {lengths.min():.3g} to {lengths.max():.3g}."
         )
-    return f"dimensions={count}: {_describe(len(texts), distance, served)}"
-
-
-def _check_images(served: _Served) -> str:
-    images = render_golden_images()
-    return _describe(len(images), served.require_equal_alone(images)[1], served)
-
-
-def _check_photographs(served: _Served) -> str:
-    """Images of the sizes and the detail of photographs, which servers shrink and compress."""
-    images = render_photographs()
-    return _describe(len(images), served.require_equal_alone(images)[1], served)
+    return f"dimensions={count}: {served.describe(len(_TEXTS), distance)}"
 
 
 def _check_batched_images(served: _Served) -> str:
     if not served.client.batches_images:
         raise NotApplicableError("the schema has one image per request")
-    images = [*render_golden_images(), *_render_odd_images()]
-    images = [*images, images[0]]
-    found = served.client.embed_images(images)
-    distance = served.require_equal(found, images, where="in one request")
-    return _describe(len(images), distance, served)
-
-
-def _check_image_decoding(served: _Served) -> str:
-    """Images that libraries decode differently: transparent, and rotated by EXIF."""
-    images = _render_odd_images()
-    return _describe(len(images), served.require_equal_alone(images)[1], served)
+    images = [*render_golden_images(), *render_odd_images()]
+    return served.check_together([*images, images[0]], where=["in one request"])
 
 
 def _check_concurrent_inputs(served: _Served) -> str:
-    """Texts and images at once."""
-    images = [*render_golden_images(), *_render_odd_images()]
+    """Send texts and images at once."""
+    known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
     count = served.config.concurrency * _REQUESTS_PER_THREAD
-    inputs = [[*images, *served.texts][row % (len(images) + len(served.texts))]
-              for row in range(count)]  # fmt: skip
+    inputs = [known[row % len(known)] for row in range(count)]
     random.Random(0).shuffle(inputs)
-
-    def embed(one: str | Image.Image) -> Tensor:
-        if isinstance(one, str):
-            return served.client.embed_texts([one])
-        return served.client.embed_images([one])
-
-    found = _send_at_once(served, embed, inputs)
-    distance = 0.0
+    found = served.embed_at_once([[one] for one in inputs])
+    distances = []
     for kind in (str, Image.Image):
         rows = [row for row, one in enumerate(inputs) if isinstance(one, kind)]
-        distance = max(distance, served.require_equal(
-            found[rows], [inputs[row] for row in rows], where=f"{count} requests at once"
-        ))  # fmt: skip
-    return _describe(count, distance, served)
+        part = [inputs[row] for row in rows]
+        where = f"{count} requests at once"
+        distances.append(served.require_equal(found[rows], part, where=where))
+    return served.describe(count, max(distances))
 
 
-def _render_odd_images() -> list[Image.Image]:
-    """Render an image with transparency, and one that EXIF rotates."""
-    ramp, disc = render_golden_images()
-    transparent = ramp.convert("RGBA")
-    transparent.putalpha(disc.convert("L").resize(ramp.size).point(lambda value: 255 - value))
-    rotated = ramp.copy()
-    rotated.getexif()[_EXIF_ORIENTATION] = _ROTATED
-    return [transparent, rotated]
-
-
-def _describe(count: int, distance: float, served: _Served) -> str:
-    return f"{count} embeddings at most {distance:.1e} off (allowed {served.tolerance:.0e})"
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A check, and the earlier ones without which it says nothing."""
-
-    name: str
-    run: Callable[[_Served], str]
-    needs: tuple[str, ...] = ()
-    of_images: bool = False
-
-
-_PLANNED = (
-    _Planned("model", _check_model),
-    _Planned("connection", _check_connection),
-    _Planned("texts", _check_texts, ("connection",)),
-    _Planned("exact texts", _check_exact_texts, ("texts",)),
-    _Planned("batched texts", _check_batched_texts, ("texts",)),
-    _Planned("mixed lengths", _check_mixed_lengths, ("texts",)),
-    _Planned("concurrent texts", _check_concurrent_texts, ("texts",)),
-    _Planned("long text", _check_long_text, ("texts",)),
-    _Planned("empty text", _check_empty_text, ("connection",)),
-    _Planned("base64", _check_base64, ("connection",)),
-    _Planned("dimensions", _check_dimensions, ("texts",)),
-    _Planned("images", _check_images, ("connection",), of_images=True),
-    _Planned("photographs", _check_photographs, ("images",), of_images=True),
-    _Planned("image decoding", _check_image_decoding, ("images",), of_images=True),
-    _Planned("batched images", _check_batched_images, ("image decoding",), of_images=True),
-    _Planned("concurrent inputs", _check_concurrent_inputs, ("texts", "image decoding"),
-             of_images=True),
-)  # fmt: skip
+_IMAGE = "image"
+_PLANNED: tuple[PlannedCheck[_Served], ...] = (
+    PlannedCheck("model", _check_model),
+    PlannedCheck("connection", _check_connection),
+    PlannedCheck("texts", _check_texts, ("connection",)),
+    PlannedCheck("exact texts", _alone(_list_exact_texts), ("texts",)),
+    PlannedCheck("batched texts", _check_batched_texts, ("texts",)),
+    PlannedCheck("mixed lengths", _check_mixed_lengths, ("texts",)),
+    PlannedCheck("concurrent texts", _check_concurrent_texts, ("texts",)),
+    PlannedCheck("long text", _check_long_text, ("texts",)),
+    PlannedCheck("empty text", _check_empty_text, ("connection",)),
+    PlannedCheck("base64", _check_base64, ("connection",)),
+    PlannedCheck("dimensions", _check_dimensions, ("texts",)),
+    PlannedCheck("images", _alone(lambda _: render_golden_images()), ("connection",), _IMAGE),
+    # Of the sizes and the detail of photographs, which servers shrink and compress.
+    PlannedCheck("photographs", _alone(lambda _: render_photographs()), ("images",), _IMAGE),
+    # Libraries decode them differently.
+    PlannedCheck("image decoding", _alone(lambda _: render_odd_images()), ("images",), _IMAGE),
+    PlannedCheck("batched images", _check_batched_images, ("image decoding",), _IMAGE),
+    PlannedCheck(
+        "concurrent inputs", _check_concurrent_inputs, ("texts", "image decoding"), _IMAGE
+    ),
+)
 
 
 def check_server(
@@ -448,54 +392,17 @@ def check_server(
         tokenizer=processor.tokenizer,
         processor=processor,
     )
-    client = EndpointClient(
-        config,
-        model_name=config.model_name or Path(source).name,
-        api_key=os.environ.get(config.api_key_env, ""),
-    )
-    if config.model_name is None:
-        client.model_name = client.find_model_name() or client.model_name
+    api_key = os.environ.get(config.api_key_env, "")
+    client = EndpointClient(config, model_name=config.model_name or "", api_key=api_key)
+    client.model_name = config.model_name or client.find_model_name() or Path(source).name
     dtype = getattr(torch, config.served_dtype) if config.served_dtype else model.dtype
-    served = _Served(
-        client=client,
-        tested=tested,
-        config=config,
-        texts=list(dict.fromkeys([*GOLDEN_TEXTS, *SHORT_TEXTS])),
-        tolerance=find_tolerance(dtype, other_machine=True),
-        unit_dimensions=model.config.projection_dim,
-    )
-    return ModelReport(config.server, _run_all(served))
 
+    def find_obstacle(about: str | None) -> str | None:
+        if about is None:
+            return None
+        if not client.takes_images:
+            return "the schema openai has no images; give --schema chat, cohere or jina"
+        return None if tested.encodes_images else "the folder has no vision tower"
 
-def _run_all(served: _Served) -> list[Check]:
-    checks: list[Check] = []
-    unmet: dict[str, str] = {}
-    for planned in _PLANNED:
-        check = _run(planned, served, unmet)
-        checks.append(check)
-        if not check.passed:
-            unmet[planned.name] = "did not run" if check.skipped else "failed"
-    return checks
-
-
-def _run(planned: _Planned, served: _Served, unmet: dict[str, str]) -> Check:
-    def skip(reason: str) -> Check:
-        return Check(planned.name, False, reason, skipped=True)
-
-    if planned.of_images and not served.client.takes_images:
-        return skip("the schema openai has no images; give --schema chat, cohere or jina")
-    if planned.of_images and not served.tested.encodes_images:
-        return skip("the folder has no vision tower")
-    if reasons := [
-        f"needs {name!r}, which {unmet[name]}" for name in planned.needs if name in unmet
-    ]:
-        return skip("; ".join(reasons))
-    try:
-        with float32_as_such():
-            return Check(planned.name, True, planned.run(served))
-    except NotApplicableError as reason:
-        return skip(str(reason))
-    except ConcernError as concern:
-        return Check(planned.name, True, str(concern), concern=True)
-    except ValueError as error:
-        return Check(planned.name, False, str(error))
+    served = _Served(client, tested, config, find_tolerance(dtype, other_machine=True))
+    return ModelReport(config.server, list(run_checks(_PLANNED, served, find_obstacle)))

@@ -14,11 +14,7 @@ from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 
 def check_tokenizer(tested: ModelUnderTest) -> str:
-    """Load the tokenizer as pipelines do; its ids must be rows of the embedding table.
-
-    Args:
-        tested: Gets its tokenizer.
-    """
+    """Load the tokenizer as pipelines do; its ids must fit the LLM's embedding table."""
     tokenizer = load_without_code(AutoTokenizer, tested.folder, local_files_only=True)
     rows = tested.config.text_config.vocab_size
     largest = max(tokenizer.get_vocab().values())
@@ -37,11 +33,7 @@ def check_tokenizer(tested: ModelUnderTest) -> str:
 
 
 def check_padding_side(tested: ModelUnderTest) -> str:
-    """Require padding on the right, where no position moves.
-
-    Args:
-        tested: The model.
-    """
+    """Require padding on the right, which shifts no position."""
     side = tested.tokenizer.padding_side
     if side != "right":
         raise ValueError(
@@ -52,11 +44,7 @@ def check_padding_side(tested: ModelUnderTest) -> str:
 
 
 def check_prompt(tested: ModelUnderTest) -> str:
-    """Require that the saved tokenizer alone strips a text and puts the prompt around it.
-
-    Args:
-        tested: The model.
-    """
+    """Require that the saved tokenizer alone strips texts and adds the prompt."""
     config, tokenizer = tested.config, tested.tokenizer
     prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
     errors = [
@@ -86,11 +74,7 @@ def check_prompt(tested: ModelUnderTest) -> str:
 
 
 def check_text_length(tested: ModelUnderTest) -> str:
-    """Require one maximum text length in tokenizer, configuration and processor.
-
-    Args:
-        tested: The model.
-    """
+    """Require the same maximum text length in tokenizer, configuration and processor."""
     found = {
         "config.max_text_length": tested.config.max_text_length,
         "tokenizer.model_max_length": tested.tokenizer.model_max_length,
@@ -107,11 +91,7 @@ def check_text_length(tested: ModelUnderTest) -> str:
 
 
 def check_processor(tested: ModelUnderTest) -> str:
-    """Load the processor as AutoProcessor does.
-
-    Args:
-        tested: Gets its processor.
-    """
+    """Load the processor as AutoProcessor does."""
     if not tested.has_processor_files:
         raise NotApplicableError(f"a {tested.model_class.__name__} was saved without a processor")
     processor = load_without_code(AutoProcessor, tested.folder, local_files_only=True)
@@ -125,11 +105,7 @@ def check_processor(tested: ModelUnderTest) -> str:
 
 
 def check_tokenizer_path(tested: ModelUnderTest) -> str:
-    """Require that the bare tokenizer, which pipelines use, gives the processor's ids.
-
-    Args:
-        tested: The model.
-    """
+    """Require the processor's ids from the bare tokenizer, which pipelines use."""
     if tested.processor is None:
         raise NotApplicableError("there is no processor to compare with")
     bare = tested.tokenizer(

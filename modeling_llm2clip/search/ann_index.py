@@ -1,8 +1,8 @@
-"""An approximate index, once it is faster than comparing with every image and finds enough.
+"""Trains an approximate index, and keeps it if it is faster than exact search and finds enough.
 
 Texts lie far from all images, on another side of the space, so that the images nearest to a text
-are spread over many partitions. How many a query must visit is therefore measured with texts: with
-queries that are images, a fraction of it would seem to be enough.
+are spread over many partitions. The number of partitions to visit is therefore measured with
+texts; with images as queries, a fraction of it would seem to be enough.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from .._suggestions import counted
 from .exact_search import find_greatest_cosines, measure_recall
-from .index_about import AnnIndex
 from .index_database import IndexDatabase
+from .vector_table import AnnIndex
 
 # Below, a query that is compared with every image takes less than about 50 ms.
 FEWEST_ROWS = 20_000
@@ -38,11 +39,7 @@ Report = Callable[[str], object]
 
 
 def needs_training(database: IndexDatabase) -> bool:
-    """Whether an index has so many new images that its partitions no longer fit them.
-
-    Args:
-        database: The index.
-    """
+    """Return True if there are no partitions, or if they no longer fit the number of images."""
     ann = database.about.ann
     if ann is None:
         return True
@@ -57,23 +54,17 @@ def train_ann(
     always: bool,
     report: Report,
 ) -> AnnIndex:
-    """Train the approximate index, and keep it if it finds enough and is faster.
+    """Train the approximate index; `is_used` of the result says if it was kept.
 
-    Args:
-        database: The index, with at least one image.
-        queries: (Q, P) float32 of unit length: embeddings of texts.
-        min_recall: Recall@10 to reach, against comparing with every image.
-        always: Keep it even if it is slower or finds less.
-        report: Called with what was measured.
-
-    Returns:
-        What was measured; `is_used` says whether it was kept.
+    Queries are embeddings of texts, (Q, P) float32 of unit length. `always` keeps an index that is
+    slower or finds less.
     """
     num_rows = database.count()
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
     report(f"Training an approximate index of {counted(num_rows, 'image')} …")
     started = time.monotonic()
-    database.build_ann(num_partitions)
+    with database.changing() as table:
+        table.build_ann(num_partitions)
     seconds = round(time.monotonic() - started, 1)
     untuned = AnnIndex(
         num_rows=num_rows, num_partitions=num_partitions, nprobes=1, refine_factor=1,
@@ -84,7 +75,8 @@ def train_ann(
     finds_enough, is_faster = ann.recall_at_10 >= min_recall, ann.query_ms < ann.exact_query_ms
     ann = replace(ann, is_used=always or (finds_enough and is_faster))
     if not ann.is_used:
-        database.drop_ann()
+        with database.changing() as table:
+            table.drop_ann()
     reason = f"below {min_recall}" if not finds_enough else "slower than without"
     report(
         f"Trained in {seconds:.0f} s. {describe_ann(ann)}"
@@ -96,30 +88,16 @@ def train_ann(
 def tune_ann(
     database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any], *, min_recall: float
 ) -> AnnIndex:
-    """Choose how many partitions a query visits by the recall of texts, and measure it.
-
-    Args:
-        database: The index, whose approximate index is trained.
-        ann: Its partitions.
-        queries: (Q, P) float32 of unit length: embeddings of texts.
-        min_recall: Recall@10 to reach.
-
-    Returns:
-        The fewest partitions that reach it, or the choice that finds most.
-    """
+    """Choose and measure the fewest partitions per query that reach `min_recall`, or the best."""
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
     best = ann
-    for refine_factor in _REFINE_FACTORS:
-        for nprobes in _list_nprobes(ann.num_partitions):
-            tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
-            found = search_all(database, queries, ann=tried)
-            tried = replace(tried, recall_at_10=round(measure_recall(found, greatest), 4))
-            if tried.recall_at_10 > best.recall_at_10:
-                best = tried
-            if best.recall_at_10 >= min_recall:
-                break
+    for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
+        tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
+        found = search_all(database, queries, ann=tried)
+        tried = replace(tried, recall_at_10=round(measure_recall(found, greatest), 4))
+        best = max(best, tried, key=lambda one: one.recall_at_10)
         if best.recall_at_10 >= min_recall:
             break
     return replace(
@@ -133,16 +111,7 @@ def tune_ann(
 def search_all(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> list[Sequence[float]]:
-    """Search with each query.
-
-    Args:
-        database: The index.
-        queries: (Q, P) float32 of unit length.
-        ann: The approximate index; None compares with every image.
-
-    Returns:
-        Cosines of what each query found.
-    """
+    """Return the cosines that each query, (Q, P), finds."""
     return [
         [row["cosine"] for row in database.search(query, top_k=_TOP_K, ann=ann)]
         for query in queries
@@ -152,13 +121,7 @@ def search_all(
 def time_search(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> float:
-    """Measure the median milliseconds of a query, after one that warms up.
-
-    Args:
-        database: The index.
-        queries: (Q, P) float32 of unit length.
-        ann: The approximate index; None compares with every image.
-    """
+    """Measure the median milliseconds of a query, after a warm-up."""
     search_all(database, queries[:1], ann=ann)
     seconds = []
     for query in queries:
@@ -169,11 +132,6 @@ def time_search(
 
 
 def describe_ann(ann: AnnIndex) -> str:
-    """Say in one line what an approximate index finds, and how fast.
-
-    Args:
-        ann: What was measured.
-    """
     return (
         f"Approximate index: {ann.nprobes} of {ann.num_partitions} partitions per query, refined "
         f"{ann.refine_factor}-fold; recall@10 {ann.recall_at_10:.3f} of {ann.num_queries} texts; "

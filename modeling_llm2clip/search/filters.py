@@ -1,4 +1,4 @@
-"""The part of SQL that filters of an index may use, checked before LanceDB sees them.
+"""The subset of SQL that filters of an index may use, checked before the database sees them.
 
 LanceDB's parser goes one level deeper with each operator, so that a filter of two kilobytes can
 overflow its stack and end the process; and some functions of SQL make gigabytes out of a few
@@ -45,16 +45,7 @@ class _Token(NamedTuple):
 
 
 def check_filter(where: str, columns: Iterable[str]) -> None:
-    """Refuse a filter that is not in the part of SQL that is described above.
-
-    Args:
-        where: The filter.
-        columns: Names that it may use, in any letter case as in SQL.
-
-    Raises:
-        ValueError: It is too long or too deep, or something else is in it; what, where, and what is
-            allowed is said.
-    """
+    """Raise ValueError, with the place and the remedy, for a filter outside of this subset."""
     names = list(columns)
     try:
         if len(where) > MOST_CHARACTERS:
@@ -65,13 +56,7 @@ def check_filter(where: str, columns: Iterable[str]) -> None:
 
 
 def explain_filter(where: str, problem: str, columns: Iterable[str]) -> str:
-    """Say what is wrong with a filter, and what is allowed.
-
-    Args:
-        where: The filter.
-        problem: What is wrong.
-        columns: Names that it may use.
-    """
+    """Return what is wrong with a filter, and what is allowed."""
     shown = where if len(where) <= _SHOWN else where[: _SHOWN - 1] + "…"
     return (
         f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}; compare "

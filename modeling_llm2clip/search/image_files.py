@@ -1,19 +1,28 @@
-"""Image files in a folder: those that can be decoded here, and what is left out."""
+"""The image files of a folder: which can be decoded, which are left out, and their records."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
 from .._suggestions import counted
-from ..data.images.image_sources import OPTIONAL_IMAGE_SUFFIXES, list_readable_suffixes
+from ..data.images.image_sources import (
+    OPTIONAL_IMAGE_SUFFIXES,
+    find_unreadable_images,
+    list_readable_suffixes,
+)
+from ..data.records.record_table import RecordTable
+from ..data.records.records import CaptionedImage
 from ..data.remote.remote_access import raise_disk_failure
+from ..data.validation_errors import ErrorCollector
 
 _SHOWN = 8
+_UNREADABLE = "image unreadable"  # kind of error
 _REMEDIES = {
     "pip install pillow-heif": {"heic", "heif", "hif"},
     "pip install --upgrade pillow (11.3 or later)": {"avif"},
@@ -39,11 +48,7 @@ class ImageFiles:
     closed_folders: list[Path] = field(default_factory=list)
 
     def describe_skipped(self) -> str:
-        """Count and name what is left out, and say how to have it read.
-
-        Returns:
-            A line for each reason, which lists at most eight names; empty where there is none.
-        """
+        """Return a line with names and a remedy for each reason to leave files out."""
         lines = [self._describe_formats()] if self.skipped else []
         for paths, what, remedy in (
             (self.dangling, "symbolic links that lead to no file", "Correct or remove them."),
@@ -55,7 +60,7 @@ class ImageFiles:
             (self.closed_folders, "folders that cannot be listed", "Check who may read them."),
         ):
             if paths:
-                lines.append(f"Skipped {len(paths):,} {what}: {_list_paths(paths)}. {remedy}")
+                lines.append(f"Skipped {len(paths):,} {what}: {_list_some(paths)}. {remedy}")
         return "\n".join(lines)
 
     def _describe_formats(self) -> str:
@@ -63,7 +68,7 @@ class ImageFiles:
         shares = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
         return (
             f"Skipped {counted(len(self.skipped), 'image file')} that Pillow cannot read here "
-            f"({shares}): {_list_paths(self.skipped)}. {_describe_remedies(set(counts))}"
+            f"({shares}): {_list_some(self.skipped)}. {_describe_remedies(set(counts))}"
         )
 
 
@@ -72,15 +77,6 @@ def list_images(image_dir: str | Path) -> ImageFiles:
 
     A symbolic link to a file is a file. One to a folder is not followed, because it may lead to a
     folder above it, or to images that are found already.
-
-    Args:
-        image_dir: Folder of images.
-
-    Returns:
-        Its image files, and what is left out.
-
-    Raises:
-        ValueError: There is no such folder, or no readable image in it.
     """
     folder = Path(image_dir)
     if not folder.is_dir():
@@ -93,6 +89,63 @@ def list_images(image_dir: str | Path) -> ImageFiles:
             f"{folder}: no image in it or below it ({suffixes}). {found.describe_skipped()}"
         )
     return found
+
+
+def records_from_images(
+    image_dir: str | Path,
+    *,
+    check_images: bool = False,
+    skip_invalid: bool = False,
+    show_progress: bool = False,
+    report: Callable[[str], object] = warnings.warn,
+) -> RecordTable:
+    """Make a record without captions for every image in a folder and its subfolders.
+
+    Args:
+        image_dir: Folder of images.
+        check_images: Decode every image, too.
+        skip_invalid: Leave out and report images whose names are not Unicode, which no record can
+            have, instead of stopping at them.
+        show_progress: Show a progress bar while images are decoded.
+        report: Called with lines on what is left out: image files of formats that cannot be
+            decoded here, and symbolic links to folders or to no file.
+
+    Returns:
+        Records in the order of their names, which are the paths below the folder.
+
+    Raises:
+        ValueError: There is no such folder, or no readable image in it.
+        DataValidationError: Images cannot be decoded, or have names that are not Unicode; all of
+            them are counted.
+
+    Examples:
+        >>> records = records_from_images("my-images")
+        >>> folder = embed("my-model", records, "embeddings", modality="image")
+    """
+    folder = Path(image_dir)
+    files = list_images(folder)
+    if skipped := files.describe_skipped():
+        report(skipped)
+    unnamed = [repr(str(path)) for path in files.readable if not _is_unicode(path)]
+    images = [path for path in files.readable if _is_unicode(path)]
+    errors = ErrorCollector()
+    if skip_invalid and unnamed:
+        count = counted(len(unnamed), "image")
+        report(f"Skipped {count} without a Unicode name: {_list_some(unnamed)}. Rename.")
+    elif unnamed:
+        for name in unnamed:
+            errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
+    if check_images:
+        for error in find_unreadable_images(images, show_progress=show_progress).values():
+            errors.add(_UNREADABLE, error)
+    errors.raise_if_any(str(folder))
+    if not images:
+        raise ValueError(f"{str(folder)!a}: no image whose name is Unicode. Rename them.")
+    names = [path.relative_to(folder).as_posix() for path in images]
+    return RecordTable.from_records(
+        CaptionedImage(image=path, name=name, group_id=name, captions=())
+        for path, name in zip(images, names, strict=True)
+    )
 
 
 def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
@@ -120,7 +173,10 @@ def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a path leads to a file; from Python 3.14 on, `is_file` hides a disk that fails."""
+    """Return True for a path that leads to a file, and raise if it is the disk that fails.
+
+    From Python 3.14 on, `is_file` hides such failures.
+    """
     try:
         return S_ISREG(path.stat().st_mode)
     except PermissionError:
@@ -145,9 +201,17 @@ def _describe_remedies(suffixes: set[str]) -> str:
     return " ".join(remedies)
 
 
-def _list_paths(paths: Sequence[Path]) -> str:
-    return ", ".join(map(str, paths[:_SHOWN])) + (", …" if len(paths) > _SHOWN else "")
+def _list_some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
 
 
 def _list(suffixes: set[str]) -> str:
     return ", ".join(f".{suffix}" for suffix in sorted(suffixes))
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8
+        return False
+    return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -17,8 +18,7 @@ from ..configs.search_config import IndexConfig
 from ..data.atomic_files import list_differences
 from ..model_folders.model_types import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
-from .index_about import About, AnnIndex, IndexUnavailableError, require_same_fingerprint
-from .index_database import COLUMNS, IndexDatabase
+from .index_database import About, IndexDatabase
 from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
     NamedQuery,
@@ -29,6 +29,7 @@ from .query_encoding import (
     name_queries,
 )
 from .search_results import SearchResult, require_top_k
+from .vector_table import COLUMNS, AnnIndex, IndexUnavailableError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +116,7 @@ class ImageIndex:
 
     @property
     def about(self) -> About:
-        """What the index is of: model, folder, width of the embeddings, approximate index."""
+        """Model, folder, width of the embeddings, and approximate index."""
         return self._database.about
 
     @property
@@ -286,8 +287,9 @@ class ImageIndex:
         else:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
+        ann, most = self._choose_ann(where, exact, num_rows), min(top_k, num_rows)
         found = [
-            self._search_one(one, row, min(top_k, num_rows), where, exact, num_rows)
+            self._search_one(one, row, most, where, ann)
             for one, row in zip(named, embeds, strict=True)
         ]
         self._require_same_model()  # it may have been replaced meanwhile
@@ -339,21 +341,18 @@ class ImageIndex:
         embedding: np.ndarray[Any, Any],
         top_k: int,
         where: str | None,
-        exact: bool,
-        num_rows: int,
+        ann: AnnIndex | None,
     ) -> SearchResult:
-        if num_rows == 0:
-            return SearchResult(query.name, [], query.image)
-        ann = self._choose_ann(where, exact, num_rows)
-        rows = self._database.search(embedding, top_k=top_k, where=where, ann=ann)
+        find = partial(self._database.search, embedding, top_k=top_k, where=where)
+        rows = find(ann=ann) if top_k else []
         if ann is not None and len(rows) < top_k:  # the partitions that were visited have no more
-            rows = self._database.search(embedding, top_k=top_k, where=where)
+            rows = find()
         hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
         columns = [{name: row[name] for name in COLUMNS} for row in rows]
         return SearchResult(query.name, hits, query.image, columns)
 
     def _choose_ann(self, where: str | None, exact: bool, num_rows: int) -> AnnIndex | None:
-        """Return the approximate index to use, if any, where so many images pass the filter."""
+        """Return the approximate index to use, if any; `num_rows` images pass the filter."""
         ann = self.about.ann
         if exact or ann is None or not ann.is_used:
             return None
@@ -364,21 +363,20 @@ class ImageIndex:
 
 def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:
     if holds_graphs(source):
-        exported = read_onnx_record(Path(source))["source"]
-        require_same_fingerprint(database.location, database.about, source, exported)
+        database.require_same_fingerprint(source, read_onnx_record(Path(source))["source"])
         return OnnxQueryEncoder(Path(source))
     # Not above: it imports torch, which an index is opened without.
     from .model_identity import find_whole_model, name_model, require_same_model
 
-    about = database.about
+    model = database.about.model
     try:
         folder = find_whole_model(source)
     except (ValueError, OSError) as error:
-        if name_model(source) != about.model:
+        if name_model(source) != model:
             raise
         raise ValueError(
-            f"{database.location} is an index of the model {about.model}, which cannot be used "
+            f"{database.location} is an index of the model {model}, which cannot be used "
             f"any more: {error} If it was moved, say where it is (model, --model)."
         ) from error
-    require_same_model(database.location, about, source, folder)
+    require_same_model(database, source, folder)
     return QueryEncoder(folder, device)

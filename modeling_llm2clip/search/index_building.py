@@ -1,4 +1,4 @@
-"""Builds the index of a folder of images: the model, the rows, the approximate index."""
+"""Builds the index of a folder of images: rows, and approximate index."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..configs.search_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.records.record_loading import find_example_data
 from ..encoding.devices import find_device
-from ..model_folders.training_images import ImageTally
+from ..model_folders.training_images import ImageTally, read_training_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_files import list_images
-from .index_about import About, join_fingerprints
-from .index_database import IndexDatabase
-from .index_training import describe_far_index, restore_tally, store_tally
-from .index_update import update_images
+from .index_database import About, IndexDatabase, join_fingerprints
+from .index_update import FolderUpdate
 from .model_identity import (
     find_whole_model,
     fingerprint_whole_model,
     hash_file_facts,
     name_model,
     require_same_model,
+    restore_tally,
+    store_tally,
 )
 from .query_encoding import QueryEncoder
 
@@ -43,48 +43,32 @@ def build_index(
     *,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, QueryEncoder]:
-    """Index a folder of images, or bring an index in line with its folder.
-
-    Args:
-        model: Folder or Hub id of a whole, trained model.
-        image_dir: Folder of images.
-        location: Folder or URI of the database.
-        config: How images are encoded, and when an approximate index is built.
-        report: Called with each line on what was done. Default: images that are left out are
-            warned of.
-
-    Returns:
-        The database, and what encodes queries for it.
-
-    Raises:
-        ValueError: As `ImageIndex.build`.
-    """
+    """Index a folder, or update its index; return the database and the encoder of its queries."""
     find_device(config.device)  # before what takes long
     files = list_images(image_dir)
+    warn, say = report or _warn, report or _ignore
     if skipped := files.describe_skipped():
-        (report or _warn)(skipped)
+        warn(skipped)
     folder = find_whole_model(model)
     database = _open(model, folder, image_dir, location)
     encoder = QueryEncoder(folder, config.device)
     tally = restore_tally(database.about)
     with database.writing():
         try:
-            counts = update_images(
-                database, image_dir, files.readable, encoder, config=config, tally=tally
-            )
+            update = FolderUpdate(database, image_dir, encoder, config, tally)
+            counts = update.run(files.readable)
         except KeyboardInterrupt:
             _note_place(database, model, folder, image_dir, tally)
-            (report or _warn)(f"What was encoded is in {location}; the same call continues there.")
+            warn(f"What was encoded is in {location}; the same call continues there.")
             raise
-        (report or _ignore)(str(counts))
+        say(str(counts))
         if counts.errors:
-            (report or _warn)(counts.describe_errors())
-        _update_ann(
-            database, encoder, config, has_changed=counts.has_changed, report=report or _ignore
-        )
+            warn(counts.describe_errors())
+        _update_ann(database, encoder, config, has_changed=counts.has_changed, report=say)
         _note_place(database, model, folder, image_dir, tally)
-    if far := describe_far_index(database.about, folder):
-        (report or _warn)(far)
+    trained_on = read_training_images(folder)
+    if trained_on is not None and (far := trained_on.describe_far(tally)):
+        warn(far)
     return database, encoder
 
 
@@ -101,7 +85,7 @@ def _open(model: str | Path, folder: Path, image_dir: Path, location: str) -> In
         )
 
     database = IndexDatabase.create(location, describe)
-    require_same_model(location, database.about, model, folder)
+    require_same_model(database, model, folder)
     indexed = Path(database.about.image_dir)
     if indexed != image_dir.resolve() and indexed.is_dir() and database.count():
         raise ValueError(
@@ -119,43 +103,35 @@ def _update_ann(
     has_changed: bool,
     report: Report,
 ) -> None:
-    """Train, measure anew or drop the approximate index, as the number of images asks for."""
+    """Train, tune or drop the approximate index, depending on the number of images."""
     about = database.about
     if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
         if about.ann is not None:
-            database.drop_ann()
+            with database.changing() as table:
+                table.drop_ann()
             database.write_about(replace(about, ann=None))
         return
-    is_kept = about.ann is not None and about.ann.is_used
-    if needs_training(database) or (config.ann == "always" and not is_kept):
-        queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+    is_used = about.ann is not None and about.ann.is_used
+    trains = needs_training(database) or (config.ann == "always" and not is_used)
+    if not trains and not (is_used and has_changed):
+        return
+    queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+    if trains or about.ann is None:
         if about.ann is not None:
             # Who searches meanwhile must not visit new partitions in the number of the old ones.
             database.write_about(replace(about, ann=None))
+        always = config.ann == "always"
         ann = train_ann(
-            database,
-            queries,
-            min_recall=config.min_recall,
-            always=config.ann == "always",
-            report=report,
+            database, queries, min_recall=config.min_recall, always=always, report=report
         )
-        database.write_about(replace(about, ann=ann))
-    elif about.ann is not None and about.ann.is_used and has_changed:
-        queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+    else:
         ann = tune_ann(database, about.ann, queries, min_recall=config.min_recall)
-        database.write_about(replace(about, ann=ann))
         report(describe_ann(ann))
+    database.write_about(replace(about, ann=ann))
 
 
 def choose_texts(count: int) -> list[str]:
-    """Choose different English captions of the images that come with the package.
-
-    Args:
-        count: How many.
-
-    Returns:
-        The same ones at each call.
-    """
+    """Choose different English captions of the example images, the same ones at each call."""
     captions: set[str] = set()
     for name in ("photographs", "emoji"):
         file = find_example_data() / name / "captions.jsonl"
@@ -171,7 +147,7 @@ def _note_place(
     image_dir: Path,
     tally: ImageTally,
 ) -> None:
-    """Note where model and images are now, if either was moved, and what was encoded."""
+    """Record where model and images are now, and which images were encoded."""
     about = replace(
         database.about,
         model=name_model(model),

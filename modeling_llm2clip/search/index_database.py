@@ -1,72 +1,92 @@
-"""The LanceDB tables of an image index, without torch: one row per image, and what they are of.
+"""The database of an image index, without torch: its model, its rows, and its errors.
 
-| table | rows |
-| --- | --- |
-| `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length |
-| `about` | one, whose `content` is the JSON of an `About` |
-"""  # noqa: E501
+Filters, damage and other models are handled here, whatever the database.
+"""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from .._extras import LANCEDB, require
-from ..data.atomic_files import lock_file
+from ..data.atomic_files import list_differences, lock_file
 from .filters import check_filter, explain_filter
-from .index_about import (
+from .vector_table import (
     ABOUT,
+    COLUMNS,
     ERRORS,
     HOW_TO_INDEX,
-    About,
+    IMAGES,
+    LOCK,
     AnnIndex,
     IndexUnavailableError,
-    explained,
-    list_tables,
-    read_about,
-    shorten,
-    write_about,
+    VectorTable,
+    open_table,
+    require_place,
 )
 
 T = TypeVar("T")
 
-COLUMNS = {
-    "path": pa.string(),
-    "sha256": pa.string(),
-    "bytes": pa.int64(),
-    "modified": pa.timestamp("us", tz="UTC"),
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "taken": pa.timestamp("us"),
-}
-_IMAGES = "images"
+FORMAT_VERSION = 2
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
-_LOCK = ".llm2clip-lock"
 _VALUES_AT_ONCE = 500  # in a filter
-_READ_AT_ONCE = 8192
 # How soon an open index sees what another process has written.
 _SEEN_AFTER_S = 5
-# Readers that opened the table before may still read the versions of this time.
-_KEPT_FOR = timedelta(hours=1)
-# Partitions are rough by nature: more images or iterations take longer, and improve no recall.
-_TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
-# One minus the inner product, which is the cosine: all embeddings have unit length.
-_DISTANCE = "dot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTally:
+    """The content of an `ImageTally`.
+
+    Attributes:
+        num_images: Images, at least one.
+        total: The sum of their embeddings before the projection, each of unit length.
+    """
+
+    num_images: int
+    total: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """The model and the images of an index.
+
+    Attributes:
+        model: Folder or Hub id of the model.
+        fingerprint: Short texts on weights, tokenizer and prompt, which decide its embeddings.
+        model_files: Digest of names, sizes and times of the model's files: while it stays the
+            same, the fingerprint need not be computed again.
+        image_dir: Folder of the images.
+        width: P of the embeddings.
+        ann: The approximate index; None where none was built.
+        tally: The images that were encoded into it, of a model that has a summary of the images
+            that it was trained on; what was removed since is still among them.
+    """
+
+    model: str
+    fingerprint: Mapping[str, str]
+    model_files: str
+    image_dir: str
+    width: int
+    ann: AnnIndex | None = None
+    tally: StoredTally | None = None
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What of an image, beside its file, a search may filter by.
+    """Properties of an image, beside those of its file, that a search may filter by.
 
     Attributes:
         width: Pixels, upright.
@@ -80,283 +100,158 @@ class ImageFacts:
 
 
 class IndexDatabase:
-    """An open database of images; searches of several threads may run at once.
+    """An open database of images; searches of several threads may run at once."""
 
-    Args:
-        location: Folder or URI.
-        connection: LanceDB's connection.
-        about: What it is of.
-    """
-
-    def __init__(self, location: str, connection: Any, about: About) -> None:
+    def __init__(self, location: str, table: VectorTable, about: About) -> None:
         self.location = location
         self.about = about
-        self._connection = connection
+        self._table = table
         self._lock = threading.Lock()
         self._looked_at = time.monotonic()
-        with explained(location, "read"):
-            self._table = connection.open_table(_IMAGES)
+        with _explained(location, "read"):
+            table.reopen()
 
     @classmethod
     def open(cls, location: str | Path) -> IndexDatabase:
-        """Open a database that `llm2clip index` wrote.
-
-        Args:
-            location: Folder, or URI on object storage.
-
-        Raises:
-            ValueError: It is missing, something else, damaged, or of another version.
-        """
+        """Open a database that `llm2clip index` wrote."""
         location = str(location)
-        if "://" not in location:
-            require_database_folder(Path(location))
-        connection = _connect(location)
-        about = read_about(location, connection)
-        if about is None:
-            raise _refuse(location)
-        return cls(location, connection, about)
+        require_place(location)
+        table = _connect(location)
+        return cls(location, table, _require_about(location, table))
 
     @classmethod
     def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
-        """Make a database without images, or open the one that is there.
-
-        Args:
-            location: Folder, or URI on object storage.
-            describe: Says what a new one is of.
-
-        Raises:
-            ValueError: Something else is there, or it is damaged or of another version.
-        """
+        """Open a database, or make one without images."""
         location = str(location)
-        folder = None if "://" in location else Path(location)
-        if folder is not None and (folder.is_file() or _list_foreign(folder)):
-            require_database_folder(folder)
-        connection = _connect(location)
-        found = read_about(location, connection)
-        if found is None and _IMAGES in list_tables(connection):
+        require_place(location, is_new=True)
+        table = _connect(location)
+        found = _read_about(location, table)
+        has_images = IMAGES in table.list_tables()
+        if found is None and has_images:
             raise ValueError(
-                f"{location} has a table `{_IMAGES}` that llm2clip index did not write. Name a "
+                f"{location} has a table `{IMAGES}` that llm2clip index did not write. Name a "
                 "new database."
             )
         about = found or describe()
-        with explained(location, "written"):
+        with _explained(location, "written"):
             if found is None:
-                write_about(connection, about, mode="create")
-            if _IMAGES not in list_tables(connection):
-                connection.create_table(_IMAGES, schema=_make_schema(about.width))
-        return cls(location, connection, about)
+                _write_about(table, about)
+            if not has_images:
+                table.create(about.width)
+        return cls(location, table, about)
 
     def refresh(self) -> None:
-        """See what other processes have written, if the last look was some seconds ago.
+        """Read what other processes have written, unless that was done seconds ago.
 
-        Images and `about` are looked at together, and `about` on both sides: whoever reads it after
-        a search has that of the images that were searched, even if they were replaced meanwhile.
-
-        Raises:
-            IndexUnavailableError: The database is gone, or is another thing now.
+        `about` is read before and after the images: whoever reads it after a search has that of the
+        images that were searched, even if they were replaced meanwhile.
         """
         with self._lock:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
                 return
-            if "://" not in self.location:
-                require_database_folder(Path(self.location))
-            self.about = self._read_about()
-            # Opened anew: a table that is open stays at its version if that of a new one is lower.
-            with explained(self.location, "read"):
-                self._table = self._connection.open_table(_IMAGES)
-            self.about = self._read_about()
+            require_place(self.location)
+            self.about = _require_about(self.location, self._table)
+            with _explained(self.location, "read"):
+                self._table.reopen()
+            self.about = _require_about(self.location, self._table)
             self._looked_at = time.monotonic()
 
-    def _read_about(self) -> About:
-        about = read_about(self.location, self._connection)
-        if about is None:
-            raise _refuse(self.location)
-        return about
-
-    def _read(self, function: Callable[[Any], T]) -> T:
-        """Read the table, and once more after a new look: files go when it is replaced."""
-        try:
-            return function(self._table)
-        except ERRORS:
-            self._looked_at = -_SEEN_AFTER_S
-            self.refresh()
-            return function(self._table)
+    def _read(self, function: Callable[[VectorTable], T]) -> T:
+        """Read the table, and retry once after a refresh: files go when a database is replaced."""
+        with _explained(self.location, "read"):
+            try:
+                return function(self._table)
+            except ERRORS:
+                self._looked_at = -_SEEN_AFTER_S
+                self.refresh()
+                return function(self._table)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keep other processes from writing a database in a folder meanwhile.
-
-        Raises:
-            ValueError: Another one is writing.
-        """
+        """Lock a database in a folder against other writers."""
         if "://" in self.location:  # object storage has no locks
             yield
             return
-        with (Path(self.location) / _LOCK).open("a") as opened:
+        with (Path(self.location) / LOCK).open("a") as opened:
             if not lock_file(opened, wait=False):
                 raise ValueError(
                     f"Another process is writing {self.location}. Wait until it has ended."
                 )
             yield
 
-    def write_about(self, about: About) -> None:
-        """Replace what is noted of the index.
+    @contextmanager
+    def changing(self) -> Iterator[VectorTable]:
+        """Yield the table for changes, and explain their errors."""
+        with _explained(self.location, "written"):
+            yield self._table
 
-        Args:
-            about: What it is of now.
-        """
-        with explained(self.location, "written"):
-            write_about(self._connection, about, mode="overwrite")
+    def write_about(self, about: About) -> None:
+        with self.changing() as table:
+            _write_about(table, about)
         self.about = about
 
     def count(self, where: str | None = None) -> int:
-        """Count the images.
-
-        Args:
-            where: Filter over the columns, see `filters`; None for all images.
-
-        Raises:
-            ValueError: The filter is not one, or names a column that is not there.
-            IndexUnavailableError: The database cannot be read any more.
-        """
+        """Count the images that pass a filter; ValueError if it is not valid."""
         if where is not None:
             check_filter(where, COLUMNS)
         self.refresh()
         if where is None:
-            with explained(self.location, "read"):
-                return int(self._read(lambda table: table.count_rows()))
+            return self._read(lambda table: table.count())
         try:
-            return int(self._read(lambda table: table.count_rows(where)))
-        except IndexUnavailableError:
-            raise
-        except ERRORS as error:
+            return self._read(lambda table: table.count(where))
+        except IndexUnavailableError as error:
             self.count_readable()
-            raise ValueError(explain_filter(where, shorten(error), COLUMNS)) from error
+            problem = _shorten(error.__cause__ or error)
+            raise ValueError(explain_filter(where, problem, COLUMNS)) from error
 
     def count_readable(self) -> int:
-        """Count the images by reading a number of each; `count` without a filter reads no file.
-
-        Raises:
-            IndexUnavailableError: The database cannot be read any more, or lacks files.
-        """
+        """Count images by reading values; `count` without a filter reads no file."""
         self.refresh()
-        with explained(self.location, "read"):
-            return int(self._read(lambda table: table.count_rows(_EVERY_IMAGE)))
+        return self._read(lambda table: table.count(_EVERY_IMAGE))
 
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        """Read columns of all images.
-
-        Args:
-            columns: Their names.
-        """
+    def iterate(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield columns of all images, or of those that pass a filter, in parts."""
         self.refresh()
-        with explained(self.location, "read"):
-            found = self._table.search().select(list(columns))
-            return found.to_batches(_READ_AT_ONCE).read_all()
+        with _explained(self.location, "read"):
+            yield from self._table.read(columns, where)
 
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
-        """Read all embeddings in parts.
-
-        Yields:
-            Paths below the folder, and their embeddings, (rows, P) float32.
-        """
-        self.refresh()
-        with explained(self.location, "read"):
-            found = self._table.search().select(["path", "embedding"]).to_batches(_READ_AT_ONCE)
-            for batch in found:
-                yield batch["path"].to_pylist(), to_matrix(batch["embedding"])
+        """Yield paths below the folder, and their embeddings, (rows, P) float32."""
+        for batch in self.iterate(["path", "embedding"]):
+            yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(
         self, digests: Sequence[str]
     ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
-        """Find images by what their files contain.
-
-        Args:
-            digests: SHA-256 of image files.
-
-        Returns:
-            Digest to facts and embedding, (P,), of those that are there.
-        """
+        """Map the SHA-256 of image files to facts and embedding, (P,), of those that are there."""
         found: dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]] = {}
         names = ["width", "height", "taken"]
-        with explained(self.location, "read"):
-            for part in _list_in_parts(digests):
-                rows = self._table.search().where(f"sha256 IN ({part})")
-                table = rows.select(["sha256", *names, "embedding"]).to_arrow()
-                facts = (ImageFacts(**row) for row in table.select(names).to_pylist())
-                pairs = zip(facts, to_matrix(table["embedding"]), strict=True)
-                found |= dict(zip(table["sha256"].to_pylist(), pairs, strict=True))
+        for condition in _list_conditions("sha256", digests):
+            for batch in self.iterate(["sha256", *names, "embedding"], condition):
+                facts = (ImageFacts(**row) for row in batch.select(names).to_pylist())
+                pairs = zip(facts, _to_matrix(batch["embedding"]), strict=True)
+                found |= dict(zip(batch["sha256"].to_pylist(), pairs, strict=True))
         return found
 
     def write(self, rows: Mapping[str, Sequence[Any]], embeddings: np.ndarray[Any, Any]) -> None:
-        """Add images, and replace those whose path is there already, in one commit.
+        """Add images, and replace those of the same path, in one commit.
 
-        Args:
-            rows: Values of each column and of `stat`.
-            embeddings: (rows, P) float32.
+        Rows hold all columns and `stat`; embeddings are (rows, P).
         """
-        schema = _make_schema(self.about.width)
         flat = pa.array(embeddings.astype(np.float32).ravel())
         lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
-        table = pa.table({**rows, "embedding": lists}, schema=schema)
-        with explained(self.location, "written"):
-            merge = self._table.merge_insert("path").when_matched_update_all()
-            merge.when_not_matched_insert_all().execute(table)
+        with self.changing() as table:
+            table.write({**rows, "embedding": lists}, adds=True)
 
     def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Replace some columns of files that were touched and not changed.
-
-        Args:
-            rows: `path`, and the columns that are of the file and not of what it contains.
-        """
-        fields = [_make_schema(self.about.width).field(name) for name in rows]
-        with explained(self.location, "written"):
-            table = pa.table(dict(rows), schema=pa.schema(fields))
-            self._table.merge_insert("path").when_matched_update_all().execute(table)
+        """Replace some columns of files that were touched but not changed."""
+        with self.changing() as table:
+            table.write(rows, adds=False)
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Remove images.
-
-        Args:
-            paths: Below the folder.
-        """
-        with explained(self.location, "written"):
-            for names in _list_in_parts(paths):
-                self._table.delete(f"path IN ({names})")
-
-    def optimize(self) -> None:
-        """Compact the table, and take new images into the approximate index."""
-        with explained(self.location, "written"):
-            self._table.optimize(cleanup_older_than=_KEPT_FOR)
-
-    def build_ann(self, num_partitions: int) -> None:
-        """Train an approximate index: partitions of embeddings in one bit per dimension.
-
-        It is one of inner products, which are cosines of unit embeddings. By them, a text visits
-        the partitions where its images are; by distances, which also count how far a partition is
-        from all texts, it would visit twice as many to find the same.
-
-        Args:
-            num_partitions: Partitions of the images.
-        """
-        from lancedb.index import IvfRq, IvfSq
-
-        # RaBitQ packs dimensions in bytes; scalars of 8 bits take any number, and longer.
-        kind = IvfSq if self.about.width % 8 else IvfRq
-        config = kind(
-            distance_type=_DISTANCE,
-            num_partitions=num_partitions,
-            max_iterations=_MAX_ITERATIONS,
-            sample_rate=_TRAINED_ON_PER_PARTITION,
-        )
-        with explained(self.location, "written"):
-            self._table.create_index("embedding", config=config, replace=True)
-
-    def drop_ann(self) -> None:
-        """Remove the approximate index, if there is one."""
-        with explained(self.location, "written"):
-            for index in self._table.list_indices():
-                self._table.drop_index(index.name)
+        with self.changing() as table:
+            for condition in _list_conditions("path", paths):
+                table.delete(condition)
 
     def search(
         self,
@@ -366,110 +261,173 @@ class IndexDatabase:
         where: str | None = None,
         ann: AnnIndex | None = None,
     ) -> list[dict[str, Any]]:
-        """Find the images of the greatest cosine.
+        """Find the images with the greatest cosines to an embedding, (P,) of unit length.
 
-        Args:
-            embedding: (P,) of unit length.
-            top_k: How many.
-            where: Filter over the columns, see `filters`; None for all images.
-            ann: The approximate index to use; None compares with every image.
-
-        Returns:
-            Values of the columns and `cosine`, best first; of equal cosines by path.
+        Returns columns and `cosine`, best first, ties by path. Without `ann` every image is
+        compared.
         """
         if where is not None:
             check_filter(where, COLUMNS)
-
-        def find(table: Any) -> pa.Table:
-            query = table.search(embedding, vector_column_name="embedding")
-            query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
-            if where is not None:
-                query = query.where(where, prefilter=True)
-            if ann is None:
-                return query.bypass_vector_index().to_arrow()
-            return query.nprobes(ann.nprobes).refine_factor(ann.refine_factor).to_arrow()
-
-        with explained(self.location, "read"):
-            rows: list[dict[str, Any]] = self._read(find).to_pylist()
-        for row in rows:
-            row["cosine"] = 1 - row.pop("_distance")
+        rows = self._read(lambda table: table.search(embedding, top_k=top_k, where=where, ann=ann))
         return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))
 
+    def require_same_fingerprint(
+        self, source: object, by_modality: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Raise ValueError, with every difference, for a model with other embeddings.
 
-def require_database_folder(folder: Path) -> None:
-    """Refuse a path that cannot be a database, and say what it is instead.
+        A model of one modality is compared by that alone.
+        """
+        indexed = {
+            name: value
+            for name, value in self.about.fingerprint.items()
+            if name.partition(" ")[0] in by_modality
+        }
+        if differences := list_differences(indexed, join_fingerprints(by_modality)):
+            raise ValueError(
+                f"{self.location} is an index of the model {self.about.model}, and {source} gives "
+                f"other embeddings: {'; '.join(differences)}. Search with the model of the index, "
+                "or index the images with this one into a new database."
+            )
 
-    Args:
-        folder: Of the database.
 
-    Raises:
-        IndexUnavailableError: There is no folder, or no database in it.
+class DatabaseProcess(IndexDatabase):
+    """Counts and searches in a process of its own, while this one imports torch; read-only.
+
+    From the shell, a search is mostly imports: about two seconds of LanceDB, five of torch and
+    transformers. Python imports one module at a time, so only another process does both at once.
+    A filter is tried as soon as the database is open.
     """
-    if not folder.exists():
-        raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")
-    if not folder.is_dir():
+
+    def __init__(self, location: str, where: str | None = None) -> None:
+        self.location = location
+        # Not forked: this process may have threads by now.
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._opening: Future[About] = self._pool.submit(_open_here, location, where)
+
+    def __enter__(self) -> DatabaseProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def wait(self) -> DatabaseProcess:
+        """Wait until the database is open."""
+        self.about = self._opening.result()
+        return self
+
+    def count(self, where: str | None = None) -> int:
+        num_rows: int = self._pool.submit(_call, "count", where).result()
+        return num_rows
+
+    def search(self, embedding: np.ndarray[Any, Any], **options: Any) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self._pool.submit(
+            _call, "search", embedding, **options
+        ).result()
+        return rows
+
+
+_opened: IndexDatabase | None = None  # in the other process
+
+
+def _open_here(location: str, where: str | None) -> About:
+    global _opened
+    _opened = IndexDatabase.open(location)
+    if where is not None:
+        _opened.count(where)
+    return _opened.about
+
+
+def _call(name: str, *args: Any, **options: Any) -> Any:
+    return getattr(_opened, name)(*args, **options)
+
+
+def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Flatten the fingerprints of the modalities into one, as in an `About`."""
+    return {
+        f"{modality} {name}": value
+        for modality, fingerprint in by_modality.items()
+        for name, value in fingerprint.items()
+    }
+
+
+def _connect(location: str) -> VectorTable:
+    with _explained(location, "opened"):
+        return open_table(location)
+
+
+def _write_about(table: VectorTable, about: About) -> None:
+    content = json.dumps(dataclasses.asdict(about))
+    table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
+
+
+def _require_about(location: str, table: VectorTable) -> About:
+    about = _read_about(location, table)
+    if about is None:
+        raise _refuse(location)
+    return about
+
+
+def _read_about(location: str, table: VectorTable) -> About | None:
+    """Read the `About` of an index; None if there is no index."""
+    with _explained(location, "read"):
+        if ABOUT not in table.list_tables():
+            return None
+        found = table.read_about()
+    if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
+        raise _refuse(location)
+    version = found["format_version"][0].as_py()
+    if version != FORMAT_VERSION:
         raise IndexUnavailableError(
-            f"{folder} is a file, and a database is a folder. An index file of an earlier version "
-            f"is not read any more. {HOW_TO_INDEX}"
+            f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
+            "Index the images again into a new database, or use the version that wrote it."
         )
-    if not (folder / f"{ABOUT}.lance").is_dir():
-        raise _refuse(str(folder))
+    try:
+        values = json.loads(found["content"][0].as_py())
+        ann, tally = values.pop("ann"), values.pop("tally", None)
+        return About(
+            **values,
+            ann=None if ann is None else AnnIndex(**ann),
+            tally=None if tally is None else StoredTally(**tally),
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise IndexUnavailableError(
+            f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
+            "and index the images again."
+        ) from error
 
 
 def _refuse(location: str) -> IndexUnavailableError:
     return IndexUnavailableError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
 
 
-def _list_foreign(folder: Path) -> list[str]:
-    """List what in a folder is not of LanceDB, if it is there."""
-    if not folder.is_dir():
-        return []
-    return [f.name for f in folder.iterdir() if f.suffix != ".lance" and f.name != _LOCK]
+@contextmanager
+def _explained(location: str, what: str) -> Iterator[None]:
+    """Turn errors of the database into ones with its location and a remedy."""
+    try:
+        yield
+    except IndexUnavailableError:
+        raise
+    except ERRORS as error:
+        raise IndexUnavailableError(
+            f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
+            "index the images again."
+        ) from error
 
 
-def _connect(location: str) -> Any:
-    require(LANCEDB)
-    import lancedb
-
-    with explained(location, "opened"):
-        return lancedb.connect(
-            location,
-            storage_options=_find_storage_options(location),
-        )
+def _shorten(error: BaseException) -> str:
+    """Return the first sentence of an error; LanceDB's go on with places in its source."""
+    text = " ".join(str(error).split())
+    return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")
 
 
-def _find_storage_options(location: str) -> dict[str, str] | None:
-    """Pass on the endpoint of another S3 than Amazon's, which LanceDB does not look for."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    if not location.startswith("s3://") or not endpoint:
-        return None
-    return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
-
-
-def _make_schema(width: int) -> pa.Schema:
-    fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
-    embedding = pa.list_(pa.float32(), width)
-    return pa.schema([*fields, pa.field("stat", pa.string()), pa.field("embedding", embedding)])
-
-
-def to_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    """Turn a column of embeddings into a matrix.
-
-    Args:
-        column: Lists of one length.
-
-    Returns:
-        (rows, P) float32.
-    """
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    width = column.type.list_size
+def _to_matrix(column: pa.Array) -> np.ndarray[Any, Any]:
     values: np.ndarray[Any, Any] = column.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(-1, width)
+    return values.reshape(-1, column.type.list_size)
 
 
-def _list_in_parts(values: Sequence[str]) -> Iterator[str]:
-    """Yield literals of SQL, some at a time, because a filter must not grow without bounds."""
+def _list_conditions(column: str, values: Sequence[str]) -> Iterator[str]:
+    """Yield filters for some values at a time, so that none grows without bounds."""
     quoted = [f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values]
     for start in range(0, len(quoted), _VALUES_AT_ONCE):
-        yield ", ".join(quoted[start : start + _VALUES_AT_ONCE])
+        yield f"{column} IN ({', '.join(quoted[start : start + _VALUES_AT_ONCE])})"

@@ -1,19 +1,20 @@
-"""Brings an index in line with its folder: new, changed and removed images, and nothing else.
+"""Updates an index to match its folder: new, changed and removed images, and nothing else.
 
 A file whose size and times are those of the last run is not read. One that was touched, renamed or
-copied is read and not encoded: what it contains has an embedding already. Images are committed some
-at a time, so that a run that is stopped or killed is continued by the next one.
+copied is read and not encoded, because its content has an embedding already. Images are committed
+some at a time, so that a run that is stopped or killed is continued by the next one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,8 @@ from .image_encoding import encode_readable_images
 from .index_database import ImageFacts, IndexDatabase
 from .query_encoding import QueryEncoder
 
+T = TypeVar("T")
+
 _COMMITTED_AT_ONCE = 512
 _SHOWN = 8
 _WRITTEN = "was written while it was read. Index again."
@@ -36,7 +39,7 @@ _FactsAndEmbedding: TypeAlias = tuple[ImageFacts, np.ndarray[Any, Any]]
 
 @dataclass
 class UpdateCounts:
-    """What an update did.
+    """The effect of an update.
 
     Attributes:
         unchanged: Images that were there already.
@@ -63,15 +66,11 @@ class UpdateCounts:
 
     @property
     def has_changed(self) -> bool:
-        """Whether the index is another one than before."""
         return self.added + self.changed + self.removed > 0
 
     def describe_errors(self) -> str:
-        """Count and name the images that cannot be read; empty where there are none."""
-        if not self.errors:
-            return ""
-        shown = [*self.errors.values()][:_SHOWN] + (["…"] if len(self.errors) > _SHOWN else [])
-        lines = "\n".join(shown)
+        """Count and name the images that cannot be read, at least one."""
+        lines = "\n".join([*self.errors.values()][:_SHOWN] + ["…"] * (len(self.errors) > _SHOWN))
         return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
 
 
@@ -81,66 +80,48 @@ class _KnownFile:
     sha256: str
 
 
-def update_images(
-    database: IndexDatabase,
-    image_dir: Path,
-    paths: Sequence[Path],
-    encoder: QueryEncoder,
-    *,
-    config: IndexConfig,
-    tally: ImageTally,
-) -> UpdateCounts:
-    """Write the embeddings of new and changed images, and remove those of images that are gone.
+@dataclass
+class FolderUpdate:
+    """Writes embeddings of new and changed images, and removes those of images that are gone.
 
-    Args:
+    Attributes:
         database: The index, which this process may write.
         image_dir: Its folder.
-        paths: All image files in it.
-        encoder: Of the model; its vision tower is loaded if there is anything to encode.
+        encoder: Its model; the vision tower is loaded if there is anything to encode.
         config: How images are encoded.
-        tally: Gets the images that are encoded.
-
-    Returns:
-        Counts, and the images that cannot be read.
+        tally: Tally that the encoded images are added to.
+        counts: What was done so far, and the images that cannot be read.
     """
-    return _Update(database, image_dir, encoder, config, tally).run(paths)
 
+    database: IndexDatabase
+    image_dir: Path
+    encoder: QueryEncoder
+    config: IndexConfig
+    tally: ImageTally
+    counts: UpdateCounts = field(default_factory=UpdateCounts)
 
-class _Update:
-    def __init__(
-        self,
-        database: IndexDatabase,
-        image_dir: Path,
-        encoder: QueryEncoder,
-        config: IndexConfig,
-        tally: ImageTally,
-    ) -> None:
-        self._database = database
-        self._image_dir = image_dir
-        self._encoder = encoder
-        self._config = config
-        self._tally = tally
-        self._known = _read_known(database)
+    def __post_init__(self) -> None:
+        self._known = {
+            path: _KnownFile(stat, sha256)
+            for batch in self.database.iterate(["path", "stat", "sha256"])
+            for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
+        }
         self._digests = {file.sha256 for file in self._known.values()}
-        self._stats: dict[str, os.stat_result] = {}
-        self.counts = UpdateCounts()
 
     def run(self, paths: Sequence[Path]) -> UpdateCounts:
+        """Update the index for all image files of its folder."""
         named = self._name(paths)
         # Before a file is read, so that one that is written meanwhile is noticed.
-        self._stats = self._read_stats(named)
+        stats = map(partial(_try, Path.stat), named.values())
+        self._stats: dict[str, os.stat_result] = self._keep_readable(named, stats)
         waiting = [
-            (name, path)
-            for name, path in named.items()
-            if name in self._stats
-            and (
-                name not in self._known
-                or self._known[name].stat != describe_stat(self._stats[name])
-            )
+            (name, named[name])
+            for name, stat in self._stats.items()
+            if name not in self._known or self._known[name].stat != describe_stat(stat)
         ]
         self.counts.unchanged = len(self._stats) - len(waiting)
         with tqdm(
-            total=len(waiting), unit=" images", disable=not (self._config.show_progress and waiting)
+            total=len(waiting), unit=" images", disable=not (self.config.show_progress and waiting)
         ) as progress:
             for start in range(0, len(waiting), _COMMITTED_AT_ONCE):
                 part = dict(waiting[start : start + _COMMITTED_AT_ONCE])
@@ -150,10 +131,11 @@ class _Update:
             raise ValueError(self.counts.describe_errors())
         unreadable = {self._relative(path) for path in self.counts.errors}
         gone = [name for name in self._known if name not in named or name in unreadable]
-        self._database.remove(gone)
+        self.database.remove(gone)
         self.counts.removed = len(gone)
         if waiting or gone:
-            self._database.optimize()
+            with self.database.changing() as table:
+                table.optimize()
         return self.counts
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
@@ -168,7 +150,7 @@ class _Update:
         self._refuse_written(part)
         kept = [name for name in digests if part[name] not in self.counts.errors]
         if unchanged := [name for name in kept if name in touched]:
-            self._database.note_touched(self._describe_files(unchanged))
+            self.database.note_touched(self._describe_files(unchanged))
             self.counts.unchanged += len(unchanged)
         if written := [name for name in kept if name in wanted]:
             self._write(written, wanted, found)
@@ -185,14 +167,14 @@ class _Update:
             "height": [fact.height for fact in facts],
             "taken": [fact.taken for fact in facts],
         }
-        self._database.write(rows, np.stack([found[digests[name]][1] for name in names]))
+        self.database.write(rows, np.stack([found[digests[name]][1] for name in names]))
         self._digests |= {digests[name] for name in names}
         num_changed = sum(name in self._known for name in names)
         self.counts.changed += num_changed
         self.counts.added += len(names) - num_changed
 
     def _describe_files(self, names: list[str]) -> dict[str, list[Any]]:
-        """List the columns that change with a file, whatever it contains."""
+        """Return the columns that depend on the file and not on its content."""
         stats = [self._stats[name] for name in names]
         return {
             "path": names,
@@ -203,13 +185,13 @@ class _Update:
     def _find_or_encode(
         self, digests: dict[str, str], part: dict[str, Path], progress: tqdm[Any]
     ) -> dict[str, _FactsAndEmbedding]:
-        """Return facts and embedding by digest: from the index, or else by the model.
+        """Return facts and embedding by digest, from the index or else from the model.
 
-        Of equal files the first is encoded. If it was written since it was hashed, what it holds
-        now says nothing of the others, and the next one is encoded.
+        Among equal files the first is encoded. If it was written since it was hashed, its content
+        says nothing about the others, and the next one is encoded.
         """
         known = [digest for digest in set(digests.values()) if digest in self._digests]
-        found = self._database.find_by_digest(known)
+        found = self.database.find_by_digest(known)
         missing = {name: digest for name, digest in digests.items() if digest not in found}
         while missing:
             first = {digest: part[name] for name, digest in reversed(missing.items())}
@@ -229,15 +211,15 @@ class _Update:
     def _encode(
         self, digests: dict[Path, str], progress: tqdm[Any]
     ) -> tuple[dict[str, _FactsAndEmbedding], dict[str, str]]:
-        """Encode files; return what was found and errors, each by the digest it is sure of."""
+        """Encode files; return what was found, and errors, by the digests that are certain."""
         encoded = encode_readable_images(
-            self._encoder.vision_model,
-            self._encoder.processor,
+            self.encoder.vision_model,
+            self.encoder.processor,
             list(digests),
-            batch_size=self._config.batch_size,
-            num_workers=self._config.num_workers,
+            batch_size=self.config.batch_size,
+            num_workers=self.config.num_workers,
             progress=progress,
-            tally=self._tally,
+            tally=self.tally,
         )
         self.counts.encoded += len(encoded.paths)
         for path, digest in digests.items():
@@ -252,44 +234,37 @@ class _Update:
         return found, {digests[path]: error for path, error in errors if path in same}
 
     def _refuse_written(self, part: dict[str, Path]) -> None:
-        """Make errors of files that are no longer what their size and times are noted of."""
-        for path in part.values():
-            if path not in self.counts.errors and self._has_been_written(path):
+        """Record an error for each file that was written while it was read."""
+        for name, path in part.items():
+            if path in self.counts.errors:
+                continue
+            found = _try(Path.stat, path)
+            if isinstance(found, OSError):
+                raise_disk_failure(found, path)
+            if isinstance(found, OSError) or describe_stat(found) != describe_stat(
+                self._stats[name]
+            ):
                 self.counts.errors[path] = f"{path}: {_WRITTEN}"
 
-    def _has_been_written(self, path: Path) -> bool:
-        try:
-            return describe_stat(path.stat()) != describe_stat(self._stats[self._relative(path)])
-        except OSError as error:
-            raise_disk_failure(error, path)
-            return True  # it is gone
-
     def _hash(self, part: dict[str, Path]) -> dict[str, str]:
-        """Hash files in threads; one that cannot be read becomes an error."""
         with ThreadPoolExecutor(default_num_workers()) as pool:
-            results = list(pool.map(_try_to_hash, part.values()))
-        digests = {}
-        for (name, path), (digest, error) in zip(part.items(), results, strict=True):
-            if error is not None:
-                raise_disk_failure(error, path)
-                self.counts.errors[path] = f"{path}: cannot be read ({error.strerror or error})."
-            else:
-                digests[name] = digest
-        return digests
+            return self._keep_readable(part, pool.map(partial(_try, hash_file), part.values()))
 
-    def _read_stats(self, named: dict[str, Path]) -> dict[str, os.stat_result]:
-        """Read size and times of files; one that is gone or closed to us becomes an error."""
-        stats = {}
-        for name, path in named.items():
-            try:
-                stats[name] = path.stat()
-            except OSError as error:
-                raise_disk_failure(error, path)
-                self.counts.errors[path] = f"{path}: cannot be read ({error.strerror})."
-        return stats
+    def _keep_readable(
+        self, named: dict[str, Path], results: Iterable[T | OSError]
+    ) -> dict[str, T]:
+        """Return the results of readable files, and record an error for each other one."""
+        kept = {}
+        for (name, path), found in zip(named.items(), results, strict=True):
+            if isinstance(found, OSError):
+                raise_disk_failure(found, path)
+                self.counts.errors[path] = f"{path}: cannot be read ({found.strerror or found})."
+            else:
+                kept[name] = found
+        return kept
 
     def _name(self, paths: Sequence[Path]) -> dict[str, Path]:
-        """Name each file by its path below the folder, which has to be Unicode."""
+        """Name each file by its path below the folder, which must be Unicode."""
         named = {}
         for path in paths:
             name = self._relative(path)
@@ -302,26 +277,16 @@ class _Update:
         return named
 
     def _relative(self, path: Path) -> str:
-        return path.relative_to(self._image_dir).as_posix()
-
-
-def _read_known(database: IndexDatabase) -> dict[str, _KnownFile]:
-    table = database.read(["path", "stat", "sha256"])
-    columns = (table[name].to_pylist() for name in ("path", "stat", "sha256"))
-    return {path: _KnownFile(stat, sha256) for path, stat, sha256 in zip(*columns, strict=True)}
+        return path.relative_to(self.image_dir).as_posix()
 
 
 def describe_stat(stat: os.stat_result) -> str:
-    """Describe a file by what changes whenever it is written: size and times.
-
-    Args:
-        stat: What the file system says of it.
-    """
+    """Return size and times of a file, which change whenever it is written."""
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
-def _try_to_hash(path: Path) -> tuple[str, OSError | None]:
+def _try(read: Callable[[Path], T], path: Path) -> T | OSError:
     try:
-        return hash_file(path), None
+        return read(path)
     except OSError as error:
-        return "", error
+        return error

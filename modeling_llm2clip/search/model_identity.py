@@ -1,9 +1,11 @@
-"""Which model an index is of: what decides its embeddings, and a digest that is found at once."""
+"""The model of an index: its name, its fingerprint, and the images that it has encoded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
@@ -11,21 +13,16 @@ from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_types import require_own_model
-from .index_about import About, require_same_fingerprint
+from ..model_folders.training_images import ImageTally
+from .index_database import About, IndexDatabase, StoredTally
 
 _WHOLE = "LLM2CLIPModel"
 _MODALITIES: tuple[Literal["text", "image"], ...] = ("text", "image")
+_DIGITS = 4  # of a sum of numbers below 1 over all images
 
 
 def find_whole_model(source: str | Path) -> Path:
-    """Find the folder of a model that texts and images can be searched with.
-
-    Args:
-        source: Folder or Hub id.
-
-    Raises:
-        ValueError: It is not an LLM2CLIP model, has one tower alone, or is not trained.
-    """
+    """Find the folder of a trained model with both towers; ValueError for any other one."""
     require_own_model(source)
     folder = find_model_folder(source)
     config = LLM2CLIPConfig.from_pretrained(folder)
@@ -39,50 +36,36 @@ def find_whole_model(source: str | Path) -> Path:
 
 
 def name_model(source: str | Path) -> str:
-    """Return how an index names its model: the whole path of a folder, or a Hub id.
-
-    Args:
-        source: Folder or Hub id.
-    """
+    """Return the name of a model in an index: the absolute path of a folder, or a Hub id."""
     return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
 
 
 def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
-    """Describe what decides the embeddings of texts and of images.
-
-    Args:
-        folder: Folder of a whole model.
-
-    Returns:
-        By modality, short texts to compare: weights, tokenizer, prompt and the like.
-    """
+    """Return the fingerprints of the text and the image embeddings."""
     return {modality: fingerprint_embeddings(folder, modality) for modality in _MODALITIES}
 
 
 def hash_file_facts(folder: Path) -> str:
-    """Hash names, sizes and times of a model's files, which takes no time.
-
-    Args:
-        folder: Model folder.
-    """
+    """Hash names, sizes and times of a model's files, without reading them."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return hash_json(
         [[f.name, (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in files]
     )
 
 
-def require_same_model(location: str, about: About, source: str | Path, folder: Path) -> None:
-    """Refuse a model that is not the one of an index.
+def require_same_model(database: IndexDatabase, source: str | Path, folder: Path) -> None:
+    """Raise ValueError for a model with other embeddings than those of an index."""
+    if database.about.model_files != hash_file_facts(folder):
+        database.require_same_fingerprint(source, fingerprint_whole_model(folder))
 
-    Args:
-        location: Of the index, for the error.
-        about: What the index is of.
-        source: How the user named the model.
-        folder: Its folder.
 
-    Raises:
-        ValueError: It would give other embeddings; every difference is named.
-    """
-    if about.model_files == hash_file_facts(folder):
-        return
-    require_same_fingerprint(location, about, source, fingerprint_whole_model(folder))
+def restore_tally(about: About) -> ImageTally:
+    """Return the tally of the images that were encoded into an index."""
+    stored = about.tally
+    return ImageTally(stored.num_images, np.asarray(stored.total)) if stored else ImageTally()
+
+
+def store_tally(tally: ImageTally) -> StoredTally | None:
+    if not tally.num_images:
+        return None
+    return StoredTally(num_images=tally.num_images, total=np.round(tally.total, _DIGITS).tolist())

@@ -1,4 +1,4 @@
-"""Shows what a search found: an HTML page with links to the files, a PNG sheet, or text.
+"""Renders search results: an HTML page with links to the files, a PNG sheet, or text.
 
 The sheet is drawn with Pillow's own font, which has the letters of ASCII and few others, or, where
 matplotlib is installed, with its DejaVu Sans: Latin, Greek, Cyrillic, Hebrew, Arabic. A query in
@@ -14,16 +14,15 @@ import io
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..image_loading_llm2clip import load_images
-from .hit_list import HITS_CSS, Hit, note_rank, write_hits
 from .search_results import SearchResult
 
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
@@ -35,6 +34,26 @@ _PAGE_SIDE = 320
 _GONE = "#dddddd"
 _GAP = 12
 _TEXT_WIDTH = 330
+# The list is as wide as its page. A caption is below its image: the end of the folder in one line,
+# the name in as many as it takes. Colors are mixed from that of the text, for light and dark pages.
+HITS_CSS = """
+.hits { list-style: none; margin: 0; padding: 0; display: grid; gap: 1.25rem 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(11rem, 44%), 1fr)); }
+.hits li { margin: 0; min-width: 0; max-width: 26rem; }
+.hits a { display: block; color: inherit; text-decoration: none; border-radius: 8px; }
+.hits a:hover .name { text-decoration: underline; }
+.hits a:focus-visible { outline: 3px solid #2563eb; outline-offset: 3px; }
+.hits img { display: block; box-sizing: border-box; width: 100%; aspect-ratio: 4 / 3;
+  max-height: 320px; object-fit: contain; border-radius: 8px;
+  background: color-mix(in srgb, currentColor 6%, transparent); }
+.hits .caption { display: block; margin-top: .4rem; font-size: .875rem; line-height: 1.35; }
+.hits .rank { font-weight: 600; margin-right: .35em; }
+.hits .cosine, .hits .folder { color: color-mix(in srgb, currentColor 74%, transparent); }
+.hits .cosine { font-variant-numeric: tabular-nums; }
+.hits .folder { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  direction: rtl; text-align: left; }
+.hits .name { display: block; overflow-wrap: anywhere; }
+"""
 _NOTHING_FOUND = "<p>No image was found.</p>"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -55,18 +74,38 @@ section {{ margin-top: 1.5rem; padding-top: 1.25rem;
 """
 
 
+class Hit(NamedTuple):
+    """An image that was found, as a page shows it.
+
+    Attributes:
+        path: Path, as a user reads it.
+        image: Address of the image that is shown.
+        link: Address that it leads to.
+        note: HTML before the path; see `note_rank`.
+    """
+
+    path: str
+    image: str
+    link: str
+    note: str
+
+
+def note_rank(rank: int, cosine: float) -> str:
+    """Return rank and cosine as HTML."""
+    return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
+
+
+def write_hits(hits: Iterable[Hit]) -> str:
+    """Return an HTML list of linked images with rank and path, styled by `HITS_CSS`."""
+    return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
+
+
 def write_results_page(
     results: Sequence[SearchResult], path: Path, *, title: str, note: str
 ) -> None:
-    """Write an HTML page that holds small copies of the images and links to their files.
+    """Write an HTML page with thumbnails and relative links to the files.
 
     Links are relative to the page, so that page and images may be moved together.
-
-    Args:
-        results: Queries with the images found for them.
-        path: File to write.
-        title: Heading of the page.
-        note: Text below the heading.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
     page = _PAGE.format(
@@ -76,14 +115,7 @@ def write_results_page(
 
 
 def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
-    """Draw one row per query: the query, then its images with their cosines.
-
-    A query with letters that Pillow's own font lacks is named by its number.
-
-    Args:
-        results: Queries with the images found for them.
-        path: Image file to write, in the format of its suffix.
-    """
+    """Draw one row per query: the query, then its images with their cosines."""
     columns = max(len(result.hits) for result in results)
     width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
     rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
@@ -96,16 +128,7 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
 
 
 def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
-    """Render search results as text.
-
-    Args:
-        results: Queries with the images found for them.
-        style: `"table"`, one table per query; `"json"`, a list of objects, and `"csv"`, lines
-            below a header, with the keys and columns `query`, `rank`, `cosine` and `image`.
-
-    Returns:
-        The text, without a newline at its end.
-    """
+    """Render results as tables, JSON or CSV, without a newline at the end."""
     if style == "json":
         return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
     if style == "csv":
@@ -145,7 +168,7 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
 
 
 def _find_font(text: str, *, size: int) -> _Font | None:
-    """Find a font that has every letter of a text, of Pillow's and matplotlib's own."""
+    """Return a font of Pillow or matplotlib with every letter of a text, if there is one."""
     letters = {letter for letter in text if not letter.isspace()}
     return next((font for font in _list_fonts(size) if _has_letters(font, letters)), None)
 
@@ -180,13 +203,26 @@ def _write_section(result: SearchResult, folder: Path) -> str:
     return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
 
 
+def _write_hit(hit: Hit) -> str:
+    path = hit.path.encode("utf-8", errors="replace").decode()  # a path may not be Unicode
+    cut = max(path.rfind("/"), path.rfind(os.sep)) + 1
+    folder, name = html.escape(path[:cut]), html.escape(path[cut:])
+    # The text beside it names the image, so that its own description is blank.
+    return (
+        f'<li><a href="{html.escape(hit.link)}" target="_blank" title="{html.escape(path)}">'
+        f'<img alt="" src="{html.escape(hit.image)}">'
+        f'<span class="caption">{hit.note} <span class="folder"><bdi>{folder}</bdi></span>'
+        f'<span class="name">{name}</span></span></a></li>'
+    )
+
+
 def _make_hit(image: Path, note: str, folder: Path) -> Hit:
     note += "" if image.exists() else " no longer there"
     return Hit(path=str(image), image=_inline(image), link=_find_address(image, folder), note=note)
 
 
 def _find_address(file: Path, folder: Path) -> str:
-    """Where a page in the folder finds a file: relative, unless it is on another drive."""
+    """Return the address of a file for a page: relative, unless it is on another drive."""
     try:
         return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
     except ValueError:
@@ -194,7 +230,7 @@ def _find_address(file: Path, folder: Path) -> str:
 
 
 def _shrink(image: Path, side: int = _SIDE) -> Image.Image:
-    """Decode and shrink an image; one that is gone since it was indexed is a gray square."""
+    """Decode and shrink an image; a missing one becomes a gray square."""
     try:
         thumbnail: Image.Image = load_images(str(image))
     except ValueError:
@@ -225,7 +261,7 @@ def _wrap(text: str, font: _Font, width: int) -> str:
 
 
 def _count_fitting(word: str, font: _Font, width: int) -> int:
-    """How many of a word's letters a line has room for, at least one."""
+    """Return how many letters of a word fit into a line, at least one."""
     lengths = range(2, len(word) + 1)
     return 1 + bisect_right(
         lengths, float(width), key=lambda length: float(font.getlength(word[:length]))

@@ -1,4 +1,4 @@
-"""What a search finds: a query with its images, and exact ranking of embeddings in memory."""
+"""Search results, and exact ranking of embeddings in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SearchResult:
         query: The sentence, or the name of the query image; of several combined, all of them.
         hits: Path and cosine of each image.
         query_image: The query image, where there is a file of it.
-        columns: What the index has on each hit, such as `width` and `taken`; empty where the
+        columns: Columns of the index for each hit, such as `width` and `taken`; empty where the
             images come from no index.
     """
 
@@ -38,20 +38,7 @@ class SearchResult:
 def rank_images(
     queries: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, top_k: int = 6
 ) -> list[SearchResult]:
-    """Take for each query the images of the greatest cosine, best first.
-
-    Args:
-        queries: What the rows are called.
-        cosines: (queries, images).
-        paths: One per image.
-        top_k: Images per query; all of them where there are fewer.
-
-    Returns:
-        One result per query.
-
-    Raises:
-        ValueError: `top_k` is below 1, or a cosine is not finite.
-    """
+    """Return the images with the greatest cosines, (queries, images), for each query."""
     require_top_k(top_k)
     if broken := int((~cosines.isfinite()).sum()):  # a NaN would come first
         raise ValueError(
@@ -66,10 +53,5 @@ def rank_images(
 
 
 def require_top_k(top_k: int) -> None:
-    """Raise ValueError where less than one image per query is asked for.
-
-    Args:
-        top_k: Images per query.
-    """
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1.")

@@ -1,4 +1,4 @@
-"""Tags images: the labels of the greatest cosine, each label encoded once for all images."""
+"""Tags images with the labels of the greatest cosines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class TaggedFolder:
     Attributes:
         images: Each image, labeled as it is taken from here.
         num_truncated: Prompts of the labels that are longer than the model reads.
-        max_text_length: How many tokens it reads.
+        max_text_length: Maximum tokens per prompt.
     """
 
     images: Iterator[TaggedImage]
@@ -77,26 +77,7 @@ def tag_folder(
     config: TagConfig | None = None,
     report: Report | None = None,
 ) -> TaggedFolder:
-    """Label the images of a folder.
-
-    Args:
-        model: Folder or Hub id of a whole, trained model.
-        image_dir: Folder of images; subfolders are included.
-        labels: Labels and their prompts.
-        top_k: Labels per image; all of them where there are fewer.
-        threshold: Smallest cosine of a label.
-        config: How the images are encoded, and where their embeddings are kept.
-        report: Called with each line on what is skipped and known. Default: what is skipped is
-            warned of.
-
-    Returns:
-        Its images in their order.
-
-    Raises:
-        ValueError: There is no such device or no image, an image cannot be read and
-            `config.skip_invalid` is off, the model is not trained, `top_k` is below 1, or a
-            prompt is blank.
-    """
+    """Label the images of a folder, in order, as they are taken from the result."""
     config = config or TagConfig()
     require_top_k(top_k)
     find_device(config.device)  # before what takes long
@@ -129,7 +110,7 @@ def _encode(
     report: Report,
     tally: ImageTally,
 ) -> EmbeddedImages:
-    """Encode the images of a folder, and skip or refuse those that are broken."""
+    """Encode the images of a folder, and skip or refuse broken ones."""
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
             model, processor, paths, progress=progress,
@@ -156,7 +137,7 @@ def _judge_errors(errors: Sequence[str], total: int, config: TagConfig, report: 
 def _read_index(
     model: str | Path, image_dir: Path, config: TagConfig, report: Report | None
 ) -> Iterator[EmbeddedImages]:
-    """Bring the index up to date, and read its embeddings."""
+    """Update the index, and yield its embeddings."""
     assert config.index is not None
     index = ImageIndex.build(
         model,
@@ -183,20 +164,7 @@ def tag_images(
     top_k: int = 3,
     threshold: float | None = None,
 ) -> Iterator[TaggedImage]:
-    """Yield the labels of each image; each label is encoded once.
-
-    Args:
-        model: The model of the embeddings.
-        processor: Its processor.
-        parts: Paths and embeddings, (images, P) of unit length.
-        labels: Labels, each the mean of its prompts' unit embeddings, of unit length again.
-        prompts: All prompts of the labels, in their order.
-        top_k: Labels per image; all of them where there are fewer.
-        threshold: Smallest cosine of a label.
-
-    Yields:
-        Each image, in their order.
-    """
+    """Yield the labels of each image; embeddings are (images, P) of unit length."""
     label_embeds = average_prompts(encode_tokenized_texts(model, processor, prompts), labels)
     scale = float(model.logit_scale())
     for paths, embeds in parts:
@@ -208,17 +176,10 @@ def tag_images(
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
-    """Write tags as CSV, one line per label, or as JSON lines, one per image.
+    """Write tags as CSV, a line per label, or as JSON lines, a line per image.
 
-    An image without a label has a line too; in CSV its other columns are empty.
-
-    Args:
-        tagged: Images with their labels.
-        file: Text file, open for writing.
-        style: `".csv"` or `".jsonl"`.
-
-    Returns:
-        How many images there were, and how many of them have no label.
+    An image without a label has a line, too; in CSV its other columns are empty. Returns the number
+    of images, and the number of images without a label.
     """
     num_images = num_untagged = 0
     writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
@@ -227,30 +188,21 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
     for image in tagged:
         num_images += 1
         num_untagged += not image.tags
+        labels = [
+            {
+                "label": tag.label,
+                "cosine": round(tag.cosine, 6),
+                "probability": round(tag.probability, 6),
+            }
+            for tag in image.tags
+        ]
         if style == ".csv":
-            writer.writerows(_list_rows(image))
+            ranked = [{"rank": rank, **label} for rank, label in enumerate(labels, start=1)]
+            writer.writerows({"image": image.path, **row} for row in ranked or [{}])
         else:
-            file.write(json.dumps(_to_record(image), ensure_ascii=False) + "\n")
+            record = {"image": str(image.path), "labels": labels}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return num_images, num_untagged
-
-
-def _list_rows(image: TaggedImage) -> Iterator[dict[str, Any]]:
-    if not image.tags:
-        yield {"image": image.path}
-    for rank, tag in enumerate(image.tags, start=1):
-        yield {"image": image.path, "rank": rank, **_to_numbers(tag)}
-
-
-def _to_record(image: TaggedImage) -> dict[str, Any]:
-    return {"image": str(image.path), "labels": [_to_numbers(tag) for tag in image.tags]}
-
-
-def _to_numbers(tag: Tag) -> dict[str, Any]:
-    return {
-        "label": tag.label,
-        "cosine": round(tag.cosine, 6),
-        "probability": round(tag.probability, 6),
-    }
 
 
 def _warn(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads the labels that images are tagged with, and the prompts of each of them.
+"""Reads labels for tagging, and their prompts.
 
 Imports no torch, so that an invalid file is reported at once.
 
@@ -42,19 +42,7 @@ class Label:
 
 
 def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label]:
-    """Read a file of labels.
-
-    Args:
-        file: Text, JSON or CSV, in UTF-8; see the table above.
-        templates: Prompts for labels that have none; each has one `{}`, where the label goes.
-
-    Returns:
-        The labels in the order of the file.
-
-    Raises:
-        ValueError: The file cannot be read or has no label, a label repeats or is blank, a prompt
-            is blank, or a template does not have exactly one `{}`.
-    """
+    """Read a file of labels in UTF-8, in its order; templates have one `{}` for the label."""
     check_templates(templates)
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
@@ -66,19 +54,7 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
 
 
 def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> list[Label]:
-    """Make labels of their names.
-
-    Args:
-        names: The labels, each once.
-        templates: Prompts; each has one `{}`, where the label goes.
-
-    Returns:
-        The labels in the order of their names.
-
-    Raises:
-        ValueError: There is no label, a label repeats or is blank, or a template does not have
-            exactly one `{}`.
-    """
+    """Make labels from their names, in order."""
     check_templates(templates)
     prompts_of: list[tuple[str, list[str]]] = [(name.strip(), []) for name in names]
     _check(prompts_of)
@@ -86,14 +62,7 @@ def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> 
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates that say nowhere, or more than once, where a label goes.
-
-    Args:
-        templates: Prompts.
-
-    Raises:
-        ValueError: One does not have exactly one `{}`.
-    """
+    """Raise ValueError for templates without exactly one `{}`."""
     broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
     if broken:
         raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")

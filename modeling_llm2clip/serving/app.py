@@ -27,7 +27,7 @@ def create_app(
     that key.
 
     Args:
-        service: What answers.
+        service: The service that answers requests.
         config: Limits; those of the service by default.
         page: Called with the application, to which it adds what is shown at `/`, and the service.
             Without it `/` leads to the documentation of the API.

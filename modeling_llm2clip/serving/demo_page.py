@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from functools import cache, partial
@@ -21,13 +23,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from fastapi import FastAPI
+from PIL import Image
 from starlette.routing import Match, Mount
 
-from ..search.hit_list import HITS_CSS, Hit, note_rank, write_hits
+from ..image_loading_llm2clip import load_images
+from ..search.results_page import HITS_CSS, Hit, note_rank, write_hits
 from ..search.search_results import SearchResult
 from .errors import RequestError
 from .service import EmbeddingService, Input
-from .thumbnails import Thumbnails
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ _API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
 _MAX_LABELS = 200
 _THUMBNAILS = "thumbnails"
+_THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 512, 85  # pixels, of JPEG
 _RUNNING, _WAITING = 16, 64  # requests of the page
 _CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
 _TEMPLATE = "a photo of a {}"
@@ -75,13 +79,45 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 """
 
 
-class DemoPage:
-    """What the page asks of a service, and how it shows the answers.
+class Thumbnails:
+    """JPEG files of shrunken images, of which the most recently used are kept; thread-safe."""
 
-    Args:
-        service: What answers.
-        thumbnails: Small copies of indexed images.
-    """
+    def __init__(self, folder: Path, *, max_files: int = 4096) -> None:
+        self._folder = folder
+        self._max_files = max_files
+        self._lock = threading.Lock()
+        self._used: OrderedDict[str, None] = OrderedDict()
+
+    def find(self, image: Path, sha256: str) -> Path | None:
+        """Return the thumbnail of an image with this SHA-256; None if the image cannot be read."""
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise ValueError(f"sha256={sha256!r} is not a digest of 64 hexadecimal digits.")
+        file = self._folder / f"{sha256}.jpg"
+        if not file.is_file() and not self._write(image, file):
+            return None
+        with self._lock:
+            self._used[file.name] = None
+            self._used.move_to_end(file.name)
+            while len(self._used) > self._max_files:
+                (self._folder / self._used.popitem(last=False)[0]).unlink(missing_ok=True)
+        return file
+
+    @staticmethod
+    def _write(image: Path, file: Path) -> bool:
+        try:
+            small: Image.Image = load_images(str(image))
+        except ValueError:
+            return False
+        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+        # A reader sees the whole file or none; several writers write the same bytes.
+        part = file.with_suffix(f".{threading.get_ident()}.part")
+        small.save(part, format="JPEG", quality=_THUMBNAIL_QUALITY)
+        part.replace(file)
+        return True
+
+
+class DemoPage:
+    """Passes requests of the page to a service, and renders the answers."""
 
     def __init__(self, service: EmbeddingService, thumbnails: Thumbnails) -> None:
         self.service = service
@@ -90,20 +126,7 @@ class DemoPage:
     async def search(
         self, text: str | None, image: str | None, top_k: float | None, where: str | None
     ) -> tuple[str, str]:
-        """Find images by a text, an image, or both by the mean of their embeddings.
-
-        Args:
-            text: What to look for; may be blank, and is None in a box that was never used.
-            image: Uploaded file.
-            top_k: How many images.
-            where: Filter; blank or None for none.
-
-        Returns:
-            The hits in HTML, best first; and a line on them.
-
-        Raises:
-            gr.Error: There is nothing to look for, or the service refuses it.
-        """
+        """Find images by a text, an image, or both; return the hits as HTML, and a summary."""
         queries: list[Input] = [text] if text and text.strip() else []
         if image is not None:
             queries.append(Path(image).read_bytes())
@@ -120,7 +143,7 @@ class DemoPage:
         return await asyncio.to_thread(self._list_hits, found.results[0])
 
     async def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await an answer as long as the API would, and show what the service refuses."""
+        """Wait as long as the API would, and show errors of the service on the page."""
         seconds = self.service.config.timeout_s
         try:
             return await asyncio.wait_for(work, seconds)
@@ -150,19 +173,7 @@ class DemoPage:
     async def classify(
         self, image: str | None, labels: str | None, template: str | None
     ) -> dict[str, float]:
-        """Compare an image with the prompts of all labels.
-
-        Args:
-            image: Uploaded file.
-            labels: Labels, with commas or line breaks between them.
-            template: Prompt with `{}` for the label.
-
-        Returns:
-            Label → share; the shares add up to 1.
-
-        Raises:
-            gr.Error: There is no image or label, or the service refuses one.
-        """
+        """Return the probability of each label."""
         if image is None:
             raise _show("Drop an image first.")
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
@@ -179,12 +190,7 @@ class DemoPage:
 
 
 def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
-    """Add the page to an application, at `/`.
-
-    Args:
-        app: The application; its routes go before those of the page.
-        service: What answers.
-    """
+    """Add the page to an application at `/`, behind all of its routes."""
     folder = _make_upload_folder()
     page = _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS)))
     gr.mount_gradio_app(
@@ -208,13 +214,7 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
 
 
 class _PageMount(Mount):
-    """Takes what no route before it takes, but for the API: its errors are the application's.
-
-    Args:
-        app: The application of the page.
-        folder: Folder of the uploads.
-        max_bytes: Most bytes of uploads to keep; Gradio removes old ones in time.
-    """
+    """Mounts the page for all paths but the API's, and limits the total size of uploads."""
 
     def __init__(self, app: Any, folder: Path, *, max_bytes: int) -> None:
         super().__init__("/", app=app)
@@ -222,7 +222,7 @@ class _PageMount(Mount):
         self._max_bytes = max_bytes
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer, unless uploads have no room."""
+        """Pass a request on, unless it uploads a file and there is no room."""
         if scope["path"].endswith("/upload"):
             await asyncio.to_thread(self._require_room)
         await super().handle(scope, receive, send)
@@ -238,7 +238,6 @@ class _PageMount(Mount):
             )
 
     def matches(self, scope: Any) -> tuple[Match, Any]:
-        """Match every path outside of the API."""
         if scope.get("path", "").startswith(_API_PREFIXES):
             return Match.NONE, {}
         return super().matches(scope)
@@ -246,7 +245,7 @@ class _PageMount(Mount):
 
 @cache
 def _make_upload_folder() -> Path:
-    """Make a folder that nobody else reads, for the uploads and small copies of this process."""
+    """Make a private folder for the uploads and thumbnails of this process."""
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -254,9 +253,9 @@ def _make_upload_folder() -> Path:
 
 
 def _remove_uploads_after(lifespan: Any, folder: Path) -> Any:
-    """Wrap the life of an application: after the last one of the process the folder is removed.
+    """Remove the folder when the last application of the process ends.
 
-    A server that a signal ends does not come to the end of its process.
+    A server that a signal ends runs no exit handlers.
     """
 
     @asynccontextmanager
@@ -276,12 +275,12 @@ def _remove_uploads_after(lifespan: Any, folder: Path) -> Any:
 
 
 def _show(message: str) -> gr.Error:
-    """Return an error that stays on the page until it is closed; the page reads it as HTML."""
+    """Make an error that stays on the page until it is closed; the page renders it as HTML."""
     return gr.Error(html.escape(message), duration=None, print_exception=False)
 
 
 def _make_theme() -> gr.themes.Base:
-    """The theme, with fonts of the system and colors that can be read: 4.5 to 1 at least."""
+    """Make a theme with system fonts and a contrast of at least 4.5 to 1."""
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return theme.set(
         button_primary_background_fill="*primary_600",
@@ -317,7 +316,7 @@ def _build_page(page: DemoPage) -> gr.Blocks:
 
 
 def _describe(service: EmbeddingService) -> str:
-    """Name the model, what it was trained on, and how many images are searched."""
+    """Return a line with the model, its training data, and the number of images."""
     parts = [f"**{_escape(service.model_name)}**"]
     if service.training_data:
         parts.append(f"trained on {_escape(', '.join(service.training_data))}")
@@ -384,9 +383,9 @@ def _add_classification(page: DemoPage) -> None:
 
 
 def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
-    """Make an image whose file reaches the service as it was dropped, bit for bit.
+    """Make an image component that passes uploaded files on unchanged.
 
-    Gradio would decode and convert it. Of a subclass it would write a stub beside this file.
+    Gradio would decode and convert them. For a subclass it would write a stub beside this file.
     """
     image = gr.Image(
         label=label,
@@ -405,10 +404,10 @@ def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
 
 
 def _take_uploads_alone(blocks: gr.Blocks) -> None:
-    """Let requests name no other files than their uploads, and no addresses.
+    """Refuse requests that name other files than their uploads, or addresses.
 
-    Where an application is mounted and not launched, Gradio copies any file of the machine that a
-    request names, or fetches the address, into the folder that it serves, whatever the component.
+    In a mounted application, Gradio copies any local file or URL that a request names into the
+    folder that it serves, whatever the component.
     """
     for block in blocks.blocks.values():
         block.async_move_resource_to_block_cache = partial(_take_upload, block)
@@ -416,7 +415,7 @@ def _take_uploads_alone(blocks: gr.Blocks) -> None:
 
 
 async def _take_upload(block: Any, path: str | Path | None) -> str | None:
-    """Take over an upload or a small copy, for as long as Gradio keeps it."""
+    """Register an upload or thumbnail, so that Gradio removes it in time."""
     if path is None:
         return None
     file = _require_upload(path, block.GRADIO_CACHE)
@@ -432,5 +431,5 @@ def _require_upload(path: str | Path, folder: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown reads as marks."""
+    """Escape the special characters of Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)

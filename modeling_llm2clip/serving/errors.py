@@ -1,4 +1,4 @@
-"""Errors of requests: what the client did, or what the server cannot do now, with its status.
+"""Errors of requests, with their HTTP status.
 
 Their JSON has the shape of OpenAI's, `{"error": {"message", "type", "param", "code"}}`, from which
 its client takes the message.
@@ -13,13 +13,13 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class RequestError(Exception):
-    """A request that gets no embeddings.
+    """A request that cannot be answered.
 
     Args:
         status: HTTP status.
-        message: What came, what was wanted, and what to do.
+        message: The error and its remedy, for the client.
         param: Field of the request; None for the request as a whole.
-        code: A short name that programs can compare.
+        code: A short name for programs.
         retry_after_s: Seconds after which the same request may succeed.
     """
 
@@ -41,7 +41,7 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the response, without those of its body."""
+        """Headers of the response, without those of the body."""
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
@@ -52,7 +52,6 @@ class RequestError(Exception):
         return headers
 
     def to_bytes(self) -> bytes:
-        """Return the body of the response."""
         kind = _TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )

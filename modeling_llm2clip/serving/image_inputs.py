@@ -1,4 +1,4 @@
-"""Images of requests: base64, data URLs and, where allowed, web URLs; and their safe decoding."""
+"""Reads and decodes the images of requests: base64, data URLs and, where allowed, web URLs."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ..configs.serve_config import ServeConfig
 from ..data.images.image_sources import register_heif_reader
-from ..image_loading_llm2clip import ImageLimits, ImageTooLargeError, load_images, read_image_header
+from ..image_loading_llm2clip import (
+    ImageLimits,
+    ImageTooLargeError,
+    get_image_limits,
+    load_images,
+    read_image_header,
+)
 from .errors import RequestError
 
 if TYPE_CHECKING:
     from .url_fetching import UrlFetcher
 
 _AT_ONCE = 8  # of one request; each may be a URL to be fetched
+_WANTED = "Send a data URL, data:image/jpeg;base64,…."
 _SHOWN = 40  # characters of an input in an error
 _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
 
 class ImageInputs:
-    """Reads the images of requests.
-
-    Args:
-        config: Limits, and whether web URLs are fetched.
-    """
+    """Reads the images of requests within the limits of a server."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._max_bytes = int(config.max_image_mb * 1e6)
+        limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
+        self._max_bytes = int(limits.max_image_mb * 1e6)
         self._max_total = int(config.max_request_mb * 1e6)
         self._fetcher: UrlFetcher | None = None
         if config.image_urls:
@@ -41,18 +46,11 @@ class ImageInputs:
             self._fetcher = UrlFetcher(
                 networks=config.image_networks,
                 max_bytes=self._max_bytes,
-                timeout_s=config.timeout_s,
+                timeout_s=limits.max_download_s,
             )
 
     async def read(self, images: Sequence[str]) -> list[bytes]:
-        """Return the encoded images, in their order.
-
-        Args:
-            images: Data URLs, web URLs, or plain base64.
-
-        Raises:
-            RequestError: One cannot be read or is too large.
-        """
+        """Return the bytes of images given as data URLs, web URLs or plain base64, in order."""
         contents: list[bytes] = []
         for start in range(0, len(images), _AT_ONCE):
             part = images[start : start + _AT_ONCE]
@@ -70,53 +68,43 @@ class ImageInputs:
         scheme = image[:8].lower()
         if scheme.startswith(("http://", "https://")):
             if self._fetcher is None:
-                raise RequestError(
-                    400,
-                    "This server does not fetch images from URLs (--image-urls). Send a data URL, "
-                    "data:image/jpeg;base64,….",
+                raise _refuse(
+                    f"This server does not fetch images from URLs (--image-urls). {_WANTED}",
                     code="url_not_allowed",
                 )
             return await self._fetcher.fetch(image)
-        content = self._decode_base64(_strip_data_url(image) if scheme[:5] == "data:" else image)
+        text = image
+        if scheme[:5] == "data:":
+            header, comma, text = image.partition(",")
+            if not comma or not header.lower().endswith(";base64"):
+                raise _refuse(f"A data URL is not base64 ({image[:_SHOWN]!r}). {_WANTED}")
+        content = self._decode_base64(text)
         if not content:
-            raise RequestError(400, "An image is empty.", code="invalid_image")
+            raise _refuse("An image is empty.")
         return content
 
     def _decode_base64(self, text: str) -> bytes:
-        if len(text) > self._max_bytes * 1.4:  # 4 characters are 3 bytes
-            raise self._refuse_size()
-        try:
-            content = base64.b64decode(text.translate(_WHITESPACE), validate=True)
-        except (binascii.Error, ValueError):  # the latter for what is not ASCII
+        content = b""
+        is_too_large = len(text) > self._max_bytes * 1.4  # 4 characters are 3 bytes
+        if not is_too_large:
+            try:
+                content = base64.b64decode(text.translate(_WHITESPACE), validate=True)
+            except (binascii.Error, ValueError):  # the latter for what is not ASCII
+                raise _refuse(
+                    f"An image is not valid base64 ({text[:_SHOWN]!r}). {_WANTED}"
+                ) from None
+        if is_too_large or len(content) > self._max_bytes:
             raise RequestError(
-                400,
-                f"An image is not valid base64 ({text[:_SHOWN]!r}). Send a data URL, "
-                "data:image/jpeg;base64,….",
-                code="invalid_image",
-            ) from None
-        if len(content) > self._max_bytes:
-            raise self._refuse_size()
+                413,
+                f"An image has more than {self._max_bytes / 1e6:g} MB. Shrink it, or start the "
+                "server with a larger --max-image-mb.",
+                code="image_too_large",
+            )
         return content
-
-    def _refuse_size(self) -> RequestError:
-        return RequestError(
-            413,
-            f"An image has more than {self._max_bytes / 1e6:g} MB. Shrink it, or start the server "
-            "with a larger --max-image-mb.",
-            code="image_too_large",
-        )
 
 
 def decode_image(content: bytes, limits: ImageLimits) -> Image.Image:
-    """Decode an image of a request, upright RGB as everywhere in this package.
-
-    Args:
-        content: The encoded image.
-        limits: Which images are decoded.
-
-    Raises:
-        RequestError: It is not an image, is broken, or is beyond the limits.
-    """
+    """Decode an image of a request as upright RGB; RequestError if it is beyond the limits."""
     register_heif_reader()
     name = "An image of the request"
     try:
@@ -126,16 +114,8 @@ def decode_image(content: bytes, limits: ImageLimits) -> Image.Image:
     except ImageTooLargeError as error:
         raise RequestError(413, str(error), code="image_too_large") from error
     except ValueError as error:
-        raise RequestError(400, str(error), code="invalid_image") from error
+        raise _refuse(str(error)) from error
 
 
-def _strip_data_url(url: str) -> str:
-    """Return the base64 of a data URL."""
-    header, comma, content = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise RequestError(
-            400,
-            f"A data URL is not base64 ({url[:_SHOWN]!r}). Send data:image/jpeg;base64,….",
-            code="invalid_image",
-        )
-    return content
+def _refuse(message: str, *, code: str = "invalid_image") -> RequestError:
+    return RequestError(400, message, code=code)

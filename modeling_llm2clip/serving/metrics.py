@@ -1,4 +1,4 @@
-"""What the server counts and measures, for Prometheus."""
+"""Counters and histograms of the server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class ServerMetrics:
-    """The metrics of one service, in a registry of their own.
-
-    Args:
-        service: What is measured; its batches are reported to this.
-    """
+    """The metrics of one service, in a registry of their own; counts its batches."""
 
     def __init__(self, service: EmbeddingService) -> None:
         self._registry = registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""The same application under Ray Serve: replicas on many machines, more of them under load.
+"""The application under Ray Serve: replicas on many machines, more of them under load.
 
     serve run modeling_llm2clip.serving.ray_serve:build model=my-model max_replicas=4
 
@@ -23,16 +23,8 @@ _OF_RAY = ("host", "port")
 def build(options: Mapping[str, Any]) -> Any:
     """Build the application that `serve run` deploys.
 
-    Args:
-        options: Fields of `RayServeConfig`: strings from the command line of `serve run`, or values
-            from a file of `serve deploy`.
-
-    Returns:
-        An application of Ray Serve.
-
-    Raises:
-        MissingExtraError: Ray Serve or a package of the server is not installed.
-        ValueError: An option is unknown, missing, has another type, or is Ray's own.
+    Options are the fields of `RayServeConfig`, as strings from the command line of `serve run` or
+    as values from a file of `serve deploy`.
     """
     require(RAY_SERVE, *SERVE)
     from ray import serve
@@ -75,7 +67,7 @@ def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Return the value of an option, which the command line gives as a string."""
+    """Convert an option, which comes as a string from the command line."""
     try:
         return convert_value(name, value, hint)
     except ValueError:

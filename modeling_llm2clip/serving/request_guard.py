@@ -1,4 +1,4 @@
-"""What a request meets before the routes: API key, size of its body, deadline, a client that left.
+"""Guards the routes: API key, size of bodies, deadline, clients that hang up.
 
 Plain ASGI: a body that is too large is refused while it arrives, and the work for a client that
 left is cancelled.
@@ -13,6 +13,8 @@ import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
+
+from starlette.responses import Response
 
 from ..configs.serve_config import ServeConfig
 from .errors import RequestError
@@ -30,15 +32,7 @@ _CLIENT_LEFT = 499  # nginx' status for it; nobody receives it
 
 
 class RequestGuard:
-    """Guards an application.
-
-    Args:
-        app: The application.
-        config: Limits.
-        metrics: Counts requests.
-        api_key: Key that every request but those for health must bring; None for no key.
-        routes: Paths whose requests are counted.
-    """
+    """ASGI middleware that refuses requests beyond the limits; counts those for `routes`."""
 
     def __init__(
         self,
@@ -59,13 +53,6 @@ class RequestGuard:
         self._num_bytes = 0  # of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request.
-
-        Args:
-            scope: What ASGI says of it.
-            receive: Its body.
-            send: Takes the response.
-        """
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -80,7 +67,7 @@ class RequestGuard:
                 self._require_size(scope)
                 await self._app(scope, self._limit(receive), answer.send)
         except RequestError as error:
-            await _refuse(scope, answer, error)
+            await _refuse(scope, receive, answer, error)
         finally:
             if path in self._routes:
                 self._metrics.requests.labels(path, answer.status).inc()
@@ -98,29 +85,31 @@ class RequestGuard:
             )
 
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        """Read the body, then run the application until its answer, the deadline or a hang-up."""
+        """Read the body, and run the application until an answer, the deadline or a hang-up."""
         deadline = time.monotonic() + self._config.timeout_s
         body = bytearray()
         try:
+            reading = self._read(scope, receive, body)
             try:
-                await asyncio.wait_for(self._read(scope, receive, body), self._config.timeout_s)
+                is_whole = await asyncio.wait_for(reading, self._config.timeout_s)
             except (asyncio.TimeoutError, TimeoutError):
                 raise RequestError(
                     408, f"The body did not arrive within {self._config.timeout_s:g} seconds."
                 ) from None
-            except _ClientLeft:
+            if is_whole:
+                await self._run(scope, receive, answer, bytes(body), deadline)
+            else:
                 answer.status = _CLIENT_LEFT
-                return
-            await self._run(scope, receive, answer, bytes(body), deadline)
         finally:
             self._num_bytes -= len(body)
 
-    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Read the body within the limits; returns False if the client hangs up."""
         self._require_size(scope)
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise _ClientLeft
+                return False
             chunk = message.get("body", b"")
             body += chunk
             self._num_bytes += len(chunk)
@@ -135,7 +124,7 @@ class RequestGuard:
                     retry_after_s=1,
                 )
             if not message.get("more_body", False):
-                return
+                return True
 
     def _require_size(self, scope: Scope) -> None:
         stated = dict(scope["headers"]).get(b"content-length", b"0")
@@ -143,7 +132,7 @@ class RequestGuard:
             raise self._refuse_size()
 
     def _limit(self, receive: Receive) -> Receive:
-        """Pass on the body of a request to the page; one that gets too large ends as a hang-up."""
+        """Forward the body of a request to the page; one that is too large ends as a hang-up."""
         num_bytes = 0
 
         async def receive_limited() -> Message:
@@ -199,12 +188,8 @@ class RequestGuard:
             await asyncio.gather(work, hang_up, return_exceptions=True)
 
 
-class _ClientLeft(Exception):  # noqa: N818  # an event, which nobody sees
-    """The client closed the connection before its request was there."""
-
-
 class _Answer:
-    """Passes a response on, and notes its status."""
+    """Forwards a response, and notes its status."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -222,7 +207,7 @@ class _Answer:
 
 
 def _find_key(authorization: bytes) -> bytes:
-    """Return the key of a header: a bearer token, or the password that a browser asked for."""
+    """Return the key in an Authorization header: a bearer token, or the password of Basic."""
     scheme, _, value = authorization.partition(b" ")
     if scheme.lower() == b"bearer":
         return value.strip()
@@ -239,20 +224,15 @@ async def _wait_for_hang_up(receive: Receive) -> None:
         await asyncio.sleep(0)
 
 
-async def _refuse(scope: Scope, answer: _Answer, error: RequestError) -> None:
+def respond(error: RequestError) -> Response:
+    return Response(error.to_bytes(), error.status, error.headers, media_type="application/json")
+
+
+async def _refuse(scope: Scope, receive: Receive, answer: _Answer, error: RequestError) -> None:
     if scope["type"] == "websocket":
         await answer.send({"type": "websocket.close", "code": 1008, "reason": error.message})
         return
-    body = error.to_bytes()
-    headers = {"content-type": "application/json", "content-length": str(len(body))}
-    headers |= error.headers
+    response = respond(error)
     # What is left of the body is not read; the connection cannot be used again.
-    headers["connection"] = "close"
-    await answer.send(
-        {
-            "type": "http.response.start",
-            "status": error.status,
-            "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in headers.items()],
-        }
-    )
-    await answer.send({"type": "http.response.body", "body": body})
+    response.headers["connection"] = "close"
+    await response(scope, receive, answer.send)

@@ -1,25 +1,26 @@
-"""The routes of the API: requests into inputs of the service, and its results into responses."""
+"""The routes of the API: from requests to the service, and from its results to responses."""
 
 from __future__ import annotations
 
 import base64
 import json
+import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 
 from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
-from .json_bodies import JsonRoute
 from .service import EmbeddingService, Input
 from .service_results import EmbeddedInputs, ServiceResult
 
@@ -82,28 +83,72 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The request took too long.",
     }.items()
 }
+_SHOWN = 100  # characters of a name in an error
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
+class JsonRoute(APIRoute):
+    """Reads a JSON body before FastAPI, whose errors would not say what is wrong."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read_and_handle(request: Request) -> Response:
+            request = _JsonRequest(request.scope, request.receive)
+            if "json" in request.headers.get("content-type", "") and await request.body():
+                await request.json()  # which keeps it for FastAPI
+            return await handle(request)
+
+        return read_and_handle if self.body_field else handle
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = read_json(await self.body())
+        return self._json
+
+
+def read_json(body: bytes) -> Any:
+    """Parse a body in UTF-8, UTF-16 or UTF-32; RequestError says what is wrong with it."""
+    try:
+        return json.loads(body.decode(json.detect_encoding(body)), object_pairs_hook=_make_object)
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 (byte {error.start}: {error.reason}). Encode it as UTF-8."
+    except json.JSONDecodeError as error:
+        problem = f"is not valid JSON: {error}."
+    except RecursionError:
+        problem = "has too many lists and objects within each other."
+    except ValueError:
+        problem = f"has an integer of more than {sys.get_int_max_str_digits():,} digits."
+    raise RequestError(400, f"The body {problem}", code="invalid_json")
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RequestError(
+                400,
+                f"An object in the body has the key {key[:_SHOWN]!r} twice. Give it once.",
+                param=key[:_SHOWN],
+                code="duplicate_key",
+            )
+        found[key] = value
+    return found
+
+
 class JsonResponse(JSONResponse):
-    """JSON with escapes in place of what is not ASCII, so that any string can be sent."""
+    """JSON in ASCII, so that any string can be sent; NaN and infinity are errors."""
 
     def render(self, content: Any) -> bytes:
-        """Return the body.
-
-        Args:
-            content: What `json` can write; no NaN and no infinity.
-        """
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        text = json.dumps(
+            content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
+        )
+        return text.encode("ascii")
 
 
 def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
-    """Make the routes of a service.
-
-    Args:
-        service: What answers.
-        images: Reads the images of requests.
-    """
     router = APIRouter(
         responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
     )
@@ -149,7 +194,7 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
 
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
-    """Add what is done with embeddings: classification and search."""
+    """Add the routes for classification and search."""
 
     @router.post("/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ClassifyResponse)
     async def classify(
@@ -194,14 +239,14 @@ def _require_model(service: EmbeddingService, name: str | None) -> None:
     if name is not None and name != service.model_name:
         raise RequestError(
             404,
-            f"There is no model {name[:100]!r}; this server has {service.model_name!r}.",
+            f"There is no model {name[:_SHOWN]!r}; this server has {service.model_name!r}.",
             param="model",
             code="model_not_found",
         )
 
 
 def _list_items(body: Any) -> list[Any]:
-    """Return the texts and images of a request of any form, in their order."""
+    """Return the texts and images of a request of any form, in order."""
     match body:
         case schemas.InputRequest():
             return body.input if isinstance(body.input, list) else [body.input]
@@ -218,25 +263,13 @@ def _list_items(body: Any) -> list[Any]:
 
 
 async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]:
-    """Return texts as they are, and the bytes of images."""
-    found: list[Any] = [_find_value(item) for item in items]
-    is_image = [isinstance(item, schemas.ImageInput | schemas.ImagePart) for item in items]
-    contents = iter(
-        await images.read([value for value, it_is in zip(found, is_image, strict=True) if it_is])
-    )
-    return [next(contents) if it_is else v for v, it_is in zip(found, is_image, strict=True)]
-
-
-def _find_value(item: Any) -> str:
-    """Return the text of an item, or where its image is."""
-    match item:
-        case schemas.TextInput() | schemas.TextPart():
-            return item.text
-        case schemas.ImageInput():
-            return item.image
-        case schemas.ImagePart():
-            return item.image_url.url
-    return str(item)
+    """Return texts as they are, and images as bytes."""
+    addresses = [getattr(item, "image", None) for item in items]
+    contents = iter(await images.read([one for one in addresses if one is not None]))
+    return [
+        getattr(item, "text", item) if address is None else next(contents)
+        for item, address in zip(items, addresses, strict=True)
+    ]
 
 
 def _encode(embeds: _Embeds, form: str) -> list[Any]:
@@ -257,15 +290,11 @@ def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult)
 
 
 def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
-    """Return cosine and columns of each image; its path is below the folder of the index."""
+    """Return the cosine and columns of each hit; paths are below the folder of the index."""
     return [
-        {"cosine": cosine, **{name: _to_plain(value) for name, value in columns.items()}}
+        {"cosine": cosine, **columns}
         for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
     ]
-
-
-def _to_plain(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _make_cohere_response(

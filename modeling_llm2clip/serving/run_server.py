@@ -15,14 +15,7 @@ _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Take the address, before anything costly. Connections are refused until the server runs.
-
-    Args:
-        config: The address.
-
-    Raises:
-        OSError: The address is in use, or not of this machine.
-    """
+    """Bind the address before anything costly; connections are refused until the server runs."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -49,14 +42,7 @@ def run_server(
     *,
     on_start: Callable[[str], object] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the requests in work and raise the signal again.
-
-    Args:
-        app: The application.
-        bound: Where it listens; see `bind_socket`. It is closed in the end.
-        config: How long requests get to finish.
-        on_start: Called with the server's URL once it answers.
-    """
+    """Serve until SIGINT or SIGTERM, finish the requests in work, and raise the signal again."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -74,16 +60,11 @@ def run_server(
 
 
 class _Server(uvicorn.Server):
-    """Says when it answers."""
+    """Calls `on_start` once it answers."""
 
     on_start: Callable[[], object] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen.
-
-        Args:
-            sockets: Bound sockets.
-        """
         await super().startup(sockets=sockets)
         if self.on_start is not None and self.started:
             self.on_start()

@@ -1,4 +1,4 @@
-"""Requests and responses: OpenAI's, with images in the three ways that clients send them today.
+"""Requests and responses of the API: a superset of OpenAI's.
 
 | field | who sends it |
 | --- | --- |
@@ -105,6 +105,11 @@ class ImagePart(_Strict):
 
     type: Literal["image_url"]
     image_url: ImageUrl
+
+    @property
+    def image(self) -> str:
+        """The address, named as in `ImageInput`."""
+        return self.image_url.url
 
 
 Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -213,7 +218,7 @@ class CohereInputsRequest(_CohereOptions, _HasInputs):
 
 
 def _one_of(*names: str) -> Discriminator:
-    """Choose a request by the one field of these that it has."""
+    """Choose the request that has exactly one of these fields."""
 
     def find(body: Any) -> str:
         has: Callable[[str], bool] = (
@@ -373,7 +378,7 @@ class SearchResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server can answer."""
+    """State of the server."""
 
     status: Literal["ok", "degraded", "failed"] = Field(
         description="degraded: everything works but searches; failed: no model is running."
@@ -409,7 +414,7 @@ class ModelList(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, and what to do."""
+    """Message, type and place of an error."""
 
     message: str
     type: str

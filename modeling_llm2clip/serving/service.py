@@ -30,10 +30,10 @@ from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..model_folders.training_images import TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
-from ..search.index_about import IndexUnavailableError
-from ..search.index_training import restore_tally
 from ..search.label_ranking import Tag, average_prompts, rank_labels
+from ..search.model_identity import restore_tally
 from ..search.tag_labels import Label, check_templates, make_labels
+from ..search.vector_table import IndexUnavailableError
 from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image

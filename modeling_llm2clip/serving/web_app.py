@@ -1,4 +1,4 @@
-"""The parts of the web application that FastAPI runs: routes, health, metrics, and errors."""
+"""The FastAPI application: routes, health, metrics and errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
 from .metrics import CONTENT_TYPE, ServerMetrics
+from .request_guard import respond
 from .routes import JsonResponse, make_router
 from .service import EmbeddingService
 
@@ -25,13 +26,7 @@ _SHOWN_ERRORS = 3
 
 
 def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: ServerMetrics) -> FastAPI:
-    """Make the application with its routes and errors, and nothing at `/` yet.
-
-    Args:
-        service: What answers; it is closed at the end of the application.
-        config: Limits.
-        metrics: What `/metrics` shows.
-    """
+    """Make the application, with nothing at `/` yet; it closes the service when it ends."""
 
     @asynccontextmanager
     async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
@@ -52,11 +47,7 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
 
 
 def add_redirect(app: FastAPI) -> None:
-    """Lead `/` to the documentation of the API.
-
-    Args:
-        app: The application.
-    """
+    """Redirect `/` to the documentation of the API."""
 
     @app.get("/", include_in_schema=False)
     async def show_documentation() -> Response:
@@ -64,7 +55,7 @@ def add_redirect(app: FastAPI) -> None:
 
 
 def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
-    """Add what load balancers and Prometheus ask for."""
+    """Add the routes for load balancers and Prometheus."""
 
     @app.head("/health", include_in_schema=False)
     @app.get(
@@ -113,11 +104,6 @@ def _list_working_routes(service: EmbeddingService, num_images: int | None) -> l
 def _add_error_handlers(app: FastAPI) -> None:
     """Give every error the shape of OpenAI's."""
 
-    def respond(error: RequestError) -> Response:
-        return Response(
-            error.to_bytes(), error.status, error.headers, media_type="application/json"
-        )
-
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> Response:
         return respond(error)
@@ -157,7 +143,7 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def _name_field(error: dict[str, Any]) -> str:
-    """Return the path of a field, without `body` and the tags of what it was checked as."""
+    """Return the path of a field, without `body` and the tags of unions."""
     place = [str(part) for part in error["loc"] if part != "body"]
     place = [part for part in place if not part.startswith("[")]
     before = [None, *place]
@@ -165,10 +151,9 @@ def _name_field(error: dict[str, Any]) -> str:
 
 
 class _App(FastAPI):
-    """Leaves status 422 out of its OpenAPI: what is not valid gets 400, as at OpenAI."""
+    """Omits status 422 from its OpenAPI, because invalid requests get 400, as at OpenAI."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the description of all routes."""
         schema = super().openapi()
         for path in schema["paths"].values():
             for operation in path.values():

@@ -12,8 +12,7 @@ from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.configs.search_config import IndexConfig
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_about import About
-from modeling_llm2clip.search.index_database import IndexDatabase
+from modeling_llm2clip.search.index_database import About, IndexDatabase
 
 QUIET = IndexConfig(show_progress=False, device="cpu")
 

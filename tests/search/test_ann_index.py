@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import numpy as np
 import pytest
 from indexes import (
@@ -22,9 +23,9 @@ from modeling_llm2clip.search import ann_index, image_index, index_building
 from modeling_llm2clip.search.ann_index import needs_training, search_all, train_ann
 from modeling_llm2clip.search.exact_search import find_greatest_cosines, measure_recall
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_about import AnnIndex
 from modeling_llm2clip.search.index_building import choose_texts
 from modeling_llm2clip.search.index_database import IndexDatabase
+from modeling_llm2clip.search.vector_table import AnnIndex
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 # LanceDB draws the first centers of its partitions anew each time, and takes no seed.
@@ -74,7 +75,8 @@ def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
     ]
     differences = []
     for _ in range(_CLUSTERINGS):
-        database.build_ann(30)
+        with database.changing() as table:
+            table.build_ann(30)
         found = (search_all(database, of, ann=ONE_PARTITION) for of in (texts, near))
         of_texts, of_images = map(measure_recall, found, greatest)
         differences.append(of_images - of_texts)
@@ -153,7 +155,9 @@ def test_it_is_kept_if_it_finds_enough_and_is_faster(
     lines: list[str] = []
     ann = train(database, queries, always=False, min_recall=min_recall, report=lines.append)
     assert ann.is_used == (reason is None)
-    assert bool(database._table.list_indices()) == ann.is_used
+    assert (
+        bool(lancedb.connect(database.location).open_table("images").list_indices()) == ann.is_used
+    )
     assert f"recall@10 {ann.recall_at_10:.3f} of 20 texts" in lines[-1]
     assert reason is None or f"Not kept: {reason}" in lines[-1]
 
@@ -169,7 +173,8 @@ def test_new_images_are_found_and_many_of_them_ask_for_training(
     for step in ("before they are in the index", "after"):
         found = database.search(queries[0], top_k=5, ann=ann)
         assert all(int(row["path"][:6]) >= 3000 for row in found), step
-        database.optimize()
+        with database.changing() as table:
+            table.optimize()
     assert not needs_training(database)
     add_rows(database, make_embeddings(800, seed=4), first=3020)
     assert needs_training(database)

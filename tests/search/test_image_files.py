@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from modeling_llm2clip.search.image_files import ImageFiles, list_images
-from modeling_llm2clip.search.image_folder_records import records_from_images
+from modeling_llm2clip.search.image_files import ImageFiles, list_images, records_from_images
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.search import query_encoding
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_about import AnnIndex
+from modeling_llm2clip.search.vector_table import AnnIndex
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
@@ -254,7 +254,7 @@ def test_what_is_not_an_index_is_refused(place: Path, tmp_path: Path) -> None:
 def test_another_version_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_llm2clip.search.index_about.FORMAT_VERSION", 7)
+    monkeypatch.setattr("modeling_llm2clip.search.index_database.FORMAT_VERSION", 7)
     build(place / "model", place / "images", tmp_path / "index")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format_version 7, and this package reads 2"):
@@ -285,7 +285,9 @@ def len_of(place: Path) -> int:
 def test_an_index_without_images_says_so(place: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place / "index", tmp_path / "index"))
     index = ImageIndex.open(folder)
-    index._database.remove(index._database.read(["path"])["path"].to_pylist())
+    index._database.remove(
+        [row for names, _ in index._database.iterate_embeddings() for row in names]
+    )
     with pytest.raises(ValueError, match=r"holds no image\. Index a folder into it"):
         ImageIndex.open(folder).search("a dog")
 

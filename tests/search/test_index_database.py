@@ -12,11 +12,8 @@ from shared_models import shared_model
 
 from modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search.index_database import (
-    IndexDatabase,
-    _find_storage_options,
-    _list_in_parts,
-)
+from modeling_llm2clip.search.index_database import IndexDatabase, _list_conditions
+from modeling_llm2clip.search.lancedb_table import _find_storage_options
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,9 +33,9 @@ def test_more_values_than_a_filter_may_have_are_found_in_parts(tmp_path: Path) -
 
 
 def test_quotes_in_values_end_no_literal() -> None:
-    assert list(_list_in_parts(["it's", "a"])) == ["'it''s', 'a'"]
-    assert len(list(_list_in_parts(["a"] * 1001))) == 3
-    assert list(_list_in_parts([])) == []
+    assert list(_list_conditions("path", ["it's", "a"])) == ["path IN ('it''s', 'a')"]
+    assert len(list(_list_conditions("path", ["a"] * 1001))) == 3
+    assert list(_list_conditions("path", [])) == []
 
 
 def test_a_row_of_the_same_path_is_replaced(tmp_path: Path) -> None:
@@ -55,7 +52,8 @@ def test_what_another_process_adds_is_seen(tmp_path: Path, monkeypatch: pytest.M
     reader = IndexDatabase.open(tmp_path / "index")
     add_rows(writer, make_embeddings(5, seed=1), first=20)
     assert reader.count() == 25
-    writer.optimize()
+    with writer.changing() as table:
+        table.optimize()
     assert len(reader.search(make_embeddings(1)[0], top_k=30)) == 25
 
 

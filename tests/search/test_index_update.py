@@ -38,8 +38,8 @@ def images(tmp_path: Path) -> Path:
 
 def list_rows(path: Path) -> dict[str, Any]:
     """Path to everything else in its row."""
-    table = IndexDatabase.open(path).read(["path", "sha256", "width", "height", "embedding"])
-    return {row.pop("path"): row for row in table.to_pylist()}
+    parts = IndexDatabase.open(path).iterate(["path", "sha256", "width", "height", "embedding"])
+    return {row.pop("path"): row for part in parts for row in part.to_pylist()}
 
 
 @contextmanager

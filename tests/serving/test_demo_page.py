@@ -28,9 +28,8 @@ from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.serving import demo_page
 from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
-from modeling_llm2clip.serving.demo_page import add_demo_page
+from modeling_llm2clip.serving.demo_page import Thumbnails, add_demo_page
 from modeling_llm2clip.serving.service import EmbeddingService
-from modeling_llm2clip.serving.thumbnails import Thumbnails
 
 NUM_IMAGES = 15
 ODD_NAMES = [
