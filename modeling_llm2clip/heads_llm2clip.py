@@ -59,14 +59,7 @@ class AdapterBlock(nn.Module):
         self.down = nn.Linear(expansion * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the block.
-
-        Args:
-            hidden: (B, D).
-
-        Returns:
-            (B, D).
-        """
+        """Apply the block."""
         return hidden + self.down(F.gelu(self.up(self.norm(hidden))))  # type: ignore[no-any-return]
 
 
@@ -87,14 +80,7 @@ class TextAdapter(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, caption_embeds: Tensor) -> Tensor:
-        """Apply the adapter.
-
-        Args:
-            caption_embeds: (B, D) of any float dtype.
-
-        Returns:
-            (B, D) of the weights' dtype.
-        """
+        """Apply the adapter."""
         if self.normalize:
             caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
         # The norm is never quantized, so its dtype is the one to compute in.
@@ -105,17 +91,7 @@ class TextAdapter(nn.Module):
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3).
-
-    Args:
-        logits_per_image: (B, B) float32; image i matches text i.
-
-    Returns:
-        () float32; ln(B) when no pair scores higher than the others.
-
-    Raises:
-        ValueError: the numbers of images and texts differ.
-    """
+    """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3)."""
     num_images, num_texts = logits_per_image.shape
     if num_images != num_texts:
         raise ValueError(
@@ -128,16 +104,7 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
 
 
 def check_width(embeds: Tensor, width: int, *, name: str) -> None:
-    """Check the input of a projection.
-
-    Args:
-        embeds: expected to be (B, `width`) floating point.
-        width: width of the tower, D.
-        name: name of the argument, for the error message.
-
-    Raises:
-        ValueError: the embeddings are integers or have another shape.
-    """
+    """Check the input of a projection."""
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
         raise ValueError(
             f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "

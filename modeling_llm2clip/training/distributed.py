@@ -17,17 +17,7 @@ Result = TypeVar("Result")
 
 
 def run_once_per_machine(function: Callable[[], Result]) -> Result:
-    """Call a function on one process of each machine; the others wait for what it returns.
-
-    Args:
-        function: Returns what can be pickled.
-
-    Returns:
-        What the function returned on this machine.
-
-    Raises:
-        Exception: What the function raised on any machine, on all processes.
-    """
+    """Call a function on one process of each machine; the others wait for what it returns."""
     state = PartialState()
     if state.num_processes == 1:
         return function()
@@ -50,9 +40,6 @@ def keep_to_one_gpu(arguments: TrainingArguments) -> None:
 
     DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
     the precision of the run.
-
-    Args:
-        arguments: Of the Trainer; changed in place.
     """
     arguments._n_gpu = min(1, arguments.n_gpu)
 
@@ -63,11 +50,7 @@ def is_sharded() -> bool:
 
 
 def refuse_fsdp_for_lora() -> None:
-    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into.
-
-    Raises:
-        ValueError: The launcher was given a configuration for FSDP.
-    """
+    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into."""
     if is_sharded():
         raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
 
@@ -75,13 +58,7 @@ def refuse_fsdp_for_lora() -> None:
 def training_arguments_on(
     device: torch.device, arguments_class: type[Arguments], **options: Any
 ) -> Arguments:
-    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU.
-
-    Args:
-        device: Device of the run; of several processes each has its own already.
-        arguments_class: `TrainingArguments` or a class derived from it.
-        **options: Further arguments of that class.
-    """
+    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
     arguments = arguments_class(use_cpu=device.type == "cpu", **options)
     state = PartialState()
     if state.num_processes == 1:
@@ -93,14 +70,7 @@ def training_arguments_on(
 
 
 def gather_ids(ids: Tensor) -> Tensor:
-    """Concatenate the ids of all processes' rows in the order of their ranks.
-
-    Args:
-        ids: (B, columns) int64, of this process; equally many on every process.
-
-    Returns:
-        (A, columns) int64.
-    """
+    """Concatenate the ids of all processes' rows in the order of their ranks."""
     gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, ids.contiguous())
     return torch.cat(gathered)

@@ -21,10 +21,6 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     A gradient of zero is one: the first matrix of a new LoRA has no other. The pass is one of
     training, but no layer is left out at random, as an LLM with `layerdrop` does. Afterwards
     gradients, modes and random generators are as they were.
-
-    Args:
-        module: Module that is trained, before its first step.
-        compute: Runs it, and returns a number that depends on everything that is trained.
     """
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     was_training = module.training
@@ -45,16 +41,7 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
 
 
 def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> None:
-    """Refuse a run of which some parameters would never be trained.
-
-    Args:
-        without: Their names, from `find_without_gradient`.
-        cause: Option that asks for them, and its value.
-        remedy: A sentence that says what else to choose.
-
-    Raises:
-        ValueError: There are some; their layers are named.
-    """
+    """Refuse a run of which some parameters would never be trained."""
     layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
     if layers:
         shown = ", ".join(layers[:_NAMES_SHOWN]) + (", …" if len(layers) > _NAMES_SHOWN else "")

@@ -35,12 +35,6 @@ def lock_run(folder: Path) -> Iterator[None]:
     It is a lock of the kernel on a file in the folder, so that it ends with the main process,
     however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
     empty in the end is removed.
-
-    Args:
-        folder: Folder of the run, made if it does not exist.
-
-    Raises:
-        ValueError: Another run holds it.
     """
     with ExitStack() as stack:
         is_held = [True]

@@ -81,24 +81,12 @@ class ResumedMetricsMixin:
     _is_resumed = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and note whether the run is resumed.
-
-        Args:
-            resume_from_checkpoint: Checkpoint to continue from, as `Trainer.train` takes it.
-            *args: Further arguments of `Trainer.train`.
-            **kwargs: Further arguments of `Trainer.train`.
-        """
+        """Train, and note whether the run is resumed."""
         self._is_resumed = resume_from_checkpoint is not None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, without those of the whole run where the run was resumed.
-
-        Args:
-            logs: Metrics by name.
-            *args: Further arguments of `Trainer.log`.
-            **kwargs: Further arguments of `Trainer.log`.
-        """
+        """Log metrics, without those of the whole run where the run was resumed."""
         if self._is_resumed or self.state.global_step < self.state.max_steps:
             logs = {name: value for name, value in logs.items() if not _is_of_whole_run(name)}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -286,14 +274,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Choose the numbers of a Trainer's log that a progress bar shows.
-
-    Args:
-        logs: What a Trainer logs.
-
-    Returns:
-        Name → number with at most four digits, or a percentage; times and sums are left out.
-    """
+    """Choose the numbers of a Trainer's log that a progress bar shows."""
     return {
         name: f"{logs[key]:.1%}" if key in _PERCENTAGES else f"{logs[key]:.4g}"
         for key, name in _SHOWN.items()
@@ -302,27 +283,14 @@ def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def show_progress(trainer: Trainer, name: str) -> None:
-    """Replace a Trainer's own bar and the dictionaries that it prints by `ProgressCallback`.
-
-    Args:
-        trainer: A Trainer that has not begun.
-        name: Name of the stage, in front of the bar.
-    """
+    """Replace a Trainer's own bar and the dictionaries that it prints by `ProgressCallback`."""
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(name))
 
 
 def choose_reports(report_to: Sequence[str] | None) -> list[str]:
-    """Choose where a Trainer reports metrics, as its `report_to` takes it.
-
-    Args:
-        report_to: Names of integrations of transformers, all or none; None for tensorboard where
-            it is installed.
-
-    Raises:
-        ValueError: transformers has no such integration, or its package is not installed.
-    """
+    """Choose where a Trainer reports metrics, as its `report_to` takes it."""
     available = get_available_reporting_integrations()
     if report_to is None:
         return [name for name in ("tensorboard",) if name in available]
@@ -340,15 +308,7 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
 
 
 def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
-    """Count the warm-up steps of a run; in the step after them the learning rate is at its peak.
-
-    Args:
-        warmup_steps: Below 1 a share of the run, rounded down; else a number of steps.
-        num_steps: Steps of the run.
-
-    Raises:
-        ValueError: The run ends before the learning rate is at its peak.
-    """
+    """Count the warm-up steps of a run; in the step after them the learning rate is at its peak."""
     counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
     if counted >= num_steps:
         raise ValueError(
@@ -360,26 +320,14 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
 
 
 def recompute_activations(tower: Any) -> None:
-    """Make a tower recompute its activations in the backward pass: slower, in less memory.
-
-    Args:
-        tower: A model of transformers.
-    """
+    """Make a tower recompute its activations in the backward pass: slower, in less memory."""
     # Newer versions of transformers call it so, and warn of the old name.
     enable = getattr(tower, "activation_checkpointing_enable", None)
     (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
-    """Whether a run computes its products in bfloat16; weights stay float32.
-
-    Args:
-        precision: float32, bfloat16, or auto, which takes bfloat16 on a GPU that supports it and
-            never on a CPU: without its instructions bfloat16 is several times slower there, with
-            them no faster, and its gradients are noisier everywhere. Weights that are stored in
-            half precision and not trained compute in it all the same, unless it is float32.
-        on_gpu: Whether the run is on a GPU.
-    """
+    """Whether a run computes its products in bfloat16; weights stay float32."""
     if precision != "auto":
         return precision == "bfloat16"
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

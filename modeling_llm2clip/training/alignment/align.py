@@ -177,16 +177,7 @@ def align(
 
 
 def _train(fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest) -> dict[str, Tensor]:
-    """Train, choose on held-out images, and fit once more on all where the run does so.
-
-    Args:
-        fit: What is trained.
-        inputs: What the numbers of the run depend on beside its options.
-        stop: Notes signals.
-
-    Returns:
-        The weights that are written, as `collect_weights` returns them.
-    """
+    """Train, choose on held-out images, and fit once more on all where the run does so."""
     choice, weights = _choose(fit, inputs, stop)
     if weights is not None:
         return weights

@@ -20,14 +20,7 @@ _NAMES_SHOWN = 5
 
 
 def open_store(store: str | Path | EmbeddingStore | None) -> EmbeddingStore | None:
-    """Open a store that is given by its folder.
-
-    Args:
-        store: Folder, opened store, or None.
-
-    Raises:
-        ValueError: The folder has no complete store.
-    """
+    """Open a store that is given by its folder."""
     return EmbeddingStore.open(store) if isinstance(store, str | Path) else store
 
 
@@ -37,16 +30,7 @@ def check_align(
     caption_store: str | Path | EmbeddingStore | None,
     image_store: str | Path | EmbeddingStore | None,
 ) -> None:
-    """Refuse options and stores that contradict each other; reads no data, which may take long.
-
-    Args:
-        config: Options of the alignment.
-        caption_store: As `align` takes it.
-        image_store: As `align` takes it.
-
-    Raises:
-        ValueError: A store is missing, superfluous or of other content; all errors are named.
-    """
+    """Refuse options and stores that contradict each other; reads no data, which may take long."""
     check_options(
         config,
         has_caption_store=caption_store is not None,
@@ -62,16 +46,7 @@ def check_align(
 
 
 def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_store: bool) -> None:
-    """Refuse options that contradict the stores that are given.
-
-    Args:
-        config: Options of the alignment.
-        has_caption_store: Whether a caption store is given.
-        has_image_store: Whether an image store is given.
-
-    Raises:
-        ValueError: A store is missing or superfluous; all errors are named.
-    """
+    """Refuse options that contradict the stores that are given."""
     errors = []
     if config.text_training == "stored" and not has_caption_store:
         errors.append(
@@ -98,15 +73,7 @@ def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_sto
 
 
 def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
-    """Refuse data that no batch can be made of.
-
-    Args:
-        records: The data.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: There are no records, too few for a batch, or their groups leave no negatives.
-    """
+    """Refuse data that no batch can be made of."""
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
     check_batch(config.global_batch_size or 1, len(records), 0)
@@ -114,16 +81,7 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
 
 
 def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
-    """Refuse a batch that is larger than the data.
-
-    Args:
-        batch_size: Records per batch of all processes.
-        num_records: Records to train on; an image has one in each of its languages.
-        num_held_out: Records that are held out, for the message.
-
-    Raises:
-        ValueError: There are fewer records than in a batch.
-    """
+    """Refuse a batch that is larger than the data."""
     if num_records < batch_size:
         raise ValueError(
             f"{num_records} records to train on ({num_held_out} are held out) are too few for a "
@@ -133,16 +91,7 @@ def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
 
 
 def check_processes(config: AlignConfig, batch_size: int, num_processes: int) -> None:
-    """Refuse processes that cannot share a batch, or the work.
-
-    Args:
-        config: Options of the alignment.
-        batch_size: Records per batch of all processes.
-        num_processes: Number of processes.
-
-    Raises:
-        ValueError: The batch cannot be shared evenly, or a LoRA is trained under FSDP.
-    """
+    """Refuse processes that cannot share a batch, or the work."""
     if batch_size < num_processes:
         raise ValueError(
             f"global_batch_size={batch_size} is smaller than the number of processes "
@@ -162,16 +111,7 @@ def check_stores(
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
 ) -> None:
-    """Refuse stores that another model made.
-
-    Args:
-        fingerprints: Of the model's `text` and `vision` towers.
-        caption_store: Caption embeddings.
-        image_store: Image embeddings.
-
-    Raises:
-        ValueError: A store has another fingerprint; every difference is named.
-    """
+    """Refuse stores that another model made."""
     if caption_store is not None:
         caption_store.require_fingerprint(fingerprints["text"])
     if image_store is not None:

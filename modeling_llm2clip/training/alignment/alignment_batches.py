@@ -79,26 +79,14 @@ class SampledBatches:
         )
 
     def epoch_at(self, step: int) -> float:
-        """Return the passes over the data after a step.
-
-        Args:
-            step: Number of steps.
-        """
+        """Return the passes over the data after a step."""
         return step / self._sampler.steps_per_epoch
 
     def save(self, folder: Path) -> None:
-        """Save nothing.
-
-        Args:
-            folder: Of a checkpoint.
-        """
+        """Save nothing."""
 
     def load(self, checkpoint: Path) -> None:
-        """Load nothing: the Trainer skips the batches.
-
-        Args:
-            checkpoint: That the run continues from.
-        """
+        """Load nothing: the Trainer skips the batches."""
 
     def collect_report(self) -> None:
         """Report nothing: records of an index are checked before the run."""
@@ -179,19 +167,11 @@ class StreamedBatches:
         return read_report(self._loader.state_dict() if state is None else state)
 
     def epoch_at(self, step: int) -> float:  # noqa: ARG002
-        """Return the whole passes over the data so far, since the length of one is not known.
-
-        Args:
-            step: Not used.
-        """
+        """Return the whole passes over the data so far, since the length of one is not known."""
         return float(self._epoch)
 
     def save(self, folder: Path) -> None:
-        """Save where the stream of this process is.
-
-        Args:
-            folder: Of a checkpoint.
-        """
+        """Save where the stream of this process is."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "epoch": self._epoch,
@@ -201,11 +181,7 @@ class StreamedBatches:
         torch.save(state, folder / self._name_file())
 
     def load(self, checkpoint: Path) -> None:
-        """Let the batches go on where a checkpoint was saved.
-
-        Args:
-            checkpoint: That the run continues from.
-        """
+        """Let the batches go on where a checkpoint was saved."""
         state = torch.load(checkpoint / self._name_file(), weights_only=True)
         self._epoch = state["epoch"]
         self._ended = [StreamReport.from_state(report) for report in state["ended"]]
@@ -214,12 +190,7 @@ class StreamedBatches:
         self._resumed_state = state["loader"]
 
     def collect_report(self) -> dict[str, Any]:
-        """Return what all processes read and lost in the whole run; all of them call it.
-
-        Returns:
-            The numbers of the run, what went wrong and where first; and the numbers of each epoch,
-            as `epochs`, of which the last one may have been in progress.
-        """
+        """Return what all processes read and lost in the whole run; all of them call it."""
         own = [report.to_state() for report in (*self._ended, self._read_current())]
         total, epochs = StreamReport(), []
         for states in zip_longest(*gather_object([own])):
@@ -241,13 +212,7 @@ Batches = SampledBatches | StreamedBatches
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:
-    """Choose how many processes make the batches of this one.
-
-    Args:
-        config: Options of the alignment.
-        arguments: Of the Trainer.
-        decodes: Whether they decode images.
-    """
+    """Choose how many processes make the batches of this one."""
     if config.num_workers is not None:
         return config.num_workers
     # A CPU has no time to spare, and what is stored needs none.

@@ -133,34 +133,15 @@ class AlignmentDataset(Dataset[Any]):
         return any(there and noise for there, noise in zip(is_stored, noises, strict=True))
 
     def read_group_ids(self, items: Array) -> Tensor:
-        """Return a number per item that items of one group share.
-
-        Args:
-            items: (B,) numbers of records.
-
-        Returns:
-            (B,) int64, hashes of the group ids.
-        """
+        """Return a number per item that items of one group share."""
         return torch.from_numpy(self.records.read_numbers("group_key", items))
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
-        """Return the hash of each caption, which equal captions share.
-
-        Args:
-            items: (B,) numbers of records.
-            numbers: (B,) numbers of their captions.
-
-        Returns:
-            (B,) int64.
-        """
+        """Return the hash of each caption, which equal captions share."""
         return torch.from_numpy(self.records.read_text_keys(items, numbers))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
-        """Find group ids by their hashes, which takes a pass over the records.
-
-        Args:
-            group_ids: (B,) as `read_group_ids` returns them.
-        """
+        """Find group ids by their hashes, which takes a pass over the records."""
         wanted = group_ids.numpy()
         found: dict[int, str] = {}
         for batch in self.records.iterate_columns(("group_key", "group_id")):
@@ -172,16 +153,7 @@ class AlignmentDataset(Dataset[Any]):
     def read_pairs(
         self, items: Array, numbers: Array, seconds: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Read items, each with one of its captions.
-
-        Args:
-            items: (B,) numbers of records.
-            numbers: (B,) numbers of their captions.
-            seconds: Seconds of each of `INPUT_PARTS`, to which these are added.
-
-        Returns:
-            Inputs of `AlignmentModel`.
-        """
+        """Read items, each with one of its captions."""
         seconds = no_input_seconds() if seconds is None else seconds
         with measure_input(seconds, "tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(items, numbers)
@@ -190,27 +162,12 @@ class AlignmentDataset(Dataset[Any]):
         return {**captions, **images}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
-        """Return rows of captions in their store.
-
-        Args:
-            items: (B,) numbers of records.
-            numbers: (B,) numbers of their captions.
-
-        Returns:
-            (B,) int64.
-        """
+        """Return rows of captions in their store."""
         assert self.caption_store is not None
         return self.caption_store.rows_at(_look_up(self._caption_items, items), numbers)
 
     def image_rows(self, items: Array) -> Array:
-        """Return rows of images in their store.
-
-        Args:
-            items: (B,) numbers of records.
-
-        Returns:
-            (B,) int64.
-        """
+        """Return rows of images in their store."""
         assert self.image_store is not None
         stored = _look_up(self._image_items, items)
         return self.image_store.rows_at(stored, np.zeros_like(stored))
@@ -240,15 +197,7 @@ class AlignmentDataset(Dataset[Any]):
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
-    """List all captions of some items.
-
-    Args:
-        counts: (M,) captions of each item.
-        items: (M,) numbers of records.
-
-    Returns:
-        (pairs,) items and numbers of captions, in the order of the items.
-    """
+    """List all captions of some items."""
     starts = np.cumsum(counts) - counts
     numbers = np.arange(counts.sum()) - np.repeat(starts, counts)
     return np.repeat(items, counts), numbers
@@ -259,9 +208,5 @@ def _look_up(numbers: Array | None, items: Array) -> Array:
 
 
 def keep_batch(batch: Any) -> Any:
-    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled.
-
-    Args:
-        batch: From `AlignmentDataset`.
-    """
+    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled."""
     return batch

@@ -67,11 +67,7 @@ class AlignmentFit:
         return find_last_checkpoint(self.output) if self.resume else None
 
     def load(self) -> tuple[AlignmentModel, dict[str, Any]]:
-        """Load the model with its trained parts chosen, on the CPU.
-
-        Returns:
-            The model, and peft's wrappers of its towers, as `choose_trained_parts` returns them.
-        """
+        """Load the model with its trained parts chosen, on the CPU."""
         set_seed(self.config.seed)
         model = load_parts(self.source, self.data, self.config)
         if self.config.precision == "float32":
@@ -79,13 +75,7 @@ class AlignmentFit:
         return model, choose_trained_parts(model, self.config)
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
-        """Move a model to where it is trained, once its start is set.
-
-        Args:
-            model: The model.
-            length: Numbers of the run.
-            device: Of the Trainer.
-        """
+        """Move a model to where it is trained, once its start is set."""
         if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
             model.to(device)
         freeze_unused(model, self.data.dataset.processor, self.config)
@@ -104,11 +94,6 @@ class AlignmentFit:
         """Make what measures the loss of a training batch; None where it cannot be measured.
 
         It cannot on a stream, which is not read twice, and is the same where no step is trained.
-
-        Args:
-            length: Numbers of the run.
-            record: Folder whose `run.json` gets it.
-            name: Name of it there.
         """
         dataset = self.data.dataset
         if not length.num_trained or isinstance(dataset, AlignmentStream):
@@ -134,17 +119,7 @@ class AlignmentFit:
         best_weights: BestWeightsCallback | None = None,
         objective: TrainingObjective | None = None,
     ) -> AlignmentTrainer:
-        """Make the Trainer of the fit.
-
-        Args:
-            model: With its trained parts chosen, and its start set.
-            arguments: Of the Trainer.
-            length: Numbers of the run.
-            stop: Notes signals.
-            name: Name of the fit, in front of the progress bar.
-            best_weights: Evaluates on held-out images; None without any.
-            objective: Measures what is trained; None not to.
-        """
+        """Make the Trainer of the fit."""
         callbacks = [JsonLinesCallback(self.output / METRICS_FILE), StopCallback(stop)]
         trainer = AlignmentTrainer(
             model,
@@ -168,13 +143,7 @@ class AlignmentFit:
 
 
 def load_parts(folder: Path, data: RunData, config: AlignConfig) -> Any:
-    """Load the parts of a model that a run needs, as an `AlignmentModel`.
-
-    Args:
-        folder: Model folder.
-        data: What is trained on.
-        config: Options of the alignment.
-    """
+    """Load the parts of a model that a run needs, as an `AlignmentModel`."""
     return AlignmentModel.from_pretrained(
         folder,
         with_llm=config.text_training != "stored",
@@ -185,14 +154,7 @@ def load_parts(folder: Path, data: RunData, config: AlignConfig) -> Any:
 def raise_if_stopped(
     trainer: AlignmentTrainer, output: Path, stop: StopRequest, *, of: str = ""
 ) -> None:
-    """Raise StageInterrupt if a signal stopped a fit before its last step.
-
-    Args:
-        trainer: Of the fit.
-        output: Folder of its checkpoints.
-        stop: Notes signals.
-        of: What the steps are of, for the message; empty for the run.
-    """
+    """Raise StageInterrupt if a signal stopped a fit before its last step."""
     state = trainer.state
     if state.global_step < state.max_steps:
         stop.raise_interrupt(
@@ -213,15 +175,6 @@ def collect_weights(
     """Collect the weights that differ from the source's, by their names in its folder.
 
     They are on the CPU, with LoRAs merged; empty in all but the main process.
-
-    Args:
-        trainer: Of a finished fit.
-        adapted: As `AlignmentFit.load` returns it.
-        scratch: An existing folder, into which they are written for a moment.
-        best: Weights by their names while training, in place of the model's own.
-
-    Raises:
-        FloatingPointError: Some are not finite.
     """
     model = trainer.alignment_model
     if trainer.is_fsdp_enabled:

@@ -50,21 +50,7 @@ class AlignmentModel(PartialModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode images and captions, or start from their stored embeddings.
-
-        Args:
-            pixel_values: As the image processor returns them; or `vision_embeds`.
-            vision_embeds: (B, D') float32, stored.
-            input_ids: (B, L), with `attention_mask`; or `caption_embeds`.
-            attention_mask: (B, L).
-            caption_embeds: (B, D) float32, stored.
-            pixel_attention_mask: As image processors of variable sizes return it.
-            spatial_shapes: As image processors of variable sizes return it.
-
-        Returns:
-            image_embeds and text_embeds, (B, P) float32 of unit length, and the inverse
-            temperature, (1,).
-        """
+        """Encode images and captions, or start from their stored embeddings."""
         if vision_embeds is None:
             assert pixel_values is not None
             with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
@@ -87,9 +73,6 @@ class AlignmentModel(PartialModel):
         So does batch normalization. Statistics of the batch would come from each process's part of
         it, so that two processes would not train as one does, and an image's embedding would depend
         on its neighbors; and a tower's own come from far more images than it is aligned on.
-
-        Args:
-            mode: Whether to train.
         """
         super().train(mode)
         for tower, trains in (
@@ -110,10 +93,6 @@ class AlignmentModel(PartialModel):
 
     def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
         """Give weights the names that they have in a folder; transformers renames some on loading.
-
-        Args:
-            state: Weights by their names in the model, of whole towers and heads.
-            scratch: An existing folder, into which they are written for a moment.
         """
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             self.save_pretrained(folder, state_dict=state)

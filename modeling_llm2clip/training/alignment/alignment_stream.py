@@ -43,14 +43,7 @@ class DecodedSample(NamedTuple):
 
 
 def decode_sample(record: CaptionedImage) -> DecodedSample:
-    """Decode the image of a record, before it is in a batch: so a broken one can be replaced.
-
-    Args:
-        record: Of a stream.
-
-    Raises:
-        ValueError: The image cannot be decoded; it is named.
-    """
+    """Decode the image of a record, before it is in a batch: so a broken one can be replaced."""
     begin = time.perf_counter()
     image = load_images(open_image(record.image))
     return DecodedSample(record, image, time.perf_counter() - begin)
@@ -91,15 +84,7 @@ class AlignmentStream:
             self._counts = caption_store.count_rows()
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
-        """Make a batch, as `AlignmentDataset` does.
-
-        Args:
-            samples: From `decode_sample`.
-
-        Raises:
-            ValueError: The store lacks a record or has another number of captions for it; it is
-                named.
-        """
+        """Make a batch, as `AlignmentDataset` does."""
         records = [sample.record for sample in samples]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
         num_short = np.array([len(record.captions) for record in records])
@@ -151,11 +136,7 @@ class AlignmentStream:
         return dict(self.processor(text=texts))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
-        """Name groups by their hashes: a stream is not read again for the sake of an error.
-
-        Args:
-            group_ids: (B,) hashes.
-        """
+        """Name groups by their hashes: a stream is not read again for the sake of an error."""
         return [f"(hash {group_id})" for group_id in group_ids.tolist()]
 
     def _find_items(
@@ -183,15 +164,7 @@ class AlignmentStream:
 
 
 def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
-    """Refuse what a stream cannot do, before anything is read.
-
-    Args:
-        config: Options of the alignment.
-        has_image_store: Whether an image store is given.
-
-    Raises:
-        ValueError: The steps are not given, or an image store, a closed form or a refit is wanted.
-    """
+    """Refuse what a stream cannot do, before anything is read."""
     errors = []
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps (--max-steps)")
@@ -212,17 +185,6 @@ def hold_out_of_stream(
 
     The number of all images is estimated from the first shard. A group with an image that cannot be
     decoded is not held out, so that training comes to the image and counts it as lost.
-
-    Args:
-        stream: The records.
-        ratio: Share of the groups that is held out; 0 for none.
-        folder: Gets the held-out images as files.
-
-    Returns:
-        Records with their images in `folder`, and their group ids, which training must not see.
-
-    Raises:
-        ValueError: There are too few groups to hold out two, or to train on two.
     """
     if not ratio:
         return [], frozenset()

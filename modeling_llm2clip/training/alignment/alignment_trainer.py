@@ -61,13 +61,6 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
 
     Batch size, number of steps and learning rate depend on the data and on where the projections
     start: see `RunLength`.
-
-    Args:
-        output: Folder of the run.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: The device is not there, or `report_to` names what is not installed.
     """
     device = choose_device(config.device)
     arguments = training_arguments_on(
@@ -93,13 +86,7 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
 
 
 def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes: int) -> int:
-    """Choose the images per batch of all processes, by default as many as the data allow.
-
-    Args:
-        config: Options of the alignment.
-        num_items: Items to train on; None for a stream.
-        num_processes: Number of processes.
-    """
+    """Choose the images per batch of all processes, by default as many as the data allow."""
     if config.global_batch_size is not None:
         return config.global_batch_size
     largest = _MAX_DEFAULT_BATCH if num_items is None else min(_MAX_DEFAULT_BATCH, num_items)
@@ -107,13 +94,7 @@ def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes:
 
 
 def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> int:
-    """Count the steps of a run; an epoch leaves out the last, smaller batch.
-
-    Args:
-        config: Options of the alignment.
-        num_items: Items to train on; None for a stream.
-        batch_size: Records per batch of all processes.
-    """
+    """Count the steps of a run; an epoch leaves out the last, smaller batch."""
     if config.max_steps is not None:
         return config.max_steps
     assert num_items is not None  # a stream needs max_steps
@@ -150,14 +131,7 @@ class RunLength:
 def plan_length(
     config: AlignConfig, start: ProjectionInit, *, num_items: int | None, batch_size: int
 ) -> RunLength:
-    """Find the numbers of a run.
-
-    Args:
-        config: Options of the alignment.
-        start: Where the projections start.
-        num_items: Items to train on; None for a stream.
-        batch_size: Records per batch of all processes.
-    """
+    """Find the numbers of a run."""
     num_steps = count_steps(config, num_items, batch_size)
     return RunLength(
         num_steps=num_steps,
@@ -171,14 +145,7 @@ def plan_length(
 def warm_up_then_cosine(
     num_steps: int, *, warmup_steps: float, begin: int = 0
 ) -> Callable[[int], float]:
-    """Make the factor of the learning rate at each step: linearly up, then down as a cosine.
-
-    Args:
-        num_steps: Steps of the run.
-        warmup_steps: Steps until the factor is 1; below 1, a share of the steps after `begin`,
-            which makes at least 20: a shorter run ends before the factor is 1.
-        begin: Steps at the start during which the factor is 0.
-    """
+    """Make the factor of the learning rate at each step: linearly up, then down as a cosine."""
     left = num_steps - begin
     # Parameters that begin late warm up in what is left of the run.
     least = _MIN_WARMUP_STEPS if 0 < warmup_steps < 1 else 1
@@ -254,11 +221,7 @@ class AlignmentTrainer(
             self.add_callback(best_weights)
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone.
-
-        Args:
-            checkpoint: Last complete checkpoint of the run; None to begin.
-        """
+        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone."""
         if not self.length.num_trained:
             self.state.max_steps = 0
             if self.best_weights is not None:
@@ -291,11 +254,7 @@ class AlignmentTrainer(
         return self.batches.make_loader()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by when they begin, by learning rate, and by whether they decay.
-
-        Args:
-            model: The model, wrapped; None for the model itself.
-        """
+        """Group parameters by when they begin, by learning rate, and by whether they decay."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
@@ -319,10 +278,6 @@ class AlignmentTrainer(
         optimizer: torch.optim.Optimizer | None = None,
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Warm up, then fall as a cosine over the planned steps, even where the run ends earlier.
-
-        Args:
-            num_training_steps: Not used.
-            optimizer: Its groups have a `begin` each; None for the Trainer's.
         """
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
@@ -360,17 +315,7 @@ class AlignmentTrainer(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Compute the loss of a batch of this process.
-
-        Args:
-            model: The model, wrapped.
-            inputs: A batch.
-            return_outputs: Whether to return the model's outputs too.
-            num_items_in_batch: Not used.
-
-        Raises:
-            FloatingPointError: The loss is not finite; the step and the batch's groups are named.
-        """
+        """Compute the loss of a batch of this process."""
         group_ids, text_keys = inputs["group_ids"], inputs["text_keys"]
         with self.step_times.measure("forward"):
             outputs = model(**{name: v for name, v in inputs.items() if name not in _KEYS})
@@ -404,12 +349,7 @@ class AlignmentTrainer(
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log passes over the data as the epoch, since the Trainer's own is the whole run.
-
-        Args:
-            logs: What is logged.
-            start_time: As `Trainer.log` takes it.
-        """
+        """Log passes over the data as the epoch, since the Trainer's own is the whole run."""
         self.state.epoch = self.batches.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
@@ -436,13 +376,6 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     By default accelerate makes FSDP gather the temperature in bfloat16, which at 50 moves in steps
     of 0.25, cast the model's outputs to it, and add up gradients in it. Under DDP autocast does
     none of that. Without FSDP or in float32, nothing changes. Call it before anything is prepared.
-
-    Args:
-        accelerator: accelerate's `Accelerator`.
-        model: The model that is trained.
-
-    Raises:
-        ValueError: FSDP's first version is configured, which has no such policy.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or accelerator.mixed_precision != "bf16":

@@ -42,11 +42,7 @@ class EvaluatedTrainer(Protocol):
     state: TrainerState
 
     def log(self, logs: dict[str, float]) -> None:
-        """Log numbers.
-
-        Args:
-            logs: By name.
-        """
+        """Log numbers."""
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Make the context of a forward pass."""
@@ -60,23 +56,14 @@ class EvaluatedTrainer(Protocol):
 def find_model(
     trainer: EvaluatedTrainer, *, is_stored: bool
 ) -> tuple[nn.Module, torch.device, Callable[[], AbstractContextManager[Any]]]:
-    """Find the model that a Trainer trains, its device, and the context of its forward pass.
-
-    Args:
-        trainer: The Trainer.
-        is_stored: Whether no tower runs.
-    """
+    """Find the model that a Trainer trains, its device, and the context of its forward pass."""
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
     context = nullcontext if is_stored else trainer.compute_loss_context_manager
     return model, trainer.args.device, context
 
 
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every weight that training changes, by its name while training.
-
-    Args:
-        model: The model, not sharded.
-    """
+    """Copy every weight that training changes, by its name while training."""
     names = list_trained(model)
     return {
         name: parameter.detach().clone()
@@ -89,14 +76,7 @@ def copy_trained(model: nn.Module) -> dict[str, Tensor]:
 def set_between(
     model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 ) -> None:
-    """Set the trained weights of a model between two others, in place.
-
-    Args:
-        model: The model, not sharded.
-        start: Weights by name, at a share of 0.
-        end: Weights by name, at a share of 1.
-        share: How far from the start they are.
-    """
+    """Set the trained weights of a model between two others, in place."""
     for name, value in end.items():
         first = start[name].to(value.device)
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
@@ -188,11 +168,7 @@ class BestWeightsCallback(TrainerCallback):
             control.should_training_stop = control.should_log = control.should_save = True
 
     def read_earlier(self, step: int) -> None:
-        """Read what an earlier part of this run kept, and whether the run stopped early.
-
-        Args:
-            step: Of the checkpoint that the run continues from.
-        """
+        """Read what an earlier part of this run kept, and whether the run stopped early."""
         if not self.file.is_file():
             return
         with safe_open(self.file, framework="pt") as file:

@@ -60,20 +60,6 @@ def init_projections_by_cca(
     the projections are fitted to its output. Each projection gets the scale of an ordinary
     initialization: embeddings are normalized, so that the scale is free, and an optimizer's first
     steps would overwrite much smaller weights.
-
-    Args:
-        model: Its image projection needs a bias, which subtracts the mean.
-        caption_embeds: (N, D) float32, stored.
-        vision_embeds: (N, D') float32, stored; row i belongs to row i of the captions.
-        groups: (N,) int64, what each pair shows. Pairs of one group are never each other's
-            negatives, and cross-validation never separates them.
-        text_keys: (N,) int64, hashes of the captions: equal ones are no negatives either; None
-            where no two groups share one.
-        shrinkages: Of texts and of images; None to choose them by cross-validation.
-
-    Raises:
-        ValueError: The model has no `visual_projection_bias`, there are fewer than two groups, or
-            one side has no directions: its embeddings are all equal, or not finite.
     """
     if model.visual_projection.bias is None:
         raise ValueError(
@@ -132,12 +118,6 @@ def fit_temperature(measure_at: Callable[[float], float]) -> tuple[float, float]
     """Find the temperature with the lowest loss of some pairs.
 
     Golden-section search: the contrastive loss is convex in the inverse temperature.
-
-    Args:
-        measure_at: Computes the loss at the logarithm of an inverse temperature.
-
-    Returns:
-        The logarithm of the inverse temperature, in [0, ln 100], and the loss.
     """
 
     ratio = (math.sqrt(5) - 1) / 2
@@ -262,10 +242,6 @@ class _Fold:
 
 def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
     """Of the own group's best row among those of other groups and captions, over both directions.
-
-    Args:
-        similarities: (N, N).
-        ids: (N, columns), groups and then what else makes rows no negatives of each other.
     """
     equal = ids[:, None] == ids[None, :]
     same, is_negative = equal[..., 0], ~equal.any(dim=-1)

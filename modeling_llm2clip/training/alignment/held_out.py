@@ -76,9 +76,6 @@ class HeldOutScores:
 
         It is Wilson's (doi:10.1080/01621459.1927.10502953). The texts of an image succeed and fail
         together, so that images alone are counted.
-
-        Args:
-            score: An R@1 of these.
         """
         square, count = _NORMAL_QUANTILE**2, self.num_images
         center = score + square / (2 * count)
@@ -91,19 +88,7 @@ class HeldOutScores:
 
 
 def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:
-    """Split a dataset by the groups of its images.
-
-    Args:
-        dataset: The dataset.
-        ratio: Share of the groups that is held out; 0 for none.
-        seed: Of the choice.
-
-    Returns:
-        Items to train on, and held-out items, both in the order of the dataset.
-
-    Raises:
-        ValueError: There are too few groups to hold out two, or to train on two.
-    """
+    """Split a dataset by the groups of its images."""
     if not ratio:
         return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
     records = dataset.records
@@ -124,15 +109,7 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
 
 
 def require_negatives(num_trained: int, num_held_out: int) -> None:
-    """Refuse to train on one group, in which no image has a negative: the loss would be 0.
-
-    Args:
-        num_trained: Groups to train on.
-        num_held_out: Groups that are held out.
-
-    Raises:
-        ValueError: There are fewer than two groups to train on.
-    """
+    """Refuse to train on one group, in which no image has a negative: the loss would be 0."""
     if num_trained < 2:
         raise ValueError(
             f"{num_held_out} groups of images are held out, which leaves {max(num_trained, 0)} to "
@@ -151,12 +128,7 @@ def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
 
 
 def count_shared_captions(records: RecordTable, held_out: Array) -> int:
-    """Count the captions to train on that are also captions of held-out records.
-
-    Args:
-        records: All records.
-        held_out: (H,) numbers of those that are held out.
-    """
+    """Count the captions to train on that are also captions of held-out records."""
 
     def iterate_keys(table: RecordTable) -> Iterator[Array]:
         for batch in table.iterate_columns(("text_keys",)):
@@ -169,12 +141,7 @@ def count_shared_captions(records: RecordTable, held_out: Array) -> int:
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:
-    """Count the groups of images that a run holds out.
-
-    Args:
-        num_groups: Groups of all images.
-        ratio: Share that is held out; 0 for none.
-    """
+    """Count the groups of images that a run holds out."""
     if not ratio:
         return 0
     minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
@@ -182,11 +149,7 @@ def count_held_out(num_groups: int, ratio: float) -> int:
 
 
 def prepare_loss(loss: Loss) -> Loss:
-    """Return a loss that compares pairs which every process has.
-
-    Args:
-        loss: What is trained on.
-    """
+    """Return a loss that compares pairs which every process has."""
     return compare_within_process(loss, chunk_size=_ROWS_PER_BATCH)
 
 
@@ -228,16 +191,7 @@ class HeldOutImages:
         device: torch.device,
         make_context: Callable[[], AbstractContextManager[Any]],
     ) -> tuple[Tensor, Tensor]:
-        """Encode every pair, in evaluation mode.
-
-        Args:
-            model: An `AlignmentModel`, wrapped or not.
-            device: Where it is.
-            make_context: Makes the context of a forward pass.
-
-        Returns:
-            image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
-        """
+        """Encode every pair, in evaluation mode."""
         parts = (
             slice(start, start + _ROWS_PER_BATCH)
             for start in range(0, len(self._items), _ROWS_PER_BATCH)
@@ -246,12 +200,7 @@ class HeldOutImages:
         return embed_batches(model, batches, device, make_context)
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor) -> HeldOutScores:
-        """Compare the embeddings of all pairs.
-
-        Args:
-            image_embeds: As `embed` returns them.
-            text_embeds: As `embed` returns them.
-        """
+        """Compare the embeddings of all pairs."""
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
@@ -271,15 +220,7 @@ class HeldOutImages:
         )
 
     def fit_temperature(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[float, float]:
-        """Find the temperature that suits the pairs best.
-
-        Args:
-            image_embeds: As `embed` returns them.
-            text_embeds: As `embed` returns them.
-
-        Returns:
-            The logarithm of the inverse temperature, and the loss of all pairs at it.
-        """
+        """Find the temperature that suits the pairs best."""
         return fit_temperature_of_pairs(
             self._loss, image_embeds, text_embeds, self.group_ids, self._text_keys
         )
@@ -292,17 +233,7 @@ def embed_batches(
     device: torch.device,
     make_context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
-    """Encode the pairs of some batches, in evaluation mode.
-
-    Args:
-        model: An `AlignmentModel`, wrapped or not.
-        batches: Its inputs.
-        device: Where it is.
-        make_context: Makes the context of a forward pass.
-
-    Returns:
-        image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
-    """
+    """Encode the pairs of some batches, in evaluation mode."""
     was_training = model.training
     model.eval()
     images, texts = [], []
@@ -319,18 +250,7 @@ def embed_batches(
 def fit_temperature_of_pairs(
     loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group_ids: Tensor, text_keys: Tensor
 ) -> tuple[float, float]:
-    """Find the temperature that suits some pairs best.
-
-    Args:
-        loss: From `compare_within_process`.
-        image_embeds: (N, P) of unit length.
-        text_embeds: (N, P) of unit length.
-        group_ids: (N,) as a batch has them.
-        text_keys: (N,) as a batch has them.
-
-    Returns:
-        The logarithm of the inverse temperature, and the loss of all pairs at it.
-    """
+    """Find the temperature that suits some pairs best."""
 
     def measure_at(log_scale: float, rows: slice = slice(_MAX_ROWS_OF_TEMPERATURE)) -> float:
         inputs = (

@@ -56,18 +56,7 @@ def init_projections(
     data: RunData,
     config: AlignConfig,
 ) -> ProjectionInit:
-    """Choose where the projections start, and set them in place.
-
-    Args:
-        model: The model that is trained.
-        data: What the run trains on. Its held-out images fit the temperature, and decide for `auto`
-            between trained projections and canonical correlation; where there are none, trained
-            projections stay.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: Nothing is trained, and no closed form is possible.
-    """
+    """Choose where the projections start, and set them in place."""
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
@@ -107,14 +96,7 @@ def init_projections(
 def repeat_init(
     model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit
 ) -> ProjectionInit:
-    """Start on other images as a run chose to start, and set the projections in place.
-
-    Args:
-        model: The model that is trained.
-        data: What is trained on.
-        config: Options of the alignment.
-        chosen: How the run started; its shrinkages and its temperature are kept.
-    """
+    """Start on other images as a run chose to start, and set the projections in place."""
     if chosen.cca is None:
         return chosen
     shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])

@@ -48,28 +48,14 @@ class Choice:
 
 
 def is_refitted(config: AlignConfig, data: RunData) -> bool:
-    """Return whether a run is fitted once more on all images.
-
-    Args:
-        config: Options of the alignment.
-        data: What it trains on.
-    """
+    """Return whether a run is fitted once more on all images."""
     if data.held_out is None:
         return False
     return data.dataset.is_stored if config.refit is None else config.refit
 
 
 def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Tensor]:
-    """Fit everything once more on all images, and return the weights as `collect_weights` does.
-
-    Args:
-        fit: The fit that chose.
-        choice: What it chose.
-        stop: Notes signals.
-
-    Raises:
-        StageInterrupt: A signal stopped it after a checkpoint.
-    """
+    """Fit everything once more on all images, and return the weights as `collect_weights` does."""
     again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
     length = replace(choice.length, last_step=choice.step)
     arguments = again.make_arguments()
@@ -100,9 +86,6 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
 
 def load_chosen(fit: AlignmentFit) -> dict[str, Tensor]:
     """Load the weights that held-out images chose, with LoRAs merged, by their names in the model.
-
-    Args:
-        fit: The fit that chose.
     """
     model, adapted = fit.load()
     model.load_state_dict(load_file(fit.output / BEST_FILE), strict=False)

@@ -57,14 +57,7 @@ class RunData:
         batch_size: int,
         num_steps: int,
     ) -> Batches:
-        """Make the batches of this process.
-
-        Args:
-            config: Options of the alignment.
-            arguments: Of the Trainer.
-            batch_size: Of all processes together.
-            num_steps: Of the run.
-        """
+        """Make the batches of this process."""
         if isinstance(self.dataset, AlignmentStream):
             return StreamedBatches(
                 self.dataset, config=config, batch_size=batch_size, arguments=arguments
@@ -106,20 +99,7 @@ def open_records(
     image_store: EmbeddingStore | None,
     loss: Loss,
 ) -> RunData:
-    """Prepare records of an index.
-
-    Args:
-        records: The data.
-        processor: The model's.
-        config: Options of the alignment.
-        caption_store: Caption embeddings; None for tokens.
-        image_store: Image embeddings; None for pixels.
-        loss: What is trained on.
-
-    Raises:
-        ValueError: A store is of other data, an image is missing, or there are too few groups to
-            hold out two.
-    """
+    """Prepare records of an index."""
     dataset = AlignmentDataset(
         records,
         processor,
@@ -144,19 +124,7 @@ def open_stream(
     folder: Path,
     loss: Loss,
 ) -> RunData:
-    """Prepare a stream, and deal its shards to the processes of the run.
-
-    Args:
-        stream: The records.
-        processor: The model's.
-        config: Options of the alignment.
-        caption_store: Caption embeddings; None for tokens.
-        folder: Gets the held-out images.
-        loss: What is trained on.
-
-    Raises:
-        ValueError: The store lacks held-out records, or there are too few to hold out two groups.
-    """
+    """Prepare a stream, and deal its shards to the processes of the run."""
     state = PartialState()
     held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
     own = stream.for_process(

@@ -90,19 +90,7 @@ def sample_captions(
     epochs: Array,
     items: Array,
 ) -> Array:
-    """Sample one caption of each item.
-
-    Args:
-        num_short: (B,) short captions of each item.
-        num_long: (B,) long captions of each item.
-        long_caption_ratio: Probability of a long caption where there are both.
-        seed: Of the run.
-        epochs: (B,) passes over the data.
-        items: (B,) numbers of the items.
-
-    Returns:
-        (B,) int64, numbers of captions: first the short ones of an item, then its long ones.
-    """
+    """Sample one caption of each item."""
     wants_long = _sample(seed, epochs, items, 0) < long_caption_ratio
     is_long = (num_short == 0) | ((num_long > 0) & wants_long)
     count = np.where(is_long, num_long, num_short)
@@ -114,16 +102,6 @@ def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: i
     """Sample standard normal numbers; each row depends on its own integers alone.
 
     splitmix64 counts through a row, and each quarter of a word chooses one of the quantiles.
-
-    Args:
-        seed: Of the run.
-        epochs: (B,) passes over the data.
-        items: (B,) numbers of the items.
-        side: Another side of the same items has other numbers.
-        width: Numbers per row.
-
-    Returns:
-        (B, width) float32.
     """
     states = mix(seed, epochs, items, side)
     counts = np.arange(1, -(-width // 4) + 1, dtype=np.uint64) * _GOLDEN
@@ -148,14 +126,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(*numbers: int | Array) -> Array:
-    """Mix integers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195).
-
-    Args:
-        *numbers: Integers or arrays of them, which are broadcast.
-
-    Returns:
-        uint64 of the broadcast shape.
-    """
+    """Mix integers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195)."""
     state: Array = np.zeros((1,), np.uint64)  # of one dimension, since scalars warn where they wrap
     for number in numbers:
         words = np.asarray(number).astype(np.int64).astype(np.uint64)  # negative ones wrap around

@@ -22,12 +22,7 @@ _FACTOR_TO_NEXT_LINE = 2.0
 
 @contextmanager
 def measure_input(seconds: Tensor, part: str) -> Iterator[None]:
-    """Add the seconds that the context takes to those of a part of making a batch.
-
-    Args:
-        seconds: One number for each of `INPUT_PARTS`, changed in place.
-        part: One of these.
-    """
+    """Add the seconds that the context takes to those of a part of making a batch."""
     begin = time.perf_counter()
     yield
     seconds[INPUT_PARTS.index(part)] += time.perf_counter() - begin
@@ -49,11 +44,7 @@ class StepTimes:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Measure what runs in the context.
-
-        Args:
-            part: Name of the part.
-        """
+        """Measure what runs in the context."""
         begin = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -66,20 +57,11 @@ class StepTimes:
                 self._inner[-1] += seconds
 
     def add_input(self, seconds: Tensor) -> None:
-        """Add what the parts of a batch took where it was made, perhaps in another process.
-
-        Args:
-            seconds: One number for each of `INPUT_PARTS`.
-        """
+        """Add what the parts of a batch took where it was made, perhaps in another process."""
         self._input_seconds += seconds.cpu()
 
     def take_shares(self) -> dict[str, float]:
-        """Return the share of each part in the time since the last call, and begin anew.
-
-        Returns:
-            Name → share of the time. What is in no part, such as optimizer, evaluations and
-            checkpoints, is `rest`.
-        """
+        """Return the share of each part in the time since the last call, and begin anew."""
         now = time.perf_counter()
         total = now - self._begin
         shares = {part: seconds / total for part, seconds in self._seconds.items()}
@@ -103,12 +85,7 @@ class StepTimesMixin:
     step_times: StepTimes
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for a batch.
-
-        Args:
-            *args: Arguments of `Trainer.get_batch_samples`.
-            **kwargs: Arguments of `Trainer.get_batch_samples`.
-        """
+        """Wait for a batch."""
         with self.step_times.measure("input"):
             samples: Any = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         for batch in samples[0]:
@@ -120,12 +97,7 @@ class StepTimesMixin:
             return super()._prepare_inputs(inputs)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the two passes of a step.
-
-        Args:
-            *args: Arguments of `Trainer.training_step`.
-            **kwargs: Arguments of `Trainer.training_step`.
-        """
+        """Make the two passes of a step."""
         with self.step_times.measure("backward"):
             loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
             if loss.is_cuda:  # the check of the gradients waits for it next
@@ -172,16 +144,7 @@ class StepTimesCallback(TrainerCallback):
 
 
 def describe_shares(shares: dict[str, float], input_shares: dict[str, float]) -> str:
-    """Describe where the time went.
-
-    Args:
-        shares: From `StepTimes.take_shares`.
-        input_shares: From `StepTimes.take_input_shares`.
-
-    Returns:
-        Such as "input 12 % (decode 91 %, tokenize 9 %), copy 1 %, forward 60 %, backward 20 %,
-        rest 7 %".
-    """
+    """Describe where the time went."""
     of_input = ", ".join(f"{part} {share:.0%}" for part, share in input_shares.items())
     described = []
     for part in ("input", "copy", "forward", "backward", _REST):

@@ -21,19 +21,7 @@ _IDENTITY = ("name", "lang")
 def pair_items(
     records: RecordTable, store: EmbeddingStore, *, is_part: bool = False
 ) -> Array | None:
-    """Find each record in a store by name and language.
-
-    Args:
-        records: The data.
-        store: A store of the same data.
-        is_part: Whether the store may have further records.
-
-    Returns:
-        (N,) numbers of the store's items; None if these are the same as the records' numbers.
-
-    Raises:
-        ValueError: Either has a record that the other lacks.
-    """
+    """Find each record in a store by name and language."""
     if len(records) == len(store) and _are_equal(records.iterate_numbers("key"), store):
         return None
     wanted, stored = records.keys, store.keys
@@ -58,14 +46,7 @@ def pair_items(
 
 
 def require_images(records: RecordTable) -> None:
-    """Require that all records have their image.
-
-    Args:
-        records: The data.
-
-    Raises:
-        ValueError: Some have none.
-    """
+    """Require that all records have their image."""
     lacking = np.flatnonzero(_lacks_image(records))
     if len(lacking):
         names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
@@ -76,16 +57,7 @@ def require_images(records: RecordTable) -> None:
 
 
 def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
-    """Require that all records have as many captions as in a store.
-
-    Args:
-        records: The data.
-        store: A caption store.
-        items: From `pair_items`.
-
-    Raises:
-        ValueError: Some have other numbers.
-    """
+    """Require that all records have as many captions as in a store."""
     if items is None:
         pairs = zip(records.iterate_counts(), store.iterate_counts(), strict=True)
         parts = [(a != c) | (b != d) for (a, b), (c, d) in pairs]
@@ -105,14 +77,6 @@ def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Arra
 
 def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
     """Require that a store was made from these captions, by hashes, which do not show what differs.
-
-    Args:
-        records: The data.
-        store: A caption store.
-        items: From `pair_items`.
-
-    Raises:
-        ValueError: Captions differ.
     """
     stored, now = store.manifest.plan.get("data"), hash_texts(_in_order(records, items))
     if stored != now:
@@ -126,14 +90,6 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
     """Require that a store was made from these images, by name and size, whatever their captions.
 
     Where the images are not there, only the hash of the captions is left.
-
-    Args:
-        records: The data.
-        store: An image store.
-        items: From `pair_items`.
-
-    Raises:
-        ValueError: Images differ.
     """
     stored = store.manifest.plan.get("images")
     if stored is not None and not _lacks_image(records).any():
@@ -152,19 +108,7 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
 def require_directions(
     embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
 ) -> Tensor:
-    """Refuse stored embeddings of zeros, which are similar to nothing.
-
-    Args:
-        embeds: (B, D), read from the store.
-        store: Where they are.
-        identify: Returns names and languages of the records of some rows, for the message.
-
-    Returns:
-        The embeddings.
-
-    Raises:
-        ValueError: Some embeddings are zero; their records are named.
-    """
+    """Refuse stored embeddings of zeros, which are similar to nothing."""
     zeros = np.flatnonzero((embeds == 0).all(dim=1).numpy())
     if len(zeros):
         names = list(dict.fromkeys(identify(zeros[:_MOST_READ])))

@@ -8,18 +8,7 @@ _LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 
 
 def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find the list of a tower's layers.
-
-    Args:
-        tower: A vision tower or an LLM.
-
-    Returns:
-        The name of the list in the tower, and the list, whose children are the layers, the lowest
-        first.
-
-    Raises:
-        ValueError: The tower has no list of layers with a known name.
-    """
+    """Find the list of a tower's layers."""
     found = [
         (name, module)
         for name, module in tower.named_modules()

@@ -144,26 +144,13 @@ def finetune_llm(
 
 
 def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> None:
-    """Refuse options and data that `finetune_llm` would refuse, without a model.
-
-    Args:
-        records: Records to train on.
-        config: Options of the run.
-
-    Raises:
-        ValueError: Images with one caption, data that cannot fill a batch, text pairs or a LoRA
-            that cannot be read, or a warm-up longer than the run.
-    """
+    """Refuse options and data that `finetune_llm` would refuse, without a model."""
     with TemporaryDirectory() as scratch:
         _prepare(RecordTable.from_records(records), config, Path(scratch))
 
 
 def describe_finetuning(output: Path) -> list[str]:
-    """Describe a finished run in lines for a terminal.
-
-    Args:
-        output: Folder of the run.
-    """
+    """Describe a finished run in lines for a terminal."""
     record = read_run_record(output)
     results, inputs = record["results"], record["inputs"]
     lines = []

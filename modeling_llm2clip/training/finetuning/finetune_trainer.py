@@ -67,22 +67,12 @@ class FinetuneTrainer(
     steps_per_epoch: int
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, with passes over the data as the epoch.
-
-        Args:
-            logs: Metrics by name.
-            *args: Further arguments of `Trainer.log`.
-            **kwargs: Further arguments of `Trainer.log`.
-        """
+        """Log metrics, with passes over the data as the epoch."""
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         super().log(logs, *args, **kwargs)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Collect nothing for a model card, since this LoRA is not published as it is.
-
-        Args:
-            default_args_dict: Not used.
-        """
+        """Collect nothing for a model card, since this LoRA is not published as it is."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.encoder.trained_weights, step=self.state.global_step)
@@ -92,15 +82,7 @@ class FinetuneTrainer(
         self.encoder.load_lora(Path(checkpoint_path))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a step.
-
-        Args:
-            *args: Arguments of `Trainer.training_step`.
-            **kwargs: Arguments of `Trainer.training_step`.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
+        """Make a step."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -123,12 +105,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
 
 
 def count_run_steps(data: FinetuneData, config: FinetuneConfig) -> tuple[int, int]:
-    """Count the steps of the whole run, and of an epoch.
-
-    Args:
-        data: What is trained on.
-        config: Options of the run.
-    """
+    """Count the steps of the whole run, and of an epoch."""
     lengths = [len(table) for table in data.tables.values()]
     window_size = config.per_device_train_batch_size * PartialState().num_processes
     steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
@@ -144,16 +121,7 @@ def make_trainer(
     config: FinetuneConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneTrainer:
-    """Make the trainer of a run.
-
-    Args:
-        encoder: The LLM with its LoRA.
-        data: What is trained on.
-        nearest: (groups, K) nearest groups of each group, for hard batches; None without.
-        output: Folder of the run.
-        config: Options of the run.
-        callbacks: Further callbacks.
-    """
+    """Make the trainer of a run."""
     wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
     num_steps, steps_per_epoch = count_run_steps(data, config)
     arguments = training_arguments_on(

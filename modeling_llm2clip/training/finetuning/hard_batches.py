@@ -22,15 +22,7 @@ _GROUPS_AT_ONCE = 4096  # of each process
 
 
 def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[str]]) -> Tensor:
-    """Compute one embedding per group: the mean of its captions' unit embeddings.
-
-    Args:
-        encode: Texts to embeddings, (N, D).
-        groups: Captions of each group; at least one.
-
-    Returns:
-        (groups, D) float32.
-    """
+    """Compute one embedding per group: the mean of its captions' unit embeddings."""
     units = F.normalize(encode([text for captions in groups for text in captions]).float(), dim=-1)
     return torch.stack([part.mean(0) for part in units.split([len(g) for g in groups])])
 
@@ -38,15 +30,7 @@ def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[s
 def encode_groups_together(
     encode: Callable[[list[str]], Tensor], groups: Iterable[list[str]]
 ) -> Iterator[Tensor]:
-    """Compute `encode_groups` by all processes, an equal share each, some thousand at a time.
-
-    Args:
-        encode: Texts to embeddings, (N, D).
-        groups: Captions of each group, the same on every process.
-
-    Yields:
-        (M, D) float32, embeddings of the next groups, on every process and on its device.
-    """
+    """Compute `encode_groups` by all processes, an equal share each, some thousand at a time."""
     state, remaining = PartialState(), iter(groups)
     while some := list(islice(remaining, _GROUPS_AT_ONCE * state.num_processes)):
         yield _encode_shares(encode, some, state)
@@ -80,16 +64,6 @@ def write_nearest_groups(
 
     All processes encode, the main one compares and writes. Embeddings are in a temporary file
     beside the target, in float16 if they are not compared exactly.
-
-    Args:
-        encode: Texts to embeddings, (N, D).
-        groups: Captions of each group, the same on every process.
-        num_groups: Number of groups.
-        top_k: How many nearest groups; at most `num_groups` - 1.
-        file: Target, replaced if it exists.
-
-    Returns:
-        On the main process, how they were found; see `find_nearest_groups`.
     """
     state = PartialState()
     scratch, unfinished = (file.with_name(f".{file.name}.{n}") for n in ("embeddings", "tmp"))
@@ -120,12 +94,5 @@ def write_nearest_groups(
 
 
 def read_nearest_groups(file: Path) -> Array:
-    """Map the nearest groups of each group.
-
-    Args:
-        file: As `write_nearest_groups` wrote it.
-
-    Returns:
-        (N, K) int32, the nearest first.
-    """
+    """Map the nearest groups of each group."""
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]

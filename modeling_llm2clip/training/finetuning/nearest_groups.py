@@ -41,21 +41,7 @@ _SMALL_GAIN = 0.01
 def find_nearest_groups(
     embeddings: Array, top_k: int, *, device: torch.device | str = "cpu", out: Array | None = None
 ) -> tuple[Array, dict[str, Any]]:
-    """Find the nearest other rows of each row by cosine.
-
-    Args:
-        embeddings: (N, D) of any float dtype, one row per group; may be mapped.
-        top_k: How many; at most N - 1.
-        device: Where all are compared with all; FAISS uses the CPU.
-        out: (N, top_k) integers to fill; None for an array in memory.
-
-    Returns:
-        (N, top_k) row numbers, the nearest first, and how they were found: `method`, and of FAISS
-        `clusters`, `clusters_searched`, `recall` and `recall_sample`.
-
-    Raises:
-        MissingExtraError: There are more than `EXACT_UP_TO` groups and FAISS is not installed.
-    """
+    """Find the nearest other rows of each row by cosine."""
     found = np.empty((len(embeddings), top_k), np.int32) if out is None else out
     report: dict[str, Any] = {"method": "exact"}
     if len(embeddings) <= EXACT_UP_TO:
@@ -73,14 +59,7 @@ def find_nearest_groups(
 
 
 def require_search(num_groups: int) -> None:
-    """Require what searching the nearest of so many groups needs.
-
-    Args:
-        num_groups: Number of groups.
-
-    Raises:
-        MissingExtraError: There are more than `EXACT_UP_TO` and FAISS is not installed.
-    """
+    """Require what searching the nearest of so many groups needs."""
     if num_groups > EXACT_UP_TO:
         require(ANN)
 

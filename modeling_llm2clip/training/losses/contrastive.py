@@ -42,17 +42,7 @@ class ContrastiveLoss:
     over_processes: bool = True
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            inputs: Rows of this process; equally many on every process.
-
-        Returns:
-            () float32, the mean over this process's rows and both directions.
-
-        Raises:
-            ValueError: The shapes differ.
-        """
+        """Compute the loss of a batch."""
         image_embeds, text_embeds, ids = _check(inputs)
         logit_scale = inputs.logit_scale.float()
         num_rows, first = len(ids), 0
@@ -106,18 +96,7 @@ def _sum_of_rows(
     all_ids: Tensor,
     first: int,
 ) -> Tensor:
-    """Cross-entropy of some rows against all, both directions, summed.
-
-    Args:
-        image_rows: (b, P), rows of a chunk.
-        text_rows: (b, P), the same of texts.
-        images: (A, P), all rows.
-        texts: (A, P), the same of texts.
-        logit_scale: (1,).
-        ids: (b, columns) of the chunk.
-        all_ids: (A, columns).
-        first: Number of the chunk's first row among all.
-    """
+    """Cross-entropy of some rows against all, both directions, summed."""
     labels = torch.arange(first, first + len(ids), device=ids.device)
     own = labels[:, None] == torch.arange(len(all_ids), device=ids.device)[None, :]
     same = ids[:, None, 0] == all_ids[None, :, 0]
@@ -160,13 +139,6 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes in the order of their ranks, differentiably.
-
-    Args:
-        rows: (B, …) of this process; equally many on every process.
-
-    Returns:
-        (A, …).
-    """
+    """Concatenate the rows of all processes in the order of their ranks, differentiably."""
     gathered: Tensor = _GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
     return gathered

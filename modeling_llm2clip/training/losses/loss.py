@@ -44,27 +44,12 @@ class Loss(Protocol):
     """
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            inputs: Rows of this process; every process calls the loss at the same time.
-
-        Returns:
-            () float32. The mean over the processes is what is trained on.
-        """
+        """Compute the loss of a batch."""
         ...
 
 
 def load_loss(name: str, *, chunk_size: int | None = None) -> Loss:
-    """Make a loss of its name.
-
-    Args:
-        name: One of `LOSSES`.
-        chunk_size: Rows of the logits computed at a time, to save memory; None for all at once.
-
-    Raises:
-        ValueError: There is no such loss.
-    """
+    """Make a loss of its name."""
     if name not in LOSSES:
         raise ValueError(f"loss={name!r} must be one of {', '.join(LOSSES)}.")
     file, class_name = LOSSES[name]
@@ -74,21 +59,12 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> Loss:
 
 
 def identify_loss(loss: Loss) -> str:
-    """Name the class of a loss, and the fields of a dataclass, for the record of a run.
-
-    Args:
-        loss: Any loss.
-    """
+    """Name the class of a loss, and the fields of a dataclass, for the record of a run."""
     return repr(loss) if is_dataclass(loss) else type(loss).__qualname__
 
 
 def compare_within_process(loss: Loss, *, chunk_size: int) -> Loss:
-    """Return a loss for many rows that every process has.
-
-    Args:
-        loss: For batches that the processes share.
-        chunk_size: Rows of the logits computed at a time, unless the loss has a number of its own.
-    """
+    """Return a loss for many rows that every process has."""
     if not is_dataclass(loss) or isinstance(loss, type):
         return loss
     size = getattr(loss, "chunk_size", None) or chunk_size
@@ -97,14 +73,7 @@ def compare_within_process(loss: Loss, *, chunk_size: int) -> Loss:
 
 
 def require_no_parameters(loss: Loss) -> None:
-    """Refuse a loss with weights of its own, which the alignment would neither train nor save.
-
-    Args:
-        loss: Any loss.
-
-    Raises:
-        ValueError: The loss has parameters that ask for gradients.
-    """
+    """Refuse a loss with weights of its own, which the alignment would neither train nor save."""
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(
             f"{type(loss).__name__} has parameters, which align does not train. Freeze them "
