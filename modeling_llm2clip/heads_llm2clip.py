@@ -7,15 +7,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 
 
-class LogitScale(nn.Module):
+class LogitRule(NamedTuple):
+    """Turns embeddings of unit length into logits.
+
+    Attributes:
+        scale: Inverse temperature, (1,) float32; or () of a rule that is on no device.
+    """
+
+    scale: Tensor
+
+    def __call__(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Compare every image with every text, (images, texts) float32."""
+        # An enclosing autocast would round cosines times a hundred to eight bits.
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return (self.scale * image_embeds.float()) @ text_embeds.float().T
+
+    def to(self, device: torch.device) -> LogitRule:
+        """Move it to a device."""
+        return LogitRule(*(part.to(device) for part in self))
+
+    def from_cosines(self, cosines: Tensor) -> Tensor:
+        """Turn cosines that are known already into logits."""
+        return self.scale * cosines
+
+
+class LogitHead(nn.Module):
     """The learned inverse temperature, stored as its logarithm and clamped to [0, ln 100].
 
     It has shape (1,) because FSDP2 rejects parameters without dimensions. It is a module because a
@@ -23,7 +49,7 @@ class LogitScale(nn.Module):
     leave it in float32: one step of float16 at ln 100 changes every logit by 0.5%.
 
     Args:
-        initial_value: the logarithm of the initial inverse temperature.
+        initial_value: Logarithm of the initial inverse temperature.
     """
 
     def __init__(self, initial_value: float) -> None:
@@ -33,14 +59,31 @@ class LogitScale(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the inverse temperature, (1,) float32."""
-        return self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp()
+        return self.rule().scale
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitScale:
+    def rule(self) -> LogitRule:
+        """Return the rule of the current weights, through which gradients reach them."""
+        return LogitRule(self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp())
+
+    def plain_rule(self) -> LogitRule:
+        """Return the rule without gradients, for embeddings on any device."""
+        return LogitRule(*(part.detach().cpu().squeeze() for part in self.rule()))
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep the stored logarithm within its bounds, in place."""
+        self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+
+    def reset(self) -> None:
+        """Set the initial value, unless the weights were loaded."""
+        init.constant_(self.log_scale, self.initial_value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitHead:
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        applied: LogitScale = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        applied: LogitHead = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return applied
 
 

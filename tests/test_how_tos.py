@@ -18,6 +18,7 @@ import modeling_llm2clip
 from modeling_llm2clip.cli.flags import CommandLine
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
+from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
 
 HOW_TOS = Path(__file__).parent.parent / "docs" / "contributing"
@@ -69,7 +70,7 @@ def test_the_loss_is_loaded_by_its_name(package: Package, monkeypatch: pytest.Mo
     assert found is not None
     monkeypatch.setitem(LOSSES, found[1], (found[2], found[3]))
     images = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
-    same = LossInputs(images, images, torch.ones(1), torch.arange(4))
+    same = LossInputs(images, images, LogitRule(torch.ones(1)), torch.arange(4))
     opposite = replace(same, text_embeds=-images)
     for chunk_size in (None, 2):
         cosine = load_loss("cosine", chunk_size=chunk_size)

@@ -37,6 +37,7 @@ from ..model_folders.onnx_folder import (
     DTYPES,
     GRAPHS,
     data_file,
+    describe_head,
     graph_file,
     open_session,
 )
@@ -310,7 +311,7 @@ class _OnnxWriter:
             "opset": self.last.opset,
             "ir_version": self.last.ir_version,
             "graphs": self.graphs,
-            "logit_scale": _read_logit_scale(reference.model),
+            **describe_head(reference.model),
             "script": script,
             "checked_on": self.inputs.data,
             "source": {
@@ -362,12 +363,6 @@ class _OnnxWriter:
 def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
     modalities: dict[str, Literal["text", "image"]] = {"text": "text", "vision": "image"}
     return [modalities[part] for part in _NEEDED_PARTS[config.components]]
-
-
-def _read_logit_scale(model: Any) -> float | None:
-    """Return the factor of cosines before a softmax; None of a text-only or vision-only model."""
-    scale = getattr(model, "logit_scale", None)
-    return None if scale is None else round(float(scale().detach()), 6)
 
 
 def _name(file: Path) -> str:

@@ -106,8 +106,7 @@ def require_same_run(
     resume: bool,
     may_differ: Collection[str] = (),
 ) -> None:
-    """Require that a run in a folder, if there is one, was begun with the same options and inputs.
-    """
+    """Require that a run in a folder, if any, was begun with the same options and inputs."""
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
         return

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
@@ -36,7 +37,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
 from ..distributed import is_sharded
-from ..losses.loss import Loss, identify_loss, load_loss, require_no_parameters
+from ..losses.loss import Loss, has_trained_parameters, identify_loss, load_loss
 from ..run_folder import (
     add_results,
     read_results,
@@ -54,8 +55,8 @@ from .align_checks import (
     check_stores,
     open_store,
 )
-from .alignment_fit import AlignmentFit, collect_weights, load_parts, raise_if_stopped
-from .alignment_model import AlignmentModel
+from .alignment_fit import AlignmentFit, collect_weights, raise_if_stopped
+from .alignment_model import LOSS, AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_stream import check_stream
 from .alignment_trainer import (
@@ -65,7 +66,7 @@ from .alignment_trainer import (
     count_steps,
     plan_length,
 )
-from .best_weights import SHARES, BestWeightsCallback, copy_trained
+from .best_weights import BEST_FILE, SHARES, BestWeightsCallback, copy_trained
 from .image_summary import write_image_summary
 from .projection_init import ProjectionInit, init_projections, repeat_init
 from .refit import Choice, is_refitted, load_chosen, refit
@@ -130,7 +131,11 @@ def align(
     config, output = config or AlignConfig(), Path(output)
     check_align(config, caption_store=caption_store, image_store=image_store)
     loss = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
-    require_no_parameters(loss)
+    if has_trained_parameters(loss) and is_sharded():
+        raise ValueError(
+            f"{type(loss).__name__} has parameters, which are not trained under FSDP. Use the "
+            "configuration for DDP."
+        )
     model_folder = output / MODEL_FOLDER
     clear_leftovers(model_folder)
     require_new_folder(model_folder)
@@ -154,9 +159,9 @@ def align(
         check_stores(fingerprints, caption_store, image_store)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         if isinstance(data, RecordStream):
-            run_data = open_stream(data, processor, config, caption_store, Path(temporary), loss)
+            run_data = open_stream(data, processor, config, caption_store, Path(temporary))
         else:
-            run_data = open_records(data, processor, config, caption_store, image_store, loss)
+            run_data = open_records(data, processor, config, caption_store, image_store)
         inputs = {
             **_identify(found, run_data, fingerprints, caption_store, image_store),
             "loss_class": identify_loss(loss),
@@ -319,11 +324,15 @@ def _make_measure(
         dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
         if data.held_out is not None and dtype != torch.float32:
             device = choose_device(config.device)
-            model = load_parts(folder, data, config)
+            model = fit.load_parts(folder)
             if "refit" in results:
                 model.load_state_dict(load_chosen(fit), strict=False)
-            model.to(device)
-            scores = data.held_out.score(*data.held_out.embed(model, device, nullcontext))
+            best = load_file(output / BEST_FILE)
+            of_loss = {name: best[name] for name in best if name.startswith(f"{LOSS}.")}
+            model.load_state_dict(of_loss, strict=False)
+            model.to(device)  # type: ignore[arg-type]
+            inputs = data.held_out.embed(model, device, nullcontext)
+            scores = data.held_out.score(model.loss, inputs)
             held_out = results["held_out"]
             held_out = {**held_out, "best": scores.as_record(), "in_training": held_out["best"]}
             add_results(output, held_out=held_out)

@@ -7,6 +7,7 @@ checkpoints, so that either can be resumed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..run_folder import (
     require_finite,
 )
 from ..trainer_mixins import JsonLinesCallback, StopCallback, show_progress
-from .alignment_model import AlignmentModel
+from .alignment_model import LOSS, AlignmentModel
 from .alignment_stream import AlignmentStream
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
 from .best_weights import BestWeightsCallback
@@ -45,7 +46,7 @@ class AlignmentFit:
         data: What it is trained on, and measured on.
         output: Folder of metrics and checkpoints.
         config: Options of the alignment.
-        loss: What is trained on.
+        loss: What is trained on; each fit trains a copy of its parameters.
         resume: Whether to continue from the last checkpoint.
         callbacks: Further callbacks of the Trainer.
     """
@@ -69,10 +70,20 @@ class AlignmentFit:
     def load(self) -> tuple[AlignmentModel, dict[str, Any]]:
         """Load the model with its trained parts chosen, on the CPU."""
         set_seed(self.config.seed)
-        model = load_parts(self.source, self.data, self.config)
+        model = self.load_parts(self.source)
         if self.config.precision == "float32":
-            model.float()  # towers in half precision would be computed in it
+            model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
         return model, choose_trained_parts(model, self.config)
+
+    def load_parts(self, folder: Path) -> AlignmentModel:
+        """Load the parts of a model that the fit needs, with the loss as it was given."""
+        model: AlignmentModel = AlignmentModel.from_pretrained(
+            folder,
+            with_llm=self.config.text_training != "stored",
+            with_vision_tower=self.data.dataset.image_store is None,
+        )
+        model.loss = deepcopy(self.loss)
+        return model
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
         """Move a model to where it is trained, once its start is set."""
@@ -101,7 +112,6 @@ class AlignmentFit:
         return TrainingObjective(
             dataset,
             self.data.items,
-            self.loss,
             size=length.batch_size,
             seed=self.config.seed,
             output=record,
@@ -130,7 +140,6 @@ class AlignmentFit:
                 num_steps=length.num_trained,
             ),
             config=self.config,
-            loss=self.loss,
             length=length,
             training_arguments=arguments,
             callbacks=[*callbacks, *([objective] if objective else []), *self.callbacks],
@@ -140,15 +149,6 @@ class AlignmentFit:
             objective.trainer = trainer
         show_progress(trainer, name)
         return trainer
-
-
-def load_parts(folder: Path, data: RunData, config: AlignConfig) -> Any:
-    """Load the parts of a model that a run needs, as an `AlignmentModel`."""
-    return AlignmentModel.from_pretrained(
-        folder,
-        with_llm=config.text_training != "stored",
-        with_vision_tower=data.dataset.image_store is None,
-    )
 
 
 def raise_if_stopped(
@@ -185,6 +185,7 @@ def collect_weights(
             model.load_state_dict(best, strict=False)
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
+    state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
     if not trainer.args.should_save:
         return {}
     return model.name_as_saved({name: value.cpu() for name, value in state.items()}, scratch)

@@ -7,20 +7,45 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...heads_llm2clip import LogitRule
 from ...model_folders.model_loading import PartialModel
+from ..losses.loss import Loss, LossInputs
 
-HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
+_TOWERS = ("text_model", "vision_model")
+LOSS = "loss"
+"""Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
+
+
+class AlignmentOutput(NamedTuple):
+    """Embeddings of a batch, and its loss; a tuple, so that FSDP finds the tensors in it.
+
+    Attributes:
+        loss: () float32; None where no groups were given.
+        image_embeds: (B, P) float32, unit length.
+        text_embeds: (B, P) float32, unit length.
+        vision_embeds: (B, D') output of the vision tower.
+        caption_embeds: (B, D) output of the LLM.
+        logits: Rule of the current weights.
+    """
+
+    loss: Tensor | None
+    image_embeds: Tensor
+    text_embeds: Tensor
+    vision_embeds: Tensor
+    caption_embeds: Tensor
+    logits: LogitRule
 
 
 class AlignmentModel(PartialModel):
-    """Both sides in one forward pass, as distributed training needs it.
+    """Both sides and the loss in one forward pass, as distributed training needs it.
 
     Args:
         config: Configuration of the whole model.
@@ -30,7 +55,10 @@ class AlignmentModel(PartialModel):
     Attributes:
         trains_text: Whether gradients reach the LLM; set before training.
         trains_vision: Whether gradients reach the vision tower; set before training.
+        loss: What is trained on; if it is a module, its parameters are the model's, too.
     """
+
+    loss: Loss
 
     packs_in_training = True
 
@@ -49,8 +77,13 @@ class AlignmentModel(PartialModel):
         caption_embeds: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode images and captions, or start from their stored embeddings."""
+        group_ids: Tensor | None = None,
+        text_keys: Tensor | None = None,
+    ) -> AlignmentOutput:
+        """Encode images and captions, or start from their stored embeddings.
+
+        With the group ids, (B,), it also compares them.
+        """
         if vision_embeds is None:
             assert pixel_values is not None
             with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
@@ -61,11 +94,32 @@ class AlignmentModel(PartialModel):
             assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
-        return (
-            self.to_image_embeds(vision_embeds),
-            self.to_text_embeds(caption_embeds),
-            self.logit_scale(),
+        image_embeds = self.to_image_embeds(vision_embeds)
+        text_embeds = self.to_text_embeds(caption_embeds)
+        logits, loss = self.logit_head.rule(), None
+        if group_ids is not None:
+            inputs = LossInputs(
+                image_embeds,
+                text_embeds,
+                logits,
+                group_ids,
+                text_keys,
+                vision_embeds=vision_embeds,
+                caption_embeds=caption_embeds,
+            )
+            loss = self.loss(inputs)
+        return AlignmentOutput(
+            loss, image_embeds, text_embeds, vision_embeds, caption_embeds, logits
         )
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """Parameters of text adapter, projections and temperature, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.split(".")[0] not in (*_TOWERS, LOSS)
+        }
 
     def train(self, mode: bool = True) -> AlignmentModel:
         """Switch to training; a tower that is not trained stays in evaluation mode.
@@ -86,14 +140,15 @@ class AlignmentModel(PartialModel):
         return self
 
     def train_heads_only(self) -> None:
-        """Freeze all but text adapter, projections and temperature, which become float32."""
-        self.requires_grad_(False)
-        for name in HEADS:
-            getattr(self, name).float().requires_grad_(True)
+        """Freeze the towers; text adapter, projections and temperature become float32."""
+        for name, part in self.named_children():
+            if name in _TOWERS:
+                part.requires_grad_(False)
+            elif name != LOSS:
+                part.float().requires_grad_(True)
 
     def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
-        """Give weights the names that they have in a folder; transformers renames some on loading.
-        """
+        """Give weights the names of a folder; transformers renames some on loading."""
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             self.save_pretrained(folder, state_dict=state)
             named: dict[str, Tensor] = {}

@@ -20,11 +20,9 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
-from ...heads_llm2clip import MAX_LOG_SCALE
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
 from ..distributed import training_arguments_on
-from ..losses.loss import Loss, LossInputs
 from ..run_folder import CHECKPOINTS, list_trained
 from ..trainer_mixins import (
     FiniteGradientMixin,
@@ -36,7 +34,7 @@ from ..trainer_mixins import (
     count_warmup_steps,
 )
 from .alignment_batches import Batches
-from .alignment_model import AlignmentModel
+from .alignment_model import AlignmentModel, AlignmentOutput
 from .best_weights import BestWeightsCallback
 from .projection_init import ProjectionInit
 from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
@@ -44,7 +42,6 @@ from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
-_KEYS = {"group_ids", "text_keys"}  # of a batch, that the loss takes and the model does not
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
@@ -171,7 +168,6 @@ class AlignmentTrainer(
         model: With its trained parts chosen.
         batches: What it is trained on.
         config: Options of the alignment.
-        loss: Compares a batch.
         length: Numbers of the run.
         training_arguments: From `make_training_arguments`.
         callbacks: Further callbacks.
@@ -184,7 +180,6 @@ class AlignmentTrainer(
         batches: Batches,
         *,
         config: AlignConfig,
-        loss: Loss,
         length: RunLength,
         training_arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
@@ -194,7 +189,6 @@ class AlignmentTrainer(
         self.alignment_model = model
         self.best_weights = best_weights
         self.length = length
-        self._loss = loss
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
         training_arguments.ignore_data_skip = not batches.can_skip
@@ -209,7 +203,7 @@ class AlignmentTrainer(
             shown=training_arguments.should_log,
         )
         self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
-        self._inverse_temperature = model.logit_scale().detach()
+        self._inverse_temperature = model.logit_head().detach()
         super().__init__(
             model=model,
             args=training_arguments,
@@ -277,8 +271,7 @@ class AlignmentTrainer(
         num_training_steps: int,  # noqa: ARG002
         optimizer: torch.optim.Optimizer | None = None,
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm up, then fall as a cosine over the planned steps, even where the run ends earlier.
-        """
+        """Warm up, then fall as a cosine over the planned steps, even if the run ends before."""
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
@@ -314,20 +307,20 @@ class AlignmentTrainer(
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> Tensor | tuple[Tensor, AlignmentOutput]:
         """Compute the loss of a batch of this process."""
-        group_ids, text_keys = inputs["group_ids"], inputs["text_keys"]
         with self.step_times.measure("forward"):
-            outputs = model(**{name: v for name, v in inputs.items() if name not in _KEYS})
-            image_embeds, text_embeds, scale = outputs
-            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids, text_keys))
-            self._inverse_temperature = scale.detach()
+            outputs: AlignmentOutput = model(**inputs)
+            loss = outputs.loss
+            assert loss is not None
+            self._inverse_temperature = outputs.logits.scale.detach()
             is_finite = bool(loss.isfinite())  # waits for a GPU
         if not is_finite:
-            broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
+            sides = (outputs.image_embeds, outputs.text_embeds)
+            broken = ~torch.stack([side.isfinite().all(dim=1) for side in sides]).all(dim=0)
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
-                f"{self._describe_broken(group_ids, broken)} or lower the learning rate "
+                f"{self._describe_broken(inputs['group_ids'], broken)} or lower the learning rate "
                 f"({self.length.learning_rate})."
             )
         return (loss, outputs) if return_outputs else loss
@@ -366,8 +359,7 @@ class ClampTemperatureCallback(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        with torch.no_grad():
-            model.logit_scale.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+        model.logit_head.clamp()
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
@@ -385,13 +377,18 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
             "FSDP's first version would round the temperature to bfloat16. Set fsdp_version: 2 in "
             "the configuration, as examples/accelerate/fsdp.yaml does, or give precision=float32."
         )
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # A unit of its own, so that its dtype stays.
-    fully_shard(model.logit_scale, mp_policy=MixedPrecisionPolicy())
+    fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())
+    register_fsdp_forward_method(model.logit_head, "rule")
 
 
 def _unwrap(name: str) -> str:

@@ -229,8 +229,8 @@ class BestWeightsCallback(TrainerCallback):
                 write_atomically(self.file, save(weights, metadata=metadata))
 
     def _measure(self, trainer: EvaluatedTrainer) -> HeldOutScores:
-        embeds = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
-        found: list[Any] = [self.images.score(*embeds)]
+        inputs = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
+        found: list[Any] = [self.images.score(trainer.alignment_model.loss, inputs)]
         # Other hardware may round differently; all processes must keep and stop alike.
         broadcast_object_list(found)
         scores: HeldOutScores = found[0]

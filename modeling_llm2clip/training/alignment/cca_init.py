@@ -7,15 +7,12 @@ cross-validation. Two sides with a thousand elements each take seconds.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...heads_llm2clip import MAX_LOG_SCALE
 from ...modeling_llm2clip import LLM2CLIPModel
 
 # Shares of the mean variance that may be added to every variance, two a decade.
@@ -24,7 +21,6 @@ _FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for ima
 _NUM_FOLDS = 4
 # These many pairs estimate a rank well, and comparing them costs little beside the fit.
 _MAX_PAIRS_COMPARED = 1_000
-_TEMPERATURE_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -112,28 +108,6 @@ def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
     projection.weight[: len(weight)] = weight.to(projection.weight)
     projection.bias.zero_()
     projection.bias[: len(weight)] = -(weight @ mean.double()).to(projection.bias)
-
-
-def fit_temperature(measure_at: Callable[[float], float]) -> tuple[float, float]:
-    """Find the temperature with the lowest loss of some pairs.
-
-    Golden-section search: the contrastive loss is convex in the inverse temperature.
-    """
-
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, MAX_LOG_SCALE
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = measure_at(left), measure_at(right)
-    for _ in range(_TEMPERATURE_STEPS):
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = measure_at(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = measure_at(right)
-    return (left, at_left) if at_left < at_right else (right, at_right)
 
 
 class _Correlation:
@@ -241,8 +215,7 @@ class _Fold:
 
 
 def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
-    """Of the own group's best row among those of other groups and captions, over both directions.
-    """
+    """Rank the own group's best row among other groups and captions, in both directions."""
     equal = ids[:, None] == ids[None, :]
     same, is_negative = equal[..., 0], ~equal.any(dim=-1)
     reciprocals = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -19,9 +21,9 @@ from ...data.records.record_table import RecordTable
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
-from ..losses.loss import Loss, LossInputs, compare_within_process
+from ...heads_llm2clip import MAX_LOG_SCALE
+from ..losses.loss import Loss, LossInputs
 from .alignment_data import AlignmentDataset, list_pairs
-from .cca_init import fit_temperature
 from .sampling import Array, mix
 
 _MAX_HELD_OUT = 1_000
@@ -31,9 +33,13 @@ _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
 # These many pairs determine a single number.
 _MAX_ROWS_OF_TEMPERATURE = 2_000
+_TEMPERATURE_STEPS = 16
 # A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
+
+# Makes the context of a forward pass.
+MakeContext = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -148,11 +154,6 @@ def count_held_out(num_groups: int, ratio: float) -> int:
     return min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
 
 
-def prepare_loss(loss: Loss) -> Loss:
-    """Return a loss that compares pairs which every process has."""
-    return compare_within_process(loss, chunk_size=_ROWS_PER_BATCH)
-
-
 class HeldOutImages:
     """The held-out images of a run, on which a model is measured.
 
@@ -162,12 +163,10 @@ class HeldOutImages:
     Args:
         dataset: Holds them and the training images.
         items: Its items that are held out.
-        loss: What is trained on.
     """
 
-    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array, loss: Loss) -> None:
+    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
         self.dataset = dataset
-        self._loss = prepare_loss(loss)
         chosen = np.asarray(items)
         short, long = dataset.records.count_texts(chosen)
         counts = short + long if dataset.image_store else np.ones_like(short)
@@ -186,31 +185,35 @@ class HeldOutImages:
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
     def embed(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        make_context: Callable[[], AbstractContextManager[Any]],
-    ) -> tuple[Tensor, Tensor]:
-        """Encode every pair, in evaluation mode."""
+        self, model: nn.Module, device: torch.device, make_context: MakeContext
+    ) -> LossInputs:
+        """Encode every pair in evaluation mode; see `embed_batches`."""
         parts = (
             slice(start, start + _ROWS_PER_BATCH)
             for start in range(0, len(self._items), _ROWS_PER_BATCH)
         )
-        batches = (self.dataset.read_pairs(self._items[p], self._numbers[p]) for p in parts)
+        batches = (
+            {
+                **self.dataset.read_pairs(self._items[p], self._numbers[p]),
+                "group_ids": self.group_ids[p],
+                "text_keys": self._text_keys[p],
+            }
+            for p in parts
+        )
         return embed_batches(model, batches, device, make_context)
 
-    def score(self, image_embeds: Tensor, text_embeds: Tensor) -> HeldOutScores:
+    def score(self, loss: Loss, inputs: LossInputs) -> HeldOutScores:
         """Compare the embeddings of all pairs."""
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
-            image_embeds[self.image_rows],
-            text_embeds,
+            inputs.image_embeds[self.image_rows],
+            inputs.text_embeds,
             Correspondence.from_group_ids(of_image, of_text),
         )
         to_image, to_text = ranking.t2i, ranking.i2t
         return HeldOutScores(
-            loss=self.fit_temperature(image_embeds, text_embeds)[1],
+            loss=fit_temperature(loss, inputs)[1],
             t2i_r1=float(hits_at(to_image, k=1).mean()),
             i2t_r1=float(hits_at(to_text, k=1).mean()),
             chance_t2i_r1=float((to_image.num_positives / to_image.num_candidates).mean()),
@@ -219,50 +222,63 @@ class HeldOutImages:
             num_texts=len(of_text),
         )
 
-    def fit_temperature(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[float, float]:
-        """Find the temperature that suits the pairs best."""
-        return fit_temperature_of_pairs(
-            self._loss, image_embeds, text_embeds, self.group_ids, self._text_keys
-        )
-
 
 @torch.no_grad()
 def embed_batches(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     device: torch.device,
-    make_context: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Tensor, Tensor]:
-    """Encode the pairs of some batches, in evaluation mode."""
+    make_context: MakeContext,
+) -> LossInputs:
+    """Encode the pairs of some batches in evaluation mode, by an `AlignmentModel`, wrapped or not.
+
+    All tensors are on the CPU, and every process has the same.
+    """
     was_training = model.training
     model.eval()
-    images, texts = [], []
+    columns: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
+        ids = {name: batch.pop(name) for name in ("group_ids", "text_keys")}
         with make_context():
             outputs = model(**{name: value.to(device) for name, value in batch.items()})
-        images.append(outputs[0].float().cpu())
-        texts.append(outputs[1].float().cpu())
+        for name in ("image_embeds", "text_embeds", "vision_embeds", "caption_embeds"):
+            columns[name].append(getattr(outputs, name).float().cpu())
+        for name, value in ids.items():
+            columns[name].append(value)
     model.train(was_training)
-    return torch.cat(images), torch.cat(texts)
+    whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in columns.items()}
+    return LossInputs(**whole, logits=outputs.logits.to(torch.device("cpu")), is_whole=True)
 
 
 @torch.no_grad()
-def fit_temperature_of_pairs(
-    loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group_ids: Tensor, text_keys: Tensor
-) -> tuple[float, float]:
-    """Find the temperature that suits some pairs best."""
+def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
+    """Find the temperature with the lowest loss of some pairs, from `embed_batches`.
 
-    def measure_at(log_scale: float, rows: slice = slice(_MAX_ROWS_OF_TEMPERATURE)) -> float:
-        inputs = (
-            image_embeds[rows], text_embeds[rows], torch.tensor([math.exp(log_scale)]),
-            group_ids[rows], text_keys[rows],
-        )  # fmt: skip
-        return float(loss(LossInputs(*(part.to(device) for part in inputs))))
+    Golden-section search: the losses are convex in the inverse temperature. Returned are its
+    logarithm, and the loss of all pairs at it.
+    """
+    if isinstance(loss, nn.Module):  # one with parameters or buffers has a device
+        tensors = itertools.chain(loss.parameters(), loss.buffers())
+        inputs = inputs.to(next((t.device for t in tensors), inputs.image_embeds.device))
+    few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
 
-    # A loss with buffers has a device.
-    module = loss if isinstance(loss, nn.Module) else nn.Module()
-    device = next((buffer.device for buffer in module.buffers()), image_embeds.device)
-    log_scale, lowest = fit_temperature(measure_at)
-    if len(image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
-        lowest = measure_at(log_scale, slice(None))
+    def measure_at(log_scale: float, pairs: LossInputs = few) -> float:
+        return float(loss(pairs.at_scale(math.exp(log_scale))))
+
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = 0.0, MAX_LOG_SCALE
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = measure_at(left), measure_at(right)
+    for _ in range(_TEMPERATURE_STEPS):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = measure_at(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = measure_at(right)
+    log_scale, lowest = (left, at_left) if at_left < at_right else (right, at_right)
+    if len(inputs.image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
+        lowest = measure_at(log_scale, inputs)
     return log_scale, lowest

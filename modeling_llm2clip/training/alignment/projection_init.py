@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...configs.align_config import AlignConfig
 from .alignment_data import AlignmentDataset, list_pairs
-from .alignment_model import HEADS, AlignmentModel
+from .alignment_model import AlignmentModel
 from .cca_init import FittedCCA, init_projections_by_cca
-from .held_out import HeldOutImages
+from .held_out import HeldOutImages, fit_temperature
 from .run_data import RunData
 from .sampling import Array
 
@@ -74,7 +74,7 @@ def init_projections(
     before: dict[str, Tensor] = {}
     loss_before = None
     if config.projection_init == "auto" and trained and held_out is not None:
-        before = {name: value.clone() for name, value in _list_head(model).items()}
+        before = {name: value.detach().clone() for name, value in model.head.items()}
         loss_before = _fit_temperature(model, held_out)[1]
     fitted = _fit_cca(model, data, config)
     log_scale = loss = None
@@ -82,7 +82,7 @@ def init_projections(
         log_scale, loss = _fit_temperature(model, held_out)
         _set_temperature(model, log_scale)
     if loss is not None and loss_before is not None and loss_before <= loss:
-        _restore(model, before)
+        model.load_state_dict(before, strict=False)
         return unchanged
     return ProjectionInit(
         "cca",
@@ -119,30 +119,16 @@ def _fit_cca(
 
 def _set_temperature(model: AlignmentModel, log_scale: float) -> None:
     with torch.no_grad():
-        model.logit_scale.log_scale.fill_(log_scale)
+        model.logit_head.log_scale.fill_(log_scale)
 
 
 def _describe(fitted: FittedCCA) -> dict[str, Any]:
     return {name: value for name, value in asdict(fitted).items() if value is not None}
 
 
-def _list_head(model: AlignmentModel) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if name.split(".")[0] in HEADS
-    }
-
-
-@torch.no_grad()
-def _restore(model: AlignmentModel, head: dict[str, Tensor]) -> None:
-    for name, value in _list_head(model).items():
-        value.copy_(head[name])
-
-
 def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
     """Find the temperature that suits the held-out pairs best, and their loss at it."""
-    return held_out.fit_temperature(*held_out.embed(model, model.device, nullcontext))
+    return fit_temperature(model.loss, held_out.embed(model, model.device, nullcontext))
 
 
 def _pair_embeddings(

@@ -85,8 +85,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
 
 
 def load_chosen(fit: AlignmentFit) -> dict[str, Tensor]:
-    """Load the weights that held-out images chose, with LoRAs merged, by their names in the model.
-    """
+    """Load the weights that held-out images chose, with LoRAs merged, by name."""
     model, adapted = fit.load()
     model.load_state_dict(load_file(fit.output / BEST_FILE), strict=False)
     return merge_loras(model, adapted)

@@ -17,7 +17,6 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...data.streams.stream_run import hash_shards
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..losses.loss import Loss
 from .alignment_batches import Batches, SampledBatches, StreamedBatches
 from .alignment_data import AlignmentDataset
 from .alignment_stream import AlignmentStream, hold_out_of_stream
@@ -97,7 +96,6 @@ def open_records(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
-    loss: Loss,
 ) -> RunData:
     """Prepare records of an index."""
     dataset = AlignmentDataset(
@@ -111,7 +109,7 @@ def open_records(
         seed=config.seed,
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
-    held_out = HeldOutImages(dataset, held_items, loss) if len(held_items) else None
+    held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
     num_shared = count_shared_captions(dataset.records, held_items)
     return RunData(dataset, items, held_out, len(held_items), num_shared)
 
@@ -122,7 +120,6 @@ def open_stream(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     folder: Path,
-    loss: Loss,
 ) -> RunData:
     """Prepare a stream, and deal its shards to the processes of the run."""
     state = PartialState()
@@ -141,5 +138,5 @@ def open_stream(
     if held:
         table = RecordTable.from_records(held)
         measured = AlignmentDataset(table, processor, caption_store=caption_store, is_part=True)
-        held_out = HeldOutImages(measured, np.arange(len(table)), loss)
+        held_out = HeldOutImages(measured, np.arange(len(table)))
     return RunData(dataset, np.empty(0, np.int32), held_out, len(held), None)

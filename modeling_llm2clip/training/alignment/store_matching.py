@@ -76,8 +76,7 @@ def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Arra
 
 
 def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
-    """Require that a store was made from these captions, by hashes, which do not show what differs.
-    """
+    """Require that a store was made from these captions; hashes do not show what differs."""
     stored, now = store.manifest.plan.get("data"), hash_texts(_in_order(records, items))
     if stored != now:
         raise ValueError(

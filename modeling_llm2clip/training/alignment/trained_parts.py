@@ -14,7 +14,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import list_trained
 from ..trainer_mixins import recompute_activations
-from .alignment_model import AlignmentModel
+from .alignment_model import LOSS, AlignmentModel
 from .tower_layers import find_layers
 
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
@@ -56,7 +56,8 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
 
     A tower may have weights that its pooling never uses: they stay as they are, and count as such.
     """
-    without = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    found = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    without = [name for name in found if not name.startswith(f"{LOSS}.")]
     for tower, training, remedy in (
         ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
         ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),
@@ -84,7 +85,8 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
     else:
         inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
     outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
-    return sum((output.float().sum() for output in outputs), torch.zeros(()).to(model.device))
+    summed = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
+    return torch.stack([output.float().sum() for output in summed]).sum()
 
 
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,11 +12,10 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..losses.loss import Loss
 from ..run_folder import add_results, read_results
 from .alignment_data import AlignmentDataset
 from .best_weights import EvaluatedTrainer, find_model
-from .held_out import embed_batches, fit_temperature_of_pairs, prepare_loss
+from .held_out import embed_batches, fit_temperature
 from .sampling import Array, mix
 
 # Of the captions and the noise: no step of a run has it.
@@ -29,7 +28,6 @@ class TrainingObjective(TrainerCallback):
     Args:
         dataset: Holds the images.
         items: Its items that are trained on.
-        loss: What is trained on.
         size: Images of the batch.
         seed: Of the choice of images.
         output: Folder whose `run.json` gets both losses.
@@ -43,7 +41,6 @@ class TrainingObjective(TrainerCallback):
         self,
         dataset: AlignmentDataset,
         items: Array,
-        loss: Loss,
         *,
         size: int,
         seed: int,
@@ -54,7 +51,6 @@ class TrainingObjective(TrainerCallback):
         self.trainer: EvaluatedTrainer | None = None
         self._dataset = dataset
         self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
-        self._loss = prepare_loss(loss)
         self._output = output
         self._name = name
 
@@ -75,11 +71,10 @@ class TrainingObjective(TrainerCallback):
     def _measure(self) -> float:
         assert self.trainer is not None
         batch = self._dataset.__getitems__(self._samples)
-        group_ids, text_keys = batch.pop("group_ids"), batch.pop("text_keys")
         del batch["input_seconds"]
         model, device, context = find_model(self.trainer, is_stored=self._dataset.is_stored)
-        embeds = embed_batches(model, [batch], device, context)
-        found = [fit_temperature_of_pairs(self._loss, *embeds, group_ids, text_keys)[1]]
+        inputs = embed_batches(model, [batch], device, context)
+        found = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
         broadcast_object_list(found)
         return found[0]
 

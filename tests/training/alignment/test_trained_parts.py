@@ -75,10 +75,11 @@ def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
         unmerged = model(**batch)
         merge_loras(model, adapted)
         merged = model(**batch)
-    number = 0 if training == "vision" else 1
-    assert (plain[number] - unmerged[number]).abs().max() > 1e-2
+    side = "image_embeds" if training == "vision" else "text_embeds"
+    assert (getattr(plain, side) - getattr(unmerged, side)).abs().max() > 1e-2
     # Merging rounds W + BA once more, on unit-length embeddings over two layers.
-    torch.testing.assert_close(merged[number], unmerged[number], atol=1e-4, rtol=0)
+    found, wanted = getattr(merged, side), getattr(unmerged, side)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
 
 
@@ -107,8 +108,9 @@ def test_what_is_said_to_be_trained_has_a_gradient(
     if training == "lora":
         assert trained == asked
     batch = dict(processor(text=["a cat sleeps", "x"], images=[draw_noise(seed=n) for n in (0, 1)]))
-    images, texts, scale = model.train()(**batch)
-    (images.sum() + texts.sum() + scale.sum()).backward()
+    outputs = model.train()(**batch)
+    parts = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
+    sum(part.sum() for part in parts).backward()
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -180,6 +182,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
         **{**SHORT_RUN, "vision_training": "full", "layer_decay": 0.5, "vision_learning_rate": 1e-4}
     )
     model = AlignmentModel.from_pretrained(prepared.model)
+    model.loss = ContrastiveLoss()
     choose_trained_parts(model, config)
     dataset = AlignmentDataset(
         prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
@@ -191,7 +194,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
         arguments=arguments,
     )  # fmt: skip
     trainer = AlignmentTrainer(
-        model, batches, config=config, loss=ContrastiveLoss(),
+        model, batches, config=config,
         length=RunLength(num_steps=40, batch_size=8, learning_rate=1e-3, adapter_begin=10),
         training_arguments=arguments,
     )  # fmt: skip
@@ -234,8 +237,10 @@ def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
     pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
     trained.train()
     captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    whole = trained(pixel_values=pixels, caption_embeds=captions)[0]
-    alone = [trained(pixel_values=p[None], caption_embeds=captions[:1])[0] for p in pixels]
+    whole = trained(pixel_values=pixels, caption_embeds=captions).image_embeds
+    alone = [
+        trained(pixel_values=p[None], caption_embeds=captions[:1]).image_embeds for p in pixels
+    ]
     # Unit embeddings in float32, from convolutions that add up in another order.
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=0)
     whole.sum().backward()
