@@ -53,12 +53,12 @@ from .align_checks import (
     check_data,
     check_processes,
     check_stores,
+    check_stream,
     open_store,
 )
 from .alignment_fit import AlignmentFit, collect_weights, raise_if_stopped
 from .alignment_model import LOSS, AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
-from .alignment_stream import check_stream
 from .alignment_trainer import (
     AlignmentTrainer,
     RunLength,
@@ -158,6 +158,7 @@ def align(
         caption_store, image_store = open_store(caption_store), open_store(image_store)
         check_stores(fingerprints, caption_store, image_store)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
+        run_data: RunData
         if isinstance(data, RecordStream):
             run_data = open_stream(data, processor, config, caption_store, Path(temporary))
         else:
@@ -260,7 +261,7 @@ def _make_best_weights(
     """
     if fit.data.held_out is None:
         return None
-    is_tried = fit.data.dataset.is_stored and start.is_trained and not is_sharded()
+    is_tried = fit.data.is_stored and start.is_trained and not is_sharded()
     return BestWeightsCallback(
         fit.data.held_out,
         fit.output,
@@ -281,7 +282,7 @@ def _record_end(
 ) -> None:
     """Add what came of a finished run to its record; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
-    report = trainer.batches.collect_report()
+    report = trainer.data.collect_report()
     if report is not None and trainer.args.should_save:
         add_results(output, stream=report)
     if best is None or not best.has_stopped_early:

@@ -29,10 +29,9 @@ from ..run_folder import (
 )
 from ..trainer_mixins import JsonLinesCallback, StopCallback, show_progress
 from .alignment_model import LOSS, AlignmentModel
-from .alignment_stream import AlignmentStream
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
 from .best_weights import BestWeightsCallback
-from .run_data import RunData
+from .run_data import RecordData, RunData
 from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
 from .training_objective import TrainingObjective
 
@@ -80,7 +79,7 @@ class AlignmentFit:
         model: AlignmentModel = AlignmentModel.from_pretrained(
             folder,
             with_llm=self.config.text_training != "stored",
-            with_vision_tower=self.data.dataset.image_store is None,
+            with_vision_tower=self.data.reads_images,
         )
         model.loss = deepcopy(self.loss)
         return model
@@ -89,7 +88,7 @@ class AlignmentFit:
         """Move a model to where it is trained, once its start is set."""
         if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
             model.to(device)
-        freeze_unused(model, self.data.dataset.processor, self.config)
+        freeze_unused(model, self.data.processor, self.config)
 
     def begin(self) -> None:
         """Discard in the main process what will be done again, and let the others wait for it."""
@@ -106,11 +105,10 @@ class AlignmentFit:
 
         It cannot on a stream, which is not read twice, and is the same where no step is trained.
         """
-        dataset = self.data.dataset
-        if not length.num_trained or isinstance(dataset, AlignmentStream):
+        if not length.num_trained or not isinstance(self.data, RecordData):
             return None
         return TrainingObjective(
-            dataset,
+            self.data.dataset,
             self.data.items,
             size=length.batch_size,
             seed=self.config.seed,
@@ -133,12 +131,7 @@ class AlignmentFit:
         callbacks = [JsonLinesCallback(self.output / METRICS_FILE), StopCallback(stop)]
         trainer = AlignmentTrainer(
             model,
-            self.data.make_batches(
-                self.config,
-                arguments,
-                batch_size=length.batch_size,
-                num_steps=length.num_trained,
-            ),
+            self.data,
             config=self.config,
             length=length,
             training_arguments=arguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
 )
-from .alignment_batches import Batches
 from .alignment_model import AlignmentModel, AlignmentOutput
 from .best_weights import BestWeightsCallback
+from .input_times import InputTimesCallback
 from .projection_init import ProjectionInit
-from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
+from .run_data import RunData
 from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
@@ -159,14 +160,12 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(
-    StepTimesMixin, FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer
-):
+class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
     """Trains an `AlignmentModel`; to the Trainer the whole run is one epoch.
 
     Args:
         model: With its trained parts chosen.
-        batches: What it is trained on.
+        data: What it is trained on.
         config: Options of the alignment.
         length: Numbers of the run.
         training_arguments: From `make_training_arguments`.
@@ -177,7 +176,7 @@ class AlignmentTrainer(
     def __init__(
         self,
         model: AlignmentModel,
-        batches: Batches,
+        data: RunData,
         *,
         config: AlignConfig,
         length: RunLength,
@@ -191,24 +190,29 @@ class AlignmentTrainer(
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
-        training_arguments.ignore_data_skip = not batches.can_skip
+        training_arguments.ignore_data_skip = not data.can_skip
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
-        self.batches = batches
-        self.step_times = StepTimes()
-        times = StepTimesCallback(
-            self.step_times,
-            epoch_at=batches.epoch_at,
-            shown=training_arguments.should_log,
+        self.data = data
+        self._loader = data.make_loader(
+            training_arguments, batch_size=length.batch_size, num_steps=length.num_trained
+        )
+        self._input_times = InputTimesCallback(
+            epoch_at=data.epoch_at, shown=training_arguments.should_log
         )
         self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
         self._inverse_temperature = model.logit_head().detach()
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=getattr(batches.dataset, "stream", batches.dataset),
-            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), times, *callbacks],
+            train_dataset=getattr(data.source, "stream", data.source),
+            callbacks=[
+                ClampTemperatureCallback(),
+                LogLastStepCallback(),
+                self._input_times,
+                *callbacks,
+            ],
         )
         if best_weights is not None:
             best_weights.trainer = self
@@ -225,7 +229,7 @@ class AlignmentTrainer(
             self.train()
             return
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self.batches.load(checkpoint)
+        self.data.load(checkpoint)
         if self.best_weights is not None:
             self.best_weights.read_earlier(state.global_step)
             if self.best_weights.has_stopped_early and state.global_step < state.max_steps:
@@ -236,7 +240,7 @@ class AlignmentTrainer(
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what each process has of its own."""
         super()._save_rng_state(output_dir)
-        self.batches.save(Path(output_dir))
+        self.data.save(Path(output_dir))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
@@ -245,7 +249,11 @@ class AlignmentTrainer(
 
     def get_train_dataloader(self) -> Any:
         """Make the loader of this process's batches of the whole run."""
-        return self.batches.make_loader()
+        return self._loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for a batch."""
+        return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by when they begin, by learning rate, and by whether they decay."""
@@ -309,13 +317,11 @@ class AlignmentTrainer(
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, AlignmentOutput]:
         """Compute the loss of a batch of this process."""
-        with self.step_times.measure("forward"):
-            outputs: AlignmentOutput = model(**inputs)
-            loss = outputs.loss
-            assert loss is not None
-            self._inverse_temperature = outputs.logits.scale.detach()
-            is_finite = bool(loss.isfinite())  # waits for a GPU
-        if not is_finite:
+        outputs: AlignmentOutput = model(**inputs)
+        loss = outputs.loss
+        assert loss is not None
+        self._inverse_temperature = outputs.logits.scale.detach()
+        if not loss.isfinite():
             sides = (outputs.image_embeds, outputs.text_embeds)
             broken = ~torch.stack([side.isfinite().all(dim=1) for side in sides]).all(dim=0)
             raise FloatingPointError(
@@ -328,7 +334,7 @@ class AlignmentTrainer(
     def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         shown = group_ids[broken] if broken.any() else group_ids
-        names = self.batches.dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
+        names = self.data.source.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (
@@ -343,7 +349,7 @@ class AlignmentTrainer(
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log passes over the data as the epoch, since the Trainer's own is the whole run."""
-        self.state.epoch = self.batches.epoch_at(self.state.global_step)
+        self.state.epoch = self.data.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
 

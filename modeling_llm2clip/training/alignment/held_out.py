@@ -8,8 +8,9 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ...data.key_arrays import count_distinct, is_among
-from ...data.records.record_table import RecordTable
+from ...data.records.record_table import Array, RecordTable
+from ...data.records.records import CaptionedImage
+from ...data.streams.record_streams import RecordStream
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
 from ...heads_llm2clip import MAX_LOG_SCALE
 from ..losses.loss import Loss, LossInputs
-from .alignment_data import AlignmentDataset, list_pairs
-from .sampling import Array, mix
+from .alignment_data import AlignmentDataset, decode_sample, list_pairs
+from .sampling import mix
 
 _MAX_HELD_OUT = 1_000
 # In small data a tenth is too few to compare two models, and more than a fifth is missed.
@@ -152,6 +155,68 @@ def count_held_out(num_groups: int, ratio: float) -> int:
         return 0
     minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
     return min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
+
+
+def hold_out_of_stream(
+    stream: RecordStream, ratio: float, folder: Path
+) -> tuple[list[CaptionedImage], frozenset[str]]:
+    """Hold out the first groups of a stream's shards; every process finds the same.
+
+    The number of all images is estimated from the first shard. A group with an image that cannot be
+    decoded is not held out, so that training comes to the image and counts it as lost.
+    """
+    if not ratio:
+        return [], frozenset()
+    records: list[CaptionedImage] = []
+    groups: dict[str, None] = {}
+    broken: set[str] = set()
+    others: set[str] = set()
+    wanted = None
+    for number in range(len(stream.reader.shards)):
+        found = stream.read_shard(number)
+        if wanted is None:
+            in_first = len({record.group_id for record in found})
+            wanted = count_held_out(in_first * len(stream.reader.shards), ratio)
+            if wanted < 2:
+                raise ValueError(
+                    f"The stream has about {in_first * len(stream.reader.shards)} groups, too few "
+                    "to hold out two of them. Give more images, or held_out_ratio=0."
+                )
+            require_negatives(in_first * len(stream.reader.shards) - wanted, wanted)
+        for record in found:
+            group = record.group_id
+            if group in broken:
+                continue
+            if group not in groups and len(groups) >= wanted:
+                others.add(group)
+                continue
+            if _can_be_decoded(record):
+                groups[group] = None
+                records.append(record)
+            else:
+                broken.add(group)
+                groups.pop(group, None)
+        if len(groups) >= wanted and len(others) > 1:
+            break
+    else:
+        require_negatives(len(others), len(groups))
+    held = [record for record in records if record.group_id in groups]
+    return [_write_image(record, folder, n) for n, record in enumerate(held)], frozenset(groups)
+
+
+def _can_be_decoded(record: CaptionedImage) -> bool:
+    try:
+        decode_sample(record)
+    except ValueError:
+        return False
+    return True
+
+
+def _write_image(record: CaptionedImage, folder: Path, number: int) -> CaptionedImage:
+    assert record.image is not None
+    file = folder / f"{number:05d}"
+    file.write_bytes(record.image.read_bytes())
+    return replace(record, image=file)
 
 
 class HeldOutImages:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...configs.align_config import AlignConfig
 from ...data.key_arrays import count_distinct
-from ...data.records.record_table import RecordTable
+from ...data.records.record_table import Array, RecordTable
 from ...encoding.encode import encode_images
 from ...model_folders.fingerprint import fingerprint_vision
 from ...model_folders.training_images import (
@@ -26,8 +26,8 @@ from ...model_folders.training_images import (
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.processes import choose_device
 from .alignment_data import AlignmentDataset
-from .run_data import RunData
-from .sampling import Array, mix
+from .run_data import RecordData, RunData
+from .sampling import mix
 
 # Of so many images 128 clusters and their spread are known well enough.
 _STORED_SAMPLE = 4_096
@@ -67,7 +67,7 @@ def write_image_summary(
 def _summarize(
     folder: Path, data: RunData, config: AlignConfig, *, name: str
 ) -> DatasetSummary | None:
-    if isinstance(data.dataset, AlignmentDataset):
+    if isinstance(data, RecordData):
         dataset = data.dataset
     elif data.held_out is not None:
         dataset = data.held_out.dataset

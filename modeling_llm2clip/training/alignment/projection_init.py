@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...configs.align_config import AlignConfig
+from ...data.records.record_table import Array
 from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import AlignmentModel
 from .cca_init import FittedCCA, init_projections_by_cca
 from .held_out import HeldOutImages, fit_temperature
-from .run_data import RunData
-from .sampling import Array
+from .run_data import RecordData, RunData
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
@@ -61,7 +61,7 @@ def init_projections(
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
     if wanted == "auto":
-        is_possible = data.dataset.is_stored and model.visual_projection.bias is not None
+        is_possible = data.is_stored and model.visual_projection.bias is not None
         wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
     if wanted == "model":
         if config.max_steps == 0 and not trained:
@@ -112,7 +112,7 @@ def _fit_cca(
     config: AlignConfig,
     shrinkages: tuple[float, float] | None = None,
 ) -> FittedCCA:
-    assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
+    assert isinstance(data, RecordData)  # a stream is not stored
     *pairs, text_keys = _pair_embeddings(data.dataset, data.items, config.seed)
     return init_projections_by_cca(model, *pairs, text_keys=text_keys, shrinkages=shrinkages)
 

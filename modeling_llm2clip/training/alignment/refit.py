@@ -19,7 +19,7 @@ from .alignment_fit import AlignmentFit, collect_weights, raise_if_stopped
 from .alignment_trainer import RunLength
 from .best_weights import BEST_FILE, copy_trained, set_between
 from .projection_init import ProjectionInit, repeat_init
-from .run_data import RunData
+from .run_data import RecordData, RunData
 from .trained_parts import merge_loras
 
 REFIT_FOLDER = "refit"
@@ -51,11 +51,12 @@ def is_refitted(config: AlignConfig, data: RunData) -> bool:
     """Return whether a run is fitted once more on all images."""
     if data.held_out is None:
         return False
-    return data.dataset.is_stored if config.refit is None else config.refit
+    return data.is_stored if config.refit is None else config.refit
 
 
 def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Tensor]:
     """Fit everything once more on all images, and return the weights as `collect_weights` does."""
+    assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
     again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
     length = replace(choice.length, last_step=choice.step)
     arguments = again.make_arguments()

@@ -12,11 +12,13 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...data.records.record_table import Array
 from ..run_folder import add_results, read_results
 from .alignment_data import AlignmentDataset
 from .best_weights import EvaluatedTrainer, find_model
 from .held_out import embed_batches, fit_temperature
-from .sampling import Array, mix
+from .input_times import INPUT_SECONDS
+from .sampling import mix
 
 # Of the captions and the noise: no step of a run has it.
 _EPOCH = -1
@@ -71,7 +73,7 @@ class TrainingObjective(TrainerCallback):
     def _measure(self) -> float:
         assert self.trainer is not None
         batch = self._dataset.__getitems__(self._samples)
-        del batch["input_seconds"]
+        del batch[INPUT_SECONDS]
         model, device, context = find_model(self.trainer, is_stored=self._dataset.is_stored)
         inputs = embed_batches(model, [batch], device, context)
         found = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]

@@ -98,11 +98,14 @@ def test_two_processes_train_the_parameter_as_one_does(prepared: Prepared, tmp_p
             str(folder), str(tmp_path / "two"),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=400,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}"},
+        env={
+            **os.environ, "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}",
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_checkpoint(tmp_path / name, 8)["loss.bias"] for name in ("one", "two"))
-    assert abs(float(one) - START) > 1e-3
+    assert abs(float(one) - START) > 5e-4
     # Eight steps carry the rounding of sums in another order on.
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     losses = [read_losses(tmp_path / name) for name in ("one", "two")]

@@ -23,7 +23,6 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
-from modeling_llm2clip.training.alignment.alignment_batches import SampledBatches
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
@@ -32,6 +31,7 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     make_training_arguments,
     warm_up_then_cosine,
 )
+from modeling_llm2clip.training.alignment.run_data import RecordData
 from modeling_llm2clip.training.alignment.tower_layers import find_layers
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
@@ -189,12 +189,8 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
         caption_store=prepared.caption_store,
     )  # fmt: skip
     arguments = make_training_arguments(tmp_path, config)
-    batches = SampledBatches(
-        dataset, np.arange(len(dataset)), config=config, batch_size=8, num_steps=40,
-        arguments=arguments,
-    )  # fmt: skip
     trainer = AlignmentTrainer(
-        model, batches, config=config,
+        model, RecordData(dataset, np.arange(len(dataset)), config), config=config,
         length=RunLength(num_steps=40, batch_size=8, learning_rate=1e-3, adapter_begin=10),
         training_arguments=arguments,
     )  # fmt: skip
