@@ -71,7 +71,7 @@ def test_the_loss_is_loaded_by_its_name(package: Package, monkeypatch: pytest.Mo
     monkeypatch.setitem(LOSSES, found[1], (found[2], found[3]))
     images = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
     same = LossInputs(images, images, LogitRule(torch.ones(1)), torch.arange(4))
-    opposite = replace(same, text_embeds=-images)
+    opposite = same._replace(text_embeds=-images)
     for chunk_size in (None, 2):
         cosine = load_loss("cosine", chunk_size=chunk_size)
         # Of rows of unit length, to float32's rounding.

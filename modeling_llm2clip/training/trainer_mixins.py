@@ -22,9 +22,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -158,12 +155,7 @@ class JsonLinesCallback(TrainerCallback):
         self.file = file
 
     def on_log(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         if state.is_world_process_zero and logs:
             with self.file.open("a", encoding="utf-8") as stream:
@@ -173,13 +165,7 @@ class JsonLinesCallback(TrainerCallback):
 class LogLastStepCallback(TrainerCallback):
     """Logs the last step too, whatever the number of steps between two logs."""
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -196,13 +182,7 @@ class StopCallback(TrainerCallback):
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         if args.world_size > 1:
             number = torch.tensor(int(self.stop.signal or 0), device=args.device)
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -224,13 +204,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: tqdm[Any] | None = None
         self._numbers: dict[str, str] = {}
 
-    def on_train_begin(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
         self._bar = tqdm(
             desc=self._name,
             total=state.max_steps,
@@ -240,35 +214,18 @@ class ProgressCallback(TrainerCallback):
             mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_UPDATES,
         )
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         self._numbers |= describe_numbers(logs or {})
         if self._bar is not None:
             self._bar.set_postfix(self._numbers, refresh=False)
 
-    def on_train_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
         if self._bar is not None:
             self._bar.close()
 

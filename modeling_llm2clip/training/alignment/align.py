@@ -6,9 +6,10 @@ Everything cheap is checked first; then what is needed is loaded, trained, and m
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,7 +57,15 @@ from .align_checks import (
     check_stream,
     open_store,
 )
-from .alignment_fit import AlignmentFit, collect_weights, raise_if_stopped
+from .alignment_fit import (
+    AlignmentFit,
+    Choice,
+    collect_weights,
+    is_refitted,
+    load_chosen,
+    raise_if_stopped,
+    refit,
+)
 from .alignment_model import LOSS, AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_trainer import (
@@ -64,12 +73,12 @@ from .alignment_trainer import (
     RunLength,
     choose_batch_size,
     count_steps,
+    make_training_arguments,
     plan_length,
 )
 from .best_weights import BEST_FILE, SHARES, BestWeightsCallback, copy_trained
 from .image_summary import write_image_summary
 from .projection_init import ProjectionInit, init_projections, repeat_init
-from .refit import Choice, is_refitted, load_chosen, refit
 from .run_data import RunData, open_records, open_stream
 
 MODEL_FOLDER = "model"
@@ -175,28 +184,25 @@ def align(
             require_intact(found.folder, with_llm=config.text_training != "stored")
         fit = AlignmentFit(found.folder, run_data, output, config, loss, resume, callbacks)
         with float32_as_such(), stop_on_signals() as stop:
-            trained = _train(fit, inputs, stop)
+            choice, trained = _choose(fit, inputs, stop)
+            if trained is None:
+                gc.collect()  # a Trainer holds itself, and with it the first model
+                trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
-            _write_model(found, trained, output, data_name, _make_measure(fit, data_name))
+            _write_model(fit, trained, data_name)
         PartialState().wait_for_everyone()
     return model_folder
-
-
-def _train(fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest) -> dict[str, Tensor]:
-    """Train, choose on held-out images, and fit once more on all where the run does so."""
-    choice, weights = _choose(fit, inputs, stop)
-    if weights is not None:
-        return weights
-    gc.collect()  # a Trainer holds itself, and with it the first model
-    return refit(fit, choice, stop)
 
 
 def _choose(
     fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest
 ) -> tuple[Choice, dict[str, Tensor] | None]:
-    """Train, and record how the run ended; weights are None where they are fitted once more."""
+    """Train, choose on held-out images, and record how the run ended.
+
+    The weights are None where they are fitted once more on all images.
+    """
     config, output = fit.config, fit.output
-    arguments = fit.make_arguments()
+    arguments = make_training_arguments(output, config)
     batch_size = _check_length(config, arguments, fit.data)
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
     model, adapted = fit.load()
@@ -209,13 +215,13 @@ def _choose(
         repeat_init(model, fit.data, config, start)
     length = plan_length(config, start, num_items=fit.data.num_items, batch_size=batch_size)
     fit.make_ready(model, length, arguments.device)
-    _record_start(fit, inputs, start, model)
+    if PartialState().is_main_process:
+        write_run_record(output, config, inputs, model=model)
+        add_results(output, start=asdict(start))
+    fit.begin()
     best = _make_best_weights(fit, length, start, model)
-    objective = None if best else fit.make_objective(length, record=output, name="objective")
-    trainer = fit.make_trainer(
-        model, arguments, length, stop, best_weights=best, objective=objective
-    )
-    trainer.run(last)
+    objective = None if best else fit.make_objective(length, output, "objective")
+    trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
     _record_end(trainer, output, start, stop, notes)
     if objective is not None:
         objective.record_end()
@@ -239,16 +245,6 @@ def _check_length(config: AlignConfig, arguments: TrainingArguments, data: RunDa
     if num_steps := count_steps(config, data.num_items, batch_size):
         count_warmup_steps(config.warmup_steps, num_steps)
     return batch_size
-
-
-def _record_start(
-    fit: AlignmentFit, inputs: dict[str, Any], start: ProjectionInit, model: AlignmentModel
-) -> None:
-    """Write the run's record in the main process, and let the others wait for it."""
-    if PartialState().is_main_process:
-        write_run_record(fit.output, fit.config, inputs, model=model)
-        add_results(fit.output, start=asdict(start))
-    fit.begin()
 
 
 def _make_best_weights(
@@ -308,61 +304,49 @@ def _record_end(
     )
 
 
-def _make_measure(
-    fit: AlignmentFit, data_name: str | None
-) -> Callable[[Path], tuple[Sequence[CardResult], str | None]]:
-    """Make what measures a written folder; in half precision, trained weights are rounded there.
+def _measure_written(
+    fit: AlignmentFit, data_name: str | None, folder: Path
+) -> tuple[Sequence[CardResult], str | None]:
+    """Measure a written folder; in half precision, trained weights are rounded there.
 
     A model that was fitted once more has seen the held-out images: then those weights are measured
     that they chose, rounded in the same way.
     """
-    data, output, config = fit.data, fit.output, fit.config
-
-    def measure(folder: Path) -> tuple[Sequence[CardResult], str | None]:
-        summary = write_image_summary(fit.source, folder, data, config, name=data_name)
-        add_results(output, training_images=summary)
-        results = read_results(output)
-        dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
-        if data.held_out is not None and dtype != torch.float32:
-            device = choose_device(config.device)
-            model = fit.load_parts(folder)
-            if "refit" in results:
-                model.load_state_dict(load_chosen(fit), strict=False)
-            best = load_file(output / BEST_FILE)
-            of_loss = {name: best[name] for name in best if name.startswith(f"{LOSS}.")}
-            model.load_state_dict(of_loss, strict=False)
-            model.to(device)  # type: ignore[arg-type]
-            inputs = data.held_out.embed(model, device, nullcontext)
-            scores = data.held_out.score(model.loss, inputs)
-            held_out = results["held_out"]
-            held_out = {**held_out, "best": scores.as_record(), "in_training": held_out["best"]}
-            add_results(output, held_out=held_out)
-            results = read_results(output)
-        return make_card_results(results, data_name), make_caution(results)
-
-    return measure
-
-
-def _write_model(
-    source: StageSource,
-    trained: dict[str, Tensor],
-    output: Path,
-    data_name: str | None,
-    measure: Callable[[Path], tuple[Sequence[CardResult], str | None]],
-) -> None:
+    output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
+    summary = write_image_summary(fit.source, folder, fit.data, fit.config, name=data_name)
+    add_results(output, training_images=summary)
     results = read_results(output)
+    dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
+    if held_out is not None and dtype != torch.float32:
+        model = fit.load_parts(folder)
+        if "refit" in results:
+            model.load_state_dict(load_chosen(fit), strict=False)
+        best = load_file(output / BEST_FILE)
+        of_loss = {name: best[name] for name in best if name.startswith(f"{LOSS}.")}
+        model.load_state_dict(of_loss, strict=False)
+        model.to(device)  # type: ignore[arg-type]
+        scores = held_out.score(model.loss, held_out.embed(model, device, nullcontext))
+        record = results["held_out"]
+        record = {**record, "best": scores.as_record(), "in_training": record["best"]}
+        add_results(output, held_out=record)
+        results = read_results(output)
+    return make_card_results(results, data_name), make_caution(results)
+
+
+def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None) -> None:
+    results = read_results(fit.output)
     folder = save_trained_model(
-        source.folder,
+        fit.source,
         trained,
-        output / MODEL_FOLDER,
+        fit.output / MODEL_FOLDER,
         training_data=[] if data_name is None else [data_name],
         results=make_card_results(results, data_name),
         caution=make_caution(results),
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
-        measure=measure,
+        measure=partial(_measure_written, fit, data_name),
     )
-    add_results(output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
+    add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 
 
 def _identify(

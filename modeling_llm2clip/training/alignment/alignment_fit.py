@@ -2,17 +2,23 @@
 
 A run may have two of them, one after the other. Each has its own model, Trainer, metrics and
 checkpoints, so that either can be resumed.
+
+The second one repeats what held-out images chose: shrinkages, temperature of the start, number of
+steps, batch size and the share of the way from the start. The images that chose are trained on,
+too, so that no score of the model that is written can be measured on them: those of the choice
+estimate it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -22,6 +28,7 @@ from ..distributed import is_sharded
 from ..losses.loss import Loss
 from ..run_folder import (
     METRICS_FILE,
+    add_results,
     discard_later_steps,
     find_last_checkpoint,
     list_trained,
@@ -30,10 +37,18 @@ from ..run_folder import (
 from ..trainer_mixins import JsonLinesCallback, StopCallback, show_progress
 from .alignment_model import LOSS, AlignmentModel
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
-from .best_weights import BestWeightsCallback
+from .best_weights import (
+    BEST_FILE,
+    BestWeightsCallback,
+    TrainingObjective,
+    copy_trained,
+    set_between,
+)
+from .projection_init import ProjectionInit, repeat_init
 from .run_data import RecordData, RunData
 from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
-from .training_objective import TrainingObjective
+
+REFIT_FOLDER = "refit"
 
 
 @dataclass(frozen=True)
@@ -57,10 +72,6 @@ class AlignmentFit:
     loss: Loss
     resume: bool
     callbacks: Sequence[TrainerCallback] = ()
-
-    def make_arguments(self) -> TrainingArguments:
-        """Make the Trainer's arguments; joins the process group of a launcher."""
-        return make_training_arguments(self.output, self.config)
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint to continue from, or None to begin."""
@@ -98,25 +109,7 @@ class AlignmentFit:
             discard_later_steps(self.output, self.find_checkpoint())
         state.wait_for_everyone()
 
-    def make_objective(
-        self, length: RunLength, *, record: Path, name: str
-    ) -> TrainingObjective | None:
-        """Make what measures the loss of a training batch; None where it cannot be measured.
-
-        It cannot on a stream, which is not read twice, and is the same where no step is trained.
-        """
-        if not length.num_trained or not isinstance(self.data, RecordData):
-            return None
-        return TrainingObjective(
-            self.data.dataset,
-            self.data.items,
-            size=length.batch_size,
-            seed=self.config.seed,
-            output=record,
-            name=name,
-        )
-
-    def make_trainer(
+    def train(
         self,
         model: AlignmentModel,
         arguments: TrainingArguments,
@@ -127,21 +120,41 @@ class AlignmentFit:
         best_weights: BestWeightsCallback | None = None,
         objective: TrainingObjective | None = None,
     ) -> AlignmentTrainer:
-        """Make the Trainer of the fit."""
-        callbacks = [JsonLinesCallback(self.output / METRICS_FILE), StopCallback(stop)]
+        """Train a model that is ready, from the last checkpoint if there is one."""
+        callbacks = [
+            JsonLinesCallback(self.output / METRICS_FILE),
+            StopCallback(stop),
+            *([objective] if objective else []),
+            *self.callbacks,
+        ]
         trainer = AlignmentTrainer(
             model,
             self.data,
             config=self.config,
             length=length,
             training_arguments=arguments,
-            callbacks=[*callbacks, *([objective] if objective else []), *self.callbacks],
+            callbacks=callbacks,
             best_weights=best_weights,
         )
         if objective is not None:
             objective.trainer = trainer
         show_progress(trainer, name)
+        trainer.run(self.find_checkpoint())
         return trainer
+
+    def make_objective(
+        self, length: RunLength, output: Path, name: str
+    ) -> TrainingObjective | None:
+        """Make what measures the loss of a training batch; None where it cannot be measured.
+
+        It cannot on a stream, which is not read twice, and is the same where no step is trained.
+        """
+        if not length.num_trained or not isinstance(self.data, RecordData):
+            return None
+        dataset, items = self.data.dataset, self.data.items
+        return TrainingObjective(
+            dataset, items, size=length.batch_size, seed=self.config.seed, output=output, name=name
+        )
 
 
 def raise_if_stopped(
@@ -182,3 +195,69 @@ def collect_weights(
     if not trainer.args.should_save:
         return {}
     return model.name_as_saved({name: value.cpu() for name, value in state.items()}, scratch)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What held-out images chose.
+
+    Attributes:
+        start: Where the projections start.
+        length: Numbers of the run.
+        step: Of the best weights; 0 for the start.
+        share: Of the way from the start to the weights of that step.
+    """
+
+    start: ProjectionInit
+    length: RunLength
+    step: int
+    share: float
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the best weights are those of the model that the run began with."""
+        return self.step == 0 and self.start.cca is None
+
+
+def is_refitted(config: AlignConfig, data: RunData) -> bool:
+    """Return whether a run is fitted once more on all images."""
+    if data.held_out is None:
+        return False
+    return data.is_stored if config.refit is None else config.refit
+
+
+def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Tensor]:
+    """Fit everything once more on all images, and return the weights as `collect_weights` does."""
+    assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
+    again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
+    length = replace(choice.length, last_step=choice.step)
+    arguments = make_training_arguments(again.output, again.config)
+    model, adapted = again.load()
+    # Repeated when resumed, too: weights between start and end need the start.
+    start = repeat_init(model, again.data, again.config, choice.start)
+    again.make_ready(model, length, arguments.device)
+    before = copy_trained(model) if choice.share < 1 else {}
+    again.begin()
+    objective = again.make_objective(length, fit.output, "refit_objective")
+    trainer = again.train(
+        model, arguments, length, stop, name="align, all images", objective=objective
+    )
+    raise_if_stopped(trainer, again.output, stop, of=" of the fit on all images")
+    if before:
+        set_between(model, before, copy_trained(model), choice.share)
+    if objective is not None:
+        objective.record_end()
+    if arguments.should_save:
+        num_records = again.data.num_items
+        add_results(
+            fit.output,
+            refit={"start": asdict(start), "steps": choice.step, "num_records": num_records},
+        )
+    return collect_weights(trainer, adapted, fit.output)
+
+
+def load_chosen(fit: AlignmentFit) -> dict[str, Tensor]:
+    """Load the weights that held-out images chose, with LoRAs merged, by name."""
+    model, adapted = fit.load()
+    model.load_state_dict(load_file(fit.output / BEST_FILE), strict=False)
+    return merge_loras(model, adapted)

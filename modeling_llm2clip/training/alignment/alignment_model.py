@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -15,33 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...heads_llm2clip import LogitRule
 from ...model_folders.model_loading import PartialModel
 from ..losses.loss import Loss, LossInputs
 
 _TOWERS = ("text_model", "vision_model")
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
-
-
-class AlignmentOutput(NamedTuple):
-    """Embeddings of a batch, and its loss; a tuple, so that FSDP finds the tensors in it.
-
-    Attributes:
-        loss: () float32; None where no groups were given.
-        image_embeds: (B, P) float32, unit length.
-        text_embeds: (B, P) float32, unit length.
-        vision_embeds: (B, D') output of the vision tower.
-        caption_embeds: (B, D) output of the LLM.
-        logits: Rule of the current weights.
-    """
-
-    loss: Tensor | None
-    image_embeds: Tensor
-    text_embeds: Tensor
-    vision_embeds: Tensor
-    caption_embeds: Tensor
-    logits: LogitRule
 
 
 class AlignmentModel(PartialModel):
@@ -79,10 +57,10 @@ class AlignmentModel(PartialModel):
         spatial_shapes: Tensor | None = None,
         group_ids: Tensor | None = None,
         text_keys: Tensor | None = None,
-    ) -> AlignmentOutput:
+    ) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
 
-        With the group ids, (B,), it also compares them.
+        In training, and where the groups are given, it also computes the loss.
         """
         if vision_embeds is None:
             assert pixel_values is not None
@@ -94,23 +72,17 @@ class AlignmentModel(PartialModel):
             assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
-        image_embeds = self.to_image_embeds(vision_embeds)
-        text_embeds = self.to_text_embeds(caption_embeds)
-        logits, loss = self.logit_head.rule(), None
-        if group_ids is not None:
-            inputs = LossInputs(
-                image_embeds,
-                text_embeds,
-                logits,
-                group_ids,
-                text_keys,
-                vision_embeds=vision_embeds,
-                caption_embeds=caption_embeds,
-            )
-            loss = self.loss(inputs)
-        return AlignmentOutput(
-            loss, image_embeds, text_embeds, vision_embeds, caption_embeds, logits
+        inputs = LossInputs(
+            self.to_image_embeds(vision_embeds),
+            self.to_text_embeds(caption_embeds),
+            self.logit_head.rule(),
+            group_ids,  # type: ignore[arg-type]  # None where nothing is compared
+            text_keys,
+            vision_embeds=vision_embeds,
+            caption_embeds=caption_embeds,
         )
+        is_compared = self.training and group_ids is not None
+        return self.loss(inputs) if is_compared else None, inputs
 
     @property
     def head(self) -> dict[str, nn.Parameter]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import (
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -24,6 +23,7 @@ from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
 from ..distributed import training_arguments_on
+from ..losses.loss import LossInputs
 from ..run_folder import CHECKPOINTS, list_trained
 from ..trainer_mixins import (
     FiniteGradientMixin,
@@ -34,7 +34,7 @@ from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
 )
-from .alignment_model import AlignmentModel, AlignmentOutput
+from .alignment_model import AlignmentModel
 from .best_weights import BestWeightsCallback
 from .input_times import InputTimesCallback
 from .projection_init import ProjectionInit
@@ -315,11 +315,9 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
-    ) -> Tensor | tuple[Tensor, AlignmentOutput]:
+    ) -> Tensor | tuple[Tensor, LossInputs]:
         """Compute the loss of a batch of this process."""
-        outputs: AlignmentOutput = model(**inputs)
-        loss = outputs.loss
-        assert loss is not None
+        loss, outputs = model(**inputs)
         self._inverse_temperature = outputs.logits.scale.detach()
         if not loss.isfinite():
             sides = (outputs.image_embeds, outputs.text_embeds)
@@ -358,12 +356,7 @@ class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
     def on_optimizer_step(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        model: Any = None,
-        **_: Any,
+        self, _args: Any, _state: Any, _control: Any, model: Any = None, **_: Any
     ) -> None:
         model.logit_head.clamp()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -301,18 +300,18 @@ def embed_batches(
     """
     was_training = model.training
     model.eval()
-    columns: dict[str, list[Tensor]] = defaultdict(list)
+    parts: list[LossInputs] = []
     for batch in batches:
-        ids = {name: batch.pop(name) for name in ("group_ids", "text_keys")}
         with make_context():
-            outputs = model(**{name: value.to(device) for name, value in batch.items()})
-        for name in ("image_embeds", "text_embeds", "vision_embeds", "caption_embeds"):
-            columns[name].append(getattr(outputs, name).float().cpu())
-        for name, value in ids.items():
-            columns[name].append(value)
+            _, inputs = model(**{name: value.to(device) for name, value in batch.items()})
+        parts.append(inputs.to(torch.device("cpu")))
     model.train(was_training)
-    whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in columns.items()}
-    return LossInputs(**whole, logits=outputs.logits.to(torch.device("cpu")), is_whole=True)
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name, value in parts[0]._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return parts[0]._replace(**joined, is_whole=True)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 INPUT_SECONDS = "input_seconds"
 """Name in a batch of the seconds that its parts took where it was made."""
@@ -75,13 +75,7 @@ class InputTimesCallback(TrainerCallback):
             self._made.seconds += batch.pop(INPUT_SECONDS)
         return found
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
         now = time.perf_counter()
         is_last = state.global_step >= state.max_steps
         epoch = int(self._epoch_at(state.global_step))

@@ -15,8 +15,8 @@ from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import list_trained
 from ..trainer_mixins import recompute_activations
 from .alignment_model import LOSS, AlignmentModel
-from .tower_layers import find_layers
 
+_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 
 
@@ -84,7 +84,7 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
         inputs |= processor(text=["a dog", "two red apples on a wooden table"])
     else:
         inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
-    outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+    _, outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
     summed = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
     return torch.stack([output.float().sum() for output in summed]).sum()
 
@@ -116,6 +116,23 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
             "Choose vision_training=frozen or vision_training=full."
         )
     return names
+
+
+def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
+    """Find the list of a tower's layers."""
+    found = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and name.split(".")[-1] in _LAYER_LISTS
+        and len(module) > 1
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
+            "its layers cannot be treated one by one. Set layer_decay to 1."
+        )
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:

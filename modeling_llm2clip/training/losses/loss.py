@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ LOSSES = {
 }
 
 
-@dataclass(frozen=True)
-class LossInputs:
+class LossInputs(NamedTuple):
     """A batch of one process, as a loss sees it; a loss that needs more adds a field here.
+
+    It is a tuple, so that FSDP finds the tensors in it where the model returns it.
 
     Attributes:
         image_embeds: (B, P) float32, unit length.
@@ -56,20 +57,15 @@ class LossInputs:
 
     def to(self, device: torch.device) -> LossInputs:
         """Move all tensors to a device."""
-        moved = self._change(lambda part: part.to(device))
-        return replace(moved, logits=self.logits.to(device))
+        return self._change(lambda part: part.to(device))._replace(logits=self.logits.to(device))
 
     def at_scale(self, scale: float) -> LossInputs:
         """Return the same batch at another inverse temperature."""
         other = torch.tensor([scale], device=self.image_embeds.device)
-        return replace(self, logits=self.logits._replace(scale=other))
+        return self._replace(logits=self.logits._replace(scale=other))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> LossInputs:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {
-            name: function(part) for name, part in parts.items() if isinstance(part, Tensor)
-        }
-        return replace(self, **changed)
+        return LossInputs(*(function(part) if isinstance(part, Tensor) else part for part in self))
 
 
 # An `nn.Module`, whose parameters are trained with the model, or any function. It returns ()

@@ -53,13 +53,13 @@ def compute(prepared: Prepared, *, sharded: bool, autocast: bool) -> dict[str, T
         fsdp2_prepare_model(accelerator, model)
     batch = make_batch(prepared.model, prepared.records)
     with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-        outputs = model(**batch, group_ids=make_rows()[3])
-        outputs.loss.backward()
+        loss, outputs = model(**batch, group_ids=make_rows()[3])
+        loss.backward()
     embeds = (outputs.image_embeds, outputs.text_embeds)
     found = {
-        "loss": outputs.loss.detach(),
+        "loss": loss.detach(),
         "scale": outputs.logits.scale.detach(),
-        "dtypes": {part.dtype for part in (*embeds, outputs.loss, outputs.logits.scale)},
+        "dtypes": {part.dtype for part in (*embeds, loss, outputs.logits.scale)},
     }
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -32,10 +32,10 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     warm_up_then_cosine,
 )
 from modeling_llm2clip.training.alignment.run_data import RecordData
-from modeling_llm2clip.training.alignment.tower_layers import find_layers
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
     find_attention_linears,
+    find_layers,
     freeze_unused,
     merge_loras,
     scale_by_layer,
@@ -68,13 +68,13 @@ def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
     batch = dict(processor(text=["a dog", "x"], images=tiny_images(2)))
     model.eval()
     with torch.no_grad():
-        plain = model(**batch)
+        _, plain = model(**batch)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # starts at zero and would change nothing
                 torch.nn.init.normal_(parameter, std=0.1)
-        unmerged = model(**batch)
+        _, unmerged = model(**batch)
         merge_loras(model, adapted)
-        merged = model(**batch)
+        _, merged = model(**batch)
     side = "image_embeds" if training == "vision" else "text_embeds"
     assert (getattr(plain, side) - getattr(unmerged, side)).abs().max() > 1e-2
     # Merging rounds W + BA once more, on unit-length embeddings over two layers.
@@ -108,7 +108,7 @@ def test_what_is_said_to_be_trained_has_a_gradient(
     if training == "lora":
         assert trained == asked
     batch = dict(processor(text=["a cat sleeps", "x"], images=[draw_noise(seed=n) for n in (0, 1)]))
-    outputs = model.train()(**batch)
+    _, outputs = model.train()(**batch)
     parts = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
     sum(part.sum() for part in parts).backward()
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
@@ -233,9 +233,9 @@ def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
     pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
     trained.train()
     captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    whole = trained(pixel_values=pixels, caption_embeds=captions).image_embeds
+    whole = trained(pixel_values=pixels, caption_embeds=captions)[1].image_embeds
     alone = [
-        trained(pixel_values=p[None], caption_embeds=captions[:1]).image_embeds for p in pixels
+        trained(pixel_values=p[None], caption_embeds=captions[:1])[1].image_embeds for p in pixels
     ]
     # Unit embeddings in float32, from convolutions that add up in another order.
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=0)
