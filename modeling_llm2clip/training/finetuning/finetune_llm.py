@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
@@ -66,9 +67,8 @@ from ..trainer_mixins import (
 )
 from .finetune_data import FinetuneData, count_truncated, prepare_data
 from .finetune_trainer import count_run_steps, make_trainer
-from .hard_batches import read_nearest_groups, write_nearest_groups
 from .lora_encoder import CaptionEncoder, make_lora_config, require_same_meaning, write_lora
-from .nearest_groups import Array, require_search
+from .nearest_groups import Array, require_search, write_nearest_groups
 
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
@@ -178,15 +178,6 @@ def describe_finetuning(output: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What a run is trained on, and how long."""
-
-    data: FinetuneData
-    schedule: dict[str, int]
-    num_skipped: int
-
-
-@dataclass(frozen=True)
 class _Plan:
     """A run that has passed every check that needs no LLM."""
 
@@ -208,21 +199,19 @@ def _plan(
 ) -> _Plan:
     """Check and prepare everything that needs no LLM."""
     table = RecordTable.from_records(records)
-    prepared = _prepare(table, config, scratch)
-    inputs = {
-        **_identify(source, table, config),
-        "schedule": prepared.schedule,
-        "num_single_captions_skipped": prepared.num_skipped,
-    }
+    data, decided = _prepare(table, config, scratch)
+    inputs = {**_identify(source, table, config), **decided}
     require_same_run(output, config, inputs, resume=resume)
     if config.init_lora is not None:
         file = config.init_lora / LORA_WEIGHTS
         require_base_weights(file, inputs["fingerprint"]["weights"])
-    return _Plan(output, config, resume, inputs, prepared.data)
+    return _Plan(output, config, resume, inputs, data)
 
 
-def _prepare(records: RecordTable, config: FinetuneConfig, scratch: Path) -> _Prepared:
-    """Check and prepare everything that needs no model at all."""
+def _prepare(
+    records: RecordTable, config: FinetuneConfig, scratch: Path
+) -> tuple[FinetuneData, dict[str, Any]]:
+    """Check and prepare everything that needs no model, and what of it the record of a run has."""
     num_skipped = 0
     if config.skip_single_captions:
         groups, num_skipped = skip_single_captions(records)
@@ -236,7 +225,7 @@ def _prepare(records: RecordTable, config: FinetuneConfig, scratch: Path) -> _Pr
     if config.init_lora is not None:
         require_same_meaning(config.init_lora, make_lora_config(config))
     schedule = {"steps": num_steps, "warmup_steps": warmup_steps}
-    return _Prepared(data, schedule, num_skipped)
+    return data, {"schedule": schedule, "num_single_captions_skipped": num_skipped}
 
 
 @contextmanager
@@ -383,7 +372,7 @@ def _find_nearest(
         if state.is_main_process:
             add_results(output, hard_negatives=report)
     state.wait_for_everyone()
-    return read_nearest_groups(file)
+    return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
 
 
 def _require_whole_model(source: StageSource) -> None:
