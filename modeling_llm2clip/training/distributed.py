@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
 from transformers import TrainingArguments
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -35,15 +34,6 @@ def run_once_per_machine(function: Callable[[], Result]) -> Result:
     return results[state.process_index - state.local_process_index][0]  # type: ignore[no-any-return]
 
 
-def keep_to_one_gpu(arguments: TrainingArguments) -> None:
-    """Make a Trainer use one GPU per process, and never torch's DataParallel.
-
-    DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
-    the precision of the run.
-    """
-    arguments._n_gpu = min(1, arguments.n_gpu)
-
-
 def is_sharded() -> bool:
     """Whether `accelerate launch` was given a configuration for FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")  # type: ignore[no-any-return]
@@ -65,12 +55,7 @@ def training_arguments_on(
         state.device = device
         arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
         arguments._n_gpu = int(device.type != "cpu")
-    keep_to_one_gpu(arguments)
+    # Never torch's DataParallel, which would multiply the batch by the number of GPUs and compute in
+    # float32, whatever the precision of the run.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
-
-
-def gather_ids(ids: Tensor) -> Tensor:
-    """Concatenate the ids of all processes' rows in the order of their ranks."""
-    gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, ids.contiguous())
-    return torch.cat(gathered)

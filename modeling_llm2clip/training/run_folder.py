@@ -8,15 +8,17 @@ does not import torch, so that a command can check a folder before anything slow
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
-from ..data.atomic_files import is_unfinished, write_atomically
+from ..data.atomic_files import is_unfinished, lock_unless_held, write_atomically
 from ..model_folders.atomic_folder import require_writable
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _COMPLETE = "complete"
 _MAY_DIFFER = {"num_workers", "report_to"}
 _CHECKPOINTS_KEPT = 2
 _NAMES_SHOWN = 5
+_ATTEMPTS = 100
+_HELD: set[IO[str]] = set()
 
 
 def write_run_record(
@@ -192,6 +196,68 @@ def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
         kept = [line for line in complete if json.loads(line)["step"] <= step]
         # A second kill, here, must not lose the lines of the steps that remain.
         write_atomically(file, "".join(kept).encode())
+
+
+def _close_inherited() -> None:
+    """Leave the lock to the main process alone: workers of a loader outlive it for seconds."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run for the processes of one launcher, or refuse to begin.
+
+    It is a lock of the kernel on a file in the folder, so that it ends with the main process,
+    however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
+    empty in the end is removed.
+    """
+    # Here, so that a command can check a folder without them.
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    with ExitStack() as stack:
+        is_held = [True]
+        if PartialState().is_main_process:
+            is_held = [stack.enter_context(_hold(folder))]
+        broadcast_object_list(is_held)
+        if not is_held[0]:
+            raise ValueError(
+                f"{folder} is in use: another process trains in it now. Let it end and continue "
+                "its run with --resume ('resume=True' in Python), or choose a new folder."
+            )
+        yield
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[bool]:
+    file = folder / LOCK_FILE
+    with _open(file) as opened:
+        is_held = lock_unless_held(file, opened)  # a run that ended has removed its own
+        if is_held:
+            _HELD.add(opened)
+        try:
+            yield is_held
+        finally:
+            _HELD.discard(opened)
+            if is_held:
+                file.unlink(missing_ok=True)
+                with suppress(OSError):  # it is not empty, or another run removes it
+                    folder.rmdir()
+
+
+def _open(file: Path) -> IO[str]:
+    """Open a file in a folder that is made, and that a run which ends may remove meanwhile."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError, FileExistsError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return file.open("a", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.open("a", encoding="utf-8")
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -44,6 +45,7 @@ _SHOWN = {
     "held_out_t2i_r1": "t2i R@1",
     "held_out_i2t_r1": "i2t R@1",
 }
+_OF_WHOLE_RUN = re.compile("train_loss|train_.*_per_second")
 _PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1"}
 
 
@@ -85,12 +87,10 @@ class ResumedMetricsMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log metrics, without those of the whole run where the run was resumed."""
         if self._is_resumed or self.state.global_step < self.state.max_steps:
-            logs = {name: value for name, value in logs.items() if not _is_of_whole_run(name)}
+            logs = {
+                name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)
+            }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-def _is_of_whole_run(name: str) -> bool:
-    return name == "train_loss" or (name.startswith("train_") and name.endswith("_per_second"))
 
 
 class CheckpointMarkMixin:
@@ -288,3 +288,43 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
+    """List the parameters that ask for a gradient and get none in a backward pass.
+
+    Some networks read the weight of a linear layer themselves (`F.linear(x, self.qkv.weight)`). A
+    LoRA in that layer's place is then never run: it would be counted, saved and merged, and never
+    train.
+
+    A gradient of zero is one: the first matrix of a new LoRA has no other. The pass is one of
+    training, but no layer is left out at random, as an LLM with `layerdrop` does. Afterwards
+    gradients, modes and random generators are as they were.
+    """
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    was_training = module.training
+    module.train()
+    dropping: list[Any] = [part for part in module.modules() if "layerdrop" in vars(part)]
+    shares = [part.layerdrop for part in dropping]
+    for part in dropping:
+        part.layerdrop = 0.0
+    with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
+        compute().backward()
+    module.train(was_training)
+    for part, share in zip(dropping, shares, strict=True):
+        part.layerdrop = share
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    missing = [name for name, parameter in trained if parameter.grad is None]
+    module.zero_grad(set_to_none=True)
+    return missing
+
+
+def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> None:
+    """Refuse a run of which some parameters would never be trained."""
+    layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
+    if layers:
+        shown = ", ".join(layers[:_NAMES_SHOWN]) + (", …" if len(layers) > _NAMES_SHOWN else "")
+        raise ValueError(
+            f"{cause}: {len(layers)} layers would get no gradient and never be trained, since the "
+            f"network passes their LoRA by, or their output has no effect: {shown}. {remedy}"
+        )

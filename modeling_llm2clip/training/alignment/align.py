@@ -41,21 +41,19 @@ from ..distributed import is_sharded
 from ..losses.loss import Loss, has_trained_parameters, identify_loss, load_loss
 from ..run_folder import (
     add_results,
+    lock_run,
     read_results,
     require_fresh_or_resumed,
     require_same_run,
     write_run_record,
 )
-from ..run_lock import lock_run
 from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps
 from .align_checks import (
     check_align,
     check_batch,
     check_data,
     check_processes,
-    check_stores,
     check_stream,
-    open_store,
 )
 from .alignment_fit import (
     AlignmentFit,
@@ -138,7 +136,7 @@ def align(
         ...               caption_store="captions")  # doctest: +SKIP
     """
     config, output = config or AlignConfig(), Path(output)
-    check_align(config, caption_store=caption_store, image_store=image_store)
+    captions, images = check_align(config, caption_store=caption_store, image_store=image_store)
     loss = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
     if has_trained_parameters(loss) and is_sharded():
         raise ValueError(
@@ -149,7 +147,7 @@ def align(
     clear_leftovers(model_folder)
     require_new_folder(model_folder)
     if isinstance(data, RecordStream):
-        check_stream(config, has_image_store=image_store is not None)
+        check_stream(config, has_image_store=images is not None)
     else:
         data = RecordTable.from_records(data)
         check_data(data, config)
@@ -164,16 +162,18 @@ def align(
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),
         }
-        caption_store, image_store = open_store(caption_store), open_store(image_store)
-        check_stores(fingerprints, caption_store, image_store)
+        if captions is not None:
+            captions.require_fingerprint(fingerprints["text"])
+        if images is not None:
+            images.require_fingerprint(fingerprints["vision"])
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         run_data: RunData
         if isinstance(data, RecordStream):
-            run_data = open_stream(data, processor, config, caption_store, Path(temporary))
+            run_data = open_stream(data, processor, config, captions, Path(temporary))
         else:
-            run_data = open_records(data, processor, config, caption_store, image_store)
+            run_data = open_records(data, processor, config, captions, images)
         inputs = {
-            **_identify(found, run_data, fingerprints, caption_store, image_store),
+            **_identify(found, run_data, fingerprints, captions, images),
             "loss_class": identify_loss(loss),
             "num_processes": PartialState().num_processes,
             "is_sharded": is_sharded(),

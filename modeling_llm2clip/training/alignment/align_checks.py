@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,30 +23,30 @@ _MOST_READ = 100
 _IDENTITY = ("name", "lang")
 
 
-def open_store(store: str | Path | EmbeddingStore | None) -> EmbeddingStore | None:
-    """Open a store that is given by its folder."""
-    return EmbeddingStore.open(store) if isinstance(store, str | Path) else store
-
-
 def check_align(
     config: AlignConfig,
     *,
     caption_store: str | Path | EmbeddingStore | None,
     image_store: str | Path | EmbeddingStore | None,
-) -> None:
-    """Refuse options and stores that contradict each other; reads no data, which may take long."""
+) -> tuple[EmbeddingStore | None, EmbeddingStore | None]:
+    """Refuse options and stores that contradict each other, and open the stores; reads no data."""
     check_options(
         config,
         has_caption_store=caption_store is not None,
         has_image_store=image_store is not None,
     )
-    errors = []
-    for store, content in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
-        opened = open_store(store)
-        if opened is not None and opened.manifest.content != content:
-            errors.append(f"{opened.folder} has {opened.manifest.content}, wanted {content}")
+    captions, images = (
+        EmbeddingStore.open(store) if isinstance(store, str | Path) else store
+        for store in (caption_store, image_store)
+    )
+    errors = [
+        f"{opened.folder} has {opened.manifest.content}, wanted {content}"
+        for opened, content in ((captions, "caption_embeds"), (images, "vision_embeds"))
+        if opened is not None and opened.manifest.content != content
+    ]
     if errors:
         raise ValueError("; ".join(errors) + ".")
+    return captions, images
 
 
 def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_store: bool) -> None:
@@ -110,18 +110,6 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
         refuse_fsdp_for_lora()
 
 
-def check_stores(
-    fingerprints: Mapping[str, Mapping[str, str]],
-    caption_store: EmbeddingStore | None,
-    image_store: EmbeddingStore | None,
-) -> None:
-    """Refuse stores that another model made."""
-    if caption_store is not None:
-        caption_store.require_fingerprint(fingerprints["text"])
-    if image_store is not None:
-        image_store.require_fingerprint(fingerprints["vision"])
-
-
 def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
     errors = []
@@ -141,8 +129,10 @@ def pair_items(
     records: RecordTable, store: EmbeddingStore, *, is_part: bool = False
 ) -> Array | None:
     """Find each record in a store by name and language."""
-    if len(records) == len(store) and _are_equal(records.iterate_numbers("key"), store):
-        return None
+    if len(records) == len(store):
+        pairs = zip(records.iterate_numbers("key"), store.iterate_keys(), strict=True)
+        if all(np.array_equal(*pair) for pair in pairs):
+            return None
     wanted, stored = records.keys, store.keys
     order = np.argsort(stored)
     places = np.searchsorted(stored, wanted, sorter=order).clip(max=max(len(stored) - 1, 0))
@@ -270,11 +260,6 @@ def _find_torn(records: RecordTable) -> Array:
         start += len(keys)
     differing = np.concatenate(parts)
     return np.union1d(differing, first[differing])
-
-
-def _are_equal(keys: Iterator[Array], store: EmbeddingStore) -> bool:
-    """Whether a store has the same keys in the same order."""
-    return all(np.array_equal(*pair) for pair in zip(keys, store.iterate_keys(), strict=True))
 
 
 def _lacks_image(records: RecordTable) -> Array:

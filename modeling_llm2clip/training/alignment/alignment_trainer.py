@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +46,7 @@ _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
-_WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
 _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
@@ -261,7 +262,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             grouped: dict[tuple[int, float], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
                 if parameter.requires_grad:
-                    name = _unwrap(name)
+                    name = _WRAPPERS.sub("", name)
                     begin = self.length.adapter_begin if name.startswith(_ADAPTER) else 0
                     grouped.setdefault((begin, self._rates[name]), []).append(parameter)
             groups = [
@@ -388,9 +389,3 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     # A unit of its own, so that its dtype stays.
     fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())
     register_fsdp_forward_method(model.logit_head, "rule")
-
-
-def _unwrap(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

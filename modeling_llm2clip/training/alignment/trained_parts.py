@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import list_trained
-from ..trainer_mixins import recompute_activations
+from ..trainer_mixins import find_without_gradient, recompute_activations, require_gradients
 from .alignment_model import LOSS, AlignmentModel
 
 _LAYER_LISTS = ("blocks", "layer", "layers", "stages")

@@ -44,11 +44,11 @@ from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
 from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
-from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import (
     add_results,
     discard_later_steps,
     find_last_checkpoint,
+    lock_run,
     read_results,
     read_run_record,
     require_finite,
@@ -56,13 +56,14 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..run_lock import lock_run
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,
     computes_in_bfloat16,
     count_warmup_steps,
+    find_without_gradient,
     recompute_activations,
+    require_gradients,
     show_progress,
 )
 from .finetune_data import FinetuneData, count_truncated, prepare_data

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -34,7 +38,7 @@ from ..trainer_mixins import (
     count_warmup_steps,
 )
 from .finetune_data import FinetuneData
-from .lora_encoder import CaptionEncoder, wrap_encoder
+from .lora_encoder import CaptionEncoder
 from .nearest_groups import Array
 from .pair_sampling import (
     NoDuplicateGroupsBatchSampler,
@@ -122,7 +126,8 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneTrainer:
     """Make the trainer of a run."""
-    wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
+    device = encoder.llm2clip.device
+    wrapped = SentenceTransformer(modules=[encoder], device=str(device))
     num_steps, steps_per_epoch = count_run_steps(data, config)
     arguments = training_arguments_on(
         device,

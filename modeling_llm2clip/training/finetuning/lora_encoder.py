@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
@@ -125,11 +124,6 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
             return encode_texts(self.llm2clip, self.processor, captions, project=False)
         finally:
             self.llm2clip.train(was_training)
-
-
-def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
-    """Make the model that sentence-transformers' trainer and losses take."""
-    return SentenceTransformer(modules=[encoder], device=str(encoder.llm2clip.device))
 
 
 def make_lora_config(config: FinetuneConfig) -> LoraConfig:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...heads_llm2clip import LogitRule
-from ..distributed import gather_ids
 from .loss import LossInputs
 
 _ROWS_WITHOUT_GRADIENT = 512
@@ -55,7 +54,9 @@ class ContrastiveLoss(nn.Module):
             # One collective for both, so that their order cannot differ between processes.
             both = gather_with_gradient(torch.cat([image_embeds, text_embeds], dim=1))
             images, texts = both.chunk(2, dim=1)
-            all_ids = gather_ids(ids)
+            gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, ids)
+            all_ids = torch.cat(gathered)
             first = dist.get_rank() * num_rows
         total = torch.zeros((), device=image_embeds.device)
         size = self.chunk_size or (num_rows if torch.is_grad_enabled() else _ROWS_WITHOUT_GRADIENT)

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.training.alignment.cca_init import (
+from modeling_llm2clip.training.alignment.projection_init import (
     SHRINKAGES,
     init_projections_by_cca,
 )
