@@ -55,7 +55,7 @@ def training_arguments_on(
         state.device = device
         arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
         arguments._n_gpu = int(device.type != "cpu")
-    # Never torch's DataParallel, which would multiply the batch by the number of GPUs and compute in
+    # Never torch's DataParallel: it would multiply the batch by the number of GPUs, and compute in
     # float32, whatever the precision of the run.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
