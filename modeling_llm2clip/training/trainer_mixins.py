@@ -155,7 +155,12 @@ class JsonLinesCallback(TrainerCallback):
         self.file = file
 
     def on_log(  # noqa: D102
-        self, _args: Any, state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,  # noqa: ARG002
     ) -> None:
         if state.is_world_process_zero and logs:
             with self.file.open("a", encoding="utf-8") as stream:
@@ -165,7 +170,7 @@ class JsonLinesCallback(TrainerCallback):
 class LogLastStepCallback(TrainerCallback):
     """Logs the last step too, whatever the number of steps between two logs."""
 
-    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -182,7 +187,7 @@ class StopCallback(TrainerCallback):
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
 
-    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> None:  # noqa: D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if args.world_size > 1:
             number = torch.tensor(int(self.stop.signal or 0), device=args.device)
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -204,7 +209,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: tqdm[Any] | None = None
         self._numbers: dict[str, str] = {}
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         self._bar = tqdm(
             desc=self._name,
             total=state.max_steps,
@@ -214,18 +219,23 @@ class ProgressCallback(TrainerCallback):
             mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_UPDATES,
         )
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(  # noqa: D102
-        self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **_: Any,  # noqa: ARG002
     ) -> None:
         self._numbers |= describe_numbers(logs or {})
         if self._bar is not None:
             self._bar.set_postfix(self._numbers, refresh=False)
 
-    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:  # noqa: D102
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if self._bar is not None:
             self._bar.close()
 

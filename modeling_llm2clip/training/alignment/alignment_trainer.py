@@ -357,7 +357,12 @@ class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
     def on_optimizer_step(  # noqa: D102
-        self, _args: Any, _state: Any, _control: Any, model: Any = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        **_: Any,  # noqa: ARG002
     ) -> None:
         model.logit_head.clamp()
 

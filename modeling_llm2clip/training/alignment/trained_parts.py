@@ -84,7 +84,7 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
     else:
         inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
     _, outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
-    summed = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
+    summed = (outputs.image_embeds, outputs.text_embeds, *outputs.logits)
     return torch.stack([output.float().sum() for output in summed]).sum()
 
 

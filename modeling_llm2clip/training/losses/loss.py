@@ -65,7 +65,9 @@ class LossInputs(NamedTuple):
         return self._replace(logits=self.logits._replace(scale=other))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> LossInputs:
-        return LossInputs(*(function(part) if isinstance(part, Tensor) else part for part in self))
+        return LossInputs._make(
+            function(part) if isinstance(part, Tensor) else part for part in self
+        )
 
 
 # An `nn.Module`, whose parameters are trained with the model, or any function. It returns ()
