@@ -154,17 +154,11 @@ class JsonLinesCallback(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_log(  # noqa: D102
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **_: Any,  # noqa: ARG002
-    ) -> None:
-        if state.is_world_process_zero and logs:
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        if state.is_world_process_zero and given.get("logs"):
+            line = json.dumps({"step": state.global_step, **given["logs"]})
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                stream.write(line + "\n")
 
 
 class LogLastStepCallback(TrainerCallback):
@@ -223,15 +217,8 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(  # noqa: D102
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **_: Any,  # noqa: ARG002
-    ) -> None:
-        self._numbers |= describe_numbers(logs or {})
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        self._numbers |= describe_numbers(given.get("logs") or {})
         if self._bar is not None:
             self._bar.set_postfix(self._numbers, refresh=False)
 

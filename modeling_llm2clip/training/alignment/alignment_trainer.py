@@ -356,15 +356,8 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
 class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
-    def on_optimizer_step(  # noqa: D102
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        **_: Any,  # noqa: ARG002
-    ) -> None:
-        model.logit_head.clamp()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        given["model"].logit_head.clamp()
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
