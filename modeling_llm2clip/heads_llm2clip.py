@@ -92,7 +92,7 @@ class AdapterBlock(nn.Module):
 
     Args:
         width: D.
-        expansion: how many times wider the inner layer is.
+        expansion: Width of the inner layer, as a multiple of D.
     """
 
     def __init__(self, width: int, expansion: int) -> None:
@@ -102,7 +102,7 @@ class AdapterBlock(nn.Module):
         self.down = nn.Linear(expansion * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the block."""
+        """Apply the block, (B, D) to (B, D)."""
         return hidden + self.down(F.gelu(self.up(self.norm(hidden))))  # type: ignore[no-any-return]
 
 
@@ -111,9 +111,9 @@ class TextAdapter(nn.Module):
 
     Args:
         width: D.
-        num_layers: number of blocks.
-        expansion: how many times wider their inner layer is.
-        normalize: scale caption embeddings to unit length first.
+        num_layers: Number of blocks.
+        expansion: Width of their inner layers, as a multiple of D.
+        normalize: Scale caption embeddings to unit length first.
     """
 
     def __init__(self, width: int, *, num_layers: int, expansion: int, normalize: bool) -> None:
@@ -123,7 +123,7 @@ class TextAdapter(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, caption_embeds: Tensor) -> Tensor:
-        """Apply the adapter."""
+        """Apply the adapter to (B, D) of any float dtype; the result has the weights' dtype."""
         if self.normalize:
             caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
         # The norm is never quantized, so its dtype is the one to compute in.
@@ -134,7 +134,10 @@ class TextAdapter(nn.Module):
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Symmetric cross-entropy over every image-text pair (arXiv:2103.00020, figure 3)."""
+    """Compute the symmetric cross-entropy of all pairs, ln(B) if none stands out.
+
+    The logits are (B, B); image i matches text i (arXiv:2103.00020, figure 3).
+    """
     num_images, num_texts = logits_per_image.shape
     if num_images != num_texts:
         raise ValueError(
@@ -147,7 +150,7 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
 
 
 def check_width(embeds: Tensor, width: int, *, name: str) -> None:
-    """Check the input of a projection."""
+    """Check the input of a projection, expected to be (B, `width`) floating point."""
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
         raise ValueError(
             f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "

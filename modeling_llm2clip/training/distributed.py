@@ -1,4 +1,4 @@
-"""What the processes of a training run share, and the arguments of their Trainers."""
+"""Processes of a training run, and the arguments of their Trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def run_once_per_machine(function: Callable[[], Result]) -> Result:
-    """Call a function on one process of each machine; the others wait for what it returns."""
+    """Call a function on one process of each machine; all get its result, or raise its error."""
     state = PartialState()
     if state.num_processes == 1:
         return function()
@@ -35,7 +35,7 @@ def run_once_per_machine(function: Callable[[], Result]) -> Result:
 
 
 def is_sharded() -> bool:
-    """Whether `accelerate launch` was given a configuration for FSDP."""
+    """Return whether `accelerate launch` was given a configuration for FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")  # type: ignore[no-any-return]
 
 

@@ -110,7 +110,10 @@ def require_same_run(
     resume: bool,
     may_differ: Collection[str] = (),
 ) -> None:
-    """Require that a run in a folder, if any, was begun with the same options and inputs."""
+    """Require that a run in a folder, if any, was begun with the same options and inputs.
+
+    Further options, or sections of them, may differ if they change nothing that is written already.
+    """
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
         return
@@ -135,7 +138,7 @@ def require_same_run(
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Count the parameters of each direct child of a module, and of `all` together."""
+    """Count the `total` and `trainable` parameters of each child of a module, and of `all`."""
     table: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         for part in (name.split(".")[0], "all"):

@@ -1,4 +1,4 @@
-"""What both training stages add to a transformers Trainer: mixins, callbacks, precision.
+"""Additions of both training stages to a transformers Trainer: mixins, callbacks, precision.
 
 A mixin precedes the Trainer among the bases of a class.
 """
@@ -145,11 +145,7 @@ class TrainedCheckpointMixin(CheckpointMarkMixin):
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Appends every log of a Trainer to a file, one JSON object per line, with its step.
-
-    Args:
-        file: The file; made if it does not exist.
-    """
+    """Appends every log of a Trainer to a file, one JSON object per line, with its step."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -173,9 +169,6 @@ class StopCallback(TrainerCallback):
     """After a signal, finishes the step, saves a checkpoint, and stops the Trainer.
 
     A signal that one process received stops all of them, at the same step.
-
-    Args:
-        stop: The request that `stop_on_signals` gives.
     """
 
     def __init__(self, stop: StopRequest) -> None:
@@ -192,11 +185,7 @@ class StopCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a run in one line on stderr: steps, rate, time left, and the latest numbers.
-
-    Args:
-        name: Name of the stage, in front of the bar.
-    """
+    """Shows a run in one line on stderr: steps, rate, time left, and the latest numbers."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -228,7 +217,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Choose the numbers of a Trainer's log that a progress bar shows."""
+    """Choose what a progress bar shows of a log, as numbers of four digits or percentages."""
     return {
         name: f"{logs[key]:.1%}" if key in _PERCENTAGES else f"{logs[key]:.4g}"
         for key, name in _SHOWN.items()
@@ -244,7 +233,7 @@ def show_progress(trainer: Trainer, name: str) -> None:
 
 
 def choose_reports(report_to: Sequence[str] | None) -> list[str]:
-    """Choose where a Trainer reports metrics, as its `report_to` takes it."""
+    """Choose where a Trainer reports metrics: by default to tensorboard, where it is installed."""
     available = get_available_reporting_integrations()
     if report_to is None:
         return [name for name in ("tensorboard",) if name in available]
@@ -262,7 +251,10 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
 
 
 def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
-    """Count the warm-up steps of a run; in the step after them the learning rate is at its peak."""
+    """Count the warm-up steps of a run, after which the learning rate is at its peak.
+
+    Below 1 they are a share of the run, rounded down.
+    """
     counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
     if counted >= num_steps:
         raise ValueError(
@@ -281,7 +273,13 @@ def recompute_activations(tower: Any) -> None:
 
 
 def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
-    """Whether a run computes its products in bfloat16; weights stay float32."""
+    """Return whether a run computes its products in bfloat16; weights stay float32.
+
+    `auto` takes bfloat16 on a GPU that supports it and never on a CPU: without its instructions
+    bfloat16 is several times slower there, with them no faster, and its gradients are noisier
+    everywhere. Weights that are stored in half precision and not trained compute in it all the
+    same, unless the precision is float32.
+    """
     if precision != "auto":
         return precision == "bfloat16"
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -276,7 +276,7 @@ def _record_end(
     stop: StopRequest,
     notes: dict[str, Any],
 ) -> None:
-    """Add what came of a finished run to its record; raise StageInterrupt for a stopped one."""
+    """Record the results of a finished run; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
     report = trainer.data.collect_report()
     if report is not None and trainer.args.should_save:
@@ -356,7 +356,7 @@ def _identify(
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
 ) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its options."""
+    """Identify what the numbers of a run depend on beside its options."""
     return {
         "source": source.name,
         "fingerprint": {**fingerprints, "all": fingerprint_model(source.folder)},
@@ -367,7 +367,7 @@ def _identify(
 
 
 def _identify_store(store: EmbeddingStore | None) -> dict[str, str] | None:
-    """Folder of a store, and the hash of its manifest, which has the hash of every file."""
+    """Identify a store by its folder and its manifest, which has the hash of every file."""
     if store is None:
         return None
     return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}

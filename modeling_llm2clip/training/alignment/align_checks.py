@@ -128,7 +128,10 @@ def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
 def pair_items(
     records: RecordTable, store: EmbeddingStore, *, is_part: bool = False
 ) -> Array | None:
-    """Find each record in a store by name and language."""
+    """Find the number of each record in a store, by name and language.
+
+    None stands for the same numbers. With `is_part`, the store may have further records.
+    """
     if len(records) == len(store):
         pairs = zip(records.iterate_numbers("key"), store.iterate_keys(), strict=True)
         if all(np.array_equal(*pair) for pair in pairs):
@@ -263,7 +266,7 @@ def _find_torn(records: RecordTable) -> Array:
 
 
 def _lacks_image(records: RecordTable) -> Array:
-    """(N,) bool."""
+    """Mark records without an image, (N,) bool."""
     kinds = records.iterate_numbers("image_kind")
     return np.concatenate([np.empty(0, np.bool_), *(kind == NO_IMAGE for kind in kinds)])
 

@@ -1,5 +1,7 @@
-"""Images and captions of a batch, decoded and tokenized, or read from stores: of records, or of a
-stream of them."""
+"""Makes batches of images and captions, decoded and tokenized, or read from stores.
+
+The records come from an index, or from a stream.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +41,9 @@ class AlignmentDataset(Dataset[Any]):
 
     A caption is named by its number: first the short ones of a record, then its long ones.
 
-    Args:
-        records: At least one.
-        processor: The model's.
-        caption_store: Caption embeddings; None for tokens.
-        image_store: Image embeddings; None for pixels.
-        long_caption_ratio: As `sample_captions` takes it.
-        image_noise: Standard deviation of the noise on stored image embeddings of training
-            batches, as a share of their length.
-        caption_noise: The same on stored caption embeddings.
-        seed: Of captions and noise.
-        is_part: Whether the stores may have further records; then captions are compared by number
-            alone.
-
-    Raises:
-        ValueError: A store has other records, or was made from other captions or images, or an
-            image is missing; with counts and the first names.
+    Both kinds of noise are standard deviations, as a share of an embedding's length, and are added
+    to stored embeddings in training alone. With `is_part`, the stores may have further records, and
+    captions are compared by number alone.
     """
 
     def __init__(
@@ -128,21 +117,21 @@ class AlignmentDataset(Dataset[Any]):
 
     @property
     def is_stored(self) -> bool:
-        """Whether both embeddings are stored, so that no tower runs."""
+        """True where both embeddings are stored, so that no tower runs."""
         return self.caption_store is not None and self.image_store is not None
 
     @property
     def has_noise(self) -> bool:
-        """Whether training batches have noise on an embedding that is stored."""
+        """True where training batches have noise on a stored embedding."""
         of_images = self.image_noise and self.image_store is not None
         return bool(of_images or (self.caption_noise and self.caption_store is not None))
 
     def read_group_ids(self, items: Array) -> Tensor:
-        """Return a number per item that items of one group share."""
+        """Return a hash per item that items of one group share, (B,) int64."""
         return torch.from_numpy(self.records.read_numbers("group_key", items))
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
-        """Return the hash of each caption, which equal captions share."""
+        """Return a hash per caption that equal captions share, (B,) int64."""
         return torch.from_numpy(self.records.read_text_keys(items, numbers))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
@@ -202,13 +191,7 @@ class AlignmentDataset(Dataset[Any]):
 
 
 class DecodedSample(NamedTuple):
-    """A record of a stream whose image is decoded.
-
-    Attributes:
-        record: Of the stream.
-        image: Its pixels, a PIL image.
-        seconds: That decoding took.
-    """
+    """A record of a stream, its image as a PIL image, and the seconds that decoding took."""
 
     record: CaptionedImage
     image: Any
@@ -216,21 +199,16 @@ class DecodedSample(NamedTuple):
 
 
 def decode_sample(record: CaptionedImage) -> DecodedSample:
-    """Decode the image of a record, before it is in a batch: so a broken one can be replaced."""
+    """Decode a record's image before it is in a batch, so that a broken one can be replaced."""
     begin = time.perf_counter()
     image = load_images(open_image(record.image))
     return DecodedSample(record, image, time.perf_counter() - begin)
 
 
 class AlignmentStream:
-    """Makes batches of the records of a stream, decoded and tokenized, or joined from a store.
+    """Makes batches of a stream's records, as `AlignmentDataset` does of an index.
 
-    Args:
-        stream: The records.
-        processor: The model's.
-        caption_store: Caption embeddings of these records, and perhaps others; None for tokens.
-        long_caption_ratio: As `sample_captions` takes it.
-        seed: Of captions.
+    The caption store may have other records, too.
     """
 
     def __init__(
@@ -254,7 +232,7 @@ class AlignmentStream:
             self._counts = caption_store.count_rows()
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
-        """Make a batch, as `AlignmentDataset` does."""
+        """Make the batch of some records."""
         records = [sample.record for sample in samples]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
         counts = np.array([(len(r.captions), len(r.long_captions)) for r in records]).T
@@ -318,7 +296,7 @@ class AlignmentStream:
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
-    """List all captions of some items."""
+    """List the captions of some items: the item of each, and its number in it."""
     starts = np.cumsum(counts) - counts
     numbers = np.arange(counts.sum()) - np.repeat(starts, counts)
     return np.repeat(items, counts), numbers

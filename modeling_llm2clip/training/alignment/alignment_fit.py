@@ -53,16 +53,9 @@ REFIT_FOLDER = "refit"
 
 @dataclass(frozen=True)
 class AlignmentFit:
-    """What a fit needs.
+    """A model folder, its data, and the folder of metrics and checkpoints.
 
-    Attributes:
-        source: Folder of the model that is trained.
-        data: What it is trained on, and measured on.
-        output: Folder of metrics and checkpoints.
-        config: Options of the alignment.
-        loss: What is trained on; each fit trains a copy of its parameters.
-        resume: Whether to continue from the last checkpoint.
-        callbacks: Further callbacks of the Trainer.
+    Each fit trains a copy of the loss's parameters.
     """
 
     source: Path
@@ -145,9 +138,9 @@ class AlignmentFit:
     def make_objective(
         self, length: RunLength, output: Path, name: str
     ) -> TrainingObjective | None:
-        """Make what measures the loss of a training batch; None where it cannot be measured.
+        """Make the callback that measures the loss of a training batch.
 
-        It cannot on a stream, which is not read twice, and is the same where no step is trained.
+        None for a stream, which is not read twice, and where no step is trained.
         """
         if not length.num_trained or not isinstance(self.data, RecordData):
             return None
@@ -199,14 +192,7 @@ def collect_weights(
 
 @dataclass(frozen=True)
 class Choice:
-    """What held-out images chose.
-
-    Attributes:
-        start: Where the projections start.
-        length: Numbers of the run.
-        step: Of the best weights; 0 for the start.
-        share: Of the way from the start to the weights of that step.
-    """
+    """The weights that held-out images chose: a step (0 for the start), and how far towards it."""
 
     start: ProjectionInit
     length: RunLength
@@ -215,7 +201,7 @@ class Choice:
 
     @property
     def is_source(self) -> bool:
-        """Whether the best weights are those of the model that the run began with."""
+        """True where the best weights are those of the model that the run began with."""
         return self.step == 0 and self.start.cca is None
 
 

@@ -25,15 +25,8 @@ LOSS = "loss"
 class AlignmentModel(PartialModel):
     """Both sides and the loss in one forward pass, as distributed training needs it.
 
-    Args:
-        config: Configuration of the whole model.
-        with_llm: False where caption embeddings are stored.
-        with_vision_tower: False where image embeddings are stored.
-
-    Attributes:
-        trains_text: Whether gradients reach the LLM; set before training.
-        trains_vision: Whether gradients reach the vision tower; set before training.
-        loss: What is trained on; if it is a module, its parameters are the model's, too.
+    Gradients reach a tower where `trains_text` or `trains_vision` is set. If the loss is a module,
+    its parameters are the model's, too.
     """
 
     loss: Loss

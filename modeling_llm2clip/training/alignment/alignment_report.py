@@ -1,4 +1,4 @@
-"""What `run.json` of an alignment says, for a terminal and for the card of the model."""
+"""Describes the `run.json` of an alignment for a terminal, and for the card of the model."""
 
 from __future__ import annotations
 

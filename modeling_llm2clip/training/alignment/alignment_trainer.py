@@ -108,10 +108,10 @@ class RunLength:
     """Numbers of a run that depend on its data and on where the projections start.
 
     Attributes:
-        num_steps: Over which the learning rate rises and falls.
-        batch_size: Of all processes together.
+        num_steps: Steps over which the learning rate rises and falls.
+        batch_size: Items per batch of all processes together.
         learning_rate: Peak rate of adapter, projections and LoRAs.
-        adapter_begin: Steps before the text adapter is trained too.
+        adapter_begin: Steps before the text adapter is trained, too.
         last_step: Step after which the run ends; None for the last one.
     """
 
@@ -162,16 +162,9 @@ def warm_up_then_cosine(
 
 
 class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
-    """Trains an `AlignmentModel`; to the Trainer the whole run is one epoch.
+    """Trains an `AlignmentModel` whose trained parts are chosen.
 
-    Args:
-        model: With its trained parts chosen.
-        data: What it is trained on.
-        config: Options of the alignment.
-        length: Numbers of the run.
-        training_arguments: From `make_training_arguments`.
-        callbacks: Further callbacks.
-        best_weights: Evaluates on held-out images; None without any.
+    To the Trainer the whole run is one epoch.
     """
 
     def __init__(
@@ -239,7 +232,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save what each process has of its own."""
+        """Save the state that each process has of its own."""
         super()._save_rng_state(output_dir)
         self.data.save(Path(output_dir))
 

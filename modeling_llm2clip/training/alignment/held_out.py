@@ -46,7 +46,7 @@ MakeContext = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """How well held-out captions and images find each other.
+    """Scores of held-out captions and images that find each other.
 
     Attributes:
         loss: The loss that is trained, of every pair against all others, at the temperature where
@@ -70,7 +70,7 @@ class HeldOutScores:
 
     @property
     def is_near_chance(self) -> bool:
-        """Whether a direction is not above three times chance with 95 % confidence (Wilson)."""
+        """True unless both directions are above three times chance, with 95 % confidence."""
         directions = (
             (self.t2i_r1, self.chance_t2i_r1),
             (self.i2t_r1, self.chance_i2t_r1),
@@ -161,8 +161,9 @@ def hold_out_of_stream(
 ) -> tuple[list[CaptionedImage], frozenset[str]]:
     """Hold out the first groups of a stream's shards; every process finds the same.
 
-    The number of all images is estimated from the first shard. A group with an image that cannot be
-    decoded is not held out, so that training comes to the image and counts it as lost.
+    Returned are records with their images in the folder, and their group ids, which training must
+    not see. The number of all images is estimated from the first shard. A group with an image that
+    cannot be decoded is not held out, so that training comes to the image and counts it as lost.
     """
     if not ratio:
         return [], frozenset()
@@ -223,10 +224,6 @@ class HeldOutImages:
 
     All captions of an image are queries where image embeddings are stored; otherwise its first
     one, because each pair costs a pass of the vision tower.
-
-    Args:
-        dataset: Holds them and the training images.
-        items: Its items that are held out.
     """
 
     def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:

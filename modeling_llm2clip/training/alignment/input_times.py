@@ -1,4 +1,4 @@
-"""How much of a run's time is spent waiting for batches, so that a user sees what bounds it.
+"""Measures the share of a run's time in which it waits for batches, and shows what bounds it.
 
 Only the process is watched, between two steps: a GPU is never waited for.
 """
@@ -51,10 +51,6 @@ class InputTimesCallback(TrainerCallback):
 
     So a run of ten minutes has about six of them, and one of a day 13. Each is about the time since
     the one before.
-
-    Args:
-        epoch_at: Passes over the data after a number of steps.
-        shown: Whether the lines are shown.
     """
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
@@ -67,7 +63,7 @@ class InputTimesCallback(TrainerCallback):
         self._made = InputTimes()
 
     def take(self, read: Callable[[], Any]) -> Any:
-        """Wait for batches as a Trainer reads them, and take out what they say of themselves."""
+        """Wait for the batches that a Trainer reads, and take out how long making them took."""
         begin = time.perf_counter()
         found = read()
         self._waited += time.perf_counter() - begin

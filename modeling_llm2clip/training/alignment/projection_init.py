@@ -1,4 +1,4 @@
-"""Where the projections start: as they are in the model, or from canonical correlation (CCA).
+"""Starts the projections as they are in the model, or from canonical correlation (CCA).
 
 CCA finds the directions in which captions and images agree most, in closed form. The quality
 depends on how much each side is regularized, and this on the data, so that it is chosen by
@@ -40,7 +40,7 @@ _MAX_PAIRS_COMPARED = 1_000
 
 @dataclass(frozen=True)
 class ProjectionInit:
-    """Where the projections of a run started, for its record.
+    """The start of a run's projections, for its record.
 
     Attributes:
         method: model or cca.
@@ -146,7 +146,7 @@ def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[fl
 def _pair_embeddings(
     dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Captions, their images, groups and text keys; a random sample of very many pairs."""
+    """Read captions, their images, groups and text keys; a random sample of very many pairs."""
     generator = torch.Generator().manual_seed(seed)
     # Every item has at least one caption, so that more items are not needed.
     sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
@@ -166,12 +166,12 @@ def _pair_embeddings(
 
 @dataclass(frozen=True)
 class FittedCCA:
-    """How a canonical correlation was fitted.
+    """The record of a canonical correlation.
 
     Attributes:
         text_shrinkage: Added to every variance of the texts, as a share of the mean variance.
-        image_shrinkage: The same of the images.
-        mean_reciprocal_rank: Of the cross-validation; None where both shrinkages were given.
+        image_shrinkage: Added to every variance of the images, likewise.
+        mean_reciprocal_rank: Mean over the cross-validation; None where both shrinkages were given.
         num_pairs: Pairs of a caption and an image that it was fitted on.
     """
 
@@ -191,7 +191,11 @@ def init_projections_by_cca(
     text_keys: Tensor | None = None,
     shrinkages: tuple[float, float] | None = None,
 ) -> FittedCCA:
-    """Set both projections in place.
+    """Set both projections in place, of which the image projection needs a bias.
+
+    Rows of embeddings, (N, D) and (N, D') float32, belong to each other. Pairs of one group are
+    never each other's negatives, and cross-validation never separates them; nor are pairs with
+    equal text keys negatives. Shrinkages that are not given are chosen by cross-validation.
 
     The blocks of a text adapter that was not trained become the identity; a trained one stays, and
     the projections are fitted to its output. Each projection gets the scale of an ordinary

@@ -1,4 +1,4 @@
-"""What a run trains on and measures itself on: records of an index, or a stream of them.
+"""The data of a run, trained on and held out: records of an index, or a stream of them.
 
 Both give the Trainer the whole run as one epoch. Batches of records are functions of their number,
 so that a resumed run skips those before without reading them. Those of a stream are wherever the
@@ -36,16 +36,7 @@ from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 
 class RecordData:
-    """Records of an index, in random batches.
-
-    Args:
-        dataset: The records.
-        items: Those that are trained on.
-        config: Options of the alignment.
-        held_out: Images that are measured on; None for none.
-        num_held_out: How many records these are.
-        num_shared_captions: Captions to train on that these have too.
-    """
+    """Records of an index, in random batches of the items that are trained on."""
 
     can_skip = True
 
@@ -78,7 +69,7 @@ class RecordData:
         return RecordData(self.dataset, items, self._config)
 
     def identify(self) -> dict[str, Any]:
-        """Return what identifies the data, for the record of a run."""
+        """Identify the data for the record of a run."""
         records = self.dataset.records
         return {
             "num_records": len(records),
@@ -124,14 +115,7 @@ class RecordData:
 
 
 class StreamData:
-    """A stream of records, epoch after epoch.
-
-    Args:
-        source: Makes its batches.
-        config: Options of the alignment.
-        held_out: Images that are measured on; None for none.
-        num_held_out: How many records these are.
-    """
+    """A stream of records, epoch after epoch."""
 
     can_skip = False
     is_stored = False
@@ -158,7 +142,7 @@ class StreamData:
         self._ended: list[StreamReport] = []  # of the epochs before
 
     def identify(self) -> dict[str, Any]:
-        """Return what identifies the data, for the record of a run."""
+        """Identify the data for the record of a run."""
         digest = hash_shards(self.source.stream.reader.shards)
         return {"num_records": None, "data": digest, "images": None}
 
@@ -211,7 +195,7 @@ class StreamData:
         self._epoch += 1
 
     def _read_current(self) -> StreamReport:
-        """Read what this process read and lost in its current epoch."""
+        """Report what this process read and lost in its current epoch."""
         state = self._resumed_state
         return read_report(self._loader.state_dict() if state is None else state)
 
@@ -220,7 +204,7 @@ class StreamData:
         return float(self._epoch)
 
     def save(self, folder: Path) -> None:
-        """Save where the stream of this process is."""
+        """Save the position of this process's stream."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "epoch": self._epoch,

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how fast: LoRA, or all with slower lower layers."""
+"""Chooses what is trained, and how fast: a LoRA, or all, slower in lower layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 
 
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
-    """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place."""
+    """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
+
+    Returns peft's wrapper of each tower that got a LoRA, by name, for `merge_loras`.
+    """
     model.train_heads_only()
     adapted: dict[str, Any] = {}
     if config.vision_training == "full":
@@ -89,7 +92,7 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
 
 
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:
-    """Merge the LoRAs into their towers, in place."""
+    """Merge the LoRAs in place, and return all weights that differ from the folder's."""
     names = {name for name in list_trained(model) if ".lora_" not in name}
     for tower, wrapper in adapted.items():
         setattr(model, tower, wrapper.merge_and_unload())
@@ -118,7 +121,7 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
 
 
 def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find the list of a tower's layers."""
+    """Find the name and the list of a tower's layers, the lowest first."""
     found = [
         (name, module)
         for name, module in tower.named_modules()

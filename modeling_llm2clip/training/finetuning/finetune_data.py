@@ -1,4 +1,4 @@
-"""What the LLM is fine-tuned on: captions and other texts in pairs, and groups held out."""
+"""The data of a fine-tuning: captions and other texts in pairs, and held-out groups."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at the ends
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """What a run is trained and measured on.
+    """Texts that are trained on, and groups that are measured on.
 
     Attributes:
-        tables: Text pairs, as `pair_tables` has them: of captions first, then others.
+        tables: Text pairs, as `pair_tables` has them: captions first, then others.
         weights: Batches of each table per batch of the first.
         num_trained: Number of groups whose captions are in the first table.
         num_first_pairs: Rows of the first table that have each caption at least once.

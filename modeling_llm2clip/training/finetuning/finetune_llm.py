@@ -212,7 +212,7 @@ def _plan(
 def _prepare(
     records: RecordTable, config: FinetuneConfig, scratch: Path
 ) -> tuple[FinetuneData, dict[str, Any]]:
-    """Check and prepare everything that needs no model, and what of it the record of a run has."""
+    """Check and prepare what needs no model; returns the data, and parts of the run's record."""
     num_skipped = 0
     if config.skip_single_captions:
         groups, num_skipped = skip_single_captions(records)
@@ -231,7 +231,7 @@ def _prepare(
 
 @contextmanager
 def _open_scratch(output: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, one for all processes of a machine.
+    """Make a temporary folder beside the output, one for all processes of a machine.
 
     There it is on the disk that has room for the run; `/tmp` may be in memory.
     """
@@ -255,7 +255,7 @@ def _open_scratch(output: Path) -> Iterator[Path]:
 
 
 def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its options."""
+    """Identify what the numbers of a run depend on beside its options."""
     init_lora = config.init_lora
     return {
         "source": source.name,
@@ -340,7 +340,7 @@ def _make_encoder(
 def _measure_before(
     encoder: CaptionEncoder, data: FinetuneData, output: Path, *, resumed: bool
 ) -> float:
-    """The accuracy before training; a resumed run takes what it measured the first time."""
+    """Measure the accuracy before training; a resumed run takes what it measured the first time."""
     if resumed:
         return float(read_results(output)["cra_before"])
     before = measure_caption_retrieval(encoder.encode, data.held_out)
@@ -357,7 +357,7 @@ def _find_nearest(
     *,
     resumed: bool,
 ) -> Array | None:
-    """The nearest groups of each group, once per run: all processes encode, one compares."""
+    """Find the nearest groups of each group, once per run: all processes encode, one compares."""
     if not config.num_hard_negatives:
         return None
     file, state = output / _NEAREST_FILE, PartialState()

@@ -76,7 +76,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     @property
     def modalities(self) -> list[str]:
-        """What it encodes."""
+        """Texts alone, as sentence-transformers asks."""
         return ["text"]
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> Any:

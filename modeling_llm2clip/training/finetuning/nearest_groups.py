@@ -46,7 +46,10 @@ _SMALL_GAIN = 0.01
 def find_nearest_groups(
     embeddings: Array, top_k: int, *, device: torch.device | str = "cpu", out: Array | None = None
 ) -> tuple[Array, dict[str, Any]]:
-    """Find the nearest other rows of each row by cosine."""
+    """Find the nearest other rows of each row, nearest first, and report how they were found.
+
+    They are (N, top_k) integers, in `out` if it is given. The embeddings may be mapped.
+    """
     found = np.empty((len(embeddings), top_k), np.int32) if out is None else out
     report: dict[str, Any] = {"method": "exact"}
     if len(embeddings) <= EXACT_UP_TO:
@@ -64,7 +67,7 @@ def find_nearest_groups(
 
 
 def require_search(num_groups: int) -> None:
-    """Require what searching the nearest of so many groups needs."""
+    """Require FAISS where so many groups are not compared exactly."""
     if num_groups > EXACT_UP_TO:
         require(ANN)
 

@@ -126,7 +126,7 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         yield from zip(rows.tolist(), groups, keys, strict=True)
 
     def _order_by_nearest(self, shuffled: Array, generator: torch.Generator) -> Iterator[int]:
-        """Every row once, each followed by rows of its nearest groups that are left."""
+        """Yield every row once, each followed by rows of its nearest groups that are left."""
         assert self.nearest is not None
         group_of_row = np.concatenate([piece.astype(np.int32) for piece in self.groups.pieces])
         by_group = shuffled[sort_rows(group_of_row[shuffled])]

@@ -105,12 +105,7 @@ def iterate_numbers(table: Dataset, name: str) -> Iterator[Array]:
 
 
 class MappedColumn:
-    """A column of integers of a table, whose rows are read as they are asked for.
-
-    Args:
-        table: From `open_table`.
-        name: Of the column.
-    """
+    """A column of integers of a table, whose rows are read as they are asked for."""
 
     def __init__(self, table: Dataset, name: str) -> None:
         self.pieces = list(iterate_numbers(table, name))

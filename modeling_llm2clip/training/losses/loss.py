@@ -1,4 +1,4 @@
-"""What a loss of the alignment gets, and which losses there are."""
+"""The losses of the alignment, and the batch that they get."""
 
 from __future__ import annotations
 
