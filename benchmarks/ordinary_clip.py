@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.training.alignment.alignment_trainer import warm_up_then_cosine
 from modeling_llm2clip.training.alignment.trained_parts import split_by_decay
@@ -142,7 +143,7 @@ def _compute_loss(model: Any, features: Tensor, ids: Tensor, group_ids: Tensor) 
     image_embeds = F.normalize(model.visual.head(features), dim=-1)
     text_embeds = F.normalize(_encode_trimmed(model, ids), dim=-1)
     scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE).reshape(1)
-    return ContrastiveLoss()(LossInputs(image_embeds, text_embeds, scale, group_ids))
+    return ContrastiveLoss()(LossInputs(image_embeds, text_embeds, LogitRule(scale), group_ids))
 
 
 def save_ordinary_clip(model: Any, folder: Path, arguments: OrdinaryClipConfig) -> Path:

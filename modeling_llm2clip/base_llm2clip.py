@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .heads_llm2clip import LogitScale, TextAdapter
+from .heads_llm2clip import LogitHead, TextAdapter
 from .loading_llm2clip import (
     WEIGHT_FILE,
     bounded_by_weights,
@@ -68,8 +68,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     visual_projection: Any
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LogitScale):
-            init.constant_(module.log_scale, module.initial_value)
+        if isinstance(module, LogitHead):
+            module.reset()
         elif isinstance(module, nn.Linear):
             # The output has the scale of the input at any width.
             init.normal_(module.weight, std=module.in_features**-0.5)

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .base_llm2clip import LLM2CLIPPreTrainedModel, settle_frozen
 from .configuration_llm2clip import LLM2CLIPConfig
-from .heads_llm2clip import LogitScale, check_width, contrastive_loss
+from .heads_llm2clip import LogitHead, check_width, contrastive_loss
 from .outputs_llm2clip import LLM2CLIPOutput, find_requested_states, keep_states, name_requests
 from .packing_llm2clip import (
     acquire_text_forward_lock,
@@ -407,8 +407,13 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         super().__init__(config)
         self._add_vision_tower(vision_model)
         self._add_text_tower(text_model)
-        self.logit_scale = LogitScale(config.logit_scale_init_value)  # last: see LogitScale
+        self.logit_scale = LogitHead(config.logit_scale_init_value)  # last: see LogitHead
         self.post_init()
+
+    @property
+    def logit_head(self) -> LogitHead:
+        """What turns embeddings into logits; in a folder its weights begin with `logit_scale`."""
+        return self.logit_scale
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -499,10 +504,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 image_embeds=image_embeds, text_embeds=text_embeds, pooler_output=only
             )
         text_embeds = text_embeds.to(image_embeds.device)
-        # An enclosing autocast would round cosines times a hundred to eight bits.
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            scaled = self.logit_scale().float().to(image_embeds.device) * image_embeds.float()
-            logits = scaled @ text_embeds.float().T
+        logits = self.logit_head.rule().to(image_embeds.device)(image_embeds, text_embeds)
         return LLM2CLIPOutput(
             loss=contrastive_loss(logits) if return_loss else None,
             logits_per_image=logits,

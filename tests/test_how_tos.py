@@ -28,6 +28,7 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     read_specs,
 )
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
+from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.training.losses.loss import LOSSES, LossInputs, load_loss
 
 HOW_TOS = Path(__file__).parent.parent / "docs" / "contributing"
@@ -79,8 +80,8 @@ def test_the_loss_is_loaded_by_its_name(package: Package, monkeypatch: pytest.Mo
     assert found is not None
     monkeypatch.setitem(LOSSES, found[1], (found[2], found[3]))
     images = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
-    same = LossInputs(images, images, torch.ones(1), torch.arange(4))
-    opposite = replace(same, text_embeds=-images)
+    same = LossInputs(images, images, LogitRule(torch.ones(1)), torch.arange(4))
+    opposite = same._replace(text_embeds=-images)
     for chunk_size in (None, 2):
         cosine = load_loss("cosine", chunk_size=chunk_size)
         # Of rows of unit length, to float32's rounding.

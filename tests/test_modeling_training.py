@@ -20,8 +20,8 @@ from shared_models import (
 from tiny import tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
-from modeling_llm2clip.heads_llm2clip import LogitScale, contrastive_loss
-from modeling_llm2clip.training.alignment.tower_layers import find_layers
+from modeling_llm2clip.heads_llm2clip import LogitHead, contrastive_loss
+from modeling_llm2clip.training.alignment.trained_parts import find_layers
 from modeling_llm2clip.training.trainer_mixins import recompute_activations
 
 # Loss and gradients
@@ -148,7 +148,7 @@ def test_a_trained_tower_that_cannot_recompute_is_refused_and_a_frozen_one_left_
 )
 def test_the_inverse_temperature_stays_between_1_and_100(log_scale: float, scale: float) -> None:
     # float32 has 24 bits.
-    assert LogitScale(log_scale)().item() == pytest.approx(scale, rel=1e-6)
+    assert LogitHead(log_scale)().item() == pytest.approx(scale, rel=1e-6)
 
 
 def test_the_temperature_has_one_dimension_and_comes_last() -> None:

@@ -31,11 +31,11 @@ def check_loading(tested: ModelUnderTest) -> str:
 
 def check_temperature(tested: ModelUnderTest) -> str:
     """Require an inverse temperature in [1, 100]; outside, it is clamped."""
-    log_scale = float(tested.model.logit_scale.log_scale)
+    log_scale = float(tested.model.logit_head.log_scale)
     # float32 rounds ln 100 by up to 5e-7; anything further was not written by a training.
     if not -1e-6 <= log_scale <= MAX_LOG_SCALE + 1e-6:
         raise ValueError(
-            f"logit_scale is {log_scale:.4g}, an inverse temperature of {_exp(log_scale):.4g}; "
+            f"The inverse temperature is {_exp(log_scale):.4g}, of the logarithm {log_scale:.4g}; "
             "wanted one within [1, 100]. The logits are clamped, so the training diverged or the "
             "value was written by hand."
         )

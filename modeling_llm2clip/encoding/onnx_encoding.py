@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..heads_llm2clip import LogitRule
 from ..packing_llm2clip import CPU_TOKEN_BUDGET
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import (
@@ -46,7 +47,7 @@ class OnnxEncoder:
         processor: The processor that was exported with the graphs.
         text_session: `onnxruntime.InferenceSession` of the text tower; None where there is none.
         vision_session: The same of the vision tower.
-        logit_scale: Factor of cosines before a softmax; None where there is none.
+        logit_rule: Turns cosines into logits; None where there is one tower alone.
 
     Attributes:
         modalities: What can be encoded: `"text"`, `"image"` or both.
@@ -59,10 +60,10 @@ class OnnxEncoder:
         *,
         text_session: Any = None,
         vision_session: Any = None,
-        logit_scale: float | None = None,
+        logit_rule: LogitRule | None = None,
     ) -> None:
         self.processor = processor
-        self.logit_scale = logit_scale
+        self.logit_rule = logit_rule
         self._text_session = text_session
         self._vision_session = vision_session
         sessions = {"text": text_session, "image": vision_session}

@@ -47,6 +47,12 @@ def data_file(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}_data")
 
 
+def describe_head(model: Any) -> dict[str, float | None]:
+    """Describe for the record what turns cosines into logits; None of a model of one tower."""
+    head = getattr(model, "logit_head", None)
+    return {"logit_scale": None if head is None else round(float(head.plain_rule().scale), 6)}
+
+
 def read_onnx_record(folder: Path) -> dict[str, Any]:
     """Read what was exported.
 
@@ -118,7 +124,10 @@ def load_onnx_encoder(
         True
     """
     require(ONNX_RUNTIME)
+    import torch
+
     from ..encoding.onnx_encoding import OnnxEncoder
+    from ..heads_llm2clip import LogitRule
     from ..processing_llm2clip import LLM2CLIPProcessor
 
     folder = find_onnx_folder(source, revision=revision)
@@ -132,7 +141,9 @@ def load_onnx_encoder(
         for name, graph in graphs.items()
     }
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return OnnxEncoder(processor, logit_scale=record["logit_scale"], **sessions)
+    scale = record["logit_scale"]
+    rule = None if scale is None else LogitRule(torch.tensor(scale))
+    return OnnxEncoder(processor, logit_rule=rule, **sessions)
 
 
 def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:

@@ -37,6 +37,7 @@ from ..model_folders.onnx_folder import (
     DTYPES,
     GRAPHS,
     data_file,
+    describe_head,
     graph_file,
     open_session,
 )
@@ -285,13 +286,11 @@ class _OnnxWriter:
             require_inside(reference.folder, [reference.folder / GOLDEN_FILE])
             shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
         script = self._write_script()
-        scale = getattr(reference.model, "logit_scale", None)
         record = {
             "format": _RECORD_FORMAT,
             **self.versions,
             "graphs": self.graphs,
-            # The factor of cosines before a softmax; a text-only or vision-only model has none.
-            "logit_scale": None if scale is None else round(float(scale().detach()), 6),
+            **describe_head(reference.model),
             "script": script,
             "checked_on": reference.inputs.data,
             "source": {

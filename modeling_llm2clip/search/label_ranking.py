@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..heads_llm2clip import LogitRule
 from .tag_labels import Label
 
 
@@ -47,7 +48,7 @@ def rank_labels(
     label_embeds: Tensor,
     labels: Sequence[Label],
     *,
-    scale: float,
+    rule: LogitRule,
     top_k: int,
 ) -> list[list[Tag]]:
     """Take for each image the labels of the greatest cosine, best first.
@@ -56,11 +57,11 @@ def rank_labels(
         image_embeds: (N, P) of unit length.
         label_embeds: (labels, P) of unit length.
         labels: The labels.
-        scale: Factor of the cosines before the softmax.
+        rule: Turns cosines into the logits of a softmax.
         top_k: Labels per image; all of them where there are fewer.
     """
     cosines = image_embeds @ label_embeds.T
-    probabilities = (scale * cosines).softmax(dim=-1)
+    probabilities = rule.from_cosines(cosines).softmax(dim=-1)
     best = cosines.topk(min(top_k, len(labels)))
     return [
         [

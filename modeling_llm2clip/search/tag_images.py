@@ -166,9 +166,9 @@ def tag_images(
 ) -> Iterator[TaggedImage]:
     """Yield the labels of each image; embeddings are (images, P) of unit length."""
     label_embeds = average_prompts(encode_tokenized_texts(model, processor, prompts), labels)
-    scale = float(model.logit_scale())
+    rule = model.logit_head.plain_rule()
     for paths, embeds in parts:
-        found = rank_labels(embeds, label_embeds, labels, scale=scale, top_k=top_k)
+        found = rank_labels(embeds, label_embeds, labels, rule=rule, top_k=top_k)
         for path, tags in zip(paths, found, strict=True):
             yield TaggedImage(
                 path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]

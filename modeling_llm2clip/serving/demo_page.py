@@ -303,7 +303,7 @@ def _build_page(page: DemoPage) -> gr.Blocks:
         if service.index is not None:
             with gr.Tab("Search", id="search"):
                 _add_search(page)
-        if service.encoder.logit_scale is not None:
+        if service.encoder.logit_rule is not None:
             with gr.Tab("Classify", id="classify"):
                 _add_classification(page)
         with gr.Tab("API", id="api"):

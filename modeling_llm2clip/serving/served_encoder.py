@@ -19,6 +19,7 @@ from ..encoding.encode import (
 )
 from ..encoding.onnx_encoding import DEFAULT_BATCH_SIZE, DEFAULT_TOKEN_BUDGET, OnnxEncoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
+from ..heads_llm2clip import LogitRule
 from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -31,7 +32,7 @@ class ServedEncoder(Protocol):
         modalities: Those of `"text"` and `"image"` that it embeds.
         embedding_dim: P, the width of an embedding.
         max_text_length: Maximum tokens per text; the rest is truncated.
-        logit_scale: Factor of cosines before a softmax; None where there is one tower alone.
+        logit_rule: Turns cosines into logits; None where there is one tower alone.
         token_budget: Maximum tokens per batch by default.
         batch_size: Maximum images per batch by default.
         tally: The images that were embedded so far; empty where a tower's outputs are not known.
@@ -40,7 +41,7 @@ class ServedEncoder(Protocol):
     modalities: tuple[str, ...]
     embedding_dim: int
     max_text_length: int
-    logit_scale: float | None
+    logit_rule: LogitRule | None
     token_budget: int
     batch_size: int
     tally: ImageTally
@@ -108,8 +109,8 @@ class ModelEncoder:
         self.modalities = tuple(name for name, tower in towers.items() if hasattr(model, tower))
         self.embedding_dim = int(model.config.projection_dim)
         self.max_text_length = processor.longest_text
-        scale = getattr(model, "logit_scale", None)
-        self.logit_scale = None if scale is None else float(scale().detach())
+        head = getattr(model, "logit_head", None)
+        self.logit_rule = None if head is None else head.plain_rule()
         self.token_budget = default_token_budget(model.device)
         self.batch_size = default_batch_size(model.device)
         self.tally = ImageTally()
@@ -167,7 +168,7 @@ class OnnxModelEncoder:
         self.modalities = encoder.modalities
         self.embedding_dim = encoder.embedding_dim
         self.max_text_length = encoder.processor.longest_text
-        self.logit_scale = encoder.logit_scale
+        self.logit_rule = encoder.logit_rule
         self.token_budget = DEFAULT_TOKEN_BUDGET
         self.batch_size = DEFAULT_BATCH_SIZE
         self.tally = ImageTally()  # stays empty: a graph gives no outputs of the tower

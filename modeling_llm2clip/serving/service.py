@@ -223,7 +223,7 @@ class EmbeddingService:
             RequestError: An image or a label is not valid, the model lacks a tower, or the queue is
                 full.
         """
-        if self.encoder.logit_scale is None:
+        if self.encoder.logit_rule is None:
             raise RequestError(400, "This model has one tower; classifying needs both.")
         param = "templates"
         try:
@@ -459,12 +459,12 @@ class EmbeddingService:
         top_k: int | None,
     ) -> list[list[Tag]]:
         rows = torch.from_numpy(embeds)
-        assert self.encoder.logit_scale is not None
+        assert self.encoder.logit_rule is not None
         return rank_labels(
             rows[num_prompts:],
             average_prompts(rows[:num_prompts], labels),
             labels,
-            scale=self.encoder.logit_scale,
+            rule=self.encoder.logit_rule,
             top_k=top_k or len(labels),
         )
 

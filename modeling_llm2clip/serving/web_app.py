@@ -94,7 +94,7 @@ def _list_working_routes(service: EmbeddingService, num_images: int | None) -> l
     if not service.is_alive:
         return []
     routes = ["/v1/embeddings", "/v2/embed"]
-    if service.encoder.logit_scale is not None:
+    if service.encoder.logit_rule is not None:
         routes.append("/v1/classify")
     if num_images is not None:
         routes.append("/v1/search")

@@ -1,4 +1,4 @@
-"""What the processes of a training run share, and the arguments of their Trainers."""
+"""Processes of a training run, and the arguments of their Trainers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
 from transformers import TrainingArguments
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -17,17 +16,7 @@ Result = TypeVar("Result")
 
 
 def run_once_per_machine(function: Callable[[], Result]) -> Result:
-    """Call a function on one process of each machine; the others wait for what it returns.
-
-    Args:
-        function: Returns what can be pickled.
-
-    Returns:
-        What the function returned on this machine.
-
-    Raises:
-        Exception: What the function raised on any machine, on all processes.
-    """
+    """Call a function on one process of each machine; all get its result, or raise its error."""
     state = PartialState()
     if state.num_processes == 1:
         return function()
@@ -45,29 +34,13 @@ def run_once_per_machine(function: Callable[[], Result]) -> Result:
     return results[state.process_index - state.local_process_index][0]  # type: ignore[no-any-return]
 
 
-def keep_to_one_gpu(arguments: TrainingArguments) -> None:
-    """Make a Trainer use one GPU per process, and never torch's DataParallel.
-
-    DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
-    the precision of the run.
-
-    Args:
-        arguments: Of the Trainer; changed in place.
-    """
-    arguments._n_gpu = min(1, arguments.n_gpu)
-
-
 def is_sharded() -> bool:
-    """Whether `accelerate launch` was given a configuration for FSDP."""
+    """Return whether `accelerate launch` was given a configuration for FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")  # type: ignore[no-any-return]
 
 
 def refuse_fsdp_for_lora() -> None:
-    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into.
-
-    Raises:
-        ValueError: The launcher was given a configuration for FSDP.
-    """
+    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into."""
     if is_sharded():
         raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
 
@@ -75,32 +48,14 @@ def refuse_fsdp_for_lora() -> None:
 def training_arguments_on(
     device: torch.device, arguments_class: type[Arguments], **options: Any
 ) -> Arguments:
-    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU.
-
-    Args:
-        device: Device of the run; of several processes each has its own already.
-        arguments_class: `TrainingArguments` or a class derived from it.
-        **options: Further arguments of that class.
-    """
+    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
     arguments = arguments_class(use_cpu=device.type == "cpu", **options)
     state = PartialState()
     if state.num_processes == 1:
         state.device = device
         arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
         arguments._n_gpu = int(device.type != "cpu")
-    keep_to_one_gpu(arguments)
+    # Never torch's DataParallel: it would multiply the batch by the number of GPUs, and compute in
+    # float32, whatever the precision of the run.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
-
-
-def gather_ids(ids: Tensor) -> Tensor:
-    """Concatenate the ids of all processes' rows in the order of their ranks.
-
-    Args:
-        ids: (B, columns) int64, of this process; equally many on every process.
-
-    Returns:
-        (A, columns) int64.
-    """
-    gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, ids.contiguous())
-    return torch.cat(gathered)

@@ -8,15 +8,17 @@ does not import torch, so that a command can check a folder before anything slow
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
-from ..data.atomic_files import is_unfinished, write_atomically
+from ..data.atomic_files import is_unfinished, lock_unless_held, write_atomically
 from ..model_folders.atomic_folder import require_writable
 
 if TYPE_CHECKING:
@@ -35,19 +37,14 @@ _COMPLETE = "complete"
 _MAY_DIFFER = {"num_workers", "report_to"}
 _CHECKPOINTS_KEPT = 2
 _NAMES_SHOWN = 5
+_ATTEMPTS = 100
+_HELD: set[IO[str]] = set()
 
 
 def write_run_record(
     folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module | None = None
 ) -> None:
-    """Write `run.json`, or renew what it says of a run that is resumed.
-
-    Args:
-        folder: Folder of the run, made if it does not exist.
-        config: Options of the stage.
-        inputs: What the numbers depend on beside the options; what is not JSON is written as text.
-        model: Module that is trained, ready for the first step; None for a run of several stages.
-    """
+    """Write `run.json`, or renew what it says of a run that is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -62,35 +59,19 @@ def write_run_record(
 
 
 def add_results(folder: Path, **results: Any) -> None:
-    """Add numbers to the results of a run.
-
-    Args:
-        folder: Folder of the run.
-        **results: Names and values as JSON holds them; a name that is there is replaced.
-    """
+    """Add numbers to the results of a run."""
     record = _read(folder)
     _write(folder, {**record, "results": {**record.get("results", {}), **results}})
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read what `add_results` wrote; empty for a run without results.
-
-    Args:
-        folder: Folder of the run.
-    """
+    """Read what `add_results` wrote; empty for a run without results."""
     results: dict[str, Any] = _read(folder).get("results", {})
     return results
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """Read all of `run.json`.
-
-    Args:
-        folder: Folder of the run.
-
-    Raises:
-        ValueError: The folder has no such file, or another program's.
-    """
+    """Read all of `run.json`."""
     file = folder / RUN_FILE
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -105,16 +86,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 
 
 def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
-    """Require an empty folder, or one of a run that is resumed.
-
-    Args:
-        folder: Folder of the run; it may not exist yet.
-        resume: Whether the run in it is resumed.
-
-    Raises:
-        ValueError: The folder has other files, or a run that is not resumed.
-        OSError: The folder cannot be made or written.
-    """
+    """Require an empty folder, or one of a run that is resumed."""
     require_writable(folder)
     # A run that was killed before it wrote its record has done nothing yet.
     if not folder.exists() or all(
@@ -138,18 +110,9 @@ def require_same_run(
     resume: bool,
     may_differ: Collection[str] = (),
 ) -> None:
-    """Require that a run in a folder, if there is one, was begun with the same options and inputs.
+    """Require that a run in a folder, if any, was begun with the same options and inputs.
 
-    Args:
-        folder: Folder of the run; it may not exist yet.
-        config: Options of the stage.
-        inputs: What the numbers depend on beside the options.
-        resume: Whether a run in the folder is resumed.
-        may_differ: Further options that change nothing that is written already, or sections.
-
-    Raises:
-        ValueError: As `require_fresh_or_resumed`; or every option and input that differs, with
-            both values.
+    Further options, or sections of them, may differ if they change nothing that is written already.
     """
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
@@ -175,14 +138,7 @@ def require_same_run(
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Count the parameters of each direct child of a module, and of `all` together.
-
-    Args:
-        model: Module with the parameters.
-
-    Returns:
-        `{child: {"total": …, "trainable": …}}`.
-    """
+    """Count the `total` and `trainable` parameters of each child of a module, and of `all`."""
     table: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         for part in (name.split(".")[0], "all"):
@@ -196,23 +152,12 @@ def list_trained(model: nn.Module) -> set[str]:
     """List the names of the parameters that training changes; tied parameters count once.
 
     Buffers do not change: batch normalization keeps its statistics.
-
-    Args:
-        model: Module with the parameters.
     """
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
-    """Refuse weights that are not finite, before they are written.
-
-    Args:
-        weights: Name → weight.
-        step: Step of the run, for the message.
-
-    Raises:
-        FloatingPointError: Some weights have NaN or infinity; the first of them are named.
-    """
+    """Refuse weights that are not finite, before they are written."""
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
         raise FloatingPointError(
@@ -226,10 +171,6 @@ def mark_complete(output: Path, step: int) -> None:
     """Mark the checkpoint of a step as complete, and delete all but the last two steps.
 
     The order is that of their steps: the times of files depend on clocks, and change in copies.
-
-    Args:
-        output: Folder of the run.
-        step: Step of the checkpoint.
     """
     (output / CHECKPOINTS / f"checkpoint-{step}" / _COMPLETE).touch()
     folders = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step_of)
@@ -238,23 +179,14 @@ def mark_complete(output: Path, step: int) -> None:
 
 
 def find_last_checkpoint(output: Path) -> Path | None:
-    """Return the last complete checkpoint of a run, or None.
-
-    Args:
-        output: Folder of the run.
-    """
+    """Return the last complete checkpoint of a run, or None."""
     folders = (output / CHECKPOINTS).glob("checkpoint-*")
     complete = [folder for folder in folders if (folder / _COMPLETE).is_file()]
     return max(complete, key=_step_of, default=None)
 
 
 def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
-    """Delete metrics and incomplete checkpoints of steps that will be run again.
-
-    Args:
-        output: Folder of the run.
-        checkpoint: Checkpoint that the run continues from; None for a run from the beginning.
-    """
+    """Delete metrics and incomplete checkpoints of steps that will be run again."""
     step = 0 if checkpoint is None else _step_of(checkpoint)
     for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         if _step_of(folder) > step:
@@ -267,6 +199,68 @@ def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
         kept = [line for line in complete if json.loads(line)["step"] <= step]
         # A second kill, here, must not lose the lines of the steps that remain.
         write_atomically(file, "".join(kept).encode())
+
+
+def _close_inherited() -> None:
+    """Leave the lock to the main process alone: workers of a loader outlive it for seconds."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run for the processes of one launcher, or refuse to begin.
+
+    It is a lock of the kernel on a file in the folder, so that it ends with the main process,
+    however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
+    empty in the end is removed.
+    """
+    # Here, so that a command can check a folder without them.
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    with ExitStack() as stack:
+        is_held = [True]
+        if PartialState().is_main_process:
+            is_held = [stack.enter_context(_hold(folder))]
+        broadcast_object_list(is_held)
+        if not is_held[0]:
+            raise ValueError(
+                f"{folder} is in use: another process trains in it now. Let it end and continue "
+                "its run with --resume ('resume=True' in Python), or choose a new folder."
+            )
+        yield
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[bool]:
+    file = folder / LOCK_FILE
+    with _open(file) as opened:
+        is_held = lock_unless_held(file, opened)  # a run that ended has removed its own
+        if is_held:
+            _HELD.add(opened)
+        try:
+            yield is_held
+        finally:
+            _HELD.discard(opened)
+            if is_held:
+                file.unlink(missing_ok=True)
+                with suppress(OSError):  # it is not empty, or another run removes it
+                    folder.rmdir()
+
+
+def _open(file: Path) -> IO[str]:
+    """Open a file in a folder that is made, and that a run which ends may remove meanwhile."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError, FileExistsError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return file.open("a", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.open("a", encoding="utf-8")
 
 
 def _step_of(checkpoint: Path) -> int:

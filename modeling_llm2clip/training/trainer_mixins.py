@@ -1,4 +1,4 @@
-"""What both training stages add to a transformers Trainer: mixins, callbacks, precision.
+"""Additions of both training stages to a transformers Trainer: mixins, callbacks, precision.
 
 A mixin precedes the Trainer among the bases of a class.
 """
@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -47,6 +45,7 @@ _SHOWN = {
     "held_out_t2i_r1": "t2i R@1",
     "held_out_i2t_r1": "i2t R@1",
 }
+_OF_WHOLE_RUN = re.compile("train_loss|train_.*_per_second")
 _PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1"}
 
 
@@ -81,31 +80,17 @@ class ResumedMetricsMixin:
     _is_resumed = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and note whether the run is resumed.
-
-        Args:
-            resume_from_checkpoint: Checkpoint to continue from, as `Trainer.train` takes it.
-            *args: Further arguments of `Trainer.train`.
-            **kwargs: Further arguments of `Trainer.train`.
-        """
+        """Train, and note whether the run is resumed."""
         self._is_resumed = resume_from_checkpoint is not None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, without those of the whole run where the run was resumed.
-
-        Args:
-            logs: Metrics by name.
-            *args: Further arguments of `Trainer.log`.
-            **kwargs: Further arguments of `Trainer.log`.
-        """
+        """Log metrics, without those of the whole run where the run was resumed."""
         if self._is_resumed or self.state.global_step < self.state.max_steps:
-            logs = {name: value for name, value in logs.items() if not _is_of_whole_run(name)}
+            logs = {
+                name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)
+            }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-def _is_of_whole_run(name: str) -> bool:
-    return name == "train_loss" or (name.startswith("train_") and name.endswith("_per_second"))
 
 
 class CheckpointMarkMixin:
@@ -160,38 +145,22 @@ class TrainedCheckpointMixin(CheckpointMarkMixin):
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Appends every log of a Trainer to a file, one JSON object per line, with its step.
-
-    Args:
-        file: The file; made if it does not exist.
-    """
+    """Appends every log of a Trainer to a file, one JSON object per line, with its step."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_log(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs:
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        if state.is_world_process_zero and given.get("logs"):
+            line = json.dumps({"step": state.global_step, **given["logs"]})
             with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                stream.write(line + "\n")
 
 
 class LogLastStepCallback(TrainerCallback):
     """Logs the last step too, whatever the number of steps between two logs."""
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -200,21 +169,12 @@ class StopCallback(TrainerCallback):
     """After a signal, finishes the step, saves a checkpoint, and stops the Trainer.
 
     A signal that one process received stops all of them, at the same step.
-
-    Args:
-        stop: The request that `stop_on_signals` gives.
     """
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if args.world_size > 1:
             number = torch.tensor(int(self.stop.signal or 0), device=args.device)
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -225,24 +185,14 @@ class StopCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a run in one line on stderr: steps, rate, time left, and the latest numbers.
-
-    Args:
-        name: Name of the stage, in front of the bar.
-    """
+    """Shows a run in one line on stderr: steps, rate, time left, and the latest numbers."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._bar: tqdm[Any] | None = None
         self._numbers: dict[str, str] = {}
 
-    def on_train_begin(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         self._bar = tqdm(
             desc=self._name,
             total=state.max_steps,
@@ -252,48 +202,22 @@ class ProgressCallback(TrainerCallback):
             mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_UPDATES,
         )
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        self._numbers |= describe_numbers(logs or {})
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        self._numbers |= describe_numbers(given.get("logs") or {})
         if self._bar is not None:
             self._bar.set_postfix(self._numbers, refresh=False)
 
-    def on_train_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if self._bar is not None:
             self._bar.close()
 
 
 def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Choose the numbers of a Trainer's log that a progress bar shows.
-
-    Args:
-        logs: What a Trainer logs.
-
-    Returns:
-        Name → number with at most four digits, or a percentage; times and sums are left out.
-    """
+    """Choose what a progress bar shows of a log, as numbers of four digits or percentages."""
     return {
         name: f"{logs[key]:.1%}" if key in _PERCENTAGES else f"{logs[key]:.4g}"
         for key, name in _SHOWN.items()
@@ -302,27 +226,14 @@ def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def show_progress(trainer: Trainer, name: str) -> None:
-    """Replace a Trainer's own bar and the dictionaries that it prints by `ProgressCallback`.
-
-    Args:
-        trainer: A Trainer that has not begun.
-        name: Name of the stage, in front of the bar.
-    """
+    """Replace a Trainer's own bar and the dictionaries that it prints by `ProgressCallback`."""
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(name))
 
 
 def choose_reports(report_to: Sequence[str] | None) -> list[str]:
-    """Choose where a Trainer reports metrics, as its `report_to` takes it.
-
-    Args:
-        report_to: Names of integrations of transformers, all or none; None for tensorboard where
-            it is installed.
-
-    Raises:
-        ValueError: transformers has no such integration, or its package is not installed.
-    """
+    """Choose where a Trainer reports metrics: by default to tensorboard, where it is installed."""
     available = get_available_reporting_integrations()
     if report_to is None:
         return [name for name in ("tensorboard",) if name in available]
@@ -340,14 +251,9 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
 
 
 def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
-    """Count the warm-up steps of a run; in the step after them the learning rate is at its peak.
+    """Count the warm-up steps of a run, after which the learning rate is at its peak.
 
-    Args:
-        warmup_steps: Below 1 a share of the run, rounded down; else a number of steps.
-        num_steps: Steps of the run.
-
-    Raises:
-        ValueError: The run ends before the learning rate is at its peak.
+    Below 1 they are a share of the run, rounded down.
     """
     counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
     if counted >= num_steps:
@@ -360,26 +266,60 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
 
 
 def recompute_activations(tower: Any) -> None:
-    """Make a tower recompute its activations in the backward pass: slower, in less memory.
-
-    Args:
-        tower: A model of transformers.
-    """
+    """Make a tower recompute its activations in the backward pass: slower, in less memory."""
     # Newer versions of transformers call it so, and warn of the old name.
     enable = getattr(tower, "activation_checkpointing_enable", None)
     (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
-    """Whether a run computes its products in bfloat16; weights stay float32.
+    """Return whether a run computes its products in bfloat16; weights stay float32.
 
-    Args:
-        precision: float32, bfloat16, or auto, which takes bfloat16 on a GPU that supports it and
-            never on a CPU: without its instructions bfloat16 is several times slower there, with
-            them no faster, and its gradients are noisier everywhere. Weights that are stored in
-            half precision and not trained compute in it all the same, unless it is float32.
-        on_gpu: Whether the run is on a GPU.
+    `auto` takes bfloat16 on a GPU that supports it and never on a CPU: without its instructions
+    bfloat16 is several times slower there, with them no faster, and its gradients are noisier
+    everywhere. Weights that are stored in half precision and not trained compute in it all the
+    same, unless the precision is float32.
     """
     if precision != "auto":
         return precision == "bfloat16"
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
+    """List the parameters that ask for a gradient and get none in a backward pass.
+
+    Some networks read the weight of a linear layer themselves (`F.linear(x, self.qkv.weight)`). A
+    LoRA in that layer's place is then never run: it would be counted, saved and merged, and never
+    train.
+
+    A gradient of zero is one: the first matrix of a new LoRA has no other. The pass is one of
+    training, but no layer is left out at random, as an LLM with `layerdrop` does. Afterwards
+    gradients, modes and random generators are as they were.
+    """
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    was_training = module.training
+    module.train()
+    dropping: list[Any] = [part for part in module.modules() if "layerdrop" in vars(part)]
+    shares = [part.layerdrop for part in dropping]
+    for part in dropping:
+        part.layerdrop = 0.0
+    with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
+        compute().backward()
+    module.train(was_training)
+    for part, share in zip(dropping, shares, strict=True):
+        part.layerdrop = share
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    missing = [name for name, parameter in trained if parameter.grad is None]
+    module.zero_grad(set_to_none=True)
+    return missing
+
+
+def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> None:
+    """Refuse a run of which some parameters would never be trained."""
+    layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
+    if layers:
+        shown = ", ".join(layers[:_NAMES_SHOWN]) + (", …" if len(layers) > _NAMES_SHOWN else "")
+        raise ValueError(
+            f"{cause}: {len(layers)} layers would get no gradient and never be trained, since the "
+            f"network passes their LoRA by, or their output has no effect: {shown}. {remedy}"
+        )

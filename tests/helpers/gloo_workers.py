@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
 
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperatureCallback
@@ -45,7 +46,7 @@ def loss_and_gradients(part: slice, *, chunk_size: int | None = None) -> dict[st
     for leaf in leaves:
         leaf.requires_grad_(True)
     loss = ContrastiveLoss(chunk_size=chunk_size)(
-        LossInputs(*leaves, group_ids[part], TEXT_KEYS[part])
+        LossInputs(*leaves[:2], LogitRule(scale), group_ids[part], TEXT_KEYS[part])
     )
     loss.backward()
     image_grad, text_grad, scale_grad = (leaf.grad for leaf in leaves)
@@ -60,7 +61,8 @@ def gather_gradients(part: slice, *, library: bool) -> dict[str, Tensor]:
         warnings.simplefilter("ignore")  # torch's is deprecated
         whole = torch.cat(all_gather(rows)) if library else gather_with_gradient(rows)
     images, texts = whole.chunk(2, dim=1)
-    ContrastiveLoss(over_processes=False)(LossInputs(images, texts, scale, group_ids)).backward()
+    inputs = LossInputs(images, texts, LogitRule(scale), group_ids, is_whole=True)
+    ContrastiveLoss()(inputs).backward()
     assert rows.grad is not None
     return {"rows": rows.grad}
 
@@ -68,6 +70,7 @@ def gather_gradients(part: slice, *, library: bool) -> dict[str, Tensor]:
 def load_trained(folder: Path) -> AlignmentModel:
     """The real module with everything in it trained but the LLM, which is not there."""
     model = AlignmentModel.from_pretrained(folder)
+    model.loss = ContrastiveLoss()
     choose_trained_parts(model, AlignConfig(vision_training="full", layer_decay=1.0))
     return model.train()
 
@@ -85,8 +88,8 @@ def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
 
 def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slice) -> Tensor:
     """One forward and backward pass of some rows through a module, wrapped or not."""
-    outputs = model(**{name: value[part] for name, value in batch.items()})
-    loss = ContrastiveLoss()(LossInputs(*outputs, make_rows()[3][part]))
+    rows = {name: value[part] for name, value in batch.items()}
+    loss, _ = model(**rows, group_ids=make_rows()[3][part])
     loss.backward()
     return loss.detach()
 

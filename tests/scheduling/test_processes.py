@@ -132,7 +132,7 @@ import torch.distributed as dist
 from tiny import tiny_model
 from tuning import GROUPS
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.training.finetuning.hard_batches import (
+from modeling_llm2clip.training.finetuning.nearest_groups import (
     encode_groups,
     encode_groups_together,
 )

@@ -234,7 +234,7 @@ def test_classification_equals_that_of_tag() -> None:
         encode_images(model, processor, IMAGES),
         average_prompts(encode_texts(model, processor, prompts), labels),
         labels,
-        scale=float(model.logit_scale().detach()),
+        rule=model.logit_head.plain_rule(),
         top_k=2,
     )
     with open_service() as service:

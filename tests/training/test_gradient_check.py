@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from modeling_llm2clip.training.gradient_check import find_without_gradient
+from modeling_llm2clip.training.trainer_mixins import find_without_gradient
 
 
 @pytest.mark.parametrize("family", ["opt", "biogpt", "xglm"])

@@ -18,8 +18,13 @@ from aligning import Prepared, read_losses
 from launches import ROOT
 from tuning import SHORT, tune
 
-from modeling_llm2clip.training.run_folder import CHECKPOINTS, LOCK_FILE, mark_complete
-from modeling_llm2clip.training.run_lock import _hold, lock_run
+from modeling_llm2clip.training.run_folder import (
+    CHECKPOINTS,
+    LOCK_FILE,
+    _hold,
+    lock_run,
+    mark_complete,
+)
 
 FUTURE = time.time() + 10 * 365 * 86_400
 IN_USE = "run is in use: another process trains in it now"
@@ -57,7 +62,7 @@ def test_the_lock_ends_with_its_process_and_not_with_its_workers(tmp_path: Path)
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from modeling_llm2clip.training.run_lock import lock_run\n"
+        "from modeling_llm2clip.training.run_folder import lock_run\n"
         "with lock_run(Path(sys.argv[1])):\n"
         "    if os.fork() == 0:\n"
         "        os.close(1)\n"

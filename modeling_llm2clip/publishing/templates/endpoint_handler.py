@@ -114,6 +114,7 @@ class EndpointHandler:
             features = self.model.get_image_features(**inputs)
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
+    @torch.inference_mode()
     def _classify(
         self, inputs: Sequence[Any], labels: list[str], template: str
     ) -> list[list[dict[str, Any]]]:
@@ -128,10 +129,10 @@ class EndpointHandler:
                 for start in range(0, len(sentences), BATCH_SIZE)
             ]
         )
-        scale = float(self.model.logit_scale().detach())
         results = []
         for image in images:
-            scores = (scale * self._encode("image", [image]) @ texts.T).softmax(dim=-1)[0]
+            logits = self.model.compare(self._encode("image", [image]), texts).logits_per_image
+            scores = logits.softmax(dim=-1)[0]
             pairs = sorted(zip(labels, scores.tolist(), strict=True), key=lambda pair: -pair[1])
             results.append([{"label": label, "score": score} for label, score in pairs])
         return results

@@ -42,6 +42,7 @@ class Demo:
         self.model = AutoModel.from_pretrained(source, dtype="auto", **options).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(source, **options)
 
+    @torch.inference_mode()
     def classify(self, image: str | None, labels: str, template: str) -> dict[str, float]:
         """Compare an image with the sentences of all labels.
 
@@ -61,7 +62,7 @@ class Demo:
         if template.count("{}") != 1 or template.count("{") != 1:
             raise gr.Error("The sentence needs {} where the label goes.")
         texts = self.encode_texts([template.format(name) for name in names])
-        logits = float(self.model.logit_scale().detach()) * self.encode_images([image]) @ texts.T
+        logits = self.model.compare(self.encode_images([image]), texts).logits_per_image
         return dict(zip(names, logits.softmax(dim=-1)[0].tolist(), strict=True))
 
     def search(self, images: Sequence[str] | None, query: str) -> list[tuple[str, str]]:

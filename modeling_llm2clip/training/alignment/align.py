@@ -6,15 +6,17 @@ Everything cheap is checked first; then what is needed is loaded, trained, and m
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
@@ -41,39 +43,45 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
 from ..distributed import is_sharded
-from ..losses.loss import Loss, identify_loss, load_loss, require_no_parameters
+from ..losses.loss import Loss, has_trained_parameters, identify_loss, load_loss
 from ..run_folder import (
     add_results,
+    lock_run,
     read_results,
     require_fresh_or_resumed,
     require_same_run,
     write_run_record,
 )
-from ..run_lock import lock_run
 from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps
 from .align_checks import (
     check_align,
     check_batch,
     check_data,
     check_processes,
-    check_stores,
-    open_store,
+    check_stream,
 )
-from .alignment_fit import AlignmentFit, collect_weights, load_parts, raise_if_stopped
-from .alignment_model import AlignmentModel
+from .alignment_fit import (
+    AlignmentFit,
+    Choice,
+    collect_weights,
+    is_refitted,
+    load_chosen,
+    raise_if_stopped,
+    refit,
+)
+from .alignment_model import LOSS, AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
-from .alignment_stream import check_stream
 from .alignment_trainer import (
     AlignmentTrainer,
     RunLength,
     choose_batch_size,
     count_steps,
+    make_training_arguments,
     plan_length,
 )
-from .best_weights import SHARES, BestWeightsCallback, copy_trained
+from .best_weights import BEST_FILE, SHARES, BestWeightsCallback, copy_trained
 from .image_summary import write_image_summary
 from .projection_init import ProjectionInit, init_projections, repeat_init
-from .refit import Choice, is_refitted, load_chosen, refit
 from .run_data import RunData, open_records, open_stream
 
 MODEL_FOLDER = "model"
@@ -133,14 +141,18 @@ def align(
         ...               caption_store="captions")  # doctest: +SKIP
     """
     config, output = config or AlignConfig(), Path(output)
-    check_align(config, caption_store=caption_store, image_store=image_store)
+    captions, images = check_align(config, caption_store=caption_store, image_store=image_store)
     loss = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
-    require_no_parameters(loss)
+    if has_trained_parameters(loss) and is_sharded():
+        raise ValueError(
+            f"{type(loss).__name__} has parameters, which are not trained under FSDP. Use the "
+            "configuration for DDP."
+        )
     model_folder = output / MODEL_FOLDER
     clear_leftovers(model_folder)
     require_new_folder(model_folder)
     if isinstance(data, RecordStream):
-        check_stream(config, has_image_store=image_store is not None)
+        check_stream(config, has_image_store=images is not None)
     else:
         data = RecordTable.from_records(data)
         check_data(data, config)
@@ -155,15 +167,18 @@ def align(
             "text": fingerprint_text(found.folder),
             "vision": fingerprint_vision(found.folder),
         }
-        caption_store, image_store = open_store(caption_store), open_store(image_store)
-        check_stores(fingerprints, caption_store, image_store)
+        if captions is not None:
+            captions.require_fingerprint(fingerprints["text"])
+        if images is not None:
+            images.require_fingerprint(fingerprints["vision"])
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
+        run_data: RunData
         if isinstance(data, RecordStream):
-            run_data = open_stream(data, processor, config, caption_store, Path(temporary), loss)
+            run_data = open_stream(data, processor, config, captions, Path(temporary))
         else:
-            run_data = open_records(data, processor, config, caption_store, image_store, loss)
+            run_data = open_records(data, processor, config, captions, images)
         inputs = {
-            **_identify(found, run_data, fingerprints, caption_store, image_store),
+            **_identify(found, run_data, fingerprints, captions, images),
             "loss_class": identify_loss(loss),
             "num_processes": PartialState().num_processes,
             "is_sharded": is_sharded(),
@@ -174,37 +189,25 @@ def align(
             require_intact(found.folder, with_llm=config.text_training != "stored")
         fit = AlignmentFit(found.folder, run_data, output, config, loss, resume, callbacks)
         with float32_as_such(), stop_on_signals() as stop:
-            trained = _train(fit, inputs, stop)
+            choice, trained = _choose(fit, inputs, stop)
+            if trained is None:
+                gc.collect()  # a Trainer holds itself, and with it the first model
+                trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
-            _write_model(found, trained, output, data_name, _make_measure(fit, data_name))
+            _write_model(fit, trained, data_name)
         PartialState().wait_for_everyone()
     return model_folder
-
-
-def _train(fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest) -> dict[str, Tensor]:
-    """Train, choose on held-out images, and fit once more on all where the run does so.
-
-    Args:
-        fit: What is trained.
-        inputs: What the numbers of the run depend on beside its options.
-        stop: Notes signals.
-
-    Returns:
-        The weights that are written, as `collect_weights` returns them.
-    """
-    choice, weights = _choose(fit, inputs, stop)
-    if weights is not None:
-        return weights
-    gc.collect()  # a Trainer holds itself, and with it the first model
-    return refit(fit, choice, stop)
 
 
 def _choose(
     fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest
 ) -> tuple[Choice, dict[str, Tensor] | None]:
-    """Train, and record how the run ended; weights are None where they are fitted once more."""
+    """Train, choose on held-out images, and record how the run ended.
+
+    The weights are None where they are fitted once more on all images.
+    """
     config, output = fit.config, fit.output
-    arguments = fit.make_arguments()
+    arguments = make_training_arguments(output, config)
     batch_size = _check_length(config, arguments, fit.data)
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
     model, adapted = fit.load()
@@ -217,13 +220,13 @@ def _choose(
         repeat_init(model, fit.data, config, start)
     length = plan_length(config, start, num_items=fit.data.num_items, batch_size=batch_size)
     fit.make_ready(model, length, arguments.device)
-    _record_start(fit, inputs, start, model)
+    if PartialState().is_main_process:
+        write_run_record(output, config, inputs, model=model)
+        add_results(output, start=asdict(start))
+    fit.begin()
     best = _make_best_weights(fit, length, start, model)
-    objective = None if best else fit.make_objective(length, record=output, name="objective")
-    trainer = fit.make_trainer(
-        model, arguments, length, stop, best_weights=best, objective=objective
-    )
-    trainer.run(last)
+    objective = None if best else fit.make_objective(length, output, "objective")
+    trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
     _record_end(trainer, output, start, stop, notes)
     if objective is not None:
         objective.record_end()
@@ -249,16 +252,6 @@ def _check_length(config: AlignConfig, arguments: TrainingArguments, data: RunDa
     return batch_size
 
 
-def _record_start(
-    fit: AlignmentFit, inputs: dict[str, Any], start: ProjectionInit, model: AlignmentModel
-) -> None:
-    """Write the run's record in the main process, and let the others wait for it."""
-    if PartialState().is_main_process:
-        write_run_record(fit.output, fit.config, inputs, model=model)
-        add_results(fit.output, start=asdict(start))
-    fit.begin()
-
-
 def _make_best_weights(
     fit: AlignmentFit, length: RunLength, start: ProjectionInit, model: AlignmentModel
 ) -> BestWeightsCallback | None:
@@ -269,7 +262,7 @@ def _make_best_weights(
     """
     if fit.data.held_out is None:
         return None
-    is_tried = fit.data.dataset.is_stored and start.is_trained and not is_sharded()
+    is_tried = fit.data.is_stored and start.is_trained and not is_sharded()
     return BestWeightsCallback(
         fit.data.held_out,
         fit.output,
@@ -288,9 +281,9 @@ def _record_end(
     stop: StopRequest,
     notes: dict[str, Any],
 ) -> None:
-    """Add what came of a finished run to its record; raise StageInterrupt for a stopped one."""
+    """Record the results of a finished run; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
-    report = trainer.batches.collect_report()
+    report = trainer.data.collect_report()
     if report is not None and trainer.args.should_save:
         add_results(output, stream=report)
     if best is None or not best.has_stopped_early:
@@ -316,57 +309,49 @@ def _record_end(
     )
 
 
-def _make_measure(
-    fit: AlignmentFit, data_name: str | None
-) -> Callable[[Path], tuple[Sequence[CardResult], str | None]]:
-    """Make what measures a written folder; in half precision, trained weights are rounded there.
+def _measure_written(
+    fit: AlignmentFit, data_name: str | None, folder: Path
+) -> tuple[Sequence[CardResult], str | None]:
+    """Measure a written folder; in half precision, trained weights are rounded there.
 
     A model that was fitted once more has seen the held-out images: then those weights are measured
     that they chose, rounded in the same way.
     """
-    data, output, config = fit.data, fit.output, fit.config
-
-    def measure(folder: Path) -> tuple[Sequence[CardResult], str | None]:
-        summary = write_image_summary(fit.source, folder, data, config, name=data_name)
-        add_results(output, training_images=summary)
-        results = read_results(output)
-        dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
-        if data.held_out is not None and dtype != torch.float32:
-            device = choose_device(config.device)
-            model = load_parts(folder, data, config)
-            if "refit" in results:
-                model.load_state_dict(load_chosen(fit), strict=False)
-            model.to(device)
-            scores = data.held_out.score(*data.held_out.embed(model, device, nullcontext))
-            held_out = results["held_out"]
-            held_out = {**held_out, "best": scores.as_record(), "in_training": held_out["best"]}
-            add_results(output, held_out=held_out)
-            results = read_results(output)
-        return make_card_results(results, data_name), make_caution(results)
-
-    return measure
-
-
-def _write_model(
-    source: StageSource,
-    trained: dict[str, Tensor],
-    output: Path,
-    data_name: str | None,
-    measure: Callable[[Path], tuple[Sequence[CardResult], str | None]],
-) -> None:
+    output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
+    summary = write_image_summary(fit.source, folder, fit.data, fit.config, name=data_name)
+    add_results(output, training_images=summary)
     results = read_results(output)
+    dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
+    if held_out is not None and dtype != torch.float32:
+        model = fit.load_parts(folder)
+        if "refit" in results:
+            model.load_state_dict(load_chosen(fit), strict=False)
+        best = load_file(output / BEST_FILE)
+        of_loss = {name: best[name] for name in best if name.startswith(f"{LOSS}.")}
+        model.load_state_dict(of_loss, strict=False)
+        model.to(device)  # type: ignore[arg-type]
+        scores = held_out.score(model.loss, held_out.embed(model, device, nullcontext))
+        record = results["held_out"]
+        record = {**record, "best": scores.as_record(), "in_training": record["best"]}
+        add_results(output, held_out=record)
+        results = read_results(output)
+    return make_card_results(results, data_name), make_caution(results)
+
+
+def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None) -> None:
+    results = read_results(fit.output)
     folder = save_trained_model(
-        source.folder,
+        fit.source,
         trained,
-        output / MODEL_FOLDER,
+        fit.output / MODEL_FOLDER,
         training_data=[] if data_name is None else [data_name],
         results=make_card_results(results, data_name),
         caution=make_caution(results),
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
-        measure=measure,
+        measure=partial(_measure_written, fit, data_name),
     )
-    add_results(output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
+    add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 
 
 def _identify(
@@ -376,7 +361,7 @@ def _identify(
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
 ) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its options."""
+    """Identify what the numbers of a run depend on beside its options."""
     return {
         "source": source.name,
         "fingerprint": {**fingerprints, "all": fingerprint_model(source.folder)},
@@ -387,7 +372,7 @@ def _identify(
 
 
 def _identify_store(store: EmbeddingStore | None) -> dict[str, str] | None:
-    """Folder of a store, and the hash of its manifest, which has the hash of every file."""
+    """Identify a store by its folder and its manifest, which has the hash of every file."""
     if store is None:
         return None
     return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}

@@ -1,34 +1,26 @@
-"""What an alignment refuses before any tower is loaded."""
+"""Refuses options, records and stores that cannot be aligned, before a tower is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ...configs.align_config import AlignConfig
 from ...data.key_arrays import find_first_rows
-from ...data.records.record_columns import ROWS_PER_BATCH
+from ...data.records.data_hashes import hash_image_sizes, hash_texts
+from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ..distributed import refuse_fsdp_for_lora
 
 _NAMES_SHOWN = 5
-
-
-def open_store(store: str | Path | EmbeddingStore | None) -> EmbeddingStore | None:
-    """Open a store that is given by its folder.
-
-    Args:
-        store: Folder, opened store, or None.
-
-    Raises:
-        ValueError: The folder has no complete store.
-    """
-    return EmbeddingStore.open(store) if isinstance(store, str | Path) else store
+_MOST_READ = 100
+_IDENTITY = ("name", "lang")
 
 
 def check_align(
@@ -36,42 +28,29 @@ def check_align(
     *,
     caption_store: str | Path | EmbeddingStore | None,
     image_store: str | Path | EmbeddingStore | None,
-) -> None:
-    """Refuse options and stores that contradict each other; reads no data, which may take long.
-
-    Args:
-        config: Options of the alignment.
-        caption_store: As `align` takes it.
-        image_store: As `align` takes it.
-
-    Raises:
-        ValueError: A store is missing, superfluous or of other content; all errors are named.
-    """
+) -> tuple[EmbeddingStore | None, EmbeddingStore | None]:
+    """Refuse options and stores that contradict each other, and open the stores; reads no data."""
     check_options(
         config,
         has_caption_store=caption_store is not None,
         has_image_store=image_store is not None,
     )
-    errors = []
-    for store, content in ((caption_store, "caption_embeds"), (image_store, "vision_embeds")):
-        opened = open_store(store)
-        if opened is not None and opened.manifest.content != content:
-            errors.append(f"{opened.folder} has {opened.manifest.content}, wanted {content}")
+    captions, images = (
+        EmbeddingStore.open(store) if isinstance(store, str | Path) else store
+        for store in (caption_store, image_store)
+    )
+    errors = [
+        f"{opened.folder} has {opened.manifest.content}, wanted {content}"
+        for opened, content in ((captions, "caption_embeds"), (images, "vision_embeds"))
+        if opened is not None and opened.manifest.content != content
+    ]
     if errors:
         raise ValueError("; ".join(errors) + ".")
+    return captions, images
 
 
 def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_store: bool) -> None:
-    """Refuse options that contradict the stores that are given.
-
-    Args:
-        config: Options of the alignment.
-        has_caption_store: Whether a caption store is given.
-        has_image_store: Whether an image store is given.
-
-    Raises:
-        ValueError: A store is missing or superfluous; all errors are named.
-    """
+    """Refuse options that contradict the stores that are given."""
     errors = []
     if config.text_training == "stored" and not has_caption_store:
         errors.append(
@@ -98,15 +77,7 @@ def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_sto
 
 
 def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
-    """Refuse data that no batch can be made of.
-
-    Args:
-        records: The data.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: There are no records, too few for a batch, or their groups leave no negatives.
-    """
+    """Refuse data that no batch can be made of."""
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
     check_batch(config.global_batch_size or 1, len(records), 0)
@@ -114,16 +85,7 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
 
 
 def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
-    """Refuse a batch that is larger than the data.
-
-    Args:
-        batch_size: Records per batch of all processes.
-        num_records: Records to train on; an image has one in each of its languages.
-        num_held_out: Records that are held out, for the message.
-
-    Raises:
-        ValueError: There are fewer records than in a batch.
-    """
+    """Refuse a batch that is larger than the data."""
     if num_records < batch_size:
         raise ValueError(
             f"{num_records} records to train on ({num_held_out} are held out) are too few for a "
@@ -133,16 +95,7 @@ def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
 
 
 def check_processes(config: AlignConfig, batch_size: int, num_processes: int) -> None:
-    """Refuse processes that cannot share a batch, or the work.
-
-    Args:
-        config: Options of the alignment.
-        batch_size: Records per batch of all processes.
-        num_processes: Number of processes.
-
-    Raises:
-        ValueError: The batch cannot be shared evenly, or a LoRA is trained under FSDP.
-    """
+    """Refuse processes that cannot share a batch, or the work."""
     if batch_size < num_processes:
         raise ValueError(
             f"global_batch_size={batch_size} is smaller than the number of processes "
@@ -157,25 +110,125 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
         refuse_fsdp_for_lora()
 
 
-def check_stores(
-    fingerprints: Mapping[str, Mapping[str, str]],
-    caption_store: EmbeddingStore | None,
-    image_store: EmbeddingStore | None,
-) -> None:
-    """Refuse stores that another model made.
+def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
+    """Refuse what a stream cannot do, before anything is read."""
+    errors = []
+    if config.max_steps is None:
+        errors.append("a stream has no known length: give max_steps (--max-steps)")
+    if has_image_store:
+        errors.append("a stream brings its images: leave the image_store out")
+    if config.projection_init == "cca":
+        errors.append("projection_init=cca needs both stores: leave it out")
+    if config.refit:
+        errors.append("a stream is not read twice: leave refit out")
+    if errors:
+        raise ValueError("; ".join(errors) + ".")
 
-    Args:
-        fingerprints: Of the model's `text` and `vision` towers.
-        caption_store: Caption embeddings.
-        image_store: Image embeddings.
 
-    Raises:
-        ValueError: A store has another fingerprint; every difference is named.
+def pair_items(
+    records: RecordTable, store: EmbeddingStore, *, is_part: bool = False
+) -> Array | None:
+    """Find the number of each record in a store, by name and language.
+
+    None stands for the same numbers. With `is_part`, the store may have further records.
     """
-    if caption_store is not None:
-        caption_store.require_fingerprint(fingerprints["text"])
-    if image_store is not None:
-        image_store.require_fingerprint(fingerprints["vision"])
+    if len(records) == len(store):
+        pairs = zip(records.iterate_numbers("key"), store.iterate_keys(), strict=True)
+        if all(np.array_equal(*pair) for pair in pairs):
+            return None
+    wanted, stored = records.keys, store.keys
+    order = np.argsort(stored)
+    places = np.searchsorted(stored, wanted, sorter=order).clip(max=max(len(stored) - 1, 0))
+    items = order[places]
+    lacking = np.flatnonzero(stored[items] != wanted)
+    extra = np.flatnonzero(~np.isin(stored, wanted) & (not is_part))
+    errors = []
+    if len(lacking):
+        names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
+        errors.append(f"{len(lacking)} records are not in the store: {_show(names)}")
+    if len(extra):
+        names = [(store.names[i], store.langs[i]) for i in extra[: _NAMES_SHOWN + 1].tolist()]
+        errors.append(f"{len(extra)} of its items are not in the data: {_show(names)}")
+    if errors:
+        raise ValueError(
+            f"{store.folder} is of other data: {'; '.join(errors)}. Extract this data again."
+        )
+    numbers: Array = items.astype(np.int32 if len(items) < 2**31 else np.int64)
+    return numbers
+
+
+def require_images(records: RecordTable) -> None:
+    """Require that all records have their image."""
+    lacking = np.flatnonzero(_lacks_image(records))
+    if len(lacking):
+        names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
+        raise ValueError(
+            f"{len(lacking)} records have no image: {_show(names)}. Give the folder of images, or "
+            "a store of image embeddings."
+        )
+
+
+def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
+    """Require that all records have as many captions as in a store."""
+    if items is None:
+        pairs = zip(records.iterate_counts(), store.iterate_counts(), strict=True)
+        parts = [(a != c) | (b != d) for (a, b), (c, d) in pairs]
+        differs = np.concatenate(parts)
+    else:
+        differs = np.zeros(len(records), np.bool_)
+        for now, stored in zip(records.count_texts(), store.count_rows(), strict=True):
+            differs |= now != stored[items]
+    differing = np.flatnonzero(differs)
+    if len(differing):
+        names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)
+        raise ValueError(
+            f"{len(differing)} records have other numbers of captions than {store.folder}: "
+            f"{_show(names)}. The captions changed since; extract them again."
+        )
+
+
+def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
+    """Require that a store was made from these captions; hashes do not show what differs."""
+    stored, now = store.manifest.plan.get("data"), hash_texts(_in_order(records, items))
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other captions of these images (data {stored} then, "
+            f"{now} now). Extract these again, or give the captions that the store was made from."
+        )
+
+
+def require_same_images(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
+    """Require that a store was made from these images, by name and size, whatever their captions.
+
+    Where the images are not there, only the hash of the captions is left.
+    """
+    stored = store.manifest.plan.get("images")
+    if stored is not None and not _lacks_image(records).any():
+        compared, now = "images", hash_image_sizes(records)
+    else:
+        compared, stored = "data", store.manifest.plan.get("data")
+        now = hash_texts(_in_order(records, items))
+    if stored != now:
+        raise ValueError(
+            f"{store.folder} was made from other images of these names ({compared} {stored} then, "
+            f"{now} now). Extract these again (--modality image), or give the data that the "
+            "store was made from."
+        )
+
+
+def require_directions(
+    embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
+) -> Tensor:
+    """Refuse stored embeddings of zeros, which are similar to nothing."""
+    zeros = np.flatnonzero((embeds == 0).all(dim=1).numpy())
+    if len(zeros):
+        names = list(dict.fromkeys(identify(zeros[:_MOST_READ])))
+        raise ValueError(
+            f"{store.folder}: {len(zeros)} of {len(embeds)} embeddings that were read are all "
+            f"zeros, those of {_show(names)}. Check the model that "
+            "made the store (llm2clip doctor), and extract again."
+        )
+    return embeds
 
 
 def _check_group_ids(records: RecordTable) -> None:
@@ -210,3 +263,19 @@ def _find_torn(records: RecordTable) -> Array:
         start += len(keys)
     differing = np.concatenate(parts)
     return np.union1d(differing, first[differing])
+
+
+def _lacks_image(records: RecordTable) -> Array:
+    """Mark records without an image, (N,) bool."""
+    kinds = records.iterate_numbers("image_kind")
+    return np.concatenate([np.empty(0, np.bool_), *(kind == NO_IMAGE for kind in kinds)])
+
+
+def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
+    """Return the records in the order of a store."""
+    return records if items is None else records.select(np.argsort(items))
+
+
+def _show(pairs: Sequence[tuple[str, ...]]) -> str:
+    shown = ", ".join(f"{name} ({lang})" for name, lang in pairs[:_NAMES_SHOWN])
+    return shown + (", …" if len(pairs) > _NAMES_SHOWN else "")

@@ -1,9 +1,13 @@
-"""Images and captions of a batch, decoded and tokenized, or read from stores."""
+"""Makes batches of images and captions, decoded and tokenized, or read from stores.
+
+The records come from an index, or from a stream.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data.images.image_sources import open_image
-from ...data.records.record_table import RecordTable
+from ...data.records.record_columns import hash_identity, hash_text
+from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
+from ...data.streams.record_streams import RecordStream
+from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .sampling import Array, sample_captions, sample_normal
-from .step_times import measure_input, no_input_seconds
-from .store_matching import (
+from .align_checks import (
     pair_items,
     require_directions,
     require_images,
@@ -25,6 +30,10 @@ from .store_matching import (
     require_same_images,
     require_same_texts,
 )
+from .input_times import INPUT_SECONDS, InputTimes
+from .sampling import sample_captions, sample_normal
+
+_NAMES_SHOWN = 5
 
 
 class AlignmentDataset(Dataset[Any]):
@@ -32,22 +41,9 @@ class AlignmentDataset(Dataset[Any]):
 
     A caption is named by its number: first the short ones of a record, then its long ones.
 
-    Args:
-        records: At least one.
-        processor: The model's.
-        caption_store: Caption embeddings; None for tokens.
-        image_store: Image embeddings; None for pixels.
-        long_caption_ratio: As `sample_captions` takes it.
-        image_noise: Standard deviation of the noise on stored image embeddings of training
-            batches, as a share of their length.
-        caption_noise: The same on stored caption embeddings.
-        seed: Of captions and noise.
-        is_part: Whether the stores may have further records; then captions are compared by number
-            alone.
-
-    Raises:
-        ValueError: A store has other records, or was made from other captions or images, or an
-            image is missing; with counts and the first names.
+    Both kinds of noise are standard deviations, as a share of an embedding's length, and are added
+    to stored embeddings in training alone. With `is_part`, the stores may have further records, and
+    captions are compared by number alone.
     """
 
     def __init__(
@@ -91,8 +87,7 @@ class AlignmentDataset(Dataset[Any]):
     def __getitems__(self, samples: Array) -> dict[str, Tensor]:
         """Return the batch of (B, 2) epochs and items.
 
-        Beside the inputs of the model it has `group_ids`, `text_keys`, and `input_seconds`, which
-        `StepTimes` takes.
+        Beside the inputs of the model it has what `input_times` shows, by `INPUT_SECONDS`.
         """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(
@@ -102,8 +97,8 @@ class AlignmentDataset(Dataset[Any]):
             epochs=epochs,
             items=items,
         )
-        seconds = no_input_seconds()
-        batch = self.read_pairs(items, numbers, seconds)
+        times = InputTimes()
+        batch = self.read_pairs(items, numbers, times)
         for name, noise, side in (
             ("vision_embeds", self.image_noise, 2),
             ("caption_embeds", self.caption_noise, 3),
@@ -116,51 +111,31 @@ class AlignmentDataset(Dataset[Any]):
         return {
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),
-            "input_seconds": seconds,
+            INPUT_SECONDS: times.seconds,
             **batch,
         }
 
     @property
     def is_stored(self) -> bool:
-        """Whether both embeddings are stored, so that no tower runs."""
+        """True where both embeddings are stored, so that no tower runs."""
         return self.caption_store is not None and self.image_store is not None
 
     @property
     def has_noise(self) -> bool:
-        """Whether training batches have noise on an embedding that is stored."""
-        is_stored = self.image_store is not None, self.caption_store is not None
-        noises = self.image_noise, self.caption_noise
-        return any(there and noise for there, noise in zip(is_stored, noises, strict=True))
+        """True where training batches have noise on a stored embedding."""
+        of_images = self.image_noise and self.image_store is not None
+        return bool(of_images or (self.caption_noise and self.caption_store is not None))
 
     def read_group_ids(self, items: Array) -> Tensor:
-        """Return a number per item that items of one group share.
-
-        Args:
-            items: (B,) numbers of records.
-
-        Returns:
-            (B,) int64, hashes of the group ids.
-        """
+        """Return a hash per item that items of one group share, (B,) int64."""
         return torch.from_numpy(self.records.read_numbers("group_key", items))
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
-        """Return the hash of each caption, which equal captions share.
-
-        Args:
-            items: (B,) numbers of records.
-            numbers: (B,) numbers of their captions.
-
-        Returns:
-            (B,) int64.
-        """
+        """Return a hash per caption that equal captions share, (B,) int64."""
         return torch.from_numpy(self.records.read_text_keys(items, numbers))
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
-        """Find group ids by their hashes, which takes a pass over the records.
-
-        Args:
-            group_ids: (B,) as `read_group_ids` returns them.
-        """
+        """Find group ids by their hashes, which takes a pass over the records."""
         wanted = group_ids.numpy()
         found: dict[int, str] = {}
         for batch in self.records.iterate_columns(("group_key", "group_id")):
@@ -170,47 +145,23 @@ class AlignmentDataset(Dataset[Any]):
         return [found[int(group_id)] for group_id in wanted]
 
     def read_pairs(
-        self, items: Array, numbers: Array, seconds: Tensor | None = None
+        self, items: Array, numbers: Array, times: InputTimes | None = None
     ) -> dict[str, Tensor]:
-        """Read items, each with one of its captions.
-
-        Args:
-            items: (B,) numbers of records.
-            numbers: (B,) numbers of their captions.
-            seconds: Seconds of each of `INPUT_PARTS`, to which these are added.
-
-        Returns:
-            Inputs of `AlignmentModel`.
-        """
-        seconds = no_input_seconds() if seconds is None else seconds
-        with measure_input(seconds, "tokenize" if self.caption_store is None else "read"):
+        """Read items, each with one of its captions."""
+        times = times or InputTimes()
+        with times.measure("tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(items, numbers)
-        with measure_input(seconds, "decode" if self.image_store is None else "read"):
+        with times.measure("decode" if self.image_store is None else "read"):
             images = self._read_images(items)
         return {**captions, **images}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
-        """Return rows of captions in their store.
-
-        Args:
-            items: (B,) numbers of records.
-            numbers: (B,) numbers of their captions.
-
-        Returns:
-            (B,) int64.
-        """
+        """Return rows of captions in their store."""
         assert self.caption_store is not None
         return self.caption_store.rows_at(_look_up(self._caption_items, items), numbers)
 
     def image_rows(self, items: Array) -> Array:
-        """Return rows of images in their store.
-
-        Args:
-            items: (B,) numbers of records.
-
-        Returns:
-            (B,) int64.
-        """
+        """Return rows of images in their store."""
         assert self.image_store is not None
         stored = _look_up(self._image_items, items)
         return self.image_store.rows_at(stored, np.zeros_like(stored))
@@ -239,16 +190,113 @@ class AlignmentDataset(Dataset[Any]):
         )
 
 
-def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
-    """List all captions of some items.
+class DecodedSample(NamedTuple):
+    """A record of a stream, its image as a PIL image, and the seconds that decoding took."""
 
-    Args:
-        counts: (M,) captions of each item.
-        items: (M,) numbers of records.
+    record: CaptionedImage
+    image: Any
+    seconds: float
 
-    Returns:
-        (pairs,) items and numbers of captions, in the order of the items.
+
+def decode_sample(record: CaptionedImage) -> DecodedSample:
+    """Decode a record's image before it is in a batch, so that a broken one can be replaced."""
+    begin = time.perf_counter()
+    image = load_images(open_image(record.image))
+    return DecodedSample(record, image, time.perf_counter() - begin)
+
+
+class AlignmentStream:
+    """Makes batches of a stream's records, as `AlignmentDataset` does of an index.
+
+    The caption store may have other records, too.
     """
+
+    def __init__(
+        self,
+        stream: RecordStream,
+        processor: LLM2CLIPProcessor,
+        *,
+        caption_store: EmbeddingStore | None = None,
+        long_caption_ratio: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        self.stream = stream
+        self.processor = processor
+        self.caption_store = caption_store
+        self.long_caption_ratio = long_caption_ratio
+        self.seed = seed
+        if caption_store is not None:
+            keys = caption_store.keys
+            self._order = np.argsort(keys)
+            self._keys = keys[self._order]
+            self._counts = caption_store.count_rows()
+
+    def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
+        """Make the batch of some records."""
+        records = [sample.record for sample in samples]
+        keys = np.array([hash_identity(record.name, record.lang) for record in records])
+        counts = np.array([(len(r.captions), len(r.long_captions)) for r in records]).T
+        numbers = sample_captions(
+            *counts,
+            long_caption_ratio=self.long_caption_ratio,
+            seed=self.seed,
+            epochs=np.full(len(records), self.stream.epoch),
+            items=keys,
+        )
+        texts = [
+            (*record.captions, *record.long_captions)[number]
+            for record, number in zip(records, numbers.tolist(), strict=True)
+        ]
+        times = InputTimes()
+        with times.measure("tokenize" if self.caption_store is None else "read"):
+            if self.caption_store is None:
+                captions = dict(self.processor(text=texts))
+            else:
+                rows = self.caption_store.rows_at(self._find_items(records, keys, counts), numbers)
+                captions = {"caption_embeds": self._read_stored(rows, records)}
+        with times.measure("decode"):
+            images = dict(self.processor(images=[sample.image for sample in samples]))
+        times.add("decode", sum(sample.seconds for sample in samples))
+        return {
+            "group_ids": torch.tensor([hash_text(record.group_id) for record in records]),
+            "text_keys": torch.tensor([hash_text(text) for text in texts]),
+            INPUT_SECONDS: times.seconds,
+            **captions,
+            **images,
+        }
+
+    def find_group_names(self, group_ids: Tensor) -> list[str]:
+        """Name groups by their hashes: a stream is not read again for the sake of an error."""
+        return [f"(hash {group_id})" for group_id in group_ids.tolist()]
+
+    def _read_stored(self, rows: Array, records: Sequence[CaptionedImage]) -> Tensor:
+        assert self.caption_store is not None
+        return require_directions(
+            self.caption_store.read(rows),
+            self.caption_store,
+            lambda zeros: [(records[row].name, records[row].lang) for row in zeros.tolist()],
+        )
+
+    def _find_items(self, records: Sequence[CaptionedImage], keys: Array, counts: Array) -> Array:
+        """Find records in the store by name and language."""
+        assert self.caption_store is not None
+        places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        items: Array = self._order[places]
+        short, long = (stored[items] for stored in self._counts)
+        differs = (self._keys[places] != keys) | (short != counts[0]) | (long != counts[1])
+        if differs.any():
+            lacking = [records[row] for row in np.flatnonzero(differs).tolist()]
+            names = ", ".join(f"{r.name} ({r.lang})" for r in lacking[:_NAMES_SHOWN])
+            raise ValueError(
+                f"{len(lacking)} of {len(records)} records of a batch are not in "
+                f"{self.caption_store.folder}, or with another number of captions: {names}. Give "
+                "the store of these records, or text_training=frozen-online."
+            )
+        return items
+
+
+def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
+    """List the captions of some items: the item of each, and its number in it."""
     starts = np.cumsum(counts) - counts
     numbers = np.arange(counts.sum()) - np.repeat(starts, counts)
     return np.repeat(items, counts), numbers
@@ -259,9 +307,5 @@ def _look_up(numbers: Array | None, items: Array) -> Array:
 
 
 def keep_batch(batch: Any) -> Any:
-    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled.
-
-    Args:
-        batch: From `AlignmentDataset`.
-    """
+    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled."""
     return batch

@@ -2,16 +2,23 @@
 
 A run may have two of them, one after the other. Each has its own model, Trainer, metrics and
 checkpoints, so that either can be resumed.
+
+The second one repeats what held-out images chose: shrinkages, temperature of the start, number of
+steps, batch size and the share of the way from the start. The images that chose are trained on,
+too, so that no score of the model that is written can be measured on them: those of the choice
+estimate it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -21,33 +28,34 @@ from ..distributed import is_sharded
 from ..losses.loss import Loss
 from ..run_folder import (
     METRICS_FILE,
+    add_results,
     discard_later_steps,
     find_last_checkpoint,
     list_trained,
     require_finite,
 )
 from ..trainer_mixins import JsonLinesCallback, StopCallback, show_progress
-from .alignment_model import AlignmentModel
-from .alignment_stream import AlignmentStream
+from .alignment_model import LOSS, AlignmentModel
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
-from .best_weights import BestWeightsCallback
-from .run_data import RunData
+from .best_weights import (
+    BEST_FILE,
+    BestWeightsCallback,
+    TrainingObjective,
+    copy_trained,
+    set_between,
+)
+from .projection_init import ProjectionInit, repeat_init
+from .run_data import RecordData, RunData
 from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
-from .training_objective import TrainingObjective
+
+REFIT_FOLDER = "refit"
 
 
 @dataclass(frozen=True)
 class AlignmentFit:
-    """What a fit needs.
+    """A model folder, its data, and the folder of metrics and checkpoints.
 
-    Attributes:
-        source: Folder of the model that is trained.
-        data: What it is trained on, and measured on.
-        output: Folder of metrics and checkpoints.
-        config: Options of the alignment.
-        loss: What is trained on.
-        resume: Whether to continue from the last checkpoint.
-        callbacks: Further callbacks of the Trainer.
+    Each fit trains a copy of the loss's parameters.
     """
 
     source: Path
@@ -58,37 +66,33 @@ class AlignmentFit:
     resume: bool
     callbacks: Sequence[TrainerCallback] = ()
 
-    def make_arguments(self) -> TrainingArguments:
-        """Make the Trainer's arguments; joins the process group of a launcher."""
-        return make_training_arguments(self.output, self.config)
-
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint to continue from, or None to begin."""
         return find_last_checkpoint(self.output) if self.resume else None
 
     def load(self) -> tuple[AlignmentModel, dict[str, Any]]:
-        """Load the model with its trained parts chosen, on the CPU.
-
-        Returns:
-            The model, and peft's wrappers of its towers, as `choose_trained_parts` returns them.
-        """
+        """Load the model with its trained parts chosen, on the CPU."""
         set_seed(self.config.seed)
-        model = load_parts(self.source, self.data, self.config)
+        model = self.load_parts(self.source)
         if self.config.precision == "float32":
-            model.float()  # towers in half precision would be computed in it
+            model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
         return model, choose_trained_parts(model, self.config)
 
-    def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
-        """Move a model to where it is trained, once its start is set.
+    def load_parts(self, folder: Path) -> AlignmentModel:
+        """Load the parts of a model that the fit needs, with the loss as it was given."""
+        model: AlignmentModel = AlignmentModel.from_pretrained(
+            folder,
+            with_llm=self.config.text_training != "stored",
+            with_vision_tower=self.data.reads_images,
+        )
+        model.loss = deepcopy(self.loss)
+        return model
 
-        Args:
-            model: The model.
-            length: Numbers of the run.
-            device: Of the Trainer.
-        """
+    def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
+        """Move a model to where it is trained, once its start is set."""
         if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
             model.to(device)
-        freeze_unused(model, self.data.dataset.processor, self.config)
+        freeze_unused(model, self.data.processor, self.config)
 
     def begin(self) -> None:
         """Discard in the main process what will be done again, and let the others wait for it."""
@@ -98,32 +102,7 @@ class AlignmentFit:
             discard_later_steps(self.output, self.find_checkpoint())
         state.wait_for_everyone()
 
-    def make_objective(
-        self, length: RunLength, *, record: Path, name: str
-    ) -> TrainingObjective | None:
-        """Make what measures the loss of a training batch; None where it cannot be measured.
-
-        It cannot on a stream, which is not read twice, and is the same where no step is trained.
-
-        Args:
-            length: Numbers of the run.
-            record: Folder whose `run.json` gets it.
-            name: Name of it there.
-        """
-        dataset = self.data.dataset
-        if not length.num_trained or isinstance(dataset, AlignmentStream):
-            return None
-        return TrainingObjective(
-            dataset,
-            self.data.items,
-            self.loss,
-            size=length.batch_size,
-            seed=self.config.seed,
-            output=record,
-            name=name,
-        )
-
-    def make_trainer(
+    def train(
         self,
         model: AlignmentModel,
         arguments: TrainingArguments,
@@ -134,65 +113,47 @@ class AlignmentFit:
         best_weights: BestWeightsCallback | None = None,
         objective: TrainingObjective | None = None,
     ) -> AlignmentTrainer:
-        """Make the Trainer of the fit.
-
-        Args:
-            model: With its trained parts chosen, and its start set.
-            arguments: Of the Trainer.
-            length: Numbers of the run.
-            stop: Notes signals.
-            name: Name of the fit, in front of the progress bar.
-            best_weights: Evaluates on held-out images; None without any.
-            objective: Measures what is trained; None not to.
-        """
-        callbacks = [JsonLinesCallback(self.output / METRICS_FILE), StopCallback(stop)]
+        """Train a model that is ready, from the last checkpoint if there is one."""
+        callbacks = [
+            JsonLinesCallback(self.output / METRICS_FILE),
+            StopCallback(stop),
+            *([objective] if objective else []),
+            *self.callbacks,
+        ]
         trainer = AlignmentTrainer(
             model,
-            self.data.make_batches(
-                self.config,
-                arguments,
-                batch_size=length.batch_size,
-                num_steps=length.num_trained,
-            ),
+            self.data,
             config=self.config,
-            loss=self.loss,
             length=length,
             training_arguments=arguments,
-            callbacks=[*callbacks, *([objective] if objective else []), *self.callbacks],
+            callbacks=callbacks,
             best_weights=best_weights,
         )
         if objective is not None:
             objective.trainer = trainer
         show_progress(trainer, name)
+        trainer.run(self.find_checkpoint())
         return trainer
 
+    def make_objective(
+        self, length: RunLength, output: Path, name: str
+    ) -> TrainingObjective | None:
+        """Make the callback that measures the loss of a training batch.
 
-def load_parts(folder: Path, data: RunData, config: AlignConfig) -> Any:
-    """Load the parts of a model that a run needs, as an `AlignmentModel`.
-
-    Args:
-        folder: Model folder.
-        data: What is trained on.
-        config: Options of the alignment.
-    """
-    return AlignmentModel.from_pretrained(
-        folder,
-        with_llm=config.text_training != "stored",
-        with_vision_tower=data.dataset.image_store is None,
-    )
+        None for a stream, which is not read twice, and where no step is trained.
+        """
+        if not length.num_trained or not isinstance(self.data, RecordData):
+            return None
+        dataset, items = self.data.dataset, self.data.items
+        return TrainingObjective(
+            dataset, items, size=length.batch_size, seed=self.config.seed, output=output, name=name
+        )
 
 
 def raise_if_stopped(
     trainer: AlignmentTrainer, output: Path, stop: StopRequest, *, of: str = ""
 ) -> None:
-    """Raise StageInterrupt if a signal stopped a fit before its last step.
-
-    Args:
-        trainer: Of the fit.
-        output: Folder of its checkpoints.
-        stop: Notes signals.
-        of: What the steps are of, for the message; empty for the run.
-    """
+    """Raise StageInterrupt if a signal stopped a fit before its last step."""
     state = trainer.state
     if state.global_step < state.max_steps:
         stop.raise_interrupt(
@@ -213,15 +174,6 @@ def collect_weights(
     """Collect the weights that differ from the source's, by their names in its folder.
 
     They are on the CPU, with LoRAs merged; empty in all but the main process.
-
-    Args:
-        trainer: Of a finished fit.
-        adapted: As `AlignmentFit.load` returns it.
-        scratch: An existing folder, into which they are written for a moment.
-        best: Weights by their names while training, in place of the model's own.
-
-    Raises:
-        FloatingPointError: Some are not finite.
     """
     model = trainer.alignment_model
     if trainer.is_fsdp_enabled:
@@ -232,6 +184,66 @@ def collect_weights(
             model.load_state_dict(best, strict=False)
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
+    state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
     if not trainer.args.should_save:
         return {}
     return model.name_as_saved({name: value.cpu() for name, value in state.items()}, scratch)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weights that held-out images chose: a step (0 for the start), and how far towards it."""
+
+    start: ProjectionInit
+    length: RunLength
+    step: int
+    share: float
+
+    @property
+    def is_source(self) -> bool:
+        """True where the best weights are those of the model that the run began with."""
+        return self.step == 0 and self.start.cca is None
+
+
+def is_refitted(config: AlignConfig, data: RunData) -> bool:
+    """Return whether a run is fitted once more on all images."""
+    if data.held_out is None:
+        return False
+    return data.is_stored if config.refit is None else config.refit
+
+
+def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Tensor]:
+    """Fit everything once more on all images, and return the weights as `collect_weights` does."""
+    assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
+    again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
+    length = replace(choice.length, last_step=choice.step)
+    arguments = make_training_arguments(again.output, again.config)
+    model, adapted = again.load()
+    # Repeated when resumed, too: weights between start and end need the start.
+    start = repeat_init(model, again.data, again.config, choice.start)
+    again.make_ready(model, length, arguments.device)
+    before = copy_trained(model) if choice.share < 1 else {}
+    again.begin()
+    objective = again.make_objective(length, fit.output, "refit_objective")
+    trainer = again.train(
+        model, arguments, length, stop, name="align, all images", objective=objective
+    )
+    raise_if_stopped(trainer, again.output, stop, of=" of the fit on all images")
+    if before:
+        set_between(model, before, copy_trained(model), choice.share)
+    if objective is not None:
+        objective.record_end()
+    if arguments.should_save:
+        num_records = again.data.num_items
+        add_results(
+            fit.output,
+            refit={"start": asdict(start), "steps": choice.step, "num_records": num_records},
+        )
+    return collect_weights(trainer, adapted, fit.output)
+
+
+def load_chosen(fit: AlignmentFit) -> dict[str, Tensor]:
+    """Load the weights that held-out images chose, with LoRAs merged, by name."""
+    model, adapted = fit.load()
+    model.load_state_dict(load_file(fit.output / BEST_FILE), strict=False)
+    return merge_loras(model, adapted)

@@ -10,27 +10,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...model_folders.model_loading import PartialModel
+from ..losses.loss import Loss, LossInputs
 
-HEADS = ("text_adapter", "text_projection", "visual_projection", "logit_scale")
+_TOWERS = ("text_model", "vision_model")
+LOSS = "loss"
+"""Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
 
 
 class AlignmentModel(PartialModel):
-    """Both sides in one forward pass, as distributed training needs it.
+    """Both sides and the loss in one forward pass, as distributed training needs it.
 
-    Args:
-        config: Configuration of the whole model.
-        with_llm: False where caption embeddings are stored.
-        with_vision_tower: False where image embeddings are stored.
-
-    Attributes:
-        trains_text: Whether gradients reach the LLM; set before training.
-        trains_vision: Whether gradients reach the vision tower; set before training.
+    Gradients reach a tower where `trains_text` or `trains_vision` is set. If the loss is a module,
+    its parameters are the model's, too.
     """
+
+    loss: Loss
 
     packs_in_training = True
 
@@ -49,21 +48,12 @@ class AlignmentModel(PartialModel):
         caption_embeds: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        group_ids: Tensor | None = None,
+        text_keys: Tensor | None = None,
+    ) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
 
-        Args:
-            pixel_values: As the image processor returns them; or `vision_embeds`.
-            vision_embeds: (B, D') float32, stored.
-            input_ids: (B, L), with `attention_mask`; or `caption_embeds`.
-            attention_mask: (B, L).
-            caption_embeds: (B, D) float32, stored.
-            pixel_attention_mask: As image processors of variable sizes return it.
-            spatial_shapes: As image processors of variable sizes return it.
-
-        Returns:
-            image_embeds and text_embeds, (B, P) float32 of unit length, and the inverse
-            temperature, (1,).
+        In training, and where the groups are given, it also computes the loss.
         """
         if vision_embeds is None:
             assert pixel_values is not None
@@ -75,11 +65,26 @@ class AlignmentModel(PartialModel):
             assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
-        return (
+        inputs = LossInputs(
             self.to_image_embeds(vision_embeds),
             self.to_text_embeds(caption_embeds),
-            self.logit_scale(),
+            self.logit_head.rule(),
+            group_ids,  # type: ignore[arg-type]  # None where nothing is compared
+            text_keys,
+            vision_embeds=vision_embeds,
+            caption_embeds=caption_embeds,
         )
+        is_compared = self.training and group_ids is not None
+        return self.loss(inputs) if is_compared else None, inputs
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """Parameters of text adapter, projections and temperature, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.split(".")[0] not in (*_TOWERS, LOSS)
+        }
 
     def train(self, mode: bool = True) -> AlignmentModel:
         """Switch to training; a tower that is not trained stays in evaluation mode.
@@ -87,9 +92,6 @@ class AlignmentModel(PartialModel):
         So does batch normalization. Statistics of the batch would come from each process's part of
         it, so that two processes would not train as one does, and an image's embedding would depend
         on its neighbors; and a tower's own come from far more images than it is aligned on.
-
-        Args:
-            mode: Whether to train.
         """
         super().train(mode)
         for tower, trains in (
@@ -103,18 +105,15 @@ class AlignmentModel(PartialModel):
         return self
 
     def train_heads_only(self) -> None:
-        """Freeze all but text adapter, projections and temperature, which become float32."""
-        self.requires_grad_(False)
-        for name in HEADS:
-            getattr(self, name).float().requires_grad_(True)
+        """Freeze the towers; text adapter, projections and temperature become float32."""
+        for name, part in self.named_children():
+            if name in _TOWERS:
+                part.requires_grad_(False)
+            elif name != LOSS:
+                part.float().requires_grad_(True)
 
     def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
-        """Give weights the names that they have in a folder; transformers renames some on loading.
-
-        Args:
-            state: Weights by their names in the model, of whole towers and heads.
-            scratch: An existing folder, into which they are written for a moment.
-        """
+        """Give weights the names of a folder; transformers renames some on loading."""
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             self.save_pretrained(folder, state_dict=state)
             named: dict[str, Tensor] = {}

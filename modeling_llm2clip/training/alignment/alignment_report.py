@@ -1,4 +1,4 @@
-"""What `run.json` of an alignment says, for a terminal and for the card of the model."""
+"""Describes the `run.json` of an alignment for a terminal, and for the card of the model."""
 
 from __future__ import annotations
 
@@ -43,17 +43,7 @@ _CHANCE_RISE = 0.01
 
 
 def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
-    """Find what a reader of the held-out scores must know, for the record of a run.
-
-    Args:
-        data: What the run trains on and measures itself on.
-        source: Folder of the model that is trained on.
-
-    Returns:
-        Nothing where no images are held out; or `groups`, the digest of these; how many captions
-        to train on they have too; and whether the model may have been trained on them before, as
-        any trained model may whose card does not say that it held out the same.
-    """
+    """Find what a reader of the held-out scores must know, for the record of a run."""
     if data.held_out is None:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
@@ -68,11 +58,7 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
 
 
 def describe_alignment(output: Path) -> list[str]:
-    """Describe a finished run in lines for a terminal.
-
-    Args:
-        output: Folder of the run.
-    """
+    """Describe a finished run in lines for a terminal."""
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
@@ -91,11 +77,7 @@ def describe_alignment(output: Path) -> list[str]:
 
 
 def make_caution(results: Mapping[str, Any]) -> str | None:
-    """Make the warning on the model card; None if no warning is needed.
-
-    Args:
-        results: Of the run.
-    """
+    """Make the warning on the model card; None if no warning is needed."""
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
         return "On held-out images this model is near chance, or they were too few to tell."
@@ -105,12 +87,7 @@ def make_caution(results: Mapping[str, Any]) -> str | None:
 
 
 def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tuple[CardResult, ...]:
-    """Make the held-out scores as a model card has them.
-
-    Args:
-        results: Of the run.
-        data_name: Name of the dataset that was trained on; None for no name.
-    """
+    """Make the held-out scores as a model card has them."""
     scores = _read_best(results)
     if scores is None:
         return ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,16 @@ from torch import Tensor, nn
 from transformers import (
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
-from ...heads_llm2clip import MAX_LOG_SCALE
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
 from ..distributed import training_arguments_on
-from ..losses.loss import Loss, LossInputs
+from ..losses.loss import LossInputs
 from ..run_folder import CHECKPOINTS, list_trained
 from ..trainer_mixins import (
     FiniteGradientMixin,
@@ -35,19 +35,18 @@ from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
 )
-from .alignment_batches import Batches
 from .alignment_model import AlignmentModel
 from .best_weights import BestWeightsCallback
+from .input_times import InputTimesCallback
 from .projection_init import ProjectionInit
-from .step_times import StepTimes, StepTimesCallback, StepTimesMixin
+from .run_data import RunData
 from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
-_KEYS = {"group_ids", "text_keys"}  # of a batch, that the loss takes and the model does not
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
-_WRAPPERS = ("_fsdp_wrapped_module.", "module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
 _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
@@ -61,13 +60,6 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
 
     Batch size, number of steps and learning rate depend on the data and on where the projections
     start: see `RunLength`.
-
-    Args:
-        output: Folder of the run.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: The device is not there, or `report_to` names what is not installed.
     """
     device = choose_device(config.device)
     arguments = training_arguments_on(
@@ -93,13 +85,7 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
 
 
 def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes: int) -> int:
-    """Choose the images per batch of all processes, by default as many as the data allow.
-
-    Args:
-        config: Options of the alignment.
-        num_items: Items to train on; None for a stream.
-        num_processes: Number of processes.
-    """
+    """Choose the images per batch of all processes, by default as many as the data allow."""
     if config.global_batch_size is not None:
         return config.global_batch_size
     largest = _MAX_DEFAULT_BATCH if num_items is None else min(_MAX_DEFAULT_BATCH, num_items)
@@ -107,13 +93,7 @@ def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes:
 
 
 def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> int:
-    """Count the steps of a run; an epoch leaves out the last, smaller batch.
-
-    Args:
-        config: Options of the alignment.
-        num_items: Items to train on; None for a stream.
-        batch_size: Records per batch of all processes.
-    """
+    """Count the steps of a run; an epoch leaves out the last, smaller batch."""
     if config.max_steps is not None:
         return config.max_steps
     assert num_items is not None  # a stream needs max_steps
@@ -128,10 +108,10 @@ class RunLength:
     """Numbers of a run that depend on its data and on where the projections start.
 
     Attributes:
-        num_steps: Over which the learning rate rises and falls.
-        batch_size: Of all processes together.
+        num_steps: Steps over which the learning rate rises and falls.
+        batch_size: Items per batch of all processes together.
         learning_rate: Peak rate of adapter, projections and LoRAs.
-        adapter_begin: Steps before the text adapter is trained too.
+        adapter_begin: Steps before the text adapter is trained, too.
         last_step: Step after which the run ends; None for the last one.
     """
 
@@ -150,14 +130,7 @@ class RunLength:
 def plan_length(
     config: AlignConfig, start: ProjectionInit, *, num_items: int | None, batch_size: int
 ) -> RunLength:
-    """Find the numbers of a run.
-
-    Args:
-        config: Options of the alignment.
-        start: Where the projections start.
-        num_items: Items to train on; None for a stream.
-        batch_size: Records per batch of all processes.
-    """
+    """Find the numbers of a run."""
     num_steps = count_steps(config, num_items, batch_size)
     return RunLength(
         num_steps=num_steps,
@@ -171,14 +144,7 @@ def plan_length(
 def warm_up_then_cosine(
     num_steps: int, *, warmup_steps: float, begin: int = 0
 ) -> Callable[[int], float]:
-    """Make the factor of the learning rate at each step: linearly up, then down as a cosine.
-
-    Args:
-        num_steps: Steps of the run.
-        warmup_steps: Steps until the factor is 1; below 1, a share of the steps after `begin`,
-            which makes at least 20: a shorter run ends before the factor is 1.
-        begin: Steps at the start during which the factor is 0.
-    """
+    """Make the factor of the learning rate at each step: linearly up, then down as a cosine."""
     left = num_steps - begin
     # Parameters that begin late warm up in what is left of the run.
     least = _MIN_WARMUP_STEPS if 0 < warmup_steps < 1 else 1
@@ -195,29 +161,18 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(
-    StepTimesMixin, FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer
-):
-    """Trains an `AlignmentModel`; to the Trainer the whole run is one epoch.
+class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
+    """Trains an `AlignmentModel` whose trained parts are chosen.
 
-    Args:
-        model: With its trained parts chosen.
-        batches: What it is trained on.
-        config: Options of the alignment.
-        loss: Compares a batch.
-        length: Numbers of the run.
-        training_arguments: From `make_training_arguments`.
-        callbacks: Further callbacks.
-        best_weights: Evaluates on held-out images; None without any.
+    To the Trainer the whole run is one epoch.
     """
 
     def __init__(
         self,
         model: AlignmentModel,
-        batches: Batches,
+        data: RunData,
         *,
         config: AlignConfig,
-        loss: Loss,
         length: RunLength,
         training_arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
@@ -227,38 +182,38 @@ class AlignmentTrainer(
         self.alignment_model = model
         self.best_weights = best_weights
         self.length = length
-        self._loss = loss
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
-        training_arguments.ignore_data_skip = not batches.can_skip
+        training_arguments.ignore_data_skip = not data.can_skip
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
-        self.batches = batches
-        self.step_times = StepTimes()
-        times = StepTimesCallback(
-            self.step_times,
-            epoch_at=batches.epoch_at,
-            shown=training_arguments.should_log,
+        self.data = data
+        self._loader = data.make_loader(
+            training_arguments, batch_size=length.batch_size, num_steps=length.num_trained
+        )
+        self._input_times = InputTimesCallback(
+            epoch_at=data.epoch_at, shown=training_arguments.should_log
         )
         self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
-        self._inverse_temperature = model.logit_scale().detach()
+        self._inverse_temperature = model.logit_head().detach()
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=getattr(batches.dataset, "stream", batches.dataset),
-            callbacks=[ClampTemperatureCallback(), LogLastStepCallback(), times, *callbacks],
+            train_dataset=getattr(data.source, "stream", data.source),
+            callbacks=[
+                ClampTemperatureCallback(),
+                LogLastStepCallback(),
+                self._input_times,
+                *callbacks,
+            ],
         )
         if best_weights is not None:
             best_weights.trainer = self
             self.add_callback(best_weights)
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone.
-
-        Args:
-            checkpoint: Last complete checkpoint of the run; None to begin.
-        """
+        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone."""
         if not self.length.num_trained:
             self.state.max_steps = 0
             if self.best_weights is not None:
@@ -268,7 +223,7 @@ class AlignmentTrainer(
             self.train()
             return
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self.batches.load(checkpoint)
+        self.data.load(checkpoint)
         if self.best_weights is not None:
             self.best_weights.read_earlier(state.global_step)
             if self.best_weights.has_stopped_early and state.global_step < state.max_steps:
@@ -277,9 +232,9 @@ class AlignmentTrainer(
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save what each process has of its own."""
+        """Save the state that each process has of its own."""
         super()._save_rng_state(output_dir)
-        self.batches.save(Path(output_dir))
+        self.data.save(Path(output_dir))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
@@ -288,19 +243,19 @@ class AlignmentTrainer(
 
     def get_train_dataloader(self) -> Any:
         """Make the loader of this process's batches of the whole run."""
-        return self.batches.make_loader()
+        return self._loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Wait for a batch."""
+        return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by when they begin, by learning rate, and by whether they decay.
-
-        Args:
-            model: The model, wrapped; None for the model itself.
-        """
+        """Group parameters by when they begin, by learning rate, and by whether they decay."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
                 if parameter.requires_grad:
-                    name = _unwrap(name)
+                    name = _WRAPPERS.sub("", name)
                     begin = self.length.adapter_begin if name.startswith(_ADAPTER) else 0
                     grouped.setdefault((begin, self._rates[name]), []).append(parameter)
             groups = [
@@ -318,12 +273,7 @@ class AlignmentTrainer(
         num_training_steps: int,  # noqa: ARG002
         optimizer: torch.optim.Optimizer | None = None,
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm up, then fall as a cosine over the planned steps, even where the run ends earlier.
-
-        Args:
-            num_training_steps: Not used.
-            optimizer: Its groups have a `begin` each; None for the Trainer's.
-        """
+        """Warm up, then fall as a cosine over the planned steps, even if the run ends before."""
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
@@ -359,30 +309,16 @@ class AlignmentTrainer(
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Compute the loss of a batch of this process.
-
-        Args:
-            model: The model, wrapped.
-            inputs: A batch.
-            return_outputs: Whether to return the model's outputs too.
-            num_items_in_batch: Not used.
-
-        Raises:
-            FloatingPointError: The loss is not finite; the step and the batch's groups are named.
-        """
-        group_ids, text_keys = inputs["group_ids"], inputs["text_keys"]
-        with self.step_times.measure("forward"):
-            outputs = model(**{name: v for name, v in inputs.items() if name not in _KEYS})
-            image_embeds, text_embeds, scale = outputs
-            loss = self._loss(LossInputs(image_embeds, text_embeds, scale, group_ids, text_keys))
-            self._inverse_temperature = scale.detach()
-            is_finite = bool(loss.isfinite())  # waits for a GPU
-        if not is_finite:
-            broken = ~(image_embeds.isfinite().all(dim=1) & text_embeds.isfinite().all(dim=1))
+    ) -> Tensor | tuple[Tensor, LossInputs]:
+        """Compute the loss of a batch of this process."""
+        loss, outputs = model(**inputs)
+        self._inverse_temperature = outputs.logits.scale.detach()
+        if not loss.isfinite():
+            sides = (outputs.image_embeds, outputs.text_embeds)
+            broken = ~torch.stack([side.isfinite().all(dim=1) for side in sides]).all(dim=0)
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step}. "
-                f"{self._describe_broken(group_ids, broken)} or lower the learning rate "
+                f"{self._describe_broken(inputs['group_ids'], broken)} or lower the learning rate "
                 f"({self.length.learning_rate})."
             )
         return (loss, outputs) if return_outputs else loss
@@ -390,7 +326,7 @@ class AlignmentTrainer(
     def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         shown = group_ids[broken] if broken.any() else group_ids
-        names = self.batches.dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
+        names = self.data.source.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (
@@ -404,13 +340,8 @@ class AlignmentTrainer(
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log passes over the data as the epoch, since the Trainer's own is the whole run.
-
-        Args:
-            logs: What is logged.
-            start_time: As `Trainer.log` takes it.
-        """
-        self.state.epoch = self.batches.epoch_at(self.state.global_step)
+        """Log passes over the data as the epoch, since the Trainer's own is the whole run."""
+        self.state.epoch = self.data.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
 
@@ -418,16 +349,8 @@ class AlignmentTrainer(
 class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
-    def on_optimizer_step(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        with torch.no_grad():
-            model.logit_scale.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        given["model"].logit_head.clamp()
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
@@ -436,13 +359,6 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     By default accelerate makes FSDP gather the temperature in bfloat16, which at 50 moves in steps
     of 0.25, cast the model's outputs to it, and add up gradients in it. Under DDP autocast does
     none of that. Without FSDP or in float32, nothing changes. Call it before anything is prepared.
-
-    Args:
-        accelerator: accelerate's `Accelerator`.
-        model: The model that is trained.
-
-    Raises:
-        ValueError: FSDP's first version is configured, which has no such policy.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or accelerator.mixed_precision != "bf16":
@@ -452,16 +368,15 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
             "FSDP's first version would round the temperature to bfloat16. Set fsdp_version: 2 in "
             "the configuration, as examples/accelerate/fsdp.yaml does, or give precision=float32."
         )
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # A unit of its own, so that its dtype stays.
-    fully_shard(model.logit_scale, mp_policy=MixedPrecisionPolicy())
-
-
-def _unwrap(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())
+    register_fsdp_forward_method(model.logit_head, "rule")

@@ -12,71 +12,46 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ...data.atomic_files import write_atomically
-from ..run_folder import list_trained
-from .alignment_model import AlignmentModel
-from .held_out import HeldOutImages, HeldOutScores
+from ...data.records.record_table import Array
+from ..run_folder import add_results, list_trained, read_results
+from .alignment_data import AlignmentDataset
+from .held_out import HeldOutImages, HeldOutScores, embed_batches, fit_temperature
+from .input_times import INPUT_SECONDS
+from .sampling import mix
+
+if TYPE_CHECKING:
+    from .alignment_trainer import AlignmentTrainer
 
 BEST_FILE = "best.safetensors"
 # Tried beside all of the way from the start to the trained weights.
 SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
-
-
-class EvaluatedTrainer(Protocol):
-    """What evaluating needs of the `AlignmentTrainer`, which imports this."""
-
-    alignment_model: AlignmentModel
-    model_wrapped: nn.Module
-    is_fsdp_enabled: bool
-    args: TrainingArguments
-    state: TrainerState
-
-    def log(self, logs: dict[str, float]) -> None:
-        """Log numbers.
-
-        Args:
-            logs: By name.
-        """
-
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
-        """Make the context of a forward pass."""
-        ...
-
-    def collect_trained(self) -> dict[str, Tensor]:
-        """Collect every weight that training changes."""
-        ...
+# Epoch of the captions and the noise of a batch that is measured: no step of a run has it.
+_EPOCH = -1
 
 
 def find_model(
-    trainer: EvaluatedTrainer, *, is_stored: bool
+    trainer: AlignmentTrainer, *, is_stored: bool
 ) -> tuple[nn.Module, torch.device, Callable[[], AbstractContextManager[Any]]]:
-    """Find the model that a Trainer trains, its device, and the context of its forward pass.
-
-    Args:
-        trainer: The Trainer.
-        is_stored: Whether no tower runs.
-    """
+    """Find the model that a Trainer trains, its device, and the context of its forward pass."""
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
     context = nullcontext if is_stored else trainer.compute_loss_context_manager
     return model, trainer.args.device, context
 
 
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every weight that training changes, by its name while training.
-
-    Args:
-        model: The model, not sharded.
-    """
+    """Copy every weight that training changes, by its name while training."""
     names = list_trained(model)
     return {
         name: parameter.detach().clone()
@@ -89,14 +64,7 @@ def copy_trained(model: nn.Module) -> dict[str, Tensor]:
 def set_between(
     model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 ) -> None:
-    """Set the trained weights of a model between two others, in place.
-
-    Args:
-        model: The model, not sharded.
-        start: Weights by name, at a share of 0.
-        end: Weights by name, at a share of 1.
-        share: How far from the start they are.
-    """
+    """Set the trained weights of a model between two others, in place."""
     for name, value in end.items():
         first = start[name].to(value.device)
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
@@ -150,7 +118,7 @@ class BestWeightsCallback(TrainerCallback):
         self.best_step = 0
         self.best_share = 1.0
         self.has_stopped_early = False
-        self.trainer: EvaluatedTrainer | None = None
+        self.trainer: AlignmentTrainer | None = None
         self._start = start or {}
 
     @property
@@ -158,25 +126,13 @@ class BestWeightsCallback(TrainerCallback):
         """File of the best weights."""
         return self.output / BEST_FILE
 
-    def on_train_begin(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        **_: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         if self.before is None:
             assert self.trainer is not None
             self.before = self._measure(self.trainer)
             self._compare(self.before, step=state.global_step, share=1.0)
 
-    def on_step_end(  # noqa: D102
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
         step = state.global_step
         if step % self.eval_steps and step < state.max_steps:
             return
@@ -188,11 +144,7 @@ class BestWeightsCallback(TrainerCallback):
             control.should_training_stop = control.should_log = control.should_save = True
 
     def read_earlier(self, step: int) -> None:
-        """Read what an earlier part of this run kept, and whether the run stopped early.
-
-        Args:
-            step: Of the checkpoint that the run continues from.
-        """
+        """Read what an earlier part of this run kept, and whether the run stopped early."""
         if not self.file.is_file():
             return
         with safe_open(self.file, framework="pt") as file:
@@ -252,9 +204,9 @@ class BestWeightsCallback(TrainerCallback):
                 metadata = {_METADATA: json.dumps(self.as_record())}
                 write_atomically(self.file, save(weights, metadata=metadata))
 
-    def _measure(self, trainer: EvaluatedTrainer) -> HeldOutScores:
-        embeds = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
-        found: list[Any] = [self.images.score(*embeds)]
+    def _measure(self, trainer: AlignmentTrainer) -> HeldOutScores:
+        inputs = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
+        found: list[Any] = [self.images.score(trainer.alignment_model.loss, inputs)]
         # Other hardware may round differently; all processes must keep and stop alike.
         broadcast_object_list(found)
         scores: HeldOutScores = found[0]
@@ -264,3 +216,60 @@ class BestWeightsCallback(TrainerCallback):
                 f"the learning rate ({trainer.args.learning_rate}), or look for broken embeddings."
             )
         return scores
+
+
+class TrainingObjective(TrainerCallback):
+    """Measures the loss of a batch as it is trained on, noise included, at the best temperature.
+
+    Args:
+        dataset: Holds the images.
+        items: Its items that are trained on.
+        size: Images of the batch.
+        seed: Of the choice of images.
+        output: Folder whose `run.json` gets both losses.
+        name: Name of them there.
+
+    Attributes:
+        trainer: The trainer that calls back; set before the run.
+    """
+
+    def __init__(
+        self,
+        dataset: AlignmentDataset,
+        items: Array,
+        *,
+        size: int,
+        seed: int,
+        output: Path,
+        name: str,
+    ) -> None:
+        chosen = np.sort(items[np.argsort(mix(seed, items), kind="stable")[:size]])
+        self.trainer: AlignmentTrainer | None = None
+        self._dataset = dataset
+        self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
+        self._output = output
+        self._name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+        if not state.global_step:
+            self._record(before=self._measure())
+
+    def record_end(self) -> None:
+        """Measure the weights that the model has now; every process calls it."""
+        self._record(after=self._measure())
+
+    def _measure(self) -> float:
+        assert self.trainer is not None
+        batch = self._dataset.__getitems__(self._samples)
+        del batch[INPUT_SECONDS]
+        model, device, context = find_model(self.trainer, is_stored=self._dataset.is_stored)
+        inputs = embed_batches(model, [batch], device, context)
+        found = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
+        broadcast_object_list(found)
+        return found[0]
+
+    def _record(self, **losses: float) -> None:
+        assert self.trainer is not None
+        if self.trainer.args.should_save:
+            earlier = read_results(self._output).get(self._name, {})
+            add_results(self._output, **{self._name: {**earlier, **losses}})

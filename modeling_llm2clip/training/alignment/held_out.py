@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ...data.key_arrays import count_distinct, is_among
-from ...data.records.record_table import RecordTable
+from ...data.records.record_table import Array, RecordTable
+from ...data.records.records import CaptionedImage
+from ...data.streams.record_streams import RecordStream
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
-from ..losses.loss import Loss, LossInputs, compare_within_process
-from .alignment_data import AlignmentDataset, list_pairs
-from .cca_init import fit_temperature
-from .sampling import Array, mix
+from ...heads_llm2clip import MAX_LOG_SCALE
+from ..losses.loss import Loss, LossInputs
+from .alignment_data import AlignmentDataset, decode_sample, list_pairs
+from .sampling import mix
 
 _MAX_HELD_OUT = 1_000
 # In small data a tenth is too few to compare two models, and more than a fifth is missed.
@@ -31,14 +35,18 @@ _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
 # These many pairs determine a single number.
 _MAX_ROWS_OF_TEMPERATURE = 2_000
+_TEMPERATURE_STEPS = 16
 # A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
 
+# Makes the context of a forward pass.
+MakeContext = Callable[[], AbstractContextManager[Any]]
+
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """How well held-out captions and images find each other.
+    """Scores of held-out captions and images that find each other.
 
     Attributes:
         loss: The loss that is trained, of every pair against all others, at the temperature where
@@ -62,7 +70,7 @@ class HeldOutScores:
 
     @property
     def is_near_chance(self) -> bool:
-        """Whether a direction is not above three times chance with 95 % confidence (Wilson)."""
+        """True unless both directions are above three times chance, with 95 % confidence."""
         directions = (
             (self.t2i_r1, self.chance_t2i_r1),
             (self.i2t_r1, self.chance_i2t_r1),
@@ -76,9 +84,6 @@ class HeldOutScores:
 
         It is Wilson's (doi:10.1080/01621459.1927.10502953). The texts of an image succeed and fail
         together, so that images alone are counted.
-
-        Args:
-            score: An R@1 of these.
         """
         square, count = _NORMAL_QUANTILE**2, self.num_images
         center = score + square / (2 * count)
@@ -91,19 +96,7 @@ class HeldOutScores:
 
 
 def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:
-    """Split a dataset by the groups of its images.
-
-    Args:
-        dataset: The dataset.
-        ratio: Share of the groups that is held out; 0 for none.
-        seed: Of the choice.
-
-    Returns:
-        Items to train on, and held-out items, both in the order of the dataset.
-
-    Raises:
-        ValueError: There are too few groups to hold out two, or to train on two.
-    """
+    """Split a dataset by the groups of its images."""
     if not ratio:
         return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
     records = dataset.records
@@ -124,15 +117,7 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
 
 
 def require_negatives(num_trained: int, num_held_out: int) -> None:
-    """Refuse to train on one group, in which no image has a negative: the loss would be 0.
-
-    Args:
-        num_trained: Groups to train on.
-        num_held_out: Groups that are held out.
-
-    Raises:
-        ValueError: There are fewer than two groups to train on.
-    """
+    """Refuse to train on one group, in which no image has a negative: the loss would be 0."""
     if num_trained < 2:
         raise ValueError(
             f"{num_held_out} groups of images are held out, which leaves {max(num_trained, 0)} to "
@@ -151,12 +136,7 @@ def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
 
 
 def count_shared_captions(records: RecordTable, held_out: Array) -> int:
-    """Count the captions to train on that are also captions of held-out records.
-
-    Args:
-        records: All records.
-        held_out: (H,) numbers of those that are held out.
-    """
+    """Count the captions to train on that are also captions of held-out records."""
 
     def iterate_keys(table: RecordTable) -> Iterator[Array]:
         for batch in table.iterate_columns(("text_keys",)):
@@ -169,25 +149,74 @@ def count_shared_captions(records: RecordTable, held_out: Array) -> int:
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:
-    """Count the groups of images that a run holds out.
-
-    Args:
-        num_groups: Groups of all images.
-        ratio: Share that is held out; 0 for none.
-    """
+    """Count the groups of images that a run holds out."""
     if not ratio:
         return 0
     minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
     return min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
 
 
-def prepare_loss(loss: Loss) -> Loss:
-    """Return a loss that compares pairs which every process has.
+def hold_out_of_stream(
+    stream: RecordStream, ratio: float, folder: Path
+) -> tuple[list[CaptionedImage], frozenset[str]]:
+    """Hold out the first groups of a stream's shards; every process finds the same.
 
-    Args:
-        loss: What is trained on.
+    Returned are records with their images in the folder, and their group ids, which training must
+    not see. The number of all images is estimated from the first shard. A group with an image that
+    cannot be decoded is not held out, so that training comes to the image and counts it as lost.
     """
-    return compare_within_process(loss, chunk_size=_ROWS_PER_BATCH)
+    if not ratio:
+        return [], frozenset()
+    records: list[CaptionedImage] = []
+    groups: dict[str, None] = {}
+    broken: set[str] = set()
+    others: set[str] = set()
+    wanted = None
+    for number in range(len(stream.reader.shards)):
+        found = stream.read_shard(number)
+        if wanted is None:
+            in_first = len({record.group_id for record in found})
+            wanted = count_held_out(in_first * len(stream.reader.shards), ratio)
+            if wanted < 2:
+                raise ValueError(
+                    f"The stream has about {in_first * len(stream.reader.shards)} groups, too few "
+                    "to hold out two of them. Give more images, or held_out_ratio=0."
+                )
+            require_negatives(in_first * len(stream.reader.shards) - wanted, wanted)
+        for record in found:
+            group = record.group_id
+            if group in broken:
+                continue
+            if group not in groups and len(groups) >= wanted:
+                others.add(group)
+                continue
+            if _can_be_decoded(record):
+                groups[group] = None
+                records.append(record)
+            else:
+                broken.add(group)
+                groups.pop(group, None)
+        if len(groups) >= wanted and len(others) > 1:
+            break
+    else:
+        require_negatives(len(others), len(groups))
+    held = [record for record in records if record.group_id in groups]
+    return [_write_image(record, folder, n) for n, record in enumerate(held)], frozenset(groups)
+
+
+def _can_be_decoded(record: CaptionedImage) -> bool:
+    try:
+        decode_sample(record)
+    except ValueError:
+        return False
+    return True
+
+
+def _write_image(record: CaptionedImage, folder: Path, number: int) -> CaptionedImage:
+    assert record.image is not None
+    file = folder / f"{number:05d}"
+    file.write_bytes(record.image.read_bytes())
+    return replace(record, image=file)
 
 
 class HeldOutImages:
@@ -195,16 +224,10 @@ class HeldOutImages:
 
     All captions of an image are queries where image embeddings are stored; otherwise its first
     one, because each pair costs a pass of the vision tower.
-
-    Args:
-        dataset: Holds them and the training images.
-        items: Its items that are held out.
-        loss: What is trained on.
     """
 
-    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array, loss: Loss) -> None:
+    def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
         self.dataset = dataset
-        self._loss = prepare_loss(loss)
         chosen = np.asarray(items)
         short, long = dataset.records.count_texts(chosen)
         counts = short + long if dataset.image_store else np.ones_like(short)
@@ -223,45 +246,35 @@ class HeldOutImages:
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
     def embed(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        make_context: Callable[[], AbstractContextManager[Any]],
-    ) -> tuple[Tensor, Tensor]:
-        """Encode every pair, in evaluation mode.
-
-        Args:
-            model: An `AlignmentModel`, wrapped or not.
-            device: Where it is.
-            make_context: Makes the context of a forward pass.
-
-        Returns:
-            image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
-        """
+        self, model: nn.Module, device: torch.device, make_context: MakeContext
+    ) -> LossInputs:
+        """Encode every pair in evaluation mode; see `embed_batches`."""
         parts = (
             slice(start, start + _ROWS_PER_BATCH)
             for start in range(0, len(self._items), _ROWS_PER_BATCH)
         )
-        batches = (self.dataset.read_pairs(self._items[p], self._numbers[p]) for p in parts)
+        batches = (
+            {
+                **self.dataset.read_pairs(self._items[p], self._numbers[p]),
+                "group_ids": self.group_ids[p],
+                "text_keys": self._text_keys[p],
+            }
+            for p in parts
+        )
         return embed_batches(model, batches, device, make_context)
 
-    def score(self, image_embeds: Tensor, text_embeds: Tensor) -> HeldOutScores:
-        """Compare the embeddings of all pairs.
-
-        Args:
-            image_embeds: As `embed` returns them.
-            text_embeds: As `embed` returns them.
-        """
+    def score(self, loss: Loss, inputs: LossInputs) -> HeldOutScores:
+        """Compare the embeddings of all pairs."""
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
-            image_embeds[self.image_rows],
-            text_embeds,
+            inputs.image_embeds[self.image_rows],
+            inputs.text_embeds,
             Correspondence.from_group_ids(of_image, of_text),
         )
         to_image, to_text = ranking.t2i, ranking.i2t
         return HeldOutScores(
-            loss=self.fit_temperature(image_embeds, text_embeds)[1],
+            loss=fit_temperature(loss, inputs)[1],
             t2i_r1=float(hits_at(to_image, k=1).mean()),
             i2t_r1=float(hits_at(to_text, k=1).mean()),
             chance_t2i_r1=float((to_image.num_positives / to_image.num_candidates).mean()),
@@ -270,79 +283,63 @@ class HeldOutImages:
             num_texts=len(of_text),
         )
 
-    def fit_temperature(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[float, float]:
-        """Find the temperature that suits the pairs best.
-
-        Args:
-            image_embeds: As `embed` returns them.
-            text_embeds: As `embed` returns them.
-
-        Returns:
-            The logarithm of the inverse temperature, and the loss of all pairs at it.
-        """
-        return fit_temperature_of_pairs(
-            self._loss, image_embeds, text_embeds, self.group_ids, self._text_keys
-        )
-
 
 @torch.no_grad()
 def embed_batches(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     device: torch.device,
-    make_context: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Tensor, Tensor]:
-    """Encode the pairs of some batches, in evaluation mode.
+    make_context: MakeContext,
+) -> LossInputs:
+    """Encode the pairs of some batches in evaluation mode, by an `AlignmentModel`, wrapped or not.
 
-    Args:
-        model: An `AlignmentModel`, wrapped or not.
-        batches: Its inputs.
-        device: Where it is.
-        make_context: Makes the context of a forward pass.
-
-    Returns:
-        image_embeds and text_embeds, (rows, P) float32 of unit length on the CPU.
+    All tensors are on the CPU, and every process has the same.
     """
     was_training = model.training
     model.eval()
-    images, texts = [], []
+    parts: list[LossInputs] = []
     for batch in batches:
         with make_context():
-            outputs = model(**{name: value.to(device) for name, value in batch.items()})
-        images.append(outputs[0].float().cpu())
-        texts.append(outputs[1].float().cpu())
+            _, inputs = model(**{name: value.to(device) for name, value in batch.items()})
+        parts.append(inputs.to(torch.device("cpu")))
     model.train(was_training)
-    return torch.cat(images), torch.cat(texts)
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name, value in parts[0]._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return parts[0]._replace(**joined, is_whole=True)
 
 
 @torch.no_grad()
-def fit_temperature_of_pairs(
-    loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group_ids: Tensor, text_keys: Tensor
-) -> tuple[float, float]:
-    """Find the temperature that suits some pairs best.
+def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
+    """Find the temperature with the lowest loss of some pairs, from `embed_batches`.
 
-    Args:
-        loss: From `compare_within_process`.
-        image_embeds: (N, P) of unit length.
-        text_embeds: (N, P) of unit length.
-        group_ids: (N,) as a batch has them.
-        text_keys: (N,) as a batch has them.
-
-    Returns:
-        The logarithm of the inverse temperature, and the loss of all pairs at it.
+    Golden-section search: the losses are convex in the inverse temperature. Returned are its
+    logarithm, and the loss of all pairs at it.
     """
+    if isinstance(loss, nn.Module):  # one with parameters or buffers has a device
+        tensors = itertools.chain(loss.parameters(), loss.buffers())
+        inputs = inputs.to(next((t.device for t in tensors), inputs.image_embeds.device))
+    few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
 
-    def measure_at(log_scale: float, rows: slice = slice(_MAX_ROWS_OF_TEMPERATURE)) -> float:
-        inputs = (
-            image_embeds[rows], text_embeds[rows], torch.tensor([math.exp(log_scale)]),
-            group_ids[rows], text_keys[rows],
-        )  # fmt: skip
-        return float(loss(LossInputs(*(part.to(device) for part in inputs))))
+    def measure_at(log_scale: float, pairs: LossInputs = few) -> float:
+        return float(loss(pairs.at_scale(math.exp(log_scale))))
 
-    # A loss with buffers has a device.
-    module = loss if isinstance(loss, nn.Module) else nn.Module()
-    device = next((buffer.device for buffer in module.buffers()), image_embeds.device)
-    log_scale, lowest = fit_temperature(measure_at)
-    if len(image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
-        lowest = measure_at(log_scale, slice(None))
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = 0.0, MAX_LOG_SCALE
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = measure_at(left), measure_at(right)
+    for _ in range(_TEMPERATURE_STEPS):
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = measure_at(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = measure_at(right)
+    log_scale, lowest = (left, at_left) if at_left < at_right else (right, at_right)
+    if len(inputs.image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
+        lowest = measure_at(log_scale, inputs)
     return log_scale, lowest

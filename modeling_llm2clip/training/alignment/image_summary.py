@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...configs.align_config import AlignConfig
 from ...data.key_arrays import count_distinct
-from ...data.records.record_table import RecordTable
+from ...data.records.record_table import Array, RecordTable
 from ...encoding.encode import encode_images
 from ...model_folders.fingerprint import fingerprint_vision
 from ...model_folders.training_images import (
@@ -26,8 +26,8 @@ from ...model_folders.training_images import (
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.processes import choose_device
 from .alignment_data import AlignmentDataset
-from .run_data import RunData
-from .sampling import Array, mix
+from .run_data import RecordData, RunData
+from .sampling import mix
 
 # Of so many images 128 clusters and their spread are known well enough.
 _STORED_SAMPLE = 4_096
@@ -45,17 +45,6 @@ def write_image_summary(
     They are those of the dataset, held-out ones included; of a stream, whose images are gone by
     then, the held-out ones. A seeded sample of them is read from the image store, or encoded by
     the model that was written.
-
-    Args:
-        source: Folder of the model that was trained.
-        folder: Folder of the trained model, complete but for this.
-        data: What the run trained on.
-        config: Options of the alignment.
-        name: Name of the data; None for no name.
-
-    Returns:
-        For the record of the run: name, number of images, size of the sample; None where the
-        images are too few to be summarized.
     """
     known = read_training_images(source)
     is_same_tower = config.vision_training == "frozen" or (
@@ -78,7 +67,7 @@ def write_image_summary(
 def _summarize(
     folder: Path, data: RunData, config: AlignConfig, *, name: str
 ) -> DatasetSummary | None:
-    if isinstance(data.dataset, AlignmentDataset):
+    if isinstance(data, RecordData):
         dataset = data.dataset
     elif data.held_out is not None:
         dataset = data.held_out.dataset
@@ -105,13 +94,6 @@ def sample_images(records: RecordTable, size: int) -> Array:
     """Sample different images: the same ones in the same order, whatever the order of the records.
 
     Memory does not grow with the number of records.
-
-    Args:
-        records: The dataset.
-        size: How many, or all where there are fewer.
-
-    Returns:
-        (size,) a record of each image.
     """
     chosen, items = np.empty(0, np.uint64), np.empty(0, np.int64)
     start = 0
@@ -126,26 +108,14 @@ def sample_images(records: RecordTable, size: int) -> Array:
 
 
 def choose_first_part(records: RecordTable, items: Array) -> Array:
-    """Choose about half of the groups of some images, whatever the order of the records.
-
-    Args:
-        records: The dataset.
-        items: (N,) numbers of records.
-
-    Returns:
-        (N,) bool, whether a record's group is chosen.
-    """
+    """Choose about half of the groups of some images, whatever the order of the records."""
     groups = mix(_OF_PARTS, records.read_numbers("group_key", items))
     chosen: Array = groups % np.uint64(2) == 0
     return chosen
 
 
 def count_images(records: RecordTable) -> int:
-    """Count the different images of a dataset, whatever the languages of their captions.
-
-    Args:
-        records: The dataset.
-    """
+    """Count the different images of a dataset, whatever the languages of their captions."""
     return count_distinct(partial(records.iterate_numbers, "name_key"), len(records))
 
 

@@ -1,4 +1,9 @@
-"""Where the projections start: as they are in the model, or from canonical correlation."""
+"""Starts the projections as they are in the model, or from canonical correlation (CCA).
+
+CCA finds the directions in which captions and images agree most, in closed form. The quality
+depends on how much each side is regularized, and this on the data, so that it is chosen by
+cross-validation. Two sides with a thousand elements each take seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +14,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
+from ...data.records.record_table import Array
+from ...modeling_llm2clip import LLM2CLIPModel
 from .alignment_data import AlignmentDataset, list_pairs
-from .alignment_model import HEADS, AlignmentModel
-from .cca_init import FittedCCA, init_projections_by_cca
-from .held_out import HeldOutImages
-from .run_data import RunData
-from .sampling import Array
+from .alignment_model import AlignmentModel
+from .held_out import HeldOutImages, fit_temperature
+from .run_data import RecordData, RunData
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
 # Trained projections are only refined; random weights have a long way to go.
 _RATE_FROM_TRAINED = 1e-4
 _RATE_FROM_RANDOM = 1e-3
+# Shares of the mean variance that may be added to every variance, two a decade.
+SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for images
+_NUM_FOLDS = 4
+# These many pairs estimate a rank well, and comparing them costs little beside the fit.
+_MAX_PAIRS_COMPARED = 1_000
 
 
 @dataclass(frozen=True)
 class ProjectionInit:
-    """Where the projections of a run started, for its record.
+    """The start of a run's projections, for its record.
 
     Attributes:
         method: model or cca.
@@ -56,23 +68,12 @@ def init_projections(
     data: RunData,
     config: AlignConfig,
 ) -> ProjectionInit:
-    """Choose where the projections start, and set them in place.
-
-    Args:
-        model: The model that is trained.
-        data: What the run trains on. Its held-out images fit the temperature, and decide for `auto`
-            between trained projections and canonical correlation; where there are none, trained
-            projections stay.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: Nothing is trained, and no closed form is possible.
-    """
+    """Choose where the projections start, and set them in place."""
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
     if wanted == "auto":
-        is_possible = data.dataset.is_stored and model.visual_projection.bias is not None
+        is_possible = data.is_stored and model.visual_projection.bias is not None
         wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
     if wanted == "model":
         if config.max_steps == 0 and not trained:
@@ -85,7 +86,7 @@ def init_projections(
     before: dict[str, Tensor] = {}
     loss_before = None
     if config.projection_init == "auto" and trained and held_out is not None:
-        before = {name: value.clone() for name, value in _list_head(model).items()}
+        before = {name: value.detach().clone() for name, value in model.head.items()}
         loss_before = _fit_temperature(model, held_out)[1]
     fitted = _fit_cca(model, data, config)
     log_scale = loss = None
@@ -93,7 +94,7 @@ def init_projections(
         log_scale, loss = _fit_temperature(model, held_out)
         _set_temperature(model, log_scale)
     if loss is not None and loss_before is not None and loss_before <= loss:
-        _restore(model, before)
+        model.load_state_dict(before, strict=False)
         return unchanged
     return ProjectionInit(
         "cca",
@@ -107,14 +108,7 @@ def init_projections(
 def repeat_init(
     model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit
 ) -> ProjectionInit:
-    """Start on other images as a run chose to start, and set the projections in place.
-
-    Args:
-        model: The model that is trained.
-        data: What is trained on.
-        config: Options of the alignment.
-        chosen: How the run started; its shrinkages and its temperature are kept.
-    """
+    """Start on other images as a run chose to start, and set the projections in place."""
     if chosen.cca is None:
         return chosen
     shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])
@@ -130,43 +124,29 @@ def _fit_cca(
     config: AlignConfig,
     shrinkages: tuple[float, float] | None = None,
 ) -> FittedCCA:
-    assert isinstance(data.dataset, AlignmentDataset)  # a stream is not stored
+    assert isinstance(data, RecordData)  # a stream is not stored
     *pairs, text_keys = _pair_embeddings(data.dataset, data.items, config.seed)
     return init_projections_by_cca(model, *pairs, text_keys=text_keys, shrinkages=shrinkages)
 
 
 def _set_temperature(model: AlignmentModel, log_scale: float) -> None:
     with torch.no_grad():
-        model.logit_scale.log_scale.fill_(log_scale)
+        model.logit_head.log_scale.fill_(log_scale)
 
 
 def _describe(fitted: FittedCCA) -> dict[str, Any]:
     return {name: value for name, value in asdict(fitted).items() if value is not None}
 
 
-def _list_head(model: AlignmentModel) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if name.split(".")[0] in HEADS
-    }
-
-
-@torch.no_grad()
-def _restore(model: AlignmentModel, head: dict[str, Tensor]) -> None:
-    for name, value in _list_head(model).items():
-        value.copy_(head[name])
-
-
 def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
     """Find the temperature that suits the held-out pairs best, and their loss at it."""
-    return held_out.fit_temperature(*held_out.embed(model, model.device, nullcontext))
+    return fit_temperature(model.loss, held_out.embed(model, model.device, nullcontext))
 
 
 def _pair_embeddings(
     dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Captions, their images, groups and text keys; a random sample of very many pairs."""
+    """Read captions, their images, groups and text keys; a random sample of very many pairs."""
     generator = torch.Generator().manual_seed(seed)
     # Every item has at least one caption, so that more items are not needed.
     sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
@@ -182,3 +162,234 @@ def _pair_embeddings(
         dataset.read_group_ids(pairs),
         dataset.read_text_keys(pairs, numbers),
     )
+
+
+@dataclass(frozen=True)
+class FittedCCA:
+    """The record of a canonical correlation.
+
+    Attributes:
+        text_shrinkage: Added to every variance of the texts, as a share of the mean variance.
+        image_shrinkage: Added to every variance of the images, likewise.
+        mean_reciprocal_rank: Mean over the cross-validation; None where both shrinkages were given.
+        num_pairs: Pairs of a caption and an image that it was fitted on.
+    """
+
+    text_shrinkage: float
+    image_shrinkage: float
+    mean_reciprocal_rank: float | None
+    num_pairs: int
+
+
+@torch.no_grad()
+def init_projections_by_cca(
+    model: LLM2CLIPModel,
+    caption_embeds: Tensor,
+    vision_embeds: Tensor,
+    groups: Tensor,
+    *,
+    text_keys: Tensor | None = None,
+    shrinkages: tuple[float, float] | None = None,
+) -> FittedCCA:
+    """Set both projections in place, of which the image projection needs a bias.
+
+    Rows of embeddings, (N, D) and (N, D') float32, belong to each other. Pairs of one group are
+    never each other's negatives, and cross-validation never separates them; nor are pairs with
+    equal text keys negatives. Shrinkages that are not given are chosen by cross-validation.
+
+    The blocks of a text adapter that was not trained become the identity; a trained one stays, and
+    the projections are fitted to its output. Each projection gets the scale of an ordinary
+    initialization: embeddings are normalized, so that the scale is free, and an optimizer's first
+    steps would overwrite much smaller weights.
+    """
+    if model.visual_projection.bias is None:
+        raise ValueError(
+            "projection_init=cca needs a bias in the image projection. Build the model with "
+            "visual_projection_bias=True, or choose projection_init=model."
+        )
+    num_groups = len(groups.unique())
+    if not len(caption_embeds) == len(vision_embeds) == len(groups) or num_groups < 2:
+        raise ValueError(
+            f"{len(caption_embeds)} captions, {len(vision_embeds)} images and {len(groups)} group "
+            f"numbers of {num_groups} groups: CCA needs equally many, of at least two groups."
+        )
+    for name, embeds in (("captions", caption_embeds), ("images", vision_embeds)):
+        if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
+            raise ValueError(
+                f"The embeddings of all {len(embeds)} {name} are equal, or some are not finite, so "
+                "that nothing can be fitted. Check the model that made the store (llm2clip "
+                "doctor), and extract again."
+            )
+    if not model.config.text_adapter_trained:
+        for block in model.text_adapter.blocks:
+            block.down.weight.zero_()
+            block.down.bias.zero_()
+    device = model.text_projection.weight.device
+    text = model.text_adapter(caption_embeds.to(device)).float()
+    if device.type == "mps":  # which has no float64
+        text = text.cpu()
+    vision = vision_embeds.to(text.device).float()
+    num_directions = model.config.projection_dim
+    rank = None
+    if shrinkages is None:
+        columns = [groups] if text_keys is None else [groups, text_keys]
+        ids = torch.stack(columns, dim=1).to(text.device)
+        shrinkages, rank = _choose_shrinkages(text, vision, ids, num_directions)
+    fitted = _Correlation(text, vision)
+    for projection, side, rotated in zip(
+        (model.text_projection, model.visual_projection),
+        (fitted.text, fitted.vision),
+        fitted.solve(*shrinkages, num_directions),
+        strict=True,
+    ):
+        _fill(projection, (side.directions @ rotated).T, side.mean)
+    return FittedCCA(*shrinkages, rank, len(text))
+
+
+def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
+    """Set a projection to weights (directions, D) float64 at an ordinary scale, mean subtracted."""
+    weight = weight * (weight.shape[1] * weight.square().mean()).rsqrt()
+    projection.weight.zero_()  # where the space is wider than there are directions
+    projection.weight[: len(weight)] = weight.to(projection.weight)
+    projection.bias.zero_()
+    projection.bias[: len(weight)] = -(weight @ mean.double()).to(projection.bias)
+
+
+class _Correlation:
+    """The covariances of some pairs, decomposed once for any number of shrinkages.
+
+    Both sides are rotated into their principal directions, in which a covariance is diagonal.
+    """
+
+    def __init__(self, text: Tensor, vision: Tensor) -> None:
+        self.text, self.vision = _Side(text), _Side(vision)
+        cross = self.text.rotate(text).double().T @ self.vision.rotate(vision).double()
+        self._cross = cross / len(text)
+
+    def solve(
+        self, text_shrinkage: float, image_shrinkage: float, num_directions: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights on rotated embeddings, (D, directions) and (D', directions) float64.
+
+        Each direction is weighted by its correlation.
+        """
+        text_scale = self.text.whiten(text_shrinkage)[:, None]
+        vision_scale = self.vision.whiten(image_shrinkage)[:, None]
+        left, right = _split_by_correlation(
+            text_scale * self._cross * vision_scale.T, num_directions
+        )
+        return text_scale * left, vision_scale * right
+
+
+class _Side:
+    """Mean, principal directions and variances of one side's embeddings, (N, D)."""
+
+    def __init__(self, embeds: Tensor) -> None:
+        self.mean = embeds.mean(0)
+        centered = (embeds - self.mean).double()
+        variances, self.directions = torch.linalg.eigh(centered.T @ centered / len(centered))
+        self._variances = variances.clamp(min=0)
+
+    def rotate(self, embeds: Tensor) -> Tensor:
+        """Subtract the mean and rotate into the principal directions, (M, D) float32."""
+        rotated: Tensor = (embeds - self.mean) @ self.directions.float()
+        return rotated
+
+    def whiten(self, shrinkage: float) -> Tensor:
+        mean = self._variances.mean().clamp(min=torch.finfo(torch.float64).tiny)
+        scale: Tensor = (self._variances + shrinkage * mean).rsqrt()
+        return scale
+
+
+def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
+    """Singular directions of both sides, each times its singular value, largest first.
+
+    From the smaller Gram matrix: several times as fast as a singular value decomposition.
+    """
+    if whitened.shape[0] > whitened.shape[1]:
+        right, left = _split_by_correlation(whitened.T, num_directions)
+        return left, right
+    squares, left = torch.linalg.eigh(whitened @ whitened.T)
+    squares = squares.flip(0)[:num_directions].clamp(min=0)
+    left = left.flip(1)[:, :num_directions]
+    return left * squares.sqrt(), whitened.T @ left
+
+
+def _choose_shrinkages(
+    text: Tensor, vision: Tensor, ids: Tensor, num_directions: int
+) -> tuple[tuple[float, float], float]:
+    """Walk over the grid of shrinkages to the best mean reciprocal rank of held-out pairs.
+
+    Not to the lowest loss, which wants more shrinkage than retrieval does.
+    """
+    folds = _make_folds(text, vision, ids)
+    ranks: dict[tuple[int, int], float] = {}
+
+    def measure(place: tuple[int, int]) -> float:
+        if place not in ranks:
+            chosen = (SHRINKAGES[place[0]], SHRINKAGES[place[1]])
+            found = [fold.measure(*chosen, num_directions) for fold in folds]
+            ranks[place] = sum(found) / len(found)
+        return ranks[place]
+
+    best = _FIRST_TRIED
+    while True:
+        steps = ((1, 0), (-1, 0), (0, 1), (0, -1))
+        around = [(best[0] + text_step, best[1] + image_step) for text_step, image_step in steps]
+        inside = [p for p in around if all(0 <= index < len(SHRINKAGES) for index in p)]
+        highest = max(inside, key=measure)
+        if measure(highest) <= measure(best):
+            return (SHRINKAGES[best[0]], SHRINKAGES[best[1]]), ranks[best]
+        best = highest
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Pairs that are fitted, and pairs of other groups, rotated, that are measured."""
+
+    fitted: _Correlation
+    text: Tensor
+    vision: Tensor
+    ids: Tensor
+
+    def measure(self, text_shrinkage: float, image_shrinkage: float, num_directions: int) -> float:
+        text, vision = self.fitted.solve(text_shrinkage, image_shrinkage, num_directions)
+        text_embeds = F.normalize(self.text @ text.float(), dim=-1)
+        image_embeds = F.normalize(self.vision @ vision.float(), dim=-1)
+        return _mean_reciprocal_rank(image_embeds @ text_embeds.T, self.ids)
+
+
+def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
+    """Rank the own group's best row among other groups and captions, in both directions."""
+    equal = ids[:, None] == ids[None, :]
+    same, is_negative = equal[..., 0], ~equal.any(dim=-1)
+    reciprocals = []
+    for scores in (similarities, similarities.T):
+        own = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+        ranks = 1 + (~(scores < own) & is_negative).sum(dim=1)  # the last one where scores are NaN
+        reciprocals.append(float(ranks.double().reciprocal().mean()))
+    return sum(reciprocals) / 2
+
+
+def _make_folds(text: Tensor, vision: Tensor, ids: Tensor) -> list[_Fold]:
+    numbers = ids[:, 0].unique(return_inverse=True)[1]
+    num_groups = int(numbers.max()) + 1
+    num_folds = min(_NUM_FOLDS, num_groups)
+    generator = torch.Generator().manual_seed(0)  # only who is measured with whom depends on it
+    order = torch.randperm(num_groups, generator=generator).to(ids.device)
+    fold_of_row = (order % num_folds)[numbers]
+    folds = []
+    for number in range(num_folds):
+        rows = (fold_of_row == number).nonzero().flatten()
+        chosen = torch.randperm(len(rows), generator=generator)[:_MAX_PAIRS_COMPARED]
+        rows, others = rows[chosen.to(rows.device)], fold_of_row != number
+        fitted = _Correlation(text[others], vision[others])
+        folds.append(
+            _Fold(
+                fitted,
+                fitted.text.rotate(text[rows]),
+                fitted.vision.rotate(vision[rows]),
+                ids[rows],
+            )
+        )
+    return folds

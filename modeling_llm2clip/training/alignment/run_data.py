@@ -1,101 +1,247 @@
-"""What a run trains on and measures itself on: records of an index, or a stream of them."""
+"""The data of a run, trained on and held out: records of an index, or a stream of them.
+
+Both give the Trainer the whole run as one epoch. Batches of records are functions of their number,
+so that a resumed run skips those before without reading them. Those of a stream are wherever the
+stream is, which is saved with every checkpoint.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from ...configs.align_config import AlignConfig
 from ...data.records.data_hashes import describe_images, hash_records
-from ...data.records.record_table import RecordTable
+from ...data.records.record_table import Array, RecordTable
 from ...data.store.embedding_store import EmbeddingStore
-from ...data.streams.record_streams import RecordStream
+from ...data.streams.record_streams import RecordStream, make_loader, read_report
+from ...data.streams.stream_report import StreamReport
 from ...data.streams.stream_run import hash_shards
+from ...encoding.preparation import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..losses.loss import Loss
-from .alignment_batches import Batches, SampledBatches, StreamedBatches
-from .alignment_data import AlignmentDataset
-from .alignment_stream import AlignmentStream, hold_out_of_stream
-from .held_out import HeldOutImages, choose_held_out, count_shared_captions
-from .sampling import NOISE_SAMPLING, Array
+from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample, keep_batch
+from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream
+from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 
-@dataclass(frozen=True)
-class RunData:
-    """What a run trains on and measures itself on.
+class RecordData:
+    """Records of an index, in random batches of the items that are trained on."""
 
-    Attributes:
-        dataset: Makes its batches.
-        items: Of the dataset, that are trained on; empty for a stream.
-        held_out: Images that are measured on; None for none.
-        num_held_out: How many records these are.
-        num_shared_captions: Captions to train on that these have too; None for a stream, whose
-            captions are not known before.
-    """
+    can_skip = True
 
-    dataset: AlignmentDataset | AlignmentStream
-    items: Array
-    held_out: HeldOutImages | None
-    num_held_out: int
-    num_shared_captions: int | None
-
-    @property
-    def num_items(self) -> int | None:
-        """Number of records to train on; None for a stream, whose length is not known."""
-        return None if isinstance(self.dataset, AlignmentStream) else len(self.items)
-
-    def make_batches(
+    def __init__(
         self,
+        dataset: AlignmentDataset,
+        items: Array,
         config: AlignConfig,
+        *,
+        held_out: HeldOutImages | None = None,
+        num_held_out: int = 0,
+        num_shared_captions: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.source = dataset
+        self.items = items
+        self.num_items = len(items)
+        self.held_out = held_out
+        self.num_held_out = num_held_out
+        self.num_shared_captions = num_shared_captions
+        self.is_stored = dataset.is_stored
+        self.reads_images = dataset.image_store is None
+        self.processor = dataset.processor
+        self._config = config
+        self._steps_per_epoch = 1
+
+    def with_held_out(self) -> RecordData:
+        """Return the same data, of which nothing is held out."""
+        items = np.arange(len(self.dataset), dtype=np.int32)
+        return RecordData(self.dataset, items, self._config)
+
+    def identify(self) -> dict[str, Any]:
+        """Identify the data for the record of a run."""
+        records = self.dataset.records
+        return {
+            "num_records": len(records),
+            "data": hash_records(records),
+            "images": describe_images(records) if self.reads_images else None,
+            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
+        }
+
+    def make_loader(
+        self, arguments: TrainingArguments, *, batch_size: int, num_steps: int
+    ) -> DataLoader[Any]:
+        """Make the loader of this process's batches of the whole run."""
+        sampler = ResumableBatchSampler(
+            self.items,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            seed=self._config.seed,
+            rank=arguments.process_index,
+            num_processes=arguments.world_size,
+        )
+        self._steps_per_epoch = sampler.steps_per_epoch
+        return DataLoader(
+            self.dataset,
+            batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
+            collate_fn=keep_batch,
+            num_workers=count_workers(self._config, arguments, decodes=self.reads_images),
+            pin_memory=arguments.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self._config.seed),
+        )
+
+    def epoch_at(self, step: int) -> float:
+        """Return the passes over the data after a number of steps."""
+        return step / self._steps_per_epoch
+
+    def save(self, folder: Path) -> None:
+        """Save nothing: the Trainer skips the batches before a checkpoint."""
+
+    def load(self, checkpoint: Path) -> None:
+        """Load nothing."""
+
+    def collect_report(self) -> None:
+        """Report nothing: records of an index are checked before the run."""
+
+
+class StreamData:
+    """A stream of records, epoch after epoch."""
+
+    can_skip = False
+    is_stored = False
+    reads_images = True
+    num_items = None  # its length is not known,
+    num_shared_captions = None  # nor are its captions
+
+    def __init__(
+        self,
+        source: AlignmentStream,
+        config: AlignConfig,
+        *,
+        held_out: HeldOutImages | None = None,
+        num_held_out: int = 0,
+    ) -> None:
+        self.source = source
+        self.processor = source.processor
+        self.held_out = held_out
+        self.num_held_out = num_held_out
+        self._config = config
+        self._epoch = 0
+        self._is_resumed = False
+        self._resumed_state: Any = None  # of the loader, until it has given a batch
+        self._ended: list[StreamReport] = []  # of the epochs before
+
+    def identify(self) -> dict[str, Any]:
+        """Identify the data for the record of a run."""
+        digest = hash_shards(self.source.stream.reader.shards)
+        return {"num_records": None, "data": digest, "images": None}
+
+    def make_loader(
+        self,
         arguments: TrainingArguments,
         *,
         batch_size: int,
-        num_steps: int,
-    ) -> Batches:
-        """Make the batches of this process.
-
-        Args:
-            config: Options of the alignment.
-            arguments: Of the Trainer.
-            batch_size: Of all processes together.
-            num_steps: Of the run.
-        """
-        if isinstance(self.dataset, AlignmentStream):
-            return StreamedBatches(
-                self.dataset, config=config, batch_size=batch_size, arguments=arguments
-            )
-        return SampledBatches(
-            self.dataset,
-            self.items,
-            config=config,
-            batch_size=batch_size,
-            num_steps=num_steps,
-            arguments=arguments,
+        num_steps: int,  # noqa: ARG002
+    ) -> StreamData:
+        """Become an endless iterable of this process's batches."""
+        self._process, self._num_processes = arguments.process_index, arguments.world_size
+        self._loader = make_loader(
+            self.source.stream,
+            batch_size=batch_size // arguments.world_size,
+            collate=self.source.collate,
+            prepare=decode_sample,
+            num_workers=count_workers(self._config, arguments, decodes=True),
+            drop_last=True,
+            pin_memory=arguments.device.type == "cuda",
         )
+        return self
 
-    def with_held_out(self) -> RunData:
-        """Return the same data, of which nothing is held out."""
-        assert isinstance(self.dataset, AlignmentDataset)  # of a stream nothing is fitted twice
-        items = np.arange(len(self.dataset), dtype=np.int32)
-        return replace(self, items=items, held_out=None, num_held_out=0, num_shared_captions=0)
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.source.stream.set_epoch(self._epoch)
+            num_batches = int(self._is_resumed)  # the epoch may have ended with the checkpoint
+            self._is_resumed = False
+            for batch in self._loader:
+                self._resumed_state = None
+                num_batches += 1
+                yield batch
+            self._end_epoch()
+            if not num_batches:
+                raise ValueError(
+                    "The stream has fewer samples than a batch in each worker. Set a smaller "
+                    "global_batch_size, or fewer num_workers."
+                )
 
-    def identify(self) -> dict[str, Any]:
-        """Return what identifies the data, for the record of a run."""
-        if isinstance(self.dataset, AlignmentStream):
-            digest = hash_shards(self.dataset.stream.reader.shards)
-            return {"num_records": None, "data": digest, "images": None}
-        reads_images = self.dataset.image_store is None
-        return {
-            "num_records": len(self.dataset.records),
-            "data": hash_records(self.dataset.records),
-            "images": describe_images(self.dataset.records) if reads_images else None,
-            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
+    def _end_epoch(self) -> None:
+        """Keep the report of an epoch, and say what this process lost in it."""
+        self._resumed_state = None  # there may have been nothing left behind the checkpoint
+        report = self._read_current()
+        self._ended.append(report)
+        if report.has_losses:
+            of_process = f" of process {self._process}" if self._num_processes > 1 else ""
+            tqdm.write(
+                f"epoch {self._epoch}{of_process}: {report.describe_losses()}", file=sys.stderr
+            )
+        self._epoch += 1
+
+    def _read_current(self) -> StreamReport:
+        """Report what this process read and lost in its current epoch."""
+        state = self._resumed_state
+        return read_report(self._loader.state_dict() if state is None else state)
+
+    def epoch_at(self, step: int) -> float:  # noqa: ARG002
+        """Return the whole passes over the data so far, since the length of one is not known."""
+        return float(self._epoch)
+
+    def save(self, folder: Path) -> None:
+        """Save the position of this process's stream."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "epoch": self._epoch,
+            "ended": [report.to_state() for report in self._ended],
+            "loader": self._loader.state_dict(),
         }
+        torch.save(state, folder / self._name_file())
+
+    def load(self, checkpoint: Path) -> None:
+        """Let the batches go on where a checkpoint was saved."""
+        state = torch.load(checkpoint / self._name_file(), weights_only=True)
+        self._epoch = state["epoch"]
+        self._ended = [StreamReport.from_state(report) for report in state["ended"]]
+        self._loader.load_state_dict(state["loader"])
+        self._is_resumed = True
+        self._resumed_state = state["loader"]
+
+    def collect_report(self) -> dict[str, Any]:
+        """Return what all processes read and lost in the whole run; all of them call it."""
+        own = [report.to_state() for report in (*self._ended, self._read_current())]
+        total, epochs = StreamReport(), []
+        for states in zip_longest(*gather_object([own])):
+            report = StreamReport()
+            for state in states:
+                if state is not None:  # of a process that is in an earlier epoch
+                    report.merge(StreamReport.from_state(state))
+            epochs.append(report.numbers)
+            total.merge(report)
+        # What is broken is so in every epoch.
+        places = {kind: list(dict.fromkeys(where)) for kind, where in total.places.items()}
+        return {**total.to_state(), "places": places, "epochs": epochs}
+
+    def _name_file(self) -> str:
+        return f"stream-{self._process}.pt"
+
+
+RunData = RecordData | StreamData
 
 
 def open_records(
@@ -104,22 +250,8 @@ def open_records(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
-    loss: Loss,
-) -> RunData:
-    """Prepare records of an index.
-
-    Args:
-        records: The data.
-        processor: The model's.
-        config: Options of the alignment.
-        caption_store: Caption embeddings; None for tokens.
-        image_store: Image embeddings; None for pixels.
-        loss: What is trained on.
-
-    Raises:
-        ValueError: A store is of other data, an image is missing, or there are too few groups to
-            hold out two.
-    """
+) -> RecordData:
+    """Prepare records of an index."""
     dataset = AlignmentDataset(
         records,
         processor,
@@ -131,9 +263,14 @@ def open_records(
         seed=config.seed,
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
-    held_out = HeldOutImages(dataset, held_items, loss) if len(held_items) else None
-    num_shared = count_shared_captions(dataset.records, held_items)
-    return RunData(dataset, items, held_out, len(held_items), num_shared)
+    return RecordData(
+        dataset,
+        items,
+        config,
+        held_out=HeldOutImages(dataset, held_items) if len(held_items) else None,
+        num_held_out=len(held_items),
+        num_shared_captions=count_shared_captions(dataset.records, held_items),
+    )
 
 
 def open_stream(
@@ -142,27 +279,14 @@ def open_stream(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     folder: Path,
-    loss: Loss,
-) -> RunData:
-    """Prepare a stream, and deal its shards to the processes of the run.
-
-    Args:
-        stream: The records.
-        processor: The model's.
-        config: Options of the alignment.
-        caption_store: Caption embeddings; None for tokens.
-        folder: Gets the held-out images.
-        loss: What is trained on.
-
-    Raises:
-        ValueError: The store lacks held-out records, or there are too few to hold out two groups.
-    """
+) -> StreamData:
+    """Prepare a stream, deal its shards to the processes, and write held-out images to a folder."""
     state = PartialState()
     held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
     own = stream.for_process(
         state.process_index, state.num_processes, seed=config.seed, excluded_groups=groups
     )
-    dataset = AlignmentStream(
+    source = AlignmentStream(
         own,
         processor,
         caption_store=caption_store,
@@ -171,7 +295,14 @@ def open_stream(
     )
     held_out = None
     if held:
-        table = RecordTable.from_records(held)
-        measured = AlignmentDataset(table, processor, caption_store=caption_store, is_part=True)
-        held_out = HeldOutImages(measured, np.arange(len(table)), loss)
-    return RunData(dataset, np.empty(0, np.int32), held_out, len(held), None)
+        measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)
+        held_out = HeldOutImages(measured, np.arange(len(held)))
+    return StreamData(source, config, held_out=held_out, num_held_out=len(held))
+
+
+def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:
+    """Choose how many processes make the batches of this one."""
+    if config.num_workers is not None:
+        return config.num_workers
+    # A CPU has no time to spare, and what is stored needs none.
+    return default_num_workers() if decodes and arguments.device.type != "cpu" else 0

@@ -27,14 +27,6 @@ class ResumableBatchSampler(Sampler[Array]):
 
     Every epoch has its own order of all items, and leaves out the last ones, which do not fill a
     batch.
-
-    Args:
-        items: Items to sample.
-        batch_size: Of all processes together; divisible by their number.
-        num_steps: Batches of the run.
-        seed: Of the order.
-        rank: Number of this process.
-        num_processes: Number of processes.
     """
 
     def __init__(
@@ -90,19 +82,7 @@ def sample_captions(
     epochs: Array,
     items: Array,
 ) -> Array:
-    """Sample one caption of each item.
-
-    Args:
-        num_short: (B,) short captions of each item.
-        num_long: (B,) long captions of each item.
-        long_caption_ratio: Probability of a long caption where there are both.
-        seed: Of the run.
-        epochs: (B,) passes over the data.
-        items: (B,) numbers of the items.
-
-    Returns:
-        (B,) int64, numbers of captions: first the short ones of an item, then its long ones.
-    """
+    """Sample a caption number of each item, (B,) int64: short ones come first."""
     wants_long = _sample(seed, epochs, items, 0) < long_caption_ratio
     is_long = (num_short == 0) | ((num_long > 0) & wants_long)
     count = np.where(is_long, num_long, num_short)
@@ -114,16 +94,6 @@ def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: i
     """Sample standard normal numbers; each row depends on its own integers alone.
 
     splitmix64 counts through a row, and each quarter of a word chooses one of the quantiles.
-
-    Args:
-        seed: Of the run.
-        epochs: (B,) passes over the data.
-        items: (B,) numbers of the items.
-        side: Another side of the same items has other numbers.
-        width: Numbers per row.
-
-    Returns:
-        (B, width) float32.
     """
     states = mix(seed, epochs, items, side)
     counts = np.arange(1, -(-width // 4) + 1, dtype=np.uint64) * _GOLDEN
@@ -138,7 +108,7 @@ def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: i
 
 @cache
 def _quantiles() -> Array:
-    """The normal number at the middle of each of 65,536 equal shares of probability, float32."""
+    """Compute the normal number amid each of 65,536 equal shares of probability, float32."""
     middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     quantiles: Array = torch.special.ndtri(middles).float().numpy()
     return quantiles
@@ -148,14 +118,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(*numbers: int | Array) -> Array:
-    """Mix integers into one of 64 bits (splitmix64, doi:10.1145/2660193.2660195).
-
-    Args:
-        *numbers: Integers or arrays of them, which are broadcast.
-
-    Returns:
-        uint64 of the broadcast shape.
-    """
+    """Mix integers, or arrays of them, into 64 bits (splitmix64, doi:10.1145/2660193.2660195)."""
     state: Array = np.zeros((1,), np.uint64)  # of one dimension, since scalars warn where they wrap
     for number in numbers:
         words = np.asarray(number).astype(np.int64).astype(np.uint64)  # negative ones wrap around
@@ -171,5 +134,5 @@ def _scramble(words: Array) -> Array:
 
 
 def _sample(*numbers: int | Array) -> Array:
-    """Numbers in [0, 1), uniform and independent for each combination of integers."""
+    """Draw numbers in [0, 1), uniform and independent for each combination of integers."""
     return (mix(*numbers) >> np.uint64(11)).astype(np.float64) / (1 << 53)

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how fast: LoRA, or all with slower lower layers."""
+"""Chooses what is trained, and how fast: a LoRA, or all, slower in lower layers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,18 @@ from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import list_trained
-from ..trainer_mixins import recompute_activations
-from .alignment_model import AlignmentModel
-from .tower_layers import find_layers
+from ..trainer_mixins import find_without_gradient, recompute_activations, require_gradients
+from .alignment_model import LOSS, AlignmentModel
 
+_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 
 
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
     """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
 
-    Args:
-        model: The model that is trained.
-        config: Options of the alignment.
-
-    Returns:
-        peft's wrapper of each tower that got a LoRA, by the tower's name; see `merge_loras`.
-
-    Raises:
-        ValueError: The vision tower has no layers for a LoRA or for `layer_decay`.
+    Returns peft's wrapper of each tower that got a LoRA, by name, for `merge_loras`.
     """
     model.train_heads_only()
     adapted: dict[str, Any] = {}
@@ -66,16 +57,9 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
     """Run a pair forward and backward, and freeze in place what of a whole tower has no gradient.
 
     A tower may have weights that its pooling never uses: they stay as they are, and count as such.
-
-    Args:
-        model: The model, with its trained parts chosen.
-        processor: The model's.
-        config: Options of the alignment.
-
-    Raises:
-        ValueError: A LoRA has layers that the tower never runs; they are named.
     """
-    without = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    found = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    without = [name for name in found if not name.startswith(f"{LOSS}.")]
     for tower, training, remedy in (
         ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
         ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),
@@ -102,20 +86,13 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
         inputs |= processor(text=["a dog", "two red apples on a wooden table"])
     else:
         inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
-    outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
-    return sum((output.float().sum() for output in outputs), torch.zeros(()).to(model.device))
+    _, outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+    summed = (outputs.image_embeds, outputs.text_embeds, *outputs.logits)
+    return torch.stack([output.float().sum() for output in summed]).sum()
 
 
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:
-    """Merge the LoRAs into their towers, in place.
-
-    Args:
-        model: The model that was trained.
-        adapted: From `choose_trained_parts`.
-
-    Returns:
-        Every weight that differs from the model's folder now, by its name in the model.
-    """
+    """Merge the LoRAs in place, and return all weights that differ from the folder's."""
     names = {name for name in list_trained(model) if ".lora_" not in name}
     for tower, wrapper in adapted.items():
         setattr(model, tower, wrapper.merge_and_unload())
@@ -124,14 +101,7 @@ def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Ten
 
 
 def find_attention_linears(tower: nn.Module) -> list[str]:
-    """List the linear layers in a vision transformer's attention by name.
-
-    Args:
-        tower: The vision tower.
-
-    Raises:
-        ValueError: It has none.
-    """
+    """List the linear layers in a vision transformer's attention by name."""
     modules = dict(tower.named_modules())
     # torch's own attention reads the weights itself, so that a layer in their place is never run.
     fused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
@@ -150,18 +120,28 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
     return names
 
 
+def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
+    """Find the name and the list of a tower's layers, the lowest first."""
+    found = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and name.split(".")[-1] in _LAYER_LISTS
+        and len(module) > 1
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
+            "its layers cannot be treated one by one. Set layer_decay to 1."
+        )
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
     """Compute the factor of the learning rate of each parameter of a tower.
 
     Parameters before the layers (patches, positions) learn slowest, those after them at the full
     rate; of L layers, layer i (from 0) at `decay ** (L - i)`.
-
-    Args:
-        tower: The vision tower.
-        decay: Factor from one layer to the one below it; 1 for all alike.
-
-    Returns:
-        Name of the parameter → factor.
     """
     names = [name for name, _ in tower.named_parameters()]
     if decay == 1:
@@ -182,16 +162,7 @@ def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
 def find_learning_rates(
     model: AlignmentModel, config: AlignConfig, *, learning_rate: float
 ) -> dict[str, float]:
-    """Find the peak learning rate of each trained parameter.
-
-    Args:
-        model: The model, with its trained parts chosen.
-        config: Options of the alignment.
-        learning_rate: Of all but a fully trained vision tower with a rate of its own.
-
-    Returns:
-        Name of the parameter → learning rate.
-    """
+    """Find the peak learning rate of each trained parameter."""
     rates = {name: learning_rate for name, p in model.named_parameters() if p.requires_grad}
     if config.vision_training == "full":
         factors = scale_by_layer(model.vision_model, config.layer_decay)
@@ -206,14 +177,6 @@ def split_by_decay(
     """Split parameters into groups of an optimizer: matrices decay, and nothing else does.
 
     Norms, biases and the temperature do not decay (arXiv:2103.00020).
-
-    Args:
-        parameters: Those of one learning rate.
-        weight_decay: Of the matrices.
-        **options: Of both groups, e.g. `lr`.
-
-    Returns:
-        One or two groups, none of them empty.
     """
     listed = list(parameters)
     groups = [

@@ -1,4 +1,4 @@
-"""What the LLM is fine-tuned on: captions and other texts in pairs, and groups held out."""
+"""The data of a fine-tuning: captions and other texts in pairs, and held-out groups."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at the ends
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """What a run is trained and measured on.
+    """Texts that are trained on, and groups that are measured on.
 
     Attributes:
-        tables: Text pairs, as `pair_tables` has them: of captions first, then others.
+        tables: Text pairs, as `pair_tables` has them: captions first, then others.
         weights: Batches of each table per batch of the first.
         num_trained: Number of groups whose captions are in the first table.
         num_first_pairs: Rows of the first table that have each caption at least once.
@@ -88,16 +88,6 @@ def prepare_data(
     """Hold out groups, pair the captions of the others, and leave held-out texts out.
 
     One process of each machine writes the pairs; all of them map the files.
-
-    Args:
-        groups: Captions by image.
-        text_pairs: Files of further pairs, and the number of their batches per batch of captions.
-        config: Options of the run.
-        folder: Folder for the tables; the same on all processes of a machine.
-
-    Raises:
-        ValueError: Too few groups, no pairs without a held-out caption, a file of pairs with
-            errors, or a table that cannot fill a batch.
     """
     num_held_out = count_held_out(len(groups), config)
     to_train, held_out, num_lost = groups.hold_out(num_held_out, seed=config.seed)
@@ -122,12 +112,7 @@ def prepare_data(
 
 
 def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
-    """Count the groups that a run measures on, and does not train on.
-
-    Args:
-        num_groups: All groups.
-        config: Options of the run.
-    """
+    """Count the groups that a run measures on, and does not train on."""
     if config.num_held_out is not None:
         return config.num_held_out
     return min(_MAX_HELD_OUT, max(2, num_groups // 5))
@@ -141,11 +126,6 @@ def count_truncated(
     Texts are tokenized in pieces, but for those that are too short to be truncated: an ASCII text
     has at most one token per character beside the prompt, and some to spare. Where the first texts
     have more, all are tokenized. Texts count as equal if their 64-bit keys are.
-
-    Args:
-        processor: The model's processor.
-        data: What is trained and measured on.
-        show_progress: Show a progress bar.
     """
     max_characters = _bound_characters(processor, data)
     columns = [

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
@@ -48,11 +49,11 @@ from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
 from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
-from ..gradient_check import find_without_gradient, require_gradients
 from ..run_folder import (
     add_results,
     discard_later_steps,
     find_last_checkpoint,
+    lock_run,
     read_results,
     read_run_record,
     require_finite,
@@ -60,20 +61,20 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..run_lock import lock_run
 from ..trainer_mixins import (
     StopCallback,
     choose_reports,
     computes_in_bfloat16,
     count_warmup_steps,
+    find_without_gradient,
     recompute_activations,
+    require_gradients,
     show_progress,
 )
 from .finetune_data import FinetuneData, count_truncated, prepare_data
 from .finetune_trainer import count_run_steps, make_trainer
-from .hard_batches import read_nearest_groups, write_nearest_groups
 from .lora_encoder import CaptionEncoder, make_lora_config, require_same_meaning, write_lora
-from .nearest_groups import Array, require_search
+from .nearest_groups import Array, require_search, write_nearest_groups
 
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
@@ -149,26 +150,13 @@ def finetune_llm(
 
 
 def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> None:
-    """Refuse options and data that `finetune_llm` would refuse, without a model.
-
-    Args:
-        records: Records to train on.
-        config: Options of the run.
-
-    Raises:
-        ValueError: Images with one caption, data that cannot fill a batch, text pairs or a LoRA
-            that cannot be read, or a warm-up longer than the run.
-    """
+    """Refuse options and data that `finetune_llm` would refuse, without a model."""
     with TemporaryDirectory() as scratch:
         _prepare(RecordTable.from_records(records), config, Path(scratch))
 
 
 def describe_finetuning(output: Path) -> list[str]:
-    """Describe a finished run in lines for a terminal.
-
-    Args:
-        output: Folder of the run.
-    """
+    """Describe a finished run in lines for a terminal."""
     record = read_run_record(output)
     results, inputs = record["results"], record["inputs"]
     lines = []
@@ -196,15 +184,6 @@ def describe_finetuning(output: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What a run is trained on, and how long."""
-
-    data: FinetuneData
-    schedule: dict[str, int]
-    num_skipped: int
-
-
-@dataclass(frozen=True)
 class _Plan:
     """A run that has passed every check that needs no LLM."""
 
@@ -226,21 +205,19 @@ def _plan(
 ) -> _Plan:
     """Check and prepare everything that needs no LLM."""
     table = RecordTable.from_records(records)
-    prepared = _prepare(table, config, scratch)
-    inputs = {
-        **_identify(source, table, config),
-        "schedule": prepared.schedule,
-        "num_single_captions_skipped": prepared.num_skipped,
-    }
+    data, decided = _prepare(table, config, scratch)
+    inputs = {**_identify(source, table, config), **decided}
     require_same_run(output, config, inputs, resume=resume)
     if config.init_lora is not None:
         file = config.init_lora / LORA_WEIGHTS
         require_base_weights(file, inputs["fingerprint"]["weights"])
-    return _Plan(output, config, resume, inputs, prepared.data)
+    return _Plan(output, config, resume, inputs, data)
 
 
-def _prepare(records: RecordTable, config: FinetuneConfig, scratch: Path) -> _Prepared:
-    """Check and prepare everything that needs no model at all."""
+def _prepare(
+    records: RecordTable, config: FinetuneConfig, scratch: Path
+) -> tuple[FinetuneData, dict[str, Any]]:
+    """Check and prepare what needs no model; returns the data, and parts of the run's record."""
     num_skipped = 0
     if config.skip_single_captions:
         groups, num_skipped = skip_single_captions(records)
@@ -254,12 +231,12 @@ def _prepare(records: RecordTable, config: FinetuneConfig, scratch: Path) -> _Pr
     if config.init_lora is not None:
         require_same_meaning(config.init_lora, make_lora_config(config))
     schedule = {"steps": num_steps, "warmup_steps": warmup_steps}
-    return _Prepared(data, schedule, num_skipped)
+    return data, {"schedule": schedule, "num_single_captions_skipped": num_skipped}
 
 
 @contextmanager
 def _open_scratch(output: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, one for all processes of a machine.
+    """Make a temporary folder beside the output, one for all processes of a machine.
 
     There it is on the disk that has room for the run; `/tmp` may be in memory.
     """
@@ -283,7 +260,7 @@ def _open_scratch(output: Path) -> Iterator[Path]:
 
 
 def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig) -> dict[str, Any]:
-    """What the numbers of a run depend on beside its options."""
+    """Identify what the numbers of a run depend on beside its options."""
     init_lora = config.init_lora
     return {
         "source": source.name,
@@ -368,7 +345,7 @@ def _make_encoder(
 def _measure_before(
     encoder: CaptionEncoder, data: FinetuneData, output: Path, *, resumed: bool
 ) -> float:
-    """The accuracy before training; a resumed run takes what it measured the first time."""
+    """Measure the accuracy before training; a resumed run takes what it measured the first time."""
     if resumed:
         return float(read_results(output)["cra_before"])
     before = measure_caption_retrieval(encoder.encode, data.held_out)
@@ -385,7 +362,7 @@ def _find_nearest(
     *,
     resumed: bool,
 ) -> Array | None:
-    """The nearest groups of each group, once per run: all processes encode, one compares."""
+    """Find the nearest groups of each group, once per run: all processes encode, one compares."""
     if not config.num_hard_negatives:
         return None
     file, state = output / _NEAREST_FILE, PartialState()
@@ -401,7 +378,7 @@ def _find_nearest(
         if state.is_main_process:
             add_results(output, hard_negatives=report)
     state.wait_for_everyone()
-    return read_nearest_groups(file)
+    return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
 
 
 def _require_whole_model(source: StageSource) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -34,7 +38,7 @@ from ..trainer_mixins import (
     count_warmup_steps,
 )
 from .finetune_data import FinetuneData
-from .lora_encoder import CaptionEncoder, wrap_encoder
+from .lora_encoder import CaptionEncoder
 from .nearest_groups import Array
 from .pair_sampling import (
     NoDuplicateGroupsBatchSampler,
@@ -67,22 +71,12 @@ class FinetuneTrainer(
     steps_per_epoch: int
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, with passes over the data as the epoch.
-
-        Args:
-            logs: Metrics by name.
-            *args: Further arguments of `Trainer.log`.
-            **kwargs: Further arguments of `Trainer.log`.
-        """
+        """Log metrics, with passes over the data as the epoch."""
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         super().log(logs, *args, **kwargs)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Collect nothing for a model card, since this LoRA is not published as it is.
-
-        Args:
-            default_args_dict: Not used.
-        """
+        """Collect nothing for a model card, since this LoRA is not published as it is."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.encoder.trained_weights, step=self.state.global_step)
@@ -92,15 +86,7 @@ class FinetuneTrainer(
         self.encoder.load_lora(Path(checkpoint_path))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a step.
-
-        Args:
-            *args: Arguments of `Trainer.training_step`.
-            **kwargs: Arguments of `Trainer.training_step`.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
+        """Make a step."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -123,12 +109,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
 
 
 def count_run_steps(data: FinetuneData, config: FinetuneConfig) -> tuple[int, int]:
-    """Count the steps of the whole run, and of an epoch.
-
-    Args:
-        data: What is trained on.
-        config: Options of the run.
-    """
+    """Count the steps of the whole run, and of an epoch."""
     lengths = [len(table) for table in data.tables.values()]
     window_size = config.per_device_train_batch_size * PartialState().num_processes
     steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
@@ -144,17 +125,9 @@ def make_trainer(
     config: FinetuneConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneTrainer:
-    """Make the trainer of a run.
-
-    Args:
-        encoder: The LLM with its LoRA.
-        data: What is trained on.
-        nearest: (groups, K) nearest groups of each group, for hard batches; None without.
-        output: Folder of the run.
-        config: Options of the run.
-        callbacks: Further callbacks.
-    """
-    wrapped, device = wrap_encoder(encoder), encoder.llm2clip.device
+    """Make the trainer of a run."""
+    device = encoder.llm2clip.device
+    wrapped = SentenceTransformer(modules=[encoder], device=str(device))
     num_steps, steps_per_epoch = count_run_steps(data, config)
     arguments = training_arguments_on(
         device,

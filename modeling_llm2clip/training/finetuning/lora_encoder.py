@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
@@ -76,39 +75,18 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     @property
     def modalities(self) -> list[str]:
-        """What it encodes."""
+        """Texts alone, as sentence-transformers asks."""
         return ["text"]
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> Any:
-        """Tokenize captions with the model's prompt.
-
-        Args:
-            inputs: B captions.
-            prompt: Must be empty: captions have no instruction.
-            **_: Ignored; other modules of sentence-transformers take more.
-
-        Returns:
-            `input_ids` and `attention_mask`, (B, L).
-
-        Raises:
-            ValueError: There is a prompt, or a caption is blank.
-        """
+        """Tokenize captions with the model's prompt."""
         if prompt:
             raise ValueError(f"Captions are trained on without an instruction, got {prompt!r}.")
         check_texts(list(inputs))
         return dict(self.processor(text=list(inputs)))
 
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Encode tokenized captions.
-
-        Args:
-            features: From `preprocess`.
-            **_: Ignored.
-
-        Returns:
-            The features, and `sentence_embedding`: (B, D) float32, neither projected nor
-            normalized.
-        """
+        """Encode tokenized captions."""
         features["sentence_embedding"] = self.llm2clip.get_caption_embeds(
             features["input_ids"], features.get("attention_mask")
         )
@@ -121,25 +99,11 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         return self.forward(placed)["sentence_embedding"].sum()
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Write the LoRA alone.
-
-        Args:
-            output_path: Folder to write.
-            *_: Ignored; other modules of sentence-transformers take more.
-            **__: Ignored.
-        """
+        """Write the LoRA alone."""
         _save_lora(self.adapted, output_path)
 
     def load_lora(self, folder: Path) -> None:
-        """Load the weights of a saved LoRA.
-
-        Args:
-            folder: As `write_lora` or `save` wrote it.
-
-        Raises:
-            ValueError: An option that its weights do not show differs, it names another base, or
-                one of its weights is missing or unexpected.
-        """
+        """Load the weights of a saved LoRA."""
         require_same_meaning(folder, self.adapted.peft_config["default"])
         _require_same_base(folder, str(self.llm2clip.text_model.config._name_or_path or ""))
         weights = load_file(folder / LORA_WEIGHTS)
@@ -152,14 +116,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
             )
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Encode many captions without gradients, in evaluation mode.
-
-        Args:
-            captions: N texts.
-
-        Returns:
-            (N, D) float32.
-        """
+        """Encode many captions without gradients, in evaluation mode."""
         was_training = self.llm2clip.training
         self.llm2clip.eval()  # type: ignore[no-untyped-call]
         try:
@@ -168,21 +125,8 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
             self.llm2clip.train(was_training)
 
 
-def wrap_encoder(encoder: CaptionEncoder) -> SentenceTransformer:
-    """Make the model that sentence-transformers' trainer and losses take.
-
-    Args:
-        encoder: Its only module.
-    """
-    return SentenceTransformer(modules=[encoder], device=str(encoder.llm2clip.device))
-
-
 def make_lora_config(config: FinetuneConfig) -> LoraConfig:
-    """Make peft's configuration of the LoRA.
-
-    Args:
-        config: Options of the run.
-    """
+    """Make peft's configuration of the LoRA."""
     targets = list(config.lora_target_modules)
     return LoraConfig(
         r=config.lora_rank,
@@ -196,14 +140,7 @@ def make_lora_config(config: FinetuneConfig) -> LoraConfig:
 def write_lora(
     encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype, base_weights: str | None
 ) -> None:
-    """Write the LoRA as peft loads it.
-
-    Args:
-        encoder: The LLM with its LoRA.
-        folder: Folder to write.
-        dtype: Of the written weights.
-        base_weights: SHA-256 of the LLM's weights; see `require_base_weights`.
-    """
+    """Write the LoRA as peft loads it."""
     name_base_without_path(encoder.adapted)
     _save_lora(encoder.adapted, str(folder))
     file = folder / LORA_WEIGHTS
@@ -225,11 +162,7 @@ def _save_lora(adapted: PeftModel, folder: str) -> None:
 
 
 def name_base_without_path(adapted: PeftModel) -> None:
-    """Replace the path of the base model by its last part, since a LoRA may be published.
-
-    Args:
-        adapted: Its configuration is changed in place.
-    """
+    """Replace the path of the base model by its last part, since a LoRA may be published."""
     config = adapted.peft_config["default"]
     base = Path(str(config.base_model_name_or_path))
     if base.exists():
@@ -240,13 +173,6 @@ def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
     """Require that a LoRA's weights give the same embeddings under this run's options.
 
     With other options they would load without an error.
-
-    Args:
-        folder: Folder of the LoRA.
-        wanted: Configuration of this run.
-
-    Raises:
-        ValueError: The folder is not that of a LoRA, or options differ; all of them are named.
     """
     for name in (LORA_CONFIG, LORA_WEIGHTS):
         if not (folder / name).is_file():

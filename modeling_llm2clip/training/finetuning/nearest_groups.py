@@ -1,6 +1,6 @@
-"""The nearest groups of each group by cosine: exact for few, with FAISS for many.
+"""The nearest groups of each group by cosine, for hard batches: groups that a model still confuses.
 
-Exact search compares all groups with all. From `EXACT_UP_TO` groups on, an inverted file of FAISS
+Few groups are compared with all. From `EXACT_UP_TO` groups on, an inverted file of FAISS
 is searched instead: groups are sorted into clusters, and a group is compared with those of the
 nearest clusters. How many clusters are searched is chosen by the recall on a sample of groups,
 which is searched exactly, too.
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +33,7 @@ _ROWS_PER_TILE = 1024
 _ROWS_AT_ONCE = 2**15
 _SAMPLE = 1000
 _SEED = 0
+_GROUPS_AT_ONCE = 4096  # of each process
 # Of FAISS, measured with a million embeddings of 384 numbers: more make the clusters no better.
 _POINTS_PER_CLUSTER = 32
 _ITERATIONS = 5
@@ -41,20 +46,9 @@ _SMALL_GAIN = 0.01
 def find_nearest_groups(
     embeddings: Array, top_k: int, *, device: torch.device | str = "cpu", out: Array | None = None
 ) -> tuple[Array, dict[str, Any]]:
-    """Find the nearest other rows of each row by cosine.
+    """Find the nearest other rows of each row, nearest first, and report how they were found.
 
-    Args:
-        embeddings: (N, D) of any float dtype, one row per group; may be mapped.
-        top_k: How many; at most N - 1.
-        device: Where all are compared with all; FAISS uses the CPU.
-        out: (N, top_k) integers to fill; None for an array in memory.
-
-    Returns:
-        (N, top_k) row numbers, the nearest first, and how they were found: `method`, and of FAISS
-        `clusters`, `clusters_searched`, `recall` and `recall_sample`.
-
-    Raises:
-        MissingExtraError: There are more than `EXACT_UP_TO` groups and FAISS is not installed.
+    They are (N, top_k) integers, in `out` if it is given. The embeddings may be mapped.
     """
     found = np.empty((len(embeddings), top_k), np.int32) if out is None else out
     report: dict[str, Any] = {"method": "exact"}
@@ -73,14 +67,7 @@ def find_nearest_groups(
 
 
 def require_search(num_groups: int) -> None:
-    """Require what searching the nearest of so many groups needs.
-
-    Args:
-        num_groups: Number of groups.
-
-    Raises:
-        MissingExtraError: There are more than `EXACT_UP_TO` and FAISS is not installed.
-    """
+    """Require FAISS where so many groups are not compared exactly."""
     if num_groups > EXACT_UP_TO:
         require(ANN)
 
@@ -213,3 +200,68 @@ def _all_threads() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(number)
+
+
+def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[str]]) -> Tensor:
+    """Compute one embedding per group: the mean of its captions' unit embeddings."""
+    units = F.normalize(encode([text for captions in groups for text in captions]).float(), dim=-1)
+    return torch.stack([part.mean(0) for part in units.split([len(g) for g in groups])])
+
+
+def encode_groups_together(
+    encode: Callable[[list[str]], Tensor], groups: Iterable[list[str]]
+) -> Iterator[Tensor]:
+    """Compute `encode_groups` by all processes, an equal share each, some thousand at a time."""
+    state, remaining = PartialState(), iter(groups)
+    while some := list(islice(remaining, _GROUPS_AT_ONCE * state.num_processes)):
+        # With fewer groups than processes, some encode the last one for nothing.
+        own = some[state.process_index :: state.num_processes] or some[-1:]
+        encoded = encode_groups(encode, own).to(state.device)
+        if state.num_processes > 1:
+            longest = -(-len(some) // state.num_processes)
+            padded = torch.zeros(longest, encoded.shape[1], device=state.device)
+            padded[: len(own)] = encoded
+            shares = [torch.empty_like(padded) for _ in range(state.num_processes)]
+            dist.all_gather(shares, padded)
+            encoded = torch.stack(shares, dim=1).flatten(0, 1)[: len(some)]
+        yield encoded
+
+
+def write_nearest_groups(
+    encode: Callable[[list[str]], Tensor],
+    groups: Iterable[list[str]],
+    num_groups: int,
+    top_k: int,
+    file: Path,
+) -> dict[str, Any]:
+    """Encode all groups, and write the nearest ones of each, which a resumed run reads.
+
+    All processes encode, the main one compares and writes. Embeddings are in a temporary file
+    beside the target, in float16 if they are not compared exactly.
+    """
+    state = PartialState()
+    scratch, unfinished = (file.with_name(f".{file.name}.{n}") for n in ("embeddings", "tmp"))
+    embeddings: Array | None = None
+    report: dict[str, Any] = {}
+    start = 0
+    try:
+        for encoded in encode_groups_together(encode, groups):
+            if not state.is_main_process:
+                continue
+            if embeddings is None:
+                dtype = np.float32 if num_groups <= EXACT_UP_TO else np.float16
+                shape = (num_groups, encoded.shape[1])
+                embeddings = np.memmap(scratch, dtype, "w+", shape=shape)
+            # Unit length, so that float16 holds them.
+            embeddings[start : start + len(encoded)] = F.normalize(encoded, dim=-1).cpu().numpy()
+            start += len(encoded)
+        if embeddings is not None:
+            out = np.lib.format.open_memmap(unfinished, "w+", np.int32, (num_groups, top_k))
+            report = find_nearest_groups(embeddings, top_k, device=state.device, out=out)[1]
+            out.flush()
+            unfinished.replace(file)
+    finally:
+        if state.is_main_process:
+            scratch.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
+    return report

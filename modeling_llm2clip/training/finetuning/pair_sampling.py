@@ -38,11 +38,7 @@ class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
     """Leaves the integers out, which the sampler needs and the model does not."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenize the texts of some rows, column by column.
-
-        Args:
-            features: Rows of a table of `pair_tables`.
-        """
+        """Tokenize the texts of some rows, column by column."""
         return super().__call__(  # type: ignore[no-any-return]
             [
                 {k: v for k, v in row.items() if k != GROUP_COLUMN and not k.endswith(KEY_SUFFIX)}
@@ -130,7 +126,7 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         yield from zip(rows.tolist(), groups, keys, strict=True)
 
     def _order_by_nearest(self, shuffled: Array, generator: torch.Generator) -> Iterator[int]:
-        """Every row once, each followed by rows of its nearest groups that are left."""
+        """Yield every row once, each followed by rows of its nearest groups that are left."""
         assert self.nearest is not None
         group_of_row = np.concatenate([piece.astype(np.int32) for piece in self.groups.pieces])
         by_group = shuffled[sort_rows(group_of_row[shuffled])]
@@ -228,13 +224,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
 
 
 def count_steps(lengths: Sequence[int], weights: Sequence[float], window_size: int) -> list[int]:
-    """Count the batches of each table in an epoch: all of the first, others by weight.
-
-    Args:
-        lengths: Rows of each table.
-        weights: Batches of each table per batch of the first; each has at least one.
-        window_size: Rows per batch of all processes.
-    """
+    """Count the batches of each table in an epoch: all of the first, others by weight."""
     first = lengths[0] // window_size
     return [max(1, round(first * weight)) for weight in weights]
 

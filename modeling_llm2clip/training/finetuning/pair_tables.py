@@ -36,16 +36,7 @@ _PAIRS_AT_ONCE = 2**14
 def write_caption_pairs(
     groups: CaptionGroups, file: Path, *, seed: int, num_pairings: int = 1
 ) -> None:
-    """Split each group's captions into pairs at random, and write them.
-
-    Args:
-        groups: groups of captions.
-        file: table to write.
-        seed: another seed gives other pairs.
-        num_pairings: how many times to split every group. In each pairing a caption is in one pair;
-            the last one of an odd number is paired with a random other one of its group. The
-            pairings follow one another.
-    """
+    """Split each group's captions into pairs at random, and write them."""
     generator = random.Random(seed)
     schema = _make_schema(num_negatives=0)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -65,14 +56,6 @@ def write_text_pairs(
 
     A different text with the same 64-bit key leaves its pair out too: one pair in a billion for
     ten million texts that are left out and a thousand pairs.
-
-    Args:
-        pairs: equally many negatives in each.
-        file: table to write.
-        left_out: ascending keys of texts.
-
-    Returns:
-        How many pairs were written, and how many left out.
     """
     remaining = iter(pairs)
     num_written, num_left_out = 0, 0
@@ -96,20 +79,12 @@ def write_text_pairs(
 
 
 def open_table(file: Path) -> Dataset:
-    """Map a table, which takes no memory of its own.
-
-    Args:
-        file: table of at least one row.
-    """
+    """Map a table, which takes no memory of its own."""
     return Dataset.from_file(str(file))
 
 
 def list_text_columns(table: Dataset) -> list[str]:
-    """List the columns of texts: anchor, positive, negative_1, ….
-
-    Args:
-        table: From `open_table`.
-    """
+    """List the columns of texts: anchor, positive, negative_1, …."""
     return [
         name
         for name in table.column_names
@@ -118,47 +93,26 @@ def list_text_columns(table: Dataset) -> list[str]:
 
 
 def list_key_columns(table: Dataset) -> list[str]:
-    """List the columns of the texts' keys, in the order of the texts.
-
-    Args:
-        table: From `open_table`.
-    """
+    """List the columns of the texts' keys, in the order of the texts."""
     return [name + KEY_SUFFIX for name in list_text_columns(table)]
 
 
 def iterate_numbers(table: Dataset, name: str) -> Iterator[Array]:
-    """Yield a column of integers in pieces, as they are mapped.
-
-    Args:
-        table: From `open_table`.
-        name: Of the column.
-    """
+    """Yield a column of integers in pieces, as they are mapped."""
     assert table._indices is None, "rows of this table were selected"
     for chunk in table.data.column(name).chunks:
         yield np.asarray(chunk)
 
 
 class MappedColumn:
-    """A column of integers of a table, whose rows are read as they are asked for.
-
-    Args:
-        table: From `open_table`.
-        name: Of the column.
-    """
+    """A column of integers of a table, whose rows are read as they are asked for."""
 
     def __init__(self, table: Dataset, name: str) -> None:
         self.pieces = list(iterate_numbers(table, name))
         self._stops = np.cumsum([len(piece) for piece in self.pieces])
 
     def read(self, rows: Array) -> Array:
-        """Read rows.
-
-        Args:
-            rows: (M,) row numbers, in any order.
-
-        Returns:
-            (M,) int64.
-        """
+        """Read rows."""
         found = np.empty(len(rows), np.int64)
         numbers = np.searchsorted(self._stops, rows, side="right")
         order = np.argsort(numbers, kind="stable")

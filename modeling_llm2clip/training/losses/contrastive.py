@@ -5,21 +5,21 @@ B rows of one process, A rows of all processes, P width of the shared space.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed import gather_ids
+from ...heads_llm2clip import LogitRule
 from .loss import LossInputs
 
+_ROWS_WITHOUT_GRADIENT = 512
 
-@dataclass(frozen=True)
-class ContrastiveLoss:
+
+class ContrastiveLoss(nn.Module):
     """Symmetric cross-entropy without false negatives.
 
     These are rows of one group, where two images of one thing would push each other's caption away,
@@ -30,45 +30,40 @@ class ContrastiveLoss:
     with their gradients. The mean over the processes of loss and gradients, which distributed
     training takes, is then exactly that of one process with the whole batch.
 
-    Attributes:
+    Args:
         chunk_size: Rows compared at a time, and computed again in the backward pass, so that
             memory holds (chunk, A) numbers, never (B, A); the same loss and gradients. None
-            compares all at once.
-        over_processes: Whether to compare with the rows of all processes of the default group;
-            False for rows that every process has.
+            compares all at once, but some hundred at a time where no gradient is wanted.
     """
 
-    chunk_size: int | None = None
-    over_processes: bool = True
+    def __init__(self, chunk_size: int | None = None) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
 
-    def __call__(self, inputs: LossInputs) -> Tensor:
-        """Compute the loss of a batch.
+    def extra_repr(self) -> str:
+        """Show the setting."""
+        return f"chunk_size={self.chunk_size}"
 
-        Args:
-            inputs: Rows of this process; equally many on every process.
-
-        Returns:
-            () float32, the mean over this process's rows and both directions.
-
-        Raises:
-            ValueError: The shapes differ.
-        """
-        image_embeds, text_embeds, ids = _check(inputs)
-        logit_scale = inputs.logit_scale.float()
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Compute the mean over this process's rows and both directions, () float32."""
+        ids = _list_ids(inputs)
+        image_embeds, text_embeds = inputs.image_embeds.float(), inputs.text_embeds.float()
         num_rows, first = len(ids), 0
         images, texts, all_ids = image_embeds, text_embeds, ids
-        if self.over_processes and dist.is_initialized() and dist.get_world_size() > 1:
+        if not inputs.is_whole and dist.is_initialized() and dist.get_world_size() > 1:
             # One collective for both, so that their order cannot differ between processes.
             both = gather_with_gradient(torch.cat([image_embeds, text_embeds], dim=1))
             images, texts = both.chunk(2, dim=1)
-            all_ids = gather_ids(ids)
+            gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, ids)
+            all_ids = torch.cat(gathered)
             first = dist.get_rank() * num_rows
         total = torch.zeros((), device=image_embeds.device)
-        size = self.chunk_size or num_rows
+        size = self.chunk_size or (num_rows if torch.is_grad_enabled() else _ROWS_WITHOUT_GRADIENT)
         for start in range(0, num_rows, size):
             rows = slice(start, min(start + size, num_rows))
             arguments = (
-                image_embeds[rows], text_embeds[rows], images, texts, logit_scale,
+                image_embeds[rows], text_embeds[rows], images, texts, inputs.logits,
                 ids[rows], all_ids, first + start,
             )  # fmt: skip
             if size < num_rows:
@@ -78,22 +73,19 @@ class ContrastiveLoss:
         return total / (2 * num_rows)
 
 
-def _check(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return embeddings in float32, whatever a wrapper of the model made of them, and ids.
-
-    Rows with the same id in one of the columns, (B, 1) or (B, 2) int64, are no negatives.
-    """
-    image_embeds, text_embeds = inputs.image_embeds, inputs.text_embeds
+def _list_ids(inputs: LossInputs) -> Tensor:
+    """Return (B, 1 or 2) int64: rows with an equal id in a column are no negatives."""
     columns = (
         [inputs.group_ids] if inputs.text_keys is None else [inputs.group_ids, inputs.text_keys]
     )
+    image_embeds, text_embeds = inputs.image_embeds, inputs.text_embeds
     if image_embeds.shape != text_embeds.shape or {*map(len, columns)} != {len(image_embeds)}:
         raise ValueError(
             f"image_embeds {tuple(image_embeds.shape)}, text_embeds {tuple(text_embeds.shape)}, "
             f"group_ids and text_keys {[tuple(column.shape) for column in columns]} must pair row "
             "by row."
         )
-    return image_embeds.float(), text_embeds.float(), torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1)
 
 
 def _sum_of_rows(
@@ -101,39 +93,28 @@ def _sum_of_rows(
     text_rows: Tensor,
     images: Tensor,
     texts: Tensor,
-    logit_scale: Tensor,
+    compare: LogitRule,
     ids: Tensor,
     all_ids: Tensor,
     first: int,
 ) -> Tensor:
-    """Cross-entropy of some rows against all, both directions, summed.
+    """Add up the cross-entropy of a chunk's rows against all, both directions.
 
-    Args:
-        image_rows: (b, P), rows of a chunk.
-        text_rows: (b, P), the same of texts.
-        images: (A, P), all rows.
-        texts: (A, P), the same of texts.
-        logit_scale: (1,).
-        ids: (b, columns) of the chunk.
-        all_ids: (A, columns).
-        first: Number of the chunk's first row among all.
+    The chunk has b rows, (b, P) and (b, columns) of ids; its first one is number `first` of all A.
     """
     labels = torch.arange(first, first + len(ids), device=ids.device)
     own = labels[:, None] == torch.arange(len(all_ids), device=ids.device)[None, :]
-    same = ids[:, None, 0] == all_ids[None, :, 0]
-    for column in range(1, ids.shape[1]):
+    same = torch.zeros_like(own)
+    for column in range(ids.shape[1]):
         same |= ids[:, None, column] == all_ids[None, :, column]
     same &= ~own
-    # Half-precision products of unit embeddings times 100 would be wrong in the second digit.
-    with torch.autocast(image_rows.device.type, enabled=False):
-        per_image = logit_scale * image_rows @ texts.T  # (b, A)
-        # If all rows are here, the other direction is the transpose and is not computed again.
-        whole = len(ids) == len(all_ids)
-        per_text = per_image.T if whole else logit_scale * text_rows @ images.T
-        losses = [
-            F.cross_entropy(logits.masked_fill(same, -torch.inf), labels, reduction="sum")
-            for logits in (per_image, per_text)
-        ]
+    per_image = compare(image_rows, texts)  # (b, A)
+    # If all rows are here, the other direction is the transpose and is not computed again.
+    per_text = per_image.T if len(ids) == len(all_ids) else compare(text_rows, images)
+    losses = [
+        F.cross_entropy(logits.masked_fill(same, -torch.inf), labels, reduction="sum")
+        for logits in (per_image, per_text)
+    ]
     return losses[0] + losses[1]
 
 
@@ -160,13 +141,6 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes in the order of their ranks, differentiably.
-
-    Args:
-        rows: (B, …) of this process; equally many on every process.
-
-    Returns:
-        (A, …).
-    """
+    """Concatenate the rows of all processes in the order of their ranks, differentiably."""
     gathered: Tensor = _GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
     return gathered

@@ -1,112 +1,99 @@
-"""What a loss of the alignment is, and which there are."""
+"""The losses of the alignment, and the batch that they get."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ...heads_llm2clip import LogitRule
+
 # Name in `AlignConfig.loss` → file of this folder and class, imported when it is used. Every class
-# takes `chunk_size`: rows of the logits computed at a time, or None for all.
+# is an `nn.Module` that takes `chunk_size`: rows of the logits computed at a time, or None for all.
 LOSSES = {
     "contrastive": ("contrastive", "ContrastiveLoss"),
 }
 
 
-@dataclass(frozen=True)
-class LossInputs:
+class LossInputs(NamedTuple):
     """A batch of one process, as a loss sees it; a loss that needs more adds a field here.
+
+    It is a tuple, so that FSDP finds the tensors in it where the model returns it.
 
     Attributes:
         image_embeds: (B, P) float32, unit length.
         text_embeds: (B, P) float32, unit length; row i belongs to row i of the images.
-        logit_scale: (1,) float32, the inverse temperature.
+        logits: Turns embeddings of images and texts into logits, by the model's weights.
         group_ids: (B,) int64, what each row shows; the same numbers on every process.
         text_keys: (B,) int64, hashes of the captions: rows of equal ones have the same text. None
             where all captions differ.
+        vision_embeds: (B, D') output of the vision tower, before projection.
+        caption_embeds: (B, D) output of the LLM, before adapter and projection.
+        is_whole: Whether every process has these same rows, so that none has to be gathered: the
+            images that a model is measured on.
     """
 
     image_embeds: Tensor
     text_embeds: Tensor
-    logit_scale: Tensor
+    logits: LogitRule
     group_ids: Tensor
     text_keys: Tensor | None = None
+    vision_embeds: Tensor | None = None
+    caption_embeds: Tensor | None = None
+    is_whole: bool = False
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The inverse temperature."""
+        return self.logits.scale
+
+    def take(self, rows: slice) -> LossInputs:
+        """Take some rows."""
+        return self._change(lambda part: part[rows])
+
+    def to(self, device: torch.device) -> LossInputs:
+        """Move all tensors to a device."""
+        return self._change(lambda part: part.to(device))._replace(logits=self.logits.to(device))
+
+    def at_scale(self, scale: float) -> LossInputs:
+        """Return the same batch at another inverse temperature."""
+        other = torch.tensor([scale], device=self.image_embeds.device)
+        return self._replace(logits=self.logits._replace(scale=other))
+
+    def _change(self, function: Callable[[Tensor], Tensor]) -> LossInputs:
+        return LossInputs._make(
+            function(part) if isinstance(part, Tensor) else part for part in self
+        )
 
 
-class Loss(Protocol):
-    """Anything that makes a number of a batch.
-
-    Held-out images are compared by it too, at several temperatures; every process has all of them.
-    So a loss that gathers rows of other processes is a dataclass with a field `over_processes`,
-    which is False then; and one with a field `chunk_size` takes chunks of them.
-    """
-
-    def __call__(self, inputs: LossInputs) -> Tensor:
-        """Compute the loss of a batch.
-
-        Args:
-            inputs: Rows of this process; every process calls the loss at the same time.
-
-        Returns:
-            () float32. The mean over the processes is what is trained on.
-        """
-        ...
+# An `nn.Module`, whose parameters are trained with the model, or any function. It returns ()
+# float32, and is called by all processes at the same time; the mean over them is trained on.
+Loss = Callable[[LossInputs], Tensor]
 
 
-def load_loss(name: str, *, chunk_size: int | None = None) -> Loss:
-    """Make a loss of its name.
-
-    Args:
-        name: One of `LOSSES`.
-        chunk_size: Rows of the logits computed at a time, to save memory; None for all at once.
-
-    Raises:
-        ValueError: There is no such loss.
-    """
+def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
+    """Make a loss of `LOSSES`."""
     if name not in LOSSES:
         raise ValueError(f"loss={name!r} must be one of {', '.join(LOSSES)}.")
     file, class_name = LOSSES[name]
     module = import_module(f".{file}", __package__)
-    loss: Loss = getattr(module, class_name)(chunk_size=chunk_size)
+    loss: nn.Module = getattr(module, class_name)(chunk_size=chunk_size)
     return loss
 
 
 def identify_loss(loss: Loss) -> str:
-    """Name the class of a loss, and the fields of a dataclass, for the record of a run.
-
-    Args:
-        loss: Any loss.
-    """
-    return repr(loss) if is_dataclass(loss) else type(loss).__qualname__
-
-
-def compare_within_process(loss: Loss, *, chunk_size: int) -> Loss:
-    """Return a loss for many rows that every process has.
-
-    Args:
-        loss: For batches that the processes share.
-        chunk_size: Rows of the logits computed at a time, unless the loss has a number of its own.
-    """
-    if not is_dataclass(loss) or isinstance(loss, type):
-        return loss
-    size = getattr(loss, "chunk_size", None) or chunk_size
-    changes = {"over_processes": False, "chunk_size": size}
-    return replace(loss, **{name: changes[name] for name in changes if hasattr(loss, name)})
+    """Name the class of a loss, and its settings if it shows them, for the record of a run."""
+    if is_dataclass(loss):
+        return repr(loss)
+    name = type(loss).__qualname__
+    settings = loss.extra_repr() if isinstance(loss, nn.Module) else ""
+    return f"{name}({settings})" if settings else name
 
 
-def require_no_parameters(loss: Loss) -> None:
-    """Refuse a loss with weights of its own, which the alignment would neither train nor save.
-
-    Args:
-        loss: Any loss.
-
-    Raises:
-        ValueError: The loss has parameters that ask for gradients.
-    """
-    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
-        raise ValueError(
-            f"{type(loss).__name__} has parameters, which align does not train. Freeze them "
-            "(requires_grad_(False)), or train with a loop of your own."
-        )
+def has_trained_parameters(loss: Loss) -> bool:
+    """Return whether a loss has parameters that are trained with the model."""
+    return isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())

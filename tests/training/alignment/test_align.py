@@ -190,12 +190,12 @@ def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
         AlignConfig(held_out_ratio=0.25),
         here.caption_store,
         None,
-        load_loss("contrastive"),
     )
     held_out = data.held_out
     assert held_out is not None
     written = AlignmentModel.from_pretrained(run.model, with_llm=False, with_vision_tower=True)
-    scores = held_out.score(*held_out.embed(written, torch.device("cpu"), nullcontext))
+    inputs = held_out.embed(written, torch.device("cpu"), nullcontext)
+    scores = held_out.score(load_loss("contrastive"), inputs)
     assert run.after == scores
     assert run.results["held_out"]["in_training"]["loss"] != scores.loss
     (shown,) = read_card_data(run.model).results

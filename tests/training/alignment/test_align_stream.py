@@ -26,16 +26,12 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, stream_records
 from modeling_llm2clip.data.streams.stream_report import StreamReport, TooManyLostError
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-from modeling_llm2clip.training.alignment import alignment_batches
+from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.alignment_batches import StreamedBatches
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentStream, decode_sample
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
-from modeling_llm2clip.training.alignment.alignment_stream import (
-    AlignmentStream,
-    decode_sample,
-    hold_out_of_stream,
-)
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
+from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
 from modeling_llm2clip.training.run_folder import read_results
 
 pytest.importorskip("torchdata")
@@ -224,12 +220,11 @@ def test_losses_of_all_processes_are_added_by_epoch(
     dataset = AlignmentStream(
         stream_records(shards, buffer_size=1), LLM2CLIPProcessor.from_pretrained(prepared.model)
     )
-    batches = StreamedBatches(
-        dataset, config=config, batch_size=4, arguments=make_training_arguments(tmp_path, config)
-    )
+    data = run_data.StreamData(dataset, config)
+    batches = data.make_loader(make_training_arguments(tmp_path, config), batch_size=4, num_steps=7)
     assert len(list(islice(batches, 7))) == 7
     other = StreamReport(samples=10, lost_samples=3, shards=1, lost_shards=1)
-    monkeypatch.setattr(alignment_batches, "gather_object", lambda own: [*own, [other.to_state()]])
+    monkeypatch.setattr(run_data, "gather_object", lambda own: [*own, [other.to_state()]])
     report = batches.collect_report()
     first, second = report["epochs"]
     assert (first["samples"], first["lost_samples"], first["lost_shards"]) == (34, 3, 1)

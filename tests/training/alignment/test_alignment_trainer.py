@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from aligning import Prepared, prepare
-from gloo_workers import NUM_ROWS, backward_module, load_trained, make_batch
+from gloo_workers import load_trained, make_batch, make_rows
 from torch import Tensor
 
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -53,10 +53,14 @@ def compute(prepared: Prepared, *, sharded: bool, autocast: bool) -> dict[str, T
         fsdp2_prepare_model(accelerator, model)
     batch = make_batch(prepared.model, prepared.records)
     with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-        outputs = model(**batch)
-        scale = outputs[2].detach()
-        loss = backward_module(lambda **_: outputs, batch, slice(NUM_ROWS))
-    found = {"loss": loss, "scale": scale, "dtypes": {output.dtype for output in outputs}}
+        loss, outputs = model(**batch, group_ids=make_rows()[3])
+        loss.backward()
+    embeds = (outputs.image_embeds, outputs.text_embeds)
+    found = {
+        "loss": loss.detach(),
+        "scale": outputs.logits.scale.detach(),
+        "dtypes": {part.dtype for part in (*embeds, loss, outputs.logits.scale)},
+    }
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             gradient = parameter.grad

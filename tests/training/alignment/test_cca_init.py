@@ -7,13 +7,10 @@ import torch
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.training.alignment.cca_init import (
+from modeling_llm2clip.training.alignment.projection_init import (
     SHRINKAGES,
-    fit_temperature,
     init_projections_by_cca,
 )
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
-from modeling_llm2clip.training.losses.loss import LossInputs
 
 
 def test_cca_gives_weights_of_ordinary_scale_and_finds_unseen_pairs() -> None:
@@ -65,22 +62,6 @@ def test_noise_asks_for_more_shrinkage() -> None:
         fitted = init_projections_by_cca(model, *pairs, groups)
         chosen.append(fitted.text_shrinkage * fitted.image_shrinkage)
     assert chosen[0] < chosen[1]
-
-
-def test_the_fitted_temperature_is_where_the_loss_is_lowest() -> None:
-    generator = torch.Generator().manual_seed(0)
-    image = torch.nn.functional.normalize(torch.randn(64, 8, generator=generator), dim=-1)
-    noise = 0.3 * torch.randn(64, 8, generator=generator)
-    text = torch.nn.functional.normalize(image + noise, dim=-1)
-    groups = torch.arange(64)
-
-    def measure_at(log_scale: float) -> float:
-        scale = torch.tensor([log_scale]).exp()
-        return float(ContrastiveLoss()(LossInputs(image, text, scale, groups)))
-
-    log_scale, loss = fit_temperature(measure_at)
-    assert loss == measure_at(log_scale)
-    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > loss
 
 
 def make_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from aligning import SHORT_RUN, Prepared, prepare, weights_of
 
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment import held_out as held_out_module
 from modeling_llm2clip.training.alignment.align import align
@@ -29,8 +31,9 @@ from modeling_llm2clip.training.alignment.held_out import (
     HeldOutScores,
     choose_held_out,
 )
+from modeling_llm2clip.training.losses import contrastive
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
-from modeling_llm2clip.training.losses.loss import LossInputs, compare_within_process
+from modeling_llm2clip.training.losses.loss import LossInputs
 from modeling_llm2clip.training.run_folder import add_results, read_results
 
 
@@ -113,18 +116,34 @@ def test_the_held_out_loss_is_that_of_the_best_temperature(
         caption_store=few.caption_store,
         image_store=few.image_store,
     )
-    held_out = HeldOutImages(dataset, range(60), ContrastiveLoss())
+    held_out = HeldOutImages(dataset, range(60))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(len(held_out.group_ids), 8, generator=generator)
     texts = images + 0.5 * torch.randn(images.shape, generator=generator)
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), held_out.group_ids)
     losses = [
-        ContrastiveLoss()(LossInputs(images, texts, torch.tensor([scale]), held_out.group_ids))
-        for scale in torch.arange(1.0, 100.0).tolist()
+        ContrastiveLoss()(inputs.at_scale(scale)) for scale in torch.arange(1.0, 100.0).tolist()
     ]
     # The loss is flat where it is lowest: a temperature that fewer rows chose costs little.
-    assert held_out.score(images, texts).loss == pytest.approx(float(min(losses)), rel=0.02)
+    assert held_out.score(ContrastiveLoss(), inputs).loss == pytest.approx(
+        float(min(losses)), rel=0.02
+    )
     assert float(losses[-1]) > 1.5 * float(min(losses))
+
+
+def test_the_fitted_temperature_is_where_the_loss_is_lowest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(64, 8, generator=generator), dim=-1)
+    text = F.normalize(image + 0.3 * torch.randn(64, 8, generator=generator), dim=-1)
+    inputs = LossInputs(image, text, LogitRule(torch.ones(1)), torch.arange(64))
+
+    def measure_at(log_scale: float) -> float:
+        return float(ContrastiveLoss()(inputs.at_scale(math.exp(log_scale))))
+
+    log_scale, loss = held_out_module.fit_temperature(ContrastiveLoss(), inputs)
+    assert loss == measure_at(log_scale)
+    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > loss
 
 
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:
@@ -156,13 +175,14 @@ def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared)
         for lang in ("en", "de", "fr")
     ]
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
-    held_out = HeldOutImages(AlignmentDataset(records, processor), range(30), ContrastiveLoss())
+    held_out = HeldOutImages(AlignmentDataset(records, processor), range(30))
     images = F.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     images = images.repeat_interleave(3, dim=0)
     # Six images, in all languages, find their texts, and four those of their neighbors.
     texts = images.clone()
     texts[18:] = texts[18:].roll(3, dims=0)
-    scores = held_out.score(images, texts)
+    inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), held_out.group_ids)
+    scores = held_out.score(ContrastiveLoss(), inputs)
     assert (scores.num_images, scores.num_texts) == (10, 30)
     assert (scores.t2i_r1, scores.i2t_r1) == pytest.approx((0.6, 0.6))
     assert (scores.chance_t2i_r1, scores.chance_i2t_r1) == pytest.approx((0.1, 0.1))
@@ -259,12 +279,25 @@ def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_p
     assert start["method"] == "cca"
 
 
-def test_a_loss_is_asked_for_rows_that_every_process_has() -> None:
-    loss = compare_within_process(ContrastiveLoss(), chunk_size=7)
-    assert loss == ContrastiveLoss(over_processes=False, chunk_size=7)
-    chunked = compare_within_process(ContrastiveLoss(chunk_size=3), chunk_size=7)
-    assert chunked == ContrastiveLoss(over_processes=False, chunk_size=3)
-    assert compare_within_process(FarthestLoss(), chunk_size=7) == FarthestLoss()
+def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (F.normalize(torch.randn(9, 8, generator=generator), dim=-1) for _ in range(2))
+    inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), torch.arange(9))
+    monkeypatch.setattr(contrastive, "_ROWS_WITHOUT_GRADIENT", 4)
+    seen: list[int] = []
+    compute = contrastive._sum_of_rows
+    monkeypatch.setattr(
+        contrastive, "_sum_of_rows", lambda *rows: (seen.append(len(rows[0])), compute(*rows))[1]
+    )
+    with torch.no_grad():
+        found = ContrastiveLoss()(inputs)
+        ContrastiveLoss(chunk_size=7)(inputs)
+    assert seen == [4, 4, 1, 7, 2]
+    # Sums of nine float32 numbers in another order.
+    assert float(found) == pytest.approx(float(ContrastiveLoss()(inputs)), rel=1e-6)
+    assert seen[5:] == [9]
 
 
 def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from modeling_llm2clip.training.alignment.alignment_report import (
     WORSE,
     describe_alignment,
 )
-from modeling_llm2clip.training.alignment.cca_init import init_projections_by_cca
+from modeling_llm2clip.training.alignment.projection_init import init_projections_by_cca
 
 # Few steps at a rate that moves weights, evaluated after each.
 OPTIONS: dict[str, Any] = {

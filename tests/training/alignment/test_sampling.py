@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
-from modeling_llm2clip.training.alignment.alignment_batches import count_workers
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.run_data import count_workers
 from modeling_llm2clip.training.alignment.sampling import (
     ResumableBatchSampler,
     mix,

@@ -23,7 +23,6 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
-from modeling_llm2clip.training.alignment.alignment_batches import SampledBatches
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
@@ -32,10 +31,11 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     make_training_arguments,
     warm_up_then_cosine,
 )
-from modeling_llm2clip.training.alignment.tower_layers import find_layers
+from modeling_llm2clip.training.alignment.run_data import RecordData
 from modeling_llm2clip.training.alignment.trained_parts import (
     choose_trained_parts,
     find_attention_linears,
+    find_layers,
     freeze_unused,
     merge_loras,
     scale_by_layer,
@@ -68,17 +68,18 @@ def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
     batch = dict(processor(text=["a dog", "x"], images=tiny_images(2)))
     model.eval()
     with torch.no_grad():
-        plain = model(**batch)
+        _, plain = model(**batch)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # starts at zero and would change nothing
                 torch.nn.init.normal_(parameter, std=0.1)
-        unmerged = model(**batch)
+        _, unmerged = model(**batch)
         merge_loras(model, adapted)
-        merged = model(**batch)
-    number = 0 if training == "vision" else 1
-    assert (plain[number] - unmerged[number]).abs().max() > 1e-2
+        _, merged = model(**batch)
+    side = "image_embeds" if training == "vision" else "text_embeds"
+    assert (getattr(plain, side) - getattr(unmerged, side)).abs().max() > 1e-2
     # Merging rounds W + BA once more, on unit-length embeddings over two layers.
-    torch.testing.assert_close(merged[number], unmerged[number], atol=1e-4, rtol=0)
+    found, wanted = getattr(merged, side), getattr(unmerged, side)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
 
 
@@ -107,8 +108,9 @@ def test_what_is_said_to_be_trained_has_a_gradient(
     if training == "lora":
         assert trained == asked
     batch = dict(processor(text=["a cat sleeps", "x"], images=[draw_noise(seed=n) for n in (0, 1)]))
-    images, texts, scale = model.train()(**batch)
-    (images.sum() + texts.sum() + scale.sum()).backward()
+    _, outputs = model.train()(**batch)
+    parts = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
+    sum(part.sum() for part in parts).backward()
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -180,18 +182,15 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
         **{**SHORT_RUN, "vision_training": "full", "layer_decay": 0.5, "vision_learning_rate": 1e-4}
     )
     model = AlignmentModel.from_pretrained(prepared.model)
+    model.loss = ContrastiveLoss()
     choose_trained_parts(model, config)
     dataset = AlignmentDataset(
         prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
         caption_store=prepared.caption_store,
     )  # fmt: skip
     arguments = make_training_arguments(tmp_path, config)
-    batches = SampledBatches(
-        dataset, np.arange(len(dataset)), config=config, batch_size=8, num_steps=40,
-        arguments=arguments,
-    )  # fmt: skip
     trainer = AlignmentTrainer(
-        model, batches, config=config, loss=ContrastiveLoss(),
+        model, RecordData(dataset, np.arange(len(dataset)), config), config=config,
         length=RunLength(num_steps=40, batch_size=8, learning_rate=1e-3, adapter_begin=10),
         training_arguments=arguments,
     )  # fmt: skip
@@ -234,8 +233,10 @@ def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
     pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
     trained.train()
     captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    whole = trained(pixel_values=pixels, caption_embeds=captions)[0]
-    alone = [trained(pixel_values=p[None], caption_embeds=captions[:1])[0] for p in pixels]
+    whole = trained(pixel_values=pixels, caption_embeds=captions)[1].image_embeds
+    alone = [
+        trained(pixel_values=p[None], caption_embeds=captions[:1])[1].image_embeds for p in pixels
+    ]
     # Unit embeddings in float32, from convolutions that add up in another order.
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=0)
     whole.sum().backward()

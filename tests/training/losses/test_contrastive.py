@@ -23,7 +23,7 @@ from gloo_workers import (
 from tiny import tiny_model
 
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, contrastive_loss
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, LogitRule, contrastive_loss
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
@@ -36,14 +36,14 @@ ROUNDING = {"atol": 2e-6, "rtol": 1e-5}
 def test_the_grouped_loss_is_the_plain_one_when_all_groups_differ() -> None:
     image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
     scale = torch.tensor([10.0])
-    grouped = ContrastiveLoss()(LossInputs(image, text, scale, torch.arange(6)))
+    grouped = ContrastiveLoss()(LossInputs(image, text, LogitRule(scale), torch.arange(6)))
     torch.testing.assert_close(grouped, contrastive_loss(scale * image @ text.T), **ROUNDING)
 
 
 def test_rows_of_the_same_group_do_not_repel_each_other() -> None:
     image = F.normalize(torch.randn(2, 8), dim=-1)
     # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
-    inputs = LossInputs(image, image.flip(0), torch.tensor([10.0]), torch.zeros(2))
+    inputs = LossInputs(image, image.flip(0), LogitRule(torch.tensor([10.0])), torch.zeros(2))
     loss = ContrastiveLoss()(inputs)
     assert loss.item() == 0.0
 
@@ -53,12 +53,13 @@ def test_equal_captions_of_different_groups_are_no_negatives() -> None:
     image, text = (F.normalize(torch.randn(4, 8, generator=generator), dim=-1) for _ in range(2))
     text[2] = text[0]
     scale, groups = torch.tensor([10.0]), torch.arange(4)
-    found = ContrastiveLoss()(LossInputs(image, text, scale, groups, torch.tensor([7, 8, 7, 9])))
+    rule = LogitRule(scale)
+    found = ContrastiveLoss()(LossInputs(image, text, rule, groups, torch.tensor([7, 8, 7, 9])))
     together = torch.tensor([0, 1, 0, 3])
-    assert torch.equal(found, ContrastiveLoss()(LossInputs(image, text, scale, together)))
-    assert found < ContrastiveLoss()(LossInputs(image, text, scale, groups))
+    assert torch.equal(found, ContrastiveLoss()(LossInputs(image, text, rule, together)))
+    assert found < ContrastiveLoss()(LossInputs(image, text, rule, groups))
     # Group and caption each keep rows apart: rows 0 and 1 by the one, 0 and 2 by the other.
-    both = LossInputs(image, text, scale, torch.tensor([0, 0, 2, 3]), torch.tensor([7, 8, 7, 9]))
+    both = LossInputs(image, text, rule, torch.tensor([0, 0, 2, 3]), torch.tensor([7, 8, 7, 9]))
     logits = scale * image @ text.T
     logits[[0, 0, 1, 2], [1, 2, 0, 0]] = -torch.inf
     torch.testing.assert_close(ContrastiveLoss()(both), contrastive_loss(logits), **ROUNDING)
@@ -67,14 +68,11 @@ def test_equal_captions_of_different_groups_are_no_negatives() -> None:
 
 
 def test_rounded_embeddings_are_compared_in_float32() -> None:
-    rounded = [
-        part.bfloat16()
-        for part in (*(F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2)), torch.ones(1))
-    ]
-    group_ids = torch.arange(6)
-    found = ContrastiveLoss()(LossInputs(*rounded, group_ids))
+    rounded = [F.normalize(torch.randn(6, 8), dim=-1).bfloat16() for _ in range(2)]
+    others = LogitRule(torch.ones(1)), torch.arange(6)
+    found = ContrastiveLoss()(LossInputs(*rounded, *others))
     assert found.dtype == torch.float32
-    wanted = ContrastiveLoss()(LossInputs(*(part.float() for part in rounded), group_ids))
+    wanted = ContrastiveLoss()(LossInputs(*(part.float() for part in rounded), *others))
     assert torch.equal(found, wanted)
 
 
@@ -98,7 +96,7 @@ def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
     for chunk_size in (None, 16):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            inputs = LossInputs(image, text, torch.tensor([10.0]), torch.arange(256))
+            inputs = LossInputs(image, text, LogitRule(torch.tensor([10.0])), torch.arange(256))
             ContrastiveLoss(chunk_size=chunk_size)(inputs)
         # What is kept for the backward pass: the matrix of logits, or rows of four numbers.
         assert (max(kept) >= 256 * 256) == (chunk_size is None)
@@ -107,7 +105,7 @@ def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
 def test_rows_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must pair row by row"):
         ContrastiveLoss()(
-            LossInputs(torch.ones(2, 4), torch.ones(3, 4), torch.ones(1), torch.zeros(2))
+            LossInputs(torch.ones(2, 4), torch.ones(3, 4), LogitRule(torch.ones(1)), torch.zeros(2))
         )
 
 
