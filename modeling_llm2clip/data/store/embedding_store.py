@@ -33,10 +33,10 @@ from torch import Tensor
 
 from ..atomic_files import list_differences
 from .store_index import ItemTexts, StoreIndex
-from .store_manifest import MANIFEST_FILE, StoreManifest, read_manifest
+from .store_manifest import MANIFEST_FILE, StoreManifest
 from .store_shards import StoreShards, check_file, check_size, list_errors
 
-__all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows", "read_manifest"]
+__all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
@@ -91,7 +91,7 @@ class EmbeddingStore:
         if check not in ("fast", "full"):
             raise ValueError(f"check must be 'fast' or 'full', got {check!r}.")
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest = StoreManifest.read(folder)
         if not manifest.complete:
             found = len(list(folder.glob("shard-*.json")))
             raise ValueError(

@@ -26,11 +26,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..records.record_columns import ROWS_PER_BATCH
 from ..records.record_table import split_by_batch
-from .mapped_memory import Advice, advise
-from .store_manifest import IndexRecord
+from .store_manifest import INDEX_FILE, IndexRecord
+from .store_shards import Advice, advise
 
 Array: TypeAlias = np.ndarray[Any, Any]
-INDEX_FILE = "index.arrow"
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),

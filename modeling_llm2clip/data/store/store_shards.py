@@ -14,11 +14,15 @@ it), once per row and process.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +30,6 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import hash_file
-from .mapped_memory import Advice, advise, count_memory_bytes, view_memory
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -307,3 +310,68 @@ def list_errors(check: Any, records: Sequence[ShardRecord]) -> list[str]:
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         return [error for error in pool.map(describe, records) if error is not None]
+
+
+class Advice(IntEnum):
+    """What a process will do with mapped memory; the numbers of Linux and macOS, see madvise(2)."""
+
+    RANDOM = 1  # no reading ahead
+    READ_AHEAD = 3  # read it now, while the process goes on
+    FORGET = 4  # no longer count it as resident; it is read again when it is used
+
+
+def advise(address: int, size: int, advice: Advice) -> None:
+    """Advise the kernel about mapped memory; a system without such advice works without it.
+
+    Args:
+        address: where it begins.
+        size: bytes of it.
+        advice: what the process will do.
+    """
+    madvise = _find_madvise()
+    if madvise is not None:
+        start = address // _page_bytes() * _page_bytes()
+        madvise(start, address + size - start, advice)
+
+
+def view_memory(
+    address: int, shape: tuple[int, int], strides: tuple[int, int], dtype: np.dtype[Any]
+) -> Array:
+    """Return a read-only array over mapped memory, without copying it.
+
+    Args:
+        address: where it begins; the memory must stay mapped.
+        shape: of the array.
+        strides: of the array, in bytes.
+        dtype: of the array.
+    """
+    data = (address, True)
+    return np.asarray(_Memory(data=data, shape=shape, strides=strides, typestr=dtype.str))
+
+
+def count_memory_bytes() -> int:
+    """Return how much memory the machine has; 0 if it does not say."""
+    if sys.platform not in ("linux", "darwin"):
+        return 0
+    return _page_bytes() * os.sysconf("SC_PHYS_PAGES")
+
+
+class _Memory:
+    """What numpy makes an array of."""
+
+    def __init__(self, **interface: Any) -> None:
+        self.__array_interface__ = {**interface, "version": 3}
+
+
+@cache
+def _page_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def _find_madvise() -> Any:
+    if sys.platform not in ("linux", "darwin"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise

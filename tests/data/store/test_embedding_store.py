@@ -18,8 +18,8 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store import store_index
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from modeling_llm2clip.data.store.store_index import make_batch
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -55,7 +55,7 @@ class TextRows:
         """Number of captions."""
         return self._num_rows
 
-    def read_texts(self, rows: range) -> list[str]:
+    def read_inputs(self, rows: range) -> list[str]:
         """Read the captions of a shard.
 
         Args:
@@ -140,7 +140,7 @@ class ImageRows:
         """Number of images."""
         return len(self._records)
 
-    def read_images(self, rows: range) -> list[ImageSource]:
+    def read_inputs(self, rows: range) -> list[ImageSource]:
         """List the addresses of the images of a shard.
 
         Args:

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -32,26 +30,21 @@ from ..model_folders.training_state import require_trained
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
-from ..scheduling.shard_computation import (
+from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
+from .embedding_rows import ImageRows, TextRows
+from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
+from .parquet_writer import EmbeddingManifest, ParquetWriter
+from .shard_computation import (
     Engine,
     ShardJob,
-    ShardWorker,
     compute_partition,
+    make_shard_worker,
     parse_partition,
     require_engine,
 )
-from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
-from .embedding_files import EmbeddingFolderWriter
-from .embedding_manifest import (
-    EmbeddingManifest,
-    read_embedding_manifest,
-    require_embedding_folder,
-)
-from .embedding_rows import ImageRows, TextRows
-from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
-from .shard_encoding import ImageShardEncoder, ShardEncoder, load_shard_encoder
+from .shard_encoding import ShardEncoder, load_shard_encoder
+from .shard_writer import Array
 
-Array: TypeAlias = np.ndarray[Any, Any]
 _SHOWN = 5
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
 
@@ -110,9 +103,9 @@ def embed(
     """
     parse_partition(partition)
     config, output = config or EmbedConfig(), Path(output)
-    require_embedding_folder(output)
+    EmbeddingManifest.require_folder(output)
     records = RecordTable.from_records(data)
-    rows = open_rows(records, config, modality)
+    rows = _open_rows(records, config, modality)
     device = choose_device(config.device)
     require_engine(engine)
     # Ray ends its actors when it is interrupted; what they wrote stays.
@@ -121,9 +114,9 @@ def embed(
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
         encoder = _load_encoder(found.folder, rows, config, device)
-        planned = plan_output(found.folder, found.name, records, rows, encoder, config)
+        planned = _plan_output(found.folder, found.name, records, rows, encoder, config)
         with PartialState().main_process_first():
-            writer = EmbeddingFolderWriter.open(
+            writer = ParquetWriter.open(
                 output,
                 planned,
                 rows,
@@ -136,16 +129,16 @@ def embed(
             unit=" texts" if modality == "text" else " images",
             writer=writer,
             prepare=lambda: encoder.prepare,
-            make_worker=partial(make_worker, found.folder, writer, config),
+            make_worker=partial(_make_worker, found.folder, writer, config),
             config=config,
         )
         compute_partition(job, partition=partition, engine=engine, stop=stop, finish=writer.finish)
-        if isinstance(encoder, ImageShardEncoder):
+        if modality == "image":
             _report_far(encoder, found.folder, report or _warn)
     return output
 
 
-def _report_far(encoder: ImageShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
+def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
     """Report images of all processes that are unlike those that the model was trained on."""
     training_images = read_training_images(folder)
     tally = ImageTally()
@@ -157,7 +150,7 @@ def _report_far(encoder: ImageShardEncoder, folder: Path, report: Callable[[str]
         report(far)
 
 
-def open_rows(
+def _open_rows(
     records: RecordTable, config: EmbedConfig, modality: Modality
 ) -> TextRows | ImageRows:
     """List what an output has a row for.
@@ -180,7 +173,7 @@ def open_rows(
     return ImageRows(records, config.columns)
 
 
-def plan_output(
+def _plan_output(
     folder: Path,
     name: str,
     records: RecordTable,
@@ -216,10 +209,14 @@ def plan_output(
     if config.dtype == "int8":
         plan["int8_ranges"] = _name_ranges(config)
     modality: Modality = "text" if isinstance(rows, TextRows) else "image"
+    if config.backend == "onnx":
+        fingerprint = fingerprint_graph(folder, modality, config)
+    else:
+        fingerprint = fingerprint_embeddings(folder, modality)
     return EmbeddingManifest(
         modality=modality,
         model=name,
-        fingerprint=_fingerprint(folder, modality, config),
+        fingerprint=fingerprint,
         prompt=_write_prompt(folder) if modality == "text" else "",
         dtype=config.dtype,
         dim=dim,
@@ -230,7 +227,7 @@ def plan_output(
     )
 
 
-def make_worker(folder: Path, writer: EmbeddingFolderWriter, config: EmbedConfig) -> ShardWorker:
+def _make_worker(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> Callable[[int], None]:
     """Load the tower that is needed, for files that something else hands out.
 
     Args:
@@ -239,7 +236,7 @@ def make_worker(folder: Path, writer: EmbeddingFolderWriter, config: EmbedConfig
         config: Options of the output.
     """
     encoder = _load_encoder(folder, writer.rows, config, choose_device(config.device))
-    return ShardWorker(writer, encoder.prepare)
+    return make_shard_worker(writer, encoder.prepare)
 
 
 def describe_embeddings(output: Path) -> list[str]:
@@ -248,7 +245,7 @@ def describe_embeddings(output: Path) -> list[str]:
     Args:
         output: Folder of the output.
     """
-    manifest = read_embedding_manifest(output)
+    manifest = EmbeddingManifest.read(output)
     files = map(manifest.name_shard, range(manifest.num_shards))
     there = sum((output / file).is_file() for file in files)
     if not manifest.complete or there < manifest.num_shards:
@@ -279,12 +276,6 @@ def _load_encoder(
     if config.backend == "onnx":
         return load_onnx_shard_encoder(folder, rows, config)
     return load_shard_encoder(folder, rows, config, device)
-
-
-def _fingerprint(folder: Path, modality: Modality, config: EmbedConfig) -> dict[str, str]:
-    if config.backend == "onnx":
-        return fingerprint_graph(folder, modality, config)
-    return fingerprint_embeddings(folder, modality)
 
 
 def _measure(
@@ -318,7 +309,7 @@ def _name_ranges(config: EmbedConfig) -> str:
 
 
 def _read_ranges(folder: Path) -> Array:
-    ranges = read_embedding_manifest(folder).read_ranges()
+    ranges = EmbeddingManifest.read(folder).read_ranges()
     if ranges is None:
         raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
     return ranges

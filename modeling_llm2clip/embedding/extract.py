@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 
-from ..._suggestions import counted
-from ...configs.extract_config import ExtractConfig
-from ...data.records.record_table import RecordTable
-from ...data.records.records import CaptionedImage, Modality
-from ...data.remote.object_storage import ObjectStorage
-from ...data.store.embedding_store import EmbeddingStore
-from ...data.store.embedding_store_writer import EmbeddingStoreWriter
-from ...data.store.shared_store_writer import SharedStoreWriter
-from ...data.store.store_manifest import read_manifest
-from ...model_folders.stage_source import Source, open_source
-from ...scheduling.graceful_stop import StopRequest, stop_on_signals
-from ...scheduling.processes import choose_device
-from ...scheduling.shard_computation import (
+from .._suggestions import counted
+from ..configs.extract_config import ExtractConfig
+from ..data.records.record_table import RecordTable
+from ..data.records.records import CaptionedImage, Modality
+from ..data.remote.object_storage import ObjectStorage
+from ..data.store.embedding_store import EmbeddingStore
+from ..data.store.store_manifest import StoreManifest
+from ..model_folders.model_folder import find_model_folder
+from ..model_folders.stage_source import Source, open_source
+from ..scheduling.graceful_stop import StopRequest, stop_on_signals
+from ..scheduling.processes import choose_device
+from .embedding_store_writer import EmbeddingStoreWriter
+from .extraction_plan import make_plan
+from .shard_computation import (
     Engine,
     ShardJob,
     compute_partition,
+    make_shard_worker,
     parse_partition,
     require_engine,
 )
-from .extraction_plan import ExtractionPlan
-from .shard_extraction import make_plan, make_worker
-from .shared_work import share_work
+from .shared_store_writer import SharedStoreWriter, SharedWork
 
 
 def extract(
@@ -91,15 +91,19 @@ def extract(
     with stops as stop, open_source(source, output) as found:
         plan = make_plan(found.folder, table, config, device, modality)
         with PartialState().main_process_first():
-            writer = _open_writer(output, storage, plan)
+            if storage is None:
+                writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
+            else:
+                shared = ObjectStorage(storage)
+                writer = SharedStoreWriter.begin(output, shared, plan.manifest, plan.list_items)
         model = found.name if storage and isinstance(source, str | Path) else found.folder
-        work = share_work(writer, table, push=engine == "ray")
+        work = SharedWork.describe(writer, table, push=engine == "ray")
         job = ShardJob(
             name=f"extract {modality}",
             unit=plan.unit,
             writer=writer,
             prepare=partial(plan.open_shards, writer),
-            make_worker=partial(make_worker, model, work, config, modality),
+            make_worker=partial(_make_worker, model, work, config, modality),
             config=config,
         )
         finish = writer.finish if is_whole else None
@@ -109,11 +113,14 @@ def extract(
     return output
 
 
-def _open_writer(output: Path, storage: str | None, plan: ExtractionPlan) -> EmbeddingStoreWriter:
-    if storage is None:
-        return EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
-    shared = ObjectStorage(storage)
-    return SharedStoreWriter.begin(output, shared, plan.manifest, plan.list_items)
+def _make_worker(
+    model: str | Path, work: SharedWork, config: ExtractConfig, modality: Modality
+) -> Callable[[int], None]:
+    """Load the tower that is needed, for shards that something else hands out."""
+    writer, table = work.open()
+    device = choose_device(config.device)
+    plan = make_plan(find_model_folder(model), table, config, device, modality)
+    return make_shard_worker(writer, plan.open_shards(writer))
 
 
 def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
@@ -135,7 +142,7 @@ def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
     """
     folder = Path(folder)
     if storage is None:
-        writer = EmbeddingStoreWriter(folder, read_manifest(folder))
+        writer = EmbeddingStoreWriter(folder, StoreManifest.read(folder))
     else:
         writer = SharedStoreWriter.join(folder, ObjectStorage(storage))
     writer.finish()
@@ -144,13 +151,8 @@ def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
 
 
 def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]:
-    """Describe a store in lines for a terminal.
-
-    Args:
-        store: Folder of the store.
-        storage: URL of the object storage that has the shards.
-    """
-    manifest = read_manifest(store)
+    """Describe a store in lines for a terminal; `storage` is the object storage of its shards."""
+    manifest = StoreManifest.read(store)
     if not manifest.complete:
         writer = EmbeddingStoreWriter(store, manifest)
         if storage is not None:
