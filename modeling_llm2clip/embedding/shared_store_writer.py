@@ -80,7 +80,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
                     storage.push(folder / name)
                 _pull_plan(folder, storage)  # another store may have begun there meanwhile
             writer = cls(folder, manifest, storage)
-            writer._publish_left()
+            writer._share_left()
         return writer
 
     @classmethod
@@ -125,16 +125,16 @@ class SharedStoreWriter(EmbeddingStoreWriter):
 
     def _seal(self, shard: int, written: ShardWriter, num_truncated: int) -> None:
         super()._seal(shard, written, num_truncated)
-        self._publish(shard)
+        self._share(shard)
 
-    def _publish_left(self) -> None:
+    def _share_left(self) -> None:
         """Copy the shards that a run completed here, and that was killed before they were there."""
         if not self.manifest.read(self.folder).complete:
             shards = set(range(self.manifest.num_shards))
             for shard in sorted(shards - set(super().list_missing()) - self._list_stored()):
-                self._publish(shard)
+                self._share(shard)
 
-    def _publish(self, shard: int) -> None:
+    def _share(self, shard: int) -> None:
         files = [self.folder / name for name in self._list_files(shard)]
         for file in files:
             self.storage.push(file)

@@ -74,7 +74,7 @@ class ShardedManifest:
             )
         try:
             found = _parse_object(file.read_text(encoding="utf-8"))
-            version = found.get("format_version")
+            version = found["format_version"]
             if version == cls.VERSION:
                 content = _check_seal(found)
                 if lost := sorted({one.name for one in fields(cls)} - set(content)):  # type: ignore[arg-type]
