@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_text
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
-from ..model_folders.stage_source import Source, open_source
+from ..model_folders.stage_source import Source, StageSource, open_source
 from ..model_folders.training_images import ImageTally, read_training_images
 from ..model_folders.training_state import require_trained
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -36,6 +37,7 @@ from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
 from .parquet_writer import EmbeddingManifest, ParquetWriter
 from .shard_computation import (
     Engine,
+    Prepare,
     ShardJob,
     compute_partition,
     make_shard_worker,
@@ -113,26 +115,27 @@ def embed(
     with stops as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
-        encoder = _load_encoder(found.folder, rows, config, device)
-        planned = _plan_output(found.folder, found.name, records, rows, encoder, config)
+        encoder = _load_encoder(found.folder, modality, config, device)
+        planned = _plan_output(found, modality, records, len(rows), encoder, config)
         with PartialState().main_process_first():
             writer = ParquetWriter.open(
                 output,
                 planned,
+                partial(_add_ranges, planned, encoder, rows, config),
                 rows,
                 model_dim=encoder.dim,
                 skip_invalid=config.skip_invalid,
-                measure=partial(_measure, encoder, planned, config),
             )
+        make_worker = partial(_make_worker, found.folder, writer, config)
         job = ShardJob(
             name=f"embed {modality}",
             unit=" texts" if modality == "text" else " images",
             writer=writer,
-            prepare=lambda: encoder.prepare,
-            make_worker=partial(_make_worker, found.folder, writer, config),
+            prepare=partial(_prepare_rows, rows, encoder),
+            make_worker=make_worker if engine == "ray" else None,
             config=config,
         )
-        compute_partition(job, partition=partition, engine=engine, stop=stop, finish=writer.finish)
+        compute_partition(job, partition=partition, stop=stop, finish=writer.finish)
         if modality == "image":
             _report_far(encoder, found.folder, report or _warn)
     return output
@@ -174,26 +177,14 @@ def _open_rows(
 
 
 def _plan_output(
-    folder: Path,
-    name: str,
+    model: StageSource,
+    modality: Modality,
     records: RecordTable,
-    rows: TextRows | ImageRows,
+    num_rows: int,
     encoder: ShardEncoder,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
-    """Make the manifest of an output that is not begun.
-
-    Args:
-        folder: Model folder.
-        name: What the user named the model.
-        records: The dataset.
-        rows: What the output has a row for.
-        encoder: What computes the embeddings.
-        config: Options of the output.
-
-    Raises:
-        ValueError: The dtype or `truncate_dim` does not fit the model.
-    """
+    """Make the manifest of an output that is not begun."""
     dim = config.truncate_dim or encoder.dim
     if dim > encoder.dim:
         raise ValueError(
@@ -202,26 +193,25 @@ def _plan_output(
         )
     count_values(dim, config.dtype)
     plan = {**encoder.plan, "data": hash_texts(records)}
-    if isinstance(rows, ImageRows):
+    if modality == "image":
         plan["images"] = hash_image_sizes(records)
     if others := sorted(set(config.columns) - _OF_TEXTS):
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
         plan["int8_ranges"] = _name_ranges(config)
-    modality: Modality = "text" if isinstance(rows, TextRows) else "image"
     if config.backend == "onnx":
-        fingerprint = fingerprint_graph(folder, modality, config)
+        fingerprint = fingerprint_graph(model.folder, modality, config)
     else:
-        fingerprint = fingerprint_embeddings(folder, modality)
+        fingerprint = fingerprint_embeddings(model.folder, modality)
     return EmbeddingManifest(
         modality=modality,
-        model=name,
+        model=model.name,
         fingerprint=fingerprint,
-        prompt=_write_prompt(folder) if modality == "text" else "",
+        prompt=_write_prompt(model.folder) if modality == "text" else "",
         dtype=config.dtype,
         dim=dim,
         columns=config.columns,
-        num_rows=len(rows),
+        num_rows=num_rows,
         rows_per_shard=config.rows_per_shard,
         plan=plan,
     )
@@ -235,8 +225,13 @@ def _make_worker(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> Ca
         writer: Of the output.
         config: Options of the output.
     """
-    encoder = _load_encoder(folder, writer.rows, config, choose_device(config.device))
-    return make_shard_worker(writer, encoder.prepare)
+    modality = writer.manifest.modality
+    encoder = _load_encoder(folder, modality, config, choose_device(config.device))
+    return make_shard_worker(writer, _prepare_rows(writer.rows, encoder))
+
+
+def _prepare_rows(rows: TextRows | ImageRows, encoder: ShardEncoder) -> Prepare:
+    return lambda of_shard: encoder.prepare(rows.read_inputs(of_shard))
 
 
 def describe_embeddings(output: Path) -> list[str]:
@@ -271,34 +266,38 @@ def describe_embeddings(output: Path) -> list[str]:
 
 
 def _load_encoder(
-    folder: Path, rows: TextRows | ImageRows, config: EmbedConfig, device: torch.device
+    folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
 ) -> ShardEncoder:
     if config.backend == "onnx":
-        return load_onnx_shard_encoder(folder, rows, config)
-    return load_shard_encoder(folder, rows, config, device)
+        return load_onnx_shard_encoder(folder, modality, config)
+    return load_shard_encoder(folder, modality, config, device)
 
 
-def _measure(
-    encoder: ShardEncoder, planned: EmbeddingManifest, config: EmbedConfig
-) -> Array | None:
+def _add_ranges(
+    planned: EmbeddingManifest,
+    encoder: ShardEncoder,
+    rows: TextRows | ImageRows,
+    config: EmbedConfig,
+) -> EmbeddingManifest:
     """Measure the int8 ranges, or read those of another output."""
     if config.dtype != "int8":
-        return None
+        return planned
     if config.int8_ranges is None:
-        sample = encoder.encode_sample(config.calibration_size)
+        sample = encoder.encode_sample(rows.sample(config.calibration_size))
         if not len(sample):
             raise ValueError(
                 "No image of the sample can be decoded. Repair them, or give a larger "
                 "calibration_size."
             )
-        return measure_ranges(truncate_embeddings(sample, planned.dim))
-    ranges = _read_ranges(config.int8_ranges)
-    if ranges.shape[1] != planned.dim:
-        raise ValueError(
-            f"int8_ranges={config.int8_ranges} has ranges of {ranges.shape[1]} dimensions, and "
-            f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
-        )
-    return ranges
+        ranges = measure_ranges(truncate_embeddings(sample, planned.dim))
+    else:
+        ranges = _read_ranges(config.int8_ranges)
+        if ranges.shape[1] != planned.dim:
+            raise ValueError(
+                f"int8_ranges={config.int8_ranges} has ranges of {ranges.shape[1]} dimensions, and "
+                f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
+            )
+    return replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
 
 
 def _name_ranges(config: EmbedConfig) -> str:

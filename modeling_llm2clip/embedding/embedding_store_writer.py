@@ -72,10 +72,6 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
         """The rows of a shard are collected in its file."""
         return self.folder, self.manifest
 
-    def name_shard(self, shard: int) -> str:
-        """Name a shard in messages."""
-        return f"shard {shard} of {self.manifest.num_shards}"
-
     def write_file(self, shard: int, written: ShardWriter, num_truncated: int) -> ShardRecord:
         """Complete the file of a shard."""
         head = written.write_head()

@@ -96,18 +96,21 @@ def extract(
             else:
                 shared = ObjectStorage(storage)
                 writer = SharedStoreWriter.begin(output, shared, plan.manifest, plan.list_items)
-        model = found.name if storage and isinstance(source, str | Path) else found.folder
-        work = SharedWork.describe(writer, table, push=engine == "ray")
+        make_worker = None
+        if engine == "ray":
+            model = found.name if storage and isinstance(source, str | Path) else found.folder
+            work = SharedWork.describe(writer, table)
+            make_worker = partial(_make_worker, model, work, config, modality)
         job = ShardJob(
             name=f"extract {modality}",
             unit=plan.unit,
             writer=writer,
             prepare=partial(plan.open_shards, writer),
-            make_worker=partial(_make_worker, model, work, config, modality),
+            make_worker=make_worker,
             config=config,
         )
         finish = writer.finish if is_whole else None
-        compute_partition(job, partition=partition, engine=engine, stop=stop, finish=finish)
+        compute_partition(job, partition=partition, stop=stop, finish=finish)
     if is_whole:
         EmbeddingStore.open(output)  # a store of an earlier run may have lost files since
     return output

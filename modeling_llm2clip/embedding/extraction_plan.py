@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +43,12 @@ from ..encoding.encode import (
     iterate_image_batches,
     iterate_token_batches,
 )
-from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
 from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from .shard_computation import Prepare, PreparedShard
+from .shard_encoding import prepare_texts
 
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
@@ -72,9 +72,8 @@ class ExtractionPlan:
 
     def open_shards(self, writer: EmbeddingStoreWriter) -> Prepare:
         """Return what prepares the shards of a store that is begun."""
-        manifest = writer.manifest
-        index = StoreIndex(writer.folder, manifest.index, manifest.num_items)
-        occurrences = FirstOccurrences(index, manifest.rows_per_shard)
+        index = StoreIndex(writer.folder, writer.manifest)
+        occurrences = FirstOccurrences(index, writer.manifest.rows_per_shard)
         return lambda rows: self.prepare(occurrences, rows)
 
 
@@ -113,17 +112,11 @@ def _plan_captions(
     budget = config.token_budget or default_token_budget(device)
     causes = {"data": hash_texts(records), "token_budget": str(budget)}
 
+    embed = partial(iterate_token_batches, model, processor)
+
     def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
         texts = list(iterate_first_captions(records, occurrences, rows))
-        tokens = TokenizedTexts(processor, texts)
-        plan = plan_token_batches(tokens.lengths.tolist(), token_budget=budget)
-        return PreparedShard(
-            batches=[np.array(places) for places in plan],
-            encode=lambda batches: iterate_token_batches(
-                model, processor, tokens, [places.tolist() for places in batches]
-            ),
-            num_truncated=tokens.num_truncated,
-        )
+        return prepare_texts(processor, embed, budget, texts)
 
     return ExtractionPlan(
         _plan_store("caption_embeds", fingerprint, model.config.text_width, config, causes),

@@ -8,6 +8,7 @@ import torch
 
 from ..configs.embed_config import EmbedConfig
 from ..data.atomic_files import hash_file, hash_json
+from ..data.records.records import Modality
 from ..encoding.onnx_encoding import DEFAULT_BATCH_SIZE, DEFAULT_TOKEN_BUDGET, IMAGE_INPUT
 from ..model_folders.fingerprint import hash_model_files
 from ..model_folders.onnx_folder import (
@@ -16,39 +17,30 @@ from ..model_folders.onnx_folder import (
     load_onnx_encoder,
     read_onnx_record,
 )
-from .embedding_rows import ImageRows, TextRows
-from .shard_encoding import ImageShardEncoder, ShardEncoder, TextShardEncoder
+from .shard_encoding import ShardEncoder, make_image_encoder, make_text_encoder
 
 
-def load_onnx_shard_encoder(
-    folder: Path, rows: TextRows | ImageRows, config: EmbedConfig
-) -> ShardEncoder:
+def load_onnx_shard_encoder(folder: Path, modality: Modality, config: EmbedConfig) -> ShardEncoder:
     """Open the graph that is needed.
 
     Args:
         folder: Folder of ONNX graphs.
-        rows: What is encoded.
+        modality: What is encoded.
         config: Options of the encoding.
     """
-    modality = "text" if isinstance(rows, TextRows) else "image"
     encoder = load_onnx_encoder(folder, weights=config.text_weights, modalities=(modality,))
-    if isinstance(rows, TextRows):
-        return TextShardEncoder(
-            encoder.processor,
-            rows,
-            encoder.iterate_token_batches,
-            dim=encoder.embedding_dim,
-            token_budget=config.token_budget or DEFAULT_TOKEN_BUDGET,
-            backend="onnx",
-        )
-    return ImageShardEncoder(
-        encoder.processor,
-        rows,
-        lambda inputs, _: encoder.encode_pixels(inputs[IMAGE_INPUT]),
-        dim=encoder.embedding_dim,
-        device=torch.device("cpu"),
-        batch_size=config.batch_size or DEFAULT_BATCH_SIZE,
-        config=config,
+    processor, dim = encoder.processor, encoder.embedding_dim
+    if modality == "text":
+        budget = config.token_budget or DEFAULT_TOKEN_BUDGET
+        embed = encoder.iterate_token_batches
+        return make_text_encoder(processor, embed, dim, budget, backend="onnx")
+    return make_image_encoder(
+        processor,
+        lambda inputs: encoder.encode_pixels(inputs[IMAGE_INPUT]),
+        dim,
+        config.batch_size or DEFAULT_BATCH_SIZE,
+        config,
+        torch.device("cpu"),
         backend="onnx",
     )
 

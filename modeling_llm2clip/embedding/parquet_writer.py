@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..configs.embed_config import EmbeddingDtype
 from ..data.atomic_files import hash_file, list_differences, write_atomically
+from ..data.records.records import Modality
 from ..data.store.store_manifest import ShardedManifest, StoreManifest, read_sealed, write_sealed
 from ..image_loading_llm2clip import ImageLimits, get_image_limits
 from .embedding_dtypes import VALUE_TYPES, convert_embeddings, count_values, truncate_embeddings
@@ -82,7 +83,7 @@ class EmbeddingManifest(ShardedManifest):
     OTHER = "other embeddings"
     COMMAND = "embed"
 
-    modality: str
+    modality: Modality
     model: str
     fingerprint: dict[str, str]
     prompt: str
@@ -189,21 +190,21 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         cls,
         folder: Path,
         planned: EmbeddingManifest,
+        begin: Callable[[], EmbeddingManifest],
         rows: TextRows | ImageRows,
         *,
         model_dim: int,
         skip_invalid: bool,
-        measure: Callable[[], Array | None],
     ) -> ParquetWriter:
         """Begin an output, or continue the same one.
 
         Args:
             folder: A new or empty folder, or that of the output to continue.
             planned: What it will hold, without int8 ranges.
+            begin: Adds the int8 ranges; called for an output that is not begun.
             rows: What it has a row for.
             model_dim: Dimensions of the model's embeddings.
             skip_invalid: Whether images that cannot be decoded are left out.
-            measure: Measures int8 ranges, (2, D); called for an output that is not begun.
 
         Raises:
             ValueError: The folder holds another output; every difference is named, with both
@@ -211,13 +212,6 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
             FileExistsError: The folder holds other files.
             OSError: The disk is full.
         """
-
-        def begin() -> EmbeddingManifest:
-            ranges = measure()
-            if ranges is None:
-                return planned
-            return replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
-
         found = begin_or_continue(folder, planned, begin)
         if isinstance(rows, ImageRows):
             _require_same_limits(folder / _LIMITS, get_image_limits(), skip_invalid=skip_invalid)
@@ -236,10 +230,6 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
             plan={},
         )
         return self.folder / _UNFINISHED, shape
-
-    def name_shard(self, shard: int) -> str:
-        """Name a shard in messages."""
-        return self.manifest.name_shard(shard)
 
     def write_file(self, shard: int, written: ShardWriter, num_truncated: int) -> EmbeddedShard:
         """Write a file; rows of zeros are images that could not be decoded."""

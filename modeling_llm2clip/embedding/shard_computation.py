@@ -54,8 +54,8 @@ class ShardJob:
         unit: What is counted.
         writer: Writer of the output.
         prepare: Makes what prepares a shard in this process, which has loaded the tower.
-        make_worker: Makes what computes a shard by its number in another process; it can be
-            pickled.
+        make_worker: Makes what computes a shard by its number in an actor of Ray, and can be
+            pickled; None where the processes of this run compute.
         config: Device and progress bar.
     """
 
@@ -63,7 +63,7 @@ class ShardJob:
     unit: str
     writer: ShardedWriter[Any]
     prepare: Callable[[], Prepare]
-    make_worker: Callable[[], Callable[[int], None]]
+    make_worker: Callable[[], Callable[[int], None]] | None
     config: EncodingConfig
 
 
@@ -94,7 +94,6 @@ def compute_partition(
     job: ShardJob,
     *,
     partition: str | None,
-    engine: Engine,
     stop: StopRequest,
     finish: Callable[[], object] | None,
 ) -> None:
@@ -103,7 +102,6 @@ def compute_partition(
     Args:
         job: The shards, and how they are computed.
         partition: Such as 2/8; None for all shards.
-        engine: What computes them: the processes of this run, or the actors of a Ray cluster.
         stop: Checked between batches; Ray ends its actors when it is interrupted.
         finish: Called by the main process once all are done, while the others wait.
 
@@ -116,10 +114,10 @@ def compute_partition(
     state = PartialState()
     part, num_parts = parse_partition(partition)
     shards = range(job.writer.manifest.num_shards)[part - 1 :: num_parts]
-    if engine == "local":
+    if job.make_worker is None:
         shards = shards[state.process_index :: state.num_processes]
     missing = sorted(set(shards) & set(job.writer.list_missing()))
-    if engine == "ray":
+    if job.make_worker is not None:
         show_progress = job.config.show_progress
         compute_with_ray(job.make_worker, missing, job.config.device, show_progress=show_progress)
     elif missing:

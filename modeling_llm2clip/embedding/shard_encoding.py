@@ -1,4 +1,4 @@
-"""Final embeddings of the texts or images of a shard, batch by batch.
+"""Embeddings of the texts or images of a shard, batch by batch.
 
 Which inputs share a batch depends on the shard alone, so an output that was continued has the same
 bytes as one that was never interrupted, on the same kind of machine.
@@ -6,8 +6,8 @@ bytes as one that was never interrupted, on the same kind of machine.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
+from ..data.records.records import Modality
 from ..encoding.batches import iterate_batches, prepare_images, split_evenly
 from ..encoding.encode import (
     default_batch_size,
@@ -32,54 +33,34 @@ from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .embedding_rows import ImageRows, TextRows
 from .shard_computation import PreparedShard
 from .shard_writer import Array
 
 EmbedTokens: TypeAlias = Callable[[TokenizedTexts, list[list[int]]], Iterator[Tensor]]
-"""Yields the final embeddings of batches of texts, given the rows of each."""
-EmbedPixels: TypeAlias = Callable[[Mapping[str, Tensor], ImageTally], Tensor]
-"""Computes the final embeddings of images that the processor prepared, and tallies them."""
+"""Yields the embeddings of batches of texts, given the rows of each."""
 _SHOWN = 8
 
 
-class ShardEncoder(ABC):
-    """A loaded tower, and the rows that it encodes.
+@dataclass
+class ShardEncoder:
+    """A loaded tower that computes final embeddings.
 
     Attributes:
         dim: Dimensions of an embedding, P.
         plan: What of the encoding decides the bytes.
+        prepare: Divides texts or addresses of images into batches.
         tally: Images that were encoded so far.
     """
 
-    def __init__(
-        self,
-        processor: LLM2CLIPProcessor,
-        rows: TextRows | ImageRows,
-        dim: int,
-        plan: dict[str, str],
-    ) -> None:
-        self._processor = processor
-        self._rows = rows
-        self.dim = dim
-        self.plan = plan
-        self.tally = ImageTally()
+    dim: int
+    plan: dict[str, str]
+    prepare: Callable[[list[Any]], PreparedShard]
+    tally: ImageTally = field(default_factory=ImageTally)
 
-    def prepare(self, rows: range) -> PreparedShard:
-        """Read the inputs of a shard, all of whose rows are given."""
-        return self.prepare_inputs(self._rows.read_inputs(rows))
-
-    @abstractmethod
-    def prepare_inputs(self, inputs: list[Any]) -> PreparedShard:
-        """Divide texts or addresses of images into batches."""
-
-    def encode_sample(self, size: int) -> Array:
-        """Encode some inputs, evenly spaced over the rows: (size, P) float32 of unit length.
-
-        There are fewer where the rows are, and where images cannot be decoded.
-        """
-        prepared = self.prepare_inputs(self._rows.sample(size))
-        embeds = np.zeros((sum(map(len, prepared.batches)), self.dim), np.float32)
+    def encode_sample(self, inputs: list[Any]) -> Array:
+        """Encode some inputs, (N, P) float32; images that cannot be decoded are left out."""
+        prepared = self.prepare(inputs)
+        embeds = np.zeros((len(inputs), self.dim), np.float32)
         encoded = prepared.encode(prepared.batches)
         for places, of_batch in zip(prepared.batches, encoded, strict=True):
             embeds[places] = of_batch.numpy()
@@ -87,129 +68,139 @@ class ShardEncoder(ABC):
         return embeds[embeds.any(axis=1)]
 
 
-class TextShardEncoder(ShardEncoder):
-    """Encodes the texts of shards; equal texts of a shard once.
+def load_shard_encoder(
+    folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
+) -> ShardEncoder:
+    """Load the tower that is needed.
+
+    Args:
+        folder: Model folder.
+        modality: What is encoded.
+        config: Options of the encoding.
+        device: Where the tower runs.
+    """
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    if modality == "text":
+        text_model = LLM2CLIPTextModel.from_pretrained(folder).to(device)
+
+        def embed_tokens(texts: TokenizedTexts, plan: list[list[int]]) -> Iterator[Tensor]:
+            for embeds in iterate_token_batches(text_model, processor, texts, plan):
+                yield project_captions(text_model, embeds)
+
+        budget = config.token_budget or default_token_budget(device)
+        dim = text_model.config.projection_dim
+        return make_text_encoder(processor, embed_tokens, dim, budget)
+    model = LLM2CLIPVisionModel.from_pretrained(folder).to(device)
+
+    def embed_pixels(inputs: Mapping[str, Tensor]) -> Tensor:
+        on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
+        with require_eval_mode(model):
+            vision_embeds = model.get_vision_embeds(**on_device)
+            encoder.tally.add(vision_embeds)
+            embeds: Tensor = model.to_image_embeds(vision_embeds)
+            return embeds
+
+    batch_size = config.batch_size or default_batch_size(device)
+    dim = model.config.projection_dim
+    encoder = make_image_encoder(processor, embed_pixels, dim, batch_size, config, device)
+    return encoder
+
+
+def make_text_encoder(
+    processor: LLM2CLIPProcessor,
+    embed: EmbedTokens,
+    dim: int,
+    token_budget: int,
+    **plan: str,
+) -> ShardEncoder:
+    """Make an encoder of texts.
 
     Args:
         processor: The model's processor.
-        rows: The texts.
-        embed: Encodes batches of them.
+        embed: Encodes batches of distinct texts.
         dim: Dimensions of an embedding.
         token_budget: Maximum tokens per batch, padding included.
-        backend: What else of the encoding decides the bytes.
+        plan: What else of the encoding decides the bytes.
     """
-
-    def __init__(
-        self,
-        processor: LLM2CLIPProcessor,
-        rows: TextRows,
-        embed: EmbedTokens,
-        *,
-        dim: int,
-        token_budget: int,
-        **backend: str,
-    ) -> None:
-        super().__init__(processor, rows, dim, {"token_budget": str(token_budget), **backend})
-        self._embed = embed
-        self._token_budget = token_budget
-
-    def prepare_inputs(self, inputs: list[str]) -> PreparedShard:
-        """Tokenize texts."""
-        numbers: dict[str, int] = {}
-        number_of = np.array([numbers.setdefault(text, len(numbers)) for text in inputs])
-        tokens = TokenizedTexts(self._processor, list(numbers))
-        plan = plan_token_batches(tokens.lengths.tolist(), token_budget=self._token_budget)
-        return PreparedShard(
-            batches=_find_places(number_of, plan, len(numbers)),
-            encode=partial(self._encode, tokens, number_of),
-            num_truncated=int(tokens.is_truncated[number_of].sum()),
-        )
-
-    def _encode(
-        self, texts: TokenizedTexts, number_of: Array, batches: Sequence[Array]
-    ) -> Iterator[Tensor]:
-        # Places of equal texts are next to each other; each text is encoded at the first of them.
-        plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
-        encoded = self._embed(texts, plan)
-        for places, numbers, embeds in zip(batches, plan, encoded, strict=True):
-            rows = {number: row for row, number in enumerate(numbers)}
-            yield embeds[[rows[number] for number in number_of[places].tolist()]]
+    prepare = partial(prepare_texts, processor, embed, token_budget)
+    return ShardEncoder(dim, {"token_budget": str(token_budget), **plan}, prepare)
 
 
-class ImageShardEncoder(ShardEncoder):
-    """Encodes the images of shards; threads decode them.
+def make_image_encoder(
+    processor: LLM2CLIPProcessor,
+    embed: Callable[[Mapping[str, Tensor]], Tensor],
+    dim: int,
+    batch_size: int,
+    config: EmbedConfig,
+    device: torch.device,
+    **plan: str,
+) -> ShardEncoder:
+    """Make an encoder of images, which threads decode.
 
     Args:
         processor: The model's processor.
-        rows: The images.
-        embed: Encodes a batch of them.
+        embed: Encodes images that the processor prepared.
         dim: Dimensions of an embedding.
-        device: Where `embed` computes.
         batch_size: Images per batch.
         config: Number of threads, and whether an image that cannot be decoded gets zeros.
-        backend: What else of the encoding decides the bytes.
+        device: Where `embed` computes.
+        plan: What else of the encoding decides the bytes.
     """
 
-    def __init__(
-        self,
-        processor: LLM2CLIPProcessor,
-        rows: ImageRows,
-        embed: EmbedPixels,
-        *,
-        dim: int,
-        device: torch.device,
-        batch_size: int,
-        config: EmbedConfig,
-        **backend: str,
-    ) -> None:
-        super().__init__(processor, rows, dim, {"batch_size": str(batch_size), **backend})
-        self._embed = embed
-        self._device = device
-        self._batch_size = batch_size
-        self._config = config
+    def prepare(images: list[ImageSource]) -> PreparedShard:
+        places = [np.array(rows) for rows in split_evenly(len(images), size=batch_size)]
+        return PreparedShard(places, partial(encode, images))
 
-    def prepare_inputs(self, inputs: list[ImageSource]) -> PreparedShard:
-        """Divide images into batches of the same size."""
-        batches = split_evenly(len(inputs), size=self._batch_size)
-        return PreparedShard(
-            batches=[np.array(places) for places in batches], encode=partial(self._encode, inputs)
-        )
-
-    def _encode(self, images: list[ImageSource], batches: Sequence[Array]) -> Iterator[Tensor]:
-        if self._device.type == "cpu":
+    def encode(images: list[ImageSource], batches: Sequence[Array]) -> Iterator[Tensor]:
+        if device.type == "cpu":
             raise_malloc_thresholds()
         for _, embeds in iterate_batches(
             images,
             [places.tolist() for places in batches],
-            prepare=partial(self._decode, images),
-            encode=self._embed_decoded,
-            device=self._device,
-            num_workers=self._config.num_workers,
+            prepare=partial(_decode, processor, images, config.skip_invalid),
+            encode=embed_decoded,
+            device=device,
+            num_workers=config.num_workers,
         ):
             yield embeds
 
-    def _decode(self, images: list[ImageSource], part: list[ImageSource]) -> _DecodedBatch:
-        """Decode a batch; of several that cannot be, all of the shard are named."""
-        places: list[int] = []
-
-        def open_all() -> Iterator[Any]:
-            for place, image in enumerate(part):
-                try:
-                    opened = decode_image(image)
-                except ValueError:
-                    if not self._config.skip_invalid:
-                        raise ValueError(_describe_unreadable(images)) from None
-                else:
-                    places.append(place)
-                    yield opened
-
-        return _DecodedBatch(prepare_images(self._processor, open_all()), places, len(part))
-
-    def _embed_decoded(self, batch: _DecodedBatch) -> Tensor:
-        embeds = torch.zeros(batch.size, self.dim, dtype=torch.float32)
+    def embed_decoded(batch: _DecodedBatch) -> Tensor:
+        embeds = torch.zeros(batch.size, dim, dtype=torch.float32)
         if batch.places:
-            embeds[batch.places] = self._embed(batch.inputs, self.tally)
+            embeds[batch.places] = embed(batch.inputs).cpu()
         return embeds
+
+    return ShardEncoder(dim, {"batch_size": str(batch_size), **plan}, prepare)
+
+
+def prepare_texts(
+    processor: LLM2CLIPProcessor, embed: EmbedTokens, token_budget: int, texts: list[str]
+) -> PreparedShard:
+    """Tokenize the texts of a shard and divide them into batches, equal texts once.
+
+    Args:
+        processor: The model's processor.
+        embed: Encodes batches of distinct texts.
+        token_budget: Maximum tokens per batch, padding included.
+        texts: All texts of the shard.
+    """
+    numbers: dict[str, int] = {}
+    number_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+    tokens = TokenizedTexts(processor, list(numbers))
+    plan = plan_token_batches(tokens.lengths.tolist(), token_budget=token_budget)
+
+    def encode(batches: Sequence[Array]) -> Iterator[Tensor]:
+        # Places of equal texts are next to each other; each text is encoded at the first of them.
+        plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
+        for places, distinct, embeds in zip(batches, plan, embed(tokens, plan), strict=True):
+            rows = {number: row for row, number in enumerate(distinct)}
+            yield embeds[[rows[number] for number in number_of[places].tolist()]]
+
+    return PreparedShard(
+        batches=_find_places(number_of, plan, len(numbers)),
+        encode=encode,
+        num_truncated=int(tokens.is_truncated[number_of].sum()),
+    )
 
 
 class _DecodedBatch(NamedTuple):
@@ -220,50 +211,27 @@ class _DecodedBatch(NamedTuple):
     size: int
 
 
-def load_shard_encoder(
-    folder: Path, rows: TextRows | ImageRows, config: EmbedConfig, device: torch.device
-) -> ShardEncoder:
-    """Load the tower that is needed.
+def _decode(
+    processor: LLM2CLIPProcessor,
+    images: list[ImageSource],
+    skip_invalid: bool,
+    part: list[ImageSource],
+) -> _DecodedBatch:
+    """Decode a batch; of several that cannot be, all of the shard are named."""
+    places: list[int] = []
 
-    Args:
-        folder: Model folder.
-        rows: What is encoded.
-        config: Options of the encoding.
-        device: Where the tower runs.
-    """
-    processor = LLM2CLIPProcessor.from_pretrained(folder)
-    if isinstance(rows, TextRows):
-        text_model = LLM2CLIPTextModel.from_pretrained(folder).to(device)
+    def open_all() -> Iterator[Any]:
+        for place, image in enumerate(part):
+            try:
+                opened = decode_image(image)
+            except ValueError:
+                if not skip_invalid:
+                    raise ValueError(_describe_unreadable(images)) from None
+            else:
+                places.append(place)
+                yield opened
 
-        def embed_tokens(texts: TokenizedTexts, plan: list[list[int]]) -> Iterator[Tensor]:
-            for embeds in iterate_token_batches(text_model, processor, texts, plan):
-                yield project_captions(text_model, embeds)
-
-        return TextShardEncoder(
-            processor,
-            rows,
-            embed_tokens,
-            dim=text_model.config.projection_dim,
-            token_budget=config.token_budget or default_token_budget(device),
-        )
-    model = LLM2CLIPVisionModel.from_pretrained(folder).to(device)
-
-    def embed_pixels(inputs: Mapping[str, Tensor], tally: ImageTally) -> Tensor:
-        on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
-        with require_eval_mode(model):
-            vision_embeds = model.get_vision_embeds(**on_device)
-            tally.add(vision_embeds)
-            return model.to_image_embeds(vision_embeds).cpu()
-
-    return ImageShardEncoder(
-        processor,
-        rows,
-        embed_pixels,
-        dim=model.config.projection_dim,
-        device=device,
-        batch_size=config.batch_size or default_batch_size(device),
-        config=config,
-    )
+    return _DecodedBatch(prepare_images(processor, open_all()), places, len(part))
 
 
 def _describe_unreadable(images: list[ImageSource]) -> str:

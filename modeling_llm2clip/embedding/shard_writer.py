@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.atomic_files import explain_full_disk, lock_unless_held
-from ..data.store.store_manifest import STORED_DTYPES, StoreManifest
+from ..data.store.store_manifest import STORED_DTYPES, ShardedManifest, StoreManifest
 from ..data.store.store_shards import CHECKSUM_BYTES, Runs, compute_checksums, make_header
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -35,7 +35,6 @@ class ShardWriter:
         manifest: Dtype, width and number of the rows.
         shard: Number of the shard, from 0.
         batches: Places in the shard of the rows of each batch.
-        name: What messages call the shard.
         seal: Completes the shard; takes this writer and how many captions were truncated.
 
     Attributes:
@@ -49,14 +48,13 @@ class ShardWriter:
         manifest: StoreManifest,
         shard: int,
         batches: Sequence[Array],
-        name: str,
         seal: Callable[[ShardWriter, int], object],
     ) -> None:
         self._folder = folder
         self._manifest = manifest
         self._rows = manifest.rows_of_shard(shard)
         self._batches = batches
-        self._name = name
+        self._name = name_shard(manifest, shard)
         self._seal = seal
         complete = folder / manifest.name_shard(shard)
         self.part, self._journal = complete.with_suffix(".part"), complete.with_suffix(".journal")
@@ -71,8 +69,8 @@ class ShardWriter:
         try:
             if not lock_unless_held(found, self._descriptor):
                 raise ValueError(
-                    f"Another run writes {name} in {folder} now. Let it end, or give each run a "
-                    "partition of its own."
+                    f"Another run writes {self._name} in {folder} now. Let it end, or give each "
+                    "run a partition of its own."
                 )
             if is_renamed:
                 complete.rename(self.part)
@@ -188,6 +186,11 @@ class ShardWriter:
         while len(content):
             written = os.pwrite(self._descriptor, content, offset)
             content, offset = content[written:], offset + written
+
+
+def name_shard(manifest: ShardedManifest, shard: int) -> str:
+    """Name a shard in messages."""
+    return f"shard {shard} of {manifest.num_shards}"
 
 
 def explain_full_output(folder: Path, what: str) -> AbstractContextManager[None]:

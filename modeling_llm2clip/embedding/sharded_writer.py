@@ -22,7 +22,7 @@ from uuid import uuid4
 from ..data.atomic_files import list_differences, sync_folder, write_atomically
 from ..data.store.store_manifest import ShardedManifest, StoreManifest, read_sealed, write_sealed
 from ..data.store.store_shards import list_errors
-from .shard_writer import Array, ShardWriter, explain_full_output
+from .shard_writer import Array, ShardWriter, explain_full_output, name_shard
 
 _Manifest = TypeVar("_Manifest", bound=ShardedManifest)
 _SHOWN = 5
@@ -57,10 +57,6 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     @abstractmethod
     def check_file(self, record: Any) -> None:
         """Raise ValueError if a complete shard is missing or damaged."""
-
-    @abstractmethod
-    def name_shard(self, shard: int) -> str:
-        """Name a shard in messages."""
 
     def is_done(self, shard: int) -> bool:
         """Whether a shard is complete on disk."""
@@ -103,9 +99,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         """
         folder, manifest = self.collected
         folder.mkdir(exist_ok=True)
-        seal = partial(self._seal, shard)
-        with explain_full_output(self.folder, self.name_shard(shard)):
-            return ShardWriter(folder, manifest, shard, batches, self.name_shard(shard), seal)
+        with explain_full_output(self.folder, name_shard(manifest, shard)):
+            return ShardWriter(folder, manifest, shard, batches, partial(self._seal, shard))
 
     def finish(self) -> bool:
         """Complete the manifest if every shard is there.
@@ -148,7 +143,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         return completed
 
     def _seal(self, shard: int, written: ShardWriter, num_truncated: int) -> None:
-        with explain_full_output(self.folder, self.name_shard(shard)):
+        with explain_full_output(self.folder, name_shard(self.manifest, shard)):
             record = self.write_file(shard, written, num_truncated)
             sealed = write_sealed(asdict(record)).encode()
             write_atomically(self.folder / self.manifest.name_record(shard), sealed)
@@ -167,7 +162,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
     def _has_file(self, record: Any) -> bool:
         file = self.folder / record.file
-        return file.is_file() and file.stat().st_size == record.bytes
+        return file.is_file() and file.stat().st_size == int(record.bytes)
 
     def _name_places(self) -> str:
         return str(self.folder)
@@ -178,7 +173,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         try:
             own.replace(file)
         except FileNotFoundError:  # another process ended just now, and removed all leftovers
-            if not manifest.read(self.folder).complete:
+            if not self.manifest.read(self.folder).complete:
                 raise
         sync_folder(self.folder)
 

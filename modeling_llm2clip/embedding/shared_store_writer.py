@@ -174,22 +174,14 @@ class SharedWork:
     rows: Array | None = None
 
     @classmethod
-    def describe(
-        cls, writer: EmbeddingStoreWriter, table: RecordTable, *, push: bool
-    ) -> SharedWork:
-        """Describe a store and its records.
-
-        Args:
-            writer: Writer of the store.
-            table: The records.
-            push: Whether their index is copied to the object storage, if the store has one.
-        """
+    def describe(cls, writer: EmbeddingStoreWriter, table: RecordTable) -> SharedWork:
+        """Describe a store and its records; the index of these joins the shards in the storage."""
         if not isinstance(writer, SharedStoreWriter):
             return cls(writer, table)
         storage, file = writer.storage, table.file
         if file is None:  # small, and sent along
             return cls(storage.url, table)
-        if push and storage.list_sizes().get(file.name) != file.stat().st_size:
+        if storage.list_sizes().get(file.name) != file.stat().st_size:
             storage.push(file)
         return cls(storage.url, file.name, table.rows)
 

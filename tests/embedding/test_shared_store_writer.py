@@ -145,7 +145,7 @@ def test_an_actor_finds_the_records_that_it_was_given(
     url = f"file://{tmp_path}/storage"
     extract(model, table, tmp_path / "begun", CONFIG, modality="text", partition="1/9", storage=url)
     writer = SharedStoreWriter.join(tmp_path / "begun", ObjectStorage(url))
-    sent = pickle.dumps(SharedWork.describe(writer, table, push=True))
+    sent = pickle.dumps(SharedWork.describe(writer, table))
     wanted = list(table)
     if is_mapped:
         assert records.file is not None

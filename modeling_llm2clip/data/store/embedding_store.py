@@ -43,7 +43,7 @@ Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
 _SHOWN = 5
 
 
-class EmbeddingStore:
+class EmbeddingStore(StoreIndex):
     """Embeddings of a dataset's captions or images, on disk.
 
     Use `EmbeddingStore.open`. A store can be pickled for worker processes, which open it again and
@@ -64,13 +64,13 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
+        super().__init__(folder, manifest)
         self.folder = folder
         self.manifest = manifest
-        self._index = StoreIndex(folder, manifest.index, manifest.num_items)
         self._shards = StoreShards(folder, manifest, checked)
-        self.names = ItemTexts(self._index, "name")
-        self.group_ids = ItemTexts(self._index, "group_id")
-        self.langs = ItemTexts(self._index, "lang")
+        self.names = ItemTexts(self, "name")
+        self.group_ids = ItemTexts(self, "group_id")
+        self.langs = ItemTexts(self, "lang")
 
     @classmethod
     def open(cls, folder: str | Path, *, check: Literal["fast", "full"] = "fast") -> EmbeddingStore:
@@ -104,7 +104,7 @@ class EmbeddingStore:
         try:
             store = cls(folder, manifest)
             if check == "full":
-                store._index.check_all()
+                store.check_all()
                 store._shards.checked[:] = not errors
         except ValueError as error:
             errors.insert(0, str(error))
@@ -121,24 +121,19 @@ class EmbeddingStore:
         packed = np.packbits(checked) if checked.any() else None
         return _reopen, (self.folder, self.manifest, packed)
 
-    def __len__(self) -> int:
-        """Number of items."""
-        return self.manifest.num_items
-
     @property
     def keys(self) -> Array:
         """(N,) int64: a hash of name and language of each item, as `RecordTable.keys`."""
         return np.concatenate([np.empty(0, np.int64), *self.iterate_keys()])
 
     def iterate_keys(self) -> Iterator[Array]:
-        """Yield `keys` in batches of `ROWS_PER_BATCH`, which take no memory."""
-        return self._index.iterate_numbers("key")
+        """Yield `keys` in batches, which take no memory."""
+        return self.iterate_numbers("key")
 
     @property
     def group_keys(self) -> Array:
         """(N,) int64: a hash of the group id of each item, as `RecordTable.group_keys`."""
-        parts = self._index.iterate_numbers("group_key")
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        return np.concatenate([np.empty(0, np.int64), *self.iterate_numbers("group_key")])
 
     def count_rows(self) -> tuple[Array, Array]:
         """Count the captions of each item; an image counts as a short caption.
@@ -148,10 +143,6 @@ class EmbeddingStore:
         """
         short, long = zip(*self.iterate_counts(), strict=True)
         return np.concatenate(short), np.concatenate(long)
-
-    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
-        """Yield the numbers of `count_rows` in batches of `ROWS_PER_BATCH`."""
-        return self._index.iterate_counts()
 
     def read(self, rows: Rows, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Read rows, in any order and as often as they are given.
@@ -171,37 +162,6 @@ class EmbeddingStore:
         if self.manifest.dtype == "bfloat16":
             embeddings = embeddings.view(torch.bfloat16)
         return embeddings if dtype is None else embeddings.to(dtype)
-
-    def rows_of(self, item: int, *, long: bool = False) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the rows of an item's captions, or the one row of an image.
-
-        Args:
-            item: number of the item; negative numbers count from the end.
-            long: of the long captions; an image has none.
-
-        Returns:
-            (captions,) int64, in the order of the record's captions.
-
-        Raises:
-            IndexError: there is no such item.
-        """
-        return self._index.rows_of(item, long=long)
-
-    def rows_at(self, items: Array, numbers: Array) -> Array:
-        """Return the row of one caption of each of many items.
-
-        Args:
-            items: (M,) numbers of items, from 0, in any order.
-            numbers: (M,) number of the caption of each: the short ones, then the long ones; 0 for
-                an image.
-
-        Returns:
-            (M,) int64.
-
-        Raises:
-            IndexError: there is no such item, or it has no such caption.
-        """
-        return self._index.rows_at(items, numbers)
 
     def require_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Check that a model is the one that made the store.

@@ -119,7 +119,7 @@ def test_the_rows_of_a_shard_are_its_captions_by_first_occurrence(
         tmp_path / "store", planned, lambda scratch: list_caption_items(table, scratch)
     )
     manifest = writer.manifest
-    index = store_index.StoreIndex(writer.folder, manifest.index, manifest.num_items)
+    index = store_index.StoreIndex(writer.folder, manifest)
     wanted = list(dict.fromkeys(t for r in table for t in (*r.captions, *r.long_captions)))
     assert manifest.num_rows == manifest.counts["distinct"] == len(wanted)
     occurrences = FirstOccurrences(index, rows_per_shard)
