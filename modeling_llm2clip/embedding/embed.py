@@ -156,17 +156,7 @@ def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], obj
 def _open_rows(
     records: RecordTable, config: EmbedConfig, modality: Modality
 ) -> TextRows | ImageRows:
-    """List what an output has a row for.
-
-    Args:
-        records: The dataset.
-        config: Options of the output.
-        modality: What is embedded.
-
-    Raises:
-        ValueError: There are no captions or images, two have the same id, or a column is of
-            the other modality.
-    """
+    """List what an output has a row for."""
     if modality == "text":
         return TextRows(records, config.columns, rows_per_shard=config.rows_per_shard)
     if modality != "image":
@@ -218,13 +208,7 @@ def _plan_output(
 
 
 def _make_worker(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> Callable[[int], None]:
-    """Load the tower that is needed, for files that something else hands out.
-
-    Args:
-        folder: Model folder.
-        writer: Of the output.
-        config: Options of the output.
-    """
+    """Load the tower that is needed, for files that something else hands out."""
     modality = writer.manifest.modality
     encoder = _load_encoder(folder, modality, config, choose_device(config.device))
     return make_shard_worker(writer, _prepare_rows(writer.rows, encoder))
@@ -235,11 +219,7 @@ def _prepare_rows(rows: TextRows | ImageRows, encoder: ShardEncoder) -> Prepare:
 
 
 def describe_embeddings(output: Path) -> list[str]:
-    """Describe an output in lines for a terminal.
-
-    Args:
-        output: Folder of the output.
-    """
+    """Describe an output in lines for a terminal."""
     manifest = EmbeddingManifest.read(output)
     files = map(manifest.name_shard, range(manifest.num_shards))
     there = sum((output / file).is_file() for file in files)

@@ -51,19 +51,7 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
     def open(
         cls, folder: Path, planned: StoreManifest, list_items: Callable[[Path], StoreItems]
     ) -> EmbeddingStoreWriter:
-        """Begin a store, or continue the same one.
-
-        Args:
-            folder: A new or empty folder, or that of the store to continue.
-            planned: What it will hold, without items.
-            list_items: Makes the items of a store that is not begun; takes an empty folder for
-                temporary files.
-
-        Raises:
-            ValueError: The folder holds another store; every difference is named, with both values.
-            FileExistsError: The folder holds other files.
-            OSError: The disk is full.
-        """
+        """Begin a store, or continue the same one."""
         begin = partial(_write_index, folder, planned, list_items)
         return cls(folder, begin_or_continue(folder, planned, begin))
 
@@ -95,12 +83,7 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
         check_head(self.folder, record, self.manifest)
 
     def finish(self) -> bool:
-        """Complete the manifest; every shard must be there.
-
-        Raises:
-            ValueError: Shards are missing or damaged; they are named.
-            OSError: The disk is full.
-        """
+        """Complete the manifest; every shard must be there."""
         records = self.find_records()
         missing = [shard for shard in range(self.manifest.num_shards) if shard not in records]
         if missing:

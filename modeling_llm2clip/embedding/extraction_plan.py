@@ -84,18 +84,7 @@ def make_plan(
     device: torch.device,
     modality: Modality,
 ) -> ExtractionPlan:
-    """Load the tower that is needed, and plan a store.
-
-    Args:
-        folder: Model folder.
-        records: The dataset.
-        config: Options of the extraction.
-        device: Where the tower runs.
-        modality: What is extracted.
-
-    Raises:
-        ValueError: There are no captions or images, or a record has no image.
-    """
+    """Load the tower that is needed, and plan a store."""
     plan = _plan_captions if modality == "text" else _plan_images
     return plan(folder, records, config, device)
 
@@ -185,11 +174,7 @@ def _plan_store(
 
 
 def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
-    """Number the distinct captions of a dataset; `scratch` is an empty folder.
-
-    Raises:
-        ValueError: Captions are blank; all of them are counted.
-    """
+    """Number the distinct captions of a dataset; `scratch` is an empty folder."""
     num_captions = sum(
         int(counts.sum(dtype=np.int64)) for pair in records.iterate_counts() for counts in pair
     )
@@ -216,11 +201,7 @@ def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
 
 
 def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
-    """Number the images of a dataset, by their names; `scratch` is an empty folder.
-
-    Raises:
-        ValueError: One name is that of two images.
-    """
+    """Number the images of a dataset, by their names; `scratch` is an empty folder."""
     numbers = TextNumbers(scratch, len(records))
     for batch in records.iterate_columns(("name", "name_key")):
         numbers.add(batch.column("name"), np.asarray(batch.column("name_key")))

@@ -21,13 +21,7 @@ from .shard_encoding import ShardEncoder, make_image_encoder, make_text_encoder
 
 
 def load_onnx_shard_encoder(folder: Path, modality: Modality, config: EmbedConfig) -> ShardEncoder:
-    """Open the graph that is needed.
-
-    Args:
-        folder: Folder of ONNX graphs.
-        modality: What is encoded.
-        config: Options of the encoding.
-    """
+    """Open the graph that is needed."""
     encoder = load_onnx_encoder(folder, weights=config.text_weights, modalities=(modality,))
     processor, dim = encoder.processor, encoder.embedding_dim
     if modality == "text":
@@ -46,20 +40,7 @@ def load_onnx_shard_encoder(folder: Path, modality: Modality, config: EmbedConfi
 
 
 def fingerprint_graph(folder: Path, modality: str, config: EmbedConfig) -> dict[str, str]:
-    """Describe what determines the embeddings of a graph.
-
-    Args:
-        folder: Folder of ONNX graphs.
-        modality: `"text"` or `"image"`.
-        config: Options of the encoding.
-
-    Returns:
-        Those of the model that was exported, and of the folder `graph` and `tokenizer and settings`
-        (SHA-256), which may have been changed since.
-
-    Raises:
-        ValueError: It is another folder, or has no such graph.
-    """
+    """Describe what determines the embeddings of a graph."""
     graph = choose_graph(folder, modality, config.text_weights)
     files = [file for file in (graph, data_file(graph)) if file.is_file()]
     return {

@@ -196,22 +196,7 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         model_dim: int,
         skip_invalid: bool,
     ) -> ParquetWriter:
-        """Begin an output, or continue the same one.
-
-        Args:
-            folder: A new or empty folder, or that of the output to continue.
-            planned: What it will hold, without int8 ranges.
-            begin: Adds the int8 ranges; called for an output that is not begun.
-            rows: What it has a row for.
-            model_dim: Dimensions of the model's embeddings.
-            skip_invalid: Whether images that cannot be decoded are left out.
-
-        Raises:
-            ValueError: The folder holds another output; every difference is named, with both
-                values. Or images are left out of it that are beyond other limits.
-            FileExistsError: The folder holds other files.
-            OSError: The disk is full.
-        """
+        """Begin an output, or continue the same one."""
         found = begin_or_continue(folder, planned, begin)
         if isinstance(rows, ImageRows):
             _require_same_limits(folder / _LIMITS, get_image_limits(), skip_invalid=skip_invalid)

@@ -68,14 +68,7 @@ class ShardJob:
 
 
 def parse_partition(partition: str | None) -> tuple[int, int]:
-    """Parse which part of an output to compute, such as 2/8; None for all of it.
-
-    Returns:
-        Number of the part, from 1, and how many there are.
-
-    Raises:
-        ValueError: It is not of this form, or there is no such part.
-    """
+    """Parse which part of an output to compute, such as 2/8; None for all of it."""
     if partition is None:
         return 1, 1
     part, slash, count = partition.partition("/")
@@ -97,20 +90,7 @@ def compute_partition(
     stop: StopRequest,
     finish: Callable[[], object] | None,
 ) -> None:
-    """Compute what is missing of the shards of a partition, in all processes of the run.
-
-    Args:
-        job: The shards, and how they are computed.
-        partition: Such as 2/8; None for all shards.
-        stop: Checked between batches; Ray ends its actors when it is interrupted.
-        finish: Called by the main process once all are done, while the others wait.
-
-    Raises:
-        OSError: The disk is full; what is written stays.
-        ValueError: The model gives NaN or infinity, or an image is broken.
-        StageInterrupt: A signal came; the batch that was begun is finished.
-        RuntimeError: An actor of Ray failed again and again.
-    """
+    """Compute what is missing of the shards of a partition, in all processes of the run."""
     state = PartialState()
     part, num_parts = parse_partition(partition)
     shards = range(job.writer.manifest.num_shards)[part - 1 :: num_parts]
@@ -158,19 +138,7 @@ def compute_shards(
     stop: StopRequest,
     bar: tqdm[Any],
 ) -> None:
-    """Compute shards until all are done or a signal comes; a batch that is begun is finished.
-
-    Args:
-        writer: Writer of the output.
-        prepare: Reads the inputs of a shard, given its rows.
-        shards: Numbers of shards that are not complete.
-        stop: Checked between batches.
-        bar: Counts every row.
-
-    Raises:
-        OSError: The disk is full; what is written stays.
-        ValueError: The model gives NaN or infinity, or an image is broken.
-    """
+    """Compute shards until all are done or a signal comes; a batch that is begun is finished."""
     rows = [writer.manifest.rows_of_shard(shard) for shard in shards]
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(prepare, rows[0])

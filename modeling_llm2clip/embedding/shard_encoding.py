@@ -71,14 +71,7 @@ class ShardEncoder:
 def load_shard_encoder(
     folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
 ) -> ShardEncoder:
-    """Load the tower that is needed.
-
-    Args:
-        folder: Model folder.
-        modality: What is encoded.
-        config: Options of the encoding.
-        device: Where the tower runs.
-    """
+    """Load the tower that is needed."""
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     if modality == "text":
         text_model = LLM2CLIPTextModel.from_pretrained(folder).to(device)
@@ -113,15 +106,7 @@ def make_text_encoder(
     token_budget: int,
     **plan: str,
 ) -> ShardEncoder:
-    """Make an encoder of texts.
-
-    Args:
-        processor: The model's processor.
-        embed: Encodes batches of distinct texts.
-        dim: Dimensions of an embedding.
-        token_budget: Maximum tokens per batch, padding included.
-        plan: What else of the encoding decides the bytes.
-    """
+    """Make an encoder of texts."""
     prepare = partial(prepare_texts, processor, embed, token_budget)
     return ShardEncoder(dim, {"token_budget": str(token_budget), **plan}, prepare)
 
@@ -135,17 +120,7 @@ def make_image_encoder(
     device: torch.device,
     **plan: str,
 ) -> ShardEncoder:
-    """Make an encoder of images, which threads decode.
-
-    Args:
-        processor: The model's processor.
-        embed: Encodes images that the processor prepared.
-        dim: Dimensions of an embedding.
-        batch_size: Images per batch.
-        config: Number of threads, and whether an image that cannot be decoded gets zeros.
-        device: Where `embed` computes.
-        plan: What else of the encoding decides the bytes.
-    """
+    """Make an encoder of images, which threads decode."""
 
     def prepare(images: list[ImageSource]) -> PreparedShard:
         places = [np.array(rows) for rows in split_evenly(len(images), size=batch_size)]
@@ -176,14 +151,7 @@ def make_image_encoder(
 def prepare_texts(
     processor: LLM2CLIPProcessor, embed: EmbedTokens, token_budget: int, texts: list[str]
 ) -> PreparedShard:
-    """Tokenize the texts of a shard and divide them into batches, equal texts once.
-
-    Args:
-        processor: The model's processor.
-        embed: Encodes batches of distinct texts.
-        token_budget: Maximum tokens per batch, padding included.
-        texts: All texts of the shard.
-    """
+    """Tokenize the texts of a shard and divide them into batches, equal texts once."""
     numbers: dict[str, int] = {}
     number_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
     tokens = TokenizedTexts(processor, list(numbers))

@@ -89,15 +89,7 @@ class ShardWriter:
         os.close(self._descriptor)
 
     def write(self, embeddings: Tensor) -> None:
-        """Write the next batch.
-
-        Args:
-            embeddings: (rows of the batch, D) of any float dtype.
-
-        Raises:
-            ValueError: The shape is wrong, or values are not finite in the stored dtype.
-            OSError: The disk is full. The batches before stay.
-        """
+        """Write the next batch."""
         places = np.asarray(self._batches[self.num_done])
         wanted = (len(places), self._manifest.dim)
         if tuple(embeddings.shape) != wanted:
@@ -120,11 +112,7 @@ class ShardWriter:
         self.num_done += 1
 
     def seal(self, num_truncated: int = 0) -> None:
-        """Complete the shard, all of whose batches are written.
-
-        Args:
-            num_truncated: How many of its captions were longer than the model reads.
-        """
+        """Complete the shard, all of whose batches are written."""
         if self.num_done < len(self._batches):
             raise ValueError(f"{self.num_done} of {len(self._batches)} batches are written.")
         self._seal(self, num_truncated)

@@ -86,32 +86,14 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         return listed | {shard: record for shard, record in found.items() if record is not None}
 
     def open_shard(self, shard: int, batches: Sequence[Array]) -> ShardWriter:
-        """Begin a shard, or continue it after the batches that an interrupted run wrote.
-
-        Args:
-            shard: Its number, from 0.
-            batches: Places in the shard of the rows of each batch, each place once; they depend on
-                nothing but the shard.
-
-        Raises:
-            ValueError: Another process writes it now.
-            OSError: The disk is full. Nothing else is changed.
-        """
+        """Begin a shard, or continue it after the batches that an interrupted run wrote."""
         folder, manifest = self.collected
         folder.mkdir(exist_ok=True)
         with explain_full_output(self.folder, name_shard(manifest, shard)):
             return ShardWriter(folder, manifest, shard, batches, partial(self._seal, shard))
 
     def finish(self) -> bool:
-        """Complete the manifest if every shard is there.
-
-        Returns:
-            Whether the output is complete.
-
-        Raises:
-            ValueError: Files are damaged; they are named.
-            OSError: The disk is full.
-        """
+        """Complete the manifest if every shard is there."""
         manifest = self.manifest.read(self.folder)
         if self.REPAIRS or not manifest.complete:
             records = self.find_records()
@@ -181,19 +163,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 def begin_or_continue(
     folder: Path, planned: _Manifest, begin: Callable[[], _Manifest]
 ) -> _Manifest:
-    """Read the manifest of an output; of several runs that begin one, the first writes it.
-
-    Args:
-        folder: A new or empty folder, or that of the output to continue.
-        planned: What is wanted.
-        begin: Makes what the manifest needs for an output that is not begun; called before the
-            folder is made.
-
-    Raises:
-        ValueError: The folder holds another output; every difference is named, with both values.
-        FileExistsError: The folder holds other files.
-        OSError: The disk is full.
-    """
+    """Read the manifest of an output; of several runs that begin one, the first writes it."""
     if not planned.is_begun(folder):
         planned.require_folder(folder)
         manifest = begin()

@@ -55,20 +55,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         planned: StoreManifest,
         list_items: Callable[[Path], StoreItems],
     ) -> SharedStoreWriter:
-        """Begin a store, or continue the same one, here and in the storage.
-
-        Args:
-            folder: Folder of this machine: new, empty, or of the same store.
-            storage: Where complete shards are.
-            planned: As `EmbeddingStoreWriter.open` takes it.
-            list_items: As `EmbeddingStoreWriter.open` takes it.
-
-        Raises:
-            ValueError: The folder or the storage holds another store.
-            FileExistsError: The folder holds other files, or the storage shards of a store whose
-                manifest is gone.
-            OSError: The disk is full, or the storage cannot be reached.
-        """
+        """Begin a store, or continue the same one, here and in the storage."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # processes of one machine
             is_begun = _pull_plan(folder, storage)
@@ -85,17 +72,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
 
     @classmethod
     def join(cls, folder: Path, storage: ObjectStorage, *, keep: bool = True) -> SharedStoreWriter:
-        """Take part in a store that is begun.
-
-        Args:
-            folder: Folder of this machine: new, empty, or of the same store.
-            storage: Where complete shards are.
-            keep: Whether shards stay in the folder once they are in the storage.
-
-        Raises:
-            ValueError: The storage holds no store, or the folder another one.
-            OSError: The storage cannot be reached.
-        """
+        """Take part in a store that is begun."""
         folder.mkdir(parents=True, exist_ok=True)
         if not _pull_plan(folder, storage):
             raise ValueError(f"{storage.url} holds no store. Extract into it first.")
@@ -111,12 +88,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         return [shard for shard in super().list_missing() if shard not in stored]
 
     def finish(self) -> bool:
-        """Copy the shards that others computed, check every one, and complete the manifest.
-
-        Raises:
-            ValueError: Shards are missing or damaged; they are named.
-            OSError: The disk is full, or the storage cannot be reached.
-        """
+        """Copy the shards that others computed, check every one, and complete the manifest."""
         if not self.manifest.read(self.folder).complete:
             missing = set(super().list_missing()) & self._list_stored()
             with ThreadPoolExecutor(_COPIED_AT_ONCE) as pool:

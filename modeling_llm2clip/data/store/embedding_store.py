@@ -17,7 +17,7 @@ opened, a batch of the index or a row when it is first read. So opening takes no
 store, and damage is never read in silence.
 
 The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they are written by
-`embedding_store_writer.py` and `store_shard_writer.py`.
+`embedding/embedding_store_writer.py`.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class EmbeddingStore(StoreIndex):
     know which rows were checked already.
 
     Attributes:
-        folder: folder of the store.
-        manifest: what it holds and which model made it.
-        names: one name per item; name and language together identify an item.
-        group_ids: one group id per item.
-        langs: one language per item.
+        folder: Folder of the store.
+        manifest: What it holds and which model made it.
+        names: One name per item; name and language together identify an item.
+        group_ids: One group id per item.
+        langs: One language per item.
 
     Examples:
         >>> store = EmbeddingStore.open("captions")  # a folder that `extract` wrote
@@ -77,7 +77,7 @@ class EmbeddingStore(StoreIndex):
         """Open a complete store.
 
         Args:
-            folder: folder that `extract` wrote.
+            folder: Folder that `extract` wrote.
             check: `"fast"` checks the manifest, the footer of the index and the sizes of all files
                 now, and everything else when it is first read; `"full"` checks every byte now.
 
@@ -85,7 +85,7 @@ class EmbeddingStore(StoreIndex):
             The opened store.
 
         Raises:
-            ValueError: the folder holds no store, or one of another format, or an incomplete one;
+            ValueError: The folder holds no store, or one of another format, or an incomplete one;
                 or files are missing or damaged, all of which are named.
         """
         if check not in ("fast", "full"):
@@ -149,13 +149,13 @@ class EmbeddingStore(StoreIndex):
 
         Args:
             rows: (N,) row numbers of the store.
-            dtype: of the result; None for the dtype in which they are stored, which copies least.
+            dtype: Dtype of the result; None for the dtype in which they are stored, which copies least.
 
         Returns:
             (N, D) on the CPU.
 
         Raises:
-            ValueError: the store does not have all of these rows, or some are damaged.
+            ValueError: The store does not have all of these rows, or some are damaged.
         """
         stored = self._shards.read(_to_row_numbers(rows, self.manifest.num_rows))
         embeddings = torch.from_numpy(stored)
@@ -167,10 +167,10 @@ class EmbeddingStore(StoreIndex):
         """Check that a model is the one that made the store.
 
         Args:
-            fingerprint: of the model, from `fingerprint_text` or `fingerprint_vision`.
+            fingerprint: Fingerprint of the model, from `fingerprint_text` or `fingerprint_vision`.
 
         Raises:
-            ValueError: entries differ; both values of each are named.
+            ValueError: Entries differ; both values of each are named.
         """
         if differences := list_differences(self.manifest.fingerprint, fingerprint):
             raise ValueError(

@@ -120,11 +120,7 @@ class StoreIndex:
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
     def locate(self, item: int) -> tuple[pa.RecordBatch, int]:
-        """Return the batch of an item, and its place there.
-
-        Raises:
-            IndexError: There is no such item.
-        """
+        """Return the batch of an item, and its place there."""
         if not -self._length <= item < self._length:
             raise IndexError(f"There is no item {item}: the store has {self._length}.")
         number, place = divmod(int(item) % self._length, ROWS_PER_BATCH)
@@ -183,9 +179,8 @@ class StoreIndex:
     def iterate_rows(self, first_item: int = 0) -> Iterator[tuple[int, Array, Array]]:
         """Yield the rows of all items from one on, in batches.
 
-        Yields:
-            Number of the first item, (n + 1,) where the rows of each begin and the last ones end,
-            and the rows.
+        That is the number of the first item, (n + 1,) where the rows of each begin and the last
+        ones end, and the rows.
         """
         number, place = divmod(first_item, ROWS_PER_BATCH)
         while number < self._reader.num_record_batches:
@@ -249,14 +244,7 @@ def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
 def make_batch(
     records: pa.RecordBatch, num_short: Array, ends: Array, rows: Array
 ) -> pa.RecordBatch:
-    """Make a batch of an index.
-
-    Args:
-        records: The columns `name`, `group_id`, `lang`, `key` and `group_key` of some records.
-        num_short: (n,) how many of their rows are those of short captions.
-        ends: (n + 1,) where the rows of each record begin, and the last ones end.
-        rows: Rows of all of them.
-    """
+    """Make a batch of an index."""
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
     columns = [records.column(name) for name in SCHEMA.names[:5]]
     return pa.RecordBatch.from_arrays(

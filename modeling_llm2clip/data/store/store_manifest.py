@@ -61,11 +61,7 @@ class ShardedManifest:
 
     @classmethod
     def read(cls: type[_Manifest], folder: Path) -> _Manifest:
-        """Read and check the manifest of an output, complete or not.
-
-        Raises:
-            ValueError: The folder holds no such output, one of another format, or a damaged one.
-        """
+        """Read and check the manifest of an output, complete or not."""
         file = folder / cls.FILE
         if not file.is_file():
             raise ValueError(
@@ -97,11 +93,7 @@ class ShardedManifest:
 
     @classmethod
     def require_folder(cls, folder: Path) -> None:
-        """Require a folder that is new, empty, or holds such an output already.
-
-        Raises:
-            FileExistsError: It is a file, or holds other files.
-        """
+        """Require a folder that is new, empty, or holds such an output already."""
         if not folder.exists():
             return
         if not folder.is_dir():
@@ -116,11 +108,7 @@ class ShardedManifest:
 
     @classmethod
     def from_json(cls: type[_Manifest], content: dict[str, Any]) -> _Manifest:
-        """Make a manifest from what JSON holds.
-
-        Raises:
-            ValueError: It cannot be; so do TypeError and KeyError say.
-        """
+        """Make a manifest from what JSON holds."""
         raise NotImplementedError
 
     @classmethod
@@ -303,11 +291,7 @@ def write_sealed(content: Mapping[str, Any]) -> str:
 
 
 def read_sealed(text: str) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without its hash.
-
-    Raises:
-        ValueError: It is not a JSON object, or has another hash than it says.
-    """
+    """Read what `write_sealed` wrote, without its hash."""
     return _check_seal(_parse_object(text))
 
 
