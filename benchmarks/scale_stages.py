@@ -69,7 +69,7 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
 
     from modeling_llm2clip.configs.extract_config import ExtractConfig
     from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-    from modeling_llm2clip.embedding.extraction_plan import make_plan
+    from modeling_llm2clip.embedding.extract import make_plan
 
     config = ExtractConfig(device="cpu", max_shard_size="4MB", show_progress=False)
     records = _load(folder, count)
@@ -141,7 +141,7 @@ def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
     """Write stores of random embeddings that pass for those of the model."""
     from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
     from modeling_llm2clip.data.records.record_loading import load_records
-    from modeling_llm2clip.embedding.extraction_plan import list_caption_items, list_image_items
+    from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
     from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 
     records = load_records(folder / str(count))

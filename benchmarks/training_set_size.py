@@ -33,7 +33,7 @@ from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from modeling_llm2clip.embedding.extraction_plan import list_caption_items, list_image_items
+from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at

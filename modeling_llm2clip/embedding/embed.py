@@ -45,7 +45,7 @@ from .shard_computation import (
     require_engine,
 )
 from .shard_encoding import ShardEncoder, load_shard_encoder
-from .shard_writer import Array
+from .sharded_writer import Array
 
 _SHOWN = 5
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`

@@ -18,8 +18,7 @@ from ..data.atomic_files import hash_file, sync_folder
 from ..data.store.store_index import write_index
 from ..data.store.store_manifest import INDEX_FILE, ShardRecord, StoreManifest
 from ..data.store.store_shards import check_head
-from .shard_writer import ShardWriter, explain_full_output
-from .sharded_writer import ShardedWriter, begin_or_continue
+from .sharded_writer import ShardedWriter, ShardWriter, begin_or_continue, explain_full_output
 
 _SHOWN = 5
 
@@ -51,7 +50,11 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
     def open(
         cls, folder: Path, planned: StoreManifest, list_items: Callable[[Path], StoreItems]
     ) -> EmbeddingStoreWriter:
-        """Begin a store, or continue the same one."""
+        """Begin a store, or continue the same one.
+
+        `list_items` makes the items of a store that is not begun; it takes an empty folder for
+        temporary files.
+        """
         begin = partial(_write_index, folder, planned, list_items)
         return cls(folder, begin_or_continue(folder, planned, begin))
 

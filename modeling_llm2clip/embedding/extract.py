@@ -1,36 +1,76 @@
-"""Stage 2: captions or images into an embedding store, on any number of machines."""
+"""Stage 2: captions or images into an embedding store, on any number of machines.
+
+Stored are embeddings of captions before the text adapter, or of images before the projection. The
+rows are the distinct captions, or the images, in the order of their first occurrence. Which of them
+share a batch depends on the shard alone, so a store that was continued has the same bytes as one
+that was never interrupted, on the same kind of machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
 from accelerate import PartialState
 
 from .._suggestions import counted
 from ..configs.extract_config import ExtractConfig
+from ..data.captions.caption_columns import (
+    CAPTION_COLUMNS,
+    FirstOccurrences,
+    flatten_captions,
+    iterate_first_captions,
+)
+from ..data.captions.distinct_texts import TextNumbers
+from ..data.images.image_sources import ImageSource
+from ..data.records.data_hashes import hash_image_sizes, hash_texts
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
+from ..data.records.shared_images import (
+    find_ambiguous_names,
+    refuse_ambiguous_names,
+    require_images,
+)
 from ..data.remote.object_storage import ObjectStorage
 from ..data.store.embedding_store import EmbeddingStore
-from ..data.store.store_manifest import StoreManifest
+from ..data.store.store_index import StoreIndex, make_batch
+from ..data.store.store_manifest import STORED_DTYPES, StoreManifest
+from ..encoding.batches import split_evenly
+from ..encoding.encode import (
+    default_batch_size,
+    default_token_budget,
+    iterate_image_batches,
+    iterate_token_batches,
+)
+from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.stage_source import Source, open_source
+from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
-from .embedding_store_writer import EmbeddingStoreWriter
-from .extraction_plan import make_plan
+from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from .shard_computation import (
     Engine,
+    Prepare,
+    PreparedShard,
     ShardJob,
     compute_partition,
     make_shard_worker,
     parse_partition,
     require_engine,
 )
+from .shard_encoding import prepare_texts
 from .shared_store_writer import SharedStoreWriter, SharedWork
+
+_ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
 
 def extract(
@@ -174,3 +214,184 @@ def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]
         f"Wrote {store}: {counted(manifest.num_rows, 'embedding')} of {manifest.dim} dimensions "
         f"for {counted(manifest.num_items, 'record')} ({counts})."
     ]
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """Which embeddings a store will hold, and how they are computed.
+
+    Attributes:
+        manifest: Manifest of a store whose items are not known.
+        list_items: Makes the items; takes an empty folder for temporary files, about as large as
+            all texts.
+        prepare: Reads the inputs of a shard, given where its rows occur first, and its rows.
+        unit: What is counted.
+    """
+
+    manifest: StoreManifest
+    list_items: Callable[[Path], StoreItems]
+    prepare: Callable[[FirstOccurrences, range], PreparedShard]
+    unit: str
+
+    def open_shards(self, writer: EmbeddingStoreWriter) -> Prepare:
+        """Return what prepares the shards of a store that is begun."""
+        index = StoreIndex(writer.folder, writer.manifest)
+        occurrences = FirstOccurrences(index, writer.manifest.rows_per_shard)
+        return lambda rows: self.prepare(occurrences, rows)
+
+
+def make_plan(
+    folder: Path,
+    records: RecordTable,
+    config: ExtractConfig,
+    device: torch.device,
+    modality: Modality,
+) -> ExtractionPlan:
+    """Load the tower that is needed, and plan a store."""
+    plan = _plan_captions if modality == "text" else _plan_images
+    return plan(folder, records, config, device)
+
+
+def _plan_captions(
+    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
+) -> ExtractionPlan:
+    if not any(short.any() or long.any() for short, long in records.iterate_counts()):
+        check_texts([])
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = LLM2CLIPTextModel.from_pretrained(folder)
+    fingerprint = fingerprint_text(folder)
+    model = model.to(device)
+    budget = config.token_budget or default_token_budget(device)
+    causes = {"data": hash_texts(records), "token_budget": str(budget)}
+
+    embed = partial(iterate_token_batches, model, processor)
+
+    def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
+        texts = list(iterate_first_captions(records, occurrences, rows))
+        return prepare_texts(processor, embed, budget, texts)
+
+    return ExtractionPlan(
+        _plan_store("caption_embeds", fingerprint, model.config.text_width, config, causes),
+        lambda scratch: list_caption_items(records, scratch),
+        prepare,
+        " captions",
+    )
+
+
+def _plan_images(
+    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
+) -> ExtractionPlan:
+    """Plan the embeddings of images; records in several languages share the row of theirs."""
+    require_images(records)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = LLM2CLIPVisionModel.from_pretrained(folder)
+    fingerprint = fingerprint_vision(folder)
+    model = model.to(device)
+    batch_size = config.batch_size or default_batch_size(device)
+    causes = {
+        "data": hash_texts(records),
+        "images": hash_image_sizes(records),
+        "batch_size": str(batch_size),
+    }
+
+    def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
+        images: list[ImageSource | None] = []
+        for first, items, _ in occurrences.find(rows):
+            images += records.select(first + items).iterate_images()
+        return PreparedShard(
+            batches=[np.array(places) for places in split_evenly(len(rows), size=batch_size)],
+            encode=lambda batches: iterate_image_batches(
+                model,
+                processor,
+                images,
+                [places.tolist() for places in batches],
+                num_workers=config.num_workers,
+            ),
+        )
+
+    width = model.visual_projection.in_features
+    return ExtractionPlan(
+        _plan_store("vision_embeds", fingerprint, width, config, causes),
+        lambda scratch: list_image_items(records, scratch),
+        prepare,
+        " images",
+    )
+
+
+def _plan_store(
+    content: str,
+    fingerprint: dict[str, str],
+    dim: int,
+    config: ExtractConfig,
+    causes: dict[str, str],
+) -> StoreManifest:
+    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
+    return StoreManifest(
+        content=content,
+        fingerprint=fingerprint,
+        dtype=config.store_dtype,
+        dim=dim,
+        rows_per_shard=config.count_rows_per_shard(row_bytes),
+        plan=causes,
+    )
+
+
+def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
+    """Number the distinct captions of a dataset; `scratch` is an empty folder."""
+    num_captions = sum(
+        int(counts.sum(dtype=np.int64)) for pair in records.iterate_counts() for counts in pair
+    )
+    numbers = TextNumbers(scratch, num_captions)
+    suspicious: list[str] = []
+    for batch in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
+        keys = np.asarray(batch.column("text_keys").flatten())
+        distinct = numbers.add(flatten_captions(batch).texts, keys)
+        # Arrow passes those with a letter, and Python looks at the others.
+        unclear = distinct.filter(pc.invert(pc.match_substring_regex(distinct, "[!-~]")))
+        suspicious += [text for text in unclear.to_pylist() if not text.strip()]
+    if suspicious:
+        check_texts(suspicious)
+    numbers.number()
+
+    def make_batches() -> Iterator[pa.RecordBatch]:
+        batches = records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS))
+        for batch, rows in zip(batches, numbers, strict=True):
+            flat = flatten_captions(batch)
+            yield make_batch(batch, flat.num_short, flat.ends, rows)
+
+    counts = {"captions": num_captions, "distinct": numbers.num_distinct}
+    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+
+
+def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
+    """Number the images of a dataset, by their names; `scratch` is an empty folder."""
+    numbers = TextNumbers(scratch, len(records))
+    for batch in records.iterate_columns(("name", "name_key")):
+        numbers.add(batch.column("name"), np.asarray(batch.column("name_key")))
+    numbers.number()
+    _require_one_image_per_name(records, numbers)
+
+    def make_batches() -> Iterator[pa.RecordBatch]:
+        for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
+            yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
+
+    counts = {"images": len(records), "distinct": numbers.num_distinct}
+    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+
+
+def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> None:
+    if numbers.num_distinct == len(records):
+        return
+    first_records = np.empty(numbers.num_distinct, np.int64)
+    start = num_named = 0
+    ambiguous: dict[str, None] = {}
+    for rows in numbers:
+        these = np.arange(start, start + len(rows))
+        new, places = np.unique(rows[rows >= num_named], return_index=True)
+        first_records[new] = these[rows >= num_named][places]
+        num_named += len(new)
+        firsts = first_records[rows]
+        again = these[firsts != these]
+        ambiguous.update(find_ambiguous_names(records, again, firsts[firsts != these]))
+        start += len(rows)
+    refuse_ambiguous_names(ambiguous)

@@ -25,8 +25,7 @@ from ..data.store.store_manifest import ShardedManifest, StoreManifest, read_sea
 from ..image_loading_llm2clip import ImageLimits, get_image_limits
 from .embedding_dtypes import VALUE_TYPES, convert_embeddings, count_values, truncate_embeddings
 from .embedding_rows import ImageRows, TextRows
-from .shard_writer import Array, ShardWriter
-from .sharded_writer import ShardedWriter, begin_or_continue, publish_first
+from .sharded_writer import Array, ShardedWriter, ShardWriter, begin_or_continue, publish_first
 
 METADATA_KEY = b"llm2clip"
 _UNFINISHED = "_unfinished"

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from ..configs.encoding_config import EncodingConfig
 from ..scheduling.graceful_stop import StopRequest
 from .ray_engine import compute_with_ray
-from .shard_writer import Array
-from .sharded_writer import ShardedWriter
+from .sharded_writer import Array, ShardedWriter
 
 Engine: TypeAlias = Literal["local", "ray"]
 
@@ -90,7 +89,11 @@ def compute_partition(
     stop: StopRequest,
     finish: Callable[[], object] | None,
 ) -> None:
-    """Compute what is missing of the shards of a partition, in all processes of the run."""
+    """Compute what is missing of the shards of a partition, in all processes of the run.
+
+    A batch that is begun when a signal comes is finished, then `StageInterrupt` is raised. Once all
+    are done, the main process calls `finish` while the others wait.
+    """
     state = PartialState()
     part, num_parts = parse_partition(partition)
     shards = range(job.writer.manifest.num_shards)[part - 1 :: num_parts]

@@ -34,7 +34,7 @@ from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .shard_computation import PreparedShard
-from .shard_writer import Array
+from .sharded_writer import Array
 
 EmbedTokens: TypeAlias = Callable[[TokenizedTexts, list[list[int]]], Iterator[Tensor]]
 """Yields the embeddings of batches of texts, given the rows of each."""
@@ -106,7 +106,7 @@ def make_text_encoder(
     token_budget: int,
     **plan: str,
 ) -> ShardEncoder:
-    """Make an encoder of texts."""
+    """Make an encoder of texts; `plan` has what else of the encoding decides the bytes."""
     prepare = partial(prepare_texts, processor, embed, token_budget)
     return ShardEncoder(dim, {"token_budget": str(token_budget), **plan}, prepare)
 
@@ -151,7 +151,7 @@ def make_image_encoder(
 def prepare_texts(
     processor: LLM2CLIPProcessor, embed: EmbedTokens, token_budget: int, texts: list[str]
 ) -> PreparedShard:
-    """Tokenize the texts of a shard and divide them into batches, equal texts once."""
+    """Tokenize the texts of a shard and divide them into batches; `embed` gets each text once."""
     numbers: dict[str, int] = {}
     number_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
     tokens = TokenizedTexts(processor, list(numbers))

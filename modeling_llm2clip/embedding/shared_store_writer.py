@@ -22,7 +22,7 @@ from ..data.records.record_table import RecordTable
 from ..data.remote.object_storage import ObjectStorage
 from ..data.store.store_manifest import INDEX_FILE, MANIFEST_FILE, StoreManifest
 from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from .shard_writer import Array, ShardWriter
+from .sharded_writer import Array, ShardWriter
 
 _COPIED_AT_ONCE = 4
 _SHOWN = 5

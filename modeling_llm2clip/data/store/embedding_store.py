@@ -149,7 +149,7 @@ class EmbeddingStore(StoreIndex):
 
         Args:
             rows: (N,) row numbers of the store.
-            dtype: Dtype of the result; None for the dtype in which they are stored, which copies least.
+            dtype: Dtype of the result; None for that in which they are stored, which copies least.
 
         Returns:
             (N, D) on the CPU.

@@ -28,7 +28,7 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store import store_index
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.embedding.extraction_plan import list_caption_items
+from modeling_llm2clip.embedding.extract import list_caption_items
 
 _WORDS = st.sampled_from(["a", "b", "ä", "a ", "猫", "a dog", "A dog", "x" * 70])
 

@@ -22,7 +22,7 @@ from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.embedding.shard_computation import parse_partition
-from modeling_llm2clip.embedding.shard_writer import ShardWriter
+from modeling_llm2clip.embedding.sharded_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 
