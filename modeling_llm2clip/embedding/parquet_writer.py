@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -81,6 +80,9 @@ class EmbeddingManifest(ShardedManifest):
     CONTENT = "embeddings"
     OTHER = "other embeddings"
     COMMAND = "embed"
+    RECORD = EmbeddedShard
+    SHARD_NAME = "embeddings-{:05d}-of-{:05d}.parquet"
+    RECORD_NAME = "_complete-{:05d}.json"
 
     modality: Modality
     model: str
@@ -96,32 +98,6 @@ class EmbeddingManifest(ShardedManifest):
     complete: bool = False
     shards: tuple[EmbeddedShard, ...] = ()
     format_version: int = VERSION
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> EmbeddingManifest:
-        """Make a manifest from what JSON holds."""
-        ranges = content["ranges"]
-        return cls(
-            **{
-                **content,
-                "columns": tuple(content["columns"]),
-                "ranges": None if ranges is None else tuple(map(tuple, ranges)),
-                "shards": tuple(map(cls.make_record, content["shards"])),
-            }
-        )
-
-    @classmethod
-    def make_record(cls, content: Mapping[str, Any]) -> EmbeddedShard:
-        """Make the record of a file from what JSON holds."""
-        return EmbeddedShard(**{**content, "skipped": tuple(content["skipped"])})
-
-    def name_shard(self, shard: int) -> str:
-        """Return the name of a file."""
-        return f"embeddings-{shard:05d}-of-{self.num_shards:05d}.parquet"
-
-    def name_record(self, shard: int) -> str:
-        """Return the name of the file that says that a file is complete."""
-        return f"_complete-{shard:05d}.json"
 
     def read_ranges(self) -> Array | None:
         """Return the int8 ranges, (2, D) float32."""

@@ -53,6 +53,12 @@ class ShardedManifest:
     """The command that writes it."""
     BEFORE: ClassVar[tuple[str, ...]] = ()
     """Names of files that are written before the manifest."""
+    RECORD: ClassVar[type[Any]]
+    """Class of the records of shards."""
+    SHARD_NAME: ClassVar[str]
+    """Name of a complete shard's file, given its number and that of all."""
+    RECORD_NAME: ClassVar[str]
+    """Name of the file that says that a shard is complete, given its number."""
     num_rows: int
     rows_per_shard: int
     complete: bool
@@ -75,7 +81,7 @@ class ShardedManifest:
                 content = _check_seal(found)
                 if lost := sorted({one.name for one in fields(cls)} - set(content)):  # type: ignore[arg-type]
                     raise ValueError(f"it lacks {lost}")
-                return cls.from_json(content)
+                return cls._from_json(content)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{file} is damaged: {error}. Restore it from a copy, or delete {folder} and "
@@ -85,6 +91,16 @@ class ShardedManifest:
             f"{file} has format_version {version!r}, this code reads {cls.VERSION}. Upgrade "
             f"modeling_llm2clip if it is newer; otherwise {cls.COMMAND} again."
         )
+
+    @classmethod
+    def _from_json(cls: type[_Manifest], content: dict[str, Any]) -> _Manifest:
+        shards = tuple(map(cls.make_record, content["shards"]))
+        return cls(**{**_freeze(content), "shards": shards})
+
+    @classmethod
+    def make_record(cls, content: dict[str, Any]) -> Any:
+        """Make the record of a shard from what JSON holds."""
+        return cls.RECORD(**_freeze(content))
 
     @classmethod
     def is_begun(cls, folder: Path) -> bool:
@@ -106,27 +122,17 @@ class ShardedManifest:
                 "folder."
             )
 
-    @classmethod
-    def from_json(cls: type[_Manifest], content: dict[str, Any]) -> _Manifest:
-        """Make a manifest from what JSON holds."""
-        raise NotImplementedError
-
-    @classmethod
-    def make_record(cls, content: Mapping[str, Any]) -> Any:
-        """Make the record of a shard from what JSON holds."""
-        raise NotImplementedError
-
     def list_causes(self) -> dict[str, object]:
         """Return everything that decides the bytes of the output."""
         raise NotImplementedError
 
     def name_shard(self, shard: int) -> str:
         """Return the name of a complete shard's file."""
-        raise NotImplementedError
+        return self.SHARD_NAME.format(shard, self.num_shards)
 
     def name_record(self, shard: int) -> str:
         """Return the name of the file that says that a shard is complete."""
-        raise NotImplementedError
+        return self.RECORD_NAME.format(shard)
 
     @property
     def num_shards(self) -> int:
@@ -205,6 +211,9 @@ class StoreManifest(ShardedManifest):
     OTHER = "another store"
     COMMAND = "extract"
     BEFORE = (INDEX_FILE,)
+    RECORD = ShardRecord
+    SHARD_NAME = "shard-{:05d}.safetensors"
+    RECORD_NAME = "shard-{:05d}.json"
 
     content: str
     fingerprint: dict[str, str]
@@ -221,23 +230,11 @@ class StoreManifest(ShardedManifest):
     format_version: int = VERSION
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> StoreManifest:
-        """Make a manifest from what JSON holds."""
-        index = content["index"]
-        manifest = cls(
-            **{
-                **content,
-                "index": IndexRecord(index["bytes"], tuple(index["ends"]), tuple(index["sha256"])),
-                "shards": tuple(map(cls.make_record, content["shards"])),
-            }
-        )
+    def _from_json(cls, content: dict[str, Any]) -> StoreManifest:
+        index = IndexRecord(**_freeze(content["index"]))
+        manifest = super()._from_json({**content, "index": index})
         manifest._check()
         return manifest
-
-    @classmethod
-    def make_record(cls, content: Mapping[str, Any]) -> ShardRecord:
-        """Make the record of a shard from what JSON holds."""
-        return ShardRecord(**content)
 
     @property
     def row_bytes(self) -> int:
@@ -258,14 +255,6 @@ class StoreManifest(ShardedManifest):
     def hash_plan(self) -> str:
         """Hash what decides the bytes of a store; every shard says it, and so whose it is."""
         return hash_json(self.list_causes())
-
-    def name_shard(self, shard: int) -> str:
-        """Return the name of a complete shard's file."""
-        return f"shard-{shard:05d}.safetensors"
-
-    def name_record(self, shard: int) -> str:
-        """Return the name of the file that says that a shard is complete."""
-        return f"shard-{shard:05d}.json"
 
     def _check(self) -> None:
         errors = []
@@ -306,6 +295,15 @@ def _check_seal(found: Mapping[str, Any]) -> dict[str, Any]:
 def _hash_object(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _freeze(content: dict[str, Any]) -> dict[str, Any]:
+    """Make tuples of the lists in an object, however deep in each other."""
+
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, list) else value
+
+    return {name: freeze(value) for name, value in content.items()}
 
 
 def _parse_object(text: str) -> dict[str, Any]:
