@@ -42,12 +42,12 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.embedding.extract import make_plan
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
-from modeling_llm2clip.training.extraction.shard_extraction import make_plan
 from modeling_llm2clip.training.run_folder import read_results
 
 ROOT = Path(__file__).parents[1]

@@ -45,6 +45,7 @@ from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.records.splits import split_records
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
@@ -54,7 +55,6 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import export_vision_tower
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.extraction.extract import extract
 from modeling_llm2clip.training.run_folder import read_results
 
 # The recipes are scripts: their folder is not a package.

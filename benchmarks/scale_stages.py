@@ -68,8 +68,8 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
     import torch
 
     from modeling_llm2clip.configs.extract_config import ExtractConfig
-    from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter
-    from modeling_llm2clip.training.extraction.shard_extraction import make_plan
+    from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
+    from modeling_llm2clip.embedding.extract import make_plan
 
     config = ExtractConfig(device="cpu", max_shard_size="4MB", show_progress=False)
     records = _load(folder, count)
@@ -141,9 +141,8 @@ def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
     """Write stores of random embeddings that pass for those of the model."""
     from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
     from modeling_llm2clip.data.records.record_loading import load_records
+    from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
     from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
-    from modeling_llm2clip.training.extraction.caption_extraction import list_caption_items
-    from modeling_llm2clip.training.extraction.image_extraction import list_image_items
 
     records = load_records(folder / str(count))
     data = {"data": hash_texts(records)}
@@ -168,13 +167,11 @@ def _write_store(
 ) -> None:
     import torch
 
-    from modeling_llm2clip.data.store.embedding_store_writer import (
-        EmbeddingStoreWriter,
-        plan_manifest,
-    )
+    from modeling_llm2clip.data.store.store_manifest import StoreManifest
+    from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
 
-    planned = plan_manifest(
-        content, fingerprint=fingerprint, dtype="float16", dim=width,
+    planned = StoreManifest(
+        content=content, fingerprint=fingerprint, dtype="float16", dim=width,
         rows_per_shard=2**18, plan=plan,
     )  # fmt: skip
     writer = EmbeddingStoreWriter.open(folder, planned, list_items)

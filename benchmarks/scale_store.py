@@ -39,19 +39,10 @@ from provenance import describe_run, write_result
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.embedding_store_writer import (
-    EmbeddingStoreWriter,
-    StoreItems,
-    plan_manifest,
-)
 from modeling_llm2clip.data.store.store_index import SCHEMA
-from modeling_llm2clip.data.store.store_manifest import (
-    ShardRecord,
-    shard_file,
-    shard_stem,
-    write_sealed,
-)
+from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest, write_sealed
 from modeling_llm2clip.data.store.store_shards import compute_checksums, make_header
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Read: TypeAlias = Callable[[Array], Array]
@@ -225,8 +216,8 @@ def write_store(folder: Path, num_rows: int, dim: int) -> None:
 
 
 def _plan(dim: int) -> Any:
-    return plan_manifest(
-        "caption_embeds", fingerprint={}, dtype="float16", dim=dim,
+    return StoreManifest(
+        content="caption_embeds", fingerprint={}, dtype="float16", dim=dim,
         rows_per_shard=ExtractConfig().count_rows_per_shard(2 * dim), plan={},
     )  # fmt: skip
 
@@ -256,12 +247,12 @@ def _write_sparse_shard(writer: EmbeddingStoreWriter, shard: int) -> None:
     rows = manifest.rows_of_shard(shard)
     head = make_header(len(rows), manifest) + bytes(8 * len(rows))
     size = len(head) + len(rows) * manifest.row_bytes
-    with (writer.folder / shard_file(shard)).open("wb") as opened:
+    with (writer.folder / manifest.name_shard(shard)).open("wb") as opened:
         opened.write(head)
         opened.truncate(size)
     digest = hashlib.sha256(head).hexdigest()
-    record = ShardRecord(shard_file(shard), rows.start, len(rows), size, "", digest, 0)
-    noted = writer.folder / f"{shard_stem(shard)}.json"
+    record = ShardRecord(manifest.name_shard(shard), rows.start, len(rows), size, "", digest, 0)
+    noted = writer.folder / manifest.name_record(shard)
     noted.write_text(write_sealed(asdict(record)), encoding="utf-8")
 
 

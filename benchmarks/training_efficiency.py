@@ -41,9 +41,9 @@ from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.extraction.extract import extract
 
 TEXT_TRAININGS = {
     "lora": "lora",

@@ -29,13 +29,12 @@ from torch import Tensor
 from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_records
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
-from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
-from modeling_llm2clip.training.extraction.caption_extraction import list_caption_items
-from modeling_llm2clip.training.extraction.image_extraction import list_image_items
 
 SIZES = (100, 200, 400, 800, 1_600)
 MOST_TEST_IMAGES = 300

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
     from .doctor.server_checks import check_server
+    from .embedding.embed import embed
+    from .embedding.extract import extract, merge_store
     from .encoding.encode import encode_images, encode_texts
     from .evaluation.datasets.dataset_registry import load_dataset
     from .evaluation.evaluate import evaluate
@@ -63,13 +65,11 @@ if TYPE_CHECKING:
     from .publishing.push_to_hub import push_to_hub
     from .recipes.train import train
     from .scheduling.graceful_stop import StageInterrupt
-    from .search.bulk_embedding import embed
     from .search.image_files import records_from_images
     from .search.image_index import ImageIndex
     from .serving.app import create_app
     from .serving.service import EmbeddingService
     from .training.alignment.align import align
-    from .training.extraction.extract import extract, merge_store
     from .training.finetuning.finetune_llm import finetune_llm
     from .training.losses.loss import LossInputs
 
@@ -125,13 +125,13 @@ _HOMES = {
     "publishing.export_model": ("export_model",),
     "publishing.push_to_hub": ("push_to_hub",),
     "recipes.train": ("train",),
-    "search.bulk_embedding": ("embed",),
+    "embedding.embed": ("embed",),
     "search.image_files": ("records_from_images",),
     "search.image_index": ("ImageIndex",),
     "serving.app": ("create_app",),
     "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
-    "training.extraction.extract": ("extract", "merge_store"),
+    "embedding.extract": ("extract", "merge_store"),
     "training.finetuning.finetune_llm": ("finetune_llm",),
     "scheduling.graceful_stop": ("StageInterrupt",),
     "training.losses.loss": ("LossInputs",),

@@ -63,13 +63,13 @@ def embed(
     is_onnx = config.backend == "onnx"
     needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
     require(*needs, *([RAY] if engine == "ray" else []))
+    from ..embedding.parquet_writer import EmbeddingManifest
     from ..model_folders.model_types import require_own_model
-    from ..search.embedding_manifest import is_begun, require_embedding_folder
 
     refuse_foreign_options(config, modality)
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
-    require_embedding_folder(output)
+    EmbeddingManifest.require_folder(output)
     if is_onnx:
         from ..model_folders.onnx_folder import find_onnx_folder
 
@@ -81,15 +81,15 @@ def embed(
     use_device(config.device)
     from accelerate import PartialState
 
+    from ..embedding.embed import describe_embeddings
+    from ..embedding.embed import embed as run
+    from ..embedding.shard_computation import parse_partition
     from ..model_folders.model_folder import find_model_folder
-    from ..scheduling.shard_computation import parse_partition
-    from ..search.bulk_embedding import describe_embeddings
-    from ..search.bulk_embedding import embed as run
 
     parse_partition(partition)
     find_model_folder(model)  # reading the data may take long
     # A run that continues has checked the images, and one that skips checks each as it comes.
-    is_checked = config.skip_invalid or is_begun(output)
+    is_checked = config.skip_invalid or EmbeddingManifest.is_begun(output)
     run(
         model,
         _read_records(data, reading, config, modality, is_checked=is_checked),

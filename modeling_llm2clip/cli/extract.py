@@ -68,10 +68,10 @@ def extract(
     use_device(config.device)
     from accelerate import PartialState
 
+    from ..embedding.extract import describe_extraction
+    from ..embedding.extract import extract as run
+    from ..embedding.shard_computation import parse_partition
     from ..model_folders.model_folder import find_model_folder
-    from ..scheduling.shard_computation import parse_partition
-    from ..training.extraction.extract import describe_extraction
-    from ..training.extraction.extract import extract as run
 
     parse_partition(partition)
     find_model_folder(model)  # reading the data may take long

@@ -25,12 +25,12 @@ def merge_store(store: Path, /, *, storage: str | None = None) -> int:
         storage: URL of the object storage that has the shards, which are copied to the folder.
             Default: the folder has them.
     """
-    from ..data.store.store_manifest import read_manifest
-    from ..training.extraction.extract import describe_extraction
-    from ..training.extraction.extract import merge_store as merge
+    from ..data.store.store_manifest import StoreManifest
+    from ..embedding.extract import describe_extraction
+    from ..embedding.extract import merge_store as merge
 
     merge(store, storage=storage)
     print("\n".join(describe_extraction(store)))
-    modality = "text" if read_manifest(store).content == "caption_embeds" else "image"
+    modality = "text" if StoreManifest.read(store).content == "caption_embeds" else "image"
     print(f"Align a model on it: {suggest_align('MODEL', 'DATA', store, modality=modality)}")
     return 0

@@ -19,7 +19,7 @@ from ..data.captions.caption_groups import count_groups
 from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import split_records
-from ..data.store.store_manifest import MANIFEST_FILE, read_manifest
+from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from ..data.store.store_shards import CHECKSUM_BYTES
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
@@ -451,7 +451,7 @@ def is_complete_store(store: Path) -> bool:
     Args:
         store: Folder of the store.
     """
-    return (store / MANIFEST_FILE).is_file() and read_manifest(store).complete
+    return (store / MANIFEST_FILE).is_file() and StoreManifest.read(store).complete
 
 
 def _find_state(folder: Path, *, run: Path | None = None) -> State:

@@ -22,6 +22,7 @@ from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
 from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
+from ..embedding.extract import describe_extraction, extract
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
 from ..model_folders.atomic_folder import require_writable
@@ -31,7 +32,6 @@ from ..scheduling.graceful_stop import StageInterrupt
 from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
 from ..training.alignment.alignment_report import describe_alignment
-from ..training.extraction.extract import describe_extraction, extract
 from ..training.finetuning.finetune_llm import describe_finetuning, finetune_llm
 from ..training.run_folder import (
     RUN_FILE,

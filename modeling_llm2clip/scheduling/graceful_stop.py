@@ -45,16 +45,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def raise_interrupt(self, stopped: str, *, resume: bool, is_main_process: bool) -> None:
-        """Raise `StageInterrupt` if a signal came.
-
-        Args:
-            stopped: Sentence that says what was stopped, and where its files are.
-            resume: Whether the stage continues with `--resume`, or by the same command.
-            is_main_process: Whether this process shows the message.
-
-        Raises:
-            StageInterrupt: A signal came.
-        """
+        """Raise `StageInterrupt` if a signal came."""
         if self.signal is not None:
             raise StageInterrupt(stopped if is_main_process else "", self.signal, resume=resume)
 

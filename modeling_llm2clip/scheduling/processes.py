@@ -19,15 +19,7 @@ LONGEST_WAIT = timedelta(hours=3)
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that an option names, and join this process to the others of a launcher.
-
-    Args:
-        name: As `find_device` takes it; of several processes each gets its own GPU.
-
-    Raises:
-        ValueError: The device is not there.
-        RuntimeError: As `join_processes`.
-    """
+    """Return the device that an option names, and join this process to the others of a launcher."""
     device = find_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # otherwise kernels of other libraries run on the first
@@ -40,15 +32,6 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
 
     On a machine without a GPU, accelerate treats the processes of a launcher as separate runs of
     one process, unless the CPU is asked for.
-
-    Args:
-        cpu: Whether to stay on the CPU; None for what `find_device` chooses.
-
-    Returns:
-        accelerate's state of the processes.
-
-    Raises:
-        RuntimeError: The launcher started several processes, and this one is alone.
     """
     stays_on_cpu = find_device().type == "cpu" if cpu is None else cpu
     state = PartialState(cpu=stays_on_cpu, timeout=LONGEST_WAIT)
@@ -59,12 +42,7 @@ def join_processes(*, cpu: bool | None = None) -> PartialState:
 
 
 def warn_of_idle_gpus(device: torch.device, num_processes: int) -> None:
-    """Warn if a machine has more GPUs than processes: each process uses one.
-
-    Args:
-        device: Device of this process.
-        num_processes: Number of processes of the run.
-    """
+    """Warn if a machine has more GPUs than processes: each process uses one."""
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if num_processes < count:
         warnings.warn(
@@ -76,15 +54,7 @@ def warn_of_idle_gpus(device: torch.device, num_processes: int) -> None:
 
 
 def require_all_processes(num_processes: int) -> None:
-    """Require that a run works with all processes of its launcher.
-
-    Args:
-        num_processes: Number of processes that this one works with.
-
-    Raises:
-        RuntimeError: The launcher started another number. Each process would compute the whole
-            run by itself, and all would write the same files.
-    """
+    """Require that a run works with all processes of its launcher."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes != started:
         raise RuntimeError(
@@ -100,12 +70,6 @@ def refuse_lone_launch(num_processes: int) -> None:
     Without `--multi_gpu`, or a configuration that says so, accelerate starts one process on a
     machine without several GPUs, whatever `--num_processes` says. It then sets the address of a
     main process, which it does for several processes alone, but neither rank nor world size.
-
-    Args:
-        num_processes: Number of processes that this one works with.
-
-    Raises:
-        RuntimeError: The launcher was asked for several processes and started one.
     """
     if num_processes > 1 or "WORLD_SIZE" in os.environ or _LAUNCHED not in os.environ:
         return

@@ -24,18 +24,6 @@ def export_faiss(database: IndexDatabase, image_dir: Path, file: Path) -> Path:
 
     Below 20,000 images it is an exact index (`IndexFlatIP`); from there on it has partitions and
     half-precision embeddings (`IVF…,SQfp16`), of which a query visits an eighth.
-
-    Args:
-        database: The index.
-        image_dir: Its folder, for the paths.
-        file: New file, for `faiss.read_index`.
-
-    Returns:
-        The JSON file of what FAISS's ids are: `paths`, in their order, and the model.
-
-    Raises:
-        FileExistsError: One of the files exists.
-        ValueError: The index is empty.
     """
     require(FAISS)
     import faiss
@@ -63,26 +51,14 @@ def export_faiss(database: IndexDatabase, image_dir: Path, file: Path) -> Path:
 
 
 def require_new_files(file: Path) -> None:
-    """Raise FileExistsError where a file of the export is there already.
-
-    Args:
-        file: The file for FAISS.
-    """
+    """Raise FileExistsError where a file of the export is there already."""
     for path in (file, file.with_name(f"{file.name}.json")):
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists. Name a new file, or remove it.")
 
 
 def make_faiss_index(database: IndexDatabase, num_rows: int) -> Any:
-    """Make an empty index of FAISS, trained for these images.
-
-    Args:
-        database: The index.
-        num_rows: Its images.
-
-    Returns:
-        An index of the inner product.
-    """
+    """Make an empty index of FAISS, trained for these images."""
     import faiss
 
     width = database.about.width

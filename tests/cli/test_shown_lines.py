@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,13 @@ from tiny import tiny_model
 from transformers import TrainerControl, TrainerState
 
 from modeling_llm2clip._library_warnings import hide_known_warnings
+from modeling_llm2clip.configs.encoding_config import EncodingConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.store.embedding_store_writer import (
-    EmbeddingStoreWriter,
-    StoreItems,
-    plan_manifest,
-)
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.embedding.shard_computation import ShardJob, count_earlier, open_bar
 from modeling_llm2clip.encoding import batches as captions
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.scheduling.shard_computation import ShardProgress
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
 from modeling_llm2clip.training.finetuning.lora_encoder import (
     CaptionEncoder,
@@ -162,20 +161,20 @@ def test_the_progress_of_captions_is_in_tokens(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_continued_store_counts_the_rows_that_are_left(tmp_path: Path) -> None:
     """And takes what an earlier run computed for no speed of this one."""
-    planned = plan_manifest(
-        "caption_embeds", fingerprint={}, dtype="float32", dim=2, rows_per_shard=2, plan={}
+    planned = StoreManifest(
+        content="caption_embeds", fingerprint={}, dtype="float32", dim=2, rows_per_shard=2, plan={}
     )
     items = StoreItems(5, 5, {}, iter([]))
     writer = EmbeddingStoreWriter.open(tmp_path / "store", planned, lambda _: items)
     with writer.open_shard(0, [np.arange(2)]) as shard:
         shard.write(torch.zeros(2, 2))
         shard.seal()
-    progress = ShardProgress(writer, range(3), unit=" captions", shown=True)
-    assert (progress._bar.total, progress._bar.n, progress._bar.initial) == (5, 2, 2)
-    progress.add_earlier(1)  # a shard that was interrupted
-    progress.add(1)
-    assert (progress._bar.n, progress._bar.initial) == (4, 3)
-    progress.close()
+    job = ShardJob("extract text", " captions", writer, None, None, EncodingConfig())  # type: ignore[arg-type]
+    with closing(open_bar(job, range(3), writer.list_missing(), shown=True)) as bar:
+        assert (bar.total, bar.n, bar.initial) == (5, 2, 2)
+        count_earlier(bar, 1)  # a shard that was interrupted
+        bar.update(1)
+        assert (bar.n, bar.initial) == (4, 3)
 
 
 def test_other_words_of_a_library_are_shown() -> None:

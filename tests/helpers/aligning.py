@@ -22,10 +22,10 @@ from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.held_out import HeldOutScores
-from modeling_llm2clip.training.extraction.extract import extract
 from modeling_llm2clip.training.run_folder import read_results
 
 NUM_RECORDS = 24

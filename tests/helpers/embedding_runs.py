@@ -8,7 +8,7 @@ from made_up_records import make_records
 
 from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.search.bulk_embedding import embed
+from modeling_llm2clip.embedding.embed import embed
 
 TEXT = EmbedConfig(
     columns=("text", "name"),

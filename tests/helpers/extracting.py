@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.training.extraction.extract import extract
+from modeling_llm2clip.embedding.extract import extract
 
 EXACT = ExtractConfig(
     store_dtype="float32",

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
+from modeling_llm2clip.embedding.sharded_writer import ShardWriter
 from modeling_llm2clip.scheduling.graceful_stop import StopRequest
 
 

@@ -36,10 +36,10 @@ from pathlib import Path
 
 # Imported by every run of a training command; imports alone start no threads.
 _PRELOADED = ("torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
-              "modeling_llm2clip.training.extraction.extract",
+              "modeling_llm2clip.embedding.extract",
               "modeling_llm2clip.training.alignment.align",
               "modeling_llm2clip.model_folders.model_writing",
-              "modeling_llm2clip.search.bulk_embedding",
+              "modeling_llm2clip.embedding.embed",
               "modeling_llm2clip.recipes.train",
               "torch.utils.tensorboard")  # fmt: skip
 _MOST_ROUNDS = 50

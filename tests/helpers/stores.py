@@ -12,19 +12,16 @@ from torch import Tensor
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.store.embedding_store_writer import (
-    EmbeddingStoreWriter,
-    StoreItems,
-    find_complete_shards,
-    plan_manifest,
-)
 from modeling_llm2clip.data.store.store_index import make_batch
 from modeling_llm2clip.data.store.store_manifest import (
     MANIFEST_FILE,
     StoreManifest,
-    read_manifest,
     read_sealed,
     write_sealed,
+)
+from modeling_llm2clip.embedding.embedding_store_writer import (
+    EmbeddingStoreWriter,
+    StoreItems,
 )
 
 NUM_ROWS, DIM, ROWS_PER_SHARD = 23, 5, 8
@@ -50,8 +47,8 @@ def list_items(_: Path) -> StoreItems:
 
 
 def make_plan(**changes: object) -> StoreManifest:
-    manifest = plan_manifest(
-        "caption_embeds",
+    manifest = StoreManifest(
+        content="caption_embeds",
         fingerprint=FINGERPRINT,
         dtype="float32",
         dim=DIM,
@@ -107,11 +104,11 @@ def flip_byte(file: Path, position: int) -> None:
 
 def list_complete_shards(folder: Path) -> list[int]:
     """Numbers of the complete shards of an unfinished store, whose every byte is checked."""
-    manifest = read_manifest(folder)
+    manifest = StoreManifest.read(folder)
     assert not manifest.complete
-    shards = find_complete_shards(folder, manifest)
-    assert all(hash_file(folder / shard.file) == shard.sha256 for shard in shards)
-    return [shard.first_row // manifest.rows_per_shard for shard in shards]
+    shards = EmbeddingStoreWriter(folder, manifest).find_records()
+    assert all(hash_file(folder / shard.file) == shard.sha256 for shard in shards.values())
+    return sorted(shards)
 
 
 def change_manifest(folder: Path, **changes: object) -> None:

@@ -17,11 +17,11 @@ from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.store.store_manifest import read_manifest
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
-from modeling_llm2clip.training.extraction.extract import extract
 
 pytestmark = pytest.mark.slow
 
@@ -189,4 +189,4 @@ def test_a_name_of_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> 
     shutil.copy(first.path, copied)
     same = [first, replace(first, image=copied, lang="de")]
     folder = extract(prepared.model, same, tmp_path / "store", config, modality="image")
-    assert read_manifest(folder).num_rows == 1
+    assert StoreManifest.read(folder).num_rows == 1

@@ -17,7 +17,7 @@ opened, a batch of the index or a row when it is first read. So opening takes no
 store, and damage is never read in silence.
 
 The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they are written by
-`embedding_store_writer.py` and `store_shard_writer.py`.
+`embedding/embedding_store_writer.py`.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from torch import Tensor
 
 from ..atomic_files import list_differences
 from .store_index import ItemTexts, StoreIndex
-from .store_manifest import MANIFEST_FILE, StoreManifest, read_manifest
+from .store_manifest import MANIFEST_FILE, StoreManifest
 from .store_shards import StoreShards, check_file, check_size, list_errors
 
-__all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows", "read_manifest"]
+__all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows"]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
 _SHOWN = 5
 
 
-class EmbeddingStore:
+class EmbeddingStore(StoreIndex):
     """Embeddings of a dataset's captions or images, on disk.
 
     Use `EmbeddingStore.open`. A store can be pickled for worker processes, which open it again and
     know which rows were checked already.
 
     Attributes:
-        folder: folder of the store.
-        manifest: what it holds and which model made it.
-        names: one name per item; name and language together identify an item.
-        group_ids: one group id per item.
-        langs: one language per item.
+        folder: Folder of the store.
+        manifest: What it holds and which model made it.
+        names: One name per item; name and language together identify an item.
+        group_ids: One group id per item.
+        langs: One language per item.
 
     Examples:
         >>> store = EmbeddingStore.open("captions")  # a folder that `extract` wrote
@@ -64,20 +64,20 @@ class EmbeddingStore:
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
+        super().__init__(folder, manifest)
         self.folder = folder
         self.manifest = manifest
-        self._index = StoreIndex(folder, manifest.index, manifest.num_items)
         self._shards = StoreShards(folder, manifest, checked)
-        self.names = ItemTexts(self._index, "name")
-        self.group_ids = ItemTexts(self._index, "group_id")
-        self.langs = ItemTexts(self._index, "lang")
+        self.names = ItemTexts(self, "name")
+        self.group_ids = ItemTexts(self, "group_id")
+        self.langs = ItemTexts(self, "lang")
 
     @classmethod
     def open(cls, folder: str | Path, *, check: Literal["fast", "full"] = "fast") -> EmbeddingStore:
         """Open a complete store.
 
         Args:
-            folder: folder that `extract` wrote.
+            folder: Folder that `extract` wrote.
             check: `"fast"` checks the manifest, the footer of the index and the sizes of all files
                 now, and everything else when it is first read; `"full"` checks every byte now.
 
@@ -85,13 +85,13 @@ class EmbeddingStore:
             The opened store.
 
         Raises:
-            ValueError: the folder holds no store, or one of another format, or an incomplete one;
+            ValueError: The folder holds no store, or one of another format, or an incomplete one;
                 or files are missing or damaged, all of which are named.
         """
         if check not in ("fast", "full"):
             raise ValueError(f"check must be 'fast' or 'full', got {check!r}.")
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest = StoreManifest.read(folder)
         if not manifest.complete:
             found = len(list(folder.glob("shard-*.json")))
             raise ValueError(
@@ -104,7 +104,7 @@ class EmbeddingStore:
         try:
             store = cls(folder, manifest)
             if check == "full":
-                store._index.check_all()
+                store.check_all()
                 store._shards.checked[:] = not errors
         except ValueError as error:
             errors.insert(0, str(error))
@@ -121,24 +121,19 @@ class EmbeddingStore:
         packed = np.packbits(checked) if checked.any() else None
         return _reopen, (self.folder, self.manifest, packed)
 
-    def __len__(self) -> int:
-        """Number of items."""
-        return self.manifest.num_items
-
     @property
     def keys(self) -> Array:
         """(N,) int64: a hash of name and language of each item, as `RecordTable.keys`."""
         return np.concatenate([np.empty(0, np.int64), *self.iterate_keys()])
 
     def iterate_keys(self) -> Iterator[Array]:
-        """Yield `keys` in batches of `ROWS_PER_BATCH`, which take no memory."""
-        return self._index.iterate_numbers("key")
+        """Yield `keys` in batches, which take no memory."""
+        return self.iterate_numbers("key")
 
     @property
     def group_keys(self) -> Array:
         """(N,) int64: a hash of the group id of each item, as `RecordTable.group_keys`."""
-        parts = self._index.iterate_numbers("group_key")
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        return np.concatenate([np.empty(0, np.int64), *self.iterate_numbers("group_key")])
 
     def count_rows(self) -> tuple[Array, Array]:
         """Count the captions of each item; an image counts as a short caption.
@@ -149,22 +144,18 @@ class EmbeddingStore:
         short, long = zip(*self.iterate_counts(), strict=True)
         return np.concatenate(short), np.concatenate(long)
 
-    def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
-        """Yield the numbers of `count_rows` in batches of `ROWS_PER_BATCH`."""
-        return self._index.iterate_counts()
-
     def read(self, rows: Rows, *, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Read rows, in any order and as often as they are given.
 
         Args:
             rows: (N,) row numbers of the store.
-            dtype: of the result; None for the dtype in which they are stored, which copies least.
+            dtype: Dtype of the result; None for that in which they are stored, which copies least.
 
         Returns:
             (N, D) on the CPU.
 
         Raises:
-            ValueError: the store does not have all of these rows, or some are damaged.
+            ValueError: The store does not have all of these rows, or some are damaged.
         """
         stored = self._shards.read(_to_row_numbers(rows, self.manifest.num_rows))
         embeddings = torch.from_numpy(stored)
@@ -172,45 +163,14 @@ class EmbeddingStore:
             embeddings = embeddings.view(torch.bfloat16)
         return embeddings if dtype is None else embeddings.to(dtype)
 
-    def rows_of(self, item: int, *, long: bool = False) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the rows of an item's captions, or the one row of an image.
-
-        Args:
-            item: number of the item; negative numbers count from the end.
-            long: of the long captions; an image has none.
-
-        Returns:
-            (captions,) int64, in the order of the record's captions.
-
-        Raises:
-            IndexError: there is no such item.
-        """
-        return self._index.rows_of(item, long=long)
-
-    def rows_at(self, items: Array, numbers: Array) -> Array:
-        """Return the row of one caption of each of many items.
-
-        Args:
-            items: (M,) numbers of items, from 0, in any order.
-            numbers: (M,) number of the caption of each: the short ones, then the long ones; 0 for
-                an image.
-
-        Returns:
-            (M,) int64.
-
-        Raises:
-            IndexError: there is no such item, or it has no such caption.
-        """
-        return self._index.rows_at(items, numbers)
-
     def require_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Check that a model is the one that made the store.
 
         Args:
-            fingerprint: of the model, from `fingerprint_text` or `fingerprint_vision`.
+            fingerprint: Fingerprint of the model, from `fingerprint_text` or `fingerprint_vision`.
 
         Raises:
-            ValueError: entries differ; both values of each are named.
+            ValueError: Entries differ; both values of each are named.
         """
         if differences := list_differences(self.manifest.fingerprint, fingerprint):
             raise ValueError(

@@ -26,11 +26,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..records.record_columns import ROWS_PER_BATCH
 from ..records.record_table import split_by_batch
-from .mapped_memory import Advice, advise
-from .store_manifest import IndexRecord
+from .store_manifest import INDEX_FILE, IndexRecord, StoreManifest
+from .store_shards import Advice, advise
 
 Array: TypeAlias = np.ndarray[Any, Any]
-INDEX_FILE = "index.arrow"
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -47,12 +46,7 @@ _HASHED_AT_ONCE = 2**22  # bytes
 
 
 class ItemTexts(Sequence[str]):
-    """One text per item, read on access.
-
-    Args:
-        index: the index.
-        column: name of the column.
-    """
+    """One text per item, read on access from a column of an index."""
 
     def __init__(self, index: StoreIndex, column: str) -> None:
         self._index = index
@@ -68,29 +62,26 @@ class ItemTexts(Sequence[str]):
     def __getitem__(self, item: int | slice) -> str | list[str]:
         if isinstance(item, slice):
             return [self[i] for i in range(*item.indices(len(self)))]
-        batch, row = divmod(self._index.check_item(item), ROWS_PER_BATCH)
-        text: str = self._index.batch(batch).column(self._column)[row].as_py()
+        batch, row = self._index.locate(item)
+        text: str = batch.column(self._column)[row].as_py()
         return text
 
     def __iter__(self) -> Iterator[str]:
-        for number in range(self._index.num_batches):
-            yield from self._index.batch(number).column(self._column).to_pylist()
-            self._index.forget_pages(number)
+        for batch in self._index.iterate_batches():
+            yield from batch.column(self._column).to_pylist()
 
 
 class StoreIndex:
-    """The items of a store; use `StoreIndex.open`.
+    """The items of a store, complete or not, and their rows.
 
-    Args:
-        folder: folder of the store.
-        record: what the manifest says of the index.
-        num_items: number of items.
+    Raises:
+        ValueError: The file is missing or damaged, or does not have the items of the manifest.
     """
 
-    def __init__(self, folder: Path, record: IndexRecord, num_items: int) -> None:
+    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self._file = folder / INDEX_FILE
-        self._record = record
-        self._length = num_items
+        self._record = record = manifest.index
+        self._length = manifest.num_items
         if not self._file.is_file():
             raise ValueError(f"{INDEX_FILE}: missing")
         if (found := self._file.stat().st_size) != record.bytes:
@@ -99,101 +90,73 @@ class StoreIndex:
             self._buffer = mapped.read_buffer()
         self._check(len(record.ends) - 1)
         self._reader = pa.ipc.open_file(pa.BufferReader(self._buffer))
-        planned = -(-num_items // ROWS_PER_BATCH)
+        planned = -(-self._length // ROWS_PER_BATCH)
         if self._reader.num_record_batches != planned or len(record.ends) != planned + 1:
-            raise ValueError(f"{INDEX_FILE}: it does not have the {num_items} items of the store")
+            raise ValueError(
+                f"{INDEX_FILE}: it does not have the {self._length} items of the store"
+            )
         self._batches: dict[int, pa.RecordBatch] = {}
         self._rows: dict[int, tuple[Array, Array]] = {}
 
     def __len__(self) -> int:
+        """Number of items."""
         return self._length
 
-    @property
-    def num_batches(self) -> int:
-        """Number of batches of items."""
-        return int(self._reader.num_record_batches)
-
-    def batch(self, number: int) -> pa.RecordBatch:
-        """Return a batch of items, which is checked when it is first used.
-
-        Args:
-            number: of the batch.
-
-        Raises:
-            ValueError: it is damaged.
-        """
-        if number not in self._batches:
-            self._check(number)
-            self._batches[number] = self._reader.get_batch(number)
-        return self._batches[number]
-
-    def check_all(self) -> None:
-        """Check every batch.
-
-        Raises:
-            ValueError: one is damaged.
-        """
-        for number in range(self.num_batches):
-            self.batch(number)
-
-    def check_item(self, item: int) -> int:
-        """Return the number of an item, counted from the first one.
-
-        Args:
-            item: number of the item; negative numbers count from the end.
-
-        Raises:
-            IndexError: there is no such item.
-        """
-        if not -self._length <= item < self._length:
-            raise IndexError(f"There is no item {item}: the store has {self._length}.")
-        return int(item) % self._length
+    def iterate_batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the items in batches of `ROWS_PER_BATCH`, whose pages are then given back."""
+        for number in range(self._reader.num_record_batches):
+            yield self._batch(number)
+            self._forget_pages(number)
 
     def iterate_numbers(self, column: str) -> Iterator[Array]:
-        """Yield a column of numbers in batches of `ROWS_PER_BATCH`.
-
-        Args:
-            column: `key`, `group_key` or `num_short`.
-        """
-        for number in range(self.num_batches):
-            yield np.asarray(self.batch(number).column(column))
-            self.forget_pages(number)
+        """Yield the column `key`, `group_key` or `num_short` in such batches."""
+        for batch in self.iterate_batches():
+            yield np.asarray(batch.column(column))
 
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
-        """Yield the numbers of short and of long captions of items, in batches."""
+        """Yield the numbers of short and of long captions of each item, in such batches."""
         for number, short in enumerate(self.iterate_numbers("num_short")):
             ends, _ = self._list_rows(number)
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
-    def rows_of(self, item: int, *, long: bool) -> Array:
-        """Return the rows of an item's captions.
+    def locate(self, item: int) -> tuple[pa.RecordBatch, int]:
+        """Return the batch of an item, and its place there."""
+        if not -self._length <= item < self._length:
+            raise IndexError(f"There is no item {item}: the store has {self._length}.")
+        number, place = divmod(int(item) % self._length, ROWS_PER_BATCH)
+        return self._batch(number), place
+
+    def rows_of(self, item: int, *, long: bool = False) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the rows of an item's captions, or the one row of an image.
 
         Args:
-            item: number of the item; negative numbers count from the end.
-            long: of the long captions.
+            item: Number of the item; negative numbers count from the end.
+            long: Whether the long captions are meant; an image has none.
 
         Returns:
-            (captions,) int64.
+            (captions,) int64, in the order of the record's captions.
+
+        Raises:
+            IndexError: There is no such item.
         """
-        number, place = divmod(self.check_item(item), ROWS_PER_BATCH)
-        ends, rows = self._list_rows(number)
-        num_short = self.batch(number).column("num_short")[place].as_py()
-        start, stop = int(ends[place]), int(ends[place + 1])
-        middle = start + num_short
-        return np.array(rows[middle:stop] if long else rows[start:middle])
+        batch, place = self.locate(item)
+        rows = np.asarray(batch.column("rows")[place].values)
+        num_short = batch.column("num_short")[place].as_py()
+        return np.array(rows[num_short:] if long else rows[:num_short])
 
     def rows_at(self, items: Array, numbers: Array) -> Array:
-        """Return the row of one caption of each item.
+        """Return the row of one caption of each of many items.
 
         Args:
-            items: (M,) numbers of items, from 0.
-            numbers: (M,) number of the caption of each: the short ones, then the long ones.
+            items: (M,) numbers of items, from 0, in any order.
+            numbers: (M,) number of the caption of each: the short ones, then the long ones; 0 for
+                an image.
 
         Returns:
             (M,) int64.
 
         Raises:
-            IndexError: there is no such item, or it has no such caption.
+            IndexError: There is no such item, or it has no such caption.
         """
         items, numbers = np.asarray(items), np.asarray(numbers)
         found = np.empty(len(items), np.int64)
@@ -216,34 +179,38 @@ class StoreIndex:
     def iterate_rows(self, first_item: int = 0) -> Iterator[tuple[int, Array, Array]]:
         """Yield the rows of all items from one on, in batches.
 
-        Args:
-            first_item: number of the first item.
-
-        Yields:
-            Number of the first item, (n + 1,) where the rows of each begin and the last ones end,
-            and the rows.
+        That is the number of the first item, (n + 1,) where the rows of each begin and the last
+        ones end, and the rows.
         """
         number, place = divmod(first_item, ROWS_PER_BATCH)
-        while number < self.num_batches:
+        while number < self._reader.num_record_batches:
             ends, rows = self._list_rows(number)
             start = int(ends[place])
             yield number * ROWS_PER_BATCH + place, ends[place:] - start, rows[start : int(ends[-1])]
-            self.forget_pages(number)
+            self._forget_pages(number)
             number, place = number + 1, 0
+
+    def check_all(self) -> None:
+        """Raise ValueError if a batch is damaged."""
+        for number in range(self._reader.num_record_batches):
+            self._batch(number)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """Return a batch of items, which is checked when it is first used."""
+        if number not in self._batches:
+            self._check(number)
+            self._batches[number] = self._reader.get_batch(number)
+        return self._batches[number]
 
     def _list_rows(self, number: int) -> tuple[Array, Array]:
         """Return where the rows of a batch's items begin, and the rows."""
         if number not in self._rows:
-            column = self.batch(number).column("rows")
+            column = self._batch(number).column("rows")
             self._rows[number] = np.asarray(column.offsets), np.asarray(column.values)
         return self._rows[number]
 
-    def forget_pages(self, number: int) -> None:
-        """Let the kernel take back the pages of a batch that was gone through.
-
-        Args:
-            number: of the batch.
-        """
+    def _forget_pages(self, number: int) -> None:
+        """Let the kernel take back the pages of a batch that was gone through."""
         start = self._record.ends[number - 1] if number else 0
         size = self._record.ends[number] - start
         advise(self._buffer.address + start, size, Advice.FORGET)
@@ -261,15 +228,7 @@ class StoreIndex:
 
 
 def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
-    """Write the file of an index.
-
-    Args:
-        file: the file, which is replaced.
-        batches: batches of `SCHEMA`, of `ROWS_PER_BATCH` items but for the last one.
-
-    Returns:
-        What the manifest says of it.
-    """
+    """Write the file of an index: batches of `SCHEMA`, of `ROWS_PER_BATCH` items but the last."""
     ends = []
     with pa.OSFile(str(file), "wb") as sink:
         with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -285,14 +244,7 @@ def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
 def make_batch(
     records: pa.RecordBatch, num_short: Array, ends: Array, rows: Array
 ) -> pa.RecordBatch:
-    """Make a batch of an index.
-
-    Args:
-        records: the columns `name`, `group_id`, `lang`, `key` and `group_key` of some records.
-        num_short: (n,) how many of their rows are those of short captions.
-        ends: (n + 1,) where the rows of each record begin, and the last ones end.
-        rows: rows of all of them.
-    """
+    """Make a batch of an index."""
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
     columns = [records.column(name) for name in SCHEMA.names[:5]]
     return pa.RecordBatch.from_arrays(

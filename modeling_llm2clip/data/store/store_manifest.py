@@ -1,8 +1,8 @@
-"""The manifest of an embedding store: what the store holds, and a checksum of every part of it.
+"""Manifests of sharded outputs, and that of an embedding store.
 
-`manifest.json`, and the record of each complete shard before the manifest has it, carry a SHA-256
-of their own content. So a manifest that was edited or damaged is refused, and everything that it
-says about index and shards can be relied on.
+A manifest, and the record of each complete shard before the manifest has it, carry a SHA-256 of
+their own content. So a file that was edited or damaged is refused, and everything that it says
+about the shards can be relied on.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..atomic_files import hash_json
+from ..atomic_files import hash_json, is_unfinished
 
-FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.arrow"
+_SHOWN = 5
 _CONTENTS = ("caption_embeds", "vision_embeds")
 _OWN_HASH = "sha256_of_this_file"
 # Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
@@ -28,20 +29,138 @@ STORED_DTYPES: dict[str, tuple[str, type[np.generic]]] = {
     "float16": ("F16", np.float16),
     "bfloat16": ("BF16", np.uint16),
 }
+_Manifest = TypeVar("_Manifest", bound="ShardedManifest")
+
+
+class ShardedManifest:
+    """What an output of shards holds, as a JSON file beside them; subclasses are dataclasses.
+
+    Attributes:
+        num_rows: Number of embeddings, planned until the output is complete.
+        rows_per_shard: Rows of every shard but the last.
+        complete: Whether every shard is there.
+        shards: Records of the complete shards, in order; empty until the output is complete.
+        format_version: Version of the files; this code reads `VERSION`.
+    """
+
+    FILE: ClassVar[str]
+    VERSION: ClassVar[int]
+    CONTENT: ClassVar[str]
+    """What the folder holds, for messages."""
+    OTHER: ClassVar[str]
+    """The same, with another content."""
+    COMMAND: ClassVar[str]
+    """The command that writes it."""
+    BEFORE: ClassVar[tuple[str, ...]] = ()
+    """Names of files that are written before the manifest."""
+    RECORD: ClassVar[type[Any]]
+    """Class of the records of shards."""
+    SHARD_NAME: ClassVar[str]
+    """Name of a complete shard's file, given its number and that of all."""
+    RECORD_NAME: ClassVar[str]
+    """Name of the file that says that a shard is complete, given its number."""
+    num_rows: int
+    rows_per_shard: int
+    complete: bool
+    shards: tuple[Any, ...]
+    format_version: int
+
+    @classmethod
+    def read(cls: type[_Manifest], folder: Path) -> _Manifest:
+        """Read and check the manifest of an output, complete or not."""
+        file = folder / cls.FILE
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} holds no {cls.CONTENT}: it has no {cls.FILE}. Give a folder that "
+                f"llm2clip {cls.COMMAND} wrote."
+            )
+        try:
+            found = _parse_object(file.read_text(encoding="utf-8"))
+            version = found["format_version"]
+            if version == cls.VERSION:
+                content = _check_seal(found)
+                if lost := sorted({one.name for one in fields(cls)} - set(content)):  # type: ignore[arg-type]
+                    raise ValueError(f"it lacks {lost}")
+                return cls._from_json(content)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file} is damaged: {error}. Restore it from a copy, or delete {folder} and "
+                f"{cls.COMMAND} again."
+            ) from error
+        raise ValueError(
+            f"{file} has format_version {version!r}, this code reads {cls.VERSION}. Upgrade "
+            f"modeling_llm2clip if it is newer; otherwise {cls.COMMAND} again."
+        )
+
+    @classmethod
+    def _from_json(cls: type[_Manifest], content: dict[str, Any]) -> _Manifest:
+        shards = tuple(map(cls.make_record, content["shards"]))
+        return cls(**{**_freeze(content), "shards": shards})
+
+    @classmethod
+    def make_record(cls, content: dict[str, Any]) -> Any:
+        """Make the record of a shard from what JSON holds."""
+        return cls.RECORD(**_freeze(content))
+
+    @classmethod
+    def is_begun(cls, folder: Path) -> bool:
+        """Whether a folder holds such an output, complete or not."""
+        return (folder / cls.FILE).is_file()
+
+    @classmethod
+    def require_folder(cls, folder: Path) -> None:
+        """Require a folder that is new, empty, or holds such an output already."""
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise FileExistsError(f"{folder} is a file. Name a new folder.")
+        names = {file.name for file in folder.iterdir() if not is_unfinished(file)}
+        others = sorted(names - {*cls.BEFORE})
+        if others and not cls.is_begun(folder):  # another process may just have begun
+            raise FileExistsError(
+                f"{folder} is not empty and holds no {cls.CONTENT}: {others[:_SHOWN]}. Name a new "
+                "folder."
+            )
+
+    def list_causes(self) -> dict[str, object]:
+        """Return everything that decides the bytes of the output."""
+        raise NotImplementedError
+
+    def name_shard(self, shard: int) -> str:
+        """Return the name of a complete shard's file."""
+        return self.SHARD_NAME.format(shard, self.num_shards)
+
+    def name_record(self, shard: int) -> str:
+        """Return the name of the file that says that a shard is complete."""
+        return self.RECORD_NAME.format(shard)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of the complete output."""
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def rows_of_shard(self, shard: int) -> range:
+        """Return the rows of a shard, whether it has been written or not."""
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.num_rows))
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        return write_sealed(asdict(self))  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One complete shard.
+    """One complete shard of a store.
 
     Attributes:
-        file: name of its file in the store's folder.
-        first_row: number of its first row in the store.
-        rows: how many rows it has.
-        bytes: size of the file.
-        sha256: of the file.
-        head_sha256: of the part before the embeddings, which has a checksum of each row.
-        num_truncated: how many of its captions were longer than the model reads.
+        file: Name of its file in the store's folder.
+        first_row: Number of its first row in the store.
+        rows: How many rows it has.
+        bytes: Size of the file.
+        sha256: Hash of the file.
+        head_sha256: Hash of the part before the embeddings, which has a checksum of each row.
+        num_truncated: How many of its captions were longer than the model reads.
     """
 
     file: str
@@ -58,69 +177,69 @@ class IndexRecord:
     """The index of the items.
 
     Attributes:
-        bytes: size of the file.
-        ends: where each part of the file ends: every batch of items, and the footer.
-        sha256: of each part.
+        bytes: Size of the file.
+        ends: Where each part of the file ends: every batch of items, and the footer.
+        sha256: Hash of each part.
     """
 
-    bytes: int
-    ends: tuple[int, ...]
-    sha256: tuple[str, ...]
+    bytes: int = 0
+    ends: tuple[int, ...] = ()
+    sha256: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class StoreManifest:
-    """What a store holds.
+@dataclass(frozen=True, kw_only=True)
+class StoreManifest(ShardedManifest):
+    """What an embedding store holds.
 
     Attributes:
         content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings.
-        fingerprint: which model, prompt and configuration made them; see
+        fingerprint: Which model, prompt and configuration made them; see
             `model_folders/fingerprint.py`.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`, of the stored embeddings.
-        dim: width of an embedding.
-        num_rows: number of embeddings, planned until the store is complete.
-        num_items: number of records of the dataset.
-        rows_per_shard: rows of every shard but the last.
-        plan: everything else that decides the bytes, including a hash of the data.
-        counts: figures for people, such as the number of truncated captions.
-        index: the index of the items.
-        complete: whether every shard is there.
-        shards: the complete shards, by first row; empty until the store is complete.
-        format_version: of the store's files; this code reads `FORMAT_VERSION`.
+        dim: Width of an embedding.
+        num_rows: Number of embeddings; 0 until the items are known.
+        num_items: Number of records of the dataset.
+        rows_per_shard: Rows of every shard but the last.
+        plan: Everything else that decides the bytes, including a hash of the data.
+        counts: Figures for people, such as the number of truncated captions.
+        index: The index of the items.
     """
+
+    FILE = MANIFEST_FILE
+    VERSION = 3
+    CONTENT = "embedding store"
+    OTHER = "another store"
+    COMMAND = "extract"
+    BEFORE = (INDEX_FILE,)
+    RECORD = ShardRecord
+    SHARD_NAME = "shard-{:05d}.safetensors"
+    RECORD_NAME = "shard-{:05d}.json"
 
     content: str
     fingerprint: dict[str, str]
     dtype: str
     dim: int
-    num_rows: int
-    num_items: int
+    num_rows: int = 0
+    num_items: int = 0
     rows_per_shard: int
     plan: dict[str, str]
-    counts: dict[str, int]
-    index: IndexRecord
+    counts: dict[str, int] = field(default_factory=dict)
+    index: IndexRecord = IndexRecord()
     complete: bool = False
     shards: tuple[ShardRecord, ...] = ()
-    format_version: int = FORMAT_VERSION
+    format_version: int = VERSION
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the complete store."""
-        return -(-self.num_rows // self.rows_per_shard)
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> StoreManifest:
+        index = IndexRecord(**_freeze(content["index"]))
+        manifest = super()._from_json({**content, "index": index})
+        manifest._check()
+        return manifest
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored embedding."""
         return self.dim * np.dtype(STORED_DTYPES[self.dtype][1]).itemsize
-
-    def rows_of_shard(self, shard: int) -> range:
-        """Return the rows of a shard, whether it has been written or not.
-
-        Args:
-            shard: its number, from 0.
-        """
-        first = shard * self.rows_per_shard
-        return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     def list_causes(self) -> dict[str, object]:
         """Return everything that decides the bytes of a store."""
@@ -137,113 +256,35 @@ class StoreManifest:
         """Hash what decides the bytes of a store; every shard says it, and so whose it is."""
         return hash_json(self.list_causes())
 
-    def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
-        return write_sealed(asdict(self))
-
-
-def shard_stem(shard: int) -> str:
-    """Return the name of a shard's files, without suffix.
-
-    Args:
-        shard: its number, from 0.
-    """
-    return f"shard-{shard:05d}"
-
-
-def shard_file(shard: int) -> str:
-    """Return the name of a complete shard's file.
-
-    Args:
-        shard: its number, from 0.
-    """
-    return f"{shard_stem(shard)}.safetensors"
-
-
-def read_manifest(folder: Path) -> StoreManifest:
-    """Read and check `manifest.json`.
-
-    Args:
-        folder: folder of a store, complete or not.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ValueError: the folder holds no store, one of another format, or a damaged one.
-    """
-    file = folder / MANIFEST_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} holds no embedding store: it has no {MANIFEST_FILE}. Give a folder that "
-            "llm2clip extract wrote."
-        )
-    try:
-        found = _parse_object(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{file} is damaged ({error}). {_REMEDY}") from error
-    version = found.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {version!r}, this code reads {FORMAT_VERSION}. Upgrade "
-            "modeling_llm2clip if the store is newer; otherwise extract it again."
-        )
-    try:
-        content = check_seal(found)
-        if lost := sorted({field.name for field in fields(StoreManifest)} - set(content)):
-            raise ValueError(f"it lacks {lost}")
-        index = content["index"]
-        content["index"] = IndexRecord(index["bytes"], tuple(index["ends"]), tuple(index["sha256"]))
-        content["shards"] = tuple(ShardRecord(**shard) for shard in content["shards"])
-        manifest = StoreManifest(**content)
-        _check_manifest(manifest)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged: {error}. {_REMEDY}") from error
-    return manifest
-
-
-_REMEDY = "Restore it from a copy, or delete the store and extract it again."
+    def _check(self) -> None:
+        errors = []
+        if self.content not in _CONTENTS:
+            errors.append(f"content is {self.content!r}, not one of {_CONTENTS}")
+        if self.dtype not in STORED_DTYPES:
+            errors.append(f"dtype is {self.dtype!r}, not one of {tuple(STORED_DTYPES)}")
+        if min(self.dim, self.num_rows, self.num_items, self.rows_per_shard) < 1:
+            errors.append("dim, num_rows, num_items and rows_per_shard must be at least 1")
+        elif self.complete:
+            numbers = range(self.num_shards)
+            planned = [(self.name_shard(shard), self.rows_of_shard(shard)) for shard in numbers]
+            listed = [(s.file, range(s.first_row, s.first_row + s.rows)) for s in self.shards]
+            if planned != listed:
+                errors.append("the listed shards do not make up its rows")
+        if errors:
+            raise ValueError("; ".join(errors))
 
 
 def write_sealed(content: Mapping[str, Any]) -> str:
-    """Write an object as JSON with a hash of itself.
-
-    Args:
-        content: what JSON can hold.
-
-    Returns:
-        The text of the file.
-    """
+    """Write an object as JSON with a hash of itself."""
     return json.dumps({**content, _OWN_HASH: _hash_object(content)}, indent=2) + "\n"
 
 
 def read_sealed(text: str) -> dict[str, Any]:
-    """Read an object that `write_sealed` wrote.
-
-    Args:
-        text: text of the file.
-
-    Returns:
-        The content, without its hash.
-
-    Raises:
-        ValueError: it is no JSON object, or has another hash than it says.
-    """
-    return check_seal(_parse_object(text))
+    """Read what `write_sealed` wrote, without its hash."""
+    return _check_seal(_parse_object(text))
 
 
-def check_seal(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the hash of an object that `write_sealed` wrote.
-
-    Args:
-        found: the object as it was read.
-
-    Returns:
-        The content, without its hash.
-
-    Raises:
-        ValueError: it has another hash than it says.
-    """
+def _check_seal(found: Mapping[str, Any]) -> dict[str, Any]:
     content = {name: value for name, value in found.items() if name != _OWN_HASH}
     says, has = found.get(_OWN_HASH), _hash_object(content)
     if says != has:
@@ -256,28 +297,17 @@ def _hash_object(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _freeze(content: dict[str, Any]) -> dict[str, Any]:
+    """Make tuples of the lists in an object, however deep in each other."""
+
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, list) else value
+
+    return {name: freeze(value) for name, value in content.items()}
+
+
 def _parse_object(text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"it holds {type(found).__name__}, not an object")
     return found
-
-
-def _check_manifest(manifest: StoreManifest) -> None:
-    errors = []
-    if manifest.content not in _CONTENTS:
-        errors.append(f"content is {manifest.content!r}, not one of {_CONTENTS}")
-    if manifest.dtype not in STORED_DTYPES:
-        errors.append(f"dtype is {manifest.dtype!r}, not one of {tuple(STORED_DTYPES)}")
-    if min(manifest.dim, manifest.num_rows, manifest.num_items, manifest.rows_per_shard) < 1:
-        errors.append("dim, num_rows, num_items and rows_per_shard must be at least 1")
-    elif manifest.complete:
-        planned = [
-            (shard_file(shard), manifest.rows_of_shard(shard))
-            for shard in range(manifest.num_shards)
-        ]
-        listed = [(s.file, range(s.first_row, s.first_row + s.rows)) for s in manifest.shards]
-        if planned != listed:
-            errors.append("the listed shards do not make up its rows")
-    if errors:
-        raise ValueError("; ".join(errors))

@@ -14,11 +14,16 @@ it), once per row and process.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from functools import cache
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +31,6 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import hash_file
-from .mapped_memory import Advice, advise, count_memory_bytes, view_memory
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -42,12 +46,7 @@ _RUN = 16  # rows that follow each other, on the average, where runs are copied 
 
 
 def make_header(num_rows: int, manifest: StoreManifest) -> bytes:
-    """Make the safetensors header of a shard.
-
-    Args:
-        num_rows: rows of the shard.
-        manifest: of the store.
-    """
+    """Make the safetensors header of a shard."""
     name, _ = STORED_DTYPES[manifest.dtype]
     middle = CHECKSUM_BYTES * num_rows
     end = middle + num_rows * manifest.row_bytes
@@ -63,15 +62,7 @@ def make_header(num_rows: int, manifest: StoreManifest) -> bytes:
 
 
 def compute_checksums(embeddings: Array, places: Array | None = None) -> Array:
-    """Compute the checksum of each row.
-
-    Args:
-        embeddings: (N, D), contiguous.
-        places: (M,) numbers of the rows to look at; None for all.
-
-    Returns:
-        (N,) or (M,) int64.
-    """
+    """Compute the checksums of contiguous (N, D) rows, int64; of those at some places if given."""
     size = embeddings.shape[1] * embeddings.itemsize
     content = embeddings.view(np.uint8).reshape(-1).data
     starts = range(0, len(content), size) if places is None else (places * size).tolist()
@@ -84,8 +75,8 @@ class StoreShards:
     """Reads and checks rows of the shards of a complete store.
 
     Args:
-        folder: folder of the store.
-        manifest: its manifest.
+        folder: Folder of the store.
+        manifest: Its manifest.
         checked: (num_rows,) bool, rows that were checked already; None for none.
     """
 
@@ -101,17 +92,7 @@ class StoreShards:
         self._fits_memory = manifest.num_rows * manifest.row_bytes < count_memory_bytes() // 2
 
     def read(self, rows: Array) -> Array:
-        """Read rows.
-
-        Args:
-            rows: (N,) int64, each a row of the store.
-
-        Returns:
-            (N, D) in the stored dtype; bfloat16 as uint16.
-
-        Raises:
-            ValueError: a row is damaged.
-        """
+        """Read rows, (N, D) in the stored dtype, bfloat16 as uint16; damaged ones raise."""
         manifest = self._manifest
         if not len(rows):
             return np.empty((0, manifest.dim), self._dtype)
@@ -209,11 +190,11 @@ class StoreShards:
 
 
 class Runs:
-    """Where in an array runs of numbers begin and end, each larger by the same step.
+    """Begin and end of the runs in an array: numbers that grow by the same step.
 
     Args:
         numbers: (N,) integers, at least one.
-        step: from one number of a run to the next one.
+        step: Difference between one number of a run and the next.
     """
 
     def __init__(self, numbers: Array, *, step: int) -> None:
@@ -229,15 +210,7 @@ class Runs:
 
 
 def check_size(folder: Path, record: ShardRecord) -> None:
-    """Check that a shard's file is there, with all of its bytes.
-
-    Args:
-        folder: folder of the store.
-        record: what the manifest says of the shard.
-
-    Raises:
-        ValueError: it is missing or has another size.
-    """
+    """Check that a shard's file is there, with all of its bytes."""
     file = folder / record.file
     if not file.is_file():
         raise ValueError(f"{file.name}: missing")
@@ -246,31 +219,14 @@ def check_size(folder: Path, record: ShardRecord) -> None:
 
 
 def check_file(folder: Path, record: ShardRecord) -> None:
-    """Check every byte of a shard.
-
-    Args:
-        folder: folder of the store.
-        record: what the manifest says of the shard.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    """Check every byte of a shard."""
     check_size(folder, record)
     if (digest := hash_file(folder / record.file)) != record.sha256:
         raise ValueError(f"{record.file}: SHA-256 is {digest}, the manifest says {record.sha256}")
 
 
 def check_head(folder: Path, record: ShardRecord, manifest: StoreManifest) -> None:
-    """Check the size of a shard, all that comes before its embeddings, and that it is the store's.
-
-    Args:
-        folder: folder of the store.
-        record: what was noted when the shard was complete.
-        manifest: of the store.
-
-    Raises:
-        ValueError: it is missing or damaged, or of another store.
-    """
+    """Check the size of a shard, what comes before its embeddings, and that it is the store's."""
     check_size(folder, record)
     size = record.bytes - record.rows * manifest.row_bytes
     with (folder / record.file).open("rb") as opened:
@@ -288,14 +244,9 @@ def check_head(folder: Path, record: ShardRecord, manifest: StoreManifest) -> No
 
 
 def list_errors(check: Any, records: Sequence[ShardRecord]) -> list[str]:
-    """Check shards in threads: a file system answers many questions at once.
+    """Check records of shards in threads, as a file system answers many questions at once.
 
-    Args:
-        check: takes a record and raises ValueError.
-        records: of the shards.
-
-    Returns:
-        One message per damaged shard, in the order of the shards.
+    Returns one message per damaged shard, in the order of the shards.
     """
 
     def describe(record: ShardRecord) -> str | None:
@@ -307,3 +258,50 @@ def list_errors(check: Any, records: Sequence[ShardRecord]) -> list[str]:
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         return [error for error in pool.map(describe, records) if error is not None]
+
+
+class Advice(IntEnum):
+    """What a process will do with mapped memory; the numbers of Linux and macOS, see madvise(2)."""
+
+    RANDOM = 1  # no reading ahead
+    READ_AHEAD = 3  # read it now, while the process goes on
+    FORGET = 4  # no longer count it as resident; it is read again when it is used
+
+
+def advise(address: int, size: int, advice: Advice) -> None:
+    """Advise the kernel about mapped memory; a system without such advice works without it."""
+    madvise = _find_madvise()
+    if madvise is not None:
+        start = address // PAGESIZE * PAGESIZE
+        madvise(start, address + size - start, advice)
+
+
+def view_memory(
+    address: int, shape: tuple[int, int], strides: tuple[int, int], dtype: np.dtype[Any]
+) -> Array:
+    """Return a read-only array over mapped memory, which must stay mapped; strides in bytes."""
+    data = (address, True)
+    return np.asarray(_Memory(data=data, shape=shape, strides=strides, typestr=dtype.str))
+
+
+def count_memory_bytes() -> int:
+    """Return how much memory the machine has; 0 if it does not say."""
+    if sys.platform not in ("linux", "darwin"):
+        return 0
+    return PAGESIZE * os.sysconf("SC_PHYS_PAGES")
+
+
+class _Memory:
+    """Has the attribute that numpy makes an array of."""
+
+    def __init__(self, **interface: Any) -> None:
+        self.__array_interface__ = {**interface, "version": 3}
+
+
+@cache
+def _find_madvise() -> Any:
+    if sys.platform not in ("linux", "darwin"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise

@@ -26,8 +26,9 @@ from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store import store_index
-from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, plan_manifest
-from modeling_llm2clip.training.extraction.caption_extraction import list_caption_items
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.embedding.extract import list_caption_items
 
 _WORDS = st.sampled_from(["a", "b", "ä", "a ", "猫", "a dog", "A dog", "x" * 70])
 
@@ -110,15 +111,15 @@ def test_the_rows_of_a_shard_are_its_captions_by_first_occurrence(
     table = make_table(53)
     if chosen:
         table = table.select(np.random.default_rng(0).permutation(53)[:40])
-    planned = plan_manifest(
-        "caption_embeds", fingerprint={}, dtype="float32", dim=2, rows_per_shard=rows_per_shard,
-        plan={},
+    planned = StoreManifest(
+        content="caption_embeds", fingerprint={}, dtype="float32", dim=2,
+        rows_per_shard=rows_per_shard, plan={},
     )  # fmt: skip
     writer = EmbeddingStoreWriter.open(
         tmp_path / "store", planned, lambda scratch: list_caption_items(table, scratch)
     )
     manifest = writer.manifest
-    index = store_index.StoreIndex(writer.folder, manifest.index, manifest.num_items)
+    index = store_index.StoreIndex(writer.folder, manifest)
     wanted = list(dict.fromkeys(t for r in table for t in (*r.captions, *r.long_captions)))
     assert manifest.num_rows == manifest.counts["distinct"] == len(wanted)
     occurrences = FirstOccurrences(index, rows_per_shard)

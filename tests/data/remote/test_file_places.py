@@ -37,8 +37,8 @@ from modeling_llm2clip.data.remote.file_places import (
 )
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
 from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
-from modeling_llm2clip.training.extraction.extract import extract
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CONTENT = bytes(range(256)) * 100

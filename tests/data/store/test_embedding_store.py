@@ -18,8 +18,8 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store import store_index
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from modeling_llm2clip.data.store.store_index import make_batch
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -125,8 +125,8 @@ def test_many_items_are_found_at_once_in_any_order(
         return StoreItems(1000, len(table), {}, iter(batches))
 
     writer = EmbeddingStoreWriter.open(tmp_path / "store", make_plan(), list_many)
-    index = store_index.StoreIndex(writer.folder, writer.manifest.index, len(table))
-    assert index.num_batches == 6
+    index = store_index.StoreIndex(writer.folder, writer.manifest)
+    assert sum(1 for _ in index.iterate_batches()) == 6
     counts = zip(*index.iterate_counts(), strict=True)
     assert [np.concatenate(c).tolist() for c in counts] == [short.tolist(), long.tolist()]
     assert np.array_equal(np.concatenate([*index.iterate_numbers("key")]), table.keys)

@@ -24,9 +24,9 @@ from modeling_llm2clip.data.named_embeddings import (
     write_named_embeddings,
 )
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.training.extraction.extract import extract
 
 # float32 stores hold what the model computed; the sums of one text do not change with its batch
 # by more than their rounding.

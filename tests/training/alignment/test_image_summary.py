@@ -21,6 +21,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.training_images import (
@@ -33,7 +34,6 @@ from modeling_llm2clip.model_folders.training_images import (
 from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.image_summary import count_images, sample_images
-from modeling_llm2clip.training.extraction.extract import extract
 
 FEW_STEPS: dict[str, Any] = {"max_steps": 4, "global_batch_size": 16, "eval_steps": 2}
 

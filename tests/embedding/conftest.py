@@ -1,4 +1,4 @@
-"""What the tests of `embed` share, and none may change."""
+"""What the tests of `embed` and of a store that is written share, and none may change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from embedding_runs import embed_texts, make_few_texts
 from interruptions import read_bytes
+from stores import make_embeddings, write_store
 from tiny_folders import export_tiny_model, save_captioned_images
 
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -33,3 +34,8 @@ def undisturbed(
 ) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed") / "texts"
     return read_bytes(embed_texts(model, records, folder))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "store", make_embeddings())

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from modeling_llm2clip.embedding import ray_engine
+from modeling_llm2clip.embedding.ray_engine import compute_with_ray
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits, get_image_limits
-from modeling_llm2clip.scheduling import ray_engine
-from modeling_llm2clip.scheduling.ray_engine import compute_with_ray
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]

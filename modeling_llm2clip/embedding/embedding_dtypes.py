@@ -38,15 +38,7 @@ class ConvertedEmbeddings(NamedTuple):
 
 
 def count_values(dim: int, dtype: EmbeddingDtype) -> int:
-    """Return how many values a stored embedding has.
-
-    Args:
-        dim: Its dimensions.
-        dtype: Its dtype; the binary ones have eight dimensions in a value.
-
-    Raises:
-        ValueError: The dimensions do not fill the last value.
-    """
+    """Return how many values a stored embedding has; binary ones have eight dimensions in one."""
     if dtype not in ("binary", "ubinary"):
         return dim
     if dim % _BITS:
@@ -58,18 +50,7 @@ def count_values(dim: int, dtype: EmbeddingDtype) -> int:
 
 
 def truncate_embeddings(embeds: Array, dim: int) -> Array:
-    """Keep the first dimensions, and scale to unit length again.
-
-    Args:
-        embeds: (N, P) float32 of unit length.
-        dim: Dimensions to keep.
-
-    Returns:
-        (N, dim) float32 of unit length.
-
-    Raises:
-        ValueError: An embedding is zero in all of these dimensions.
-    """
+    """Keep the first dimensions of (N, P) embeddings, and scale them to unit length again."""
     if dim == embeds.shape[1]:
         return embeds
     kept = embeds[:, :dim]
@@ -85,27 +66,14 @@ def truncate_embeddings(embeds: Array, dim: int) -> Array:
 
 
 def measure_ranges(embeds: Array) -> Array:
-    """Measure the int8 ranges of a sample.
-
-    Args:
-        embeds: (N, D) float32, at least one.
-
-    Returns:
-        (2, D) float32: smallest and largest value of each dimension.
-    """
+    """Measure the int8 ranges of (N, D) embeddings: (2, D) smallest and largest values."""
     return np.stack([embeds.min(axis=0), embeds.max(axis=0)])
 
 
 def convert_embeddings(
     embeds: Array, dtype: EmbeddingDtype, *, ranges: Array | None = None
 ) -> ConvertedEmbeddings:
-    """Convert embeddings to the dtype in which they are stored.
-
-    Args:
-        embeds: (N, D) float32 of unit length.
-        dtype: Wanted dtype.
-        ranges: (2, D) float32 from `measure_ranges`; for int8 alone.
-    """
+    """Convert embeddings to the dtype in which they are stored; int8 needs ranges."""
     if dtype == "int8":
         assert ranges is not None
         return _convert_to_int8(embeds, ranges)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.search.embedding_rows import ImageRows, TextRows
+from modeling_llm2clip.embedding.embedding_rows import ImageRows, TextRows
 
 
 def make_record(number: int, num_short: int, num_long: int, lang: str = "en") -> CaptionedImage:
@@ -51,7 +51,7 @@ def test_every_caption_is_in_one_shard_in_the_order_of_the_dataset(
     rows = TextRows(table, ("text", "group_id"), rows_per_shard=rows_per_shard)
     assert read_all(rows, rows_per_shard) == expected
     shards = range(0, len(rows), rows_per_shard)
-    texts = [rows.read_texts(range(s, min(s + rows_per_shard, len(rows)))) for s in shards]
+    texts = [rows.read_inputs(range(s, min(s + rows_per_shard, len(rows)))) for s in shards]
     assert [text for part in texts for text in part] == [line["text"] for line in expected]
 
 
@@ -104,7 +104,7 @@ def test_records_in_several_languages_share_the_row_of_their_image(tmp_path: Pat
         {"id": f"{n}.png", "lang": "en", "captions": [f"en {n}"], "image_file": str(files[n])}
         for n in range(3)
     ]
-    assert rows.read_images(range(1, 3)) == files[1:] and rows.sample(2) == files[::2]
+    assert rows.read_inputs(range(1, 3)) == files[1:] and rows.sample(2) == files[::2]
 
 
 def test_one_name_for_two_images_is_refused(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.store_manifest import read_manifest
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding import extract as stage
+from modeling_llm2clip.embedding.extract import extract, merge_store
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt, stop_on_signals
-from modeling_llm2clip.training.extraction import extract as stage
-from modeling_llm2clip.training.extraction.extract import extract, merge_store
 
 ROOT = Path(__file__).parents[3]
 
@@ -102,9 +102,11 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
             num_stops += 1
         else:
             break
-    assert num_stops == (read_manifest(folder).num_shards if thing == "shard" else len(written))
-    assert len(written) > read_manifest(folder).num_shards
-    assert sum(written) == read_manifest(folder).num_rows  # nothing was computed twice
+    assert num_stops == (
+        StoreManifest.read(folder).num_shards if thing == "shard" else len(written)
+    )
+    assert len(written) > StoreManifest.read(folder).num_shards
+    assert sum(written) == StoreManifest.read(folder).num_rows  # nothing was computed twice
     assert read_bytes(folder) == undisturbed
 
 
@@ -146,13 +148,15 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
     ]  # fmt: skip
     command = shorten(["extract", str(model), str(data), str(together)])
     assert main([*command, "--partition", "2/2"]) == 0
-    half = read_manifest(together).num_shards // 2
-    assert f"{half} of {read_manifest(together).num_shards} shards" in capsys.readouterr().out
-    assert list_complete_shards(together) == list(range(1, read_manifest(together).num_shards, 2))
+    half = StoreManifest.read(together).num_shards // 2
+    assert f"{half} of {StoreManifest.read(together).num_shards} shards" in capsys.readouterr().out
+    assert list_complete_shards(together) == list(
+        range(1, StoreManifest.read(together).num_shards, 2)
+    )
     assert main(["merge-store", str(together)]) == 2
     assert "shards are missing, among them [0, 2, 4, 6, 8]" in capsys.readouterr().err
     assert main([*command, "--partition", "1/2"]) == 0
-    assert not read_manifest(together).complete
+    assert not StoreManifest.read(together).complete
     for _ in range(2):  # a merged store stays as it is
         assert main(["merge-store", str(together)]) == 0
         shown = capsys.readouterr().out
@@ -249,7 +253,7 @@ def test_a_signal_ends_the_command_after_a_batch_with_its_own_code(
     assert main(shorten(["extract", str(model), str(data), str(folder)])) == code
     thread.join()
     assert not list(folder.glob("*.tmp"))
-    assert 0 < len(list_complete_shards(folder)) < read_manifest(folder).num_shards
+    assert 0 < len(list_complete_shards(folder)) < StoreManifest.read(folder).num_shards
     assert main(shorten(["extract", str(model), str(data), str(folder)])) == 0
     assert EmbeddingStore.open(folder, check="full").manifest.complete
 

@@ -55,21 +55,13 @@ class TextRows:
         """Number of captions."""
         return self._num_rows
 
-    def read_texts(self, rows: range) -> list[str]:
-        """Read the captions of a shard.
-
-        Args:
-            rows: All rows of a shard.
-        """
+    def read_inputs(self, rows: range) -> list[str]:
+        """Read the captions of a shard."""
         parts = (texts.to_pylist() for _, texts, _, _ in self._iterate(rows, CAPTION_COLUMNS))
         return [text for part in parts for text in part]
 
     def sample(self, size: int) -> list[str]:
-        """Read one caption of each of some records, evenly spaced, a short one or a long one.
-
-        Args:
-            size: Number of records.
-        """
+        """Read one caption of each of some records, evenly spaced, a short one or a long one."""
         chosen = _space_evenly(len(self._records), size)
         sampled = []
         for number, record in enumerate(self._records.select(chosen)):
@@ -78,11 +70,7 @@ class TextRows:
         return sampled
 
     def read(self, rows: range) -> pa.Table:
-        """Read `id` and the columns of a shard.
-
-        Args:
-            rows: All rows of a shard.
-        """
+        """Read `id` and the columns of a shard."""
         wanted = [*dict.fromkeys(("name", "lang", *self._columns))]
         wanted = [column for column in wanted if column != "text"]
         names = [*dict.fromkeys((*wanted, *CAPTION_COLUMNS))]
@@ -140,28 +128,16 @@ class ImageRows:
         """Number of images."""
         return len(self._records)
 
-    def read_images(self, rows: range) -> list[ImageSource]:
-        """List the addresses of the images of a shard.
-
-        Args:
-            rows: All rows of a shard.
-        """
+    def read_inputs(self, rows: range) -> list[ImageSource]:
+        """List the addresses of the images of a shard."""
         return self._list_images(np.asarray(rows))
 
     def sample(self, size: int) -> list[ImageSource]:
-        """List the addresses of some images, evenly spaced.
-
-        Args:
-            size: Number of images.
-        """
+        """List the addresses of some images, evenly spaced."""
         return self._list_images(_space_evenly(len(self._records), size))
 
     def read(self, rows: range) -> pa.Table:
-        """Read `id` and the columns of a shard.
-
-        Args:
-            rows: All rows of a shard.
-        """
+        """Read `id` and the columns of a shard."""
         names = list(dict.fromkeys(("name", *self._columns)))
         table = pa.Table.from_batches(
             self._records.select(np.asarray(rows)).iterate_columns(names)
@@ -198,11 +174,7 @@ def _count_langs(records: RecordTable) -> int:
 
 
 def _find_shards(records: RecordTable, rows_per_shard: int) -> tuple[list[tuple[int, int]], int]:
-    """Find the record in which each shard begins, and how many of its captions are before it.
-
-    Returns:
-        Record and captions for each shard, and the number of all captions.
-    """
+    """Find the record in which each shard begins, and how many of its captions are before it."""
     starts: list[tuple[int, int]] = []
     num_records = num_rows = 0
     for short, long in records.iterate_counts():

@@ -22,12 +22,12 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.embedding.embed import describe_embeddings, embed
+from modeling_llm2clip.embedding.parquet_writer import EmbeddingManifest
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_embeddings
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.search.bulk_embedding import describe_embeddings, embed
-from modeling_llm2clip.search.embedding_manifest import read_embedding_manifest
 
 
 def read_embeddings(folder: Path) -> tuple[list[str], np.ndarray[Any, Any]]:
@@ -55,7 +55,7 @@ def test_every_caption_has_its_final_embedding(
     expected = encode_texts(*whole, texts)
     # Sums of float32 in another order: the captions had other neighbors.
     torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected, atol=1e-5, rtol=1e-5)
-    manifest = read_embedding_manifest(folder)
+    manifest = EmbeddingManifest.read(folder)
     assert len(list(folder.glob("*.parquet"))) == manifest.num_shards == -(-len(texts) // 16)
     assert {file.name for file in folder.iterdir() if file.suffix != ".parquet"} == {
         "_manifest.json"
@@ -215,7 +215,7 @@ def test_broken_images_are_named_together_or_left_out_and_counted(
     ids, embeddings = read_embeddings(folder)
     assert ids == [f"{number}.png" for number in (0, 1, *range(4, 10))]
     assert embeddings.any(axis=1).all()
-    assert read_embedding_manifest(folder).shards[0].skipped == ("2.png", "3.png")
+    assert EmbeddingManifest.read(folder).shards[0].skipped == ("2.png", "3.png")
 
 
 def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
@@ -277,7 +277,7 @@ def test_a_file_of_broken_images_alone_has_no_rows(
     data = break_images(images, tmp_path / "data")
     config = replace(IMAGE, rows_per_shard=1, skip_invalid=True, dtype="int8")
     folder = embed(model, load_records(data), tmp_path / "out", config, modality="image")
-    assert [shard.rows for shard in read_embedding_manifest(folder).shards[:4]] == [1, 1, 0, 0]
+    assert [shard.rows for shard in EmbeddingManifest.read(folder).shards[:4]] == [1, 1, 0, 0]
     assert len(read_embeddings(folder)[0]) == 8
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sentence_transformers.util import quantize_embeddings
 
-from modeling_llm2clip.search.embedding_dtypes import (
+from modeling_llm2clip.embedding.embedding_dtypes import (
     Array,
     convert_embeddings,
     count_values,

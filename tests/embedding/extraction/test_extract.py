@@ -19,12 +19,12 @@ from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.store_manifest import read_manifest
-from modeling_llm2clip.data.store.store_shard_writer import ShardWriter
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.extract import describe_extraction, extract
+from modeling_llm2clip.embedding.shard_computation import parse_partition
+from modeling_llm2clip.embedding.sharded_writer import ShardWriter
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
-from modeling_llm2clip.scheduling.shard_computation import parse_partition
-from modeling_llm2clip.training.extraction.extract import describe_extraction, extract
 
 
 def test_every_record_finds_the_embeddings_of_its_captions(
@@ -99,7 +99,7 @@ def test_a_caption_is_tokenized_once_and_the_first_shard_does_not_wait_for_the_o
     folder = extract_captions(model, records, tmp_path / "store")
     texts = dict.fromkeys(text for r in records for text in (*r.captions, *r.long_captions))
     assert tokenized == list(texts)
-    assert before_first_batch[0] <= 2 * 16 < len(texts) == read_manifest(folder).num_rows
+    assert before_first_batch[0] <= 2 * 16 < len(texts) == StoreManifest.read(folder).num_rows
 
 
 @pytest.mark.parametrize(

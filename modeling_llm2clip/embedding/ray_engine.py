@@ -33,18 +33,6 @@ def compute_with_ray(
     """Compute shards on a Ray cluster, or on this machine if there is none.
 
     An actor has one GPU, or on a CPU as many cores as this process has threads.
-
-    Args:
-        make_worker: Makes in an actor what computes one shard, given its number; it is pickled.
-        shards: Numbers of the shards to compute.
-        device: As `find_device` takes it.
-        show_progress: Show Ray's progress bars.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        ValueError: A shard cannot be computed, as in one process; complete shards stay.
-        OSError: A file cannot be read or written.
-        RuntimeError: An actor failed again and again.
     """
     require(RAY)
     if not shards:

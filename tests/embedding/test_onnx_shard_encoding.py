@@ -19,9 +19,9 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import Modality
+from modeling_llm2clip.embedding.embed import embed
+from modeling_llm2clip.embedding.parquet_writer import EmbeddingManifest
 from modeling_llm2clip.model_folders.onnx_folder import choose_graph, data_file
-from modeling_llm2clip.search.bulk_embedding import embed
-from modeling_llm2clip.search.embedding_manifest import read_embedding_manifest
 
 TORCH = EmbedConfig(rows_per_shard=4, show_progress=False, device="cpu")
 ONNX = replace(TORCH, backend="onnx")
@@ -53,7 +53,7 @@ def test_both_backends_write_the_same_embeddings(modality: str, data: Path, tmp_
     found = embed(shared_graphs(), records, tmp_path / "onnx", ONNX, modality=modality)  # type: ignore[arg-type]
     assert len(read(found)) == len(records) * (2 if modality == "text" else 1)
     assert np.allclose(read(found), read(wanted), atol=ROUNDING)
-    first, second = (read_embedding_manifest(folder).fingerprint for folder in (wanted, found))
+    first, second = (EmbeddingManifest.read(folder).fingerprint for folder in (wanted, found))
     assert {name: second[name] for name in first} == first
     assert set(second) - set(first) == {"graph", "tokenizer and settings"}
 

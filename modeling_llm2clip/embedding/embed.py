@@ -9,11 +9,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -32,26 +31,22 @@ from ..model_folders.training_images import ImageTally, read_training_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
-from ..scheduling.shard_computation import (
+from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
+from .embedding_rows import ImageRows, TextRows
+from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
+from .parquet_writer import EmbeddingManifest, ParquetWriter
+from .shard_computation import (
     Engine,
+    Prepare,
     ShardJob,
-    ShardWorker,
     compute_partition,
+    make_shard_worker,
     parse_partition,
     require_engine,
 )
-from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
-from .embedding_files import EmbeddingFolderWriter
-from .embedding_manifest import (
-    EmbeddingManifest,
-    read_embedding_manifest,
-    require_embedding_folder,
-)
-from .embedding_rows import ImageRows, TextRows
-from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
-from .shard_encoding import ImageShardEncoder, ShardEncoder, load_shard_encoder
+from .shard_encoding import ShardEncoder, load_shard_encoder
+from .sharded_writer import Array
 
-Array: TypeAlias = np.ndarray[Any, Any]
 _SHOWN = 5
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
 
@@ -110,9 +105,9 @@ def embed(
     """
     parse_partition(partition)
     config, output = config or EmbedConfig(), Path(output)
-    require_embedding_folder(output)
+    EmbeddingManifest.require_folder(output)
     records = RecordTable.from_records(data)
-    rows = open_rows(records, config, modality)
+    rows = _open_rows(records, config, modality)
     device = choose_device(config.device)
     require_engine(engine)
     # Ray ends its actors when it is interrupted; what they wrote stays.
@@ -120,32 +115,33 @@ def embed(
     with stops as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
-        encoder = _load_encoder(found.folder, rows, config, device)
-        planned = plan_output(found.folder, found.name, records, rows, encoder, config)
+        encoder = _load_encoder(found.folder, modality, config, device)
+        planned = _plan_output(found, modality, records, len(rows), encoder, config)
         with PartialState().main_process_first():
-            writer = EmbeddingFolderWriter.open(
+            writer = ParquetWriter.open(
                 output,
                 planned,
+                partial(_add_ranges, planned, encoder, rows, config),
                 rows,
                 model_dim=encoder.dim,
                 skip_invalid=config.skip_invalid,
-                measure=partial(_measure, encoder, planned, config),
             )
+        make_worker = partial(_make_worker, found.folder, writer, config)
         job = ShardJob(
             name=f"embed {modality}",
             unit=" texts" if modality == "text" else " images",
             writer=writer,
-            prepare=lambda: encoder.prepare,
-            make_worker=partial(make_worker, found.folder, writer, config),
+            prepare=partial(_prepare_rows, rows, encoder),
+            make_worker=make_worker if engine == "ray" else None,
             config=config,
         )
-        compute_partition(job, partition=partition, engine=engine, stop=stop, finish=writer.finish)
-        if isinstance(encoder, ImageShardEncoder):
+        compute_partition(job, partition=partition, stop=stop, finish=writer.finish)
+        if modality == "image":
             _report_far(encoder, found.folder, report or _warn)
     return output
 
 
-def _report_far(encoder: ImageShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
+def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
     """Report images of all processes that are unlike those that the model was trained on."""
     training_images = read_training_images(folder)
     tally = ImageTally()
@@ -157,20 +153,10 @@ def _report_far(encoder: ImageShardEncoder, folder: Path, report: Callable[[str]
         report(far)
 
 
-def open_rows(
+def _open_rows(
     records: RecordTable, config: EmbedConfig, modality: Modality
 ) -> TextRows | ImageRows:
-    """List what an output has a row for.
-
-    Args:
-        records: The dataset.
-        config: Options of the output.
-        modality: What is embedded.
-
-    Raises:
-        ValueError: There are no captions or images, two have the same id, or a column is of
-            the other modality.
-    """
+    """List what an output has a row for."""
     if modality == "text":
         return TextRows(records, config.columns, rows_per_shard=config.rows_per_shard)
     if modality != "image":
@@ -180,27 +166,15 @@ def open_rows(
     return ImageRows(records, config.columns)
 
 
-def plan_output(
-    folder: Path,
-    name: str,
+def _plan_output(
+    model: StageSource,
+    modality: Modality,
     records: RecordTable,
-    rows: TextRows | ImageRows,
+    num_rows: int,
     encoder: ShardEncoder,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
-    """Make the manifest of an output that is not begun.
-
-    Args:
-        folder: Model folder.
-        name: What the user named the model.
-        records: The dataset.
-        rows: What the output has a row for.
-        encoder: What computes the embeddings.
-        config: Options of the output.
-
-    Raises:
-        ValueError: The dtype or `truncate_dim` does not fit the model.
-    """
+    """Make the manifest of an output that is not begun."""
     dim = config.truncate_dim or encoder.dim
     if dim > encoder.dim:
         raise ValueError(
@@ -209,46 +183,44 @@ def plan_output(
         )
     count_values(dim, config.dtype)
     plan = {**encoder.plan, "data": hash_texts(records)}
-    if isinstance(rows, ImageRows):
+    if modality == "image":
         plan["images"] = hash_image_sizes(records)
     if others := sorted(set(config.columns) - _OF_TEXTS):
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
         plan["int8_ranges"] = _name_ranges(config)
-    modality: Modality = "text" if isinstance(rows, TextRows) else "image"
+    if config.backend == "onnx":
+        fingerprint = fingerprint_graph(model.folder, modality, config)
+    else:
+        fingerprint = fingerprint_embeddings(model.folder, modality)
     return EmbeddingManifest(
         modality=modality,
-        model=name,
-        fingerprint=_fingerprint(folder, modality, config),
-        prompt=_write_prompt(folder) if modality == "text" else "",
+        model=model.name,
+        fingerprint=fingerprint,
+        prompt=_write_prompt(model.folder) if modality == "text" else "",
         dtype=config.dtype,
         dim=dim,
         columns=config.columns,
-        num_rows=len(rows),
+        num_rows=num_rows,
         rows_per_shard=config.rows_per_shard,
         plan=plan,
     )
 
 
-def make_worker(folder: Path, writer: EmbeddingFolderWriter, config: EmbedConfig) -> ShardWorker:
-    """Load the tower that is needed, for files that something else hands out.
+def _make_worker(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> Callable[[int], None]:
+    """Load the tower that is needed, for files that something else hands out."""
+    modality = writer.manifest.modality
+    encoder = _load_encoder(folder, modality, config, choose_device(config.device))
+    return make_shard_worker(writer, _prepare_rows(writer.rows, encoder))
 
-    Args:
-        folder: Model folder.
-        writer: Of the output.
-        config: Options of the output.
-    """
-    encoder = _load_encoder(folder, writer.rows, config, choose_device(config.device))
-    return ShardWorker(writer, encoder.prepare)
+
+def _prepare_rows(rows: TextRows | ImageRows, encoder: ShardEncoder) -> Prepare:
+    return lambda of_shard: encoder.prepare(rows.read_inputs(of_shard))
 
 
 def describe_embeddings(output: Path) -> list[str]:
-    """Describe an output in lines for a terminal.
-
-    Args:
-        output: Folder of the output.
-    """
-    manifest = read_embedding_manifest(output)
+    """Describe an output in lines for a terminal."""
+    manifest = EmbeddingManifest.read(output)
     files = map(manifest.name_shard, range(manifest.num_shards))
     there = sum((output / file).is_file() for file in files)
     if not manifest.complete or there < manifest.num_shards:
@@ -274,40 +246,38 @@ def describe_embeddings(output: Path) -> list[str]:
 
 
 def _load_encoder(
-    folder: Path, rows: TextRows | ImageRows, config: EmbedConfig, device: torch.device
+    folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
 ) -> ShardEncoder:
     if config.backend == "onnx":
-        return load_onnx_shard_encoder(folder, rows, config)
-    return load_shard_encoder(folder, rows, config, device)
+        return load_onnx_shard_encoder(folder, modality, config)
+    return load_shard_encoder(folder, modality, config, device)
 
 
-def _fingerprint(folder: Path, modality: Modality, config: EmbedConfig) -> dict[str, str]:
-    if config.backend == "onnx":
-        return fingerprint_graph(folder, modality, config)
-    return fingerprint_embeddings(folder, modality)
-
-
-def _measure(
-    encoder: ShardEncoder, planned: EmbeddingManifest, config: EmbedConfig
-) -> Array | None:
+def _add_ranges(
+    planned: EmbeddingManifest,
+    encoder: ShardEncoder,
+    rows: TextRows | ImageRows,
+    config: EmbedConfig,
+) -> EmbeddingManifest:
     """Measure the int8 ranges, or read those of another output."""
     if config.dtype != "int8":
-        return None
+        return planned
     if config.int8_ranges is None:
-        sample = encoder.encode_sample(config.calibration_size)
+        sample = encoder.encode_sample(rows.sample(config.calibration_size))
         if not len(sample):
             raise ValueError(
                 "No image of the sample can be decoded. Repair them, or give a larger "
                 "calibration_size."
             )
-        return measure_ranges(truncate_embeddings(sample, planned.dim))
-    ranges = _read_ranges(config.int8_ranges)
-    if ranges.shape[1] != planned.dim:
-        raise ValueError(
-            f"int8_ranges={config.int8_ranges} has ranges of {ranges.shape[1]} dimensions, and "
-            f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
-        )
-    return ranges
+        ranges = measure_ranges(truncate_embeddings(sample, planned.dim))
+    else:
+        ranges = _read_ranges(config.int8_ranges)
+        if ranges.shape[1] != planned.dim:
+            raise ValueError(
+                f"int8_ranges={config.int8_ranges} has ranges of {ranges.shape[1]} dimensions, and "
+                f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
+            )
+    return replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
 
 
 def _name_ranges(config: EmbedConfig) -> str:
@@ -318,7 +288,7 @@ def _name_ranges(config: EmbedConfig) -> str:
 
 
 def _read_ranges(folder: Path) -> Array:
-    ranges = read_embedding_manifest(folder).read_ranges()
+    ranges = EmbeddingManifest.read(folder).read_ranges()
     if ranges is None:
         raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
     return ranges

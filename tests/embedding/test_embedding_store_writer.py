@@ -27,8 +27,8 @@ from stores import (
 )
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest, read_manifest
+from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 
 
 def test_an_incomplete_store_is_refused_and_keeps_its_complete_shards(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_store_with_missing_or_damaged_shards_is_not_completed(tmp_path: Path)
     (folder / "shard-00000.safetensors").unlink()
     with pytest.raises(ValueError, match=r"2 damaged files: shard-00000.*missing; shard-00001"):
         open_writer(folder).finish()
-    assert not read_manifest(folder).complete
+    assert not StoreManifest.read(folder).complete
 
 
 def test_runs_that_begin_one_store_at_once_agree_on_it(tmp_path: Path) -> None:
@@ -213,20 +213,20 @@ def write_sparse_shards(
     import hashlib
     from dataclasses import asdict
 
-    from modeling_llm2clip.data.store.store_manifest import shard_file, shard_stem, write_sealed
+    from modeling_llm2clip.data.store.store_manifest import write_sealed
 
     manifest = writer.manifest
     for shard in range(manifest.num_shards):
         rows = manifest.rows_of_shard(shard)
         head = make_header(len(rows), manifest) + bytes(8 * len(rows))
         size = len(head) + len(rows) * manifest.row_bytes
-        file = writer.folder / shard_file(shard)
+        file = writer.folder / manifest.name_shard(shard)
         with file.open("wb") as opened:
             opened.write(head)
             opened.truncate(size)
         digest = hashlib.sha256(head).hexdigest()
         record = ShardRecord(file.name, rows.start, len(rows), size, "", digest, 0)
-        (writer.folder / f"{shard_stem(shard)}.json").write_text(write_sealed(asdict(record)))
+        (writer.folder / manifest.name_record(shard)).write_text(write_sealed(asdict(record)))
 
 
 def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> 
 
 
 def test_every_shard_says_which_plan_it_is_of(store: Path) -> None:
-    plan = read_manifest(store).hash_plan()
+    plan = StoreManifest.read(store).hash_plan()
     for file in store.glob("*.safetensors"):
         with safe_open(file, "np") as opened:
             assert opened.metadata() == {"plan": plan}

@@ -20,10 +20,10 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.embed_config import EmbeddingColumn
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
+from modeling_llm2clip.embedding import embed as stage
+from modeling_llm2clip.embedding.embed import describe_embeddings, embed
+from modeling_llm2clip.embedding.parquet_writer import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-from modeling_llm2clip.search import bulk_embedding as stage
-from modeling_llm2clip.search.bulk_embedding import describe_embeddings, embed
-from modeling_llm2clip.search.embedding_manifest import read_embedding_manifest
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
@@ -56,7 +56,7 @@ def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
             num_stops += 1
         else:
             break
-    manifest = read_embedding_manifest(folder)
+    manifest = EmbeddingManifest.read(folder)
     assert num_stops == len(written) > manifest.num_shards
     assert sum(written) == manifest.num_rows  # nothing was computed twice
     assert read_bytes(folder) == undisturbed
@@ -77,7 +77,7 @@ def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"1 files are damaged, among them \['{name}'\]. Delete"):
+    with pytest.raises(ValueError, match=rf"1 damaged files: {name}: SHA-256 is .* Delete"):
         embed_texts(model, records, folder)
     (folder / name).unlink()
     embed_texts(model, records, folder)
@@ -130,7 +130,7 @@ def test_partitions_of_other_values_of_a_column_are_refused(
         with pytest.raises(ValueError, match=r"holds other embeddings: (data|values of columns): "):
             embed(model, edited, folder, config, modality=modality, partition=partition)
     embed(model, records, folder, config, modality=modality, partition="2/2")
-    assert read_embedding_manifest(folder).complete
+    assert EmbeddingManifest.read(folder).complete
     with pytest.raises(ValueError, match="holds other embeddings"):  # a rerun keeps no stale ones
         embed(model, edited, folder, config, modality=modality)
 
@@ -143,7 +143,7 @@ def test_what_no_column_shows_may_change_between_partitions(
     config = replace(IMAGE, columns=("name", "lang"))
     embed(model, records, tmp_path / "out", config, modality="image", partition="1/2")
     embed(model, edited, tmp_path / "out", config, modality="image", partition="2/2")
-    assert read_embedding_manifest(tmp_path / "out").complete
+    assert EmbeddingManifest.read(tmp_path / "out").complete
 
 
 def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
@@ -158,7 +158,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
         stop_after_one(patch, stage, lambda: len(list(folder.glob("*.parquet"))))
         embed_texts(model, records, folder)
     there = set(folder.glob("*.parquet"))
-    with largest_file(1500), pytest.raises(OSError, match=r"No room to write embeddings-0000"):
+    with largest_file(1500), pytest.raises(OSError, match=r"No room to write shard \d of 4"):
         embed_texts(model, records, folder)
     assert set(folder.glob("*.parquet")) == there and not list(folder.glob("*.tmp"))
     embed_texts(model, records, folder)

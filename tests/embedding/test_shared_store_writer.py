@@ -25,13 +25,12 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.remote.object_storage import ObjectStorage
 from modeling_llm2clip.data.remote.remote_access import LostFileError, RetryPolicy
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.shared_store_writer import SharedStoreWriter
+from modeling_llm2clip.embedding.extract import extract, merge_store
+from modeling_llm2clip.embedding.shared_store_writer import SharedStoreWriter, SharedWork
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.training.extraction.extract import extract, merge_store
-from modeling_llm2clip.training.extraction.shared_work import share_work
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CONFIG = ExtractConfig(
     store_dtype="float32",
     max_shard_size="1KiB",
@@ -146,7 +145,7 @@ def test_an_actor_finds_the_records_that_it_was_given(
     url = f"file://{tmp_path}/storage"
     extract(model, table, tmp_path / "begun", CONFIG, modality="text", partition="1/9", storage=url)
     writer = SharedStoreWriter.join(tmp_path / "begun", ObjectStorage(url))
-    sent = pickle.dumps(share_work(writer, table))
+    sent = pickle.dumps(SharedWork.describe(writer, table))
     wanted = list(table)
     if is_mapped:
         assert records.file is not None

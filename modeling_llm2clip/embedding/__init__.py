@@ -1,0 +1,1 @@
+"""The path from texts and images to stored embeddings: `extract`, `embed`, their shards."""

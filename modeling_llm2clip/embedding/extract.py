@@ -1,0 +1,397 @@
+"""Stage 2: captions or images into an embedding store, on any number of machines.
+
+Stored are embeddings of captions before the text adapter, or of images before the projection. The
+rows are the distinct captions, or the images, in the order of their first occurrence. Which of them
+share a batch depends on the shard alone, so a store that was continued has the same bytes as one
+that was never interrupted, on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
+from accelerate import PartialState
+
+from .._suggestions import counted
+from ..configs.extract_config import ExtractConfig
+from ..data.captions.caption_columns import (
+    CAPTION_COLUMNS,
+    FirstOccurrences,
+    flatten_captions,
+    iterate_first_captions,
+)
+from ..data.captions.distinct_texts import TextNumbers
+from ..data.images.image_sources import ImageSource
+from ..data.records.data_hashes import hash_image_sizes, hash_texts
+from ..data.records.record_table import RecordTable
+from ..data.records.records import CaptionedImage, Modality
+from ..data.records.shared_images import (
+    find_ambiguous_names,
+    refuse_ambiguous_names,
+    require_images,
+)
+from ..data.remote.object_storage import ObjectStorage
+from ..data.store.embedding_store import EmbeddingStore
+from ..data.store.store_index import StoreIndex, make_batch
+from ..data.store.store_manifest import STORED_DTYPES, StoreManifest
+from ..encoding.batches import split_evenly
+from ..encoding.encode import (
+    default_batch_size,
+    default_token_budget,
+    iterate_image_batches,
+    iterate_token_batches,
+)
+from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
+from ..model_folders.model_folder import find_model_folder
+from ..model_folders.stage_source import Source, open_source
+from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
+from ..scheduling.graceful_stop import StopRequest, stop_on_signals
+from ..scheduling.processes import choose_device
+from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from .shard_computation import (
+    Engine,
+    Prepare,
+    PreparedShard,
+    ShardJob,
+    compute_partition,
+    make_shard_worker,
+    parse_partition,
+    require_engine,
+)
+from .shard_encoding import prepare_texts
+from .shared_store_writer import SharedStoreWriter, SharedWork
+
+_ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
+
+
+def extract(
+    source: Source,
+    data: Sequence[CaptionedImage],
+    output: str | Path,
+    config: ExtractConfig | None = None,
+    *,
+    modality: Modality,
+    partition: str | None = None,
+    engine: Engine = "local",
+    storage: str | None = None,
+) -> Path:
+    """Compute the embeddings of all captions or images into a store, or continue one.
+
+    The embeddings are for `align`: taken before text adapter and projections. Only the tower that
+    is needed is loaded.
+
+    Args:
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        data: Records; item i of the store is record i.
+        output: Folder of the store: new, empty, or of the same store, which is continued.
+        config: Options; None for the defaults. `token_budget` is for captions alone, `batch_size`
+            and `num_workers` for images alone.
+        modality: What is extracted: text or image.
+        partition: Which part of the store to compute, such as 2/8 for the second of eight; the
+            store is complete after `merge_store`. None for all of it.
+        engine: What computes the shards: the processes of this run, or the actors of a Ray cluster.
+            Its machines see the same files, or share a `storage`; then the model is a Hub id, or
+            at the same path on each.
+        storage: URL of object storage in which machines that share no folder put their shards, such
+            as `s3://bucket/captions`. A store that is complete is copied to `output`.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: No captions or images, or broken ones; or `output` or `storage` is a store of
+            another model, prompt, dataset or option, with both values; or there is no such
+            partition.
+        OSError: The disk is full, or the storage cannot be reached; what is written stays.
+        StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
+        RuntimeError: An actor of Ray failed again and again.
+
+    Examples:
+        >>> records = load_records("my-images")
+        >>> store = extract("my-model", records, "images", modality="image")
+    """
+    if modality not in ("text", "image"):
+        raise ValueError(f"modality={modality!r} must be text or image.")
+    is_whole = parse_partition(partition) == (1, 1)
+    config, output = config or ExtractConfig(), Path(output)
+    table = RecordTable.from_records(data)
+    device = choose_device(config.device)
+    require_engine(engine)
+    # Ray ends its actors when it is interrupted; what they wrote stays.
+    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
+    with stops as stop, open_source(source, output) as found:
+        plan = make_plan(found.folder, table, config, device, modality)
+        with PartialState().main_process_first():
+            if storage is None:
+                writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
+            else:
+                shared = ObjectStorage(storage)
+                writer = SharedStoreWriter.begin(output, shared, plan.manifest, plan.list_items)
+        make_worker = None
+        if engine == "ray":
+            model = found.name if storage and isinstance(source, str | Path) else found.folder
+            work = SharedWork.describe(writer, table)
+            make_worker = partial(_make_worker, model, work, config, modality)
+        job = ShardJob(
+            name=f"extract {modality}",
+            unit=plan.unit,
+            writer=writer,
+            prepare=partial(plan.open_shards, writer),
+            make_worker=make_worker,
+            config=config,
+        )
+        finish = writer.finish if is_whole else None
+        compute_partition(job, partition=partition, stop=stop, finish=finish)
+    if is_whole:
+        EmbeddingStore.open(output)  # a store of an earlier run may have lost files since
+    return output
+
+
+def _make_worker(
+    model: str | Path, work: SharedWork, config: ExtractConfig, modality: Modality
+) -> Callable[[int], None]:
+    """Load the tower that is needed, for shards that something else hands out."""
+    writer, table = work.open()
+    device = choose_device(config.device)
+    plan = make_plan(find_model_folder(model), table, config, device, modality)
+    return make_shard_worker(writer, plan.open_shards(writer))
+
+
+def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
+    """Complete a store whose partitions have all been extracted.
+
+    Args:
+        folder: Folder of the store. With a storage it may be new.
+        storage: URL of the object storage that has the shards.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: It holds no store, or shards are missing or damaged; they are named.
+        OSError: The disk is full, or the storage cannot be reached.
+
+    Examples:
+        >>> store = merge_store("captions")  # which is complete already
+    """
+    folder = Path(folder)
+    if storage is None:
+        writer = EmbeddingStoreWriter(folder, StoreManifest.read(folder))
+    else:
+        writer = SharedStoreWriter.join(folder, ObjectStorage(storage))
+    writer.finish()
+    EmbeddingStore.open(folder)
+    return folder
+
+
+def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]:
+    """Describe a store in lines for a terminal; `storage` is the object storage of its shards."""
+    manifest = StoreManifest.read(store)
+    if not manifest.complete:
+        writer = EmbeddingStoreWriter(store, manifest)
+        if storage is not None:
+            writer = SharedStoreWriter(store, manifest, ObjectStorage(storage))
+        done = manifest.num_shards - len(writer.list_missing())
+        where = "" if storage is None else f" --storage {storage}"
+        return [
+            f"{done} of {manifest.num_shards} shards are complete.",
+            f"When all partitions have ended: llm2clip merge-store {store}{where}",
+        ]
+    counts = ", ".join(
+        counted(number, name[:-1]) if name.endswith("s") else f"{number:,} {name}"
+        for name, number in manifest.counts.items()
+    )
+    return [
+        f"Wrote {store}: {counted(manifest.num_rows, 'embedding')} of {manifest.dim} dimensions "
+        f"for {counted(manifest.num_items, 'record')} ({counts})."
+    ]
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """Which embeddings a store will hold, and how they are computed.
+
+    Attributes:
+        manifest: Manifest of a store whose items are not known.
+        list_items: Makes the items; takes an empty folder for temporary files, about as large as
+            all texts.
+        prepare: Reads the inputs of a shard, given where its rows occur first, and its rows.
+        unit: What is counted.
+    """
+
+    manifest: StoreManifest
+    list_items: Callable[[Path], StoreItems]
+    prepare: Callable[[FirstOccurrences, range], PreparedShard]
+    unit: str
+
+    def open_shards(self, writer: EmbeddingStoreWriter) -> Prepare:
+        """Return what prepares the shards of a store that is begun."""
+        index = StoreIndex(writer.folder, writer.manifest)
+        occurrences = FirstOccurrences(index, writer.manifest.rows_per_shard)
+        return lambda rows: self.prepare(occurrences, rows)
+
+
+def make_plan(
+    folder: Path,
+    records: RecordTable,
+    config: ExtractConfig,
+    device: torch.device,
+    modality: Modality,
+) -> ExtractionPlan:
+    """Load the tower that is needed, and plan a store."""
+    plan = _plan_captions if modality == "text" else _plan_images
+    return plan(folder, records, config, device)
+
+
+def _plan_captions(
+    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
+) -> ExtractionPlan:
+    if not any(short.any() or long.any() for short, long in records.iterate_counts()):
+        check_texts([])
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = LLM2CLIPTextModel.from_pretrained(folder)
+    fingerprint = fingerprint_text(folder)
+    model = model.to(device)
+    budget = config.token_budget or default_token_budget(device)
+    causes = {"data": hash_texts(records), "token_budget": str(budget)}
+
+    embed = partial(iterate_token_batches, model, processor)
+
+    def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
+        texts = list(iterate_first_captions(records, occurrences, rows))
+        return prepare_texts(processor, embed, budget, texts)
+
+    return ExtractionPlan(
+        _plan_store("caption_embeds", fingerprint, model.config.text_width, config, causes),
+        lambda scratch: list_caption_items(records, scratch),
+        prepare,
+        " captions",
+    )
+
+
+def _plan_images(
+    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
+) -> ExtractionPlan:
+    """Plan the embeddings of images; records in several languages share the row of theirs."""
+    require_images(records)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = LLM2CLIPVisionModel.from_pretrained(folder)
+    fingerprint = fingerprint_vision(folder)
+    model = model.to(device)
+    batch_size = config.batch_size or default_batch_size(device)
+    causes = {
+        "data": hash_texts(records),
+        "images": hash_image_sizes(records),
+        "batch_size": str(batch_size),
+    }
+
+    def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
+        images: list[ImageSource | None] = []
+        for first, items, _ in occurrences.find(rows):
+            images += records.select(first + items).iterate_images()
+        return PreparedShard(
+            batches=[np.array(places) for places in split_evenly(len(rows), size=batch_size)],
+            encode=lambda batches: iterate_image_batches(
+                model,
+                processor,
+                images,
+                [places.tolist() for places in batches],
+                num_workers=config.num_workers,
+            ),
+        )
+
+    width = model.visual_projection.in_features
+    return ExtractionPlan(
+        _plan_store("vision_embeds", fingerprint, width, config, causes),
+        lambda scratch: list_image_items(records, scratch),
+        prepare,
+        " images",
+    )
+
+
+def _plan_store(
+    content: str,
+    fingerprint: dict[str, str],
+    dim: int,
+    config: ExtractConfig,
+    causes: dict[str, str],
+) -> StoreManifest:
+    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
+    return StoreManifest(
+        content=content,
+        fingerprint=fingerprint,
+        dtype=config.store_dtype,
+        dim=dim,
+        rows_per_shard=config.count_rows_per_shard(row_bytes),
+        plan=causes,
+    )
+
+
+def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
+    """Number the distinct captions of a dataset; `scratch` is an empty folder."""
+    num_captions = sum(
+        int(counts.sum(dtype=np.int64)) for pair in records.iterate_counts() for counts in pair
+    )
+    numbers = TextNumbers(scratch, num_captions)
+    suspicious: list[str] = []
+    for batch in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
+        keys = np.asarray(batch.column("text_keys").flatten())
+        distinct = numbers.add(flatten_captions(batch).texts, keys)
+        # Arrow passes those with a letter, and Python looks at the others.
+        unclear = distinct.filter(pc.invert(pc.match_substring_regex(distinct, "[!-~]")))
+        suspicious += [text for text in unclear.to_pylist() if not text.strip()]
+    if suspicious:
+        check_texts(suspicious)
+    numbers.number()
+
+    def make_batches() -> Iterator[pa.RecordBatch]:
+        batches = records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS))
+        for batch, rows in zip(batches, numbers, strict=True):
+            flat = flatten_captions(batch)
+            yield make_batch(batch, flat.num_short, flat.ends, rows)
+
+    counts = {"captions": num_captions, "distinct": numbers.num_distinct}
+    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+
+
+def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
+    """Number the images of a dataset, by their names; `scratch` is an empty folder."""
+    numbers = TextNumbers(scratch, len(records))
+    for batch in records.iterate_columns(("name", "name_key")):
+        numbers.add(batch.column("name"), np.asarray(batch.column("name_key")))
+    numbers.number()
+    _require_one_image_per_name(records, numbers)
+
+    def make_batches() -> Iterator[pa.RecordBatch]:
+        for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
+            yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
+
+    counts = {"images": len(records), "distinct": numbers.num_distinct}
+    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+
+
+def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> None:
+    if numbers.num_distinct == len(records):
+        return
+    first_records = np.empty(numbers.num_distinct, np.int64)
+    start = num_named = 0
+    ambiguous: dict[str, None] = {}
+    for rows in numbers:
+        these = np.arange(start, start + len(rows))
+        new, places = np.unique(rows[rows >= num_named], return_index=True)
+        first_records[new] = these[rows >= num_named][places]
+        num_named += len(new)
+        firsts = first_records[rows]
+        again = these[firsts != these]
+        ambiguous.update(find_ambiguous_names(records, again, firsts[firsts != these]))
+        start += len(rows)
+    refuse_ambiguous_names(ambiguous)

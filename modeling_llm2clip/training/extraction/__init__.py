@@ -1,1 +1,0 @@
-"""Stage 2: captions and images into embedding stores."""
