@@ -51,7 +51,7 @@ from ..encoding.encode import (
 )
 from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ..model_folders.model_folder import find_model_folder
-from ..model_folders.stage_source import Source, open_source
+from ..model_folders.model_writing import Source, open_source
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
