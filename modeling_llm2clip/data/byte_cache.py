@@ -25,12 +25,7 @@ class ByteCache(Generic[T]):
         self._making: dict[Hashable, Lock] = {}
 
     def find(self, key: Hashable, make: Callable[[], tuple[T, int]]) -> T:
-        """Return a value, made if it is not kept; threads that want the same one wait for it.
-
-        Args:
-            key: of the value.
-            make: returns the value and its bytes.
-        """
+        """Return a value, made if it is not kept; threads that want the same one wait for it."""
         with self._lock:
             if key in self._values:
                 return self._use(key)

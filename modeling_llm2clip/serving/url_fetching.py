@@ -63,18 +63,7 @@ class UrlFetcher:
         self._tls = ssl.create_default_context()
 
     async def fetch(self, url: str) -> bytes:
-        """Fetch a URL.
-
-        Args:
-            url: An http or https URL.
-
-        Returns:
-            The content.
-
-        Raises:
-            RequestError: The URL is not valid or not public, what it names is too large or cannot
-                be fetched in time. Nothing of the answer is quoted.
-        """
+        """Fetch a URL."""
         try:
             return await asyncio.wait_for(self._follow(url), self._timeout_s)
         except (asyncio.TimeoutError, TimeoutError):

@@ -62,19 +62,7 @@ class CaptionRow(NamedTuple):
 def read_caption_rows(
     source: str | Path, on: JoinColumn, *, key_column: str | None = None
 ) -> Iterator[list[CaptionRow]]:
-    """Yield the rows of a file of captions, some thousands at a time.
-
-    Args:
-        source: file, folder or pattern.
-        on: what the rows are joined by.
-        key_column: column that holds it. Default: the first in the table above that is there.
-
-    Yields:
-        Rows, in their order.
-
-    Raises:
-        ValueError: there is no such file, it is broken, or it lacks a column.
-    """
+    """Yield the rows of a file of captions, some thousands at a time."""
     for file in _find_files(Path(source)):
         column = None
         for rows in _read(file, key_column):
@@ -86,11 +74,7 @@ def read_caption_rows(
 
 
 def make_key(name: str) -> str:
-    """Return the key of an image: its name without folder and suffix.
-
-    Args:
-        name: such as `00000.tar/000000012.jpg`.
-    """
+    """Return the key of an image: its name without folder and suffix."""
     return PurePosixPath(name).name.partition(".")[0]
 
 

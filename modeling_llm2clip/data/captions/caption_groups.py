@@ -62,11 +62,7 @@ class GroupBatch:
     texts: tuple[pa.Array, pa.Array]
 
     def take_texts(self, numbers: Array | None = None) -> pa.Array:
-        """Return captions.
-
-        Args:
-            numbers: (M,) numbers of captions of this batch; None for all.
-        """
+        """Return captions."""
         places = self.places if numbers is None else self.places[numbers]
         short, long = self.texts
         texts = pa.concat_arrays([short, long]) if len(long) else short
@@ -148,18 +144,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
-        """Hold out groups at random; the others lose the captions that the held-out ones have too.
-
-        Args:
-            count: how many to hold out.
-            seed: another seed holds out other groups.
-
-        Returns:
-            Groups to train on, groups held out, and the number of captions that training lost.
-
-        Raises:
-            ValueError: a side would have fewer than two groups.
-        """
+        """Hold out groups at random; the others lose the captions that the held-out ones have too."""
         assert self._chosen is None and self._left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(
@@ -191,18 +176,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
 
 def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
-    """Collect the captions of each group.
-
-    Args:
-        records: records of a dataset.
-
-    Returns:
-        The groups, each text once, in the order of the records.
-
-    Raises:
-        ValueError: groups have fewer than two captions: how many, the first of them, and where
-            they are written.
-    """
+    """Collect the captions of each group."""
     groups, num_single, shown = count_groups(records)
     if not len(groups) + num_single:
         raise ValueError("There are no captions. Give a dataset with at least two images.")
@@ -217,17 +191,7 @@ def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
 
 
 def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int]:
-    """Collect the captions of the groups that have at least two.
-
-    Args:
-        records: records of a dataset.
-
-    Returns:
-        These groups, and how many were skipped.
-
-    Raises:
-        ValueError: no group is left.
-    """
+    """Collect the captions of the groups that have at least two."""
     groups, num_single, _ = count_groups(records)
     if num_single and not len(groups):
         raise ValueError(
@@ -238,14 +202,7 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
 
 
 def sort_by_group(records: RecordTable) -> RecordTable:
-    """Put the records of each group together, the groups in the order of their first records.
-
-    Args:
-        records: any records.
-
-    Returns:
-        The records themselves if they are in that order.
-    """
+    """Put the records of each group together, the groups in the order of their first records."""
     first = find_first_rows(partial(records.iterate_numbers, "group_key"), len(records))
     if not (first[1:] < first[:-1]).any():
         return records
@@ -253,15 +210,7 @@ def sort_by_group(records: RecordTable) -> RecordTable:
 
 
 def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns in batches that no group crosses.
-
-    Args:
-        records: records in which those of one group follow one another.
-        names: of the columns; the first is `group_key`.
-
-    Yields:
-        Batches; one is as long as its longest group.
-    """
+    """Yield columns in batches that no group crosses."""
     rest: pa.RecordBatch | None = None
     for batch in _iterate_slices(records, names):
         if rest is not None and rest.num_rows:
@@ -282,16 +231,7 @@ def _iterate_slices(records: RecordTable, names: Sequence[str]) -> Iterator[pa.R
 
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
-    """List the texts of a batch, each once per group, in the order of the records.
-
-    Args:
-        batch: columns `group_key`, `captions`, `long_captions` and `text_keys`; the records of a
-            group follow one another.
-
-    Returns:
-        Of each text: the number of its group in the batch, its key, and its place in all captions
-        of the batch followed by all long captions; (T,) int64 each.
-    """
+    """List the texts of a batch, each once per group, in the order of the records."""
     row, places = locate_captions(batch)
     group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
     keys = np.asarray(batch.column("text_keys").flatten())
@@ -303,15 +243,7 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
 
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
-    """Collect the captions of the groups that have at least two, and count the others.
-
-    Args:
-        data: records of a dataset.
-
-    Returns:
-        The groups of at least two captions, the number of the others, and the first of these with
-        the places where they are written.
-    """
+    """Collect the captions of the groups that have at least two, and count the others."""
     records = sort_by_group(RecordTable.from_records(data))
     num_groups, num_pairs, num_single, start = 0, 0, 0, 0
     shown: list[str] = []

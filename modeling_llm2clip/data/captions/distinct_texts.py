@@ -50,15 +50,7 @@ class TextNumbers:
         self._numbers: Array | None = None
 
     def add(self, texts: pa.Array, keys: Array) -> pa.Array:
-        """Add a batch of texts.
-
-        Args:
-            texts: (n,) strings.
-            keys: (n,) int64, the same for equal texts and evenly spread.
-
-        Returns:
-            The distinct texts of the batch, by first occurrence.
-        """
+        """Add a batch of texts."""
         encoded = texts.dictionary_encode()
         codes, distinct = np.asarray(encoded.indices), encoded.dictionary
         self._codes.write(np.ascontiguousarray(codes, np.int32).tobytes())

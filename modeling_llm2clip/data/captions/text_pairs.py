@@ -39,16 +39,6 @@ def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
 
     `negatives` is a list of texts, of the same length in every line. Lines with the same query are
     one group. Texts are cleaned like captions, so that equal texts are recognized.
-
-    Args:
-        file: JSON lines, UTF-8.
-
-    Yields:
-        The pairs in the order of the lines, at least one; none after the first error.
-
-    Raises:
-        ValueError: lines have errors, all of which are counted, or there is no line. It is raised
-            after the last line.
     """
     path = Path(file)
     errors = _LineErrors()

@@ -134,18 +134,7 @@ ImageSource: TypeAlias = Path | PackedImage
 
 
 def count_bytes(image: ImageSource | None) -> int:
-    """Return a size that changes with an image, as a rule; its bytes are not read.
-
-    Args:
-        image: address of the image; not None, which a record may have.
-
-    Returns:
-        The bytes of the encoded image; for a row of Parquet those of its column in its row group,
-        as stored, which the footer states.
-
-    Raises:
-        OSError: its file no longer exists.
-    """
+    """Return a size that changes with an image, as a rule; its bytes are not read."""
     assert image is not None
     if isinstance(image, TarImage | ArrowImage):
         return image.size
@@ -161,18 +150,7 @@ def count_bytes(image: ImageSource | None) -> int:
 
 
 def open_image(image: Any) -> Any:
-    """Turn an address into what `LLM2CLIPProcessor` takes.
-
-    Args:
-        image: an `ImageSource`, or anything that the processor takes itself.
-
-    Returns:
-        For a packed image a PIL image, opened and not yet decoded, whose `filename` names file and
-        member for the processor's errors. Anything else is returned unchanged.
-
-    Raises:
-        ValueError: a packed image cannot be read, or is not an image; file and member are named.
-    """
+    """Turn an address into what `LLM2CLIPProcessor` takes."""
     if not isinstance(image, PackedImage):
         return image
     try:
@@ -185,19 +163,7 @@ def open_image(image: Any) -> Any:
 
 
 def decode_image(image: ImageSource) -> Image.Image:
-    """Decode an image; one that is invalid, and one that cannot be read, are different errors.
-
-    Args:
-        image: address of the image.
-
-    Returns:
-        Upright RGB.
-
-    Raises:
-        ValueError: its content is not a valid image.
-        OSError: its file is gone, or the disk or the server that has it fails. Requests were made
-            again as often as allowed, and nothing is known of the image.
-    """
+    """Decode an image; one that is invalid, and one that cannot be read, are different errors."""
     try:
         decoded: Image.Image = load_images(open_image(image))
     except ValueError as error:
@@ -225,18 +191,7 @@ def _find_missing(file: Path) -> OSError | None:
 def find_unreadable_images(
     images: Iterable[ImageSource], *, show_progress: bool = False
 ) -> dict[ImageSource, str]:
-    """Decode every image once, as the processor will, in threads.
-
-    Args:
-        images: the images; one that is given several times is decoded once.
-        show_progress: show a progress bar.
-
-    Returns:
-        Each image that cannot be decoded, in their order, with an error that names it.
-
-    Raises:
-        OSError: an image cannot be read, whatever its content is.
-    """
+    """Decode every image once, as the processor will, in threads."""
     distinct = list(dict.fromkeys(images))
     unreadable = {}
     with (

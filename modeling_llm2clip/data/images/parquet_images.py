@@ -75,11 +75,7 @@ class ColumnLayout:
     first_rows: tuple[int, ...]
 
     def find_group(self, row: int) -> int:
-        """Return the number of the row group that has a row.
-
-        Args:
-            row: number in the file.
-        """
+        """Return the number of the row group that has a row."""
         return bisect_right(self.first_rows, row) - 1
 
 
@@ -111,17 +107,7 @@ _finding = Lock()
 
 
 def read_image_bytes(file: FilePlace, column: str, row: int) -> bytes:
-    """Read the encoded image of a row.
-
-    Args:
-        file: Parquet file; a local one that has changed since it was read is read again.
-        column: binary, or a struct with the field `bytes`.
-        row: number in the file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it has no such row or column, or is broken, or the row has no image.
-    """
+    """Read the encoded image of a row."""
     version = find_version(file)
     layout = find_layout(file, column, version)
     number = layout.find_group(row)
@@ -142,34 +128,14 @@ def read_image_bytes(file: FilePlace, column: str, row: int) -> bytes:
 
 
 def count_group_bytes(file: FilePlace, column: str, row: int) -> int:
-    """Return how many bytes the column has in the row's group, as the footer states it.
-
-    Args:
-        file: Parquet file.
-        column: binary, or a struct with the field `bytes`.
-        row: number in the file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a Parquet file, or lacks the column.
-    """
+    """Return how many bytes the column has in the row's group, as the footer states it."""
     layout = find_layout(file, column, find_version(file))
     return layout.groups[layout.find_group(row)].stored_size
 
 
 @lru_cache(maxsize=_FILES_KEPT)
 def find_layout(file: FilePlace, column: str, version: int) -> ColumnLayout:  # noqa: ARG001
-    """Read where a column's images are from the footer of a file.
-
-    Args:
-        file: Parquet file.
-        column: binary, or a struct with the field `bytes`.
-        version: from `find_version`; another one reads the footer again.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a Parquet file, or lacks the column.
-    """
+    """Read where a column's images are from the footer of a file."""
     try:
         with open_place(file) as opened:
             footer = pq.read_metadata(opened)
@@ -345,19 +311,7 @@ def _read_with_arrow(
 
 
 def read_group_column(file: FilePlace, leaf: str, group: int) -> Any:
-    """Read the bytes of a column in one row group.
-
-    Args:
-        file: Parquet file.
-        leaf: path of the bytes in the schema.
-        group: number of the row group.
-
-    Returns:
-        A chunked Arrow array.
-
-    Raises:
-        ValueError: the group is broken.
-    """
+    """Read the bytes of a column in one row group."""
     try:
         with open_place(file) as source, pq.ParquetFile(source) as opened:
             column = opened.read_row_group(group, columns=[leaf], use_threads=False).column(0)

@@ -59,16 +59,7 @@ class Page:
 
 
 def read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
-    """Read bytes of an open file.
-
-    Args:
-        file: opened without a buffer.
-        size: number of bytes.
-        offset: of the first one.
-
-    Raises:
-        UnknownLayoutError: the file ends before.
-    """
+    """Read bytes of an open file."""
     file.seek(offset)
     content = file.read(size)
     while len(content) < size:
@@ -80,16 +71,7 @@ def read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
 
 
 def read_page(file: io.RawIOBase, offset: int, end: int) -> Page:
-    """Read the header of a page.
-
-    Args:
-        file: opened without a buffer.
-        offset: of the header.
-        end: of the column chunk.
-
-    Raises:
-        UnknownLayoutError: there is no such header, or the page is of another kind.
-    """
+    """Read the header of a page."""
     wanted = _HEADER_READ
     while True:
         content = read_at(file, min(wanted, end - offset), offset)
@@ -127,13 +109,7 @@ def _make_page(header: dict[int, Any], start: int) -> Page:
 
 
 def decompress(codec: str, content: bytes, size: int) -> bytes:
-    """Decompress the body of a page.
-
-    Args:
-        codec: name in the footer.
-        content: as stored.
-        size: after decompression.
-    """
+    """Decompress the body of a page."""
     if codec not in _CODECS:
         raise UnknownLayoutError(f"compressed with {codec}")
     try:
@@ -146,20 +122,7 @@ def decompress(codec: str, content: bytes, size: int) -> bytes:
 def find_values(
     read: Callable[[int, int], bytes], start: int, end: int, count: int
 ) -> tuple[Integers, Integers]:
-    """Find the values of a plain page, each of which has its length in front of it.
-
-    Args:
-        read: returns so many bytes from an offset.
-        start: offset of the first length.
-        end: offset behind the last value.
-        count: number of values.
-
-    Returns:
-        Offset and size of each value, (count,).
-
-    Raises:
-        UnknownLayoutError: the values do not fill the page exactly.
-    """
+    """Find the values of a plain page, each of which has its length in front of it."""
     starts, sizes = np.empty(count, np.int64), np.empty(count, np.int64)
     position = start
     for number in range(count):
@@ -174,16 +137,7 @@ def find_values(
 
 
 def decode_hybrid(content: bytes, bit_width: int, count: int) -> Integers:
-    """Decode numbers that are stored as runs and as packed bits.
-
-    Args:
-        content: the encoding, without its length in front.
-        bit_width: of a number.
-        count: of numbers.
-
-    Returns:
-        (count,)
-    """
+    """Decode numbers that are stored as runs and as packed bits."""
     if bit_width == 0:
         return np.zeros(count, np.int64)
     if bit_width > 32:
@@ -214,19 +168,7 @@ def decode_hybrid(content: bytes, bit_width: int, count: int) -> Integers:
 
 
 def read_struct(content: bytes, position: int = 0) -> tuple[dict[int, Any], int]:
-    """Read a struct of Thrift's compact protocol.
-
-    Args:
-        content: that contains it.
-        position: where it starts.
-
-    Returns:
-        Number of each field to its value, and where the struct ends.
-
-    Raises:
-        IndexError: the content ends before the struct does.
-        UnknownLayoutError: a type that page headers do not have.
-    """
+    """Read a struct of Thrift's compact protocol."""
     fields: dict[int, Any] = {}
     number = 0
     while kind := content[position]:

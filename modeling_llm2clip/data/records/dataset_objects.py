@@ -333,13 +333,7 @@ class _DatasetShards:
         first: int,
         on_retry: Callable[[str, str], None],  # noqa: ARG002 (datasets tries again itself)
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard.
-
-        Args:
-            shard: its number.
-            first: number of the first sample to yield.
-            on_retry: not used.
-        """
+        """Yield the samples of a shard."""
         part = self._dataset
         if not self._is_whole:
             part = part.shard(num_shards=len(self._names), index=shard)

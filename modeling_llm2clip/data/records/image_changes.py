@@ -37,14 +37,7 @@ _UNKNOWN = 0  # in place of a time: the folder counts as changed
 
 
 def has_same_images(table: RecordTable) -> bool:
-    """Whether images that are files are as they were when their index was built.
-
-    Args:
-        table: records of an index, mapped from its file.
-
-    Returns:
-        False if one is missing or has another size; see the top of this file for what is looked at.
-    """
+    """Whether images that are files are as they were when their index was built."""
     assert table.file is not None
     if len(table) <= _MOST_IMAGES:
         return _has_same_sizes(table)
@@ -62,13 +55,7 @@ def has_same_images(table: RecordTable) -> bool:
 
 
 def note_folders(table: RecordTable, *, since: int) -> None:
-    """Note the modification times of the folders that hold images, beside a large index.
-
-    Args:
-        table: records of an index, mapped from its file.
-        since: nanoseconds of the epoch from which on images were looked at. A folder that has
-            changed since counts as changed the next time.
-    """
+    """Note the modification times of the folders that hold images, beside a large index."""
     if table.file is None or len(table) <= _MOST_IMAGES:
         return
     folders = sorted(_list_folders(table))
@@ -86,11 +73,7 @@ def note_folders(table: RecordTable, *, since: int) -> None:
 
 
 def folder_times_file(file: Path) -> Path:
-    """Name the file beside an index that has the modification times of folders of images.
-
-    Args:
-        file: of the index.
-    """
+    """Name the file beside an index that has the modification times of folders of images."""
     return file.with_suffix(".folders.json")
 
 

@@ -25,11 +25,6 @@ def check_images(
     """Decode every image once, however many records share it.
 
     The processes of a launch on one machine share the work, and each has the errors of its part.
-
-    Args:
-        records: all records of an index.
-        errors: what is wrong with an image is added to them.
-        show_progress: show a progress bar.
     """
     process = int(os.environ.get("LOCAL_RANK", "0"))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

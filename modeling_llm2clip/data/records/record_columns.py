@@ -74,14 +74,7 @@ class RecordColumns:
         return len(self._rows)
 
     def add(self, record: CaptionedImage | CheckedRecord) -> None:
-        """Add a record.
-
-        Args:
-            record: any record.
-
-        Raises:
-            UnicodeEncodeError: a text has half a character, a lone surrogate.
-        """
+        """Add a record."""
         name, group_id = record.name, record.group_id
         texts = (*record.captions, *record.long_captions)
         keys = [_digest(text) for text in texts]
@@ -133,39 +126,19 @@ def _to_numbers(digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.int64]]
 
 
 def hash_text(text: str) -> int:
-    """Hash a text into a signed integer of 64 bits, the same on every machine.
-
-    Args:
-        text: any text.
-
-    Raises:
-        UnicodeEncodeError: the text has half a character, a lone surrogate.
-    """
+    """Hash a text into a signed integer of 64 bits, the same on every machine."""
     return int.from_bytes(_digest(text), "little", signed=True)
 
 
 def hash_identity(name: str, lang: str) -> int:
-    """Return the `key` of a name and a language.
-
-    Args:
-        name: of an image.
-        lang: of its texts.
-    """
+    """Return the `key` of a name and a language."""
     return int(_to_numbers([_digest(name), _digest(lang)]).sum())
 
 
 def make_image(
     kind: int, file: str | None, member: str | None, offset: int | None, size: int | None
 ) -> ImageSource | None:
-    """Make the address of an image from its columns.
-
-    Args:
-        kind: `image_kind`.
-        file: `image_file`.
-        member: `image_member`.
-        offset: `image_offset`.
-        size: `image_size`.
-    """
+    """Make the address of an image from its columns."""
     if kind == NO_IMAGE:
         return None
     assert file is not None

@@ -60,21 +60,7 @@ _FREE_CACHE = "Free some space, or name another folder for the cache by the vari
 def open_index(
     job: IndexJob, *, use_cache: bool = True, show_progress: bool = False
 ) -> tuple[RecordTable, ErrorCollector]:
-    """Find the index of a source, or build it.
-
-    Args:
-        job: the source, and how it is read.
-        use_cache: find the index in the user's cache, and keep it there. Otherwise a large one is
-            in a temporary folder while this process runs.
-        show_progress: show a progress bar.
-
-    Returns:
-        The records in the order of the source, those with errors too, and the errors. An index with
-        errors is not kept.
-
-    Raises:
-        OSError: the index cannot be written, for example because the disk is full.
-    """
+    """Find the index of a source, or build it."""
     states = describe_states(job.source.files)
     if not use_cache or None in states:  # changes of such a file would not be noticed
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
@@ -95,11 +81,7 @@ def open_index(
 
 
 def name_build(name: Path) -> Path:
-    """Name the file of one build, which no other build has: not even one of the same source.
-
-    Args:
-        name: folder, and what the name begins with.
-    """
+    """Name the file of one build, which no other build has: not even one of the same source."""
     return name.with_name(f"{name.name}-{uuid4().hex[:16]}.arrow")
 
 
@@ -187,14 +169,7 @@ def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable
 
 
 def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one.
-
-    Args:
-        batches: of any length.
-
-    Yields:
-        The same rows.
-    """
+    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
     waiting: list[pa.RecordBatch] = []
     num_rows = 0
     for batch in batches:
@@ -215,15 +190,7 @@ def _join(table: pa.Table) -> pa.RecordBatch:
 
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
-    """Write an index, unless it is so small that it stays in memory.
-
-    Args:
-        batches: of `ROWS_PER_BATCH` rows, but for the last one.
-        file: that is written.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write an index, unless it is so small that it stays in memory."""
     first = next(batches, None)
     if first is None:
         return RecordTable([])
@@ -248,33 +215,14 @@ def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
 def find_repeated(
     table: RecordTable, errors: ErrorCollector, *, modality: Modality | None = None
 ) -> None:
-    """Report images, or texts, that occur twice in a language.
-
-    Args:
-        table: the records.
-        errors: gets the repeated ones.
-        modality: what alone is read, which the kind of the error says; None for pairs.
-
-    Raises:
-        ValueError: two names or group ids have the same key.
-    """
+    """Report images, or texts, that occur twice in a language."""
     kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
     for _, place in iterate_repeated(table):
         errors.add(kind, place)
 
 
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
-    """Yield images that occur twice in a language.
-
-    Args:
-        table: the records.
-
-    Yields:
-        Row and place of each record whose name and language an earlier one has.
-
-    Raises:
-        ValueError: two names or group ids have the same key.
-    """
+    """Yield images that occur twice in a language."""
     with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
         same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
     for rows, earlier in _pair_repeated(groups):

@@ -61,17 +61,7 @@ class IndexJob:
     modality: Modality | None = None
 
     def add(self, raw: RawRecord, columns: RecordColumns, errors: ErrorCollector) -> bool:
-        """Check a record of the source, and add what is left of it to columns.
-
-        Args:
-            raw: what the source has.
-            columns: get the record, unless its name or language cannot be read, or one of its texts
-                not be stored.
-            errors: gets every error of this record.
-
-        Returns:
-            Whether it was added.
-        """
+        """Check a record of the source, and add what is left of it to columns."""
         record = check_record(
             raw,
             errors,
@@ -96,11 +86,7 @@ class IndexJob:
 
     @classmethod
     def from_json(cls, text: str) -> IndexJob:
-        """Read a job.
-
-        Args:
-            text: from `to_json`.
-        """
+        """Read a job."""
         fields = json.loads(text)
         source = fields["source"]
         files = [parse_place(file) for file in source["files"]]
@@ -114,16 +100,7 @@ class IndexJob:
 
 
 def read_part(job: IndexJob, part: SourcePart, errors: ErrorCollector) -> Iterator[pa.RecordBatch]:
-    """Read a part into columns; a record with errors is built from what is left of it.
-
-    Args:
-        job: the source, and how it is read.
-        part: one of its parts.
-        errors: gets every error.
-
-    Yields:
-        Batches of at most `ROWS_PER_BATCH` records.
-    """
+    """Read a part into columns; a record with errors is built from what is left of it."""
     columns = RecordColumns()
     for raw in job.source.read(part, errors):
         job.add(raw, columns, errors)
@@ -142,24 +119,7 @@ def read_parts_in_processes(
     num_processes: int,
     on_part: Callable[[], object],
 ) -> Iterator[pa.RecordBatch]:
-    """Read parts in several processes, and yield their batches in the order of the parts.
-
-    Args:
-        job: the source, and how it is read.
-        parts: its parts.
-        errors: gets every error.
-        folder: empty folder, in which the processes write.
-        num_processes: how many to start.
-        on_part: called after each part.
-
-    Yields:
-        Batches of at most `ROWS_PER_BATCH` records.
-
-    Raises:
-        AccessError: access to a URL is denied, or its host cannot be reached.
-        OSError: a file cannot be read, or a part not be written.
-        RuntimeError: a process ended unexpectedly; its last output is shown.
-    """
+    """Read parts in several processes, and yield their batches in the order of the parts."""
     shares = [list(range(w, len(parts), num_processes)) for w in range(num_processes)]
     described = [[str(p.file), p.name, p.start, p.stop, p.first_line] for p in parts]
     content = {"job": job.to_json(), "parts": described, "shares": shares}

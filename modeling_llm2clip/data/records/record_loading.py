@@ -139,18 +139,6 @@ def collect_records(
     """Read a source as `load_records` does, for a caller that decides about its errors.
 
     A source with errors is read twice: its index says only how many there are.
-
-    Args:
-        source: a folder, file, pattern or URL; see `source_files.py`.
-        image_dir: folder of the images that are files. Default: the folder of the source.
-        require_images: whether a record without its image is an error.
-        ignore_fields: names of further fields, which are not errors.
-        cache: whether the index of a large source is kept for later runs.
-
-    Raises:
-        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
-        AccessError: access to a URL is denied, or its host cannot be reached.
-        OSError: the index cannot be written, for example because the disk is full.
     """
     job = _plan(source, image_dir, require_images, ignore_fields)
     records, errors = open_index(job, use_cache=cache)
@@ -189,14 +177,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
 
 
 def find_example_data() -> Path:
-    """Find the images that come with the package.
-
-    Returns:
-        The folder that contains `emoji` and `photographs`.
-
-    Raises:
-        FileNotFoundError: the installation lacks it.
-    """
+    """Find the images that come with the package."""
     # A wheel has the folder inside the package; a repository has it where people look for it.
     for folder in (_PACKAGE / "example_data", _PACKAGE.parent / "examples" / "data"):
         if (folder / "emoji").is_dir():
@@ -208,18 +189,7 @@ def find_example_data() -> Path:
 
 
 def fetch_dataset_folder(reference: str, pattern: str) -> Path:
-    """Fetch files of a dataset on the Hub at one commit, or find them in the cache.
-
-    Args:
-        reference: `hub:OWNER/NAME@COMMIT`, with all 40 digits of the commit.
-        pattern: of the files to fetch, such as `data/*.parquet`.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        ValueError: the reference does not pin a commit, or cannot be fetched.
-    """
+    """Fetch files of a dataset on the Hub at one commit, or find them in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -317,23 +317,12 @@ class RecordTable(Sequence[CaptionedImage]):
 
 
 def skipped_file(file: Path) -> Path:
-    """Name the file beside an index that counts the rows that are not records.
-
-    Args:
-        file: of the index.
-    """
+    """Name the file beside an index that counts the rows that are not records."""
     return file.with_suffix(".skipped.json")
 
 
 def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
-    """Split rows of a table by the batch that they are in.
-
-    Args:
-        rows: (M,) rows.
-
-    Yields:
-        Number of a batch, and places in `rows` of those in it, in their order there.
-    """
+    """Split rows of a table by the batch that they are in."""
     if not len(rows):
         return
     batches = rows // ROWS_PER_BATCH

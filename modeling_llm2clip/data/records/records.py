@@ -192,18 +192,6 @@ def check_record(
     """Check the fields of a record.
 
     Of a record with errors the rest is returned, so that checks over several records see it.
-
-    Args:
-        raw: what the source has.
-        errors: gets every error of this record.
-        image_dir: folder of the images that are files; None if there is none.
-        require_images: whether a record without an image is an error.
-        ignore_fields: names of further fields, which are not errors.
-        modality: what alone is read: images, which then need no captions, or texts without images,
-            which `id` or their place may name.
-
-    Returns:
-        The checked fields; None if the name or the language cannot be read.
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
@@ -236,27 +224,13 @@ def check_record(
 
 
 def list_fields_read(names: Collection[str]) -> list[str]:
-    """List the fields of records, but for notes, which training does not read.
-
-    Args:
-        names: of fields, also unknown ones. `caption` and `text` are other names of `captions`.
-
-    Returns:
-        Each field once.
-    """
+    """List the fields of records, but for notes, which training does not read."""
     known = _KNOWN_FIELDS.intersection(names).difference(_NOTES)
     return sorted({_CAPTIONS[0] if name in _CAPTIONS else name for name in known})
 
 
 def clean_text(text: str) -> str:
-    """Strip a text, and replace each line break and the whitespace around it by one space.
-
-    Args:
-        text: any text.
-
-    Returns:
-        One line; empty for a blank text.
-    """
+    """Strip a text, and replace each line break and the whitespace around it by one space."""
     # Most texts are clean. Those that are printable have no line breaks, and no spaces but " ".
     if text.isprintable() and text[:1] != " " and text[-1:] != " ":
         return text

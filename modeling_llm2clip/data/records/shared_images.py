@@ -19,14 +19,7 @@ _NAMES_SHOWN = 5
 
 
 def require_images(records: RecordTable) -> None:
-    """Check that there are records, and that each has its image.
-
-    Args:
-        records: The dataset.
-
-    Raises:
-        ValueError: There are no records, or some have no image.
-    """
+    """Check that there are records, and that each has its image."""
     if not len(records):
         raise ValueError("There are no images. Give a dataset with at least one.")
     without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
@@ -38,17 +31,7 @@ def require_images(records: RecordTable) -> None:
 
 
 def select_one_per_image(records: RecordTable) -> RecordTable:
-    """Select the first record of each image.
-
-    Args:
-        records: The dataset, with images.
-
-    Returns:
-        A table in which every name occurs once, in the order of the dataset.
-
-    Raises:
-        ValueError: One name is that of two images.
-    """
+    """Select the first record of each image."""
     firsts = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
     rows = np.arange(len(records), dtype=firsts.dtype)
     again = np.flatnonzero(firsts != rows)
@@ -59,14 +42,7 @@ def select_one_per_image(records: RecordTable) -> RecordTable:
 
 
 def refuse_ambiguous_names(names: Iterable[str]) -> None:
-    """Raise for names that are those of several images.
-
-    Args:
-        names: From `find_ambiguous_names`.
-
-    Raises:
-        ValueError: There are such names.
-    """
+    """Raise for names that are those of several images."""
     if ambiguous := list(names):
         raise ValueError(
             f"{len(ambiguous)} names are those of several images: "
@@ -79,14 +55,6 @@ def find_ambiguous_names(records: RecordTable, again: Array, firsts: Array) -> d
     """Find the names of records whose image is not that of the first record of the name.
 
     The images are compared by their addresses, and where these differ, as bytes.
-
-    Args:
-        records: The dataset, with images.
-        again: (M,) numbers of records whose name has occurred before.
-        firsts: (M,) number of the first record of each name.
-
-    Returns:
-        The names, in order.
     """
     found: dict[str, None] = {}
     for start in range(0, len(again), ROWS_PER_BATCH):

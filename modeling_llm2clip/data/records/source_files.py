@@ -102,12 +102,7 @@ class SourceFiles:
         ]
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[RawRecord]:
-        """Yield the raw records of a part.
-
-        Args:
-            part: one of `split`.
-            errors: gets the errors that belong to no record.
-        """
+        """Yield the raw records of a part."""
         if self.suffix == ".parquet":
             return read_parquet_file(part.file, part.name, errors)
         if self.suffix == ".tar":
@@ -123,16 +118,7 @@ class SourceFiles:
 
 
 def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles:
-    """Find the files of a source.
-
-    Args:
-        source: a folder, file, pattern or URL; see the top of this file.
-        modality: what alone is read; None for pairs.
-
-    Raises:
-        ValueError: the source is missing or ambiguous, or its format is unknown.
-        AccessError: access is denied, or a host cannot be reached.
-    """
+    """Find the files of a source."""
     path = Path(source)
     if not is_remote(source) and path.is_dir():
         return _search_folder(path)
@@ -186,19 +172,7 @@ def _refuse_several(source: str, count: int, suffix: str) -> ValueError:
 def find_image_folder(
     source: SourceFiles, image_dir: str | Path | None, *, required: bool
 ) -> Path | None:
-    """Find the folder of the images that are files.
-
-    Args:
-        source: files of a source.
-        image_dir: the folder, if the user names it.
-        required: whether images are wanted.
-
-    Returns:
-        The folder; None where the source holds its images, or where none are wanted.
-
-    Raises:
-        ValueError: the folder is missing, has to be named, or is not on this machine.
-    """
+    """Find the folder of the images that are files."""
     if image_dir is not None:
         if not Path(image_dir).is_dir():
             raise ValueError(
@@ -224,11 +198,7 @@ def find_image_folder(
 
 
 def is_source(folder: Path) -> bool:
-    """Whether a folder holds a source, and not images alone.
-
-    Args:
-        folder: an existing folder.
-    """
+    """Whether a folder holds a source, and not images alone."""
     return bool(_list_sources(folder))
 
 
@@ -255,11 +225,7 @@ def _search_folder(folder: Path) -> SourceFiles:
 
 
 def describe_line(folder: Path) -> str:
-    """Say how a file of captions is written, by an image of the folder if it has one.
-
-    Args:
-        folder: folder of images.
-    """
+    """Say how a file of captions is written, by an image of the folder if it has one."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     name = next((file for file in files if file.lower().endswith(_SHOWN_SUFFIXES)), "cat.jpg")
     line = json.dumps({"image": name, "captions": ["What it shows."]}, ensure_ascii=False)

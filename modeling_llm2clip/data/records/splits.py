@@ -91,14 +91,6 @@ def _list_texts(table: RecordTable, keys: Array) -> set[str]:
 
 
 def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:
-    """Choose one record per group to test with, so that each group is asked for once.
-
-    Args:
-        records: all records.
-        groups: ids of the groups to test with.
-
-    Returns:
-        Row of the last record of each group, in the order in which the groups first occur.
-    """
+    """Choose one record per group to test with, so that each group is asked for once."""
     rows = (row for row, record in enumerate(records) if record.group_id in groups)
     return list({records[row].group_id: row for row in rows}.values())

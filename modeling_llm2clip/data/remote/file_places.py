@@ -31,71 +31,32 @@ _of_thread = threading.local()
 
 
 def parse_place(text: str) -> FilePlace:
-    """Turn a text into a place.
-
-    Args:
-        text: path or URL.
-    """
+    """Turn a text into a place."""
     return text if is_remote(text) else Path(text)
 
 
 def name_place(place: FilePlace) -> str:
-    """Return the name of a file, without its folder and the query of its URL.
-
-    Args:
-        place: path or URL.
-    """
+    """Return the name of a file, without its folder and the query of its URL."""
     return place.name if isinstance(place, Path) else Path(urlsplit(place).path).name
 
 
 def find_version(place: FilePlace) -> int:
-    """Return a number that changes when a local file does; a remote one must not change.
-
-    Args:
-        place: path or URL.
-
-    Raises:
-        OSError: there is no such local file.
-    """
+    """Return a number that changes when a local file does; a remote one must not change."""
     return place.stat().st_mtime_ns if isinstance(place, Path) else 0
 
 
 def open_place(place: FilePlace) -> io.RawIOBase:
-    """Open a file to read it in any order, without a buffer.
-
-    Args:
-        place: path or URL.
-
-    Raises:
-        OSError: there is no such file, or it cannot be reached.
-    """
+    """Open a file to read it in any order, without a buffer."""
     return io.FileIO(place) if isinstance(place, Path) else _BlockFile(place)
 
 
 def open_buffered(place: FilePlace) -> io.BufferedReader:
-    """Open a file to read lines or small parts of it.
-
-    Args:
-        place: path or URL.
-
-    Raises:
-        OSError: there is no such file, or it cannot be reached.
-    """
+    """Open a file to read lines or small parts of it."""
     return io.BufferedReader(open_place(place))
 
 
 def read_range(place: FilePlace, offset: int, size: int) -> bytes:
-    """Read a part of a file.
-
-    Args:
-        place: path or URL.
-        offset: of the first byte.
-        size: number of bytes.
-
-    Raises:
-        OSError: the file cannot be read.
-        LostFileError: it ends before.
-    """
+    """Read a part of a file."""
     with open_buffered(place) as file:
         file.seek(offset)
         content = file.read(size)
@@ -107,19 +68,7 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
 
 
 def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
-    """Describe the state that files are in; it changes when they do.
-
-    Args:
-        places: paths or URLs, which are asked for at the same time.
-
-    Returns:
-        The state of each; None if a server says too little.
-
-    Raises:
-        AccessError: access is denied, or a host cannot be reached.
-        LostFileError: a remote file is missing.
-        OSError: a local file is missing.
-    """
+    """Describe the state that files are in; it changes when they do."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         remote = pool.map(_describe_remote, [place for place in places if isinstance(place, str)])
         return [

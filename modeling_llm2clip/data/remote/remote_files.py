@@ -35,35 +35,19 @@ class ByteStream(Protocol):
     """What a file is read from, front to back."""
 
     def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end.
-
-        Args:
-            size: number of bytes.
-        """
+        """Return the next bytes, fewer only at the end."""
 
     def close(self) -> None:
         """Release what is open."""
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a URL or a command, not a local path.
-
-    Args:
-        source: as the user gave it.
-    """
+    """Whether a source is a URL or a command, not a local path."""
     return source.startswith(PIPE) or "://" in source
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it.
-
-    Args:
-        url: URL or local path.
-
-    Raises:
-        AccessError: the protocol is unknown, or its package is missing.
-        MissingExtraError: the package for web servers is missing.
-    """
+    """Return fsspec's file system for a URL, and the path in it."""
     import fsspec  # type: ignore[import-untyped]
 
     try:
@@ -124,22 +108,13 @@ class RemoteFile:
         self._info: dict[str, Any] | None = None
 
     def try_(self, request: Callable[[], Any]) -> Any:
-        """Make a request of this file, by its policy.
-
-        Args:
-            request: makes it.
-        """
+        """Make a request of this file, by its policy."""
         return try_request(
             self.url, request, self._policy, on_retry=self._on_retry, is_first=self._is_first
         )
 
     def require_access(self) -> None:
-        """Check that the file can be opened.
-
-        Raises:
-            AccessError: access is denied, or the host cannot be reached.
-            LostFileError: the file is missing.
-        """
+        """Check that the file can be opened."""
         if self.url.startswith(PIPE):
             return
         if is_remote(self.url):
@@ -148,11 +123,7 @@ class RemoteFile:
             self.open_stream().close()
 
     def beside(self, url: str) -> RemoteFile:
-        """Return another file that is read in the same way.
-
-        Args:
-            url: path, URL or command.
-        """
+        """Return another file that is read in the same way."""
         return RemoteFile(url, self._policy, on_retry=self._on_retry)
 
     def find_size(self) -> int | None:
@@ -179,17 +150,7 @@ class RemoteFile:
         return self._info
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Read bytes from the middle of the file.
-
-        Args:
-            start: first byte.
-            stop: byte after the last one; not beyond the end.
-
-        Raises:
-            NoRangesError: the server cannot send ranges, or does not say how long the file is.
-            AccessError: nothing of the source can be read.
-            LostFileError: this file cannot.
-        """
+        """Read bytes from the middle of the file."""
         size = self.find_size()
         if size is None:
             raise NoRangesError
@@ -273,11 +234,7 @@ class RangedStream:
         self._request()
 
     def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end.
-
-        Args:
-            size: number of bytes.
-        """
+        """Return the next bytes, fewer only at the end."""
         if self._rest is not None:
             return self._rest.read(size)
         parts: list[bytes | memoryview] = []
@@ -334,11 +291,7 @@ class RestartedStream:
         self._opened: ByteStream | None = None
 
     def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end.
-
-        Args:
-            size: number of bytes.
-        """
+        """Return the next bytes, fewer only at the end."""
         content: bytes = self._file.try_(lambda: self._read(size))
         self._position += len(content)
         return content
@@ -373,14 +326,7 @@ class CommandStream:
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
 
     def read(self, size: int, /) -> bytes:
-        """Return the next bytes.
-
-        Args:
-            size: number of bytes.
-
-        Raises:
-            OSError: the command failed.
-        """
+        """Return the next bytes."""
         assert self._process.stdout is not None
         content = self._process.stdout.read(size)
         if len(content) < size and (code := self._process.wait()):
@@ -418,12 +364,7 @@ class SeekableFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to an offset.
-
-        Args:
-            offset: in bytes.
-            whence: what it is relative to.
-        """
+        """Move to an offset."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
@@ -433,11 +374,7 @@ class SeekableFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into a buffer.
-
-        Args:
-            buffer: to fill.
-        """
+        """Read into a buffer."""
         stop = min(self._position + len(buffer), self._size)
         if stop <= self._position:
             return 0

@@ -15,17 +15,7 @@ from ..validation_errors import ErrorCollector
 
 
 def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per row.
-
-    Args:
-        file: CSV with commas, UTF-8, with or without a byte order mark.
-        name: of the file, as names of texts and places have it.
-        errors: gets the rows that have not as many cells as the header, and a file that cannot be
-            read, or has two columns of one name.
-
-    Yields:
-        The records, without the fields that are empty. A text is named by its row, from 0.
-    """
+    """Yield a raw record per row."""
     with file.open(encoding="utf-8-sig", newline="") as opened:
         rows = csv.reader(opened, strict=True)
         try:

@@ -30,19 +30,7 @@ def read_json_lines(
     first_line: int = 1,
     name: str | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per line that is not blank.
-
-    Args:
-        file: path or URL of JSON lines, UTF-8.
-        errors: gets every line that is not a JSON object.
-        start: first byte to read, where a line begins.
-        stop: byte to stop at, where a line ends; None for the end of the file.
-        first_line: number of the line at `start`.
-        name: of the file, in names of texts. Default: without its folder.
-
-    Yields:
-        The record of each other line, without the fields that are null.
-    """
+    """Yield a raw record per line that is not blank."""
     bare_name = name_place(file)
     name = name or bare_name
     for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
@@ -59,18 +47,7 @@ def read_json_lines(
 def iterate_lines(
     file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank.
-
-    Args:
-        file: path or URL of a text file. Only a line feed ends a line: a text may hold other
-            separators.
-        start: first byte to read, where a line begins.
-        stop: byte to stop at, where a line ends; None for the end of the file.
-        first_line: number of the line at `start`.
-
-    Yields:
-        Number of the line, from 1, and its bytes.
-    """
+    """Yield the lines that are not blank."""
     with open_buffered(file) as lines:
         lines.seek(start)
         left = math.inf if stop is None else stop - start
@@ -84,15 +61,7 @@ def iterate_lines(
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
-    """Find beginnings of lines that split a file into ranges of about the same size.
-
-    Args:
-        file: text file.
-        bytes_apart: size of a range; one may be longer by a line.
-
-    Yields:
-        Byte and number of the first line of each range, from 0 and 1.
-    """
+    """Find beginnings of lines that split a file into ranges of about the same size."""
     position, line = 0, 1
     with file.open("rb") as opened:
         yield position, line
@@ -105,14 +74,7 @@ def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:
-    """Parse a JSON object.
-
-    Args:
-        content: of a line or a file.
-
-    Returns:
-        The object, or the error as a text.
-    """
+    """Parse a JSON object."""
     try:
         text = content.decode("utf-8").strip(_WHITESPACE)
         fields, end = _DECODER.raw_decode(text)
@@ -145,17 +107,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        file: UTF-8, with or without a byte order mark.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
+    """Read a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -163,17 +115,7 @@ def read_json(file: Path) -> Any:
 
 
 def iterate_json_list(file: Path) -> Iterator[Any]:
-    """Yield the objects of a JSON list one by one; nothing after the last one taken is read.
-
-    Args:
-        file: UTF-8, with or without a byte order mark.
-
-    Yields:
-        The objects, in their order.
-
-    Raises:
-        ValueError: the file is not a JSON list, or is truncated.
-    """
+    """Yield the objects of a JSON list one by one; nothing after the last one taken is read."""
     with file.open(encoding="utf-8-sig") as stream:
         text = _JsonStream(stream)
         try:

@@ -41,22 +41,7 @@ def read_parquet(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row; the bytes of images are not read.
-
-    Args:
-        files: Parquet files, in their order.
-        base: folder that names and places are relative to.
-        errors: gets the files that cannot be read, and those that lack a column; and, of files
-            that are read whole, their columns.
-        columns: field of a record to the column that holds it, such as
-            `{"image": "img", "file_name": "id", "captions": "raw"}`; other columns are not read.
-            Default: every column, named as the fields of a record.
-        only: column to the value that a row must have, such as `{"split": "test"}`; other rows are
-            skipped.
-
-    Yields:
-        The records, without the fields that are null.
-    """
+    """Yield a raw record per row; the bytes of images are not read."""
     for file in files:
         name = file.relative_to(base).as_posix()
         yield from read_parquet_file(file, name, errors, columns=columns, only=only)
@@ -70,21 +55,7 @@ def read_parquet_file(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row of one file; the bytes of images are not read.
-
-    Args:
-        file: path or URL of a Parquet file.
-        name: of the file, as names and places have it.
-        errors: as in `read_parquet`.
-        columns: as in `read_parquet`.
-        only: as in `read_parquet`.
-
-    Yields:
-        The records, without the fields that are null.
-
-    Raises:
-        AccessError: access to a remote file is denied, or its host cannot be reached.
-    """
+    """Yield a raw record per row of one file; the bytes of images are not read."""
     only = only or {}
     opened = _open(file, name, errors)
     if opened is None:
@@ -120,17 +91,7 @@ def read_parquet_file(
 def iterate_rows(
     files: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of Parquet files whose rows are not records, such as pairs of images.
-
-    Args:
-        files: Parquet files, in their order.
-        base: folder that places are relative to.
-        errors: gets the files that cannot be read.
-
-    Yields:
-        The place of the row, for errors, and its columns; an image whose bytes are in the file is
-        a `ParquetImage`.
-    """
+    """Yield the rows of Parquet files whose rows are not records, such as pairs of images."""
     for file in files:
         name = file.relative_to(base).as_posix()
         opened = _open(file, name, errors)
@@ -278,11 +239,7 @@ class _FileReader:
 
 
 def is_image_type(kind: Any) -> bool:
-    """Whether a column of this type holds images: `{bytes, path}`, or bytes alone.
-
-    Args:
-        kind: Arrow type.
-    """
+    """Whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
     types = pa.types
     if types.is_struct(kind):
         names = {kind.field(index).name for index in range(kind.num_fields)}

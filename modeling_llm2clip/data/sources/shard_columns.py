@@ -35,14 +35,7 @@ class ShardColumns(NamedTuple):
     fields: frozenset[str]
 
     def require_same(self, other: ShardColumns) -> None:
-        """Compare with another shard.
-
-        Args:
-            other: columns of the other shard.
-
-        Raises:
-            ShardColumnsError: they differ.
-        """
+        """Compare with another shard."""
         if differing := sorted(self.fields ^ other.fields):
             raise ShardColumnsError(
                 f"{other.shard} and {self.shard} differ in columns that one has and the other "
@@ -52,18 +45,7 @@ class ShardColumns(NamedTuple):
 
 
 def find_columns(opened: Any, name: str) -> ShardColumns | None:
-    """Find the columns of an open shard.
-
-    Args:
-        opened: a `pyarrow.parquet.ParquetFile`.
-        name: of the shard.
-
-    Returns:
-        The columns, without notes that training does not read; None for a shard without rows.
-
-    Raises:
-        ShardColumnsError: two of them have one name.
-    """
+    """Find the columns of an open shard."""
     if not opened.metadata.num_rows:
         return None
     repeated = [column for column, n in Counter(opened.schema_arrow.names).items() if n > 1]
@@ -73,20 +55,7 @@ def find_columns(opened: Any, name: str) -> ShardColumns | None:
 
 
 def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
-    """Read the columns of a shard.
-
-    Args:
-        file: a Parquet file.
-        name: of the shard.
-
-    Returns:
-        The columns; None for a shard without rows, or one that cannot be read, which is counted
-        where the stream comes to it.
-
-    Raises:
-        AccessError: nothing of the source can be read.
-        ShardColumnsError: two columns have one name.
-    """
+    """Read the columns of a shard."""
     try:
         source = file.open_seekable()
         try:

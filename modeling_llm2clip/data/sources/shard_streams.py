@@ -66,24 +66,7 @@ def read_shard(
     first: int = 0,
     on_columns: Callable[[ShardColumns], None] | None = None,
 ) -> Iterator[StreamedSample]:
-    """Yield the samples of a shard.
-
-    Args:
-        file: the shard.
-        name: of the shard, as places and names have it.
-        first: number of the first sample to yield.
-        on_columns: called with the columns of a Parquet file before its first sample; raises
-            ShardColumnsError for others than the source has.
-
-    Yields:
-        Each sample, in its order.
-
-    Raises:
-        BrokenShardError: the shard ends early or is damaged.
-        LostFileError: the rest of it cannot be read.
-        AccessError: nothing of the source can be read.
-        ShardColumnsError: from `on_columns`.
-    """
+    """Yield the samples of a shard."""
     suffix = find_format(file.url)
     if suffix == ".parquet":
         yield from refuse_shared_paths(_read_parquet(file, name, first, on_columns))
@@ -212,14 +195,7 @@ def _read_parquet(
 
 
 def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -> StreamedSample:
-    """Make a sample of a row.
-
-    Args:
-        number: of the row in its shard.
-        name: of the shard.
-        row: its columns.
-        images: columns that hold images.
-    """
+    """Make a sample of a row."""
     place = f"{name} row {number}"
     fields = dict(row)
     is_downloaded = is_download(row)
@@ -250,12 +226,6 @@ def refuse_shared_paths(samples: Iterable[StreamedSample]) -> Iterator[StreamedS
     """Break the samples whose image has the path of another one, which would be of its group.
 
     Some writers give all images one path. Rows of the same image, one per caption, stay.
-
-    Args:
-        samples: from `read_row`, of one shard.
-
-    Yields:
-        Each sample, in its order.
     """
     found: dict[str, int] = {}
     for sample in samples:

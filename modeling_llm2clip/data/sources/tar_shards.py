@@ -50,17 +50,7 @@ class TarSample:
         read: Callable[[], bytes],
         make_image: Callable[[], PackedImage],
     ) -> str:
-        """Add a member.
-
-        Args:
-            member: its header.
-            extension: of its name, in lower case.
-            read: returns its content.
-            make_image: returns its address, or itself.
-
-        Returns:
-            The error; empty if there is none.
-        """
+        """Add a member."""
         if not member.isreg() or member.issparse():
             return "member is not a plain file"
         if extension in IMAGE_SUFFIXES:
@@ -98,19 +88,7 @@ class TarSample:
 
 
 def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per sample, in the order of their first members.
-
-    Args:
-        shard: path or URL of an uncompressed tar file.
-        name: of the shard, as names and places have it.
-        errors: gets the shard and members that cannot be read.
-
-    Yields:
-        The records of the samples without such errors.
-
-    Raises:
-        AccessError: access to a remote shard is denied, or its host cannot be reached.
-    """
+    """Yield a raw record per sample, in the order of their first members."""
     for key, sample in _index_shard(shard, name, errors).items():
         place = f"{name}: {key}"
         if len(sample.images) > 1:
@@ -168,29 +146,14 @@ def _require_end(opened: io.BufferedReader, offset: int) -> None:
 
 
 def split_member(member: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does, at the first dot of its last part.
-
-    Args:
-        member: name of the member.
-
-    Returns:
-        Key of its sample, and extension in lower case.
-    """
+    """Split a member's name as webdataset does, at the first dot of its last part."""
     folder, slash, name = member.rpartition("/")
     stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
 def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Read a plain file of an archive.
-
-    Args:
-        archive: opened.
-        member: its header.
-
-    Raises:
-        tarfile.ReadError: the archive ends before it does.
-    """
+    """Read a plain file of an archive."""
     stream = archive.extractfile(member)
     assert stream is not None
     content = stream.read()

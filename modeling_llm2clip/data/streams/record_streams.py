@@ -59,16 +59,7 @@ class UrlShards:
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard.
-
-        Args:
-            shard: its number.
-            first: number of the first sample to yield.
-            on_retry: called with the URL and the reason before a request is made again.
-
-        Raises:
-            ShardColumnsError: it is a Parquet file with other columns than the first one.
-        """
+        """Yield the samples of a shard."""
         file = RemoteFile(self._urls[shard], self._policy, on_retry=on_retry)
         return read_shard(
             file, self._names[shard], first=first, on_columns=self._require_same_columns
@@ -200,22 +191,11 @@ class RecordStream(IterableDataset[CaptionedImage]):
         self._run: StreamRun | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration.
-
-        Args:
-            epoch: number of the epoch.
-        """
+        """Choose the order of the next iteration."""
         self.epoch = epoch
 
     def require_workers(self, num_workers: int) -> None:
-        """Check that each worker of each process gets a shard.
-
-        Args:
-            num_workers: of this process's loader; 0 counts as 1.
-
-        Raises:
-            ValueError: there are fewer shards.
-        """
+        """Check that each worker of each process gets a shard."""
         readers = self.num_processes * max(1, num_workers)
         if readers > len(self.reader.shards):
             raise ValueError(
@@ -228,11 +208,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return self.start().iterate()
 
     def start(self, prepare: Prepare | None = None) -> StreamRun:
-        """Begin the part of this worker in the epoch, or go on where a state was saved.
-
-        Args:
-            prepare: decodes the image of a record; None to yield records as they are.
-        """
+        """Begin the part of this worker in the epoch, or go on where a state was saved."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(num_workers)
@@ -254,31 +230,14 @@ class RecordStream(IterableDataset[CaptionedImage]):
         seed: int,
         excluded_groups: frozenset[str] = frozenset(),
     ) -> RecordStream:
-        """Return the part of one process of a training run.
-
-        Args:
-            process_index: number of the process.
-            num_processes: how many train together; each gets other shards.
-            seed: of the order.
-            excluded_groups: group ids whose samples are left out, and counted.
-        """
+        """Return the part of one process of a training run."""
         own = copy.copy(self)
         own.process_index, own.num_processes = process_index, num_processes
         own.seed, own.excluded_groups = seed, excluded_groups
         return own
 
     def read_shard(self, number: int) -> list[CaptionedImage]:
-        """Read the valid samples of one shard, in its order.
-
-        Args:
-            number: of the shard in `reader.shards`.
-
-        Returns:
-            The records; of a shard that ends early those before its end.
-
-        Raises:
-            LostFileError: the shard cannot be read, perhaps by this process alone.
-        """
+        """Read the valid samples of one shard, in its order."""
         found = []
         with suppress(BrokenShardError):  # which is counted where the stream comes to it
             for sample in self.reader.read(number, 0, lambda _url, _reason: None):
@@ -295,11 +254,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return {} if self._run is None else self._run.save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state, in its epoch; later ones are not affected.
-
-        Args:
-            state: from `state_dict`, of the same worker.
-        """
+        """Let the next iteration go on from a state, in its epoch; later ones are not affected."""
         self._resumed = state or None
 
     @property
@@ -308,14 +263,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return StreamReport() if self._run is None else self._run.report
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Check the fields of a sample.
-
-        Args:
-            sample: from a shard.
-
-        Returns:
-            The record, and what is wrong with it; empty if nothing is.
-        """
+        """Check the fields of a sample."""
         if sample.raw is None:
             return None, sample.problem
         errors = ErrorCollector()
@@ -368,27 +316,6 @@ def make_loader(
     `loader.state_dict()` is saved by each process, with every checkpoint; after
     `loader.load_state_dict(state)`, which wants as many processes and workers, the batches are
     those that would have come. Before each other epoch call `stream.set_epoch(epoch)`.
-
-    Args:
-        stream: from `stream_records`.
-        batch_size: samples of a batch.
-        collate: makes a batch of a list of records, or of what `prepare` returned; it runs in the
-            workers.
-        prepare: decodes the image of a record, in the workers. If it raises ValueError, the sample
-            is lost, counted and named, and another one takes its place in the batch; an error of
-            `collate` ends the iteration.
-        num_workers: processes that read, prepare and collate.
-        drop_last: drop a last batch that is smaller. Each worker has one of its own; the report
-            counts its samples.
-        options: of `torchdata.stateful_dataloader.StatefulDataLoader`, such as `prefetch_factor`.
-
-    Returns:
-        A `StatefulDataLoader`.
-
-    Raises:
-        MissingExtraError: torchdata is not installed.
-        ValueError: the batch size is not positive, there are fewer shards than workers in all
-            processes, or workers are to outlive an epoch.
     """
     require(REMOTE_STREAMS)
     if batch_size < 1:
@@ -413,11 +340,7 @@ def make_loader(
 
 
 def read_report(state: Any) -> StreamReport:
-    """Add up the reports of all workers of a loader.
-
-    Args:
-        state: of the loader.
-    """
+    """Add up the reports of all workers of a loader."""
     total = StreamReport()
     waiting = [state]
     while waiting:

@@ -31,14 +31,7 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state.
-
-        Args:
-            state_dict: from `state_dict`, of a loader with as many workers.
-
-        Raises:
-            ValueError: it is of another number of workers, or not a state of a loader.
-        """
+        """Let the next iteration go on from a state."""
         if state_dict:
             found = _count_workers(state_dict)
             if found != self.num_workers:

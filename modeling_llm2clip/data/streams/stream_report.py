@@ -57,47 +57,23 @@ class StreamReport:
         return self.problems.places
 
     def add_problem(self, kind: str, place: str) -> None:
-        """Count what went wrong.
-
-        Args:
-            kind: what it is, in the same words wherever it is.
-            place: where it is.
-        """
+        """Count what went wrong."""
         self.problems.add(kind, place)
 
     def add_lost_sample(self, kind: str, place: str) -> None:
-        """Count a broken sample.
-
-        Args:
-            kind: what is wrong with it.
-            place: where it is.
-        """
+        """Count a broken sample."""
         self.lost_samples += 1
         self.add_problem(kind, place)
 
     def add_lost_shard(self, place: str, reason: str) -> None:
-        """Count a shard that is missing or ended early.
-
-        Args:
-            place: the shard, and the sample before which it ended.
-            reason: why.
-        """
+        """Count a shard that is missing or ended early."""
         self.lost_shards += 1
         self.add_problem("shard lost", f"{place} ({reason})")
 
     def require_most(
         self, max_lost_share: float, *, num_shards: int, least_samples: int = LEAST_SAMPLES
     ) -> None:
-        """Raise if one worker lost too much: of the samples seen so far, or of its own shards.
-
-        Args:
-            max_lost_share: largest share.
-            num_shards: that this worker reads in the epoch.
-            least_samples: fewer samples count as so many.
-
-        Raises:
-            TooManyLostError: more is lost; the message has the counts and the first places.
-        """
+        """Raise if one worker lost too much: of the samples seen so far, or of its own shards."""
         seen = max(self.samples + self.lost_samples, least_samples)
         lost_samples = self.lost_samples > max_lost_share * seen
         if lost_samples or self.lost_shards > max_lost_share * num_shards:
@@ -128,11 +104,7 @@ class StreamReport:
         return "\n".join(describe_errors(self.counts, self.places))
 
     def merge(self, other: StreamReport) -> None:
-        """Add the counts of another worker.
-
-        Args:
-            other: its report, which is not changed.
-        """
+        """Add the counts of another worker."""
         for name, value in other.numbers.items():
             setattr(self, name, getattr(self, name) + value)
         self.problems.extend(other.problems)
@@ -143,10 +115,6 @@ class StreamReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
-        """Make a report from `to_state`.
-
-        Args:
-            state: plain values.
-        """
+        """Make a report from `to_state`."""
         numbers = {name: value for name, value in state.items() if isinstance(value, int)}
         return cls(**numbers, problems=ErrorCollector.of(state["counts"], state["places"]))

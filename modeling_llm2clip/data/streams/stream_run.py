@@ -32,13 +32,7 @@ class ShardReader(Protocol):
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard.
-
-        Args:
-            shard: its number.
-            first: number of the first sample to yield.
-            on_retry: called with the URL and the reason before a request is made again.
-        """
+        """Yield the samples of a shard."""
 
 
 class Stream(Protocol):
@@ -51,14 +45,7 @@ class Stream(Protocol):
     excluded_groups: frozenset[str]
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Check the fields of a sample.
-
-        Args:
-            sample: from a shard.
-
-        Returns:
-            The record, and what is wrong with it; empty if nothing is.
-        """
+        """Check the fields of a sample."""
 
 
 class PartEnd:
@@ -122,15 +109,7 @@ class StreamRun:
                 yield prepared
 
     def iterate_batches(self, batch_size: int, *, drop_last: bool) -> Iterator[list[Any] | PartEnd]:
-        """Yield the samples in batches, which are full except for the last one.
-
-        Args:
-            batch_size: samples of a batch.
-            drop_last: drop a last batch that is smaller; its samples are counted.
-
-        Yields:
-            The batches, and a `PartEnd`.
-        """
+        """Yield the samples in batches, which are full except for the last one."""
         batch: list[Any] = []
         for sample in self.iterate():
             batch.append(sample)
@@ -253,14 +232,7 @@ class StreamRun:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a state: read the samples of the buffer again.
-
-        Args:
-            state: from `save`.
-
-        Raises:
-            ValueError: the state is of another stream.
-        """
+        """Go on from a state: read the samples of the buffer again."""
         differing = [name for name, now in self._identity.items() if state.get(name) != now]
         if differing:
             raise ValueError(
@@ -307,9 +279,5 @@ class StreamRun:
 
 
 def hash_shards(shards: Sequence[str]) -> str:
-    """Hash the names of shards, in their order; a URL that is signed anew is the same one.
-
-    Args:
-        shards: paths, URLs or commands.
-    """
+    """Hash the names of shards, in their order; a URL that is signed anew is the same one."""
     return hashlib.sha256("\n".join(drop_signatures(shards)).encode()).hexdigest()
