@@ -98,7 +98,7 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
 
 
 def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
-    """Take the lock on an open file that still has its name; where there are no locks, take none."""
+    """Take the lock on an open file that still has its name, if the file system has locks."""
     with suppress(OSError):
         if not lock_file(opened, wait=False):
             return False

@@ -31,7 +31,7 @@ from typing import IO, Any, Literal, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..records.records import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
+from ..record_fields import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
 from ..sources.json_files import iterate_lines, parse_object
 
 JoinColumn = Literal["key", "url"]

@@ -144,7 +144,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
-        """Hold out groups at random; the others lose the captions that the held-out ones have too."""
+        """Hold out groups at random; training loses the captions that they share with it."""
         assert self._chosen is None and self._left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(

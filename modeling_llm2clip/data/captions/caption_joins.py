@@ -21,8 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..._suggestions import counted
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
-from ..records.record_columns import SCHEMA, hash_text
-from ..records.record_index import rebatch
+from ..records.record_columns import SCHEMA, hash_text, rebatch
 from ..records.record_table import Array, RecordTable
 from .caption_files import CaptionRow, JoinColumn, make_key, read_caption_rows
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..records.records import clean_text
+from ..record_fields import clean_text
 from ..sources.json_files import iterate_lines, parse_object
 
 _ERRORS_SHOWN = 5

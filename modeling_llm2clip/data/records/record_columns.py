@@ -20,7 +20,7 @@ different names and group ids of a source have different keys; records in memory
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -170,3 +170,24 @@ def _locate(
     if isinstance(image, EncodedImage):
         raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
     return IMAGE_FILE, str(image), None, None, None
+
+
+def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
+    waiting: list[pa.RecordBatch] = []
+    num_rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        num_rows += batch.num_rows
+        while num_rows >= ROWS_PER_BATCH:
+            joined = pa.Table.from_batches(waiting)
+            yield _join(joined.slice(0, ROWS_PER_BATCH))
+            waiting = joined.slice(ROWS_PER_BATCH).to_batches()
+            num_rows -= ROWS_PER_BATCH
+    if num_rows:
+        yield _join(pa.Table.from_batches(waiting))
+
+
+def _join(table: pa.Table) -> pa.RecordBatch:
+    (batch,) = table.combine_chunks().to_batches()
+    return batch

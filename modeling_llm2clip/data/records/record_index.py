@@ -41,7 +41,7 @@ from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
-from .record_columns import ROWS_PER_BATCH, SCHEMA
+from .record_columns import ROWS_PER_BATCH, SCHEMA, rebatch
 from .record_index_worker import IndexJob, read_part, read_parts_in_processes
 from .record_table import Array, RecordTable, skipped_file
 from .records import Modality
@@ -166,27 +166,6 @@ def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable
         skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
     table.file.replace(file)
     return RecordTable.open(file)
-
-
-def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
-    waiting: list[pa.RecordBatch] = []
-    num_rows = 0
-    for batch in batches:
-        waiting.append(batch)
-        num_rows += batch.num_rows
-        while num_rows >= ROWS_PER_BATCH:
-            joined = pa.Table.from_batches(waiting)
-            yield _join(joined.slice(0, ROWS_PER_BATCH))
-            waiting = joined.slice(ROWS_PER_BATCH).to_batches()
-            num_rows -= ROWS_PER_BATCH
-    if num_rows:
-        yield _join(pa.Table.from_batches(waiting))
-
-
-def _join(table: pa.Table) -> pa.RecordBatch:
-    (batch,) = table.combine_chunks().to_batches()
-    return batch
 
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:

@@ -1,6 +1,6 @@
 """Loads captioned images from any source and reports all its errors at once.
 
-The fields of a record are in `records.py`, the sources in `source_files.py`.
+The fields of a record are in `record_fields.py`, the sources in `source_files.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..atomic_files import temporary_folder
 from ..validation_errors import ErrorCollector
 from .image_checks import check_images as decode_images
-from .record_columns import ROWS_PER_BATCH, RecordColumns
+from .record_columns import ROWS_PER_BATCH, RecordColumns, rebatch
 from .record_index import (
     IMAGE_REPEATED,
     iterate_repeated,
     name_build,
     open_index,
-    rebatch,
     write_index,
 )
 from .record_index_worker import IndexJob

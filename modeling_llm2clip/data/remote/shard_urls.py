@@ -97,7 +97,7 @@ def name_shards(shards: Sequence[str]) -> list[str]:
 
 
 def drop_signature(url: str) -> str:
-    """Return what of a URL identifies a file: all but the parameters that give access for a while."""
+    """Drop the parameters of a URL that give access for a while and do not identify its file."""
     base, _, query = url.partition("?")
     if not query or not url.startswith(_HTTP):
         return url

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..records.records import RawRecord
+from ..record_fields import RawRecord
 from ..validation_errors import ErrorCollector
 from .json_files import read_json
 

@@ -10,7 +10,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..records.records import RawRecord
+from ..record_fields import RawRecord
 from ..validation_errors import ErrorCollector
 
 

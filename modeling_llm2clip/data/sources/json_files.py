@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..records.records import RawRecord
+from ..record_fields import RawRecord
 from ..remote.file_places import FilePlace, name_place, open_buffered
 from ..validation_errors import ErrorCollector
 

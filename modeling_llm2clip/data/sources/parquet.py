@@ -17,7 +17,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
 from ..images.parquet_images import find_layout, read_group_column
-from ..records.records import RawRecord, list_fields_read
+from ..record_fields import RawRecord, list_fields_read
 from ..remote.file_places import FilePlace, find_version, open_place
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector

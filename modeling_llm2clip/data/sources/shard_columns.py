@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..records.records import list_fields_read
+from ..record_fields import list_fields_read
 from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import RemoteFile
 from .download_notes import choose_download_columns, is_download

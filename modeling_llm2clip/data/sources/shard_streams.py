@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
-from ..records.records import RawRecord
+from ..record_fields import RawRecord
 from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import ByteStream, RemoteFile
 from ..remote.shard_urls import find_format, name_beside

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
-from ..records.records import CAPTION_FIELDS, RawRecord
+from ..record_fields import CAPTION_FIELDS, RawRecord
 from ..remote.file_places import FilePlace, open_buffered
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector

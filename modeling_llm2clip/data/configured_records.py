@@ -8,13 +8,13 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from ..._suggestions import counted
-from ...configs.data_config import DataConfig
-from ..atomic_files import temporary_folder
-from ..captions.caption_joins import join_captions
-from .record_loading import load_records
-from .record_table import RecordTable
-from .records import Modality
+from .._suggestions import counted
+from ..configs.data_config import DataConfig
+from .atomic_files import temporary_folder
+from .captions.caption_joins import join_captions
+from .record_fields import Modality
+from .records.record_loading import load_records
+from .records.record_table import RecordTable
 
 
 def read_configured_records(
