@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -123,26 +122,6 @@ class ErrorCollector:
             self._skipped[reason] = self._skipped.get(reason, 0) + count
         for columns, (count, files) in other._files.items():
             self._note_files(columns, count, files)
-
-    def to_json(self) -> str:
-        """Return what was collected as JSON."""
-        content = {
-            "counts": self._counts,
-            "places": self._places,
-            "skipped": self._skipped,
-            "files": [[columns, *found] for columns, found in self._files.items()],
-        }
-        return json.dumps(content)
-
-    @classmethod
-    def from_json(cls, text: str) -> ErrorCollector:
-        """Read what another process collected."""
-        content = json.loads(text)
-        collected = cls.of(content["counts"], content["places"])
-        collected._skipped = content["skipped"]
-        for columns, count, files in content["files"]:
-            collected._note_files(tuple(columns), count, files)
-        return collected
 
     @classmethod
     def of(cls, counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> ErrorCollector:
