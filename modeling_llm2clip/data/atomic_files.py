@@ -134,17 +134,13 @@ def remove_unless_held(file: Path) -> bool:
     try:
         # For writing: NFS grants no exclusive lock otherwise, and would seem to have no locks.
         with file.open("r+b") as opened:
-            is_free = True
-            with suppress(OSError):  # no such locks here: then nobody can hold it
-                is_free = lock_file(opened, wait=False)
-            if not is_free:
-                return False
-            file.unlink(missing_ok=True)
-    except FileNotFoundError:
-        return True
+            if lock_unless_held(file, opened):
+                file.unlink(missing_ok=True)
     except PermissionError:  # another user's
         return False
-    return True
+    except FileNotFoundError:
+        return True
+    return not file.exists()
 
 
 def hash_file(file: Path, algorithm: str = "sha256") -> str:

@@ -6,14 +6,13 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
-from ..key_arrays import find_first_rows, is_among, sort_rows
+from ..key_arrays import is_among, sort_rows
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
 from .caption_columns import locate_captions
@@ -203,7 +202,7 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
 
 def sort_by_group(records: RecordTable) -> RecordTable:
     """Put the records of each group together, the groups in the order of their first records."""
-    first = find_first_rows(partial(records.iterate_numbers, "group_key"), len(records))
+    first = records.find_first_rows("group_key")
     if not (first[1:] < first[:-1]).any():
         return records
     return records.select(sort_rows(first))

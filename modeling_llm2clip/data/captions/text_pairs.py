@@ -41,34 +41,24 @@ def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
     one group. Texts are cleaned like captions, so that equal texts are recognized.
     """
     path = Path(file)
-    errors = _LineErrors()
+    num_errors, first = 0, list[str]()
     counts: set[int] = set()
     for number, line in iterate_lines(path):
         pair = _parse_pair(line)
         if isinstance(pair, str):
-            errors.add(f"line {number}: {pair}")
+            num_errors += 1
+            first += [f"line {number}: {pair}"][: max(0, _ERRORS_SHOWN - len(first))]
             continue
         counts.add(len(pair.negatives))
-        if len(counts) == 1 and not errors.total:
+        if len(counts) == 1 and not num_errors:
             yield pair
     if len(counts) > 1:
-        errors.add(
+        num_errors += 1
+        first.append(
             f"between {min(counts)} and {max(counts)} negatives per line; give the same number"
         )
-    if errors.total or not counts:
-        raise ValueError(f"{path}: {errors.total} errors: {'; '.join(errors.first) or 'no lines'}.")
-
-
-class _LineErrors:
-    """Counts errors and keeps the first ones."""
-
-    def __init__(self) -> None:
-        self.total, self.first = 0, list[str]()
-
-    def add(self, error: str) -> None:
-        self.total += 1
-        if len(self.first) < _ERRORS_SHOWN:
-            self.first.append(error)
+    if num_errors or not counts:
+        raise ValueError(f"{path}: {num_errors} errors: {'; '.join(first) or 'no lines'}.")
 
 
 def _parse_pair(line: bytes) -> TextPair | str:

@@ -20,7 +20,7 @@ different names and group ids of a source have different keys; records in memory
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -112,6 +112,19 @@ class RecordColumns:
         ]
         self._rows, self._text_keys = [], []
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def make_batches(
+    records: Iterable[CaptionedImage | CheckedRecord],
+) -> Iterator[pa.RecordBatch]:
+    """Yield batches of `ROWS_PER_BATCH` records, but for the last one."""
+    columns = RecordColumns()
+    for record in records:
+        columns.add(record)
+        if len(columns) == ROWS_PER_BATCH:
+            yield columns.take_batch()
+    if len(columns):
+        yield columns.take_batch()
 
 
 def _digest(text: str) -> bytes:

@@ -18,9 +18,8 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,7 +36,6 @@ from ..atomic_files import (
     remove_unless_held,
     temporary_folder,
 )
-from ..key_arrays import find_first_rows
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
@@ -60,23 +58,42 @@ _FREE_CACHE = "Free some space, or name another folder for the cache by the vari
 def open_index(
     job: IndexJob, *, use_cache: bool = True, show_progress: bool = False
 ) -> tuple[RecordTable, ErrorCollector]:
-    """Find the index of a source, or build it."""
+    """Find the index of a source in the user's cache, or build it and keep it there.
+
+    Returns the records in the order of the source, those with errors too, and the errors. An index
+    with errors is not kept; without the cache, a large one is in a temporary folder while this
+    process runs.
+    """
     states = describe_states(job.source.files)
     if not use_cache or None in states:  # changes of such a file would not be noticed
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
-    job = _prefer_pairs(job, states)
+    pairs = replace(job, modality=None)
+    if _list_builds(_name_index(pairs, states)):  # it has no errors, so is the same
+        job = pairs
     name = _name_index(job, states)
-    if (found := _find(name)) is not None:
-        return found, ErrorCollector()
-    with _lock(name):  # of several processes, the first one builds it
-        if (found := _find(name)) is not None:
-            return found, ErrorCollector()
-        _remove_leftovers(name)
-        started = time.time_ns()
-        table, errors = _build(job, name_build(name), show_progress, states)
-        if table.file is not None:
-            note_folders(table, since=started)
-            _remove_others(table.file)
+    found = _find(name)
+    if found is None:
+        with _lock(name):  # of several processes, the first one builds it
+            found = _find(name)
+            if found is None:
+                return _build_and_keep(job, name, show_progress, states)
+    return found, ErrorCollector()
+
+
+def _build_and_keep(
+    job: IndexJob, name: Path, show_progress: bool, states: list[FileState | None]
+) -> tuple[RecordTable, ErrorCollector]:
+    """Build an index, and remove what others of the source nobody uses or has finished."""
+    for file in _list_files(name):
+        if file.suffix == _PARTS or file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        elif file.suffix == _UNFINISHED:
+            file.unlink(missing_ok=True)
+    started = time.time_ns()
+    table, errors = _build(job, name_build(name), show_progress, states)
+    if table.file is not None:
+        note_folders(table, since=started)
+        _remove_others(table.file)
     return table, errors
 
 
@@ -110,16 +127,22 @@ def _build(
     job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
 ) -> tuple[RecordTable, ErrorCollector]:
     errors = ErrorCollector()
-    with _explain_full_disk(file.parent):
+    is_cache = file.is_relative_to(default_cache_folder())
+    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
+    with explain_full_disk(file.parent, "for the index of the data", remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
             with closing(_read(job, file, errors, show_progress, states)) as batches:
                 table = write_index(rebatch(batches), unfinished)
             find_repeated(table, errors, modality=job.modality)
             errors.compare_columns()
-            if table.file is not None:
-                table = _keep(table, file, errors)
+            if table.file is not None and errors.total:
+                table = table.without_file()  # what is mapped stays readable
+            elif table.file is not None:
+                if errors.skipped:
+                    skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
+                table = RecordTable.open(unfinished.replace(file))
         finally:
             unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
@@ -145,27 +168,11 @@ def _read(
                 yield from read_part(job, part, errors)
                 progress.update()
             return
-        prefix = f"{file.name}."
-        with tempfile.TemporaryDirectory(_PARTS, prefix, file.parent) as folder:
+        with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
             yield from read_parts_in_processes(
-                job,
-                parts,
-                errors,
-                folder=Path(folder),
-                num_processes=num_processes,
-                on_part=progress.update,
-            )
-
-
-def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable:
-    """Give an index its name once it is known to have no errors; others are removed."""
-    assert table.file is not None
-    if errors.total:  # what is mapped stays readable, and is not copied into memory
-        return table.without_file()
-    if errors.skipped:
-        skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
-    table.file.replace(file)
-    return RecordTable.open(file)
+                job, parts, errors,
+                folder=Path(folder), num_processes=num_processes, on_part=progress.update,
+            )  # fmt: skip
 
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
@@ -185,12 +192,6 @@ def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     return RecordTable.open(file)
 
 
-def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
-    is_cache = folder.is_relative_to(default_cache_folder())
-    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
-    return explain_full_disk(folder, "for the index of the data", remedy)
-
-
 def find_repeated(
     table: RecordTable, errors: ErrorCollector, *, modality: Modality | None = None
 ) -> None:
@@ -203,7 +204,7 @@ def find_repeated(
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
     """Yield images that occur twice in a language."""
     with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
-        same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
+        same, groups = pool.map(table.find_first_rows, ("key", "group_key"))
     for rows, earlier in _pair_repeated(groups):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
         for one, other in pairs:
@@ -214,10 +215,6 @@ def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
         for row, one, other in records:
             _require_same(one[:2], other[:2], "names")
             yield int(row), one[2]
-
-
-def _find_first_rows(table: RecordTable, column: str) -> Array:
-    return find_first_rows(partial(table.iterate_numbers, column), len(table))
 
 
 def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
@@ -235,44 +232,21 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
         )
 
 
-def _prefer_pairs(job: IndexJob, states: list[FileState | None]) -> IndexJob:
-    """Return the job that reads pairs if its index is there: it has no errors, so is the same."""
-    pairs = replace(job, modality=None)
-    return pairs if _list_builds(_name_index(pairs, states)) else job
-
-
 def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
-    """Return what the names of an index's files begin with: of the source, and its files' state."""
-    folder = default_cache_folder() / "records"
-    state = hash_json([_FORMAT_VERSION, states])[:16]
-    return folder / f"{_hash_source(job)}-{state}"
-
-
-def _hash_source(job: IndexJob) -> str:
+    """Return what the names of an index's files begin with: its source, and its files' state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.image_dir) if isinstance(folder, Path)]
     # An index has the paths of images as they were given: from this folder, if they are relative.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
     how = [job.image_dir, job.require_images, job.ignore_fields, job.modality]
-    return hash_json([base, start, names, job.source.suffix, how])[:16]
+    source = hash_json([base, start, names, job.source.suffix, how])[:16]
+    state = hash_json([_FORMAT_VERSION, states])[:16]
+    return default_cache_folder() / "records" / f"{source}-{state}"
 
 
 def _list_files(name: Path) -> list[Path]:
     """List what belongs to the indexes of a source, finished or not, of any state of its files."""
-    return [*name.parent.glob(f"{_name_source(name)}-*")]
-
-
-def _name_source(name: Path) -> str:
-    return name.name.partition("-")[0]
-
-
-def _remove_leftovers(name: Path) -> None:
-    """Remove what processes that were killed have left of a source's indexes."""
-    for file in _list_files(name):
-        if file.suffix == _PARTS or file.is_dir():
-            shutil.rmtree(file, ignore_errors=True)
-        elif file.suffix == _UNFINISHED:
-            file.unlink(missing_ok=True)
+    return [*name.parent.glob(f"{name.name.partition('-')[0]}-*")]
 
 
 def _remove_others(index: Path) -> None:
@@ -292,7 +266,7 @@ def _lock(name: Path) -> Iterator[None]:
     """Hold the lock of a source; there is one for all states of its files."""
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(name.with_name(f"{_name_source(name)}.lock"))
+        lock = FileLock(name.with_name(f"{name.name.partition('-')[0]}.lock"))
         lock.acquire()
     except OSError as error:
         raise OSError(

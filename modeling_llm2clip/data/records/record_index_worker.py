@@ -15,8 +15,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..record_fields import Modality, RawRecord
 from ..validation_errors import ErrorCollector
-from .record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
-from .records import check_record
+from .record_columns import SCHEMA, make_batches
+from .records import CheckedRecord, check_record
 from .source_files import SourceFiles, SourcePart
 
 
@@ -38,9 +38,9 @@ class IndexJob:
     ignore_fields: tuple[str, ...]
     modality: Modality | None = None
 
-    def add(self, raw: RawRecord, columns: RecordColumns, errors: ErrorCollector) -> bool:
-        """Check a record of the source, and add what is left of it to columns."""
-        record = check_record(
+    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
+        """Check a record of the source, as `check_record` does."""
+        return check_record(
             raw,
             errors,
             image_dir=self.image_dir,
@@ -48,25 +48,12 @@ class IndexJob:
             ignore_fields=self.ignore_fields,
             modality=self.modality,
         )
-        if record is None:
-            return False
-        try:
-            columns.add(record)
-        except UnicodeEncodeError:
-            errors.add("a text has half a character (a lone surrogate)", record.place)
-            return False
-        return True
 
 
 def read_part(job: IndexJob, part: SourcePart, errors: ErrorCollector) -> Iterator[pa.RecordBatch]:
     """Read a part into columns; a record with errors is built from what is left of it."""
-    columns = RecordColumns()
-    for raw in job.source.read(part, errors):
-        job.add(raw, columns, errors)
-        if len(columns) == ROWS_PER_BATCH:
-            yield columns.take_batch()
-    if len(columns):
-        yield columns.take_batch()
+    checked = (job.check(raw, errors) for raw in job.source.read(part, errors))
+    return make_batches(record for record in checked if record is not None)
 
 
 def read_parts_in_processes(

@@ -10,12 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa  # type: ignore[import-untyped]
-
 from ..atomic_files import temporary_folder
 from ..validation_errors import ErrorCollector
 from .image_checks import check_images as decode_images
-from .record_columns import ROWS_PER_BATCH, RecordColumns, rebatch
+from .record_columns import make_batches
 from .record_index import (
     IMAGE_REPEATED,
     iterate_repeated,
@@ -25,7 +23,7 @@ from .record_index import (
 )
 from .record_index_worker import IndexJob
 from .record_table import RecordTable
-from .records import Modality
+from .records import CheckedRecord, Modality
 from .source_files import describe_line, find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -146,28 +144,24 @@ def collect_records(
 
 def _collect(job: IndexJob) -> CollectedRecords:
     """Read a source record by record, and keep the errors of each apart."""
-    stray, own = ErrorCollector(), ErrorCollector()
+    stray = ErrorCollector()
     errors_of: dict[int, ErrorCollector] = {}
     lost: list[ErrorCollector] = []
 
-    def read() -> Iterator[pa.RecordBatch]:
-        nonlocal own
-        columns, num_rows = RecordColumns(), 0
+    def read() -> Iterator[CheckedRecord]:
+        num_rows = 0
         for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
-            is_added = job.add(raw, columns, own)
+            own = ErrorCollector()
+            record = job.check(raw, own)
+            if record is None:
+                lost.append(own)
+                continue
             if own.total:
-                if is_added:
-                    errors_of[num_rows] = own
-                else:
-                    lost.append(own)
-                own = ErrorCollector()
-            num_rows += is_added
-            if len(columns) == ROWS_PER_BATCH:
-                yield columns.take_batch()
-        if len(columns):
-            yield columns.take_batch()
+                errors_of[num_rows] = own
+            num_rows += 1
+            yield record
 
-    table = write_index(rebatch(read()), name_build(temporary_folder() / "records"))
+    table = write_index(make_batches(read()), name_build(temporary_folder() / "records"))
     table.skipped = stray.skipped
     stray.compare_columns()
     for row, place in iterate_repeated(table):

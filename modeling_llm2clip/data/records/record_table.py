@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -17,11 +18,23 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
-from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
+from ..key_arrays import find_first_rows
+from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, make_batches, make_image
 from .records import CaptionedImage, CheckedRecord
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _COUNTED = ("captions", "long_captions")
+# In the order of the arguments of `_make_record`.
+_RECORD_COLUMNS = (
+    "name",
+    "group_id",
+    "lang",
+    *_COUNTED,
+    "keywords",
+    "place",
+    "url",
+    *IMAGE_COLUMNS,
+)
 
 
 class RecordTable(Sequence[CaptionedImage]):
@@ -72,14 +85,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """
         if isinstance(records, RecordTable):
             return records
-        batches, columns = [], RecordColumns()
-        for record in records:
-            columns.add(record)
-            if len(columns) == ROWS_PER_BATCH:
-                batches.append(columns.take_batch())
-        if len(columns):
-            batches.append(columns.take_batch())
-        return cls(batches)
+        return cls(list(make_batches(records)))
 
     @classmethod
     def open(cls, file: Path) -> RecordTable:
@@ -118,18 +124,16 @@ class RecordTable(Sequence[CaptionedImage]):
             return self.select(np.arange(*item.indices(len(self))))
         if not -len(self) <= item < len(self):
             raise IndexError(f"Record {item} of {len(self)}.")
-        return _make_record(*self.read(item % len(self), SCHEMA.names))
+        return _make_record(*self.read(item % len(self), _RECORD_COLUMNS))
 
     def __iter__(self) -> Iterator[CaptionedImage]:
-        for batch in self.iterate_columns(SCHEMA.names):
-            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield _make_record(*row)
+        for batch in self.iterate_columns(_RECORD_COLUMNS):
+            yield from map(_make_record, *(column.to_pylist() for column in batch.columns))
 
     def iterate_images(self) -> Iterator[ImageSource | None]:
         """Yield the address of each record's image, in the table's order."""
         for batch in self.iterate_columns(IMAGE_COLUMNS):
-            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield make_image(*row)
+            yield from map(make_image, *(column.to_pylist() for column in batch.columns))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
@@ -242,6 +246,14 @@ class RecordTable(Sequence[CaptionedImage]):
         for batch in self.iterate_columns((name,)):
             yield np.asarray(batch.column(0))
 
+    def find_first_rows(self, name: str) -> Array:
+        """Find the first record with the same number in a column, for each record.
+
+        Args:
+            name: of the column.
+        """
+        return find_first_rows(partial(self.iterate_numbers, name), len(self))
+
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
         """Yield the numbers of short and of long captions of records, in batches."""
         for batch in self.iterate_columns(_COUNTED):
@@ -343,19 +355,19 @@ def _shrink(rows: Array) -> Array:
     return rows.astype(np.int32 if fits else np.int64)
 
 
-def _make_record(*values: Any) -> CaptionedImage:
-    fields = dict(zip(SCHEMA.names, values, strict=True))
-    return CaptionedImage(
-        image=make_image(*(fields[name] for name in IMAGE_COLUMNS)),
-        name=fields["name"],
-        group_id=fields["group_id"],
-        captions=tuple(fields["captions"]),
-        long_captions=tuple(fields["long_captions"]),
-        keywords=tuple(fields["keywords"]),
-        lang=fields["lang"],
-        place=fields["place"],
-        url=fields["url"],
-    )
+def _make_record(
+    name: str,
+    group_id: str,
+    lang: str,
+    captions: list[str],
+    long_captions: list[str],
+    keywords: list[str],
+    place: str,
+    url: str | None,
+    *address: Any,
+) -> CaptionedImage:
+    texts = tuple(captions), tuple(long_captions), tuple(keywords)
+    return CaptionedImage(make_image(*address), name, group_id, *texts, lang, place, url)
 
 
 def _unpickle(

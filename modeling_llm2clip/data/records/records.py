@@ -107,17 +107,9 @@ class CheckedRecord(NamedTuple):
 
     def build(self) -> CaptionedImage:
         """Build the record."""
-        return CaptionedImage(
-            image=Path(self.image.path) if isinstance(self.image, FoundFile) else self.image,
-            name=self.name,
-            group_id=self.group_id,
-            captions=tuple(self.captions),
-            long_captions=tuple(self.long_captions),
-            keywords=tuple(self.keywords),
-            lang=self.lang,
-            place=self.place,
-            url=self.url,
-        )
+        image, name, group_id, *texts, lang, place, url = self
+        image = Path(image.path) if isinstance(image, FoundFile) else image
+        return CaptionedImage(image, name, group_id, *map(tuple, texts), lang, place, url)
 
 
 def check_record(
@@ -154,13 +146,24 @@ def check_record(
     keywords = _read_texts(raw.fields, "keywords", found) if "keywords" in raw.fields else []
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
     found += [f"unknown field {name!r}" for name in given.unknown if name not in allowed]
+    words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
+    is_storable = _is_storable("".join(words))
+    if not is_storable:
+        found.append("a text has half a character (a lone surrogate)")
     for kind in found:
         errors.add(kind, raw.place)
-    if name is None or not has_identity:
+    if name is None or not has_identity or not is_storable:
         return None
     group_id = name if group_id is None else group_id
     texts = (captions, long_captions, keywords)
     return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
+
+
+def _is_storable(text: str) -> bool:
+    try:
+        return text.isprintable() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @lru_cache(maxsize=1024)

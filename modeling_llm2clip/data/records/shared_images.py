@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import ImageSource, count_bytes
-from ..key_arrays import find_first_rows
 from .record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
 from .record_table import RecordTable
 
@@ -32,7 +30,7 @@ def require_images(records: RecordTable) -> None:
 
 def select_one_per_image(records: RecordTable) -> RecordTable:
     """Select the first record of each image."""
-    firsts = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
+    firsts = records.find_first_rows("name_key")
     rows = np.arange(len(records), dtype=firsts.dtype)
     again = np.flatnonzero(firsts != rows)
     if not len(again):

@@ -174,15 +174,9 @@ def _expand(source: str, policy: RetryPolicy) -> list[str]:
 
 
 def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
-    opened = RemoteFile(file, policy, is_first=True).open_stream()
-    parts = []
-    while part := opened.read(2**20):
-        parts.append(part)
-    opened.close()
-    lines = (
-        line.partition("#")[0].strip() for line in b"".join(parts).decode("utf-8-sig").splitlines()
-    )
-    return [line for line in lines if line]
+    with RemoteFile(file, policy, is_first=True).open_stream() as opened:
+        lines = opened.read().decode("utf-8-sig").splitlines()
+    return [found for line in lines if (found := line.partition("#")[0].strip())]
 
 
 def _list_local(source: str) -> list[str]:

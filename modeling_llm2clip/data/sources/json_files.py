@@ -6,9 +6,9 @@ such a file in a folder of images.
 
 from __future__ import annotations
 
+import io
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,16 +48,18 @@ def iterate_lines(
     file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank."""
-    with open_buffered(file) as lines:
-        lines.seek(start)
-        left = math.inf if stop is None else stop - start
-        for number, line in enumerate(lines, start=first_line):
-            if left <= 0:
-                return
-            left -= len(line)
-            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                yield number, line
+    with open_buffered(file) as opened:
+        opened.seek(start)
+        lines = opened if stop is None else io.BytesIO(opened.read(stop - start))
+        yield from number_lines(lines, first_line)
+
+
+def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Number the lines of a file, and leave out the blank ones."""
+    for number, line in enumerate(lines, first):
+        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if line.strip():
+            yield number, line
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from ..images.image_sources import EncodedImage
 from ..record_fields import RawRecord
 from ..remote.remote_access import AccessError, LostFileError
-from ..remote.remote_files import ByteStream, RemoteFile
+from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, name_beside
 from .download_notes import (
     KEY,
@@ -26,14 +26,13 @@ from .download_notes import (
     has_failed,
     is_download,
 )
-from .json_files import BYTE_ORDER_MARK, parse_object
+from .json_files import number_lines, parse_object
 from .parquet import is_image_type
 from .shard_columns import ShardColumns, ShardColumnsError, find_columns
 from .tar_shards import TarSample, read_member, split_member
 
 _TAR_BUFFER = 2**18
 _ROWS_AT_ONCE = 16
-_LINES_READ = 2**16
 _SHARED_PATH = "path of another image, and no 'file_name' or 'group_id'"
 
 
@@ -71,20 +70,17 @@ def read_shard(
     if suffix == ".parquet":
         yield from refuse_shared_paths(_read_parquet(file, name, first, on_columns))
         return
-    stream = file.open_stream()
-    try:
+    with file.open_stream() as stream:
         samples = _read_tar(stream, name) if suffix == ".tar" else _read_lines(stream, file, name)
         for sample in samples:
             if sample.number >= first:
                 yield sample
-    finally:
-        stream.close()
 
 
 class _KeepingTail:
     """Passes a stream on, and keeps its last bytes, in which the end of an archive is."""
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._tail = b""
         self._total = 0
@@ -106,7 +102,7 @@ class _KeepingTail:
             raise BrokenShardError(f"the archive is truncated or damaged at byte {offset}")
 
 
-def _read_tar(stream: ByteStream, name: str) -> Iterator[StreamedSample]:
+def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
     """Yield samples whose members are next to each other, as webdataset writes them."""
     kept = _KeepingTail(stream)
     number, key = 0, None
@@ -239,9 +235,9 @@ def refuse_shared_paths(samples: Iterable[StreamedSample]) -> Iterator[StreamedS
         yield sample
 
 
-def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
+def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
     """Yield a sample per line of JSON; images are files beside the shard, each one a request."""
-    for number, (line_number, line) in enumerate(_split_lines(stream)):
+    for number, (line_number, line) in enumerate(number_lines(stream)):
         place = f"{name} line {line_number}"
         fields = parse_object(line)
         if isinstance(fields, str):
@@ -253,34 +249,9 @@ def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[Str
         if isinstance(path, str) and path.strip():
             url = name_beside(file.url, posixpath.normpath(path.strip()))
             try:
-                image = EncodedImage(url, _read_whole(file, url))
+                with file.beside(url).open_stream() as opened:
+                    image = EncodedImage(url, opened.read())
             except LostFileError as error:
                 yield StreamedSample(number, f"{place} ({error})", None, "image missing")
                 continue
         yield StreamedSample(number, place, RawRecord(place, fields, packed=image))
-
-
-def _read_whole(shard: RemoteFile, url: str) -> bytes:
-    stream = shard.beside(url).open_stream()
-    parts = []
-    while part := stream.read(_LINES_READ):
-        parts.append(part)
-    stream.close()
-    return b"".join(parts)
-
-
-def _split_lines(stream: ByteStream) -> Iterator[tuple[int, bytes]]:
-    """Yield number, from 1, and content of the lines that are not blank."""
-    rest, number = b"", 0
-    while True:
-        part = stream.read(_LINES_READ)
-        *lines, rest = (rest + part).split(b"\n")
-        if not part:
-            lines, rest = [rest], b""
-        for line in lines:
-            number += 1
-            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                yield number, line
-        if not part:
-            return

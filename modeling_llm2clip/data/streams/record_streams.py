@@ -9,10 +9,10 @@ again, and goes on in the same order. Shards must not change while a stream is u
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,47 +146,33 @@ def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
                 raise
 
 
+@dataclass(eq=False, repr=False)
 class RecordStream(IterableDataset[CaptionedImage]):
     """Yields the samples of one process; a worker of a loader yields its part of them.
 
-    Args:
-        reader: the shards.
-        seed: of the order.
-        buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
-        process_index: number of this process.
-        num_processes: how many train together; each gets other shards.
-        require_images: whether a sample without its image is broken.
-        ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of a worker's samples, or of its shards, that may be broken.
+    Attributes are as the arguments of `stream_records`; samples of the groups that are excluded are
+    left out, and counted.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        *,
-        seed: int = 0,
-        buffer_size: int = 1000,
-        process_index: int = 0,
-        num_processes: int = 1,
-        require_images: bool = True,
-        ignore_fields: Collection[str] = (),
-        max_lost_share: float = 0.01,
-    ) -> None:
-        if buffer_size < 1 or not 0 <= process_index < num_processes:
+    reader: ShardReader
+    _: KW_ONLY
+    seed: int = 0
+    buffer_size: int = 1000
+    process_index: int = 0
+    num_processes: int = 1
+    require_images: bool = True
+    ignore_fields: Collection[str] = ()
+    max_lost_share: float = 0.01
+    excluded_groups: frozenset[str] = frozenset()
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.buffer_size < 1 or not 0 <= self.process_index < self.num_processes:
             raise ValueError(
-                f"buffer_size={buffer_size}, process_index={process_index}, "
-                f"num_processes={num_processes}: want at least 1, and an index below the number."
+                f"buffer_size={self.buffer_size}, process_index={self.process_index}, "
+                f"num_processes={self.num_processes}: want at least 1, and an index below the "
+                "number."
             )
-        self.reader = reader
-        self.seed = seed
-        self.epoch = 0
-        self.buffer_size = buffer_size
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.max_lost_share = max_lost_share
-        self.excluded_groups: frozenset[str] = frozenset()
-        self._require_images = require_images
-        self._ignore_fields = tuple(ignore_fields)
         self._resumed: dict[str, Any] | None = None
         self._run: StreamRun | None = None
 
@@ -231,10 +217,10 @@ class RecordStream(IterableDataset[CaptionedImage]):
         excluded_groups: frozenset[str] = frozenset(),
     ) -> RecordStream:
         """Return the part of one process of a training run."""
-        own = copy.copy(self)
-        own.process_index, own.num_processes = process_index, num_processes
-        own.seed, own.excluded_groups = seed, excluded_groups
-        return own
+        return replace(
+            self, process_index=process_index, num_processes=num_processes, seed=seed,
+            excluded_groups=excluded_groups,
+        )  # fmt: skip
 
     def read_shard(self, number: int) -> list[CaptionedImage]:
         """Read the valid samples of one shard, in its order."""
@@ -271,8 +257,8 @@ class RecordStream(IterableDataset[CaptionedImage]):
             sample.raw,
             errors,
             image_dir=None,
-            require_images=self._require_images,
-            ignore_fields=self._ignore_fields,
+            require_images=self.require_images,
+            ignore_fields=self.ignore_fields,
         )
         if checked is None or errors.total:
             return None, ", ".join(errors.counts)

@@ -56,23 +56,17 @@ class StreamReport:
         """What went wrong to where the first were."""
         return self.problems.places
 
-    def add_problem(self, kind: str, place: str) -> None:
-        """Count what went wrong."""
-        self.problems.add(kind, place)
-
     def add_lost_sample(self, kind: str, place: str) -> None:
         """Count a broken sample."""
         self.lost_samples += 1
-        self.add_problem(kind, place)
+        self.problems.add(kind, place)
 
     def add_lost_shard(self, place: str, reason: str) -> None:
         """Count a shard that is missing or ended early."""
         self.lost_shards += 1
-        self.add_problem("shard lost", f"{place} ({reason})")
+        self.problems.add("shard lost", f"{place} ({reason})")
 
-    def require_most(
-        self, max_lost_share: float, *, num_shards: int, least_samples: int = LEAST_SAMPLES
-    ) -> None:
+    def require_most(self, max_lost_share: float, *, num_shards: int, least_samples: int) -> None:
         """Raise if one worker lost too much: of the samples seen so far, or of its own shards."""
         seen = max(self.samples + self.lost_samples, least_samples)
         lost_samples = self.lost_samples > max_lost_share * seen

@@ -95,7 +95,7 @@ class StreamRun:
             while len(self._buffer) < size and self._read_one():
                 pass
             if not self._buffer:
-                self._require_most_of_all()
+                self._require_most(at_end=True)
                 return
             record = self._draw_record()
             if self._prepare is None:
@@ -153,7 +153,7 @@ class StreamRun:
             return False
         shard = self._order[self._place]
         if self._rest is None:
-            self._rest = self._open(shard, self._next_sample)
+            self._rest = self._stream.reader.read(shard, self._next_sample, self._note_retry)
         try:
             sample = next(self._rest)
         except StopIteration:
@@ -173,7 +173,7 @@ class StreamRun:
     def _take(self, shard: int, sample: StreamedSample) -> None:
         if sample.is_skipped:
             self.report.skipped_samples += 1
-            self.report.add_problem(sample.problem, sample.place)
+            self.report.problems.add(sample.problem, sample.place)
             return
         record, problem = self._stream.check(sample)
         if record is None:
@@ -186,28 +186,20 @@ class StreamRun:
         self.report.samples += 1
         self._buffer.append((shard, sample.number, record))
 
-    def _open(self, shard: int, first: int) -> Iterator[StreamedSample]:
-        return self._stream.reader.read(shard, first, self._note_retry)
-
     def _note_retry(self, url: str, reason: str) -> None:
         self.report.retries += 1
-        self.report.add_problem("request made again", f"{url} ({reason})")
+        self.report.problems.add("request made again", f"{url} ({reason})")
 
     def _go_to_next_shard(self) -> None:
         self._place += 1
         self._next_sample = 0
         self._rest = None
 
-    def _require_most(self) -> None:
-        self.report.require_most(self._stream.max_lost_share, num_shards=len(self._order))
-
-    def _require_most_of_all(self) -> None:
-        """At the end, so that few samples in each of many workers are not many lost ones in all."""
-        self.report.require_most(
-            self._stream.max_lost_share,
-            num_shards=len(self._order),
-            least_samples=LEAST_SAMPLES // self._num_readers,
-        )
+    def _require_most(self, *, at_end: bool = False) -> None:
+        # At the end, so that few samples in each of many workers are not many lost ones in all.
+        least = LEAST_SAMPLES // self._num_readers if at_end else LEAST_SAMPLES
+        share, num_shards = self._stream.max_lost_share, len(self._order)
+        self.report.require_most(share, num_shards=num_shards, least_samples=least)
 
     def save(self) -> dict[str, Any]:
         """Return the state as plain values."""
@@ -253,7 +245,7 @@ class StreamRun:
             wanted.setdefault(shard, set()).add(number)
         for shard, samples in wanted.items():
             last = self._next_sample - 1 if shard == current else max(samples)
-            rest = self._open(shard, min(samples))
+            rest = self._stream.reader.read(shard, min(samples), self._note_retry)
             try:
                 for sample in rest:
                     if sample.number in samples:

@@ -23,7 +23,6 @@ from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.data.records import (
     record_columns,
     record_index,
-    record_index_worker,
     record_loading,
     record_table,
 )
@@ -52,7 +51,7 @@ BROKEN = [
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Path:
     """Small parts and batches, an index in a file from the first record, and an own cache."""
-    for module in (record_columns, record_table, record_index, record_index_worker):
+    for module in (record_columns, record_table, record_index):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(source_files_module, "_BYTES_PER_PART", 700)
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
