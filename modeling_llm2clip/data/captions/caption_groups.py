@@ -122,18 +122,17 @@ class CaptionGroups(Iterable[CaptionGroup]):
         for batch in iterate_whole_groups(self._records, (*_KEYS, "group_id")):
             group, keys, places = list_distinct_texts(batch)
             group, keys, places = _select(_is_of_several(group), group, keys, places)
-            if self._chosen is not None:
-                last = len(_mark_starts(group).nonzero()[0])
-                chosen = self._chosen[number : number + last]
-                number += last
-                group, keys, places = _select(chosen[_renumber(group)], group, keys, places)
+            if self._chosen is not None and len(group):
+                numbers = number + np.cumsum(_mark_starts(group)) - 1  # without gaps
+                number = int(numbers[-1]) + 1
+                group, keys, places = _select(self._chosen[numbers], group, keys, places)
             if self._left_out is not None:
                 group, keys, places = _select(~is_among(keys, self._left_out), group, keys, places)
                 group, keys, places = _select(_is_of_several(group), group, keys, places)
             if not len(group):
                 continue
-            starts = _mark_starts(group).nonzero()[0]
-            first = pa.array(_mark_starts(np.asarray(batch.column(0))).nonzero()[0])
+            starts = _find_starts(group)
+            first = pa.array(_find_starts(np.asarray(batch.column(0))))
             yield GroupBatch(
                 counts=np.diff(starts, append=len(group)),
                 keys=keys,
@@ -154,18 +153,15 @@ class CaptionGroups(Iterable[CaptionGroup]):
         chosen[_shuffle(len(self), seed)[:count]] = True
         test = CaptionGroups(self._records, count, 0, chosen=chosen)
         keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
-        num_texts = sum(
-            len(batch.keys)
-            for batch in CaptionGroups(self._records, 0, 0, chosen=~chosen).iterate_batches()
-        )
+        others = CaptionGroups(self._records, 0, 0, chosen=~chosen)
+        num_texts = sum(len(batch.keys) for batch in others.iterate_batches())
         num_groups, num_pairs = 0, 0
-        for batch in CaptionGroups(
-            self._records, 0, 0, chosen=~chosen, left_out=keys
-        ).iterate_batches():
+        train = CaptionGroups(self._records, 0, 0, chosen=~chosen, left_out=keys)
+        for batch in train.iterate_batches():
             num_groups += len(batch.counts)
             num_pairs += int(((batch.counts + 1) // 2).sum())
             num_texts -= len(batch.keys)
-        train = CaptionGroups(self._records, num_groups, num_pairs, chosen=~chosen, left_out=keys)
+        train._num_groups, train.num_pairs = num_groups, num_pairs
         if num_groups < 2:
             raise ValueError(
                 "Nearly every caption to train on is also one of a held-out image. Give more "
@@ -214,7 +210,7 @@ def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator
     for batch in _iterate_slices(records, names):
         if rest is not None and rest.num_rows:
             batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
-        changes = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
+        changes = _find_starts(np.asarray(batch.column(0)))
         last = int(changes[-1]) if len(changes) else 0
         if last:
             yield batch.slice(0, last)
@@ -248,7 +244,7 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
     shown: list[str] = []
     for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
         _require_different_keys(batch)
-        rows = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
+        rows = _find_starts(np.asarray(batch.column(0)))
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
         single = (counts < 2).nonzero()[0]
         num_single += len(single)
@@ -289,15 +285,13 @@ def _mark_starts(values: Array) -> Array:
     return starts
 
 
-def _renumber(group: Array) -> Array:
-    """Number groups from 0 without gaps."""
-    return np.cumsum(_mark_starts(group)) - 1
+def _find_starts(values: Array) -> Array:
+    return np.flatnonzero(_mark_starts(values))
 
 
 def _is_of_several(group: Array) -> Array:
     """Whether each text is in a group of at least two."""
-    starts = _mark_starts(group).nonzero()[0]
-    counts = np.diff(starts, append=len(group))
+    counts = np.diff(_find_starts(group), append=len(group))
     return np.repeat(counts > 1, counts)
 
 

@@ -10,16 +10,17 @@ process uses it: a table reads its file again and again.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,13 +37,14 @@ from ..atomic_files import (
     remove_unless_held,
     temporary_folder,
 )
+from ..record_fields import Modality, RawRecord
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
-from .record_columns import ROWS_PER_BATCH, SCHEMA, rebatch
-from .record_index_worker import IndexJob, read_part, read_parts_in_processes
+from .record_columns import ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
-from .records import Modality
+from .records import CheckedRecord, check_record
+from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
@@ -53,6 +55,36 @@ _MOST_ROWS_IN_MEMORY = 20_000
 _LEAST_BYTES_FOR_PROCESSES = 2**25
 _UNFINISHED, _PARTS = ".tmp", ".parts"
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
+
+
+@dataclass(frozen=True)
+class IndexJob:
+    """A source, and how it is read.
+
+    Attributes:
+        source: its files.
+        image_dir: folder of the images that are files; None if there is none.
+        require_images: whether a record without an image is an error.
+        ignore_fields: names of further fields, which are not errors.
+        modality: what alone is read, so that records need not be pairs; None for both.
+    """
+
+    source: SourceFiles
+    image_dir: Path | None
+    require_images: bool
+    ignore_fields: tuple[str, ...]
+    modality: Modality | None = None
+
+    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
+        """Check a record of the source, as `check_record` does."""
+        return check_record(
+            raw,
+            errors,
+            image_dir=self.image_dir,
+            require_images=self.require_images,
+            ignore_fields=self.ignore_fields,
+            modality=self.modality,
+        )
 
 
 def open_index(
@@ -165,14 +197,63 @@ def _read(
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
         if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
             for part in parts:
-                yield from read_part(job, part, errors)
+                yield from _read_part(job, part, errors)
                 progress.update()
             return
         with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
-            yield from read_parts_in_processes(
+            yield from _read_in_processes(
                 job, parts, errors,
                 folder=Path(folder), num_processes=num_processes, on_part=progress.update,
             )  # fmt: skip
+
+
+def _read_part(job: IndexJob, part: SourcePart, errors: ErrorCollector) -> Iterator[pa.RecordBatch]:
+    """Read a part into columns; a record with errors is built from what is left of it."""
+    checked = (job.check(raw, errors) for raw in job.source.read(part, errors))
+    return make_batches(record for record in checked if record is not None)
+
+
+def _read_in_processes(
+    job: IndexJob,
+    parts: Sequence[SourcePart],
+    errors: ErrorCollector,
+    *,
+    folder: Path,
+    num_processes: int,
+    on_part: Callable[[], object],
+) -> Iterator[pa.RecordBatch]:
+    """Read parts in processes that write into an empty folder; yield the batches in their order.
+
+    An error that stops a process is raised as it is; one that is killed is a `RuntimeError`.
+    """
+    from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
+
+    job = replace(job, source=replace(job.source, files=[]))  # a part has its file
+    # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
+    pool = ProcessPoolExecutor(num_processes, initializer=gc.disable)
+    try:
+        files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
+        written = [
+            pool.submit(_write_part, job, part, file)
+            for part, file in zip(parts, files, strict=True)
+        ]
+        for file, collected in zip(files, written, strict=True):
+            found = collected.result()
+            with pa.memory_map(str(file)) as mapped:
+                yield from pa.ipc.open_stream(mapped)
+            errors.extend(found)
+            file.unlink()
+            on_part()
+    finally:
+        pool.shutdown(kill_workers=True)
+
+
+def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
+    errors = ErrorCollector()
+    with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, SCHEMA) as stream:
+        for batch in _read_part(job, part, errors):
+            stream.write_batch(batch)
+    return errors
 
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:

@@ -16,12 +16,12 @@ from .image_checks import check_images as decode_images
 from .record_columns import make_batches
 from .record_index import (
     IMAGE_REPEATED,
+    IndexJob,
     iterate_repeated,
     name_build,
     open_index,
     write_index,
 )
-from .record_index_worker import IndexJob
 from .record_table import RecordTable
 from .records import CheckedRecord, Modality
 from .source_files import describe_line, find_image_folder, find_source

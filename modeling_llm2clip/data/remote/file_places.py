@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from ..byte_cache import ByteCache
@@ -109,17 +109,9 @@ class _BlockFile(SeekableFile):
         super().__init__(file, size)
         self._url = url
 
-    def readinto(self, buffer: Any, /) -> int:
-        wanted = memoryview(buffer).cast("B")
-        size = max(0, min(len(wanted), self._size - self._position))
-        filled = 0
-        while filled < size:
-            number, skipped = divmod(self._position, _BLOCK_BYTES)
-            part = self._read_block(number)[skipped : skipped + size - filled]
-            wanted[filled : filled + len(part)] = part
-            self._position += len(part)
-            filled += len(part)
-        return size
+    def _read_some(self, start: int, stop: int) -> bytes:
+        number, skipped = divmod(start, _BLOCK_BYTES)
+        return self._read_block(number)[skipped : skipped + stop - start]
 
     def _read_block(self, number: int) -> bytes:
         start = number * _BLOCK_BYTES

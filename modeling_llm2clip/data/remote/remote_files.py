@@ -332,14 +332,15 @@ class SeekableFile(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         """Read into a buffer."""
-        stop = min(self._position + len(buffer), self._size)
-        if stop <= self._position:
-            return 0
-        # In blocks, so that what came before a lost connection need not come again.
-        first = self._position
+        wanted = memoryview(buffer).cast("B")
+        first, stop = self._position, min(self._position + len(wanted), self._size)
         while self._position < stop:
-            end = min(self._position + _BLOCK_BYTES, stop)
-            content = self._file.read_range(self._position, end)
-            buffer[self._position - first : end - first] = content
-            self._position = end
-        return stop - first
+            part = self._read_some(self._position, stop)
+            start = self._position - first
+            wanted[start : start + len(part)] = part
+            self._position += len(part)
+        return max(0, stop - first)
+
+    def _read_some(self, start: int, stop: int) -> bytes:
+        # In blocks, so that what came before a lost connection need not come again.
+        return self._file.read_range(start, min(start + _BLOCK_BYTES, stop))

@@ -8,14 +8,15 @@ from __future__ import annotations
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
-from ..record_fields import RawRecord
+from ..record_fields import RawRecord, list_fields_read
 from ..remote.remote_access import AccessError, LostFileError
 from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, name_beside
@@ -28,7 +29,6 @@ from .download_notes import (
 )
 from .json_files import number_lines, parse_object
 from .parquet import is_image_type
-from .shard_columns import ShardColumns, ShardColumnsError, find_columns
 from .tar_shards import TarSample, read_member, split_member
 
 _TAR_BUFFER = 2**18
@@ -52,6 +52,31 @@ class StreamedSample(NamedTuple):
     raw: RawRecord | None
     problem: str = ""
     is_skipped: bool = False
+
+
+class ShardColumnsError(ValueError):
+    """Two shards of a source have other columns; both are named, and the columns."""
+
+
+class ShardColumns(NamedTuple):
+    """Columns of a shard.
+
+    Attributes:
+        shard: its name.
+        fields: of records, that the columns are read as.
+    """
+
+    shard: str
+    fields: frozenset[str]
+
+    def require_same(self, other: ShardColumns) -> None:
+        """Compare with another shard."""
+        if differing := sorted(self.fields ^ other.fields):
+            raise ShardColumnsError(
+                f"{other.shard} and {self.shard} differ in columns that one has and the other "
+                f"lacks: {', '.join(differing)}. Write them into both; null says that a record has "
+                "no such field."
+            )
 
 
 class BrokenShardError(Exception):
@@ -162,7 +187,7 @@ def _read_parquet(
     source = file.open_seekable()
     try:
         with pq.ParquetFile(source) as opened:
-            columns = find_columns(opened, name)
+            columns = _find_columns(opened, name)
             if on_columns is not None and columns is not None:
                 on_columns(columns)
             counts = [
@@ -255,3 +280,33 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
                 yield StreamedSample(number, f"{place} ({error})", None, "image missing")
                 continue
         yield StreamedSample(number, place, RawRecord(place, fields, packed=image))
+
+
+def _find_columns(opened: Any, name: str) -> ShardColumns | None:
+    """Find the columns of an open shard."""
+    if not opened.metadata.num_rows:
+        return None
+    repeated = [column for column, n in Counter(opened.schema_arrow.names).items() if n > 1]
+    if repeated:
+        raise ShardColumnsError(f"{name} has two columns named {repeated[0]!r}. Rename one.")
+    return ShardColumns(name, _choose_fields(opened.schema_arrow.names))
+
+
+def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
+    """Read the columns of a shard."""
+    try:
+        source = file.open_seekable()
+        try:
+            with pq.ParquetFile(source) as opened:
+                return _find_columns(opened, name)
+        finally:
+            source.close()
+    except (AccessError, ShardColumnsError):
+        raise
+    except (LostFileError, pa.ArrowException, OSError, ValueError):
+        return None
+
+
+def _choose_fields(columns: Collection[str]) -> frozenset[str]:
+    fields = choose_download_columns(columns) if is_download(columns) else columns
+    return frozenset(list_fields_read(fields))

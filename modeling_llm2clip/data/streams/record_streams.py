@@ -23,8 +23,13 @@ from ..records.records import CaptionedImage, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, list_shards, name_shards
-from ..sources.shard_columns import ShardColumns, read_columns
-from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
+from ..sources.shard_streams import (
+    BrokenShardError,
+    ShardColumns,
+    StreamedSample,
+    read_columns,
+    read_shard,
+)
 from ..validation_errors import ErrorCollector
 from .stream_report import StreamReport
 from .stream_run import PartEnd, Prepare, ShardReader, StreamRun

@@ -27,7 +27,7 @@ from modeling_llm2clip.data.records import (
     record_table,
 )
 from modeling_llm2clip.data.records import source_files as source_files_module
-from modeling_llm2clip.data.records.record_index_worker import IndexJob
+from modeling_llm2clip.data.records.record_index import IndexJob
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.source_files import find_source

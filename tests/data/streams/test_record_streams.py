@@ -29,7 +29,7 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.remote import remote_files
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
 from modeling_llm2clip.data.remote.shard_urls import drop_signature, name_shards
-from modeling_llm2clip.data.sources.shard_columns import ShardColumnsError
+from modeling_llm2clip.data.sources.shard_streams import ShardColumnsError
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import (
     RecordStream,
