@@ -76,7 +76,11 @@ class TextNumbers:
 
     def number(self) -> None:
         """Compare the texts of different batches, and number all."""
-        self._close()
+        for writer, sink in zip(self._writers, self._sinks, strict=True):
+            writer.close()
+            sink.close()
+        self._writers, self._sinks = [], []
+        self._codes.close()
         if not self._num_entries:
             return
         file = self._folder / "numbers"
@@ -106,13 +110,6 @@ class TextNumbers:
                 else:
                     yield np.asarray(self._numbers[entry : entry + num_distinct])[codes]
                 entry += num_distinct
-
-    def _close(self) -> None:
-        for writer, sink in zip(self._writers, self._sinks, strict=True):
-            writer.close()
-            sink.close()
-        self._writers, self._sinks = [], []
-        self._codes.close()
 
 
 def _find_first_entries(partition: Path, firsts: Array) -> None:

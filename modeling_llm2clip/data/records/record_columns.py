@@ -20,9 +20,9 @@ different names and group ids of a source have different keys; records in memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,95 +57,46 @@ SCHEMA = pa.schema(
         ("text_keys", pa.list_(pa.int64())),
     ]
 )
-_KEYS = ("name_key", "key", "group_key")
+_PLAIN_COLUMNS = tuple(SCHEMA.names[: SCHEMA.names.index("image_kind")])
 # In the order of the arguments of `make_image`.
 IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
 
 
-class RecordColumns:
-    """Collects records into the columns of one batch."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []
-        self._text_keys: list[bytes] = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, record: CaptionedImage | CheckedRecord) -> None:
-        """Add a record."""
-        name, group_id = record.name, record.group_id
-        texts = (*record.captions, *record.long_captions)
-        keys = [_digest(text) for text in texts]
-        name_key = _digest(name)
-        row = (
-            name,
-            group_id,
-            record.lang,
-            record.captions,
-            record.long_captions,
-            record.keywords,
-            record.place,
-            record.url,
-            *_locate(record.image),
-            name_key,
-            _digest_lang(record.lang),
-            name_key if group_id == name else _digest(group_id),
-            len(texts),
-        )
-        self._text_keys += keys
-        self._rows.append(row)
-
-    def take_batch(self) -> pa.RecordBatch:
-        """Return what was added as a batch, and begin a new one."""
-        columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
-        keys = {name: _to_numbers(columns[name]) for name in _KEYS}
-        keys["key"] = keys["name_key"] + keys["key"]  # may wrap around
-        ends = np.cumsum([0, *columns["text_keys"]], dtype=np.int32)
-        keys["text_keys"] = pa.ListArray.from_arrays(ends, _to_numbers(self._text_keys))
-        arrays = [
-            pa.array(columns[field.name], field.type)
-            if field.name not in keys
-            else pa.array(keys[field.name])
-            for field in SCHEMA
-        ]
-        self._rows, self._text_keys = [], []
-        return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
-
-
-def make_batches(
-    records: Iterable[CaptionedImage | CheckedRecord],
-) -> Iterator[pa.RecordBatch]:
+def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[pa.RecordBatch]:
     """Yield batches of `ROWS_PER_BATCH` records, but for the last one."""
-    columns = RecordColumns()
-    for record in records:
-        columns.add(record)
-        if len(columns) == ROWS_PER_BATCH:
-            yield columns.take_batch()
-    if len(columns):
-        yield columns.take_batch()
+    remaining = iter(records)
+    while part := list(islice(remaining, ROWS_PER_BATCH)):
+        columns: dict[str, Any] = {
+            name: [getattr(record, name) for record in part] for name in _PLAIN_COLUMNS
+        }
+        images = zip(*(_locate(record.image) for record in part), strict=True)
+        columns |= zip(IMAGE_COLUMNS, images, strict=True)
+        columns["name_key"] = _hash_texts(columns["name"])
+        columns["key"] = columns["name_key"] + _hash_texts(columns["lang"])  # may wrap around
+        columns["group_key"] = _hash_texts(columns["group_id"])
+        texts = [(*record.captions, *record.long_captions) for record in part]
+        ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+        keys = _hash_texts(chain.from_iterable(texts))
+        columns["text_keys"] = pa.ListArray.from_arrays(ends, keys)
+        arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=8).digest()
-
-
-_digest_lang = cache(_digest)
-
-
-def _to_numbers(digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _hash_texts(texts: Iterable[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Hash texts as `hash_text` does."""
+    digests = [blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(digests), dtype="<i8")
 
 
 def hash_text(text: str) -> int:
     """Hash a text into a signed integer of 64 bits, the same on every machine."""
-    return int.from_bytes(_digest(text), "little", signed=True)
+    return int(_hash_texts([text])[0])
 
 
 def hash_identity(name: str, lang: str) -> int:
     """Return the `key` of a name and a language."""
-    return int(_to_numbers([_digest(name), _digest(lang)]).sum())
+    return int(_hash_texts([name, lang]).sum())
 
 
 def make_image(
@@ -187,20 +138,11 @@ def _locate(
 
 def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
-    waiting: list[pa.RecordBatch] = []
-    num_rows = 0
+    waiting = SCHEMA.empty_table()
     for batch in batches:
-        waiting.append(batch)
-        num_rows += batch.num_rows
-        while num_rows >= ROWS_PER_BATCH:
-            joined = pa.Table.from_batches(waiting)
-            yield _join(joined.slice(0, ROWS_PER_BATCH))
-            waiting = joined.slice(ROWS_PER_BATCH).to_batches()
-            num_rows -= ROWS_PER_BATCH
-    if num_rows:
-        yield _join(pa.Table.from_batches(waiting))
-
-
-def _join(table: pa.Table) -> pa.RecordBatch:
-    (batch,) = table.combine_chunks().to_batches()
-    return batch
+        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+        while len(waiting) >= ROWS_PER_BATCH:
+            [whole] = waiting.slice(0, ROWS_PER_BATCH).combine_chunks().to_batches()
+            yield whole
+            waiting = waiting.slice(ROWS_PER_BATCH)
+    yield from waiting.combine_chunks().to_batches()

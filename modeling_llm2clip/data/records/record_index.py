@@ -86,6 +86,11 @@ class IndexJob:
             modality=self.modality,
         )
 
+    def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CheckedRecord]:
+        """Yield the records of a part; one with errors is what is left of it."""
+        checked = (self.check(raw, errors) for raw in self.source.read(part, errors))
+        return (record for record in checked if record is not None)
+
 
 def open_index(
     job: IndexJob, *, use_cache: bool = True, show_progress: bool = False
@@ -99,34 +104,22 @@ def open_index(
     states = describe_states(job.source.files)
     if not use_cache or None in states:  # changes of such a file would not be noticed
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
-    pairs = replace(job, modality=None)
-    if _list_builds(_name_index(pairs, states)):  # it has no errors, so is the same
-        job = pairs
     name = _name_index(job, states)
-    found = _find(name)
+    # An index of pairs has no errors, so it is the same whatever is read alone.
+    names = dict.fromkeys((_name_index(replace(job, modality=None), states), name))
+    found = next(filter(None, map(_find, names)), None)
     if found is None:
         with _lock(name):  # of several processes, the first one builds it
             found = _find(name)
             if found is None:
-                return _build_and_keep(job, name, show_progress, states)
+                _remove_leftovers(name)
+                started = time.time_ns()
+                table, errors = _build(job, name_build(name), show_progress, states)
+                if table.file is not None:
+                    note_folders(table, since=started)
+                    _remove_others(table.file)
+                return table, errors
     return found, ErrorCollector()
-
-
-def _build_and_keep(
-    job: IndexJob, name: Path, show_progress: bool, states: list[FileState | None]
-) -> tuple[RecordTable, ErrorCollector]:
-    """Build an index, and remove what others of the source nobody uses or has finished."""
-    for file in _list_files(name):
-        if file.suffix == _PARTS or file.is_dir():
-            shutil.rmtree(file, ignore_errors=True)
-        elif file.suffix == _UNFINISHED:
-            file.unlink(missing_ok=True)
-    started = time.time_ns()
-    table, errors = _build(job, name_build(name), show_progress, states)
-    if table.file is not None:
-        note_folders(table, since=started)
-        _remove_others(table.file)
-    return table, errors
 
 
 def name_build(name: Path) -> Path:
@@ -134,18 +127,13 @@ def name_build(name: Path) -> Path:
     return name.with_name(f"{name.name}-{uuid4().hex[:16]}.arrow")
 
 
-def _list_builds(name: Path) -> list[Path]:
-    """List the complete indexes of a source and the state of its files, the last one first."""
+def _find(name: Path) -> RecordTable | None:
+    """Open the last complete index of a source's state whose images are as they were."""
     times = {}
     for file in name.parent.glob(f"{name.name}-*.arrow"):
         with suppress(FileNotFoundError):  # removed just now
             times[file] = file.stat().st_mtime_ns
-    return sorted(times, key=times.__getitem__, reverse=True)
-
-
-def _find(name: Path) -> RecordTable | None:
-    """Open an index, if there is a complete one whose images are as they were."""
-    for file in _list_builds(name):
+    for file in sorted(times, key=times.__getitem__, reverse=True):
         try:
             table = RecordTable.open(file)
         except (OSError, ValueError):  # removed just now, or incomplete or damaged
@@ -166,7 +154,7 @@ def _build(
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(_read(job, file, errors, show_progress, states)) as batches:
-                table = write_index(rebatch(batches), unfinished)
+                table = write_index(batches, unfinished)
             find_repeated(table, errors, modality=job.modality)
             errors.compare_columns()
             if table.file is not None and errors.total:
@@ -195,22 +183,22 @@ def _read(
     num_processes = min(len(parts), os.cpu_count() or 1)
     shown = show_progress and len(parts) > 1
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
-        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+
+        def read_here() -> Iterator[CheckedRecord]:
             for part in parts:
-                yield from _read_part(job, part, errors)
+                yield from job.read(part, errors)
                 progress.update()
+
+        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+            yield from make_batches(read_here())
             return
         with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
-            yield from _read_in_processes(
-                job, parts, errors,
-                folder=Path(folder), num_processes=num_processes, on_part=progress.update,
+            yield from rebatch(
+                _read_in_processes(
+                    job, parts, errors,
+                    folder=Path(folder), num_processes=num_processes, on_part=progress.update,
+                )
             )  # fmt: skip
-
-
-def _read_part(job: IndexJob, part: SourcePart, errors: ErrorCollector) -> Iterator[pa.RecordBatch]:
-    """Read a part into columns; a record with errors is built from what is left of it."""
-    checked = (job.check(raw, errors) for raw in job.source.read(part, errors))
-    return make_batches(record for record in checked if record is not None)
 
 
 def _read_in_processes(
@@ -251,7 +239,7 @@ def _read_in_processes(
 def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
     errors = ErrorCollector()
     with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, SCHEMA) as stream:
-        for batch in _read_part(job, part, errors):
+        for batch in make_batches(job.read(part, errors)):
             stream.write_batch(batch)
     return errors
 
@@ -328,6 +316,15 @@ def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
 def _list_files(name: Path) -> list[Path]:
     """List what belongs to the indexes of a source, finished or not, of any state of its files."""
     return [*name.parent.glob(f"{name.name.partition('-')[0]}-*")]
+
+
+def _remove_leftovers(name: Path) -> None:
+    """Remove what processes that were killed have left of a source's indexes."""
+    for file in _list_files(name):
+        if file.suffix == _PARTS or file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        elif file.suffix == _UNFINISHED:
+            file.unlink(missing_ok=True)
 
 
 def _remove_others(index: Path) -> None:

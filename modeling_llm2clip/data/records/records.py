@@ -142,8 +142,8 @@ def check_record(
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, given, found, required=modality != "image")
-    long_captions = _read_all_texts(raw.fields, given.long_captions, found)
-    keywords = _read_texts(raw.fields, "keywords", found) if "keywords" in raw.fields else []
+    long_captions = _read_texts(raw.fields, given.long_captions, found)
+    keywords = _read_texts(raw.fields, ["keywords"], found) if "keywords" in raw.fields else []
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
     found += [f"unknown field {name!r}" for name in given.unknown if name not in allowed]
     words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
@@ -186,31 +186,26 @@ def _read_captions(
         found.append(f"both {one!r} and {other!r}")
         return []
     before = len(found)
-    captions = _read_all_texts(fields, given.captions, found)
+    captions = _read_texts(fields, given.captions, found)
     if required and not captions and len(found) == before:
         found.append("no caption")
     return captions
 
 
-def _read_all_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str]) -> list[str]:
-    texts: list[str] = []
+def _read_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str]) -> list[str]:
+    """Read fields of texts; an error is noted once per field."""
+    all_cleaned: list[str] = []
     for name in names:
-        texts += _read_texts(fields, name, found)
-    return texts
-
-
-def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
-    """Read a field of texts; an error is noted once per field."""
-    value = fields[name]
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
-        found.append(f"{name!r} is not a text or a list of texts")
-        return []
-    cleaned = [clean_text(text) for text in texts]
-    if "" in cleaned:
-        kind = "keyword" if name == "keywords" else "caption"
-        found.append(f"blank {kind}")
-    return cleaned
+        value = fields[name]
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
+            found.append(f"{name!r} is not a text or a list of texts")
+            continue
+        cleaned = [clean_text(text) for text in texts]
+        if "" in cleaned:
+            found.append(f"blank {'keyword' if name == 'keywords' else 'caption'}")
+        all_cleaned += cleaned
+    return all_cleaned
 
 
 def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | None:
@@ -232,16 +227,12 @@ def _read_name(given: Sequence[Any], found: list[str]) -> str | None:
         if not isinstance(name, str) or not name.strip():
             found.append("'image' or 'file_name' is not a non-blank text")
             return None
-        names.append(_normalize(name))
+        # A path is written in one way: "./a.jpg" is "a.jpg".
+        may_be_other = "./" in name or "//" in name or name[-1] in "/."
+        names.append(PurePosixPath(name).as_posix() if may_be_other else name)
     if len(names) > 1 and names[0] != names[1]:
         found.append("'image' and 'file_name' differ")
     return names[0] if names else None
-
-
-def _normalize(name: str) -> str:
-    """Write a path in one way: "./a.jpg" is "a.jpg"."""
-    may_be_other = "./" in name or "//" in name or name[-1] in "/."
-    return PurePosixPath(name).as_posix() if may_be_other else name
 
 
 def _find_file(

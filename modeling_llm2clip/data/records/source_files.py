@@ -208,7 +208,10 @@ def _list_sources(folder: Path) -> list[list[Path]]:
         # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(files)
-    return _drop_download_notes(sources)
+    of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}
+    if are_download_notes(of.get(".parquet", []), of.get(".tar", [])):
+        sources = [files for files in sources if files[0].suffix.lower() != ".parquet"]
+    return sources
 
 
 def _search_folder(folder: Path) -> SourceFiles:
@@ -230,11 +233,3 @@ def describe_line(folder: Path) -> str:
     name = next((file for file in files if file.lower().endswith(_SHOWN_SUFFIXES)), "cat.jpg")
     line = json.dumps({"image": name, "captions": ["What it shows."]}, ensure_ascii=False)
     return f"Of images, write {_LINES_FILES[0]}, a line each: {line} (docs/data-formats.md)."
-
-
-def _drop_download_notes(sources: list[list[Path]]) -> list[list[Path]]:
-    """Drop Parquet files that each lie beside a tar of their name: img2dataset's notes on it."""
-    of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}
-    if not are_download_notes(of.get(".parquet", []), of.get(".tar", [])):
-        return sources
-    return [files for files in sources if files[0].suffix.lower() != ".parquet"]
