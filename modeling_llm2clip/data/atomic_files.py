@@ -77,7 +77,7 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def is_unfinished(file: Path) -> bool:
-    """Whether a file was left behind by a `write_atomically` that was killed."""
+    """Tell whether a killed `write_atomically` left this file behind."""
     return file.name.endswith(_UNFINISHED)
 
 
@@ -114,10 +114,10 @@ class FileHold:
     """Keeps a file from `remove_unless_held` of any process, as long as this object lives.
 
     Args:
-        file: an existing file.
+        file: An existing file.
 
     Raises:
-        OSError: there is no such file, or it is being removed.
+        OSError: There is no such file, or it is being removed.
     """
 
     def __init__(self, file: Path) -> None:

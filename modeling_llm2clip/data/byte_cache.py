@@ -14,7 +14,7 @@ class ByteCache(Generic[T]):
     """Keeps the values that were used last, up to a size; threads may share it.
 
     Args:
-        limit: bytes of all values; the last one is kept even if it is larger.
+        limit: Bytes of all values; the last one is kept even if it is larger.
     """
 
     def __init__(self, limit: int) -> None:

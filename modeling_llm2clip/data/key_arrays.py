@@ -19,7 +19,7 @@ _MOST_PASSES = 32
 
 
 def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
-    """Find where the key of each row occurs first.
+    """Find the row in which the key of each row occurs first, (N,) int32 or int64.
 
     The keys are read several times: each time, the rows of one range of keys are compared.
     """
@@ -39,7 +39,7 @@ def count_distinct(chunks: Chunks, num_keys: int) -> int:
 
 
 def sort_rows(values: Array) -> Array:
-    """Sort row numbers by a value, and equal ones by their number, with little memory."""
+    """Sort row numbers by (N,) values from 0 to 2^31 - 1, then by number, with little memory."""
     if len(values) > np.iinfo(np.int32).max:
         return np.argsort(values, kind="stable")
     codes = values.astype(np.int64)
@@ -51,7 +51,7 @@ def sort_rows(values: Array) -> Array:
 
 
 def is_among(keys: Array, sorted_keys: Array) -> Array:
-    """Whether each key is one of others."""
+    """Tell for each key, (N,) bool, whether it is one of `sorted_keys`, which ascend."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.bool_)
     places = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)

@@ -1,4 +1,4 @@
-"""Embeddings that were made elsewhere, with the names of what they are of.
+"""Embeddings that were made elsewhere, with the names of their texts or images.
 
 | file | names |
 | --- | --- |
@@ -34,7 +34,7 @@ class NamedEmbeddings:
     Attributes:
         names: N different names.
         embeddings: (N, D) of any float dtype, finite.
-        notes: further metadata of the file.
+        notes: Further metadata of the file.
     """
 
     names: tuple[str, ...]

@@ -21,10 +21,10 @@ class TensorPlace:
     """Where a tensor is in a safetensors file, so that numpy can map it without reading it.
 
     Attributes:
-        dtype: as safetensors names it, such as `F32`.
-        shape: of the tensor.
-        offset: of its first byte in the file.
-        bytes: how many bytes it has.
+        dtype: As safetensors names it, such as `F32`.
+        shape: Shape of the tensor.
+        offset: First byte in the file.
+        bytes: Number of bytes.
     """
 
     dtype: str

@@ -15,16 +15,16 @@ class DataValidationError(ValueError):
     """A dataset has errors: how many of each kind, and where the first of them are.
 
     Args:
-        source: name or path of the dataset.
-        counts: kind of error to how many there are.
-        places: kind of error to the first places, such as `captions.jsonl line 3`.
-        advice: what else to do about them; empty for nothing.
+        source: Name or path of the dataset.
+        counts: Kind of error to how many there are.
+        places: Kind of error to the first places, such as `captions.jsonl line 3`.
+        advice: Further advice; may be empty.
 
     Attributes:
-        source: name or path of the dataset.
-        counts: kind of error to how many there are.
-        places: kind of error to the first places.
-        advice: what else to do about them.
+        source: Name or path of the dataset.
+        counts: Kind of error to how many there are.
+        places: Kind of error to the first places.
+        advice: Further advice.
     """
 
     def __init__(

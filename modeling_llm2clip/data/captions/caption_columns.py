@@ -19,7 +19,7 @@ class FlatCaptions(NamedTuple):
     """The captions of some records.
 
     Attributes:
-        texts: strings, record by record.
+        texts: Strings, record by record.
         num_short: (n,) short captions of each record.
         ends: (n + 1,) where the captions of each record begin, and the last ones end.
     """
@@ -42,13 +42,16 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
 
 
 def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Count the short and the long captions of each record of a batch."""
+    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
     short, long = (np.diff(np.asarray(batch.column(name).offsets)) for name in CAPTION_COLUMNS)
     return short, long
 
 
 def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Find the captions of each record of a batch, the short ones before the long ones."""
+    """Find the captions of each record of a batch, the short ones before the long ones.
+
+    Returns for each caption, record by record, the row of its record, and its place in all captions
+    of the batch followed by all long captions; (T,) int64 each."""
     num_short, num_long = (counts.astype(np.int64) for counts in count_captions(batch))
     counts = num_short + num_long
     row = np.repeat(np.arange(len(counts)), counts)
@@ -60,13 +63,13 @@ def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
 
 
 class FirstOccurrences:
-    """Where each row of a store occurs first in its index, found anew for the rows of a shard.
+    """Finds where each row of a store occurs first in its index, shard by shard.
 
     Rows are numbered by first occurrence, so a row is new where its number exceeds all before.
 
     Args:
-        index: index of the store.
-        rows_per_shard: rows of every shard but the last.
+        index: Index of the store.
+        rows_per_shard: Rows of every shard but the last.
     """
 
     def __init__(self, index: StoreIndex, rows_per_shard: int) -> None:

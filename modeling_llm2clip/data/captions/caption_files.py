@@ -45,12 +45,12 @@ _ROWS_AT_ONCE = 8192
 
 
 class CaptionRow(NamedTuple):
-    """What a row says about an image.
+    """Captions of one image, from one row.
 
     Attributes:
         key: URL or key; None if the row has none.
-        captions: that are not blank, cleaned.
-        long_captions: that are not blank, cleaned.
+        captions: That are not blank, cleaned.
+        long_captions: That are not blank, cleaned.
     """
 
     key: str | None

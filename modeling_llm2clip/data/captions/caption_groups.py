@@ -34,8 +34,8 @@ class CaptionGroup:
     """All captions of one group.
 
     Attributes:
-        group_id: what the captions describe.
-        captions: different texts, in one or several languages, short and long.
+        group_id: Name of the thing that the captions describe.
+        captions: Different texts, in one or several languages, short and long.
     """
 
     group_id: str
@@ -51,7 +51,7 @@ class GroupBatch:
         keys: (T,) int64, key of each caption, group by group.
         group_ids: (G,) texts.
         places: (T,) int64, where each caption is in `texts`, the second after the first.
-        texts: all captions of the records that were read, and all their long captions.
+        texts: All captions of the records that were read, and all their long captions.
     """
 
     counts: Array
@@ -75,12 +75,12 @@ class CaptionGroups(Iterable[CaptionGroup]):
     key, one is not used: the odds are below one to a hundred million for a billion captions.
 
     Args:
-        records: records in which those of one group follow one another.
-        num_groups: number of groups that the iteration yields.
-        num_pairs: number of pairs in which each caption is once, and the last of an odd number
+        records: Records in which those of one group follow one another.
+        num_groups: Number of groups that the iteration yields.
+        num_pairs: Number of pairs in which each caption is once, and the last of an odd number
             beside another one of its group.
         chosen: (groups of at least two captions,) bool, those that are meant; None for all.
-        left_out: ascending keys of captions that are left out; groups with fewer than two others
+        left_out: Ascending keys of captions that are left out; groups with fewer than two others
             are left out too.
 
     Examples:
@@ -290,7 +290,7 @@ def _find_starts(values: Array) -> Array:
 
 
 def _is_of_several(group: Array) -> Array:
-    """Whether each text is in a group of at least two."""
+    """Tell for each text whether its group has at least two."""
     counts = np.diff(_find_starts(group), append=len(group))
     return np.repeat(counts > 1, counts)
 

@@ -35,13 +35,13 @@ class CaptionJoin:
     """Records with joined captions, and what did not match.
 
     Attributes:
-        records: the records.
-        matched: how many got captions.
-        unmatched_records: how many got none.
-        first_unmatched_records: names of the first of them.
-        unmatched_rows: rows of captions without a record.
+        records: The records.
+        matched: Number of records that got captions.
+        unmatched_records: Number of records that got none.
+        first_unmatched_records: Names of the first of them.
+        unmatched_rows: Rows of captions without a record.
         first_unmatched_rows: URLs or keys of the first of them.
-        repeated_rows: rows of an image that an earlier row had already; they are not used.
+        repeated_rows: Rows of an image that an earlier row had already; they are not used.
     """
 
     records: RecordTable
@@ -76,24 +76,24 @@ def join_captions(
     """Add published captions to records.
 
     Args:
-        records: the records; joined by URL, they carry it, as img2dataset's do.
-        captions_from: file of captions; see `caption_files.py`.
+        records: The records; joined by URL, they carry it, as img2dataset's do.
+        captions_from: File of captions; see `caption_files.py`.
         on: `url`, or `key`, which is the name of an image without folder and suffix.
-        lang: language of the captions; records in others count as without a row. Default: that of
+        lang: Language of the captions; records in others count as without a row. Default: that of
             all records.
-        key_column: column that holds it. Default: one of the usual names.
-        replace: whether the joined captions replace a record's own, those of each length that the
+        key_column: Column that holds it. Default: one of the usual names.
+        replace: Whether the joined captions replace a record's own, those of each length that the
             row has. Default: they come after them, without repeating one.
-        keep_unmatched: whether records without a row stay, with their own captions.
+        keep_unmatched: Whether records without a row stay, with their own captions.
         output: Arrow file for the joined records, which is then mapped; None keeps them in memory.
 
     Returns:
         The joined records, in their order, and counts of both sides.
 
     Raises:
-        ValueError: no record matches, records carry no URL or are in several languages of which
+        ValueError: No record matches, records carry no URL or are in several languages of which
             none is named, a key is that of several images, or the file cannot be read.
-        OSError: the temporary folder or the disk of `output` is full.
+        OSError: The temporary folder or the disk of `output` is full.
 
     Examples:
         >>> images = load_records("cc3m")  # doctest: +SKIP

@@ -29,12 +29,12 @@ class TextNumbers:
     Add all texts, call `number`, and then iterate over the numbers in the order of the texts.
 
     Args:
-        folder: empty folder for temporary files, which the caller deletes.
-        num_texts: about how many texts will be added.
+        folder: Empty folder for temporary files, which the caller deletes.
+        num_texts: About how many texts will be added.
 
     Attributes:
-        num_texts: texts that were added.
-        num_distinct: distinct ones of them; after `number`.
+        num_texts: Texts that were added.
+        num_distinct: Distinct ones of them; after `number`.
     """
 
     def __init__(self, folder: Path, num_texts: int) -> None:

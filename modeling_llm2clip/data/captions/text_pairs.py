@@ -17,10 +17,10 @@ class TextPair:
     """Two texts of the same meaning.
 
     Attributes:
-        group_id: what they mean; pairs of one group are never each other's negatives.
-        anchor: one of the texts.
-        positive: the other one.
-        negatives: texts that are close but mean something else.
+        group_id: Pairs of one group are never each other's negatives.
+        anchor: One of the texts.
+        positive: The other one.
+        negatives: Texts that are close but mean something else.
     """
 
     group_id: str

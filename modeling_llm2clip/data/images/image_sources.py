@@ -38,10 +38,10 @@ class TarImage:
     """A member of an uncompressed tar shard.
 
     Attributes:
-        shard: path or URL of the tar file.
-        member: name of the member.
-        offset: of the member's first byte in the shard.
-        size: of the member, in bytes.
+        shard: Path or URL of the tar file.
+        member: Name of the member.
+        offset: First byte of the member in the shard.
+        size: Bytes of the member.
     """
 
     shard: FilePlace
@@ -62,10 +62,10 @@ class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
     Attributes:
-        file: path or URL of the Parquet file.
-        column: name of the column.
-        row: number of the row, from 0.
-        group_size: bytes that the column has in the row's group; None for not yet known.
+        file: Path or URL of the Parquet file.
+        column: Name of the column.
+        row: Number of the row, from 0.
+        group_size: Bytes that the column has in the row's group; None for not yet known.
     """
 
     file: FilePlace
@@ -88,10 +88,10 @@ class ArrowImage:
     """A row of an Arrow file, such as `datasets` keeps, whose column holds encoded images.
 
     Attributes:
-        file: the Arrow file, in the stream or the file format.
-        column: name of the column.
-        row: number of the row in the file, from 0.
-        size: of the image, in bytes.
+        file: The Arrow file, in the stream or the file format.
+        column: Name of the column.
+        row: Number of the row in the file, from 0.
+        size: Bytes of the image.
     """
 
     file: Path
@@ -114,8 +114,8 @@ class EncodedImage:
     """An encoded image in memory.
 
     Attributes:
-        name: where it came from, for errors, such as the URL of a shard and its member.
-        content: the encoded image.
+        name: Where it came from, for errors, such as the URL of a shard and its member.
+        content: The encoded image.
     """
 
     name: str
@@ -134,7 +134,9 @@ ImageSource: TypeAlias = Path | PackedImage
 
 
 def count_bytes(image: ImageSource | None) -> int:
-    """Return a size that changes with an image, as a rule; its bytes are not read."""
+    """Return the bytes of an encoded image without reading it.
+
+    For a row of Parquet these are the stored bytes of its column in its row group."""
     assert image is not None
     if isinstance(image, TarImage | ArrowImage):
         return image.size

@@ -113,7 +113,7 @@ def _warn_once(file: FilePlace, obstacle: str) -> None:
 
 
 def count_group_bytes(file: FilePlace, column: str, row: int) -> int:
-    """Return how many bytes the column has in the row's group, as the footer states it."""
+    """Return the stored bytes of the column in the row's group, from the footer."""
     layout = find_layout(file, column, find_version(file))
     return layout.groups[layout.find_group(row)].stored_size
 

@@ -37,20 +37,20 @@ def records_from_dataset(
     """Make records of a dataset in memory or in files; its images are not read.
 
     Args:
-        dataset: rows with the fields of records; packed images are in files.
-        columns: field of a record to the column that holds it, such as
+        dataset: Rows with the fields of records; packed images are in files.
+        columns: Field of a record to the column that holds it, such as
             `{"image": "img", "captions": "sentences"}`; other columns are not read. Default: every
             column, named as the fields of a record.
-        require_images: whether a record without its image is an error.
-        ignore_fields: names of further fields, which are not read and not errors.
-        modality: as in `load_records`.
+        require_images: Whether a record without its image is an error.
+        ignore_fields: Names of further fields, which are not read and not errors.
+        modality: As in `load_records`.
 
     Returns:
         The records, in the dataset's order.
 
     Raises:
-        DataValidationError: records have errors, or the dataset lacks a column.
-        ValueError: it has packed images that are not in files as they are, or a transform, or is
+        DataValidationError: Records have errors, or the dataset lacks a column.
+        ValueError: It has packed images that are not in files as they are, or a transform, or is
             not a `Dataset`.
 
     Examples:
@@ -165,7 +165,7 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a dataset that follow each other in one file; no file for those in memory."""
+    """Consecutive rows of one file; no file for rows in memory."""
 
     num_rows: int
     file: Path | None = None
@@ -173,7 +173,7 @@ class _Part:
     start: int = 0
 
     def has_sizes(self, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-        """Whether the images of these rows have these sizes, -1 for none."""
+        """Tell whether the images of these rows have these sizes; -1 stands for no image."""
         if self.file is None:
             return bool((sizes < 0).all())
         found = _measure_file(self.file, self.column)

@@ -1,4 +1,4 @@
-"""Finds out whether images that are files are as they were when their index was built.
+"""Detects changes of images that are files since their index was built.
 
 | records | what is looked at when the index is found |
 | --- | --- |
@@ -38,7 +38,7 @@ _UNKNOWN = 0  # in place of a time: the folder counts as changed
 
 
 def has_same_images(table: RecordTable) -> bool:
-    """Whether images that are files are as they were when their index was built."""
+    """Tell whether images that are files are as they were when their index was built."""
     assert table.file is not None
     if len(table) <= _MOST_IMAGES:
         return _has_same_sizes(table)
@@ -56,7 +56,9 @@ def has_same_images(table: RecordTable) -> bool:
 
 
 def note_folders(table: RecordTable, *, since: int) -> None:
-    """Note the modification times of the folders that hold images, beside a large index."""
+    """Note the modification times of the folders of images, beside a large index.
+
+    A folder that changed at or after `since`, in nanoseconds, counts as changed next time."""
     if table.file is None or len(table) <= _MOST_IMAGES:
         return
     folders = sorted(_list_folders(table))

@@ -62,11 +62,11 @@ class IndexJob:
     """A source, and how it is read.
 
     Attributes:
-        source: its files.
-        image_dir: folder of the images that are files; None if there is none.
-        require_images: whether a record without an image is an error.
-        ignore_fields: names of further fields, which are not errors.
-        modality: what alone is read, so that records need not be pairs; None for both.
+        source: The files.
+        image_dir: Folder of the images that are files; None if there is none.
+        require_images: Whether a record without an image is an error.
+        ignore_fields: Names of further fields, which are not errors.
+        modality: The one side that is read, so that records need not be pairs; None for both.
     """
 
     source: SourceFiles

@@ -35,11 +35,11 @@ class CollectedRecords:
     """The records of a source, with or without errors.
 
     Attributes:
-        records: each built from what is left of it.
-        errors_of: row of a record that has errors to them.
-        lost: errors of each record that is not among `records`, because its name or its language
+        records: Records without their invalid fields.
+        errors_of: Row of a record → its errors.
+        lost: Errors of each record that is not among `records`, because its name or its language
             cannot be read, or one of its texts not be stored.
-        stray: errors that belong to no record.
+        stray: Errors that belong to no record.
     """
 
     records: RecordTable
@@ -68,26 +68,26 @@ def load_records(
     they are opened, best in their order.
 
     Args:
-        source: a folder, file, pattern or URL; see `source_files.py`.
-        image_dir: folder of the images that are files. Default: the folder of the source.
-        require_images: whether a record without its image is an error. If not, its `image` is
+        source: A folder, file, pattern or URL; see `source_files.py`.
+        image_dir: Folder of the images that are files. Default: the folder of the source.
+        require_images: Whether a record without its image is an error. If not, its `image` is
             None, which is enough where only captions are read.
-        check_images: decode every image too, in threads, which takes as long as a pass over them;
+        check_images: Decode every image too, in threads, which takes as long as a pass over them;
             once for all runs that find the index in the cache.
-        ignore_fields: names of further fields, which are not read and not errors.
-        cache: whether the index of a large source is kept for later runs.
-        show_progress: show a progress bar while the source is read and images are decoded.
-        modality: what alone is read, for `embed`: `image` takes images without captions, too;
+        ignore_fields: Names of further fields, which are not read and not errors.
+        cache: Whether the index of a large source is kept for later runs.
+        show_progress: Show a progress bar while the source is read and images are decoded.
+        modality: The one side that is read, for `embed`: `image` takes images without captions, too;
             `text` looks for no images, and takes files of texts alone. Default: pairs.
 
     Returns:
         At least one record, in the order of the source.
 
     Raises:
-        DataValidationError: records have errors: how many of each kind, and where the first are.
-        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
-        AccessError: access to a URL is denied, or its host cannot be reached.
-        OSError: the index cannot be written, for example because the disk is full.
+        DataValidationError: Records have errors: how many of each kind, and where the first are.
+        ValueError: The source is missing, empty or ambiguous, or its format is unknown.
+        AccessError: Access to a URL is denied, or its host cannot be reached.
+        OSError: The index cannot be written, for example because the disk is full.
 
     Examples:
         >>> records = load_records("my-images")

@@ -44,11 +44,11 @@ class RecordTable(Sequence[CaptionedImage]):
     memory.
 
     Args:
-        batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
-        file: file that they are mapped from; None for memory.
-        rows: rows of the batches that the table has, in its order; None for all.
-        skipped: why rows of the source are not records, to how many; None for no such rows.
-        hold: keeps the file from being removed while the table lives; None for no such need.
+        batches: Batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
+        file: File that they are mapped from; None for memory.
+        rows: Rows of the batches that the table has, in its order; None for all.
+        skipped: Reason why rows of the source are not records → number of such rows.
+        hold: Keeps the file from being removed while the table lives; None in memory.
 
     Examples:
         >>> records = load_records("my-images")
@@ -78,10 +78,10 @@ class RecordTable(Sequence[CaptionedImage]):
         """Make a table of records in memory.
 
         Args:
-            records: records; a table is returned as it is.
+            records: Records; a table is returned as it is.
 
         Raises:
-            UnicodeEncodeError: a text has half a character, a lone surrogate.
+            UnicodeEncodeError: A text has half a character, a lone surrogate.
         """
         if isinstance(records, RecordTable):
             return records
@@ -95,8 +95,8 @@ class RecordTable(Sequence[CaptionedImage]):
             file: Arrow file of `record_columns.SCHEMA`.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: the file is damaged, or has other columns.
+            OSError: The file cannot be read.
+            ValueError: The file is damaged, or has other columns.
         """
         hold = FileHold(file)  # first: all of it is to be of one file
         with pa.memory_map(str(file)) as mapped:
@@ -149,7 +149,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     @property
     def rows(self) -> Array | None:
-        """The rows of the file or the batches that these records are; None for all."""
+        """Numbers of these records in the file or the batches; None for all."""
         return self._rows
 
     def without_file(self) -> RecordTable:
@@ -160,7 +160,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Return a table of some of the records; nothing is copied but their numbers.
 
         Args:
-            rows: numbers of records of this table, in any order.
+            rows: Numbers of records of this table, in any order.
         """
         chosen = np.asarray(rows)
         if self._rows is not None:
@@ -193,7 +193,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read a column of numbers.
 
         Args:
-            name: of the column.
+            name: Name of the column.
             rows: (M,) numbers of records; None for all.
 
         Returns:
@@ -219,7 +219,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return found
 
     def read_text_keys(self, rows: Array, numbers: Array) -> Array:
-        """Read the key of a caption of each of some records.
+        """Read the key of one caption of each record.
 
         Args:
             rows: (M,) numbers of records.
@@ -241,7 +241,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
 
         Args:
-            name: of the column.
+            name: Name of the column.
         """
         for batch in self.iterate_columns((name,)):
             yield np.asarray(batch.column(0))
@@ -250,7 +250,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Find the first record with the same number in a column, for each record.
 
         Args:
-            name: of the column.
+            name: Name of the column.
         """
         return find_first_rows(partial(self.iterate_numbers, name), len(self))
 
@@ -263,7 +263,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Yield some columns in batches, in the table's order.
 
         Args:
-            names: of the columns.
+            names: Names of the columns.
 
         Yields:
             Batches of at most `ROWS_PER_BATCH` rows.
@@ -291,8 +291,8 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read some columns of one record.
 
         Args:
-            item: number of the record.
-            names: of the columns.
+            item: Number of the record.
+            names: Names of the columns.
         """
         row = item if self._rows is None else int(self._rows[item])
         batch, within = self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
@@ -302,8 +302,8 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read some columns of some records.
 
         Args:
-            rows: numbers of records, at most `ROWS_PER_BATCH`.
-            names: of the columns.
+            rows: Numbers of records, at most `ROWS_PER_BATCH`.
+            names: Names of the columns.
 
         Returns:
             A tuple of the columns' values for each record.
@@ -334,7 +334,7 @@ def skipped_file(file: Path) -> Path:
 
 
 def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
-    """Split rows of a table by the batch that they are in."""
+    """Yield the numbers of batches that have some rows, and the places of these in `rows`."""
     if not len(rows):
         return
     batches = rows // ROWS_PER_BATCH

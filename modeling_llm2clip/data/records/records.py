@@ -31,7 +31,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.
 
 
 class _FieldNames(NamedTuple):
-    """The fields that a record has, by what they are; records of a source mostly have the same."""
+    """The fields of a record by their use; records of a source mostly have the same ones."""
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
@@ -45,16 +45,16 @@ class CaptionedImage:
     """One image and its texts in one language.
 
     Attributes:
-        image: where the image is; None if images were not required and it has none.
-        name: name of the image in its source; unique together with `lang`.
-        group_id: what the image shows: images of one group show the same thing.
-        captions: texts, each of which describes the image; at least one, or none where only images
+        image: Where the image is; None if images were not required and it has none.
+        name: Name of the image in its source; unique together with `lang`.
+        group_id: Name of the thing that the image shows; images of one group show the same thing.
+        captions: Texts, each of which describes the image; at least one, or none where only images
             are read.
-        long_captions: longer texts that describe it; may be empty.
-        keywords: words that belong to the image; may be empty.
-        lang: language of the texts, BCP 47.
-        place: where the record is written, for errors; not compared.
-        url: where the image came from; None for unknown; not compared.
+        long_captions: Longer texts that describe it; may be empty.
+        keywords: Words that belong to the image; may be empty.
+        lang: Language of the texts, BCP 47.
+        place: Where the record is written, for errors; not compared.
+        url: Where the image came from; None for unknown; not compared.
     """
 
     image: ImageSource | None
@@ -72,7 +72,7 @@ class CaptionedImage:
         """File of the image.
 
         Raises:
-            ValueError: the image has no file of its own.
+            ValueError: The image has no file of its own.
         """
         if isinstance(self.image, Path):
             return self.image
@@ -84,8 +84,8 @@ class FoundFile(NamedTuple):
     """An image that is a file of its own.
 
     Attributes:
-        path: of the file, as text, because a Path of every image costs as much as all checks.
-        size: of the file, in bytes.
+        path: A text, because a Path of every image costs as much as all checks.
+        size: Bytes of the file.
     """
 
     path: str
@@ -123,7 +123,8 @@ def check_record(
 ) -> CheckedRecord | None:
     """Check the fields of a record.
 
-    Of a record with errors the rest is returned, so that checks over several records see it.
+    What is left of a record with errors is returned, so that checks over several records see it;
+    None if its name, language or texts cannot be read.
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"

@@ -1,4 +1,4 @@
-"""Images that several records share, one per language: a name has to mean one image."""
+"""Checks that a name means one image, which may have a record per language."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def find_ambiguous_names(records: RecordTable, again: Array, firsts: Array) -> d
 
 
 def _have_same_bytes(one: ImageSource | None, other: ImageSource | None) -> bool:
-    """Whether two places have the same image, as tar shards have with one sample per language."""
+    """Compare two images that have one name, as in tar shards with one sample per language."""
     assert one is not None and other is not None
     if count_bytes(one) != count_bytes(other):
         return False

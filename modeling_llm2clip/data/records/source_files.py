@@ -1,4 +1,4 @@
-"""Which files a source of captioned images is, and reading it in independent parts.
+"""Finds the files of a source of captioned images, and reads it in independent parts.
 
 | source | what it is |
 | --- | --- |
@@ -54,14 +54,14 @@ _BYTES_PER_PART = 2**24
 
 @dataclass(frozen=True)
 class SourcePart:
-    """What can be read without the rest of a source.
+    """Part of a source that can be read alone.
 
     Attributes:
-        file: one of the source's files.
-        name: of the file, as names of images and places of errors have it.
-        start: first byte of a range of lines.
-        stop: byte after its last one; None for the whole file.
-        first_line: number of its first line, from 1.
+        file: One of the source's files.
+        name: Name of the file in names of images and places of errors.
+        start: First byte of a range of lines.
+        stop: Byte after its last one; None for the whole file.
+        first_line: Number of its first line, from 1.
     """
 
     file: FilePlace
@@ -76,9 +76,9 @@ class SourceFiles:
     """Files of one format.
 
     Attributes:
-        files: in the order in which they are read.
-        base: folder, or beginning of all URLs, that the names of shards and images are relative to.
-        suffix: of all files, in lower case.
+        files: In the order in which they are read.
+        base: Folder, or beginning of all URLs, that the names of shards and images are relative to.
+        suffix: Suffix of all files, in lower case.
     """
 
     files: list[FilePlace]
@@ -172,7 +172,7 @@ def _refuse_several(source: str, count: int, suffix: str) -> ValueError:
 def find_image_folder(
     source: SourceFiles, image_dir: str | Path | None, *, required: bool
 ) -> Path | None:
-    """Find the folder of the images that are files."""
+    """Find the folder of the images that are files; None if there are none, or none are wanted."""
     if image_dir is not None:
         if not Path(image_dir).is_dir():
             raise ValueError(
@@ -198,7 +198,7 @@ def find_image_folder(
 
 
 def is_source(folder: Path) -> bool:
-    """Whether a folder holds a source, and not images alone."""
+    """Tell whether a folder holds a source, and not images alone."""
     return bool(_list_sources(folder))
 
 

@@ -21,15 +21,15 @@ def split_records(
     """Split records at random, by group: all images and languages of a group are on one side.
 
     Args:
-        records: records of a dataset; their order does not matter to the split.
-        test_size: share of the groups to test on, below 1, or their number.
-        seed: another seed gives another split.
+        records: Records of a dataset; their order does not matter to the split.
+        test_size: Share of the groups to test on, below 1, or their number.
+        seed: Another seed gives another split.
 
     Returns:
         Records to train on and records to test on, each in the order of `records`.
 
     Raises:
-        ValueError: a side would have fewer than two groups, or both have the same caption.
+        ValueError: A side would have fewer than two groups, or both have the same caption.
 
     Examples:
         >>> records = load_records("my-images")

@@ -68,7 +68,7 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
 
 
 def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
-    """Describe the state that files are in; it changes when they do."""
+    """Describe the state of files, which changes when they do; None if a server says too little."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         remote = pool.map(_describe_remote, [place for place in places if isinstance(place, str)])
         return [

@@ -22,11 +22,11 @@ class ObjectStorage:
     """Files below a URL.
 
     Args:
-        url: of a service that fsspec writes to; it need not exist.
-        policy: how often and how patiently requests are tried.
+        url: Folder at a service that fsspec writes to; it need not exist.
+        policy: Attempts of each request, and waits.
 
     Raises:
-        ValueError: it is no such URL.
+        ValueError: It is no such URL.
     """
 
     def __init__(self, url: str, policy: RetryPolicy | None = None) -> None:
@@ -55,7 +55,7 @@ class ObjectStorage:
         return self._try(self.url, find)
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Tell whether a file is there."""
 
         def look(filesystem: Any, path: str) -> bool:
             filesystem.invalidate_cache()

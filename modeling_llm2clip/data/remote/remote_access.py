@@ -47,12 +47,12 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently a request is tried.
+    """Number of attempts of a request, and the waits between them.
 
     Attributes:
-        attempts: how often in all.
-        first_wait: seconds before the second attempt; doubled before each later one.
-        longest_wait: seconds that no wait exceeds.
+        attempts: Number of attempts in all.
+        first_wait: Seconds before the second attempt; doubled before each later one.
+        longest_wait: Seconds that no wait exceeds.
     """
 
     attempts: int = 5
@@ -106,7 +106,7 @@ def try_request(
 
 
 def sort_failure(error: BaseException) -> Failure:
-    """Find out what kind of failure an error is, by its causes too."""
+    """Sort an error and its causes into a kind of failure."""
     chain = list(_list_causes(error))
     statuses = [status for one in chain if (status := _find_status(one)) is not None]
     for status in statuses:
@@ -131,7 +131,10 @@ def sort_failure(error: BaseException) -> Failure:
 
 
 def find_reading_failure(error: BaseException) -> OSError | None:
-    """Find out whether a file could not be read, so that nothing is known of its content."""
+    """Return the error by which a file could not be read, so that nothing is known of its content.
+
+    None if the content is what is wrong, which decoders also report as an OSError, but without a
+    number."""
     for one in _list_causes(error):
         if isinstance(one, AccessError | LostFileError):
             return one
@@ -156,7 +159,7 @@ def raise_disk_failure(error: BaseException, place: object) -> None:
 
 
 def name_reading_error(error: BaseException) -> str | None:
-    """Name the kind of error of a file that could not be read, whatever is in it."""
+    """Name one of `READING_ERRORS` for a file that could not be read; None if it was read."""
     failure = find_reading_failure(error)
     if failure is None:
         return None

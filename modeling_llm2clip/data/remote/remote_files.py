@@ -32,7 +32,7 @@ class NoRangesError(Exception):
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a URL or a command, not a local path."""
+    """Tell whether a source is a URL or a command, not a local path."""
     return source.startswith(PIPE) or "://" in source
 
 
@@ -75,10 +75,10 @@ class RemoteFile:
     """One file of a source.
 
     Args:
-        url: path, URL or command.
-        policy: how often and how patiently requests are tried.
-        on_retry: called with the URL and the reason before each further attempt.
-        is_first: whether nothing came from this source before, so that an unreachable host is not
+        url: Path, URL or command.
+        policy: Attempts of each request, and waits.
+        on_retry: Called with the URL and the reason before each further attempt.
+        is_first: Whether nothing came from this source before, so that an unreachable host is not
             waited for.
     """
 
@@ -122,7 +122,7 @@ class RemoteFile:
         return None if size is None else int(size)
 
     def find_tag(self) -> str | None:
-        """Return what changes when the file does; None if the server has nothing of the kind."""
+        """Return the tag that changes with the file; None if the server has none."""
         found = self._describe()
         tags = [f"{name}={found[name]}" for name in _TAGS if found.get(name)]
         return " ".join(tags) or None
@@ -302,8 +302,8 @@ class SeekableFile(io.RawIOBase):
     """Reads a file in ranges, as Python's files are read.
 
     Args:
-        file: to read.
-        size: of the file.
+        file: To read.
+        size: Bytes of the file.
     """
 
     def __init__(self, file: RemoteFile, size: int) -> None:

@@ -113,7 +113,7 @@ def drop_signature(url: str) -> str:
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:
-    """Return what of each URL identifies a file; all of it where two would become one."""
+    """Return what identifies the file of each URL; all of it where two would become one."""
     bare = [drop_signature(url) for url in urls]
     return bare if len(set(bare)) == len(bare) else list(urls)
 
@@ -137,13 +137,13 @@ def expand_braces(text: str) -> Iterator[str]:
 
 
 def names_shards(source: str) -> bool:
-    """Whether a local source is a list of shards, or a pattern with braces."""
+    """Tell whether a local source is a list of shards, or a pattern with braces."""
     is_list = find_format(source) == _LIST
     return is_list or (_BRACES.search(source) is not None and not Path(source).exists())
 
 
 def has_remote_shards(source: str) -> bool:
-    """Whether a source is elsewhere, or a local list of shards of which some are."""
+    """Tell whether a source, or a shard in a local list, is on another machine."""
     if is_remote(source) or find_format(source) != _LIST or not Path(source).is_file():
         return is_remote(source)
     return any(is_remote(line) for line in _read_lines(source, RetryPolicy()))
@@ -232,6 +232,6 @@ def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
-    """Whether Parquet files each lie beside a tar of their name: img2dataset's notes on it."""
+    """Tell whether each Parquet file is beside a tar of its name: img2dataset's notes on it."""
     stems = {PurePosixPath(name).stem for name in tar}
     return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

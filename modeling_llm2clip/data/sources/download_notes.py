@@ -1,4 +1,4 @@
-"""What img2dataset writes beside images and captions, in tar shards and in Parquet.
+"""Separates fields of records from what img2dataset notes beside them, in tar and Parquet.
 
 | field | meaning |
 | --- | --- |
@@ -35,12 +35,12 @@ def drop_download_notes(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_download(columns: Collection[str]) -> bool:
-    """Whether a table is what img2dataset writes."""
+    """Tell whether img2dataset has written a table."""
     return set(columns) >= _COLUMNS
 
 
 def has_failed(fields: Mapping[str, Any]) -> bool:
-    """Whether a row of img2dataset is of an image that could not be downloaded."""
+    """Tell whether the image of a row could not be downloaded."""
     return fields.get(STATUS) != _SUCCESS
 
 

@@ -47,7 +47,9 @@ def read_json_lines(
 def iterate_lines(
     file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank."""
+    """Yield number, from 1, and bytes of the lines that are not blank.
+
+    Only a line feed ends a line: a text may hold other separators."""
     with open_buffered(file) as opened:
         opened.seek(start)
         lines = opened if stop is None else io.BytesIO(opened.read(stop - start))
@@ -63,7 +65,7 @@ def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, 
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
-    """Find beginnings of lines that split a file into ranges of about the same size."""
+    """Yield byte and number of first lines that split a file into ranges of about the same size."""
     position, line = 0, 1
     with file.open("rb") as opened:
         yield position, line
@@ -76,7 +78,7 @@ def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:
-    """Parse a JSON object."""
+    """Parse a JSON object; a text is the error."""
     try:
         text = content.decode("utf-8").strip(_WHITESPACE)
         fields, end = _DECODER.raw_decode(text)

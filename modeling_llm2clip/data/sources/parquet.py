@@ -41,7 +41,10 @@ def read_parquet(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row; the bytes of images are not read."""
+    """Yield a raw record per row; the bytes of images are not read.
+
+    `columns` maps fields of a record to the columns that are read, such as `{"image": "img"}`; by
+    default all are, by their names. `only` maps columns to the value that a row must have."""
     for file in files:
         name = file.relative_to(base).as_posix()
         yield from read_parquet_file(file, name, errors, columns=columns, only=only)
@@ -91,7 +94,9 @@ def read_parquet_file(
 def iterate_rows(
     files: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of Parquet files whose rows are not records, such as pairs of images."""
+    """Yield place and columns of rows that are not records, such as pairs of images.
+
+    An image whose bytes are in the file is a `ParquetImage`."""
     for file in files:
         name = file.relative_to(base).as_posix()
         opened = _open(file, name, errors)
@@ -215,7 +220,7 @@ class _FileReader:
 
 
 def is_image_type(kind: Any) -> bool:
-    """Whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
+    """Tell whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
     types = pa.types
     if types.is_struct(kind):
         names = {kind.field(index).name for index in range(kind.num_fields)}

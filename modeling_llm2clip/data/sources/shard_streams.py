@@ -40,11 +40,11 @@ class StreamedSample(NamedTuple):
     """A sample of a shard.
 
     Attributes:
-        number: in its shard, from 0.
-        place: where it is, for errors.
-        raw: its fields, and its image in memory; None if it is broken or no sample.
-        problem: what is broken; empty if nothing is.
-        is_skipped: whether it is a note of an image that was never downloaded.
+        number: In its shard, from 0.
+        place: Where it is, for errors.
+        raw: Fields, and the image in memory; None if it is broken or no sample.
+        problem: Error; empty if there is none.
+        is_skipped: Whether it is a note of an image that was never downloaded.
     """
 
     number: int
@@ -62,8 +62,8 @@ class ShardColumns(NamedTuple):
     """Columns of a shard.
 
     Attributes:
-        shard: its name.
-        fields: of records, that the columns are read as.
+        shard: Name of the shard.
+        fields: Fields of records that the columns are read as.
     """
 
     shard: str

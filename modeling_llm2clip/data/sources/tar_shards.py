@@ -32,10 +32,10 @@ class TarSample:
     """The members of one sample that have been read so far.
 
     Attributes:
-        images: its images.
-        fields: of its JSON.
-        text: of its `.txt`.
-        is_broken: whether a member could not be read.
+        images: Addresses of images, or images.
+        fields: Content of `.json`.
+        text: Content of `.txt`.
+        is_broken: Whether a member could not be read.
     """
 
     images: list[PackedImage] = field(default_factory=list)
@@ -50,7 +50,7 @@ class TarSample:
         read: Callable[[], bytes],
         make_image: Callable[[], PackedImage],
     ) -> str:
-        """Add a member."""
+        """Add a member; return the error, or an empty text."""
         if not member.isreg() or member.issparse():
             return "member is not a plain file"
         if extension in IMAGE_SUFFIXES:

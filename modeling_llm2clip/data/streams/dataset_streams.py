@@ -30,16 +30,16 @@ def stream_dataset(
     or `interleave_datasets`, is one shard, which one worker reads.
 
     Args:
-        dataset: neither shuffled nor split by node; both is done here.
-        columns: field of a record to the column that holds it; other columns are not read. Default:
+        dataset: Neither shuffled nor split by node; both is done here.
+        columns: Field of a record to the column that holds it; other columns are not read. Default:
             every column, named as the fields of a record.
-        options: of `RecordStream`, such as `seed` and `buffer_size`.
+        options: Options of `RecordStream`, such as `seed` and `buffer_size`.
 
     Returns:
         The stream; its shards are those of the dataset, or all of it is one.
 
     Raises:
-        ValueError: it is not an `IterableDataset`, or is shuffled or split by node already.
+        ValueError: It is not an `IterableDataset`, or is shuffled or split by node already.
 
     Examples:
         >>> import datasets

@@ -41,12 +41,12 @@ class UrlShards:
     """Shards at paths, URLs or commands.
 
     Args:
-        shards: from `list_shards`.
-        policy: how often and how patiently requests are tried.
+        shards: From `list_shards`.
+        policy: Attempts of each request, and waits.
 
     Raises:
-        AccessError: access to the first shards is denied, or their host cannot be reached.
-        LostFileError: the first shards are missing.
+        AccessError: Access to the first shards is denied, or their host cannot be reached.
+        LostFileError: The first shards are missing.
     """
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
@@ -101,25 +101,25 @@ def stream_records(
     """Stream the samples of shards; the first shard is opened at once, to see that one can.
 
     Args:
-        source: a folder, pattern, list or text file of shards; see `remote/shard_urls.py`.
-        seed: of the order.
-        buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
-        process_index: number of this process.
-        num_processes: how many train together; each gets other shards.
-        require_images: whether a sample without its image is broken.
-        ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of its samples, or of its shards, that may be broken before a worker
+        source: A folder, pattern, list or text file of shards; see `remote/shard_urls.py`.
+        seed: Seed of the order.
+        buffer_size: Samples that a worker shuffles; 1 keeps the order of each shard.
+        process_index: Number of this process.
+        num_processes: Processes that train together; each gets other shards.
+        require_images: Whether a sample without its image is broken.
+        ignore_fields: Names of further fields, which are not read and not errors.
+        max_lost_share: Share of its samples, or of its shards, that may be broken before a worker
             stops. Up to 1,000 samples count as 1,000 while it reads, and at its end as many as its
             part of 1,000. A worker of fewer shards than 1 / `max_lost_share` stops at the first
             lost one.
-        retry: how often and how patiently requests are tried.
+        retry: Attempts of each request, and waits.
 
     Returns:
         The stream, for `make_loader` or any loader of PyTorch.
 
     Raises:
-        AccessError: access is denied, or a host cannot be reached.
-        ValueError: there are no shards, or of several formats. While it is read: TooManyLostError,
+        AccessError: Access is denied, or a host cannot be reached.
+        ValueError: There are no shards, or of several formats. While it is read: TooManyLostError,
             and ShardColumnsError for Parquet files whose columns differ.
 
     Examples:
@@ -155,8 +155,7 @@ def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
 class RecordStream(IterableDataset[CaptionedImage]):
     """Yields the samples of one process; a worker of a loader yields its part of them.
 
-    Attributes are as the arguments of `stream_records`; samples of the groups that are excluded are
-    left out, and counted.
+    The fields are those of `stream_records`; samples of `excluded_groups` are left out and counted.
     """
 
     reader: ShardReader
@@ -250,7 +249,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
 
     @property
     def report(self) -> StreamReport:
-        """What was read and lost since the epoch began, in this process."""
+        """Counts of this process since the epoch began."""
         return StreamReport() if self._run is None else self._run.report
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:

@@ -20,9 +20,9 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
     """Yields the batches of a dataset that makes them itself.
 
     Args:
-        dataset: yields lists of samples, and a `PartEnd` behind the last one of a worker.
-        collate: makes a batch of a list.
-        options: of `StatefulDataLoader`.
+        dataset: Yields lists of samples, and a `PartEnd` behind the last one of a worker.
+        collate: Makes a batch of a list.
+        options: Options of `StatefulDataLoader`.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> None:

@@ -17,18 +17,18 @@ class TooManyLostError(ValueError):
 
 @dataclass
 class StreamReport:
-    """What was read and lost since the epoch began, in one worker or in all.
+    """Counts of samples, shards and problems since the epoch began, of one worker or of all.
 
     Attributes:
-        samples: read, those that the shuffle buffer still has included.
-        lost_samples: broken ones.
-        skipped_samples: rows of images that were never downloaded, which are not samples.
-        excluded_samples: of groups that are held out.
-        dropped_samples: of last batches that were smaller, of those read.
-        shards: read to their end.
-        lost_shards: missing ones, and those that ended early.
-        retries: requests that were made again.
-        problems: what went wrong, how often, and where the first were.
+        samples: Samples read, those still in the shuffle buffer included.
+        lost_samples: Broken samples.
+        skipped_samples: Rows of images that were never downloaded, which are not samples.
+        excluded_samples: Samples of groups that are held out.
+        dropped_samples: Samples read, but dropped with a last batch that was smaller.
+        shards: Shards read to their end.
+        lost_shards: Shards that are missing or ended early.
+        retries: Requests that were made again.
+        problems: Kinds of problems with their counts and first places.
     """
 
     samples: int = 0
@@ -43,17 +43,17 @@ class StreamReport:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """How many there are of what the attributes count."""
+        """The counts by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     @property
     def counts(self) -> dict[str, int]:
-        """What went wrong to how often."""
+        """Number of each kind of problem."""
         return self.problems.counts
 
     @property
     def places(self) -> dict[str, list[str]]:
-        """What went wrong to where the first were."""
+        """First places of each kind of problem."""
         return self.problems.places
 
     def add_lost_sample(self, kind: str, place: str) -> None:
@@ -79,7 +79,7 @@ class StreamReport:
             )
 
     def describe_losses(self) -> str:
-        """Describe in one line how much was read and how much was not."""
+        """Describe in one line the samples that were read, and those that were not."""
         parts = [
             f"{self.samples:,} samples read",
             f"{self.lost_samples:,} lost",
@@ -90,11 +90,11 @@ class StreamReport:
 
     @property
     def has_losses(self) -> bool:
-        """Whether samples or shards were lost."""
+        """True if samples or shards were lost."""
         return bool(self.lost_samples or self.lost_shards)
 
     def describe(self) -> str:
-        """Describe what went wrong: how often, and where the first were."""
+        """Describe each kind of problem: its count and first places."""
         return "\n".join(describe_errors(self.counts, self.places))
 
     def merge(self, other: StreamReport) -> None:

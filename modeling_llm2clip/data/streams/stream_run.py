@@ -36,7 +36,7 @@ class ShardReader(Protocol):
 
 
 class Stream(Protocol):
-    """What is streamed, and how."""
+    """The stream that a run is a part of."""
 
     reader: ShardReader
     seed: int
@@ -56,11 +56,11 @@ class StreamRun:
     """One iteration of one worker.
 
     Args:
-        stream: what is streamed.
-        epoch: number of the epoch.
-        number: of the worker among those of all processes.
-        num_readers: how many of these there are.
-        prepare: decodes the image of a record; None to yield records as they are.
+        stream: The whole stream.
+        epoch: Number of the epoch.
+        number: Number of the worker among those of all processes.
+        num_readers: Workers of all processes.
+        prepare: Decodes the image of a record; None to yield records as they are.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class StreamRun:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What the order depends on, but for the epoch."""
+        """Everything that determines the order, except the epoch."""
         return {
             "stream_version": _STATE_VERSION,
             "seed": self._stream.seed,
