@@ -84,10 +84,10 @@ class UrlFetcher:
             scheme=parts.scheme, host=str(parts.hostname), port=parts.port,
             target=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
         )  # fmt: skip
-        headers = {
-            "Host": parts.netloc, "User-Agent": "modeling_llm2clip", "Accept": "image/*",
-            "Accept-Encoding": "identity", "Connection": "close",
-        }  # fmt: skip
+        headers = [
+            ("Host", parts.netloc), ("User-Agent", "modeling_llm2clip"), ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"), ("Connection", "close"),
+        ]  # fmt: skip
         backend = _CheckedBackend(lambda host, port: self._resolve(url, host, port))
         async with (
             httpcore.AsyncConnectionPool(ssl_context=self._tls, network_backend=backend) as pool,

@@ -188,7 +188,7 @@ def _find_page(opened: io.RawIOBase, chunk: _Chunk, group: _Group, within: int) 
             chunk.position = page.end
             chunk.pages.append(page)
             chunk.first_rows.append(chunk.next_row)
-            chunk.next_row += page.count
+            chunk.next_row += page.num_values
         number = bisect_right(chunk.first_rows, within) - 1
         return chunk.pages[number], number
 

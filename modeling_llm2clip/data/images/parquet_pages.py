@@ -31,13 +31,13 @@ class Page(NamedTuple):
     Attributes:
         start: Offset of what follows the header.
         end: Offset behind the page.
-        count: Number of values.
+        num_values: Number of values.
         level_size: Bytes of levels in front of the values; None if their length is in front.
     """
 
     start: int
     end: int
-    count: int
+    num_values: int
     level_size: int | None
 
 
@@ -69,7 +69,7 @@ def read_page(file: io.RawIOBase, offset: int, end: int) -> Page:
         page = _make_page(header, offset + length)
     except (KeyError, TypeError) as error:
         raise UnknownLayoutError(f"the page header at byte {offset} lacks a field") from error
-    if not page.start <= page.end <= end or page.count < 0 or (page.level_size or 0) < 0:
+    if not page.start <= page.end <= end or page.num_values < 0 or (page.level_size or 0) < 0:
         raise UnknownLayoutError(f"the page at byte {offset} exceeds its column chunk")
     return page
 
@@ -88,8 +88,8 @@ def find_values(file: io.RawIOBase, page: Page, *, has_levels: bool) -> tuple[In
     position = page.start + (page.level_size or 0)
     if page.level_size is None and has_levels:
         position += 4 + int.from_bytes(read_at(file, 4, position), "little")
-    starts, sizes = np.empty(page.count, np.int64), np.empty(page.count, np.int64)
-    for number in range(page.count):
+    starts, sizes = np.empty(page.num_values, np.int64), np.empty(page.num_values, np.int64)
+    for number in range(page.num_values):
         if position + 4 > page.end:
             break
         size = int.from_bytes(read_at(file, 4, position), "little")

@@ -77,7 +77,7 @@ def load_records(
         ignore_fields: Names of further fields, which are not read and not errors.
         cache: Whether the index of a large source is kept for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
-        modality: The one side that is read, for `embed`: `image` takes images without captions, too;
+        modality: The one side that is read, for `embed`: `image` takes images without captions;
             `text` looks for no images, and takes files of texts alone. Default: pairs.
 
     Returns:

@@ -107,9 +107,11 @@ class CheckedRecord(NamedTuple):
 
     def build(self) -> CaptionedImage:
         """Build the record."""
-        image, name, group_id, *texts, lang, place, url = self
-        image = Path(image.path) if isinstance(image, FoundFile) else image
-        return CaptionedImage(image, name, group_id, *map(tuple, texts), lang, place, url)
+        image = Path(self.image.path) if isinstance(self.image, FoundFile) else self.image
+        texts = tuple(self.captions), tuple(self.long_captions), tuple(self.keywords)
+        return CaptionedImage(
+            image, self.name, self.group_id, *texts, self.lang, self.place, self.url
+        )
 
 
 def check_record(

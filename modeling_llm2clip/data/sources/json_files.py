@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..record_fields import RawRecord
 from ..remote.file_places import FilePlace, name_place, open_buffered
@@ -19,6 +20,7 @@ from ..validation_errors import ErrorCollector
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
 _READ_AT_ONCE = 2**20  # characters
 _WHITESPACE = " \t\r\n"  # of JSON
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 def read_json_lines(
@@ -120,58 +122,44 @@ def read_json(file: Path) -> Any:
 
 def iterate_json_list(file: Path) -> Iterator[Any]:
     """Yield the objects of a JSON list one by one; nothing after the last one taken is read."""
+    decoder = json.JSONDecoder()
     with file.open(encoding="utf-8-sig") as stream:
-        text = _JsonStream(stream)
+        text, position = "", 0
+
+        def read_more() -> bool:
+            nonlocal text, position
+            part = stream.read(_READ_AT_ONCE)
+            text, position = text[position:] + part, 0
+            return bool(part)
+
+        def expect(marks: str) -> str:
+            """Return the next character that is not whitespace; empty at the end."""
+            nonlocal position
+            while (start := _NOT_BLANK.search(text, position)) is None:
+                position = len(text)
+                if not read_more():
+                    raise json.JSONDecodeError(f"Expected {marks}", text, position)
+            position = start.start()
+            if marks and text[position] not in marks:
+                raise json.JSONDecodeError(f"Expected {marks}", text, position)
+            return text[position]
+
         try:
-            text.take("[")
-            while text.peek() != "]":
-                yield text.decode()
-                if text.peek() != "]":
-                    text.take(",")
+            mark = expect("[")
+            while mark != "]":
+                position += 1
+                if expect("") == "]":
+                    return
+                while True:
+                    try:
+                        value, position = decoder.raw_decode(text, position)
+                        break
+                    except json.JSONDecodeError:  # it may not have been read to its end yet
+                        if not read_more():
+                            raise
+                yield value
+                mark = expect(",]")
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{file}: not a JSON list, or truncated ({error}). Download it again."
             ) from error
-
-
-class _JsonStream:
-    """JSON that is read piece by piece."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._text = ""
-        self._position = 0
-        self._decoder = json.JSONDecoder()
-
-    def peek(self) -> str:
-        """Return the next character that is not whitespace; empty at the end."""
-        while True:
-            while self._position < len(self._text) and self._text[self._position].isspace():
-                self._position += 1
-            if self._position < len(self._text):
-                return self._text[self._position]
-            if not self._read_more():
-                return ""
-
-    def take(self, mark: str) -> None:
-        """Skip a character that must come next."""
-        if self.peek() != mark:
-            raise json.JSONDecodeError(f"Expected {mark!r}", self._text, self._position)
-        self._position += 1
-
-    def decode(self) -> Any:
-        """Decode the next object, which may not have been read to its end yet."""
-        self.peek()
-        while True:
-            try:
-                value, self._position = self._decoder.raw_decode(self._text, self._position)
-                return value
-            except json.JSONDecodeError:
-                if not self._read_more():
-                    raise
-
-    def _read_more(self) -> bool:
-        part = self._stream.read(_READ_AT_ONCE)
-        self._text = self._text[self._position :] + part
-        self._position = 0
-        return bool(part)
