@@ -85,8 +85,11 @@ def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[
 
 def _hash_texts(texts: Iterable[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Hash texts as `hash_text` does."""
-    digests = [blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    return np.frombuffer(b"".join(digests), dtype="<i8")
+    return np.frombuffer(b"".join(map(_digest, texts)), dtype="<i8")
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=8).digest()
 
 
 def hash_text(text: str) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -24,10 +24,9 @@ FilePlace: TypeAlias = Path | str  # a text is a URL
 FileState: TypeAlias = tuple[str, int, str]  # path or URL, bytes, time or tag
 _BLOCK_BYTES = 2**22
 _BYTES_KEPT = 2**27
-_FILES_OPEN = 16  # of each thread
+_FILES_OPEN = 128  # of all threads
 _REQUESTS_AT_ONCE = 16
 _blocks: ByteCache[bytes] = ByteCache(_BYTES_KEPT)
-_of_thread = threading.local()
 
 
 def parse_place(text: str) -> FilePlace:
@@ -89,13 +88,12 @@ def _describe_remote(url: str) -> FileState | None:
 
 def _find_remote(url: str) -> RemoteFile:
     """Return this thread's access to a file: one that is open is at one place at a time."""
-    files: OrderedDict[str, RemoteFile] = _of_thread.__dict__.setdefault("files", OrderedDict())
-    if url not in files:
-        files[url] = RemoteFile(url, RetryPolicy())
-        while len(files) > _FILES_OPEN:
-            files.popitem(last=False)
-    files.move_to_end(url)
-    return files[url]
+    return _open_remote(url, threading.get_ident())
+
+
+@lru_cache(_FILES_OPEN)
+def _open_remote(url: str, thread: int) -> RemoteFile:  # noqa: ARG001
+    return RemoteFile(url, RetryPolicy())
 
 
 class _BlockFile(SeekableFile):

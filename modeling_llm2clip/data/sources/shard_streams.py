@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -147,20 +148,18 @@ def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
                     if key in seen:
                         problem = "members of one sample are not next to each other"
                     seen.add(key)
-                place = f"{name}: {member.name}"
-                content = read_member(archive, member) if member.isreg() else b""
-                found = sample.add(
-                    member,
-                    extension,
-                    lambda content=content: content,  # type: ignore[misc]
-                    lambda place=place, content=content: EncodedImage(place, content),  # type: ignore[misc]
-                )
+                make_image = partial(_read_image, archive, member, name)
+                found = sample.add(archive, member, extension, make_image)
                 problem = problem or found
             kept.require_end(archive.offset)
     except tarfile.TarError as error:
         raise BrokenShardError(f"not a tar shard, or compressed, or broken ({error})") from error
     if key is not None:
         yield _finish(number, name, key, sample, problem)
+
+
+def _read_image(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> EncodedImage:
+    return EncodedImage(f"{name}: {member.name}", read_member(archive, member))
 
 
 def _finish(number: int, name: str, key: str, sample: TarSample, problem: str) -> StreamedSample:

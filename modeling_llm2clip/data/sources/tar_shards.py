@@ -45,9 +45,9 @@ class TarSample:
 
     def add(
         self,
+        archive: tarfile.TarFile,
         member: tarfile.TarInfo,
         extension: str,
-        read: Callable[[], bytes],
         make_image: Callable[[], PackedImage],
     ) -> str:
         """Add a member; return the error, or an empty text."""
@@ -58,7 +58,7 @@ class TarSample:
             return ""
         if extension not in ("json", "txt"):
             return f"unknown member .{extension}"
-        content = read()
+        content = read_member(archive, member)
         return self._add_fields(content) if extension == "json" else self._add_text(content)
 
     def _add_fields(self, content: bytes) -> str:
@@ -110,9 +110,9 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
                 key, extension = split_member(member.name)
                 sample = samples.setdefault(key, TarSample())
                 problem = sample.add(
+                    archive,
                     member,
                     extension,
-                    partial(read_member, archive, member),
                     partial(TarImage, shard, member.name, member.offset_data, member.size),
                 )
                 if problem:
