@@ -180,21 +180,20 @@ def _write_records(number: int, file: Path) -> None:
     """Write an index of records with two captions each."""
     import pyarrow as pa
 
-    from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH, SCHEMA, RecordColumns
+    from modeling_llm2clip.data.records.record_columns import SCHEMA, make_batches
     from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
     from modeling_llm2clip.data.records.records import CaptionedImage
 
     examples = load_records(find_example_data() / "photographs", require_images=False)
     captions = [text for record in examples for text in record.captions]
-    columns = RecordColumns()
+
+    def make(n: int) -> CaptionedImage:
+        texts = tuple(f"{captions[(2 * n + k) % len(captions)]} {n}" for k in range(2))
+        return CaptionedImage(None, f"{n:09}.jpg", f"{n:09}.jpg", texts)
+
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for n in range(number):
-            texts = tuple(f"{captions[(2 * n + k) % len(captions)]} {n}" for k in range(2))
-            columns.add(CaptionedImage(None, f"{n:09}.jpg", f"{n:09}.jpg", texts))
-            if len(columns) == ROWS_PER_BATCH:
-                writer.write_batch(columns.take_batch())
-        if len(columns):
-            writer.write_batch(columns.take_batch())
+        for batch in make_batches(map(make, range(number))):
+            writer.write_batch(batch)
 
 
 def _make_processor(llm: Path) -> Any:

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from .conversion.convert_checkpoint import convert_checkpoint
     from .conversion.source_checkpoint import CheckpointSource, LLMSource
     from .data.captions.caption_joins import join_captions
-    from .data.records.dataset_objects import records_from_dataset, stream_dataset
+    from .data.records.dataset_objects import records_from_dataset
     from .data.records.record_loading import load_records
     from .data.records.record_table import RecordTable
     from .data.records.records import CaptionedImage
     from .data.records.splits import split_records
     from .data.store.embedding_store import EmbeddingStore
+    from .data.streams.dataset_streams import stream_dataset
     from .data.streams.record_streams import stream_records
     from .data.validation_errors import DataValidationError
     from .doctor.check_model import check_model
@@ -94,9 +95,10 @@ _HOMES = {
     "conversion.convert_checkpoint": ("convert_checkpoint",),
     "conversion.source_checkpoint": ("CheckpointSource", "LLMSource"),
     "data.captions.caption_joins": ("join_captions",),
-    "data.records.dataset_objects": ("records_from_dataset", "stream_dataset"),
+    "data.records.dataset_objects": ("records_from_dataset",),
     "data.store.embedding_store": ("EmbeddingStore",),
     "data.records.record_loading": ("load_records",),
+    "data.streams.dataset_streams": ("stream_dataset",),
     "data.streams.record_streams": ("stream_records",),
     "data.records.record_table": ("RecordTable",),
     "data.records.records": ("CaptionedImage",),

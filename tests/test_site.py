@@ -30,7 +30,7 @@ from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
-from modeling_llm2clip.data.records.records import _KNOWN_FIELDS
+from modeling_llm2clip.data.record_fields import KNOWN_FIELDS
 from modeling_llm2clip.doctor import server_checks
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.evaluation.datasets.dataset_registry import list_datasets
@@ -305,7 +305,7 @@ def test_the_installation_page_has_every_extra() -> None:
 
 
 def test_the_data_page_has_every_field() -> None:
-    assert read_table("data-formats.md", "Fields") == _KNOWN_FIELDS
+    assert read_table("data-formats.md", "Fields") == KNOWN_FIELDS
 
 
 def test_the_evaluation_page_has_every_task_and_dataset() -> None:

@@ -96,7 +96,7 @@ def read_captioned_images(
     Raises:
         DataValidationError: Records are invalid; every error is named at once.
     """
-    from ..data.records.configured_records import read_configured_records
+    from ..data.configured_records import read_configured_records
     from ..data.remote.shard_urls import has_remote_shards
 
     check_images = reading.check_images

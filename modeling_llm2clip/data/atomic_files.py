@@ -31,21 +31,13 @@ FREE_TEMPORARY_FOLDER = (
 
 
 def default_cache_folder() -> Path:
-    """Return the folder for files that the package can make again.
-
-    Returns:
-        `$XDG_CACHE_HOME/llm2clip`, usually `~/.cache/llm2clip`. It may not exist yet.
-    """
+    """Return the folder for files that the package can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip"
 
 
 @cache
 def temporary_folder() -> Path:
-    """Make a folder that is removed when this process ends; the same one at each call.
-
-    Raises:
-        OSError: the disk is full.
-    """
+    """Make a folder that is removed when this process ends; the same one at each call."""
     parent = Path(tempfile.gettempdir())
     with explain_full_disk(parent, "for temporary files", FREE_TEMPORARY_FOLDER):
         folder = Path(tempfile.mkdtemp(prefix="llm2clip-"))
@@ -55,16 +47,7 @@ def temporary_folder() -> Path:
 
 @contextmanager
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Say what to do when the disk is full.
-
-    Args:
-        folder: that is written to.
-        what: what there is no room for, such as "to write its index".
-        remedy: sentences that follow, without the last full stop.
-
-    Raises:
-        OSError: the disk is full.
-    """
+    """Say what to do when the disk is full."""
     try:
         yield
     except OSError as error:
@@ -79,14 +62,6 @@ def write_atomically(file: Path, content: bytes) -> None:
 
     The content is written to a file beside the target, synced and renamed; then the folder is
     synced. Only one process at a time may write the same file.
-
-    Args:
-        file: target; an existing file is replaced. Its folder must exist.
-        content: all of it.
-
-    Raises:
-        OSError: the content could not be written, for example because the disk is full. The
-            target is as it was.
     """
     unfinished = file.with_name(file.name + _UNFINISHED)
     try:
@@ -102,11 +77,7 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def is_unfinished(file: Path) -> bool:
-    """Whether a file was left behind by a `write_atomically` that was killed.
-
-    Args:
-        file: any file; only its name is looked at.
-    """
+    """Tell whether a killed `write_atomically` left this file behind."""
     return file.name.endswith(_UNFINISHED)
 
 
@@ -115,17 +86,6 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
 
     The lock is released when the file is closed or its process ends, however that happens. Needs
     a file system with `flock`: Linux or macOS, local or NFS 4.
-
-    Args:
-        opened: the file to lock, or its descriptor; keep it open as long as the lock is needed.
-        shared: let others hold it too if they also ask for a shared lock.
-        wait: wait for another holder.
-
-    Returns:
-        Whether the lock is held; False only with `wait=False`.
-
-    Raises:
-        OSError: the operating system or the file system has no such locks.
     """
     if fcntl is None:
         raise OSError(errno.ENOLCK, "This operating system has no flock. Use Linux or macOS")
@@ -138,15 +98,7 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
 
 
 def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
-    """Take the lock on an open file that still has its name; where there are no locks, take none.
-
-    Args:
-        file: its name.
-        opened: the file, or its descriptor; keep it open as long as the lock is needed.
-
-    Returns:
-        False if another process holds it, or has renamed or removed it meanwhile.
-    """
+    """Take the lock on an open file that still has its name, if the file system has locks."""
     with suppress(OSError):
         if not lock_file(opened, wait=False):
             return False
@@ -162,10 +114,10 @@ class FileHold:
     """Keeps a file from `remove_unless_held` of any process, as long as this object lives.
 
     Args:
-        file: an existing file.
+        file: An existing file.
 
     Raises:
-        OSError: there is no such file, or it is being removed.
+        OSError: There is no such file, or it is being removed.
     """
 
     def __init__(self, file: Path) -> None:
@@ -178,40 +130,21 @@ class FileHold:
 
 
 def remove_unless_held(file: Path) -> bool:
-    """Remove a file that nobody holds.
-
-    Args:
-        file: may be missing.
-
-    Returns:
-        Whether it is gone.
-    """
+    """Remove a file that nobody holds."""
     try:
         # For writing: NFS grants no exclusive lock otherwise, and would seem to have no locks.
         with file.open("r+b") as opened:
-            is_free = True
-            with suppress(OSError):  # no such locks here: then nobody can hold it
-                is_free = lock_file(opened, wait=False)
-            if not is_free:
-                return False
-            file.unlink(missing_ok=True)
-    except FileNotFoundError:
-        return True
+            if lock_unless_held(file, opened):
+                file.unlink(missing_ok=True)
     except PermissionError:  # another user's
         return False
-    return True
+    except FileNotFoundError:
+        return True
+    return not file.exists()
 
 
 def hash_file(file: Path, algorithm: str = "sha256") -> str:
-    """Hash a file; it is read in pieces.
-
-    Args:
-        file: file to read.
-        algorithm: a name that `hashlib.new` takes.
-
-    Returns:
-        The digest in hexadecimal digits.
-    """
+    """Hash a file; it is read in pieces."""
     digest = hashlib.new(algorithm)
     with file.open("rb") as opened:
         while piece := opened.read(_HASHED_AT_ONCE):
@@ -220,28 +153,13 @@ def hash_file(file: Path, algorithm: str = "sha256") -> str:
 
 
 def hash_json(value: Any) -> str:
-    """Hash a value that JSON can hold; the order of names in objects does not matter.
-
-    Args:
-        value: hashed as JSON with sorted names; what JSON cannot hold counts as its `str`.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """Hash a value that JSON can hold; the order of names in objects does not matter."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def list_differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
-    """List every entry in which a store and what is wanted of it differ, with both values.
-
-    Args:
-        found: entries of the store.
-        wanted: entries of today's run.
-
-    Returns:
-        One text per entry that differs or that only one of them has, in the order of the names.
-    """
+    """List every entry in which a store and what is wanted of it differ, with both values."""
     return [
         f"{name}: {found.get(name)!r} in the store, {wanted.get(name)!r} now"
         for name in sorted(set(found) | set(wanted))
@@ -250,11 +168,7 @@ def list_differences(found: Mapping[str, object], wanted: Mapping[str, object]) 
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk.
-
-    Args:
-        folder: existing folder.
-    """
+    """Wait until the names in a folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

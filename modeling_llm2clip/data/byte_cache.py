@@ -14,7 +14,7 @@ class ByteCache(Generic[T]):
     """Keeps the values that were used last, up to a size; threads may share it.
 
     Args:
-        limit: bytes of all values; the last one is kept even if it is larger.
+        limit: Bytes of all values; the last one is kept even if it is larger.
     """
 
     def __init__(self, limit: int) -> None:
@@ -25,12 +25,7 @@ class ByteCache(Generic[T]):
         self._making: dict[Hashable, Lock] = {}
 
     def find(self, key: Hashable, make: Callable[[], tuple[T, int]]) -> T:
-        """Return a value, made if it is not kept; threads that want the same one wait for it.
-
-        Args:
-            key: of the value.
-            make: returns the value and its bytes.
-        """
+        """Return a value, made if it is not kept; threads that want the same one wait for it."""
         with self._lock:
             if key in self._values:
                 return self._use(key)

@@ -19,16 +19,9 @@ _MOST_PASSES = 32
 
 
 def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
-    """Find where the key of each row occurs first.
+    """Find the row in which the key of each row occurs first, (N,) int32 or int64.
 
     The keys are read several times: each time, the rows of one range of keys are compared.
-
-    Args:
-        chunks: returns (M,) int64 keys in pieces, the same ones each time.
-        num_rows: number of all keys.
-
-    Returns:
-        (num_rows,) int32, or int64 if there are too many rows for it.
     """
     dtype = np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64
     first = np.empty(num_rows, dtype)
@@ -41,24 +34,12 @@ def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
 
 
 def count_distinct(chunks: Chunks, num_keys: int) -> int:
-    """Count the different keys.
-
-    Args:
-        chunks: returns (M,) int64 keys in pieces, the same ones each time.
-        num_keys: number of all keys, or more.
-    """
+    """Count the different keys."""
     return sum(len(np.unique(keys)) for keys, _ in iterate_ranges(chunks, num_keys, np.int64))
 
 
 def sort_rows(values: Array) -> Array:
-    """Sort row numbers by a value, and equal ones by their number, with little memory.
-
-    Args:
-        values: (N,) integers from 0 to 2^31 - 1.
-
-    Returns:
-        (N,) int32 row numbers, or int64 if there are too many for it.
-    """
+    """Sort row numbers by (N,) values from 0 to 2^31 - 1, then by number, with little memory."""
     if len(values) > np.iinfo(np.int32).max:
         return np.argsort(values, kind="stable")
     codes = values.astype(np.int64)
@@ -70,15 +51,7 @@ def sort_rows(values: Array) -> Array:
 
 
 def is_among(keys: Array, sorted_keys: Array) -> Array:
-    """Whether each key is one of others.
-
-    Args:
-        keys: (N,) int64.
-        sorted_keys: (M,) int64, ascending.
-
-    Returns:
-        (N,) bool.
-    """
+    """Tell for each key, (N,) bool, whether it is one of `sorted_keys`, which ascend."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.bool_)
     places = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
@@ -91,11 +64,6 @@ def iterate_ranges(
     """Yield the keys of each range of their first bits, and their row numbers.
 
     The ranges do not depend on the order of the keys, but on how many there are.
-
-    Args:
-        chunks: returns (M,) int64 keys in pieces, the same ones each time.
-        num_keys: number of all keys, or more.
-        dtype: of the row numbers.
     """
     num_passes = min(_MOST_PASSES, max(_FEW_PASSES, -(-num_keys // _MANY_KEYS)))
     num_passes = min(num_passes, -(-num_keys // _FEW_KEYS))

@@ -1,4 +1,4 @@
-"""Embeddings that were made elsewhere, with the names of what they are of.
+"""Embeddings that were made elsewhere, with the names of their texts or images.
 
 | file | names |
 | --- | --- |
@@ -34,7 +34,7 @@ class NamedEmbeddings:
     Attributes:
         names: N different names.
         embeddings: (N, D) of any float dtype, finite.
-        notes: further metadata of the file.
+        notes: Further metadata of the file.
     """
 
     names: tuple[str, ...]
@@ -58,27 +58,12 @@ class NamedEmbeddings:
 
 
 def side_file(folder: Path, side: str) -> Path:
-    """Return the file of one side.
-
-    Args:
-        folder: folder of the files.
-        side: `"texts"` or `"images"`.
-    """
+    """Return the file of one side."""
     return folder / f"{side}.safetensors"
 
 
 def read_named_embeddings(file: Path) -> NamedEmbeddings:
-    """Read and check one file.
-
-    Args:
-        file: safetensors file of named embeddings.
-
-    Returns:
-        Its embeddings.
-
-    Raises:
-        ValueError: the file is missing or damaged, or its names or embeddings are invalid.
-    """
+    """Read and check one file."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist. Give a safetensors file of named embeddings.")
     try:
@@ -112,17 +97,7 @@ def _shorten(names: Iterable[str]) -> str:
 def write_named_embeddings(
     file: Path, names: Sequence[str], embeddings: Tensor, *, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write one file, complete or not at all.
-
-    Args:
-        file: where to write; its folder is created.
-        names: N different names.
-        embeddings: (N, D) of any float dtype, finite, one row per name.
-        notes: further metadata.
-
-    Raises:
-        ValueError: names or embeddings are invalid.
-    """
+    """Write one file, complete or not at all."""
     checked = NamedEmbeddings(tuple(names), embeddings.detach().cpu().contiguous())
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {**(notes or {}), "names": json.dumps(list(names), ensure_ascii=False)}

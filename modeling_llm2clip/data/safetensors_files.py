@@ -21,10 +21,10 @@ class TensorPlace:
     """Where a tensor is in a safetensors file, so that numpy can map it without reading it.
 
     Attributes:
-        dtype: as safetensors names it, such as `F32`.
-        shape: of the tensor.
-        offset: of its first byte in the file.
-        bytes: how many bytes it has.
+        dtype: As safetensors names it, such as `F32`.
+        shape: Shape of the tensor.
+        offset: First byte in the file.
+        bytes: Number of bytes.
     """
 
     dtype: str
@@ -33,15 +33,7 @@ class TensorPlace:
     bytes: int
 
     def require_size(self, file: Path, item_bytes: int) -> None:
-        """Check that the tensor has as many bytes as its shape needs.
-
-        Args:
-            file: file that it is in, for the error.
-            item_bytes: bytes per element.
-
-        Raises:
-            ValueError: it has more or fewer.
-        """
+        """Check that the tensor has as many bytes as its shape needs."""
         wanted = math.prod(self.shape) * item_bytes
         if self.bytes != wanted:
             raise ValueError(
@@ -51,17 +43,7 @@ class TensorPlace:
 
 
 def read_header(file: Path) -> dict[str, TensorPlace]:
-    """Read the header of a safetensors file.
-
-    Args:
-        file: safetensors file.
-
-    Returns:
-        Name of each tensor to its place in the file.
-
-    Raises:
-        ValueError: the header is damaged, or the file is longer or shorter than it says.
-    """
+    """Read the header of a safetensors file."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -91,13 +73,6 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """Serialize tensors so that the same content gives the same bytes in every process.
 
     safetensors itself writes several entries of metadata in a random order.
-
-    Args:
-        tensors: Name → contiguous tensor on the CPU; no two share their storage.
-        metadata: Name → text.
-
-    Returns:
-        Content of a safetensors file, with the metadata in the order of their names.
     """
     content = save(dict(tensors), metadata=dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
@@ -111,19 +86,7 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def iterate_tensors(
     files: Iterable[Path], *, prefix: str = "", base: Path | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of safetensors files by name; one is in memory at a time.
-
-    Args:
-        files: safetensors files.
-        prefix: yield only names that begin so.
-        base: put the folder of a file, relative to this one, before its names: `vision/weight`.
-
-    Yields:
-        Name and tensor, in the order of the names over all files.
-
-    Raises:
-        ValueError: a file is not a complete safetensors file, or two files have the same name.
-    """
+    """Yield the tensors of safetensors files by name; one is in memory at a time."""
     places: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)

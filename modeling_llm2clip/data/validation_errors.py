@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,16 +15,16 @@ class DataValidationError(ValueError):
     """A dataset has errors: how many of each kind, and where the first of them are.
 
     Args:
-        source: name or path of the dataset.
-        counts: kind of error to how many there are.
-        places: kind of error to the first places, such as `captions.jsonl line 3`.
-        advice: what else to do about them; empty for nothing.
+        source: Name or path of the dataset.
+        counts: Kind of error to how many there are.
+        places: Kind of error to the first places, such as `captions.jsonl line 3`.
+        advice: Further advice; may be empty.
 
     Attributes:
-        source: name or path of the dataset.
-        counts: kind of error to how many there are.
-        places: kind of error to the first places.
-        advice: what else to do about them.
+        source: Name or path of the dataset.
+        counts: Kind of error to how many there are.
+        places: Kind of error to the first places.
+        advice: Further advice.
     """
 
     def __init__(
@@ -64,12 +63,7 @@ class DataValidationError(ValueError):
 
 
 def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> list[str]:
-    """Describe errors in a line per kind: how many there are, and where the first of them are.
-
-    Args:
-        counts: kind of error to how many there are.
-        places: kind of error to the first places.
-    """
+    """Describe errors in a line per kind: how many there are, and where the first of them are."""
     return [
         f"  {kind}: {count} ({', '.join(places[kind])}{', …' if count > len(places[kind]) else ''})"
         for kind, count in counts.items()
@@ -87,32 +81,18 @@ class ErrorCollector:
     _files: dict[tuple[str, ...], tuple[int, list[str]]] = field(default_factory=dict, init=False)
 
     def add(self, kind: str, place: str) -> None:
-        """Add one error.
-
-        Args:
-            kind: what is wrong, in the same words wherever it is.
-            place: where, such as `captions.jsonl line 3`.
-        """
+        """Add one error."""
         self._counts[kind] = self._counts.get(kind, 0) + 1
         places = self._places.setdefault(kind, [])
         if len(places) < _PLACES_SHOWN:
             places.append(place)
 
     def skip(self, reason: str) -> None:
-        """Count a row of the source that is not a record, which is not an error.
-
-        Args:
-            reason: why, in the same words wherever it is.
-        """
+        """Count a row of the source that is not a record, which is not an error."""
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
 
     def note_columns(self, columns: Iterable[str], file: str) -> None:
-        """Note the columns of a file, which are compared by `compare_columns`.
-
-        Args:
-            columns: names of the columns that are read.
-            file: name of the file.
-        """
+        """Note the columns of a file, which are compared by `compare_columns`."""
         self._note_files(tuple(sorted(columns)), 1, [file])
 
     def _note_files(self, columns: tuple[str, ...], count: int, files: Sequence[str]) -> None:
@@ -133,11 +113,7 @@ class ErrorCollector:
         self._files.clear()
 
     def extend(self, other: ErrorCollector) -> None:
-        """Add the errors of another collector.
-
-        Args:
-            other: collector, which is not changed.
-        """
+        """Add the errors of another collector."""
         for kind, count in other._counts.items():
             self._counts[kind] = self._counts.get(kind, 0) + count
             places = self._places.setdefault(kind, [])
@@ -147,49 +123,16 @@ class ErrorCollector:
         for columns, (count, files) in other._files.items():
             self._note_files(columns, count, files)
 
-    def to_json(self) -> str:
-        """Return what was collected as JSON."""
-        content = {
-            "counts": self._counts,
-            "places": self._places,
-            "skipped": self._skipped,
-            "files": [[columns, *found] for columns, found in self._files.items()],
-        }
-        return json.dumps(content)
-
-    @classmethod
-    def from_json(cls, text: str) -> ErrorCollector:
-        """Read what another process collected.
-
-        Args:
-            text: from `to_json`.
-        """
-        content = json.loads(text)
-        collected = cls.of(content["counts"], content["places"])
-        collected._skipped = content["skipped"]
-        for columns, count, files in content["files"]:
-            collected._note_files(tuple(columns), count, files)
-        return collected
-
     @classmethod
     def of(cls, counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> ErrorCollector:
-        """Make a collector of errors that are counted already.
-
-        Args:
-            counts: kind of error to how many there are.
-            places: kind of error to the first places.
-        """
+        """Make a collector of errors that are counted already."""
         collected = cls()
         collected._counts = dict(counts)
         collected._places = {kind: [*where] for kind, where in places.items()}
         return collected
 
     def without(self, *kinds: str) -> ErrorCollector:
-        """Return a collector of the other errors.
-
-        Args:
-            kinds: kinds of errors that are left out.
-        """
+        """Return a collector of the other errors."""
         kept = {kind: n for kind, n in self._counts.items() if kind not in kinds}
         return ErrorCollector.of(kept, {kind: self._places[kind] for kind in kept})
 
@@ -214,14 +157,6 @@ class ErrorCollector:
         return sum(self._counts.values())
 
     def raise_if_any(self, source: str, *, advice: str = "") -> None:
-        """Raise everything that was collected.
-
-        Args:
-            source: name or path of the dataset.
-            advice: what else to do about it; empty for nothing.
-
-        Raises:
-            DataValidationError: there are errors.
-        """
+        """Raise everything that was collected."""
         if self._counts:
             raise DataValidationError(source, self._counts, self._places, advice)

@@ -13,8 +13,6 @@ A label without prompts is put into every template.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.sources.csv_files import iterate_csv
 from ..data.sources.json_files import parse_object
 
 _SHOWN = 5
@@ -45,8 +44,7 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
     """Read a file of labels in UTF-8, in its order; templates have one `{}` for the label."""
     check_templates(templates)
     try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-        prompts_of = _parse(text, file.suffix.lower())
+        prompts_of = _parse(file)
         _check(prompts_of)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
@@ -77,11 +75,12 @@ def _fill_templates(
     ]
 
 
-def _parse(text: str, suffix: str) -> list[tuple[str, list[str]]]:
-    if suffix == ".json":
+def _parse(file: Path) -> list[tuple[str, list[str]]]:
+    if file.suffix.lower() == ".csv":
+        return _parse_csv(file)
+    text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    if file.suffix.lower() == ".json":
         return _parse_json(text)
-    if suffix == ".csv":
-        return _parse_csv(text)
     return [(line.strip(), []) for line in text.split("\n") if line.strip()]
 
 
@@ -109,20 +108,16 @@ def _require_text(value: Any) -> str:
     return value.strip()
 
 
-def _parse_csv(text: str) -> list[tuple[str, list[str]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    columns = reader.fieldnames or []
+def _check_columns(columns: list[str]) -> list[str]:
     if "label" not in columns or set(columns) - {"label", "prompt"}:
-        raise ValueError(f"the columns are {list(columns)}; name them label, or label and prompt.")
-    try:
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} is not CSV ({error}).") from error
-    if odd := [line for line, row in rows if None in row]:
-        raise ValueError(f"line {odd[0]} has more values than columns; quote texts with commas.")
+        raise ValueError(f"the columns are {columns}; name them label, or label and prompt.")
+    return columns
+
+
+def _parse_csv(file: Path) -> list[tuple[str, list[str]]]:
     prompts_of: dict[str, list[str]] = {}
-    for line, row in rows:
-        name, prompt = ((row.get(column) or "").strip() for column in ("label", "prompt"))
+    for line, row in iterate_csv(file, choose=_check_columns):
+        name, prompt = (row.get(column, "").strip() for column in ("label", "prompt"))
         if not name:
             raise ValueError(f"line {line} has a blank label. Fill it in, or remove the line.")
         if name in prompts_of and not (prompt and prompts_of[name]):

@@ -11,12 +11,11 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TypeAlias
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-import h11
+import httpcore
 
 from .errors import RequestError
 
@@ -25,9 +24,9 @@ _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _MOST_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CHUNK = 2**16  # bytes
 _SHOWN = 100  # characters of a URL in an error
-_PORTS = {"http": 80, "https": 443}
+_SCHEMES = ("http", "https")
+_FAILURES = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 # IPv6 addresses that routers translate to the IPv4 address in their last 32 bits (RFC 6052).
 _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 # What Python's `is_global` lets through, or does in some versions.
@@ -63,23 +62,12 @@ class UrlFetcher:
         self._tls = ssl.create_default_context()
 
     async def fetch(self, url: str) -> bytes:
-        """Fetch a URL.
-
-        Args:
-            url: An http or https URL.
-
-        Returns:
-            The content.
-
-        Raises:
-            RequestError: The URL is not valid or not public, what it names is too large or cannot
-                be fetched in time. Nothing of the answer is quoted.
-        """
+        """Fetch a URL."""
         try:
             return await asyncio.wait_for(self._follow(url), self._timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
             raise _refuse(url, f"did not answer within {self._timeout_s:g} seconds") from None
-        except (OSError, h11.ProtocolError) as error:
+        except (OSError, *_FAILURES) as error:
             raise _refuse(url, f"cannot be fetched ({type(error).__name__})") from error
 
     async def _follow(self, url: str) -> bytes:
@@ -92,43 +80,30 @@ class UrlFetcher:
 
     async def _get(self, url: str, parts: SplitResult) -> bytes | str:
         """Return the content, or where it moved to."""
-        port = parts.port or _PORTS[parts.scheme]
-        address = await self._resolve(url, str(parts.hostname), port)
-        async with self._connect(address, port, parts) as (reader, writer):
-            connection = h11.Connection(our_role=h11.CLIENT)
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            headers = [
-                ("Host", parts.netloc), ("User-Agent", "modeling_llm2clip"),
-                ("Accept", "image/*"), ("Accept-Encoding", "identity"), ("Connection", "close"),
-            ]  # fmt: skip
-            request = h11.Request(method="GET", target=target, headers=headers)
-            writer.write(connection.send(request) + connection.send(h11.EndOfMessage()))
-            await writer.drain()
-            return await self._read(url, connection, reader)
-
-    async def _read(
-        self, url: str, connection: h11.Connection, reader: asyncio.StreamReader
-    ) -> bytes | str:
-        content = bytearray()
-        while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                connection.receive_data(await reader.read(_CHUNK))
-            elif isinstance(event, h11.Response):
-                headers = dict(event.headers.raw_items())
-                headers = {name.lower(): value for name, value in headers.items()}
-                if event.status_code in _REDIRECTS and b"location" in headers:
-                    return headers[b"location"].decode("latin-1")
-                if event.status_code != 200:
-                    raise _refuse(url, f"answers with status {event.status_code}")
-            elif isinstance(event, h11.Data):
-                content += event.data
+        target = httpcore.URL(
+            scheme=parts.scheme, host=str(parts.hostname), port=parts.port,
+            target=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+        )  # fmt: skip
+        headers = [
+            ("Host", parts.netloc), ("User-Agent", "modeling_llm2clip"), ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"), ("Connection", "close"),
+        ]  # fmt: skip
+        backend = _CheckedBackend(lambda host, port: self._resolve(url, host, port))
+        async with (
+            httpcore.AsyncConnectionPool(ssl_context=self._tls, network_backend=backend) as pool,
+            pool.stream("GET", target, headers=headers) as response,
+        ):
+            found = {name.lower(): value for name, value in response.headers}
+            if response.status in _REDIRECTS and b"location" in found:
+                return found[b"location"].decode("latin-1")
+            if response.status != 200:
+                raise _refuse(url, f"answers with status {response.status}")
+            content = bytearray()
+            async for part in response.aiter_stream():
+                content += part
                 if len(content) > self._max_bytes:
                     raise _refuse(url, f"has more than {self._max_bytes / 1e6:g} MB", status=413)
-            elif isinstance(event, h11.EndOfMessage):
-                return bytes(content)
-            elif isinstance(event, h11.ConnectionClosed):
-                raise _refuse(url, "closed the connection without an answer")
+            return bytes(content)
 
     async def _resolve(self, url: str, host: str, port: int) -> str:
         """Return an address of the host, all of which must be allowed."""
@@ -151,20 +126,15 @@ class UrlFetcher:
             return False
         return address.is_global and not (address.is_multicast or address.is_unspecified)
 
-    @asynccontextmanager
-    async def _connect(
-        self, address: str, port: int, parts: SplitResult
-    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        is_tls = parts.scheme == "https"
-        reader, writer = await asyncio.open_connection(
-            address, port, limit=_CHUNK,
-            ssl=self._tls if is_tls else None,
-            server_hostname=parts.hostname if is_tls else None,
-        )  # fmt: skip
-        try:
-            yield reader, writer
-        finally:
-            writer.transport.abort()
+
+class _CheckedBackend(httpcore.AnyIOBackend):
+    """Connects to the address that a host was resolved to."""
+
+    def __init__(self, resolve: Callable[[str, int], Awaitable[str]]) -> None:
+        self._resolve = resolve
+
+    async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> Any:
+        return await super().connect_tcp(await self._resolve(host, port), port, *args, **options)
 
 
 def _find_embedded(address: _Address) -> ipaddress.IPv4Address | None:
@@ -182,7 +152,7 @@ def _parse(url: str) -> SplitResult:
         port_is_valid = parts.port != 0
     except ValueError:  # such as a port that is not a number
         raise _refuse(url, "is not a valid URL") from None
-    if parts.scheme not in _PORTS:
+    if parts.scheme not in _SCHEMES:
         raise _refuse(url, "is not an http or https URL", code="url_not_allowed")
     if not parts.hostname or "@" in parts.netloc or not port_is_valid:
         raise _refuse(url, "has no host, or a password in it", code="url_not_allowed")

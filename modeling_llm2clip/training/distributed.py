@@ -34,6 +34,15 @@ def run_once_per_machine(function: Callable[[], Result]) -> Result:
     return results[state.process_index - state.local_process_index][0]  # type: ignore[no-any-return]
 
 
+def keep_to_one_gpu(arguments: TrainingArguments) -> None:
+    """Make a Trainer use one GPU per process, and never torch's DataParallel.
+
+    DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
+    the precision of the run.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
+
 def is_sharded() -> bool:
     """Return whether `accelerate launch` was given a configuration for FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")  # type: ignore[no-any-return]
@@ -55,7 +64,5 @@ def training_arguments_on(
         state.device = device
         arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
         arguments._n_gpu = int(device.type != "cpu")
-    # Never torch's DataParallel: it would multiply the batch by the number of GPUs, and compute in
-    # float32, whatever the precision of the run.
-    arguments._n_gpu = min(1, arguments.n_gpu)
+    keep_to_one_gpu(arguments)
     return arguments

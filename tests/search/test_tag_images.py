@@ -203,7 +203,7 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
         ("l.json", '["dog", " "]', "label number 2 is blank"),
         ("l.csv", "label,prompt\ndog,pup\n,cat\n", "line 3 has a blank label"),
         ("l.csv", "name\ndog\n", r"the columns are \['name'\]"),
-        ("l.csv", "label\na dog, big\n", "line 2 has more values than columns"),
+        ("l.csv", "label\na dog, big\n", "line 2: 2 cells for 1 columns.*need quotes"),
         ("l.csv", "label,prompt\ndog,\ndog,pup\n", "line 3 repeats the label 'dog'"),
     ],
 )

@@ -19,7 +19,7 @@ class FlatCaptions(NamedTuple):
     """The captions of some records.
 
     Attributes:
-        texts: strings, record by record.
+        texts: Strings, record by record.
         num_short: (n,) short captions of each record.
         ends: (n + 1,) where the captions of each record begin, and the last ones end.
     """
@@ -30,11 +30,7 @@ class FlatCaptions(NamedTuple):
 
 
 def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
-    """Put the captions of the records of a batch into one column.
-
-    Args:
-        batch: with the columns `captions` and `long_captions`.
-    """
+    """Put the captions of the records of a batch into one column."""
     short, long = (batch.column(name).flatten() for name in CAPTION_COLUMNS)
     num_short, num_long = count_captions(batch)
     ends = np.concatenate([[0], np.cumsum(num_short + num_long, dtype=np.int64)])
@@ -46,14 +42,7 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
 
 
 def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Count the short and the long captions of each record of a batch.
-
-    Args:
-        batch: with the columns `captions` and `long_captions`.
-
-    Returns:
-        (n,) int32 each.
-    """
+    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
     short, long = (np.diff(np.asarray(batch.column(name).offsets)) for name in CAPTION_COLUMNS)
     return short, long
 
@@ -61,13 +50,8 @@ def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
 def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
     """Find the captions of each record of a batch, the short ones before the long ones.
 
-    Args:
-        batch: with the columns `captions` and `long_captions`.
-
-    Returns:
-        Of each caption, record by record: the row of its record, and its place in all captions of
-        the batch followed by all long captions; (T,) int64 each.
-    """
+    Returns for each caption, record by record, the row of its record, and its place in all captions
+    of the batch followed by all long captions; (T,) int64 each."""
     num_short, num_long = (counts.astype(np.int64) for counts in count_captions(batch))
     counts = num_short + num_long
     row = np.repeat(np.arange(len(counts)), counts)
@@ -79,13 +63,13 @@ def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
 
 
 class FirstOccurrences:
-    """Where each row of a store occurs first in its index, found anew for the rows of a shard.
+    """Finds where each row of a store occurs first in its index, shard by shard.
 
     Rows are numbered by first occurrence, so a row is new where its number exceeds all before.
 
     Args:
-        index: index of the store.
-        rows_per_shard: rows of every shard but the last.
+        index: Index of the store.
+        rows_per_shard: Rows of every shard but the last.
     """
 
     def __init__(self, index: StoreIndex, rows_per_shard: int) -> None:
@@ -94,15 +78,7 @@ class FirstOccurrences:
         self._first_items = _find_first_items(index, rows_per_shard)
 
     def find(self, rows: range) -> Iterator[tuple[int, Array, Array]]:
-        """Find the first occurrences of the rows of a shard.
-
-        Args:
-            rows: all rows of a shard.
-
-        Yields:
-            Number of an item, and for some rows in their order the items from it on, and the number
-            of the caption in the item.
-        """
+        """Find the first occurrences of the rows of a shard."""
         newest = rows.start - 1
         for first, ends, found in self._index.iterate_rows(
             self._first_items[rows.start // self._rows_per_shard]
@@ -121,13 +97,7 @@ class FirstOccurrences:
 def iterate_first_captions(
     table: RecordTable, occurrences: FirstOccurrences, rows: range
 ) -> Iterator[str]:
-    """Yield the captions of the rows of a shard.
-
-    Args:
-        table: the records that the store is made from.
-        occurrences: of the store's rows.
-        rows: all rows of a shard.
-    """
+    """Yield the captions of the rows of a shard."""
     for first, items, numbers in occurrences.find(rows):
         start, stop = int(items[0]), int(items[-1]) + 1
         chosen = table.select(np.arange(first + start, first + stop))

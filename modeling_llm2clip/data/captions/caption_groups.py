@@ -6,14 +6,13 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
-from ..key_arrays import find_first_rows, is_among, sort_rows
+from ..key_arrays import is_among, sort_rows
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
 from .caption_columns import locate_captions
@@ -35,8 +34,8 @@ class CaptionGroup:
     """All captions of one group.
 
     Attributes:
-        group_id: what the captions describe.
-        captions: different texts, in one or several languages, short and long.
+        group_id: Name of the thing that the captions describe.
+        captions: Different texts, in one or several languages, short and long.
     """
 
     group_id: str
@@ -52,7 +51,7 @@ class GroupBatch:
         keys: (T,) int64, key of each caption, group by group.
         group_ids: (G,) texts.
         places: (T,) int64, where each caption is in `texts`, the second after the first.
-        texts: all captions of the records that were read, and all their long captions.
+        texts: All captions of the records that were read, and all their long captions.
     """
 
     counts: Array
@@ -62,11 +61,7 @@ class GroupBatch:
     texts: tuple[pa.Array, pa.Array]
 
     def take_texts(self, numbers: Array | None = None) -> pa.Array:
-        """Return captions.
-
-        Args:
-            numbers: (M,) numbers of captions of this batch; None for all.
-        """
+        """Return captions."""
         places = self.places if numbers is None else self.places[numbers]
         short, long = self.texts
         texts = pa.concat_arrays([short, long]) if len(long) else short
@@ -80,12 +75,12 @@ class CaptionGroups(Iterable[CaptionGroup]):
     key, one is not used: the odds are below one to a hundred million for a billion captions.
 
     Args:
-        records: records in which those of one group follow one another.
-        num_groups: number of groups that the iteration yields.
-        num_pairs: number of pairs in which each caption is once, and the last of an odd number
+        records: Records in which those of one group follow one another.
+        num_groups: Number of groups that the iteration yields.
+        num_pairs: Number of pairs in which each caption is once, and the last of an odd number
             beside another one of its group.
         chosen: (groups of at least two captions,) bool, those that are meant; None for all.
-        left_out: ascending keys of captions that are left out; groups with fewer than two others
+        left_out: Ascending keys of captions that are left out; groups with fewer than two others
             are left out too.
 
     Examples:
@@ -127,18 +122,17 @@ class CaptionGroups(Iterable[CaptionGroup]):
         for batch in iterate_whole_groups(self._records, (*_KEYS, "group_id")):
             group, keys, places = list_distinct_texts(batch)
             group, keys, places = _select(_is_of_several(group), group, keys, places)
-            if self._chosen is not None:
-                last = len(_mark_starts(group).nonzero()[0])
-                chosen = self._chosen[number : number + last]
-                number += last
-                group, keys, places = _select(chosen[_renumber(group)], group, keys, places)
+            if self._chosen is not None and len(group):
+                numbers = number + np.cumsum(_mark_starts(group)) - 1  # without gaps
+                number = int(numbers[-1]) + 1
+                group, keys, places = _select(self._chosen[numbers], group, keys, places)
             if self._left_out is not None:
                 group, keys, places = _select(~is_among(keys, self._left_out), group, keys, places)
                 group, keys, places = _select(_is_of_several(group), group, keys, places)
             if not len(group):
                 continue
-            starts = _mark_starts(group).nonzero()[0]
-            first = pa.array(_mark_starts(np.asarray(batch.column(0))).nonzero()[0])
+            starts = _find_starts(group)
+            first = pa.array(_find_starts(np.asarray(batch.column(0))))
             yield GroupBatch(
                 counts=np.diff(starts, append=len(group)),
                 keys=keys,
@@ -148,18 +142,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
-        """Hold out groups at random; the others lose the captions that the held-out ones have too.
-
-        Args:
-            count: how many to hold out.
-            seed: another seed holds out other groups.
-
-        Returns:
-            Groups to train on, groups held out, and the number of captions that training lost.
-
-        Raises:
-            ValueError: a side would have fewer than two groups.
-        """
+        """Hold out groups at random; training loses the captions that they share with it."""
         assert self._chosen is None and self._left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(
@@ -170,18 +153,15 @@ class CaptionGroups(Iterable[CaptionGroup]):
         chosen[_shuffle(len(self), seed)[:count]] = True
         test = CaptionGroups(self._records, count, 0, chosen=chosen)
         keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
-        num_texts = sum(
-            len(batch.keys)
-            for batch in CaptionGroups(self._records, 0, 0, chosen=~chosen).iterate_batches()
-        )
+        others = CaptionGroups(self._records, 0, 0, chosen=~chosen)
+        num_texts = sum(len(batch.keys) for batch in others.iterate_batches())
         num_groups, num_pairs = 0, 0
-        for batch in CaptionGroups(
-            self._records, 0, 0, chosen=~chosen, left_out=keys
-        ).iterate_batches():
+        train = CaptionGroups(self._records, 0, 0, chosen=~chosen, left_out=keys)
+        for batch in train.iterate_batches():
             num_groups += len(batch.counts)
             num_pairs += int(((batch.counts + 1) // 2).sum())
             num_texts -= len(batch.keys)
-        train = CaptionGroups(self._records, num_groups, num_pairs, chosen=~chosen, left_out=keys)
+        train._num_groups, train.num_pairs = num_groups, num_pairs
         if num_groups < 2:
             raise ValueError(
                 "Nearly every caption to train on is also one of a held-out image. Give more "
@@ -191,18 +171,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
 
 def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
-    """Collect the captions of each group.
-
-    Args:
-        records: records of a dataset.
-
-    Returns:
-        The groups, each text once, in the order of the records.
-
-    Raises:
-        ValueError: groups have fewer than two captions: how many, the first of them, and where
-            they are written.
-    """
+    """Collect the captions of each group."""
     groups, num_single, shown = count_groups(records)
     if not len(groups) + num_single:
         raise ValueError("There are no captions. Give a dataset with at least two images.")
@@ -217,17 +186,7 @@ def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
 
 
 def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int]:
-    """Collect the captions of the groups that have at least two.
-
-    Args:
-        records: records of a dataset.
-
-    Returns:
-        These groups, and how many were skipped.
-
-    Raises:
-        ValueError: no group is left.
-    """
+    """Collect the captions of the groups that have at least two."""
     groups, num_single, _ = count_groups(records)
     if num_single and not len(groups):
         raise ValueError(
@@ -238,35 +197,20 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
 
 
 def sort_by_group(records: RecordTable) -> RecordTable:
-    """Put the records of each group together, the groups in the order of their first records.
-
-    Args:
-        records: any records.
-
-    Returns:
-        The records themselves if they are in that order.
-    """
-    first = find_first_rows(partial(records.iterate_numbers, "group_key"), len(records))
+    """Put the records of each group together, the groups in the order of their first records."""
+    first = records.find_first_rows("group_key")
     if not (first[1:] < first[:-1]).any():
         return records
     return records.select(sort_rows(first))
 
 
 def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns in batches that no group crosses.
-
-    Args:
-        records: records in which those of one group follow one another.
-        names: of the columns; the first is `group_key`.
-
-    Yields:
-        Batches; one is as long as its longest group.
-    """
+    """Yield columns in batches that no group crosses."""
     rest: pa.RecordBatch | None = None
     for batch in _iterate_slices(records, names):
         if rest is not None and rest.num_rows:
             batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
-        changes = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
+        changes = _find_starts(np.asarray(batch.column(0)))
         last = int(changes[-1]) if len(changes) else 0
         if last:
             yield batch.slice(0, last)
@@ -282,16 +226,7 @@ def _iterate_slices(records: RecordTable, names: Sequence[str]) -> Iterator[pa.R
 
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
-    """List the texts of a batch, each once per group, in the order of the records.
-
-    Args:
-        batch: columns `group_key`, `captions`, `long_captions` and `text_keys`; the records of a
-            group follow one another.
-
-    Returns:
-        Of each text: the number of its group in the batch, its key, and its place in all captions
-        of the batch followed by all long captions; (T,) int64 each.
-    """
+    """List the texts of a batch, each once per group, in the order of the records."""
     row, places = locate_captions(batch)
     group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
     keys = np.asarray(batch.column("text_keys").flatten())
@@ -303,21 +238,13 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
 
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
-    """Collect the captions of the groups that have at least two, and count the others.
-
-    Args:
-        data: records of a dataset.
-
-    Returns:
-        The groups of at least two captions, the number of the others, and the first of these with
-        the places where they are written.
-    """
+    """Collect the captions of the groups that have at least two, and count the others."""
     records = sort_by_group(RecordTable.from_records(data))
     num_groups, num_pairs, num_single, start = 0, 0, 0, 0
     shown: list[str] = []
     for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
         _require_different_keys(batch)
-        rows = _mark_starts(np.asarray(batch.column(0))).nonzero()[0]
+        rows = _find_starts(np.asarray(batch.column(0)))
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
         single = (counts < 2).nonzero()[0]
         num_single += len(single)
@@ -358,15 +285,13 @@ def _mark_starts(values: Array) -> Array:
     return starts
 
 
-def _renumber(group: Array) -> Array:
-    """Number groups from 0 without gaps."""
-    return np.cumsum(_mark_starts(group)) - 1
+def _find_starts(values: Array) -> Array:
+    return np.flatnonzero(_mark_starts(values))
 
 
 def _is_of_several(group: Array) -> Array:
-    """Whether each text is in a group of at least two."""
-    starts = _mark_starts(group).nonzero()[0]
-    counts = np.diff(starts, append=len(group))
+    """Tell for each text whether its group has at least two."""
+    counts = np.diff(_find_starts(group), append=len(group))
     return np.repeat(counts > 1, counts)
 
 

@@ -8,9 +8,9 @@ then the texts themselves must be equal.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..._suggestions import counted
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
-from ..records.record_columns import SCHEMA, hash_text
-from ..records.record_index import rebatch
+from ..records.record_columns import SCHEMA, hash_text, rebatch
 from ..records.record_table import Array, RecordTable
 from .caption_files import CaptionRow, JoinColumn, make_key, read_caption_rows
 
@@ -36,13 +35,13 @@ class CaptionJoin:
     """Records with joined captions, and what did not match.
 
     Attributes:
-        records: the records.
-        matched: how many got captions.
-        unmatched_records: how many got none.
-        first_unmatched_records: names of the first of them.
-        unmatched_rows: rows of captions without a record.
+        records: The records.
+        matched: Number of records that got captions.
+        unmatched_records: Number of records that got none.
+        first_unmatched_records: Names of the first of them.
+        unmatched_rows: Rows of captions without a record.
         first_unmatched_rows: URLs or keys of the first of them.
-        repeated_rows: rows of an image that an earlier row had already; they are not used.
+        repeated_rows: Rows of an image that an earlier row had already; they are not used.
     """
 
     records: RecordTable
@@ -77,24 +76,24 @@ def join_captions(
     """Add published captions to records.
 
     Args:
-        records: the records; joined by URL, they carry it, as img2dataset's do.
-        captions_from: file of captions; see `caption_files.py`.
+        records: The records; joined by URL, they carry it, as img2dataset's do.
+        captions_from: File of captions; see `caption_files.py`.
         on: `url`, or `key`, which is the name of an image without folder and suffix.
-        lang: language of the captions; records in others count as without a row. Default: that of
+        lang: Language of the captions; records in others count as without a row. Default: that of
             all records.
-        key_column: column that holds it. Default: one of the usual names.
-        replace: whether the joined captions replace a record's own, those of each length that the
+        key_column: Column that holds it. Default: one of the usual names.
+        replace: Whether the joined captions replace a record's own, those of each length that the
             row has. Default: they come after them, without repeating one.
-        keep_unmatched: whether records without a row stay, with their own captions.
+        keep_unmatched: Whether records without a row stay, with their own captions.
         output: Arrow file for the joined records, which is then mapped; None keeps them in memory.
 
     Returns:
         The joined records, in their order, and counts of both sides.
 
     Raises:
-        ValueError: no record matches, records carry no URL or are in several languages of which
+        ValueError: No record matches, records carry no URL or are in several languages of which
             none is named, a key is that of several images, or the file cannot be read.
-        OSError: the temporary folder or the disk of `output` is full.
+        OSError: The temporary folder or the disk of `output` is full.
 
     Examples:
         >>> images = load_records("cc3m")  # doctest: +SKIP
@@ -103,87 +102,111 @@ def join_captions(
     """
     lang = _choose_language(records, lang)
     keys = _sort_keys(_select_language(records, lang), on)
-    counts = _Counts()
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
         with _explain_full_disk(Path(folder)):
-            spool = _Spool(Path(folder) / "captions.arrow")
-            rows = read_caption_rows(captions_from, on, key_column=key_column)
-            places = _spool_rows(rows, keys, spool, counts)
-            spooled = spool.open(stack)
-        if not counts.matched_rows:
+            spool = _Spool(Path(folder) / "captions.arrow", keys)
+            for rows in read_caption_rows(captions_from, on, key_column=key_column):
+                spool.add(rows)
+            spool.map(stack)
+        if not spool.num_rows:
             raise ValueError(
                 f"No record of {len(records)} matches a row of {captions_from} by {on}"
-                f"{_show(tuple(counts.first), counts.unmatched)}. Correct the file, or what it is "
-                "joined by."
+                f"{spool.unmatched}. Correct the file, or what it is joined by."
             )
-        joined = (
-            _join_batch(batch, on, lang, keys, places, spooled, counts, replace, keep_unmatched)
-            for batch in records.iterate_columns(SCHEMA.names)
-        )
-        table = _collect(joined, output)
+        join = _Join(on, lang, spool, replace, keep_unmatched)
+        table = _collect(map(join.fill, records.iterate_columns(SCHEMA.names)), output)
     table.skipped = dict(records.skipped)
     return CaptionJoin(
         records=table,
-        matched=counts.matched_records,
-        unmatched_records=counts.alone,
-        first_unmatched_records=tuple(counts.first_alone),
-        unmatched_rows=counts.unmatched,
-        first_unmatched_rows=tuple(counts.first),
-        repeated_rows=counts.repeated,
+        matched=join.num_matched,
+        unmatched_records=join.unmatched.count,
+        first_unmatched_records=tuple(join.unmatched.first),
+        unmatched_rows=spool.unmatched.count,
+        first_unmatched_rows=tuple(spool.unmatched.first),
+        repeated_rows=spool.num_repeated,
     )
 
 
 @dataclass
-class _Counts:
-    matched_rows: int = 0
-    repeated: int = 0
-    unmatched: int = 0
-    matched_records: int = 0
-    alone: int = 0
+class _Names:
+    """Counts names, and keeps the first ones."""
 
-    def __post_init__(self) -> None:
-        self.first: list[str] = []
-        self.first_alone: list[str] = []
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.first) < _NAMES_SHOWN:
+            self.first.append(name)
+
+    def __str__(self) -> str:
+        return _show(self.first, self.count)
 
 
 class _Spool:
-    """Matched rows in a file, found by their number."""
+    """Rows that match in a file, found by the hash of their key.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    Args:
+        file: Where they are written.
+        keys: (N,) hashes of the records' keys in order; `places` has the row of the first of equal
+            ones, or -1.
+    """
+
+    def __init__(self, file: Path, keys: Array) -> None:
+        self._file, self._keys = file, keys
+        self._places = np.full(len(keys), -1, np.int32)
         self._writer = pa.ipc.new_file(str(file), _SPOOL)
         self._starts = [0]
-        self._batches: list[Any] = []
+        self.num_repeated = 0
+        self.unmatched = _Names()
 
     @property
     def num_rows(self) -> int:
         return self._starts[-1]
 
-    def write(self, rows: list[CaptionRow]) -> None:
-        if rows:
-            arrays = [pa.array(column, field.type) for column, field in zip(
-                zip(*rows, strict=True), _SPOOL, strict=True)]  # fmt: skip
+    def add(self, rows: list[CaptionRow]) -> None:
+        """Write the rows that match, one of each key."""
+        named = [row for row in rows if row.key is not None and (row.captions or row.long_captions)]
+        found, is_match = self._locate([row.key for row in named])
+        kept: list[CaptionRow] = []
+        for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
+            if not matches:
+                self.unmatched.add(str(row.key))
+            elif self._places[place] >= 0:
+                self.num_repeated += 1
+            else:
+                self._places[place] = self.num_rows + len(kept)
+                kept.append(row)
+        if kept:
+            columns = zip(zip(*kept, strict=True), _SPOOL, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in columns]
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SPOOL))
-            self._starts.append(self._starts[-1] + len(rows))
+            self._starts.append(self.num_rows + len(kept))
 
-    def open(self, stack: ExitStack) -> _Spool:
+    def map(self, stack: ExitStack) -> None:
+        """Map the file, until the stack ends."""
         self._writer.close()
-        mapped = stack.enter_context(pa.memory_map(str(self._file)))
-        reader = pa.ipc.open_file(mapped)
+        reader = pa.ipc.open_file(stack.enter_context(pa.memory_map(str(self._file))))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        return self
 
-    def read(self, numbers: Array) -> dict[int, CaptionRow]:
-        """Read rows by their numbers."""
-        found: dict[int, CaptionRow] = {}
-        wanted = np.unique(numbers)
-        batches = np.searchsorted(self._starts, wanted, side="right") - 1
-        for batch in np.unique(batches).tolist():
-            chosen = wanted[batches == batch]
-            rows = self._batches[batch].take(pa.array(chosen - self._starts[batch]))
-            columns = zip(*(column.to_pylist() for column in rows.columns), strict=True)
-            for number, row in zip(chosen.tolist(), columns, strict=True):
-                found[number] = CaptionRow(*row)
+    def _locate(self, keys: Sequence[str | None]) -> tuple[Array, Array]:
+        """Return the place of each key among those of the records, and whether it is there."""
+        hashes = np.array([hash_text(key or "") for key in keys], np.int64)
+        found = np.minimum(np.searchsorted(self._keys, hashes), len(self._keys) - 1)
+        return found, (self._keys[found] == hashes) & [key is not None for key in keys]
+
+    def find(self, keys: Sequence[str | None]) -> list[CaptionRow | None]:
+        """Find the row of each key."""
+        places, is_match = self._locate(keys)
+        numbers = np.where(is_match, self._places[places], -1)
+        found: list[CaptionRow | None] = [None] * len(keys)
+        batches = np.searchsorted(self._starts, numbers, side="right") - 1
+        for batch in np.unique(batches[numbers >= 0]).tolist():
+            items = np.flatnonzero(batches == batch)
+            rows = self._batches[batch].take(pa.array(numbers[items] - self._starts[batch]))
+            columns = (column.to_pylist() for column in rows.columns)
+            for item, row in zip(items.tolist(), map(CaptionRow, *columns), strict=True):
+                found[item] = row
         return found
 
 
@@ -244,76 +267,45 @@ def _list_keys(batch: Any, on: JoinColumn) -> list[str | None]:
     return [make_key(value) for value in values]
 
 
-def _spool_rows(
-    rows: Iterator[list[CaptionRow]], keys: Array, spool: _Spool, counts: _Counts
-) -> Array:
-    """Write the rows that match; return where those of each key are, -1 for nowhere.
+@dataclass
+class _Join:
+    """Adds the rows of a spool to records, and counts."""
 
-    The place of a key is that of the first equal one; (N,) int32.
-    """
-    places = np.full(len(keys), -1, np.int32)
-    for part in rows:
-        named = [row for row in part if row.key is not None and (row.captions or row.long_captions)]
-        hashes = np.array([hash_text(row.key or "") for row in named], np.int64)
-        found = np.searchsorted(keys, hashes)
-        is_match = keys[np.minimum(found, len(keys) - 1)] == hashes
-        kept: list[CaptionRow] = []
-        for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
-            if not matches:
-                counts.unmatched += 1
-                if len(counts.first) < _NAMES_SHOWN:
-                    counts.first.append(str(row.key))
-            elif places[place] >= 0:
-                counts.repeated += 1
-            else:
-                places[place] = spool.num_rows + len(kept)
-                kept.append(row)
-        spool.write(kept)
-        counts.matched_rows += len(kept)
-    return places
+    on: JoinColumn
+    lang: str
+    spool: _Spool
+    replace: bool
+    keep_unmatched: bool
+    num_matched: int = 0
+    unmatched: _Names = field(default_factory=_Names)
 
-
-def _join_batch(
-    batch: Any,
-    on: JoinColumn,
-    lang: str,
-    keys: Array,
-    places: Array,
-    spool: _Spool,
-    counts: _Counts,
-    replace: bool,
-    keep_unmatched: bool,
-) -> pa.RecordBatch:
-    langs = batch.column("lang").to_pylist()
-    wanted = [
-        key if one == lang else None for key, one in zip(_list_keys(batch, on), langs, strict=True)
-    ]
-    hashes = np.array([0 if key is None else hash_text(key) for key in wanted], np.int64)
-    found = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
-    numbers = np.where(keys[found] == hashes, places[found], -1)
-    numbers[[key is None for key in wanted]] = -1
-    rows = spool.read(numbers[numbers >= 0])
-    columns = {name: batch.column(name).to_pylist() for name in ("captions", "long_captions")}
-    names = batch.column("name").to_pylist() if (numbers < 0).any() else []
-    for item, (number, key) in enumerate(zip(numbers.tolist(), wanted, strict=True)):
-        if number < 0:
-            counts.alone += 1
-            if len(counts.first_alone) < _NAMES_SHOWN:
-                counts.first_alone.append(names[item])
-            continue
-        row = rows[number]
-        if row.key != key:
-            raise ValueError(
-                f"The {on}s {key} and {row.key} have the same hash of 64 bits. Remove the row of "
-                "the second one."
-            )
-        counts.matched_records += 1
-        for name, new in (("captions", row.captions), ("long_captions", row.long_captions)):
-            if new:
-                own = [] if replace else columns[name][item]
-                columns[name][item] = list(dict.fromkeys([*own, *new]))
-    joined = _replace_texts(batch, columns)
-    return joined if keep_unmatched else joined.filter(pa.array(numbers >= 0))
+    def fill(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return a batch of records with the captions of their rows."""
+        langs = batch.column("lang").to_pylist()
+        keys = [
+            key if one == self.lang else None
+            for key, one in zip(_list_keys(batch, self.on), langs, strict=True)
+        ]
+        rows = self.spool.find(keys)
+        columns = {name: batch.column(name).to_pylist() for name in ("captions", "long_captions")}
+        for item, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            if row is None:
+                self.unmatched.add(batch.column("name")[item].as_py())
+                continue
+            if row.key != key:
+                raise ValueError(
+                    f"The {self.on}s {key} and {row.key} have the same hash of 64 bits. Remove the "
+                    "row of the second one."
+                )
+            self.num_matched += 1
+            for name, new in (("captions", row.captions), ("long_captions", row.long_captions)):
+                if new:
+                    own = [] if self.replace else columns[name][item]
+                    columns[name][item] = list(dict.fromkeys([*own, *new]))
+        joined = _replace_texts(batch, columns)
+        if self.keep_unmatched:
+            return joined
+        return joined.filter(pa.array([row is not None for row in rows]))
 
 
 def _replace_texts(batch: Any, columns: dict[str, list[list[str]]]) -> pa.RecordBatch:
@@ -349,7 +341,7 @@ def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
     return explain_full_disk(folder, "for the joined captions", FREE_TEMPORARY_FOLDER)
 
 
-def _show(names: tuple[str, ...], total: int) -> str:
+def _show(names: Sequence[str], total: int) -> str:
     if not names:
         return ""
     return f" ({', '.join(names)}{', …' if total > len(names) else ''})"

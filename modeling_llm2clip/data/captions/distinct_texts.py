@@ -29,12 +29,12 @@ class TextNumbers:
     Add all texts, call `number`, and then iterate over the numbers in the order of the texts.
 
     Args:
-        folder: empty folder for temporary files, which the caller deletes.
-        num_texts: about how many texts will be added.
+        folder: Empty folder for temporary files, which the caller deletes.
+        num_texts: About how many texts will be added.
 
     Attributes:
-        num_texts: texts that were added.
-        num_distinct: distinct ones of them; after `number`.
+        num_texts: Texts that were added.
+        num_distinct: Distinct ones of them; after `number`.
     """
 
     def __init__(self, folder: Path, num_texts: int) -> None:
@@ -50,15 +50,7 @@ class TextNumbers:
         self._numbers: Array | None = None
 
     def add(self, texts: pa.Array, keys: Array) -> pa.Array:
-        """Add a batch of texts.
-
-        Args:
-            texts: (n,) strings.
-            keys: (n,) int64, the same for equal texts and evenly spread.
-
-        Returns:
-            The distinct texts of the batch, by first occurrence.
-        """
+        """Add a batch of texts."""
         encoded = texts.dictionary_encode()
         codes, distinct = np.asarray(encoded.indices), encoded.dictionary
         self._codes.write(np.ascontiguousarray(codes, np.int32).tobytes())
@@ -84,7 +76,11 @@ class TextNumbers:
 
     def number(self) -> None:
         """Compare the texts of different batches, and number all."""
-        self._close()
+        for writer, sink in zip(self._writers, self._sinks, strict=True):
+            writer.close()
+            sink.close()
+        self._writers, self._sinks = [], []
+        self._codes.close()
         if not self._num_entries:
             return
         file = self._folder / "numbers"
@@ -114,13 +110,6 @@ class TextNumbers:
                 else:
                     yield np.asarray(self._numbers[entry : entry + num_distinct])[codes]
                 entry += num_distinct
-
-    def _close(self) -> None:
-        for writer, sink in zip(self._writers, self._sinks, strict=True):
-            writer.close()
-            sink.close()
-        self._writers, self._sinks = [], []
-        self._codes.close()
 
 
 def _find_first_entries(partition: Path, firsts: Array) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..records.records import clean_text
+from ..record_fields import clean_text
 from ..sources.json_files import iterate_lines, parse_object
 
 _ERRORS_SHOWN = 5
@@ -17,10 +17,10 @@ class TextPair:
     """Two texts of the same meaning.
 
     Attributes:
-        group_id: what they mean; pairs of one group are never each other's negatives.
-        anchor: one of the texts.
-        positive: the other one.
-        negatives: texts that are close but mean something else.
+        group_id: Pairs of one group are never each other's negatives.
+        anchor: One of the texts.
+        positive: The other one.
+        negatives: Texts that are close but mean something else.
     """
 
     group_id: str
@@ -39,46 +39,26 @@ def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
 
     `negatives` is a list of texts, of the same length in every line. Lines with the same query are
     one group. Texts are cleaned like captions, so that equal texts are recognized.
-
-    Args:
-        file: JSON lines, UTF-8.
-
-    Yields:
-        The pairs in the order of the lines, at least one; none after the first error.
-
-    Raises:
-        ValueError: lines have errors, all of which are counted, or there is no line. It is raised
-            after the last line.
     """
     path = Path(file)
-    errors = _LineErrors()
+    num_errors, first = 0, list[str]()
     counts: set[int] = set()
     for number, line in iterate_lines(path):
         pair = _parse_pair(line)
         if isinstance(pair, str):
-            errors.add(f"line {number}: {pair}")
+            num_errors += 1
+            first += [f"line {number}: {pair}"][: max(0, _ERRORS_SHOWN - len(first))]
             continue
         counts.add(len(pair.negatives))
-        if len(counts) == 1 and not errors.total:
+        if len(counts) == 1 and not num_errors:
             yield pair
     if len(counts) > 1:
-        errors.add(
+        num_errors += 1
+        first.append(
             f"between {min(counts)} and {max(counts)} negatives per line; give the same number"
         )
-    if errors.total or not counts:
-        raise ValueError(f"{path}: {errors.total} errors: {'; '.join(errors.first) or 'no lines'}.")
-
-
-class _LineErrors:
-    """Counts errors and keeps the first ones."""
-
-    def __init__(self) -> None:
-        self.total, self.first = 0, list[str]()
-
-    def add(self, error: str) -> None:
-        self.total += 1
-        if len(self.first) < _ERRORS_SHOWN:
-            self.first.append(error)
+    if num_errors or not counts:
+        raise ValueError(f"{path}: {num_errors} errors: {'; '.join(first) or 'no lines'}.")
 
 
 def _parse_pair(line: bytes) -> TextPair | str:

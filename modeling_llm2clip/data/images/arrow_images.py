@@ -20,17 +20,7 @@ class _Batches:
 
 
 def read_image_bytes(file: Path, column: str, row: int) -> bytes:
-    """Read the encoded image of a row.
-
-    Args:
-        file: Arrow file, in the stream or the file format.
-        column: binary, or a struct with the field `bytes`.
-        row: number in the file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not an Arrow file, or has no such row, column or image.
-    """
+    """Read the encoded image of a row."""
     opened = _open(file, file.stat().st_mtime_ns)
     number = bisect_right(opened.first_rows, row) - 1
     if not 0 <= number < len(opened.batches):

@@ -38,10 +38,10 @@ class TarImage:
     """A member of an uncompressed tar shard.
 
     Attributes:
-        shard: path or URL of the tar file.
-        member: name of the member.
-        offset: of the member's first byte in the shard.
-        size: of the member, in bytes.
+        shard: Path or URL of the tar file.
+        member: Name of the member.
+        offset: First byte of the member in the shard.
+        size: Bytes of the member.
     """
 
     shard: FilePlace
@@ -62,10 +62,10 @@ class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
     Attributes:
-        file: path or URL of the Parquet file.
-        column: name of the column.
-        row: number of the row, from 0.
-        group_size: bytes that the column has in the row's group; None for not yet known.
+        file: Path or URL of the Parquet file.
+        column: Name of the column.
+        row: Number of the row, from 0.
+        group_size: Bytes that the column has in the row's group; None for not yet known.
     """
 
     file: FilePlace
@@ -88,10 +88,10 @@ class ArrowImage:
     """A row of an Arrow file, such as `datasets` keeps, whose column holds encoded images.
 
     Attributes:
-        file: the Arrow file, in the stream or the file format.
-        column: name of the column.
-        row: number of the row in the file, from 0.
-        size: of the image, in bytes.
+        file: The Arrow file, in the stream or the file format.
+        column: Name of the column.
+        row: Number of the row in the file, from 0.
+        size: Bytes of the image.
     """
 
     file: Path
@@ -114,8 +114,8 @@ class EncodedImage:
     """An encoded image in memory.
 
     Attributes:
-        name: where it came from, for errors, such as the URL of a shard and its member.
-        content: the encoded image.
+        name: Where it came from, for errors, such as the URL of a shard and its member.
+        content: The encoded image.
     """
 
     name: str
@@ -134,18 +134,9 @@ ImageSource: TypeAlias = Path | PackedImage
 
 
 def count_bytes(image: ImageSource | None) -> int:
-    """Return a size that changes with an image, as a rule; its bytes are not read.
+    """Return the bytes of an encoded image without reading it.
 
-    Args:
-        image: address of the image; not None, which a record may have.
-
-    Returns:
-        The bytes of the encoded image; for a row of Parquet those of its column in its row group,
-        as stored, which the footer states.
-
-    Raises:
-        OSError: its file no longer exists.
-    """
+    For a row of Parquet these are the stored bytes of its column in its row group."""
     assert image is not None
     if isinstance(image, TarImage | ArrowImage):
         return image.size
@@ -161,18 +152,7 @@ def count_bytes(image: ImageSource | None) -> int:
 
 
 def open_image(image: Any) -> Any:
-    """Turn an address into what `LLM2CLIPProcessor` takes.
-
-    Args:
-        image: an `ImageSource`, or anything that the processor takes itself.
-
-    Returns:
-        For a packed image a PIL image, opened and not yet decoded, whose `filename` names file and
-        member for the processor's errors. Anything else is returned unchanged.
-
-    Raises:
-        ValueError: a packed image cannot be read, or is not an image; file and member are named.
-    """
+    """Turn an address into what `LLM2CLIPProcessor` takes."""
     if not isinstance(image, PackedImage):
         return image
     try:
@@ -185,19 +165,7 @@ def open_image(image: Any) -> Any:
 
 
 def decode_image(image: ImageSource) -> Image.Image:
-    """Decode an image; one that is invalid, and one that cannot be read, are different errors.
-
-    Args:
-        image: address of the image.
-
-    Returns:
-        Upright RGB.
-
-    Raises:
-        ValueError: its content is not a valid image.
-        OSError: its file is gone, or the disk or the server that has it fails. Requests were made
-            again as often as allowed, and nothing is known of the image.
-    """
+    """Decode an image; one that is invalid, and one that cannot be read, are different errors."""
     try:
         decoded: Image.Image = load_images(open_image(image))
     except ValueError as error:
@@ -225,18 +193,7 @@ def _find_missing(file: Path) -> OSError | None:
 def find_unreadable_images(
     images: Iterable[ImageSource], *, show_progress: bool = False
 ) -> dict[ImageSource, str]:
-    """Decode every image once, as the processor will, in threads.
-
-    Args:
-        images: the images; one that is given several times is decoded once.
-        show_progress: show a progress bar.
-
-    Returns:
-        Each image that cannot be decoded, in their order, with an error that names it.
-
-    Raises:
-        OSError: an image cannot be read, whatever its content is.
-    """
+    """Decode every image once, as the processor will, in threads."""
     distinct = list(dict.fromkeys(images))
     unreadable = {}
     with (

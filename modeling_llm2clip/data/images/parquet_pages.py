@@ -1,4 +1,4 @@
-"""Finds single values in the pages of a Parquet file, as the format specifies them.
+"""Finds single values in uncompressed pages of a Parquet file, as the format specifies them.
 
 Arrow decodes whole row groups, which for one image costs as much as for a thousand. A column chunk
 is a sequence of pages, each a header in Thrift's compact protocol and then its values; of images,
@@ -10,65 +10,39 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
-PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY = 0, 2, 8
-_RLE = 3  # how levels are encoded
+_DATA_PAGE, _DATA_PAGE_V2 = 0, 3
+_PLAIN, _RLE = 0, 3  # encodings of values, and of levels
 _HEADER_READ = 256  # bytes; headers with long statistics are read again
 _LONGEST_HEADER = 2**20
-# Names of codecs in the footer, and in Arrow. The older LZ4 has no fixed framing.
-UNCOMPRESSED = "UNCOMPRESSED"
-_CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli",
-           "LZ4_RAW": "lz4_raw"}  # fmt: skip
 
 
 class UnknownLayoutError(ValueError):
     """The pages of a chunk are not laid out as this module reads them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """One page of a column chunk.
 
     Attributes:
-        kind: `DATA_PAGE`, `DATA_PAGE_V2` or `DICTIONARY_PAGE`.
-        start: of what follows the header, in the file.
-        stored_size: bytes in the file.
-        size: bytes after decompression.
-        values: number of values, nulls included.
-        encoding: of the values.
-        level_size: bytes of levels in front of the values, for `DATA_PAGE_V2`.
-        is_compressed: whether the values are, if the chunk has a codec.
+        start: Offset of what follows the header.
+        end: Offset behind the page.
+        num_values: Number of values.
+        level_size: Bytes of levels in front of the values; None if their length is in front.
     """
 
-    kind: int
     start: int
-    stored_size: int
-    size: int
-    values: int
-    encoding: int
-    level_size: int
-    is_compressed: bool
+    end: int
+    num_values: int
+    level_size: int | None
 
 
 def read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
-    """Read bytes of an open file.
-
-    Args:
-        file: opened without a buffer.
-        size: number of bytes.
-        offset: of the first one.
-
-    Raises:
-        UnknownLayoutError: the file ends before.
-    """
+    """Read bytes of an open file."""
     file.seek(offset)
     content = file.read(size)
     while len(content) < size:
@@ -80,16 +54,7 @@ def read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
 
 
 def read_page(file: io.RawIOBase, offset: int, end: int) -> Page:
-    """Read the header of a page.
-
-    Args:
-        file: opened without a buffer.
-        offset: of the header.
-        end: of the column chunk.
-
-    Raises:
-        UnknownLayoutError: there is no such header, or the page is of another kind.
-    """
+    """Read the header of a page in a column chunk that ends at `end`."""
     wanted = _HEADER_READ
     while True:
         content = read_at(file, min(wanted, end - offset), offset)
@@ -100,133 +65,43 @@ def read_page(file: io.RawIOBase, offset: int, end: int) -> Page:
             if wanted >= min(_LONGEST_HEADER, end - offset):
                 raise UnknownLayoutError(f"no page header at byte {offset}") from error
             wanted *= 16
-    page = _make_page(header, offset + length)
-    numbers = (page.stored_size, page.size, page.values, page.encoding, page.level_size)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers) or (
-        page.start + page.stored_size > end
-    ):
+    try:
+        page = _make_page(header, offset + length)
+    except (KeyError, TypeError) as error:
+        raise UnknownLayoutError(f"the page header at byte {offset} lacks a field") from error
+    if not page.start <= page.end <= end or page.num_values < 0 or (page.level_size or 0) < 0:
         raise UnknownLayoutError(f"the page at byte {offset} exceeds its column chunk")
     return page
 
 
 def _make_page(header: dict[int, Any], start: int) -> Page:
-    try:
-        kind, size, stored = header[1], header[2], header[3]
-        if kind == DATA_PAGE and header[5][3] == _RLE:
-            of = header[5]
-            return Page(kind, start, stored, size, of[1], of[2], 0, True)
-        if kind == DICTIONARY_PAGE:
-            of = header[7]
-            return Page(kind, start, stored, size, of[1], of[2], 0, True)
-        if kind == DATA_PAGE_V2:
-            of = header[8]
-            return Page(kind, start, stored, size, of[1], of[4], of[5] + of[6], of.get(7, True))
-    except (KeyError, TypeError) as error:
-        raise UnknownLayoutError(f"the page header before byte {start} lacks a field") from error
-    raise UnknownLayoutError(f"a page of kind {kind}")
+    kind, end = header[1], start + header[3]
+    if kind == _DATA_PAGE and (of := header[5])[2] == _PLAIN and of[3] == _RLE:
+        return Page(start, end, of[1], None)
+    if kind == _DATA_PAGE_V2 and (of := header[8])[4] == _PLAIN:
+        return Page(start, end, of[1], of[5] + of[6])
+    raise UnknownLayoutError(f"a page of kind {kind} that is not plain")
 
 
-def decompress(codec: str, content: bytes, size: int) -> bytes:
-    """Decompress the body of a page.
-
-    Args:
-        codec: name in the footer.
-        content: as stored.
-        size: after decompression.
-    """
-    if codec not in _CODECS:
-        raise UnknownLayoutError(f"compressed with {codec}")
-    try:
-        unpacked: bytes = pa.decompress(content, size, codec=_CODECS[codec], asbytes=True)
-    except (OSError, pa.ArrowException) as error:
-        raise UnknownLayoutError(f"not {codec}") from error
-    return unpacked
-
-
-def find_values(
-    read: Callable[[int, int], bytes], start: int, end: int, count: int
-) -> tuple[Integers, Integers]:
-    """Find the values of a plain page, each of which has its length in front of it.
-
-    Args:
-        read: returns so many bytes from an offset.
-        start: offset of the first length.
-        end: offset behind the last value.
-        count: number of values.
-
-    Returns:
-        Offset and size of each value, (count,).
-
-    Raises:
-        UnknownLayoutError: the values do not fill the page exactly.
-    """
-    starts, sizes = np.empty(count, np.int64), np.empty(count, np.int64)
-    position = start
-    for number in range(count):
-        if position + 4 > end:
+def find_values(file: io.RawIOBase, page: Page, *, has_levels: bool) -> tuple[Integers, Integers]:
+    """Find offset and size of each value of a page without nulls, which has its length in front."""
+    position = page.start + (page.level_size or 0)
+    if page.level_size is None and has_levels:
+        position += 4 + int.from_bytes(read_at(file, 4, position), "little")
+    starts, sizes = np.empty(page.num_values, np.int64), np.empty(page.num_values, np.int64)
+    for number in range(page.num_values):
+        if position + 4 > page.end:
             break
-        size = int.from_bytes(read(4, position), "little")
+        size = int.from_bytes(read_at(file, 4, position), "little")
         starts[number], sizes[number] = position + 4, size
         position += 4 + size
-    if position != end:
+    if position != page.end:
         raise UnknownLayoutError("values do not fill their page")
     return starts, sizes
 
 
-def decode_hybrid(content: bytes, bit_width: int, count: int) -> Integers:
-    """Decode numbers that are stored as runs and as packed bits.
-
-    Args:
-        content: the encoding, without its length in front.
-        bit_width: of a number.
-        count: of numbers.
-
-    Returns:
-        (count,)
-    """
-    if bit_width == 0:
-        return np.zeros(count, np.int64)
-    if bit_width > 32:
-        raise UnknownLayoutError(f"numbers of {bit_width} bits")
-    parts, position, found = [], 0, 0
-    try:
-        while found < count:
-            header, position = _read_varint(content, position)
-            if header & 1:
-                size = (header >> 1) * bit_width
-                bits = np.unpackbits(
-                    np.frombuffer(content, np.uint8, size, position), bitorder="little"
-                )
-                weights = 1 << np.arange(bit_width, dtype=np.int64)
-                part = bits.reshape(-1, bit_width) @ weights
-            else:
-                size = (bit_width + 7) // 8
-                value = int.from_bytes(content[position : position + size], "little")
-                part = np.full(header >> 1, value, np.int64)
-            position += size
-            found += len(part)
-            parts.append(part)
-            if not len(part):
-                raise UnknownLayoutError("an empty run")
-    except (IndexError, ValueError) as error:
-        raise UnknownLayoutError("runs end before their count") from error
-    return np.concatenate([np.zeros(0, np.int64), *parts])[:count]
-
-
 def read_struct(content: bytes, position: int = 0) -> tuple[dict[int, Any], int]:
-    """Read a struct of Thrift's compact protocol.
-
-    Args:
-        content: that contains it.
-        position: where it starts.
-
-    Returns:
-        Number of each field to its value, and where the struct ends.
-
-    Raises:
-        IndexError: the content ends before the struct does.
-        UnknownLayoutError: a type that page headers do not have.
-    """
+    """Read a struct of Thrift's compact protocol."""
     fields: dict[int, Any] = {}
     number = 0
     while kind := content[position]:

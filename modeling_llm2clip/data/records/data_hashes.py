@@ -23,41 +23,19 @@ _ODD = np.int64(-7046029254386353131)  # splitmix64's 0x9E3779B97F4A7C15
 
 
 def hash_records(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, group ids, languages and texts of a dataset, in its order.
-
-    Args:
-        records: records of the dataset.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """Hash the names, group ids, languages and texts of a dataset, in its order."""
     table = RecordTable.from_records(records)
     return _join((hash_texts(table), *_hash_columns(table, ["group_key"])))
 
 
 def hash_texts(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, languages and texts of a dataset, in its order, whatever its groups are.
-
-    Args:
-        records: records of the dataset.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """Hash the names, languages and texts of a dataset, in its order, whatever its groups are."""
     table = RecordTable.from_records(records)
     return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
 
 
 def hash_columns(records: Iterable[CaptionedImage], columns: Sequence[str]) -> str:
-    """Hash the values of columns of a dataset, in its order.
-
-    Args:
-        records: records of the dataset.
-        columns: columns of a `RecordTable`.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
+    """Hash the values of columns of a dataset, in its order."""
     digests = [hashlib.sha256() for _ in columns]
     for batch in RecordTable.from_records(records).iterate_columns(columns):
         for digest, column in zip(digests, batch.columns, strict=True):
@@ -72,15 +50,6 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
     Neither their order matters nor how many languages share an image. Another image of exactly the
     same size is not noticed. Sizes are those of the index, where it has them: images that are files
     are not looked at again.
-
-    Args:
-        records: records that all have their image.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-
-    Raises:
-        OSError: the file of an image no longer exists.
     """
     table = RecordTable.from_records(records)
     measured = [_measure(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
@@ -99,18 +68,7 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
-    """Describe the images that a run reads, to compare them with those of another run.
-
-    Args:
-        records: at least one; all have their image.
-
-    Returns:
-        `first`, the path of the first image, without what signs a URL for a while; and `sizes`,
-        from `hash_image_sizes`.
-
-    Raises:
-        OSError: the file of an image no longer exists.
-    """
+    """Describe the images that a run reads, to compare them with those of another run."""
     table = RecordTable.from_records(records)
     image = table[0].image
     first = str(image)

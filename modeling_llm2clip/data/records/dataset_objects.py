@@ -1,13 +1,8 @@
-"""Takes `datasets.Dataset` and `datasets.IterableDataset` objects of Python as sources.
-
-The images of a `Dataset` stay in its Arrow files, where they are found by row. An `IterableDataset`
-becomes a stream; its shards are shuffled and resumed here, because its own shuffle buffer is lost
-when it is resumed.
-"""
+"""Makes records of a `datasets.Dataset`; its images stay in its Arrow files, found by row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,8 +13,6 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..images.image_sources import ArrowImage
 from ..sources.parquet import is_image_type
-from ..sources.shard_streams import StreamedSample, read_row, refuse_shared_paths
-from ..streams.record_streams import RecordStream
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated
 from .record_table import RecordTable
@@ -29,7 +22,6 @@ if TYPE_CHECKING:
     import datasets
 
 _ROWS_AT_ONCE = 1000
-_ROWS_OF_STREAM = 16
 _NAME = "dataset"
 _SAVE_FIRST = "Save it by dataset.save_to_disk(folder), and give datasets.load_from_disk(folder)."
 
@@ -45,20 +37,20 @@ def records_from_dataset(
     """Make records of a dataset in memory or in files; its images are not read.
 
     Args:
-        dataset: rows with the fields of records; packed images are in files.
-        columns: field of a record to the column that holds it, such as
+        dataset: Rows with the fields of records; packed images are in files.
+        columns: Field of a record to the column that holds it, such as
             `{"image": "img", "captions": "sentences"}`; other columns are not read. Default: every
             column, named as the fields of a record.
-        require_images: whether a record without its image is an error.
-        ignore_fields: names of further fields, which are not read and not errors.
-        modality: as in `load_records`.
+        require_images: Whether a record without its image is an error.
+        ignore_fields: Names of further fields, which are not read and not errors.
+        modality: As in `load_records`.
 
     Returns:
         The records, in the dataset's order.
 
     Raises:
-        DataValidationError: records have errors, or the dataset lacks a column.
-        ValueError: it has packed images that are not in files as they are, or a transform, or is
+        DataValidationError: Records have errors, or the dataset lacks a column.
+        ValueError: It has packed images that are not in files as they are, or a transform, or is
             not a `Dataset`.
 
     Examples:
@@ -173,7 +165,7 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a dataset that follow each other in one file; no file for those in memory."""
+    """Consecutive rows of one file; no file for rows in memory."""
 
     num_rows: int
     file: Path | None = None
@@ -181,7 +173,7 @@ class _Part:
     start: int = 0
 
     def has_sizes(self, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-        """Whether the images of these rows have these sizes, -1 for none."""
+        """Tell whether the images of these rows have these sizes; -1 stands for no image."""
         if self.file is None:
             return bool((sizes < 0).all())
         found = _measure_file(self.file, self.column)
@@ -251,158 +243,3 @@ def _measure_file(path: Path, column: str) -> np.ndarray[Any, np.dtype[np.int64]
         if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
             values = pc.struct_field(values, "bytes")
         return None if pa.types.is_struct(values.type) else _measure(values)
-
-
-def stream_dataset(
-    dataset: datasets.IterableDataset,
-    *,
-    columns: Mapping[str, str] | None = None,
-    **options: Any,
-) -> RecordStream:
-    """Stream the samples of an `IterableDataset`.
-
-    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`
-    or `interleave_datasets`, is one shard, which one worker reads.
-
-    Args:
-        dataset: neither shuffled nor split by node; both is done here.
-        columns: field of a record to the column that holds it; other columns are not read. Default:
-            every column, named as the fields of a record.
-        options: of `RecordStream`, such as `seed` and `buffer_size`.
-
-    Returns:
-        The stream; its shards are those of the dataset, or all of it is one.
-
-    Raises:
-        ValueError: it is not an `IterableDataset`, or is shuffled or split by node already.
-
-    Examples:
-        >>> import datasets
-        >>> rows = datasets.load_dataset(
-        ...     "json", data_files="my-images/captions.jsonl", split="train", streaming=True
-        ... )
-        >>> stream = stream_dataset(rows, require_images=False)
-        >>> len(list(stream))
-        20
-    """
-    if not hasattr(dataset, "num_shards") or hasattr(dataset, "data"):
-        raise ValueError(
-            f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset use "
-            "records_from_dataset."
-        )
-    if getattr(dataset, "_distributed", None) is not None:
-        raise ValueError(
-            "The dataset is split by node, and the stream would split it again. Give the whole "
-            "dataset, without split_dataset_by_node; process_index and num_processes are options "
-            "of the stream."
-        )
-    if getattr(dataset, "_shuffling", None) is not None or _is_shuffled(dataset._ex_iterable):
-        raise ValueError(
-            "The dataset is shuffled, and a run that is resumed could get another order. Give it "
-            "without shuffle(); seed and buffer_size are options of the stream."
-        )
-    return RecordStream(_DatasetShards(dataset, columns), **options)
-
-
-class _DatasetShards:
-    """The shards of an `IterableDataset`."""
-
-    def __init__(self, dataset: Any, columns: Mapping[str, str] | None) -> None:
-        import datasets
-
-        dataset = dataset.with_format(None)  # texts are read, whatever a row is for others
-        for name, feature in (dataset.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        self._dataset = dataset
-        self._columns = None if columns is None else dict(columns)
-        self._names = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
-        indivisible = _find_indivisible(dataset._ex_iterable)
-        self._is_whole = indivisible is not None
-        if self._is_whole:
-            self._names = [f"all of the dataset, because of its {indivisible}"]
-
-    @property
-    def shards(self) -> Sequence[str]:
-        """Their names."""
-        return self._names
-
-    def read(
-        self,
-        shard: int,
-        first: int,
-        on_retry: Callable[[str, str], None],  # noqa: ARG002 (datasets tries again itself)
-    ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard.
-
-        Args:
-            shard: its number.
-            first: number of the first sample to yield.
-            on_retry: not used.
-        """
-        part = self._dataset
-        if not self._is_whole:
-            part = part.shard(num_shards=len(self._names), index=shard)
-        return refuse_shared_paths(self._read(part, shard, first))
-
-    def _read(self, part: Any, shard: int, first: int) -> Iterator[StreamedSample]:
-        # Batches, because in a worker a plain iteration would drop other workers' samples.
-        batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
-        rows = (row for batch in batches for row in _split_rows(batch))
-        for number, row in enumerate(rows, first):
-            fields = row
-            if self._columns is not None:
-                fields = {field: row.get(column) for field, column in self._columns.items()}
-            image = fields.get("image")
-            if not isinstance(image, dict | bytes | str | None):
-                raise ValueError(
-                    f"{_NAME} shard {shard} row {number}: the image is a {type(image).__name__}, "
-                    "decoded before map or by a format. Have it undecoded from the beginning: "
-                    "dataset.cast_column(NAME, datasets.Image(decode=False))."
-                )
-            is_packed = isinstance(image, dict | bytes)
-            yield read_row(
-                number, f"{_NAME} shard {shard}", fields, {"image"} if is_packed else set()
-            )
-
-
-# Steps of a dataset that do the same to each of its shards as to all of them.
-_DIVISIBLE = frozenset(
-    ("ExamplesIterable", "ArrowExamplesIterable", "RebatchedArrowExamplesIterable",
-     "SelectColumnsIterable", "FormattedExamplesIterable", "TypedExamplesIterable",
-     "MappedExamplesIterable", "FilteredExamplesIterable", "RepeatExamplesIterable",
-     "InterleavedShardsExamplesIterable", "VerticallyConcatenatedMultiSourcesExamplesIterable")
-)  # fmt: skip
-_COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
-
-
-def _is_shuffled(step: Any) -> bool:
-    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
-    steps = [*sources, *getattr(step, "ex_iterables", ())]
-    return "Shuffled" in type(step).__name__ or any(map(_is_shuffled, steps))
-
-
-def _find_indivisible(step: Any) -> str | None:
-    """Name a step that counts samples across shards, so that these apart have others; or None."""
-    kind = type(step).__name__
-    if kind not in _DIVISIBLE:
-        return _COUNTING.get(kind, kind.removesuffix("ExamplesIterable"))
-    if getattr(step, "with_indices", False):
-        return "with_indices"
-    if getattr(step, "batched", False) and (step.drop_last_batch or not step.batch_size):
-        return "batches across shards"
-    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
-    found = map(_find_indivisible, [*sources, *getattr(step, "ex_iterables", ())])
-    return next((name for name in found if name is not None), None)
-
-
-def _split_rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, map(_as_python, values), strict=True))
-
-
-def _as_python(value: Any) -> Any:
-    """Undo the format (numpy, torch) that a dataset had before `map`, of all but pixels."""
-    if hasattr(value, "tolist") and value.ndim < 2:
-        value = value.tolist()
-    return [_as_python(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Finds out whether images that are files are as they were when their index was built.
+"""Detects changes of images that are files since their index was built.
 
 | records | what is looked at when the index is found |
 | --- | --- |
@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,7 @@ _UNKNOWN = 0  # in place of a time: the folder counts as changed
 
 
 def has_same_images(table: RecordTable) -> bool:
-    """Whether images that are files are as they were when their index was built.
-
-    Args:
-        table: records of an index, mapped from its file.
-
-    Returns:
-        False if one is missing or has another size; see the top of this file for what is looked at.
-    """
+    """Tell whether images that are files are as they were when their index was built."""
     assert table.file is not None
     if len(table) <= _MOST_IMAGES:
         return _has_same_sizes(table)
@@ -62,13 +56,9 @@ def has_same_images(table: RecordTable) -> bool:
 
 
 def note_folders(table: RecordTable, *, since: int) -> None:
-    """Note the modification times of the folders that hold images, beside a large index.
+    """Note the modification times of the folders of images, beside a large index.
 
-    Args:
-        table: records of an index, mapped from its file.
-        since: nanoseconds of the epoch from which on images were looked at. A folder that has
-            changed since counts as changed the next time.
-    """
+    A folder that changed at or after `since`, in nanoseconds, counts as changed next time."""
     if table.file is None or len(table) <= _MOST_IMAGES:
         return
     folders = sorted(_list_folders(table))
@@ -86,11 +76,7 @@ def note_folders(table: RecordTable, *, since: int) -> None:
 
 
 def folder_times_file(file: Path) -> Path:
-    """Name the file beside an index that has the modification times of folders of images.
-
-    Args:
-        file: of the index.
-    """
+    """Name the file beside an index that has the modification times of folders of images."""
     return file.with_suffix(".folders.json")
 
 
@@ -98,22 +84,14 @@ def _has_same_sizes(table: RecordTable) -> bool:
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in table.iterate_columns(("image_kind", "image_file", "image_size")):
             found = batch.filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))
-            if not all(pool.map(_are_of_size, *_split(found))):
+            parts = (found.slice(start, _AT_ONCE) for start in range(0, len(found), _AT_ONCE))
+            if not all(pool.map(_are_of_size, parts)):
                 return False
     return True
 
 
-def _split(batch: pa.RecordBatch) -> tuple[list[list[str]], list[list[int]]]:
-    """Split the files of a batch, and their sizes, into parts."""
-    starts = range(0, batch.num_rows, _AT_ONCE)
-    parts = [batch.slice(start, _AT_ONCE) for start in starts]
-    return (
-        [part.column("image_file").to_pylist() for part in parts],
-        [part.column("image_size").to_pylist() for part in parts],
-    )
-
-
-def _are_of_size(files: Sequence[str], sizes: Sequence[int]) -> bool:
+def _are_of_size(part: pa.RecordBatch) -> bool:
+    files, sizes = (part.column(name).to_pylist() for name in ("image_file", "image_size"))
     try:
         # Without a Path, which takes longer than the call.
         return all(os.stat(f).st_size == size for f, size in zip(files, sizes, strict=True))  # noqa: PTH116
@@ -132,18 +110,15 @@ def _list_folders(table: RecordTable) -> set[str]:
 def _find_times(folders: Sequence[str]) -> dict[str, int]:
     parts = [folders[start : start + _AT_ONCE] for start in range(0, len(folders), _AT_ONCE)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        times = [time_ns for found in pool.map(_stat_times, parts) for time_ns in found]
-    return dict(zip(folders, times, strict=True))
+        times = chain.from_iterable(pool.map(lambda part: list(map(_find_time, part)), parts))
+        return dict(zip(folders, times, strict=True))
 
 
-def _stat_times(folders: Sequence[str]) -> list[int]:
-    times = []
-    for folder in folders:
-        try:
-            times.append(os.stat(folder).st_mtime_ns)  # noqa: PTH116
-        except OSError:
-            times.append(_UNKNOWN)
-    return times
+def _find_time(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns  # noqa: PTH116
+    except OSError:
+        return _UNKNOWN
 
 
 def _read_times(file: Path) -> Mapping[str, int] | None:

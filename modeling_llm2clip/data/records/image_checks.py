@@ -1,4 +1,4 @@
-"""Decoding of all images before a stage begins, so that a broken one does not end it half way.
+"""Decodes all images before a stage begins, so that a broken one does not end it half way.
 
 It takes as long as a pass over the images, so it is noted beside a cached index, and done once
 where the cache can be written.
@@ -25,11 +25,6 @@ def check_images(
     """Decode every image once, however many records share it.
 
     The processes of a launch on one machine share the work, and each has the errors of its part.
-
-    Args:
-        records: all records of an index.
-        errors: what is wrong with an image is added to them.
-        show_progress: show a progress bar.
     """
     process = int(os.environ.get("LOCAL_RANK", "0"))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -60,14 +55,14 @@ def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool
 
 
 def _identify(file: Path | None) -> tuple[Path, str] | None:
-    """Return the file of an index and when it was built: one built anew may be of other images."""
+    """Return the file of an index and when it was built: another build may have other images."""
     with suppress(FileNotFoundError):  # of an earlier state of the source, removed meanwhile
         return None if file is None else (file, str(file.stat().st_mtime_ns))
     return None
 
 
 def _is_noted(index: tuple[Path, str], parts: Iterable[tuple[int, int]]) -> bool:
-    """Whether another run has found the images of one of these parts whole."""
+    """Tell whether another run has decoded all images of one of these parts."""
     file, built = index
     notes = (_note_file(file, *part) for part in parts)
     return any(note.is_file() and note.read_text(encoding="utf-8") == built for note in notes)

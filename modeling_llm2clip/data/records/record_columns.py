@@ -20,9 +20,9 @@ different names and group ids of a source have different keys; records in memory
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,115 +57,55 @@ SCHEMA = pa.schema(
         ("text_keys", pa.list_(pa.int64())),
     ]
 )
-_KEYS = ("name_key", "key", "group_key")
+_PLAIN_COLUMNS = tuple(SCHEMA.names[: SCHEMA.names.index("image_kind")])
 # In the order of the arguments of `make_image`.
 IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
 
 
-class RecordColumns:
-    """Collects records into the columns of one batch."""
+def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[pa.RecordBatch]:
+    """Yield batches of `ROWS_PER_BATCH` records, but for the last one."""
+    remaining = iter(records)
+    while part := list(islice(remaining, ROWS_PER_BATCH)):
+        columns: dict[str, Any] = {
+            name: [getattr(record, name) for record in part] for name in _PLAIN_COLUMNS
+        }
+        images = zip(*(_locate(record.image) for record in part), strict=True)
+        columns |= zip(IMAGE_COLUMNS, images, strict=True)
+        columns["name_key"] = _hash_texts(columns["name"])
+        columns["key"] = columns["name_key"] + _hash_texts(columns["lang"])  # may wrap around
+        columns["group_key"] = _hash_texts(columns["group_id"])
+        texts = [(*record.captions, *record.long_captions) for record in part]
+        ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+        keys = _hash_texts(chain.from_iterable(texts))
+        columns["text_keys"] = pa.ListArray.from_arrays(ends, keys)
+        arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+        yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
-    def __init__(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []
-        self._text_keys: list[bytes] = []
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, record: CaptionedImage | CheckedRecord) -> None:
-        """Add a record.
-
-        Args:
-            record: any record.
-
-        Raises:
-            UnicodeEncodeError: a text has half a character, a lone surrogate.
-        """
-        name, group_id = record.name, record.group_id
-        texts = (*record.captions, *record.long_captions)
-        keys = [_digest(text) for text in texts]
-        name_key = _digest(name)
-        row = (
-            name,
-            group_id,
-            record.lang,
-            record.captions,
-            record.long_captions,
-            record.keywords,
-            record.place,
-            record.url,
-            *_locate(record.image),
-            name_key,
-            _digest_lang(record.lang),
-            name_key if group_id == name else _digest(group_id),
-            len(texts),
-        )
-        self._text_keys += keys
-        self._rows.append(row)
-
-    def take_batch(self) -> pa.RecordBatch:
-        """Return what was added as a batch, and begin a new one."""
-        columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
-        keys = {name: _to_numbers(columns[name]) for name in _KEYS}
-        keys["key"] = keys["name_key"] + keys["key"]  # may wrap around
-        ends = np.cumsum([0, *columns["text_keys"]], dtype=np.int32)
-        keys["text_keys"] = pa.ListArray.from_arrays(ends, _to_numbers(self._text_keys))
-        arrays = [
-            pa.array(columns[field.name], field.type)
-            if field.name not in keys
-            else pa.array(keys[field.name])
-            for field in SCHEMA
-        ]
-        self._rows, self._text_keys = [], []
-        return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+def _hash_texts(texts: Iterable[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Hash texts as `hash_text` does."""
+    return np.frombuffer(b"".join(map(_digest, texts)), dtype="<i8")
 
 
 def _digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=8).digest()
 
 
-_digest_lang = cache(_digest)
-
-
-def _to_numbers(digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.frombuffer(b"".join(digests), dtype="<i8")
-
-
 def hash_text(text: str) -> int:
-    """Hash a text into a signed integer of 64 bits, the same on every machine.
-
-    Args:
-        text: any text.
-
-    Raises:
-        UnicodeEncodeError: the text has half a character, a lone surrogate.
-    """
-    return int.from_bytes(_digest(text), "little", signed=True)
+    """Hash a text into a signed integer of 64 bits, the same on every machine."""
+    return int(_hash_texts([text])[0])
 
 
 def hash_identity(name: str, lang: str) -> int:
-    """Return the `key` of a name and a language.
-
-    Args:
-        name: of an image.
-        lang: of its texts.
-    """
-    return int(_to_numbers([_digest(name), _digest(lang)]).sum())
+    """Return the `key` of a name and a language."""
+    return int(_hash_texts([name, lang]).sum())
 
 
 def make_image(
     kind: int, file: str | None, member: str | None, offset: int | None, size: int | None
 ) -> ImageSource | None:
-    """Make the address of an image from its columns.
-
-    Args:
-        kind: `image_kind`.
-        file: `image_file`.
-        member: `image_member`.
-        offset: `image_offset`.
-        size: `image_size`.
-    """
+    """Make the address of an image from its columns."""
     if kind == NO_IMAGE:
         return None
     assert file is not None
@@ -197,3 +137,15 @@ def _locate(
     if isinstance(image, EncodedImage):
         raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
     return IMAGE_FILE, str(image), None, None, None
+
+
+def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one."""
+    waiting = SCHEMA.empty_table()
+    for batch in batches:
+        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+        while len(waiting) >= ROWS_PER_BATCH:
+            [whole] = waiting.slice(0, ROWS_PER_BATCH).combine_chunks().to_batches()
+            yield whole
+            waiting = waiting.slice(ROWS_PER_BATCH)
+    yield from waiting.combine_chunks().to_batches()

@@ -10,17 +10,17 @@ process uses it: a table reads its file again and again.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,14 +37,14 @@ from ..atomic_files import (
     remove_unless_held,
     temporary_folder,
 )
-from ..key_arrays import find_first_rows
+from ..record_fields import Modality, RawRecord
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
-from .record_columns import ROWS_PER_BATCH, SCHEMA
-from .record_index_worker import IndexJob, read_part, read_parts_in_processes
+from .record_columns import ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
-from .records import Modality
+from .records import CheckedRecord, check_record
+from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
@@ -57,64 +57,83 @@ _UNFINISHED, _PARTS = ".tmp", ".parts"
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
 
+@dataclass(frozen=True)
+class IndexJob:
+    """A source, and how it is read.
+
+    Attributes:
+        source: The files.
+        image_dir: Folder of the images that are files; None if there is none.
+        require_images: Whether a record without an image is an error.
+        ignore_fields: Names of further fields, which are not errors.
+        modality: The one side that is read, so that records need not be pairs; None for both.
+    """
+
+    source: SourceFiles
+    image_dir: Path | None
+    require_images: bool
+    ignore_fields: tuple[str, ...]
+    modality: Modality | None = None
+
+    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
+        """Check a record of the source, as `check_record` does."""
+        return check_record(
+            raw,
+            errors,
+            image_dir=self.image_dir,
+            require_images=self.require_images,
+            ignore_fields=self.ignore_fields,
+            modality=self.modality,
+        )
+
+    def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CheckedRecord]:
+        """Yield the records of a part; one with errors is what is left of it."""
+        checked = (self.check(raw, errors) for raw in self.source.read(part, errors))
+        return (record for record in checked if record is not None)
+
+
 def open_index(
     job: IndexJob, *, use_cache: bool = True, show_progress: bool = False
 ) -> tuple[RecordTable, ErrorCollector]:
-    """Find the index of a source, or build it.
+    """Find the index of a source in the user's cache, or build it and keep it there.
 
-    Args:
-        job: the source, and how it is read.
-        use_cache: find the index in the user's cache, and keep it there. Otherwise a large one is
-            in a temporary folder while this process runs.
-        show_progress: show a progress bar.
-
-    Returns:
-        The records in the order of the source, those with errors too, and the errors. An index with
-        errors is not kept.
-
-    Raises:
-        OSError: the index cannot be written, for example because the disk is full.
+    Returns the records in the order of the source, those with errors too, and the errors. An index
+    with errors is not kept; without the cache, a large one is in a temporary folder while this
+    process runs.
     """
     states = describe_states(job.source.files)
     if not use_cache or None in states:  # changes of such a file would not be noticed
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
-    job = _prefer_pairs(job, states)
     name = _name_index(job, states)
-    if (found := _find(name)) is not None:
-        return found, ErrorCollector()
-    with _lock(name):  # of several processes, the first one builds it
-        if (found := _find(name)) is not None:
-            return found, ErrorCollector()
-        _remove_leftovers(name)
-        started = time.time_ns()
-        table, errors = _build(job, name_build(name), show_progress, states)
-        if table.file is not None:
-            note_folders(table, since=started)
-            _remove_others(table.file)
-    return table, errors
+    # An index of pairs has no errors, so it is the same whatever is read alone.
+    names = dict.fromkeys((_name_index(replace(job, modality=None), states), name))
+    found = next(filter(None, map(_find, names)), None)
+    if found is None:
+        with _lock(name):  # of several processes, the first one builds it
+            found = _find(name)
+            if found is None:
+                _remove_leftovers(name)
+                started = time.time_ns()
+                table, errors = _build(job, name_build(name), show_progress, states)
+                if table.file is not None:
+                    note_folders(table, since=started)
+                    _remove_others(table.file)
+                return table, errors
+    return found, ErrorCollector()
 
 
 def name_build(name: Path) -> Path:
-    """Name the file of one build, which no other build has: not even one of the same source.
-
-    Args:
-        name: folder, and what the name begins with.
-    """
+    """Name the file of one build, which no other build has: not even one of the same source."""
     return name.with_name(f"{name.name}-{uuid4().hex[:16]}.arrow")
 
 
-def _list_builds(name: Path) -> list[Path]:
-    """List the complete indexes of a source and the state of its files, the last one first."""
+def _find(name: Path) -> RecordTable | None:
+    """Open the last complete index of a source's state whose images are as they were."""
     times = {}
     for file in name.parent.glob(f"{name.name}-*.arrow"):
         with suppress(FileNotFoundError):  # removed just now
             times[file] = file.stat().st_mtime_ns
-    return sorted(times, key=times.__getitem__, reverse=True)
-
-
-def _find(name: Path) -> RecordTable | None:
-    """Open an index, if there is a complete one whose images are as they were."""
-    for file in _list_builds(name):
+    for file in sorted(times, key=times.__getitem__, reverse=True):
         try:
             table = RecordTable.open(file)
         except (OSError, ValueError):  # removed just now, or incomplete or damaged
@@ -128,16 +147,22 @@ def _build(
     job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
 ) -> tuple[RecordTable, ErrorCollector]:
     errors = ErrorCollector()
-    with _explain_full_disk(file.parent):
+    is_cache = file.is_relative_to(default_cache_folder())
+    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
+    with explain_full_disk(file.parent, "for the index of the data", remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
             with closing(_read(job, file, errors, show_progress, states)) as batches:
-                table = write_index(rebatch(batches), unfinished)
+                table = write_index(batches, unfinished)
             find_repeated(table, errors, modality=job.modality)
             errors.compare_columns()
-            if table.file is not None:
-                table = _keep(table, file, errors)
+            if table.file is not None and errors.total:
+                table = table.without_file()  # what is mapped stays readable
+            elif table.file is not None:
+                if errors.skipped:
+                    skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
+                table = RecordTable.open(unfinished.replace(file))
         finally:
             unfinished.unlink(missing_ok=True)
     table.skipped = errors.skipped
@@ -158,72 +183,69 @@ def _read(
     num_processes = min(len(parts), os.cpu_count() or 1)
     shown = show_progress and len(parts) > 1
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
-        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+
+        def read_here() -> Iterator[CheckedRecord]:
             for part in parts:
-                yield from read_part(job, part, errors)
+                yield from job.read(part, errors)
                 progress.update()
+
+        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+            yield from make_batches(read_here())
             return
-        prefix = f"{file.name}."
-        with tempfile.TemporaryDirectory(_PARTS, prefix, file.parent) as folder:
-            yield from read_parts_in_processes(
-                job,
-                parts,
-                errors,
-                folder=Path(folder),
-                num_processes=num_processes,
-                on_part=progress.update,
-            )
+        with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
+            yield from rebatch(
+                _read_in_processes(
+                    job, parts, errors,
+                    folder=Path(folder), num_processes=num_processes, on_part=progress.update,
+                )
+            )  # fmt: skip
 
 
-def _keep(table: RecordTable, file: Path, errors: ErrorCollector) -> RecordTable:
-    """Give an index its name once it is known to have no errors; others are removed."""
-    assert table.file is not None
-    if errors.total:  # what is mapped stays readable, and is not copied into memory
-        return table.without_file()
-    if errors.skipped:
-        skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
-    table.file.replace(file)
-    return RecordTable.open(file)
+def _read_in_processes(
+    job: IndexJob,
+    parts: Sequence[SourcePart],
+    errors: ErrorCollector,
+    *,
+    folder: Path,
+    num_processes: int,
+    on_part: Callable[[], object],
+) -> Iterator[pa.RecordBatch]:
+    """Read parts in processes that write into an empty folder; yield the batches in their order.
 
-
-def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Make batches of exactly `ROWS_PER_BATCH` rows, but for the last one.
-
-    Args:
-        batches: of any length.
-
-    Yields:
-        The same rows.
+    An error that stops a process is raised as it is; one that is killed is a `RuntimeError`.
     """
-    waiting: list[pa.RecordBatch] = []
-    num_rows = 0
-    for batch in batches:
-        waiting.append(batch)
-        num_rows += batch.num_rows
-        while num_rows >= ROWS_PER_BATCH:
-            joined = pa.Table.from_batches(waiting)
-            yield _join(joined.slice(0, ROWS_PER_BATCH))
-            waiting = joined.slice(ROWS_PER_BATCH).to_batches()
-            num_rows -= ROWS_PER_BATCH
-    if num_rows:
-        yield _join(pa.Table.from_batches(waiting))
+    from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
+
+    job = replace(job, source=replace(job.source, files=[]))  # a part has its file
+    # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
+    pool = ProcessPoolExecutor(num_processes, initializer=gc.disable)
+    try:
+        files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
+        written = [
+            pool.submit(_write_part, job, part, file)
+            for part, file in zip(parts, files, strict=True)
+        ]
+        for file, collected in zip(files, written, strict=True):
+            found = collected.result()
+            with pa.memory_map(str(file)) as mapped:
+                yield from pa.ipc.open_stream(mapped)
+            errors.extend(found)
+            file.unlink()
+            on_part()
+    finally:
+        pool.shutdown(kill_workers=True)
 
 
-def _join(table: pa.Table) -> pa.RecordBatch:
-    (batch,) = table.combine_chunks().to_batches()
-    return batch
+def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
+    errors = ErrorCollector()
+    with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, SCHEMA) as stream:
+        for batch in make_batches(job.read(part, errors)):
+            stream.write_batch(batch)
+    return errors
 
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
-    """Write an index, unless it is so small that it stays in memory.
-
-    Args:
-        batches: of `ROWS_PER_BATCH` rows, but for the last one.
-        file: that is written.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write an index, unless it is so small that it stays in memory."""
     first = next(batches, None)
     if first is None:
         return RecordTable([])
@@ -239,44 +261,19 @@ def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     return RecordTable.open(file)
 
 
-def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
-    is_cache = folder.is_relative_to(default_cache_folder())
-    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
-    return explain_full_disk(folder, "for the index of the data", remedy)
-
-
 def find_repeated(
     table: RecordTable, errors: ErrorCollector, *, modality: Modality | None = None
 ) -> None:
-    """Report images, or texts, that occur twice in a language.
-
-    Args:
-        table: the records.
-        errors: gets the repeated ones.
-        modality: what alone is read, which the kind of the error says; None for pairs.
-
-    Raises:
-        ValueError: two names or group ids have the same key.
-    """
+    """Report images, or texts, that occur twice in a language."""
     kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
     for _, place in iterate_repeated(table):
         errors.add(kind, place)
 
 
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
-    """Yield images that occur twice in a language.
-
-    Args:
-        table: the records.
-
-    Yields:
-        Row and place of each record whose name and language an earlier one has.
-
-    Raises:
-        ValueError: two names or group ids have the same key.
-    """
+    """Yield images that occur twice in a language."""
     with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
-        same, groups = pool.map(partial(_find_first_rows, table), ("key", "group_key"))
+        same, groups = pool.map(table.find_first_rows, ("key", "group_key"))
     for rows, earlier in _pair_repeated(groups):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
         for one, other in pairs:
@@ -287,10 +284,6 @@ def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
         for row, one, other in records:
             _require_same(one[:2], other[:2], "names")
             yield int(row), one[2]
-
-
-def _find_first_rows(table: RecordTable, column: str) -> Array:
-    return find_first_rows(partial(table.iterate_numbers, column), len(table))
 
 
 def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
@@ -308,35 +301,21 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
         )
 
 
-def _prefer_pairs(job: IndexJob, states: list[FileState | None]) -> IndexJob:
-    """Return the job that reads pairs if its index is there: it has no errors, so is the same."""
-    pairs = replace(job, modality=None)
-    return pairs if _list_builds(_name_index(pairs, states)) else job
-
-
 def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
-    """Return what the names of an index's files begin with: of the source, and its files' state."""
-    folder = default_cache_folder() / "records"
-    state = hash_json([_FORMAT_VERSION, states])[:16]
-    return folder / f"{_hash_source(job)}-{state}"
-
-
-def _hash_source(job: IndexJob) -> str:
+    """Return what the names of an index's files begin with: its source, and its files' state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.image_dir) if isinstance(folder, Path)]
     # An index has the paths of images as they were given: from this folder, if they are relative.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
     how = [job.image_dir, job.require_images, job.ignore_fields, job.modality]
-    return hash_json([base, start, names, job.source.suffix, how])[:16]
+    source = hash_json([base, start, names, job.source.suffix, how])[:16]
+    state = hash_json([_FORMAT_VERSION, states])[:16]
+    return default_cache_folder() / "records" / f"{source}-{state}"
 
 
 def _list_files(name: Path) -> list[Path]:
     """List what belongs to the indexes of a source, finished or not, of any state of its files."""
-    return [*name.parent.glob(f"{_name_source(name)}-*")]
-
-
-def _name_source(name: Path) -> str:
-    return name.name.partition("-")[0]
+    return [*name.parent.glob(f"{name.name.partition('-')[0]}-*")]
 
 
 def _remove_leftovers(name: Path) -> None:
@@ -365,7 +344,7 @@ def _lock(name: Path) -> Iterator[None]:
     """Hold the lock of a source; there is one for all states of its files."""
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(name.with_name(f"{_name_source(name)}.lock"))
+        lock = FileLock(name.with_name(f"{name.name.partition('-')[0]}.lock"))
         lock.acquire()
     except OSError as error:
         raise OSError(

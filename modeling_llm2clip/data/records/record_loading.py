@@ -1,6 +1,6 @@
 """Loads captioned images from any source and reports all its errors at once.
 
-The fields of a record are in `records.py`, the sources in `source_files.py`.
+The fields of a record are in `record_fields.py`, the sources in `source_files.py`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa  # type: ignore[import-untyped]
-
 from ..atomic_files import temporary_folder
 from ..validation_errors import ErrorCollector
 from .image_checks import check_images as decode_images
-from .record_columns import ROWS_PER_BATCH, RecordColumns
+from .record_columns import make_batches
 from .record_index import (
     IMAGE_REPEATED,
+    IndexJob,
     iterate_repeated,
     name_build,
     open_index,
-    rebatch,
     write_index,
 )
-from .record_index_worker import IndexJob
 from .record_table import RecordTable
-from .records import Modality
+from .records import CheckedRecord, Modality
 from .source_files import describe_line, find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -38,11 +35,11 @@ class CollectedRecords:
     """The records of a source, with or without errors.
 
     Attributes:
-        records: each built from what is left of it.
-        errors_of: row of a record that has errors to them.
-        lost: errors of each record that is not among `records`, because its name or its language
+        records: Records without their invalid fields.
+        errors_of: Row of a record → its errors.
+        lost: Errors of each record that is not among `records`, because its name or its language
             cannot be read, or one of its texts not be stored.
-        stray: errors that belong to no record.
+        stray: Errors that belong to no record.
     """
 
     records: RecordTable
@@ -71,26 +68,26 @@ def load_records(
     they are opened, best in their order.
 
     Args:
-        source: a folder, file, pattern or URL; see `source_files.py`.
-        image_dir: folder of the images that are files. Default: the folder of the source.
-        require_images: whether a record without its image is an error. If not, its `image` is
+        source: A folder, file, pattern or URL; see `source_files.py`.
+        image_dir: Folder of the images that are files. Default: the folder of the source.
+        require_images: Whether a record without its image is an error. If not, its `image` is
             None, which is enough where only captions are read.
-        check_images: decode every image too, in threads, which takes as long as a pass over them;
+        check_images: Decode every image too, in threads, which takes as long as a pass over them;
             once for all runs that find the index in the cache.
-        ignore_fields: names of further fields, which are not read and not errors.
-        cache: whether the index of a large source is kept for later runs.
-        show_progress: show a progress bar while the source is read and images are decoded.
-        modality: what alone is read, for `embed`: `image` takes images without captions, too;
+        ignore_fields: Names of further fields, which are not read and not errors.
+        cache: Whether the index of a large source is kept for later runs.
+        show_progress: Show a progress bar while the source is read and images are decoded.
+        modality: The one side that is read, for `embed`: `image` takes images without captions;
             `text` looks for no images, and takes files of texts alone. Default: pairs.
 
     Returns:
         At least one record, in the order of the source.
 
     Raises:
-        DataValidationError: records have errors: how many of each kind, and where the first are.
-        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
-        AccessError: access to a URL is denied, or its host cannot be reached.
-        OSError: the index cannot be written, for example because the disk is full.
+        DataValidationError: Records have errors: how many of each kind, and where the first are.
+        ValueError: The source is missing, empty or ambiguous, or its format is unknown.
+        AccessError: Access to a URL is denied, or its host cannot be reached.
+        OSError: The index cannot be written, for example because the disk is full.
 
     Examples:
         >>> records = load_records("my-images")
@@ -139,18 +136,6 @@ def collect_records(
     """Read a source as `load_records` does, for a caller that decides about its errors.
 
     A source with errors is read twice: its index says only how many there are.
-
-    Args:
-        source: a folder, file, pattern or URL; see `source_files.py`.
-        image_dir: folder of the images that are files. Default: the folder of the source.
-        require_images: whether a record without its image is an error.
-        ignore_fields: names of further fields, which are not errors.
-        cache: whether the index of a large source is kept for later runs.
-
-    Raises:
-        ValueError: the source is missing, empty or ambiguous, or its format is unknown.
-        AccessError: access to a URL is denied, or its host cannot be reached.
-        OSError: the index cannot be written, for example because the disk is full.
     """
     job = _plan(source, image_dir, require_images, ignore_fields)
     records, errors = open_index(job, use_cache=cache)
@@ -159,28 +144,24 @@ def collect_records(
 
 def _collect(job: IndexJob) -> CollectedRecords:
     """Read a source record by record, and keep the errors of each apart."""
-    stray, own = ErrorCollector(), ErrorCollector()
+    stray = ErrorCollector()
     errors_of: dict[int, ErrorCollector] = {}
     lost: list[ErrorCollector] = []
 
-    def read() -> Iterator[pa.RecordBatch]:
-        nonlocal own
-        columns, num_rows = RecordColumns(), 0
+    def read() -> Iterator[CheckedRecord]:
+        num_rows = 0
         for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
-            is_added = job.add(raw, columns, own)
+            own = ErrorCollector()
+            record = job.check(raw, own)
+            if record is None:
+                lost.append(own)
+                continue
             if own.total:
-                if is_added:
-                    errors_of[num_rows] = own
-                else:
-                    lost.append(own)
-                own = ErrorCollector()
-            num_rows += is_added
-            if len(columns) == ROWS_PER_BATCH:
-                yield columns.take_batch()
-        if len(columns):
-            yield columns.take_batch()
+                errors_of[num_rows] = own
+            num_rows += 1
+            yield record
 
-    table = write_index(rebatch(read()), name_build(temporary_folder() / "records"))
+    table = write_index(make_batches(read()), name_build(temporary_folder() / "records"))
     table.skipped = stray.skipped
     stray.compare_columns()
     for row, place in iterate_repeated(table):
@@ -189,14 +170,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
 
 
 def find_example_data() -> Path:
-    """Find the images that come with the package.
-
-    Returns:
-        The folder that contains `emoji` and `photographs`.
-
-    Raises:
-        FileNotFoundError: the installation lacks it.
-    """
+    """Find the images that come with the package."""
     # A wheel has the folder inside the package; a repository has it where people look for it.
     for folder in (_PACKAGE / "example_data", _PACKAGE.parent / "examples" / "data"):
         if (folder / "emoji").is_dir():
@@ -208,18 +182,7 @@ def find_example_data() -> Path:
 
 
 def fetch_dataset_folder(reference: str, pattern: str) -> Path:
-    """Fetch files of a dataset on the Hub at one commit, or find them in the cache.
-
-    Args:
-        reference: `hub:OWNER/NAME@COMMIT`, with all 40 digits of the commit.
-        pattern: of the files to fetch, such as `data/*.parquet`.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        ValueError: the reference does not pin a commit, or cannot be fetched.
-    """
+    """Fetch files of a dataset on the Hub at one commit, or find them in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -17,11 +18,23 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
-from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, RecordColumns, make_image
+from ..key_arrays import find_first_rows
+from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, make_batches, make_image
 from .records import CaptionedImage, CheckedRecord
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _COUNTED = ("captions", "long_captions")
+# In the order of the arguments of `_make_record`.
+_RECORD_COLUMNS = (
+    "name",
+    "group_id",
+    "lang",
+    *_COUNTED,
+    "keywords",
+    "place",
+    "url",
+    *IMAGE_COLUMNS,
+)
 
 
 class RecordTable(Sequence[CaptionedImage]):
@@ -31,11 +44,11 @@ class RecordTable(Sequence[CaptionedImage]):
     memory.
 
     Args:
-        batches: batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
-        file: file that they are mapped from; None for memory.
-        rows: rows of the batches that the table has, in its order; None for all.
-        skipped: why rows of the source are not records, to how many; None for no such rows.
-        hold: keeps the file from being removed while the table lives; None for no such need.
+        batches: Batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
+        file: File that they are mapped from; None for memory.
+        rows: Rows of the batches that the table has, in its order; None for all.
+        skipped: Reason why rows of the source are not records → number of such rows.
+        hold: Keeps the file from being removed while the table lives; None in memory.
 
     Examples:
         >>> records = load_records("my-images")
@@ -65,21 +78,14 @@ class RecordTable(Sequence[CaptionedImage]):
         """Make a table of records in memory.
 
         Args:
-            records: records; a table is returned as it is.
+            records: Records; a table is returned as it is.
 
         Raises:
-            UnicodeEncodeError: a text has half a character, a lone surrogate.
+            UnicodeEncodeError: A text has half a character, a lone surrogate.
         """
         if isinstance(records, RecordTable):
             return records
-        batches, columns = [], RecordColumns()
-        for record in records:
-            columns.add(record)
-            if len(columns) == ROWS_PER_BATCH:
-                batches.append(columns.take_batch())
-        if len(columns):
-            batches.append(columns.take_batch())
-        return cls(batches)
+        return cls(list(make_batches(records)))
 
     @classmethod
     def open(cls, file: Path) -> RecordTable:
@@ -89,8 +95,8 @@ class RecordTable(Sequence[CaptionedImage]):
             file: Arrow file of `record_columns.SCHEMA`.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: the file is damaged, or has other columns.
+            OSError: The file cannot be read.
+            ValueError: The file is damaged, or has other columns.
         """
         hold = FileHold(file)  # first: all of it is to be of one file
         with pa.memory_map(str(file)) as mapped:
@@ -118,18 +124,16 @@ class RecordTable(Sequence[CaptionedImage]):
             return self.select(np.arange(*item.indices(len(self))))
         if not -len(self) <= item < len(self):
             raise IndexError(f"Record {item} of {len(self)}.")
-        return _make_record(*self.read(item % len(self), SCHEMA.names))
+        return _make_record(*self.read(item % len(self), _RECORD_COLUMNS))
 
     def __iter__(self) -> Iterator[CaptionedImage]:
-        for batch in self.iterate_columns(SCHEMA.names):
-            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield _make_record(*row)
+        for batch in self.iterate_columns(_RECORD_COLUMNS):
+            yield from map(_make_record, *(column.to_pylist() for column in batch.columns))
 
     def iterate_images(self) -> Iterator[ImageSource | None]:
         """Yield the address of each record's image, in the table's order."""
         for batch in self.iterate_columns(IMAGE_COLUMNS):
-            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield make_image(*row)
+            yield from map(make_image, *(column.to_pylist() for column in batch.columns))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
@@ -145,7 +149,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     @property
     def rows(self) -> Array | None:
-        """The rows of the file or the batches that these records are; None for all."""
+        """Numbers of these records in the file or the batches; None for all."""
         return self._rows
 
     def without_file(self) -> RecordTable:
@@ -156,7 +160,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Return a table of some of the records; nothing is copied but their numbers.
 
         Args:
-            rows: numbers of records of this table, in any order.
+            rows: Numbers of records of this table, in any order.
         """
         chosen = np.asarray(rows)
         if self._rows is not None:
@@ -189,7 +193,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read a column of numbers.
 
         Args:
-            name: of the column.
+            name: Name of the column.
             rows: (M,) numbers of records; None for all.
 
         Returns:
@@ -215,7 +219,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return found
 
     def read_text_keys(self, rows: Array, numbers: Array) -> Array:
-        """Read the key of a caption of each of some records.
+        """Read the key of one caption of each record.
 
         Args:
             rows: (M,) numbers of records.
@@ -237,10 +241,18 @@ class RecordTable(Sequence[CaptionedImage]):
         """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
 
         Args:
-            name: of the column.
+            name: Name of the column.
         """
         for batch in self.iterate_columns((name,)):
             yield np.asarray(batch.column(0))
+
+    def find_first_rows(self, name: str) -> Array:
+        """Find the first record with the same number in a column, for each record.
+
+        Args:
+            name: Name of the column.
+        """
+        return find_first_rows(partial(self.iterate_numbers, name), len(self))
 
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
         """Yield the numbers of short and of long captions of records, in batches."""
@@ -251,7 +263,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Yield some columns in batches, in the table's order.
 
         Args:
-            names: of the columns.
+            names: Names of the columns.
 
         Yields:
             Batches of at most `ROWS_PER_BATCH` rows.
@@ -279,8 +291,8 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read some columns of one record.
 
         Args:
-            item: number of the record.
-            names: of the columns.
+            item: Number of the record.
+            names: Names of the columns.
         """
         row = item if self._rows is None else int(self._rows[item])
         batch, within = self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
@@ -290,8 +302,8 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read some columns of some records.
 
         Args:
-            rows: numbers of records, at most `ROWS_PER_BATCH`.
-            names: of the columns.
+            rows: Numbers of records, at most `ROWS_PER_BATCH`.
+            names: Names of the columns.
 
         Returns:
             A tuple of the columns' values for each record.
@@ -317,23 +329,12 @@ class RecordTable(Sequence[CaptionedImage]):
 
 
 def skipped_file(file: Path) -> Path:
-    """Name the file beside an index that counts the rows that are not records.
-
-    Args:
-        file: of the index.
-    """
+    """Name the file beside an index that counts the rows that are not records."""
     return file.with_suffix(".skipped.json")
 
 
 def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
-    """Split rows of a table by the batch that they are in.
-
-    Args:
-        rows: (M,) rows.
-
-    Yields:
-        Number of a batch, and places in `rows` of those in it, in their order there.
-    """
+    """Yield the numbers of batches that have some rows, and the places of these in `rows`."""
     if not len(rows):
         return
     batches = rows // ROWS_PER_BATCH
@@ -354,19 +355,19 @@ def _shrink(rows: Array) -> Array:
     return rows.astype(np.int32 if fits else np.int64)
 
 
-def _make_record(*values: Any) -> CaptionedImage:
-    fields = dict(zip(SCHEMA.names, values, strict=True))
-    return CaptionedImage(
-        image=make_image(*(fields[name] for name in IMAGE_COLUMNS)),
-        name=fields["name"],
-        group_id=fields["group_id"],
-        captions=tuple(fields["captions"]),
-        long_captions=tuple(fields["long_captions"]),
-        keywords=tuple(fields["keywords"]),
-        lang=fields["lang"],
-        place=fields["place"],
-        url=fields["url"],
-    )
+def _make_record(
+    name: str,
+    group_id: str,
+    lang: str,
+    captions: list[str],
+    long_captions: list[str],
+    keywords: list[str],
+    place: str,
+    url: str | None,
+    *address: Any,
+) -> CaptionedImage:
+    texts = tuple(captions), tuple(long_captions), tuple(keywords)
+    return CaptionedImage(make_image(*address), name, group_id, *texts, lang, place, url)
 
 
 def _unpickle(

@@ -1,34 +1,4 @@
-"""A captioned image, and the fields that describe it in every format.
-
-The fields are the same in a line of JSON, a row of Parquet and the JSON member of a tar sample. A
-field that is null counts as absent.
-
-| field | meaning |
-| --- | --- |
-| `image` or `file_name` | path of the image, relative to the folder of images |
-| `captions`, `caption` or `text` | one or several texts that describe the image; required |
-| `long_captions` | one or several longer texts |
-| `keywords` | words that belong to the image |
-| `group_id` | what the image shows; default: the image's name |
-| `lang` | language of the texts, BCP 47; default: `en` |
-| `url` | where the image came from; others' captions may be joined by it |
-| `category`, `group`, `license`, `notes`, `source`, `style` | notes that training does not read |
-| `shortIB_captions`, `shortSV_captions`, `shortLLA_captions` | as `captions` |
-| `longIB_captions`, `longSV_captions`, `longLLA_captions` | as `long_captions` |
-
-Images of one group are never each other's negatives. An image has one record per language. The last
-two rows are the fields of published re-captionings of CC3M and CC12M.
-
-In Parquet, `image` may hold the encoded image itself; in a tar shard, the image is a member. Then
-`file_name` only names it.
-
-Any other field is an error, because it may be a misspelled one; `load_records(…, ignore_fields=…)`
-names those to ignore. Whitespace around texts is removed and a line break inside becomes one space,
-because later stages take captions as single lines.
-
-Data that are read for one modality alone need not be pairs: images may lack captions, or captions
-images. A text without an image is then named by the field `id`, or else by its place.
-"""
+"""A captioned image, and the checks of the fields it is made of (`record_fields.py`)."""
 
 from __future__ import annotations
 
@@ -39,41 +9,29 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..record_fields import (
+    KNOWN_FIELDS,
+    LONG_CAPTION_FIELDS,
+    NAME_FIELDS,
+    PLAIN_CAPTION_FIELDS,
+    SHORT_CAPTION_FIELDS,
+    Modality,
+    RawRecord,
+    clean_text,
+)
 from ..validation_errors import ErrorCollector
 
 if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
     from ..images.image_sources import ImageSource, PackedImage
 
-# One side of the pairs: what is embedded, or alone read of records that need not be pairs.
-Modality: TypeAlias = Literal["text", "image"]
-_CAPTIONS = ("captions", "caption", "text")
-_SHORT_CAPTIONS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
-LONG_CAPTION_FIELDS = ("long_captions", "longIB_captions", "longSV_captions", "longLLA_captions")
-SHORT_CAPTION_FIELDS = (*_CAPTIONS, *_SHORT_CAPTIONS)
-CAPTION_FIELDS = frozenset(SHORT_CAPTION_FIELDS)
-_NAMES = ("image", "file_name")
 _TEXT_ID = "id"
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-_NOTES = ("category", "group", "license", "notes", "source", "style")
-_KNOWN_FIELDS = frozenset(
-    (
-        *_NAMES,
-        *_CAPTIONS,
-        *_SHORT_CAPTIONS,
-        *LONG_CAPTION_FIELDS,
-        *_NOTES,
-        "keywords",
-        "group_id",
-        "lang",
-        "url",
-    )
-)
 
 
 class _FieldNames(NamedTuple):
-    """The fields that a record has, by what they are; records of a source mostly have the same."""
+    """The fields of a record by their use; records of a source mostly have the same ones."""
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
@@ -87,16 +45,16 @@ class CaptionedImage:
     """One image and its texts in one language.
 
     Attributes:
-        image: where the image is; None if images were not required and it has none.
-        name: name of the image in its source; unique together with `lang`.
-        group_id: what the image shows: images of one group show the same thing.
-        captions: texts, each of which describes the image; at least one, or none where only images
+        image: Where the image is; None if images were not required and it has none.
+        name: Name of the image in its source; unique together with `lang`.
+        group_id: Name of the thing that the image shows; images of one group show the same thing.
+        captions: Texts, each of which describes the image; at least one, or none where only images
             are read.
-        long_captions: longer texts that describe it; may be empty.
-        keywords: words that belong to the image; may be empty.
-        lang: language of the texts, BCP 47.
-        place: where the record is written, for errors; not compared.
-        url: where the image came from; None for unknown; not compared.
+        long_captions: Longer texts that describe it; may be empty.
+        keywords: Words that belong to the image; may be empty.
+        lang: Language of the texts, BCP 47.
+        place: Where the record is written, for errors; not compared.
+        url: Where the image came from; None for unknown; not compared.
     """
 
     image: ImageSource | None
@@ -114,7 +72,7 @@ class CaptionedImage:
         """File of the image.
 
         Raises:
-            ValueError: the image has no file of its own.
+            ValueError: The image has no file of its own.
         """
         if isinstance(self.image, Path):
             return self.image
@@ -122,30 +80,12 @@ class CaptionedImage:
         raise ValueError(f"{self.name} has {found}, not a file. Use open_image(record.image).")
 
 
-class RawRecord(NamedTuple):
-    """The fields of a record as its source has them, not yet checked.
-
-    Attributes:
-        place: where the record is written, for errors.
-        fields: as in the table above, without those that are null.
-        packed: the image, if the source holds it.
-        default_name: name of a record without `image` and `file_name`.
-        text_name: name of a text without an image that nothing else names, if only texts are read.
-    """
-
-    place: str
-    fields: Mapping[str, Any]
-    packed: PackedImage | None = None
-    default_name: str | None = None
-    text_name: str | None = None
-
-
 class FoundFile(NamedTuple):
     """An image that is a file of its own.
 
     Attributes:
-        path: of the file, as text, because a Path of every image costs as much as all checks.
-        size: of the file, in bytes.
+        path: A text, because a Path of every image costs as much as all checks.
+        size: Bytes of the file.
     """
 
     path: str
@@ -167,16 +107,10 @@ class CheckedRecord(NamedTuple):
 
     def build(self) -> CaptionedImage:
         """Build the record."""
+        image = Path(self.image.path) if isinstance(self.image, FoundFile) else self.image
+        texts = tuple(self.captions), tuple(self.long_captions), tuple(self.keywords)
         return CaptionedImage(
-            image=Path(self.image.path) if isinstance(self.image, FoundFile) else self.image,
-            name=self.name,
-            group_id=self.group_id,
-            captions=tuple(self.captions),
-            long_captions=tuple(self.long_captions),
-            keywords=tuple(self.keywords),
-            lang=self.lang,
-            place=self.place,
-            url=self.url,
+            image, self.name, self.group_id, *texts, self.lang, self.place, self.url
         )
 
 
@@ -191,19 +125,8 @@ def check_record(
 ) -> CheckedRecord | None:
     """Check the fields of a record.
 
-    Of a record with errors the rest is returned, so that checks over several records see it.
-
-    Args:
-        raw: what the source has.
-        errors: gets every error of this record.
-        image_dir: folder of the images that are files; None if there is none.
-        require_images: whether a record without an image is an error.
-        ignore_fields: names of further fields, which are not errors.
-        modality: what alone is read: images, which then need no captions, or texts without images,
-            which `id` or their place may name.
-
-    Returns:
-        The checked fields; None if the name or the language cannot be read.
+    What is left of a record with errors is returned, so that checks over several records see it;
+    None if its name, language or texts cannot be read.
     """
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
@@ -222,56 +145,39 @@ def check_record(
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, given, found, required=modality != "image")
-    long_captions = _read_all_texts(raw.fields, given.long_captions, found)
-    keywords = _read_texts(raw.fields, "keywords", found) if "keywords" in raw.fields else []
+    long_captions = _read_texts(raw.fields, given.long_captions, found)
+    keywords = _read_texts(raw.fields, ["keywords"], found) if "keywords" in raw.fields else []
     url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
     found += [f"unknown field {name!r}" for name in given.unknown if name not in allowed]
+    words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
+    is_storable = _is_storable("".join(words))
+    if not is_storable:
+        found.append("a text has half a character (a lone surrogate)")
     for kind in found:
         errors.add(kind, raw.place)
-    if name is None or not has_identity:
+    if name is None or not has_identity or not is_storable:
         return None
     group_id = name if group_id is None else group_id
     texts = (captions, long_captions, keywords)
     return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
 
 
-def list_fields_read(names: Collection[str]) -> list[str]:
-    """List the fields of records, but for notes, which training does not read.
-
-    Args:
-        names: of fields, also unknown ones. `caption` and `text` are other names of `captions`.
-
-    Returns:
-        Each field once.
-    """
-    known = _KNOWN_FIELDS.intersection(names).difference(_NOTES)
-    return sorted({_CAPTIONS[0] if name in _CAPTIONS else name for name in known})
-
-
-def clean_text(text: str) -> str:
-    """Strip a text, and replace each line break and the whitespace around it by one space.
-
-    Args:
-        text: any text.
-
-    Returns:
-        One line; empty for a blank text.
-    """
-    # Most texts are clean. Those that are printable have no line breaks, and no spaces but " ".
-    if text.isprintable() and text[:1] != " " and text[-1:] != " ":
-        return text
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+def _is_storable(text: str) -> bool:
+    try:
+        return text.isprintable() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @lru_cache(maxsize=1024)
 def _sort_fields(fields: tuple[str, ...]) -> _FieldNames:
-    plain = tuple(name for name in _CAPTIONS if name in fields)
+    plain = tuple(name for name in PLAIN_CAPTION_FIELDS if name in fields)
     return _FieldNames(
-        names=tuple(name for name in _NAMES if name in fields),
+        names=tuple(name for name in NAME_FIELDS if name in fields),
         captions=tuple(name for name in SHORT_CAPTION_FIELDS if name in fields),
         long_captions=tuple(name for name in LONG_CAPTION_FIELDS if name in fields),
         repeated=plain[:2] if len(plain) > 1 else (),
-        unknown=tuple(sorted(set(fields) - _KNOWN_FIELDS)),
+        unknown=tuple(sorted(set(fields) - KNOWN_FIELDS)),
     )
 
 
@@ -283,31 +189,26 @@ def _read_captions(
         found.append(f"both {one!r} and {other!r}")
         return []
     before = len(found)
-    captions = _read_all_texts(fields, given.captions, found)
+    captions = _read_texts(fields, given.captions, found)
     if required and not captions and len(found) == before:
         found.append("no caption")
     return captions
 
 
-def _read_all_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str]) -> list[str]:
-    texts: list[str] = []
+def _read_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str]) -> list[str]:
+    """Read fields of texts; an error is noted once per field."""
+    all_cleaned: list[str] = []
     for name in names:
-        texts += _read_texts(fields, name, found)
-    return texts
-
-
-def _read_texts(fields: Mapping[str, Any], name: str, found: list[str]) -> list[str]:
-    """Read a field of texts; an error is noted once per field."""
-    value = fields[name]
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
-        found.append(f"{name!r} is not a text or a list of texts")
-        return []
-    cleaned = [clean_text(text) for text in texts]
-    if "" in cleaned:
-        kind = "keyword" if name == "keywords" else "caption"
-        found.append(f"blank {kind}")
-    return cleaned
+        value = fields[name]
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
+            found.append(f"{name!r} is not a text or a list of texts")
+            continue
+        cleaned = [clean_text(text) for text in texts]
+        if "" in cleaned:
+            found.append(f"blank {'keyword' if name == 'keywords' else 'caption'}")
+        all_cleaned += cleaned
+    return all_cleaned
 
 
 def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | None:
@@ -329,16 +230,12 @@ def _read_name(given: Sequence[Any], found: list[str]) -> str | None:
         if not isinstance(name, str) or not name.strip():
             found.append("'image' or 'file_name' is not a non-blank text")
             return None
-        names.append(_normalize(name))
+        # A path is written in one way: "./a.jpg" is "a.jpg".
+        may_be_other = "./" in name or "//" in name or name[-1] in "/."
+        names.append(PurePosixPath(name).as_posix() if may_be_other else name)
     if len(names) > 1 and names[0] != names[1]:
         found.append("'image' and 'file_name' differ")
     return names[0] if names else None
-
-
-def _normalize(name: str) -> str:
-    """Write a path in one way: "./a.jpg" is "a.jpg"."""
-    may_be_other = "./" in name or "//" in name or name[-1] in "/."
-    return PurePosixPath(name).as_posix() if may_be_other else name
 
 
 def _find_file(

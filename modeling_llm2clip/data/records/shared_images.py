@@ -1,16 +1,14 @@
-"""Images that several records share, one per language: a name has to mean one image."""
+"""Checks that a name means one image, which may have a record per language."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import ImageSource, count_bytes
-from ..key_arrays import find_first_rows
 from .record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
 from .record_table import RecordTable
 
@@ -19,14 +17,7 @@ _NAMES_SHOWN = 5
 
 
 def require_images(records: RecordTable) -> None:
-    """Check that there are records, and that each has its image.
-
-    Args:
-        records: The dataset.
-
-    Raises:
-        ValueError: There are no records, or some have no image.
-    """
+    """Check that there are records, and that each has its image."""
     if not len(records):
         raise ValueError("There are no images. Give a dataset with at least one.")
     without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
@@ -38,18 +29,8 @@ def require_images(records: RecordTable) -> None:
 
 
 def select_one_per_image(records: RecordTable) -> RecordTable:
-    """Select the first record of each image.
-
-    Args:
-        records: The dataset, with images.
-
-    Returns:
-        A table in which every name occurs once, in the order of the dataset.
-
-    Raises:
-        ValueError: One name is that of two images.
-    """
-    firsts = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
+    """Select the first record of each image."""
+    firsts = records.find_first_rows("name_key")
     rows = np.arange(len(records), dtype=firsts.dtype)
     again = np.flatnonzero(firsts != rows)
     if not len(again):
@@ -59,14 +40,7 @@ def select_one_per_image(records: RecordTable) -> RecordTable:
 
 
 def refuse_ambiguous_names(names: Iterable[str]) -> None:
-    """Raise for names that are those of several images.
-
-    Args:
-        names: From `find_ambiguous_names`.
-
-    Raises:
-        ValueError: There are such names.
-    """
+    """Raise for names that are those of several images."""
     if ambiguous := list(names):
         raise ValueError(
             f"{len(ambiguous)} names are those of several images: "
@@ -79,14 +53,6 @@ def find_ambiguous_names(records: RecordTable, again: Array, firsts: Array) -> d
     """Find the names of records whose image is not that of the first record of the name.
 
     The images are compared by their addresses, and where these differ, as bytes.
-
-    Args:
-        records: The dataset, with images.
-        again: (M,) numbers of records whose name has occurred before.
-        firsts: (M,) number of the first record of each name.
-
-    Returns:
-        The names, in order.
     """
     found: dict[str, None] = {}
     for start in range(0, len(again), ROWS_PER_BATCH):
@@ -105,7 +71,7 @@ def find_ambiguous_names(records: RecordTable, again: Array, firsts: Array) -> d
 
 
 def _have_same_bytes(one: ImageSource | None, other: ImageSource | None) -> bool:
-    """Whether two places have the same image, as tar shards have with one sample per language."""
+    """Compare two images that have one name, as in tar shards with one sample per language."""
     assert one is not None and other is not None
     if count_bytes(one) != count_bytes(other):
         return False

@@ -1,4 +1,4 @@
-"""Which files a source of captioned images is, and reading it in independent parts.
+"""Finds the files of a source of captioned images, and reads it in independent parts.
 
 | source | what it is |
 | --- | --- |
@@ -54,14 +54,14 @@ _BYTES_PER_PART = 2**24
 
 @dataclass(frozen=True)
 class SourcePart:
-    """What can be read without the rest of a source.
+    """Part of a source that can be read alone.
 
     Attributes:
-        file: one of the source's files.
-        name: of the file, as names of images and places of errors have it.
-        start: first byte of a range of lines.
-        stop: byte after its last one; None for the whole file.
-        first_line: number of its first line, from 1.
+        file: One of the source's files.
+        name: Name of the file in names of images and places of errors.
+        start: First byte of a range of lines.
+        stop: Byte after its last one; None for the whole file.
+        first_line: Number of its first line, from 1.
     """
 
     file: FilePlace
@@ -76,9 +76,9 @@ class SourceFiles:
     """Files of one format.
 
     Attributes:
-        files: in the order in which they are read.
-        base: folder, or beginning of all URLs, that the names of shards and images are relative to.
-        suffix: of all files, in lower case.
+        files: In the order in which they are read.
+        base: Folder, or beginning of all URLs, that the names of shards and images are relative to.
+        suffix: Suffix of all files, in lower case.
     """
 
     files: list[FilePlace]
@@ -102,12 +102,7 @@ class SourceFiles:
         ]
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[RawRecord]:
-        """Yield the raw records of a part.
-
-        Args:
-            part: one of `split`.
-            errors: gets the errors that belong to no record.
-        """
+        """Yield the raw records of a part."""
         if self.suffix == ".parquet":
             return read_parquet_file(part.file, part.name, errors)
         if self.suffix == ".tar":
@@ -123,16 +118,7 @@ class SourceFiles:
 
 
 def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles:
-    """Find the files of a source.
-
-    Args:
-        source: a folder, file, pattern or URL; see the top of this file.
-        modality: what alone is read; None for pairs.
-
-    Raises:
-        ValueError: the source is missing or ambiguous, or its format is unknown.
-        AccessError: access is denied, or a host cannot be reached.
-    """
+    """Find the files of a source."""
     path = Path(source)
     if not is_remote(source) and path.is_dir():
         return _search_folder(path)
@@ -186,19 +172,7 @@ def _refuse_several(source: str, count: int, suffix: str) -> ValueError:
 def find_image_folder(
     source: SourceFiles, image_dir: str | Path | None, *, required: bool
 ) -> Path | None:
-    """Find the folder of the images that are files.
-
-    Args:
-        source: files of a source.
-        image_dir: the folder, if the user names it.
-        required: whether images are wanted.
-
-    Returns:
-        The folder; None where the source holds its images, or where none are wanted.
-
-    Raises:
-        ValueError: the folder is missing, has to be named, or is not on this machine.
-    """
+    """Find the folder of the images that are files; None if there are none, or none are wanted."""
     if image_dir is not None:
         if not Path(image_dir).is_dir():
             raise ValueError(
@@ -224,11 +198,7 @@ def find_image_folder(
 
 
 def is_source(folder: Path) -> bool:
-    """Whether a folder holds a source, and not images alone.
-
-    Args:
-        folder: an existing folder.
-    """
+    """Tell whether a folder holds a source, and not images alone."""
     return bool(_list_sources(folder))
 
 
@@ -238,7 +208,10 @@ def _list_sources(folder: Path) -> list[list[Path]]:
         # In any case, as for a pattern's files.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(files)
-    return _drop_download_notes(sources)
+    of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}
+    if are_download_notes(of.get(".parquet", []), of.get(".tar", [])):
+        sources = [files for files in sources if files[0].suffix.lower() != ".parquet"]
+    return sources
 
 
 def _search_folder(folder: Path) -> SourceFiles:
@@ -255,20 +228,8 @@ def _search_folder(folder: Path) -> SourceFiles:
 
 
 def describe_line(folder: Path) -> str:
-    """Say how a file of captions is written, by an image of the folder if it has one.
-
-    Args:
-        folder: folder of images.
-    """
+    """Say how a file of captions is written, by an image of the folder if it has one."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     name = next((file for file in files if file.lower().endswith(_SHOWN_SUFFIXES)), "cat.jpg")
     line = json.dumps({"image": name, "captions": ["What it shows."]}, ensure_ascii=False)
     return f"Of images, write {_LINES_FILES[0]}, a line each: {line} (docs/data-formats.md)."
-
-
-def _drop_download_notes(sources: list[list[Path]]) -> list[list[Path]]:
-    """Drop Parquet files that each lie beside a tar of their name: img2dataset's notes on it."""
-    of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}
-    if not are_download_notes(of.get(".parquet", []), of.get(".tar", [])):
-        return sources
-    return [files for files in sources if files[0].suffix.lower() != ".parquet"]

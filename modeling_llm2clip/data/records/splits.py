@@ -21,15 +21,15 @@ def split_records(
     """Split records at random, by group: all images and languages of a group are on one side.
 
     Args:
-        records: records of a dataset; their order does not matter to the split.
-        test_size: share of the groups to test on, below 1, or their number.
-        seed: another seed gives another split.
+        records: Records of a dataset; their order does not matter to the split.
+        test_size: Share of the groups to test on, below 1, or their number.
+        seed: Another seed gives another split.
 
     Returns:
         Records to train on and records to test on, each in the order of `records`.
 
     Raises:
-        ValueError: a side would have fewer than two groups, or both have the same caption.
+        ValueError: A side would have fewer than two groups, or both have the same caption.
 
     Examples:
         >>> records = load_records("my-images")
@@ -91,14 +91,6 @@ def _list_texts(table: RecordTable, keys: Array) -> set[str]:
 
 
 def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:
-    """Choose one record per group to test with, so that each group is asked for once.
-
-    Args:
-        records: all records.
-        groups: ids of the groups to test with.
-
-    Returns:
-        Row of the last record of each group, in the order in which the groups first occur.
-    """
+    """Choose one record per group to test with, so that each group is asked for once."""
     rows = (row for row, record in enumerate(records) if record.group_id in groups)
     return list({records[row].group_id: row for row in rows}.values())

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from ..byte_cache import ByteCache
@@ -24,78 +24,38 @@ FilePlace: TypeAlias = Path | str  # a text is a URL
 FileState: TypeAlias = tuple[str, int, str]  # path or URL, bytes, time or tag
 _BLOCK_BYTES = 2**22
 _BYTES_KEPT = 2**27
-_FILES_OPEN = 16  # of each thread
+_FILES_OPEN = 128  # of all threads
 _REQUESTS_AT_ONCE = 16
 _blocks: ByteCache[bytes] = ByteCache(_BYTES_KEPT)
-_of_thread = threading.local()
 
 
 def parse_place(text: str) -> FilePlace:
-    """Turn a text into a place.
-
-    Args:
-        text: path or URL.
-    """
+    """Turn a text into a place."""
     return text if is_remote(text) else Path(text)
 
 
 def name_place(place: FilePlace) -> str:
-    """Return the name of a file, without its folder and the query of its URL.
-
-    Args:
-        place: path or URL.
-    """
+    """Return the name of a file, without its folder and the query of its URL."""
     return place.name if isinstance(place, Path) else Path(urlsplit(place).path).name
 
 
 def find_version(place: FilePlace) -> int:
-    """Return a number that changes when a local file does; a remote one must not change.
-
-    Args:
-        place: path or URL.
-
-    Raises:
-        OSError: there is no such local file.
-    """
+    """Return a number that changes when a local file does; a remote one must not change."""
     return place.stat().st_mtime_ns if isinstance(place, Path) else 0
 
 
 def open_place(place: FilePlace) -> io.RawIOBase:
-    """Open a file to read it in any order, without a buffer.
-
-    Args:
-        place: path or URL.
-
-    Raises:
-        OSError: there is no such file, or it cannot be reached.
-    """
+    """Open a file to read it in any order, without a buffer."""
     return io.FileIO(place) if isinstance(place, Path) else _BlockFile(place)
 
 
 def open_buffered(place: FilePlace) -> io.BufferedReader:
-    """Open a file to read lines or small parts of it.
-
-    Args:
-        place: path or URL.
-
-    Raises:
-        OSError: there is no such file, or it cannot be reached.
-    """
+    """Open a file to read lines or small parts of it."""
     return io.BufferedReader(open_place(place))
 
 
 def read_range(place: FilePlace, offset: int, size: int) -> bytes:
-    """Read a part of a file.
-
-    Args:
-        place: path or URL.
-        offset: of the first byte.
-        size: number of bytes.
-
-    Raises:
-        OSError: the file cannot be read.
-        LostFileError: it ends before.
-    """
+    """Read a part of a file."""
     with open_buffered(place) as file:
         file.seek(offset)
         content = file.read(size)
@@ -107,19 +67,7 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
 
 
 def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
-    """Describe the state that files are in; it changes when they do.
-
-    Args:
-        places: paths or URLs, which are asked for at the same time.
-
-    Returns:
-        The state of each; None if a server says too little.
-
-    Raises:
-        AccessError: access is denied, or a host cannot be reached.
-        LostFileError: a remote file is missing.
-        OSError: a local file is missing.
-    """
+    """Describe the state of files, which changes when they do; None if a server says too little."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         remote = pool.map(_describe_remote, [place for place in places if isinstance(place, str)])
         return [
@@ -140,13 +88,12 @@ def _describe_remote(url: str) -> FileState | None:
 
 def _find_remote(url: str) -> RemoteFile:
     """Return this thread's access to a file: one that is open is at one place at a time."""
-    files: OrderedDict[str, RemoteFile] = _of_thread.__dict__.setdefault("files", OrderedDict())
-    if url not in files:
-        files[url] = RemoteFile(url, RetryPolicy())
-        while len(files) > _FILES_OPEN:
-            files.popitem(last=False)
-    files.move_to_end(url)
-    return files[url]
+    return _open_remote(url, threading.get_ident())
+
+
+@lru_cache(_FILES_OPEN)
+def _open_remote(url: str, thread: int) -> RemoteFile:  # noqa: ARG001
+    return RemoteFile(url, RetryPolicy())
 
 
 class _BlockFile(SeekableFile):
@@ -160,17 +107,9 @@ class _BlockFile(SeekableFile):
         super().__init__(file, size)
         self._url = url
 
-    def readinto(self, buffer: Any, /) -> int:
-        wanted = memoryview(buffer).cast("B")
-        size = max(0, min(len(wanted), self._size - self._position))
-        filled = 0
-        while filled < size:
-            number, skipped = divmod(self._position, _BLOCK_BYTES)
-            part = self._read_block(number)[skipped : skipped + size - filled]
-            wanted[filled : filled + len(part)] = part
-            self._position += len(part)
-            filled += len(part)
-        return size
+    def _read_some(self, start: int, stop: int) -> bytes:
+        number, skipped = divmod(start, _BLOCK_BYTES)
+        return self._read_block(number)[skipped : skipped + stop - start]
 
     def _read_block(self, number: int) -> bytes:
         start = number * _BLOCK_BYTES

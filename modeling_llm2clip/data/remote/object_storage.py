@@ -22,11 +22,11 @@ class ObjectStorage:
     """Files below a URL.
 
     Args:
-        url: of a service that fsspec writes to; it need not exist.
-        policy: how often and how patiently requests are tried.
+        url: Folder at a service that fsspec writes to; it need not exist.
+        policy: Attempts of each request, and waits.
 
     Raises:
-        ValueError: it is no such URL.
+        ValueError: It is no such URL.
     """
 
     def __init__(self, url: str, policy: RetryPolicy | None = None) -> None:
@@ -38,11 +38,7 @@ class ObjectStorage:
         self._policy = policy or RetryPolicy()
 
     def list_sizes(self) -> dict[str, int]:
-        """List the files, and their bytes.
-
-        Raises:
-            AccessError: access is denied, or the service cannot be reached.
-        """
+        """List the files, and their bytes."""
 
         def find(filesystem: Any, folder: str) -> dict[str, int]:
             filesystem.invalidate_cache()
@@ -59,14 +55,7 @@ class ObjectStorage:
         return self._try(self.url, find)
 
     def has(self, name: str) -> bool:
-        """Whether a file is there.
-
-        Args:
-            name: of the file.
-
-        Raises:
-            AccessError: access is denied, or the service cannot be reached.
-        """
+        """Tell whether a file is there."""
 
         def look(filesystem: Any, path: str) -> bool:
             filesystem.invalidate_cache()
@@ -78,33 +67,13 @@ class ObjectStorage:
         return self._try(f"{self.url}/{name}", look)
 
     def push(self, file: Path) -> None:
-        """Copy a file there, under its own name.
-
-        Args:
-            file: local file.
-
-        Raises:
-            AccessError: access is denied, or the service cannot be reached.
-            LostFileError: every attempt failed.
-        """
+        """Copy a file there, under its own name."""
         self._try(
             f"{self.url}/{file.name}", lambda filesystem, path: filesystem.put_file(file, path)
         )
 
     def pull(self, name: str, folder: Path) -> Path:
-        """Copy a file from there; it gets its name once it is whole.
-
-        Args:
-            name: of the file.
-            folder: local folder.
-
-        Returns:
-            The copy.
-
-        Raises:
-            AccessError: access is denied, or the service cannot be reached.
-            LostFileError: there is no such file, or every attempt failed.
-        """
+        """Copy a file from there; it gets its name once it is whole."""
         unfinished = folder / f"{name}.{uuid4().hex}.tmp"
         try:
             self._try(

@@ -47,12 +47,12 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently a request is tried.
+    """Number of attempts of a request, and the waits between them.
 
     Attributes:
-        attempts: how often in all.
-        first_wait: seconds before the second attempt; doubled before each later one.
-        longest_wait: seconds that no wait exceeds.
+        attempts: Number of attempts in all.
+        first_wait: Seconds before the second attempt; doubled before each later one.
+        longest_wait: Seconds that no wait exceeds.
     """
 
     attempts: int = 5
@@ -75,20 +75,7 @@ def try_request(
     on_retry: Callable[[str, str], None] | None = None,
     is_first: bool = False,
 ) -> T:
-    """Make a request, again and again if it fails in a way that may pass.
-
-    Args:
-        url: what is requested, for errors.
-        request: makes it.
-        policy: how often, and how patiently.
-        on_retry: called with the URL and the reason before each further attempt.
-        is_first: whether nothing came from this host before: then an unreachable host is not
-            waited for.
-
-    Raises:
-        AccessError: access is denied, or the host cannot be reached.
-        LostFileError: the file is missing, or every attempt failed.
-    """
+    """Make a request, again and again if it fails in a way that may pass."""
     for wait in (*policy.waits(), None):
         try:
             return request()
@@ -119,11 +106,7 @@ def try_request(
 
 
 def sort_failure(error: BaseException) -> Failure:
-    """Find out what kind of failure an error is, by its causes too.
-
-    Args:
-        error: from a request.
-    """
+    """Sort an error and its causes into a kind of failure."""
     chain = list(_list_causes(error))
     statuses = [status for one in chain if (status := _find_status(one)) is not None]
     for status in statuses:
@@ -148,15 +131,10 @@ def sort_failure(error: BaseException) -> Failure:
 
 
 def find_reading_failure(error: BaseException) -> OSError | None:
-    """Find out whether a file could not be read, so that nothing is known of its content.
+    """Return the error by which a file could not be read, so that nothing is known of its content.
 
-    Args:
-        error: from reading a file; its causes count, too.
-
-    Returns:
-        The error of the operating system or of a request; None if the content is what is wrong,
-        which decoders also report as an OSError, but without a number.
-    """
+    None if the content is what is wrong, which decoders also report as an OSError, but without a
+    number."""
     for one in _list_causes(error):
         if isinstance(one, AccessError | LostFileError):
             return one
@@ -166,15 +144,7 @@ def find_reading_failure(error: BaseException) -> OSError | None:
 
 
 def raise_disk_failure(error: BaseException, place: object) -> None:
-    """Raise where a disk or server failed, and not one file is missing, closed or broken.
-
-    Args:
-        error: from reading a file; its causes count, too.
-        place: the file or folder.
-
-    Raises:
-        OSError: it is such a failure, which the next try may not meet.
-    """
+    """Raise where a disk or server failed, and not one file is missing, closed or broken."""
     failure = find_reading_failure(error)
     if failure is None or isinstance(failure, _OF_ONE_FILE):
         return
@@ -189,14 +159,7 @@ def raise_disk_failure(error: BaseException, place: object) -> None:
 
 
 def name_reading_error(error: BaseException) -> str | None:
-    """Name the kind of error of a file that could not be read, whatever is in it.
-
-    Args:
-        error: from reading a file.
-
-    Returns:
-        One of `READING_ERRORS`; None if the file was read, and its content is what is wrong.
-    """
+    """Name one of `READING_ERRORS` for a file that could not be read; None if it was read."""
     failure = find_reading_failure(error)
     if failure is None:
         return None
@@ -209,11 +172,7 @@ def name_reading_error(error: BaseException) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error in one line, by the cause that says most.
-
-    Args:
-        error: any error.
-    """
+    """Describe an error in one line, by the cause that says most."""
     said = [one for one in _list_causes(error) if str(one).strip()]
     innermost = said[-1] if said else error
     text = " ".join(str(innermost).split())

@@ -9,17 +9,17 @@ from __future__ import annotations
 import io
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..._extras import WEB_SERVERS, MissingExtraError, require
 from .remote_access import AccessError, RetryPolicy, try_request
 
 PIPE = "pipe:"
 _BLOCK_BYTES = 2**23
-_SKIPPED_AT_ONCE = 2**20
+_READ_AT_ONCE = 2**20
 _SILENT_SECONDS = 60.0
 _HTTP = ("http://", "https://")
 # Of web servers, S3 and Google, the Hub, and other services of fsspec.
@@ -31,39 +31,13 @@ class NoRangesError(Exception):
     """The server sends files from their beginning only."""
 
 
-class ByteStream(Protocol):
-    """What a file is read from, front to back."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end.
-
-        Args:
-            size: number of bytes.
-        """
-
-    def close(self) -> None:
-        """Release what is open."""
-
-
 def is_remote(source: str) -> bool:
-    """Whether a source is a URL or a command, not a local path.
-
-    Args:
-        source: as the user gave it.
-    """
+    """Tell whether a source is a URL or a command, not a local path."""
     return source.startswith(PIPE) or "://" in source
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it.
-
-    Args:
-        url: URL or local path.
-
-    Raises:
-        AccessError: the protocol is unknown, or its package is missing.
-        MissingExtraError: the package for web servers is missing.
-    """
+    """Return fsspec's file system for a URL, and the path in it."""
     import fsspec  # type: ignore[import-untyped]
 
     try:
@@ -101,10 +75,10 @@ class RemoteFile:
     """One file of a source.
 
     Args:
-        url: path, URL or command.
-        policy: how often and how patiently requests are tried.
-        on_retry: called with the URL and the reason before each further attempt.
-        is_first: whether nothing came from this source before, so that an unreachable host is not
+        url: Path, URL or command.
+        policy: Attempts of each request, and waits.
+        on_retry: Called with the URL and the reason before each further attempt.
+        is_first: Whether nothing came from this source before, so that an unreachable host is not
             waited for.
     """
 
@@ -124,22 +98,13 @@ class RemoteFile:
         self._info: dict[str, Any] | None = None
 
     def try_(self, request: Callable[[], Any]) -> Any:
-        """Make a request of this file, by its policy.
-
-        Args:
-            request: makes it.
-        """
+        """Make a request of this file, by its policy."""
         return try_request(
             self.url, request, self._policy, on_retry=self._on_retry, is_first=self._is_first
         )
 
     def require_access(self) -> None:
-        """Check that the file can be opened.
-
-        Raises:
-            AccessError: access is denied, or the host cannot be reached.
-            LostFileError: the file is missing.
-        """
+        """Check that the file can be opened."""
         if self.url.startswith(PIPE):
             return
         if is_remote(self.url):
@@ -148,11 +113,7 @@ class RemoteFile:
             self.open_stream().close()
 
     def beside(self, url: str) -> RemoteFile:
-        """Return another file that is read in the same way.
-
-        Args:
-            url: path, URL or command.
-        """
+        """Return another file that is read in the same way."""
         return RemoteFile(url, self._policy, on_retry=self._on_retry)
 
     def find_size(self) -> int | None:
@@ -161,7 +122,7 @@ class RemoteFile:
         return None if size is None else int(size)
 
     def find_tag(self) -> str | None:
-        """Return what changes when the file does; None if the server has nothing of the kind."""
+        """Return the tag that changes with the file; None if the server has none."""
         found = self._describe()
         tags = [f"{name}={found[name]}" for name in _TAGS if found.get(name)]
         return " ".join(tags) or None
@@ -179,17 +140,7 @@ class RemoteFile:
         return self._info
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Read bytes from the middle of the file.
-
-        Args:
-            start: first byte.
-            stop: byte after the last one; not beyond the end.
-
-        Raises:
-            NoRangesError: the server cannot send ranges, or does not say how long the file is.
-            AccessError: nothing of the source can be read.
-            LostFileError: this file cannot.
-        """
+        """Read bytes from the middle of the file."""
         size = self.find_size()
         if size is None:
             raise NoRangesError
@@ -217,13 +168,13 @@ class RemoteFile:
             raise NoRangesError
         return found
 
-    def open_stream(self) -> ByteStream:
+    def open_stream(self) -> io.BufferedReader:
         """Open the file to be read once, from its beginning to its end."""
         if not is_remote(self.url):
             return self.try_(lambda: Path(self.url).open("rb"))  # type: ignore[no-any-return]
-        if self.url.startswith(PIPE) or self.find_size() is None:
-            return RestartedStream(self)
-        return RangedStream(self)
+        has_ranges = not self.url.startswith(PIPE) and self.find_size() is not None
+        parts = self._read_ahead() if has_ranges else self._read_on()
+        return io.BufferedReader(_PartsReader(parts))
 
     def open_seekable(self) -> Any:
         """Open the file to be read in any order; copied to a temporary one where it has to be."""
@@ -238,169 +189,121 @@ class RemoteFile:
             return SeekableFile(self, size)
         except NoRangesError:
             copy = tempfile.TemporaryFile()
-            stream = RestartedStream(self)
-            while part := stream.read(_SKIPPED_AT_ONCE):
-                copy.write(part)
-            stream.close()
+            copy.writelines(self._read_on())
             copy.seek(0)
             return copy
 
-    def start_again(self) -> ByteStream:
+    def _read_ahead(self) -> Generator[bytes, None, None]:
+        """Yield the file block by block; the next one comes while the last one is used."""
+        size = self.find_size() or 0
+        with ThreadPoolExecutor(1) as pool:
+
+            def request(start: int) -> Future[bytes]:
+                return pool.submit(self.read_range, start, min(start + _BLOCK_BYTES, size))
+
+            coming = request(0) if size else None
+            for start in range(0, size, _BLOCK_BYTES):
+                assert coming is not None
+                try:
+                    block = coming.result()
+                except NoRangesError:
+                    yield from self._read_on(start)
+                    return
+                if start + _BLOCK_BYTES < size:
+                    coming = request(start + _BLOCK_BYTES)
+                yield block
+
+    def _read_on(self, position: int = 0) -> Generator[bytes, None, None]:
+        """Yield the file from its beginning; after a failure, what came before is skipped."""
+        opened: Any = None
+
+        def read() -> bytes:
+            nonlocal opened
+            try:
+                if opened is None:
+                    opened = self.start_again()
+                    _skip(opened, position)
+                return opened.read(_READ_AT_ONCE)  # type: ignore[no-any-return]
+            except BaseException:
+                close()
+                raise
+
+        def close() -> None:
+            nonlocal opened
+            if opened is not None:
+                opened.close()
+            opened = None
+
+        try:
+            while part := self.try_(read):
+                position += len(part)
+                yield part
+        finally:
+            close()
+
+    def start_again(self) -> Any:
         """Open the file for one try at reading it from its beginning."""
         if self.url.startswith(PIPE):
-            return CommandStream(self.url.removeprefix(PIPE))
+            return _PartsReader(_run_command(self.url.removeprefix(PIPE)))
         filesystem, path = open_filesystem(self.url)
         # Of a web server, block_size=0 opens one response, which cannot seek.
         options: dict[str, Any] = {"block_size": 0, "size": 1} if self.url.startswith(_HTTP) else {}
-        return filesystem.open(path, "rb", **options)  # type: ignore[no-any-return]
+        return filesystem.open(path, "rb", **options)
 
 
-class RangedStream:
-    """Reads a file block by block; the next one comes while the last one is used.
+def _run_command(command: str) -> Generator[bytes, None, None]:
+    """Yield the output of a shell command, which has to end well."""
+    # The command is the user's own, as in webdataset's sources.
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        while part := process.stdout.read(_READ_AT_ONCE):
+            yield part
+        if code := process.wait():
+            raise OSError(f"the command ended with code {code}")
+    finally:
+        process.stdout.close()
+        process.terminate()
+        process.wait()
 
-    Args:
-        file: to read.
-    """
 
-    def __init__(self, file: RemoteFile) -> None:
-        self._file = file
-        self._size = file.find_size() or 0
-        self._pool = ThreadPoolExecutor(1)
-        self._block = memoryview(b"")
-        self._position = 0  # behind the block
-        self._coming: Future[bytes] | None = None
-        self._rest: RestartedStream | None = None
-        self._request()
+def _skip(opened: Any, size: int) -> None:
+    while size:
+        part = opened.read(min(size, _READ_AT_ONCE))
+        if not part:
+            raise OSError("the file is shorter than before")
+        size -= len(part)
 
-    def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end.
 
-        Args:
-            size: number of bytes.
-        """
-        if self._rest is not None:
-            return self._rest.read(size)
-        parts: list[bytes | memoryview] = []
-        while size:
-            if not self._block and not self._fill():
-                break
-            part = self._block[:size]
-            self._block = self._block[len(part) :]
-            parts.append(part)
-            size -= len(part)
-        if self._rest is not None and size:
-            parts.append(self._rest.read(size))
-        return b"".join(parts)
+class _PartsReader(io.RawIOBase):
+    """Reads what a generator yields as a file, from front to back."""
 
-    def _request(self) -> None:
-        stop = min(self._position + _BLOCK_BYTES, self._size)
-        self._coming = None
-        if stop > self._position:
-            self._coming = self._pool.submit(self._file.read_range, self._position, stop)
+    def __init__(self, parts: Generator[bytes, None, None]) -> None:
+        super().__init__()
+        self._parts = parts
+        self._part = memoryview(b"")
 
-    def _fill(self) -> bool:
-        """Take the block that was requested; whether there is one."""
-        if self._coming is None:
-            return False
-        try:
-            block = self._coming.result()
-        except NoRangesError:
-            self._coming = None
-            self._rest = RestartedStream(self._file, start=self._position)
-            return False
-        self._position += len(block)
-        self._block = memoryview(block)
-        self._request()
+    def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        """Stop requesting."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._rest is not None:
-            self._rest.close()
-
-
-class RestartedStream:
-    """Reads a file that comes from its beginning only; what came before a failure is skipped.
-
-    Args:
-        file: to read.
-        start: bytes to skip.
-    """
-
-    def __init__(self, file: RemoteFile, *, start: int = 0) -> None:
-        self._file = file
-        self._position = start
-        self._opened: ByteStream | None = None
-
-    def read(self, size: int, /) -> bytes:
-        """Return the next bytes, fewer only at the end.
-
-        Args:
-            size: number of bytes.
-        """
-        content: bytes = self._file.try_(lambda: self._read(size))
-        self._position += len(content)
-        return content
-
-    def _read(self, size: int) -> bytes:
-        try:
-            if self._opened is None:
-                self._opened = self._file.start_again()
-                _skip(self._opened, self._position)
-            return _read_fully(self._opened, size)
-        except BaseException:
-            self.close()
-            raise
+    def readinto(self, buffer: Any, /) -> int:
+        self._part = self._part or memoryview(next(self._parts, b""))
+        size = min(len(buffer), len(self._part))
+        buffer[:size] = self._part[:size]
+        self._part = self._part[size:]
+        return size
 
     def close(self) -> None:
-        """Close the response."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
-
-
-class CommandStream:
-    """Output of a shell command, which has to end well.
-
-    Args:
-        command: as a shell takes it.
-    """
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-        # The command is the user's own, as in webdataset's sources.
-        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
-
-    def read(self, size: int, /) -> bytes:
-        """Return the next bytes.
-
-        Args:
-            size: number of bytes.
-
-        Raises:
-            OSError: the command failed.
-        """
-        assert self._process.stdout is not None
-        content = self._process.stdout.read(size)
-        if len(content) < size and (code := self._process.wait()):
-            raise OSError(f"the command ended with code {code}")
-        return content
-
-    def close(self) -> None:
-        """End the command."""
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._process.terminate()
-        self._process.wait()
+        self._parts.close()
+        super().close()
 
 
 class SeekableFile(io.RawIOBase):
     """Reads a file in ranges, as Python's files are read.
 
     Args:
-        file: to read.
-        size: of the file.
+        file: To read.
+        size: Bytes of the file.
     """
 
     def __init__(self, file: RemoteFile, size: int) -> None:
@@ -418,12 +321,7 @@ class SeekableFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to an offset.
-
-        Args:
-            offset: in bytes.
-            whence: what it is relative to.
-        """
+        """Move to an offset."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
@@ -433,35 +331,16 @@ class SeekableFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into a buffer.
-
-        Args:
-            buffer: to fill.
-        """
-        stop = min(self._position + len(buffer), self._size)
-        if stop <= self._position:
-            return 0
-        # In blocks, so that what came before a lost connection need not come again.
-        first = self._position
+        """Read into a buffer."""
+        wanted = memoryview(buffer).cast("B")
+        first, stop = self._position, min(self._position + len(wanted), self._size)
         while self._position < stop:
-            end = min(self._position + _BLOCK_BYTES, stop)
-            content = self._file.read_range(self._position, end)
-            buffer[self._position - first : end - first] = content
-            self._position = end
-        return stop - first
+            part = self._read_some(self._position, stop)
+            start = self._position - first
+            wanted[start : start + len(part)] = part
+            self._position += len(part)
+        return max(0, stop - first)
 
-
-def _read_fully(stream: ByteStream, size: int) -> bytes:
-    parts = []
-    while size and (part := stream.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def _skip(stream: ByteStream, size: int) -> None:
-    while size:
-        part = stream.read(min(size, _SKIPPED_AT_ONCE))
-        if not part:
-            raise OSError("the file is shorter than before")
-        size -= len(part)
+    def _read_some(self, start: int, stop: int) -> bytes:
+        # In blocks, so that what came before a lost connection need not come again.
+        return self._file.read_range(start, min(start + _BLOCK_BYTES, stop))

@@ -43,19 +43,7 @@ _SHARED_ACCESS = frozenset(
 
 
 def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list[str]:
-    """List the shards of a source, or of several.
-
-    Args:
-        source: see the top of this file.
-        policy: how often and how patiently requests are tried.
-
-    Returns:
-        Paths, URLs or commands; those of a folder or pattern in the order of their names.
-
-    Raises:
-        ValueError: there are none, one occurs twice, or they are of several formats.
-        AccessError: a service denies access or cannot be reached.
-    """
+    """List the shards of a source, or of several."""
     given = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
     shards = [shard for one in given for shard in _expand(one, policy)]
     shown = ", ".join(given[:3])
@@ -74,11 +62,7 @@ def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list
 
 
 def find_format(shard: str) -> str:
-    """Return the suffix of a shard in lower case; commands write tar.
-
-    Args:
-        shard: path, URL or command.
-    """
+    """Return the suffix of a shard in lower case; commands write tar."""
     if shard.startswith(PIPE):
         return ".tar"
     path = urlsplit(shard).path if is_remote(shard) else shard
@@ -86,11 +70,7 @@ def find_format(shard: str) -> str:
 
 
 def find_base(shards: Sequence[str]) -> str:
-    """Return what the names of all shards begin with, up to a slash.
-
-    Args:
-        shards: paths, URLs or commands.
-    """
+    """Return what the names of all shards begin with, up to a slash."""
     base = shards[0][: shards[0].rfind("/") + 1]
     while not all(shard.startswith(base) for shard in shards):
         base = base[: base.rstrip("/").rfind("/") + 1]
@@ -98,12 +78,7 @@ def find_base(shards: Sequence[str]) -> str:
 
 
 def name_beside(url: str, path: str) -> str:
-    """Return the place of a file that is named by its path from another one's folder.
-
-    Args:
-        url: path or URL of the other file; what follows `?` is of that file alone.
-        path: relative to its folder, as a file is named, so that `#` and `%` are part of it.
-    """
+    """Return the place of a file that is named by its path from another one's folder."""
     if not url.startswith(_HTTP):
         return url[: url.rfind("/") + 1] + path
     bare = url.partition("#")[0].partition("?")[0]
@@ -111,11 +86,7 @@ def name_beside(url: str, path: str) -> str:
 
 
 def name_shards(shards: Sequence[str]) -> list[str]:
-    """Return short names of shards: what comes after the folder that all are in.
-
-    Args:
-        shards: paths, URLs or commands.
-    """
+    """Return short names of shards: what comes after the folder that all are in."""
     # Without queries, in which slashes may be, and which sign a URL anew each time.
     bare = [shard.partition("?")[0] if is_remote(shard) else shard for shard in shards]
     if len(set(bare)) < len(bare):
@@ -126,11 +97,7 @@ def name_shards(shards: Sequence[str]) -> list[str]:
 
 
 def drop_signature(url: str) -> str:
-    """Return what of a URL identifies a file: all but the parameters that give access for a while.
-
-    Args:
-        url: of a shard. Others than those of web servers are returned as they are.
-    """
+    """Drop the parameters of a URL that give access for a while and do not identify its file."""
     base, _, query = url.partition("?")
     if not query or not url.startswith(_HTTP):
         return url
@@ -146,24 +113,13 @@ def drop_signature(url: str) -> str:
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:
-    """Return what of each URL identifies a file; all of it where two would become one.
-
-    Args:
-        urls: of shards; each one occurs once.
-    """
+    """Return what identifies the file of each URL; all of it where two would become one."""
     bare = [drop_signature(url) for url in urls]
     return bare if len(set(bare)) == len(bare) else list(urls)
 
 
 def expand_braces(text: str) -> Iterator[str]:
-    """Spell out the braces of a pattern, `{00..12}` and `{a,b}`, as a shell does.
-
-    Args:
-        text: with or without braces.
-
-    Yields:
-        Each text that the pattern spells.
-    """
+    """Spell out the braces of a pattern, `{00..12}` and `{a,b}`, as a shell does."""
     match = _BRACES.search(text)
     if match is None:
         yield text
@@ -181,36 +137,20 @@ def expand_braces(text: str) -> Iterator[str]:
 
 
 def names_shards(source: str) -> bool:
-    """Whether a local source is a list of shards, or a pattern with braces.
-
-    Args:
-        source: as the user gave it.
-    """
+    """Tell whether a local source is a list of shards, or a pattern with braces."""
     is_list = find_format(source) == _LIST
     return is_list or (_BRACES.search(source) is not None and not Path(source).exists())
 
 
 def has_remote_shards(source: str) -> bool:
-    """Whether a source is elsewhere, or a local list of shards of which some are.
-
-    Args:
-        source: as the user gave it.
-    """
+    """Tell whether a source, or a shard in a local list, is on another machine."""
     if is_remote(source) or find_format(source) != _LIST or not Path(source).is_file():
         return is_remote(source)
     return any(is_remote(line) for line in _read_lines(source, RetryPolicy()))
 
 
 def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
-    """Find the local files that a pattern matches.
-
-    Args:
-        pattern: with `*`, `?` or `[…]`, or without any of them.
-
-    Returns:
-        The last folder before the first of them, and the files in the order of their names; none
-        for a pattern without any of them.
-    """
+    """Find the local files that a pattern matches."""
     wildcard = _WILDCARD.search(pattern)
     if wildcard is None:
         return Path(pattern).parent, []
@@ -234,15 +174,9 @@ def _expand(source: str, policy: RetryPolicy) -> list[str]:
 
 
 def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
-    opened = RemoteFile(file, policy, is_first=True).open_stream()
-    parts = []
-    while part := opened.read(2**20):
-        parts.append(part)
-    opened.close()
-    lines = (
-        line.partition("#")[0].strip() for line in b"".join(parts).decode("utf-8-sig").splitlines()
-    )
-    return [line for line in lines if line]
+    with RemoteFile(file, policy, is_first=True).open_stream() as opened:
+        lines = opened.read().decode("utf-8-sig").splitlines()
+    return [found for line in lines if (found := line.partition("#")[0].strip())]
 
 
 def _list_local(source: str) -> list[str]:
@@ -298,11 +232,6 @@ def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
-    """Whether Parquet files each lie beside a tar of their name: img2dataset's notes on it.
-
-    Args:
-        parquet: names of Parquet files of a folder.
-        tar: names of tar files of the same folder.
-    """
+    """Tell whether each Parquet file is beside a tar of its name: img2dataset's notes on it."""
     stems = {PurePosixPath(name).stem for name in tar}
     return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

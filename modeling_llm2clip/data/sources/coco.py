@@ -10,24 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..records.records import RawRecord
+from ..record_fields import RawRecord
 from ..validation_errors import ErrorCollector
 from .json_files import read_json
 
 
 def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per image, in the order of `images`.
-
-    Args:
-        file: COCO caption file.
-        errors: gets images and annotations that lack a field, repeat or do not belong together.
-
-    Yields:
-        The records; an image without a caption has an empty list.
-
-    Raises:
-        ValueError: the file is not a COCO caption file.
-    """
+    """Yield a raw record per image, in the order of `images`."""
     content = _load(file)
     captions = _group_captions(file, content["annotations"], errors)
     seen: set[Any] = set()

@@ -1,4 +1,4 @@
-"""What img2dataset writes beside images and captions, in tar shards and in Parquet.
+"""Separates fields of records from what img2dataset notes beside them, in tar and Parquet.
 
 | field | meaning |
 | --- | --- |
@@ -28,52 +28,29 @@ _SUCCESS = "success"
 
 
 def drop_download_notes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that are not notes of the download, and are not null.
-
-    Args:
-        fields: of a sample.
-    """
+    """Return the fields that are not notes of the download, and are not null."""
     return {
         name: value for name, value in fields.items() if value is not None and name not in _NOTES
     }
 
 
 def is_download(columns: Collection[str]) -> bool:
-    """Whether a table is what img2dataset writes.
-
-    Args:
-        columns: their names.
-    """
+    """Tell whether img2dataset has written a table."""
     return set(columns) >= _COLUMNS
 
 
 def has_failed(fields: Mapping[str, Any]) -> bool:
-    """Whether a row of img2dataset is of an image that could not be downloaded.
-
-    Args:
-        fields: of the row.
-    """
+    """Tell whether the image of a row could not be downloaded."""
     return fields.get(STATUS) != _SUCCESS
 
 
 def describe_failure(fields: Mapping[str, Any]) -> str:
-    """Say why a row is not a sample.
-
-    Args:
-        fields: of the row.
-    """
+    """Say why a row is not a sample."""
     return f"image not downloaded: {fields.get(STATUS)}"
 
 
 def choose_download_columns(columns: Collection[str]) -> dict[str, str]:
-    """Choose the columns of img2dataset's Parquet output that make a record.
-
-    Args:
-        columns: their names.
-
-    Returns:
-        Field of a record to its column. Columns that the user had it keep are fields of their name.
-    """
+    """Choose the columns of img2dataset's Parquet output that make a record."""
     chosen = {name: name for name in columns if name not in (*_NOTES, *_IMAGE_COLUMNS)}
     image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
     if image is not None:

@@ -6,19 +6,21 @@ such a file in a folder of images.
 
 from __future__ import annotations
 
+import io
 import json
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from ..records.records import RawRecord
+from ..record_fields import RawRecord
 from ..remote.file_places import FilePlace, name_place, open_buffered
 from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
 _READ_AT_ONCE = 2**20  # characters
 _WHITESPACE = " \t\r\n"  # of JSON
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 def read_json_lines(
@@ -30,19 +32,7 @@ def read_json_lines(
     first_line: int = 1,
     name: str | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per line that is not blank.
-
-    Args:
-        file: path or URL of JSON lines, UTF-8.
-        errors: gets every line that is not a JSON object.
-        start: first byte to read, where a line begins.
-        stop: byte to stop at, where a line ends; None for the end of the file.
-        first_line: number of the line at `start`.
-        name: of the file, in names of texts. Default: without its folder.
-
-    Yields:
-        The record of each other line, without the fields that are null.
-    """
+    """Yield a raw record per line that is not blank."""
     bare_name = name_place(file)
     name = name or bare_name
     for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
@@ -59,40 +49,25 @@ def read_json_lines(
 def iterate_lines(
     file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank.
+    """Yield number, from 1, and bytes of the lines that are not blank.
 
-    Args:
-        file: path or URL of a text file. Only a line feed ends a line: a text may hold other
-            separators.
-        start: first byte to read, where a line begins.
-        stop: byte to stop at, where a line ends; None for the end of the file.
-        first_line: number of the line at `start`.
+    Only a line feed ends a line: a text may hold other separators."""
+    with open_buffered(file) as opened:
+        opened.seek(start)
+        lines = opened if stop is None else io.BytesIO(opened.read(stop - start))
+        yield from number_lines(lines, first_line)
 
-    Yields:
-        Number of the line, from 1, and its bytes.
-    """
-    with open_buffered(file) as lines:
-        lines.seek(start)
-        left = math.inf if stop is None else stop - start
-        for number, line in enumerate(lines, start=first_line):
-            if left <= 0:
-                return
-            left -= len(line)
-            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                yield number, line
+
+def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Number the lines of a file, and leave out the blank ones."""
+    for number, line in enumerate(lines, first):
+        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if line.strip():
+            yield number, line
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
-    """Find beginnings of lines that split a file into ranges of about the same size.
-
-    Args:
-        file: text file.
-        bytes_apart: size of a range; one may be longer by a line.
-
-    Yields:
-        Byte and number of the first line of each range, from 0 and 1.
-    """
+    """Yield byte and number of first lines that split a file into ranges of about the same size."""
     position, line = 0, 1
     with file.open("rb") as opened:
         yield position, line
@@ -105,14 +80,7 @@ def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:
-    """Parse a JSON object.
-
-    Args:
-        content: of a line or a file.
-
-    Returns:
-        The object, or the error as a text.
-    """
+    """Parse a JSON object; a text is the error."""
     try:
         text = content.decode("utf-8").strip(_WHITESPACE)
         fields, end = _DECODER.raw_decode(text)
@@ -145,17 +113,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file.
-
-    Args:
-        file: UTF-8, with or without a byte order mark.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
+    """Read a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -163,69 +121,45 @@ def read_json(file: Path) -> Any:
 
 
 def iterate_json_list(file: Path) -> Iterator[Any]:
-    """Yield the objects of a JSON list one by one; nothing after the last one taken is read.
-
-    Args:
-        file: UTF-8, with or without a byte order mark.
-
-    Yields:
-        The objects, in their order.
-
-    Raises:
-        ValueError: the file is not a JSON list, or is truncated.
-    """
+    """Yield the objects of a JSON list one by one; nothing after the last one taken is read."""
+    decoder = json.JSONDecoder()
     with file.open(encoding="utf-8-sig") as stream:
-        text = _JsonStream(stream)
+        text, position = "", 0
+
+        def read_more() -> bool:
+            nonlocal text, position
+            part = stream.read(_READ_AT_ONCE)
+            text, position = text[position:] + part, 0
+            return bool(part)
+
+        def expect(marks: str) -> str:
+            """Return the next character that is not whitespace; empty at the end."""
+            nonlocal position
+            while (start := _NOT_BLANK.search(text, position)) is None:
+                position = len(text)
+                if not read_more():
+                    raise json.JSONDecodeError(f"Expected {marks}", text, position)
+            position = start.start()
+            if marks and text[position] not in marks:
+                raise json.JSONDecodeError(f"Expected {marks}", text, position)
+            return text[position]
+
         try:
-            text.take("[")
-            while text.peek() != "]":
-                yield text.decode()
-                if text.peek() != "]":
-                    text.take(",")
+            mark = expect("[")
+            while mark != "]":
+                position += 1
+                if expect("") == "]":
+                    return
+                while True:
+                    try:
+                        value, position = decoder.raw_decode(text, position)
+                        break
+                    except json.JSONDecodeError:  # it may not have been read to its end yet
+                        if not read_more():
+                            raise
+                yield value
+                mark = expect(",]")
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{file}: not a JSON list, or truncated ({error}). Download it again."
             ) from error
-
-
-class _JsonStream:
-    """JSON that is read piece by piece."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._text = ""
-        self._position = 0
-        self._decoder = json.JSONDecoder()
-
-    def peek(self) -> str:
-        """Return the next character that is not whitespace; empty at the end."""
-        while True:
-            while self._position < len(self._text) and self._text[self._position].isspace():
-                self._position += 1
-            if self._position < len(self._text):
-                return self._text[self._position]
-            if not self._read_more():
-                return ""
-
-    def take(self, mark: str) -> None:
-        """Skip a character that must come next."""
-        if self.peek() != mark:
-            raise json.JSONDecodeError(f"Expected {mark!r}", self._text, self._position)
-        self._position += 1
-
-    def decode(self) -> Any:
-        """Decode the next object, which may not have been read to its end yet."""
-        self.peek()
-        while True:
-            try:
-                value, self._position = self._decoder.raw_decode(self._text, self._position)
-                return value
-            except json.JSONDecodeError:
-                if not self._read_more():
-                    raise
-
-    def _read_more(self) -> bool:
-        part = self._stream.read(_READ_AT_ONCE)
-        self._text = self._text[self._position :] + part
-        self._position = 0
-        return bool(part)

@@ -16,8 +16,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
-from ..images.parquet_images import find_layout, read_group_column
-from ..records.records import RawRecord, list_fields_read
+from ..images.parquet_images import ColumnLayout, find_layout, read_group_column
+from ..record_fields import RawRecord, list_fields_read
 from ..remote.file_places import FilePlace, find_version, open_place
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
@@ -43,20 +43,8 @@ def read_parquet(
 ) -> Iterator[RawRecord]:
     """Yield a raw record per row; the bytes of images are not read.
 
-    Args:
-        files: Parquet files, in their order.
-        base: folder that names and places are relative to.
-        errors: gets the files that cannot be read, and those that lack a column; and, of files
-            that are read whole, their columns.
-        columns: field of a record to the column that holds it, such as
-            `{"image": "img", "file_name": "id", "captions": "raw"}`; other columns are not read.
-            Default: every column, named as the fields of a record.
-        only: column to the value that a row must have, such as `{"split": "test"}`; other rows are
-            skipped.
-
-    Yields:
-        The records, without the fields that are null.
-    """
+    `columns` maps fields of a record to the columns that are read, such as `{"image": "img"}`; by
+    default all are, by their names. `only` maps columns to the value that a row must have."""
     for file in files:
         name = file.relative_to(base).as_posix()
         yield from read_parquet_file(file, name, errors, columns=columns, only=only)
@@ -70,21 +58,7 @@ def read_parquet_file(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row of one file; the bytes of images are not read.
-
-    Args:
-        file: path or URL of a Parquet file.
-        name: of the file, as names and places have it.
-        errors: as in `read_parquet`.
-        columns: as in `read_parquet`.
-        only: as in `read_parquet`.
-
-    Yields:
-        The records, without the fields that are null.
-
-    Raises:
-        AccessError: access to a remote file is denied, or its host cannot be reached.
-    """
+    """Yield a raw record per row of one file; the bytes of images are not read."""
     only = only or {}
     opened = _open(file, name, errors)
     if opened is None:
@@ -120,17 +94,9 @@ def read_parquet_file(
 def iterate_rows(
     files: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of Parquet files whose rows are not records, such as pairs of images.
+    """Yield place and columns of rows that are not records, such as pairs of images.
 
-    Args:
-        files: Parquet files, in their order.
-        base: folder that places are relative to.
-        errors: gets the files that cannot be read.
-
-    Yields:
-        The place of the row, for errors, and its columns; an image whose bytes are in the file is
-        a `ParquetImage`.
-    """
+    An image whose bytes are in the file is a `ParquetImage`."""
     for file in files:
         name = file.relative_to(base).as_posix()
         opened = _open(file, name, errors)
@@ -165,7 +131,7 @@ def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRe
     return RawRecord(place, given, packed=packed, default_name=default_name)
 
 
-_Row: TypeAlias = tuple[int, dict[str, Any], dict[str, str | None]]
+_Row: TypeAlias = tuple[int, dict[str, Any], dict[str, Any]]
 
 
 def _read_all(reader: _FileReader, name: str, errors: ErrorCollector) -> Iterator[_Row]:
@@ -185,36 +151,29 @@ class _FileReader:
         self._file = file
         self._opened = opened
         schema = opened.schema_arrow
-        self._columns = [name for name in schema.names if name in columns]
-        self._packed = {
-            name: _image_paths(schema.field(name).type)
-            for name in self._columns
-            if is_image_type(schema.field(name).type)
-        }
+        self._columns = {n: schema.field(n).type for n in schema.names if n in columns}
+        self._packed = {name for name, kind in self._columns.items() if is_image_type(kind)}
 
     def read_rows(self) -> Iterator[_Row]:
-        """Yield number and columns of each row, and the path that each packed image came with."""
+        """Yield number and columns of each row, and the path that each image came with."""
+        with_path = {name for name in self._packed if _has_field(self._columns[name], "path")}
         leaves = [name for name in self._columns if name not in self._packed]
-        leaves += [f"{name}.path" for name, has_path in self._packed.items() if has_path]
         start = 0
-        for size, batch in self._iterate(leaves):
-            values = {name: self._read_column(name, batch, start, size) for name in self._columns}
-            paths = {
-                name: batch.column(name).flatten()[0].to_pylist()
-                for name, has_path in self._packed.items()
-                if has_path
+        for size, batch in self._iterate([*leaves, *(f"{name}.path" for name in with_path)]):
+            paths = dict.fromkeys(self._packed, [None] * size)
+            paths |= {name: batch.column(name).flatten()[0].to_pylist() for name in with_path}
+            values = {
+                name: self._address(name, start, paths[name])
+                if name in self._packed
+                else batch.column(name).to_pylist()
+                for name in self._columns
             }
             for offset in range(size):
-                row = {name: column[offset] for name, column in values.items()}
-                yield (
-                    start + offset,
-                    row,
-                    {
-                        name: column[offset]
-                        for name, column in paths.items()
-                        if isinstance(row[name], ParquetImage)
-                    },
+                row, of_row = (
+                    {name: column[offset] for name, column in columns.items()}
+                    for columns in (values, paths)
                 )
+                yield start + offset, row, of_row
             start += size
 
     def _iterate(self, leaves: list[str]) -> Iterator[tuple[int, Any]]:
@@ -227,62 +186,41 @@ class _FileReader:
         for start in range(0, rows, _ROWS_AT_ONCE):
             yield min(_ROWS_AT_ONCE, rows - start), None
 
-    def _read_column(self, name: str, batch: Any, start: int, size: int) -> list[Any]:
-        if name not in self._packed:
-            return batch.column(name).to_pylist()  # type: ignore[no-any-return]
-        paths = [None] * size
-        if self._packed[name]:
-            paths = batch.column(name).flatten()[0].to_pylist()
-        there, group_sizes = self._find_packed(name, start, size)
-        return [
-            ParquetImage(self._file, name, row, group_size) if has_bytes else path
-            for row, has_bytes, group_size, path in zip(
-                range(start, start + size), there, group_sizes, paths, strict=True
-            )
-        ]
-
-    def _find_packed(self, name: str, start: int, size: int) -> tuple[list[bool], list[int]]:
-        """Return of each row whether it has the bytes of an image, and the size of its chunk."""
-        if not self._has_bytes(name):
-            return [False] * size, [0] * size
+    def _address(self, name: str, start: int, paths: list[Any]) -> list[Any]:
+        """Return the addresses of images, or their paths where the file has no bytes of them."""
+        kind = self._columns[name]
+        if pa.types.is_struct(kind) and not _has_field(kind, "bytes"):
+            return paths
         layout = find_layout(self._file, name, find_version(self._file))
-        there: list[bool] = []
-        sizes: list[int] = []
-        row, stop = start, start + size
-        while row < stop:
+        found, row = list(paths), start
+        while row < start + len(paths):
             number = layout.find_group(row)
             group = layout.groups[number]
-            end = min(stop, layout.first_rows[number + 1])
-            if not group.may_have_nulls:
-                there += [True] * (end - row)
-            elif group.has_only_nulls:
-                there += [False] * (end - row)
-            else:
-                mask = self._read_mask(name, layout.leaf, number)
-                there += mask[row - group.first_row : end - group.first_row].tolist()
-            sizes += [group.stored_size] * (end - row)
+            end = min(start + len(paths), layout.first_rows[number + 1])
+            there = self._find_bytes(name, layout, number)
+            for one in range(row, end):
+                if there[one - group.first_row]:
+                    found[one - start] = ParquetImage(self._file, name, one, group.stored_size)
             row = end
-        return there, sizes
+        return found
 
-    def _has_bytes(self, name: str) -> bool:
-        kind = self._opened.schema_arrow.field(name).type
-        return not pa.types.is_struct(kind) or kind.get_field_index("bytes") >= 0
-
-    def _read_mask(self, name: str, leaf: str, group: int) -> Any:
-        """Read the bytes of a row group, only to know which are there; the last one is kept."""
-        key = (name, group)
+    def _find_bytes(self, name: str, layout: ColumnLayout, number: int) -> Any:
+        """Find which rows of a group have bytes; what was found of the last group is kept."""
+        key = (name, number)
         if getattr(self, "_mask", (None,))[0] != key:
-            column = read_group_column(self._file, leaf, group)
-            self._mask = key, np.asarray(column.is_valid())
+            group = layout.groups[number]
+            if group.may_have_nulls and not group.has_only_nulls:  # only by reading the bytes
+                mask = np.asarray(read_group_column(self._file, layout.leaf, number).is_valid())
+            else:
+                mask = np.full(
+                    layout.first_rows[number + 1] - group.first_row, not group.has_only_nulls
+                )
+            self._mask = key, mask
         return self._mask[1]
 
 
 def is_image_type(kind: Any) -> bool:
-    """Whether a column of this type holds images: `{bytes, path}`, or bytes alone.
-
-    Args:
-        kind: Arrow type.
-    """
+    """Tell whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
     types = pa.types
     if types.is_struct(kind):
         names = {kind.field(index).name for index in range(kind.num_fields)}
@@ -298,6 +236,5 @@ def is_image_type(kind: Any) -> bool:
     )
 
 
-def _image_paths(kind: Any) -> bool:
-    """Whether an image's type has the path that it came with."""
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
+def _has_field(kind: Any, name: str) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index(name) >= 0)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage
-from ..records.records import RawRecord
+from ..record_fields import RawRecord, list_fields_read
 from ..remote.remote_access import AccessError, LostFileError
-from ..remote.remote_files import ByteStream, RemoteFile
+from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, name_beside
 from .download_notes import (
     KEY,
@@ -26,14 +28,12 @@ from .download_notes import (
     has_failed,
     is_download,
 )
-from .json_files import BYTE_ORDER_MARK, parse_object
+from .json_files import number_lines, parse_object
 from .parquet import is_image_type
-from .shard_columns import ShardColumns, ShardColumnsError, find_columns
 from .tar_shards import TarSample, read_member, split_member
 
 _TAR_BUFFER = 2**18
 _ROWS_AT_ONCE = 16
-_LINES_READ = 2**16
 _SHARED_PATH = "path of another image, and no 'file_name' or 'group_id'"
 
 
@@ -41,11 +41,11 @@ class StreamedSample(NamedTuple):
     """A sample of a shard.
 
     Attributes:
-        number: in its shard, from 0.
-        place: where it is, for errors.
-        raw: its fields, and its image in memory; None if it is broken or no sample.
-        problem: what is broken; empty if nothing is.
-        is_skipped: whether it is a note of an image that was never downloaded.
+        number: In its shard, from 0.
+        place: Where it is, for errors.
+        raw: Fields, and the image in memory; None if it is broken or no sample.
+        problem: Error; empty if there is none.
+        is_skipped: Whether it is a note of an image that was never downloaded.
     """
 
     number: int
@@ -53,6 +53,31 @@ class StreamedSample(NamedTuple):
     raw: RawRecord | None
     problem: str = ""
     is_skipped: bool = False
+
+
+class ShardColumnsError(ValueError):
+    """Two shards of a source have other columns; both are named, and the columns."""
+
+
+class ShardColumns(NamedTuple):
+    """Columns of a shard.
+
+    Attributes:
+        shard: Name of the shard.
+        fields: Fields of records that the columns are read as.
+    """
+
+    shard: str
+    fields: frozenset[str]
+
+    def require_same(self, other: ShardColumns) -> None:
+        """Compare with another shard."""
+        if differing := sorted(self.fields ^ other.fields):
+            raise ShardColumnsError(
+                f"{other.shard} and {self.shard} differ in columns that one has and the other "
+                f"lacks: {', '.join(differing)}. Write them into both; null says that a record has "
+                "no such field."
+            )
 
 
 class BrokenShardError(Exception):
@@ -66,42 +91,22 @@ def read_shard(
     first: int = 0,
     on_columns: Callable[[ShardColumns], None] | None = None,
 ) -> Iterator[StreamedSample]:
-    """Yield the samples of a shard.
-
-    Args:
-        file: the shard.
-        name: of the shard, as places and names have it.
-        first: number of the first sample to yield.
-        on_columns: called with the columns of a Parquet file before its first sample; raises
-            ShardColumnsError for others than the source has.
-
-    Yields:
-        Each sample, in its order.
-
-    Raises:
-        BrokenShardError: the shard ends early or is damaged.
-        LostFileError: the rest of it cannot be read.
-        AccessError: nothing of the source can be read.
-        ShardColumnsError: from `on_columns`.
-    """
+    """Yield the samples of a shard."""
     suffix = find_format(file.url)
     if suffix == ".parquet":
         yield from refuse_shared_paths(_read_parquet(file, name, first, on_columns))
         return
-    stream = file.open_stream()
-    try:
+    with file.open_stream() as stream:
         samples = _read_tar(stream, name) if suffix == ".tar" else _read_lines(stream, file, name)
         for sample in samples:
             if sample.number >= first:
                 yield sample
-    finally:
-        stream.close()
 
 
 class _KeepingTail:
     """Passes a stream on, and keeps its last bytes, in which the end of an archive is."""
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._tail = b""
         self._total = 0
@@ -123,7 +128,7 @@ class _KeepingTail:
             raise BrokenShardError(f"the archive is truncated or damaged at byte {offset}")
 
 
-def _read_tar(stream: ByteStream, name: str) -> Iterator[StreamedSample]:
+def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
     """Yield samples whose members are next to each other, as webdataset writes them."""
     kept = _KeepingTail(stream)
     number, key = 0, None
@@ -143,20 +148,18 @@ def _read_tar(stream: ByteStream, name: str) -> Iterator[StreamedSample]:
                     if key in seen:
                         problem = "members of one sample are not next to each other"
                     seen.add(key)
-                place = f"{name}: {member.name}"
-                content = read_member(archive, member) if member.isreg() else b""
-                found = sample.add(
-                    member,
-                    extension,
-                    lambda content=content: content,  # type: ignore[misc]
-                    lambda place=place, content=content: EncodedImage(place, content),  # type: ignore[misc]
-                )
+                make_image = partial(_read_image, archive, member, name)
+                found = sample.add(archive, member, extension, make_image)
                 problem = problem or found
             kept.require_end(archive.offset)
     except tarfile.TarError as error:
         raise BrokenShardError(f"not a tar shard, or compressed, or broken ({error})") from error
     if key is not None:
         yield _finish(number, name, key, sample, problem)
+
+
+def _read_image(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> EncodedImage:
+    return EncodedImage(f"{name}: {member.name}", read_member(archive, member))
 
 
 def _finish(number: int, name: str, key: str, sample: TarSample, problem: str) -> StreamedSample:
@@ -183,7 +186,7 @@ def _read_parquet(
     source = file.open_seekable()
     try:
         with pq.ParquetFile(source) as opened:
-            columns = find_columns(opened, name)
+            columns = _find_columns(opened, name)
             if on_columns is not None and columns is not None:
                 on_columns(columns)
             counts = [
@@ -212,14 +215,7 @@ def _read_parquet(
 
 
 def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -> StreamedSample:
-    """Make a sample of a row.
-
-    Args:
-        number: of the row in its shard.
-        name: of the shard.
-        row: its columns.
-        images: columns that hold images.
-    """
+    """Make a sample of a row."""
     place = f"{name} row {number}"
     fields = dict(row)
     is_downloaded = is_download(row)
@@ -250,12 +246,6 @@ def refuse_shared_paths(samples: Iterable[StreamedSample]) -> Iterator[StreamedS
     """Break the samples whose image has the path of another one, which would be of its group.
 
     Some writers give all images one path. Rows of the same image, one per caption, stay.
-
-    Args:
-        samples: from `read_row`, of one shard.
-
-    Yields:
-        Each sample, in its order.
     """
     found: dict[str, int] = {}
     for sample in samples:
@@ -269,9 +259,9 @@ def refuse_shared_paths(samples: Iterable[StreamedSample]) -> Iterator[StreamedS
         yield sample
 
 
-def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
+def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
     """Yield a sample per line of JSON; images are files beside the shard, each one a request."""
-    for number, (line_number, line) in enumerate(_split_lines(stream)):
+    for number, (line_number, line) in enumerate(number_lines(stream)):
         place = f"{name} line {line_number}"
         fields = parse_object(line)
         if isinstance(fields, str):
@@ -283,34 +273,39 @@ def _read_lines(stream: ByteStream, file: RemoteFile, name: str) -> Iterator[Str
         if isinstance(path, str) and path.strip():
             url = name_beside(file.url, posixpath.normpath(path.strip()))
             try:
-                image = EncodedImage(url, _read_whole(file, url))
+                with file.beside(url).open_stream() as opened:
+                    image = EncodedImage(url, opened.read())
             except LostFileError as error:
                 yield StreamedSample(number, f"{place} ({error})", None, "image missing")
                 continue
         yield StreamedSample(number, place, RawRecord(place, fields, packed=image))
 
 
-def _read_whole(shard: RemoteFile, url: str) -> bytes:
-    stream = shard.beside(url).open_stream()
-    parts = []
-    while part := stream.read(_LINES_READ):
-        parts.append(part)
-    stream.close()
-    return b"".join(parts)
+def _find_columns(opened: Any, name: str) -> ShardColumns | None:
+    """Find the columns of an open shard."""
+    if not opened.metadata.num_rows:
+        return None
+    repeated = [column for column, n in Counter(opened.schema_arrow.names).items() if n > 1]
+    if repeated:
+        raise ShardColumnsError(f"{name} has two columns named {repeated[0]!r}. Rename one.")
+    return ShardColumns(name, _choose_fields(opened.schema_arrow.names))
 
 
-def _split_lines(stream: ByteStream) -> Iterator[tuple[int, bytes]]:
-    """Yield number, from 1, and content of the lines that are not blank."""
-    rest, number = b"", 0
-    while True:
-        part = stream.read(_LINES_READ)
-        *lines, rest = (rest + part).split(b"\n")
-        if not part:
-            lines, rest = [rest], b""
-        for line in lines:
-            number += 1
-            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                yield number, line
-        if not part:
-            return
+def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
+    """Read the columns of a shard."""
+    try:
+        source = file.open_seekable()
+        try:
+            with pq.ParquetFile(source) as opened:
+                return _find_columns(opened, name)
+        finally:
+            source.close()
+    except (AccessError, ShardColumnsError):
+        raise
+    except (LostFileError, pa.ArrowException, OSError, ValueError):
+        return None
+
+
+def _choose_fields(columns: Collection[str]) -> frozenset[str]:
+    fields = choose_download_columns(columns) if is_download(columns) else columns
+    return frozenset(list_fields_read(fields))

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
-from ..records.records import CAPTION_FIELDS, RawRecord
+from ..record_fields import CAPTION_FIELDS, RawRecord
 from ..remote.file_places import FilePlace, open_buffered
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
@@ -32,10 +32,10 @@ class TarSample:
     """The members of one sample that have been read so far.
 
     Attributes:
-        images: its images.
-        fields: of its JSON.
-        text: of its `.txt`.
-        is_broken: whether a member could not be read.
+        images: Addresses of images, or images.
+        fields: Content of `.json`.
+        text: Content of `.txt`.
+        is_broken: Whether a member could not be read.
     """
 
     images: list[PackedImage] = field(default_factory=list)
@@ -45,22 +45,12 @@ class TarSample:
 
     def add(
         self,
+        archive: tarfile.TarFile,
         member: tarfile.TarInfo,
         extension: str,
-        read: Callable[[], bytes],
         make_image: Callable[[], PackedImage],
     ) -> str:
-        """Add a member.
-
-        Args:
-            member: its header.
-            extension: of its name, in lower case.
-            read: returns its content.
-            make_image: returns its address, or itself.
-
-        Returns:
-            The error; empty if there is none.
-        """
+        """Add a member; return the error, or an empty text."""
         if not member.isreg() or member.issparse():
             return "member is not a plain file"
         if extension in IMAGE_SUFFIXES:
@@ -68,7 +58,7 @@ class TarSample:
             return ""
         if extension not in ("json", "txt"):
             return f"unknown member .{extension}"
-        content = read()
+        content = read_member(archive, member)
         return self._add_fields(content) if extension == "json" else self._add_text(content)
 
     def _add_fields(self, content: bytes) -> str:
@@ -98,19 +88,7 @@ class TarSample:
 
 
 def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per sample, in the order of their first members.
-
-    Args:
-        shard: path or URL of an uncompressed tar file.
-        name: of the shard, as names and places have it.
-        errors: gets the shard and members that cannot be read.
-
-    Yields:
-        The records of the samples without such errors.
-
-    Raises:
-        AccessError: access to a remote shard is denied, or its host cannot be reached.
-    """
+    """Yield a raw record per sample, in the order of their first members."""
     for key, sample in _index_shard(shard, name, errors).items():
         place = f"{name}: {key}"
         if len(sample.images) > 1:
@@ -132,9 +110,9 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
                 key, extension = split_member(member.name)
                 sample = samples.setdefault(key, TarSample())
                 problem = sample.add(
+                    archive,
                     member,
                     extension,
-                    partial(read_member, archive, member),
                     partial(TarImage, shard, member.name, member.offset_data, member.size),
                 )
                 if problem:
@@ -168,29 +146,14 @@ def _require_end(opened: io.BufferedReader, offset: int) -> None:
 
 
 def split_member(member: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does, at the first dot of its last part.
-
-    Args:
-        member: name of the member.
-
-    Returns:
-        Key of its sample, and extension in lower case.
-    """
+    """Split a member's name as webdataset does, at the first dot of its last part."""
     folder, slash, name = member.rpartition("/")
     stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
 def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Read a plain file of an archive.
-
-    Args:
-        archive: opened.
-        member: its header.
-
-    Raises:
-        tarfile.ReadError: the archive ends before it does.
-    """
+    """Read a plain file of an archive."""
     stream = archive.extractfile(member)
     assert stream is not None
     content = stream.read()

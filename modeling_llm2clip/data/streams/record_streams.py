@@ -9,10 +9,10 @@ again, and goes on in the same order. Shards must not change while a stream is u
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ from ..records.records import CaptionedImage, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, list_shards, name_shards
-from ..sources.shard_columns import ShardColumns, read_columns
-from ..sources.shard_streams import BrokenShardError, StreamedSample, read_shard
+from ..sources.shard_streams import (
+    BrokenShardError,
+    ShardColumns,
+    StreamedSample,
+    read_columns,
+    read_shard,
+)
 from ..validation_errors import ErrorCollector
 from .stream_report import StreamReport
 from .stream_run import PartEnd, Prepare, ShardReader, StreamRun
@@ -36,12 +41,12 @@ class UrlShards:
     """Shards at paths, URLs or commands.
 
     Args:
-        shards: from `list_shards`.
-        policy: how often and how patiently requests are tried.
+        shards: From `list_shards`.
+        policy: Attempts of each request, and waits.
 
     Raises:
-        AccessError: access to the first shards is denied, or their host cannot be reached.
-        LostFileError: the first shards are missing.
+        AccessError: Access to the first shards is denied, or their host cannot be reached.
+        LostFileError: The first shards are missing.
     """
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
@@ -59,16 +64,7 @@ class UrlShards:
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard.
-
-        Args:
-            shard: its number.
-            first: number of the first sample to yield.
-            on_retry: called with the URL and the reason before a request is made again.
-
-        Raises:
-            ShardColumnsError: it is a Parquet file with other columns than the first one.
-        """
+        """Yield the samples of a shard."""
         file = RemoteFile(self._urls[shard], self._policy, on_retry=on_retry)
         return read_shard(
             file, self._names[shard], first=first, on_columns=self._require_same_columns
@@ -105,25 +101,25 @@ def stream_records(
     """Stream the samples of shards; the first shard is opened at once, to see that one can.
 
     Args:
-        source: a folder, pattern, list or text file of shards; see `remote/shard_urls.py`.
-        seed: of the order.
-        buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
-        process_index: number of this process.
-        num_processes: how many train together; each gets other shards.
-        require_images: whether a sample without its image is broken.
-        ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of its samples, or of its shards, that may be broken before a worker
+        source: A folder, pattern, list or text file of shards; see `remote/shard_urls.py`.
+        seed: Seed of the order.
+        buffer_size: Samples that a worker shuffles; 1 keeps the order of each shard.
+        process_index: Number of this process.
+        num_processes: Processes that train together; each gets other shards.
+        require_images: Whether a sample without its image is broken.
+        ignore_fields: Names of further fields, which are not read and not errors.
+        max_lost_share: Share of its samples, or of its shards, that may be broken before a worker
             stops. Up to 1,000 samples count as 1,000 while it reads, and at its end as many as its
             part of 1,000. A worker of fewer shards than 1 / `max_lost_share` stops at the first
             lost one.
-        retry: how often and how patiently requests are tried.
+        retry: Attempts of each request, and waits.
 
     Returns:
         The stream, for `make_loader` or any loader of PyTorch.
 
     Raises:
-        AccessError: access is denied, or a host cannot be reached.
-        ValueError: there are no shards, or of several formats. While it is read: TooManyLostError,
+        AccessError: Access is denied, or a host cannot be reached.
+        ValueError: There are no shards, or of several formats. While it is read: TooManyLostError,
             and ShardColumnsError for Parquet files whose columns differ.
 
     Examples:
@@ -155,67 +151,41 @@ def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
                 raise
 
 
+@dataclass(eq=False, repr=False)
 class RecordStream(IterableDataset[CaptionedImage]):
     """Yields the samples of one process; a worker of a loader yields its part of them.
 
-    Args:
-        reader: the shards.
-        seed: of the order.
-        buffer_size: samples that a worker shuffles; 1 keeps the order of each shard.
-        process_index: number of this process.
-        num_processes: how many train together; each gets other shards.
-        require_images: whether a sample without its image is broken.
-        ignore_fields: names of further fields, which are not read and not errors.
-        max_lost_share: share of a worker's samples, or of its shards, that may be broken.
+    The fields are those of `stream_records`; samples of `excluded_groups` are left out and counted.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        *,
-        seed: int = 0,
-        buffer_size: int = 1000,
-        process_index: int = 0,
-        num_processes: int = 1,
-        require_images: bool = True,
-        ignore_fields: Collection[str] = (),
-        max_lost_share: float = 0.01,
-    ) -> None:
-        if buffer_size < 1 or not 0 <= process_index < num_processes:
+    reader: ShardReader
+    _: KW_ONLY
+    seed: int = 0
+    buffer_size: int = 1000
+    process_index: int = 0
+    num_processes: int = 1
+    require_images: bool = True
+    ignore_fields: Collection[str] = ()
+    max_lost_share: float = 0.01
+    excluded_groups: frozenset[str] = frozenset()
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.buffer_size < 1 or not 0 <= self.process_index < self.num_processes:
             raise ValueError(
-                f"buffer_size={buffer_size}, process_index={process_index}, "
-                f"num_processes={num_processes}: want at least 1, and an index below the number."
+                f"buffer_size={self.buffer_size}, process_index={self.process_index}, "
+                f"num_processes={self.num_processes}: want at least 1, and an index below the "
+                "number."
             )
-        self.reader = reader
-        self.seed = seed
-        self.epoch = 0
-        self.buffer_size = buffer_size
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.max_lost_share = max_lost_share
-        self.excluded_groups: frozenset[str] = frozenset()
-        self._require_images = require_images
-        self._ignore_fields = tuple(ignore_fields)
         self._resumed: dict[str, Any] | None = None
         self._run: StreamRun | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration.
-
-        Args:
-            epoch: number of the epoch.
-        """
+        """Choose the order of the next iteration."""
         self.epoch = epoch
 
     def require_workers(self, num_workers: int) -> None:
-        """Check that each worker of each process gets a shard.
-
-        Args:
-            num_workers: of this process's loader; 0 counts as 1.
-
-        Raises:
-            ValueError: there are fewer shards.
-        """
+        """Check that each worker of each process gets a shard."""
         readers = self.num_processes * max(1, num_workers)
         if readers > len(self.reader.shards):
             raise ValueError(
@@ -228,11 +198,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return self.start().iterate()
 
     def start(self, prepare: Prepare | None = None) -> StreamRun:
-        """Begin the part of this worker in the epoch, or go on where a state was saved.
-
-        Args:
-            prepare: decodes the image of a record; None to yield records as they are.
-        """
+        """Begin the part of this worker in the epoch, or go on where a state was saved."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(num_workers)
@@ -254,31 +220,14 @@ class RecordStream(IterableDataset[CaptionedImage]):
         seed: int,
         excluded_groups: frozenset[str] = frozenset(),
     ) -> RecordStream:
-        """Return the part of one process of a training run.
-
-        Args:
-            process_index: number of the process.
-            num_processes: how many train together; each gets other shards.
-            seed: of the order.
-            excluded_groups: group ids whose samples are left out, and counted.
-        """
-        own = copy.copy(self)
-        own.process_index, own.num_processes = process_index, num_processes
-        own.seed, own.excluded_groups = seed, excluded_groups
-        return own
+        """Return the part of one process of a training run."""
+        return replace(
+            self, process_index=process_index, num_processes=num_processes, seed=seed,
+            excluded_groups=excluded_groups,
+        )  # fmt: skip
 
     def read_shard(self, number: int) -> list[CaptionedImage]:
-        """Read the valid samples of one shard, in its order.
-
-        Args:
-            number: of the shard in `reader.shards`.
-
-        Returns:
-            The records; of a shard that ends early those before its end.
-
-        Raises:
-            LostFileError: the shard cannot be read, perhaps by this process alone.
-        """
+        """Read the valid samples of one shard, in its order."""
         found = []
         with suppress(BrokenShardError):  # which is counted where the stream comes to it
             for sample in self.reader.read(number, 0, lambda _url, _reason: None):
@@ -295,27 +244,16 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return {} if self._run is None else self._run.save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state, in its epoch; later ones are not affected.
-
-        Args:
-            state: from `state_dict`, of the same worker.
-        """
+        """Let the next iteration go on from a state, in its epoch; later ones are not affected."""
         self._resumed = state or None
 
     @property
     def report(self) -> StreamReport:
-        """What was read and lost since the epoch began, in this process."""
+        """Counts of this process since the epoch began."""
         return StreamReport() if self._run is None else self._run.report
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Check the fields of a sample.
-
-        Args:
-            sample: from a shard.
-
-        Returns:
-            The record, and what is wrong with it; empty if nothing is.
-        """
+        """Check the fields of a sample."""
         if sample.raw is None:
             return None, sample.problem
         errors = ErrorCollector()
@@ -323,8 +261,8 @@ class RecordStream(IterableDataset[CaptionedImage]):
             sample.raw,
             errors,
             image_dir=None,
-            require_images=self._require_images,
-            ignore_fields=self._ignore_fields,
+            require_images=self.require_images,
+            ignore_fields=self.ignore_fields,
         )
         if checked is None or errors.total:
             return None, ", ".join(errors.counts)
@@ -368,27 +306,6 @@ def make_loader(
     `loader.state_dict()` is saved by each process, with every checkpoint; after
     `loader.load_state_dict(state)`, which wants as many processes and workers, the batches are
     those that would have come. Before each other epoch call `stream.set_epoch(epoch)`.
-
-    Args:
-        stream: from `stream_records`.
-        batch_size: samples of a batch.
-        collate: makes a batch of a list of records, or of what `prepare` returned; it runs in the
-            workers.
-        prepare: decodes the image of a record, in the workers. If it raises ValueError, the sample
-            is lost, counted and named, and another one takes its place in the batch; an error of
-            `collate` ends the iteration.
-        num_workers: processes that read, prepare and collate.
-        drop_last: drop a last batch that is smaller. Each worker has one of its own; the report
-            counts its samples.
-        options: of `torchdata.stateful_dataloader.StatefulDataLoader`, such as `prefetch_factor`.
-
-    Returns:
-        A `StatefulDataLoader`.
-
-    Raises:
-        MissingExtraError: torchdata is not installed.
-        ValueError: the batch size is not positive, there are fewer shards than workers in all
-            processes, or workers are to outlive an epoch.
     """
     require(REMOTE_STREAMS)
     if batch_size < 1:
@@ -413,11 +330,7 @@ def make_loader(
 
 
 def read_report(state: Any) -> StreamReport:
-    """Add up the reports of all workers of a loader.
-
-    Args:
-        state: of the loader.
-    """
+    """Add up the reports of all workers of a loader."""
     total = StreamReport()
     waiting = [state]
     while waiting:

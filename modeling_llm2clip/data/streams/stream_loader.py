@@ -20,9 +20,9 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
     """Yields the batches of a dataset that makes them itself.
 
     Args:
-        dataset: yields lists of samples, and a `PartEnd` behind the last one of a worker.
-        collate: makes a batch of a list.
-        options: of `StatefulDataLoader`.
+        dataset: Yields lists of samples, and a `PartEnd` behind the last one of a worker.
+        collate: Makes a batch of a list.
+        options: Options of `StatefulDataLoader`.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> None:
@@ -31,14 +31,7 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state.
-
-        Args:
-            state_dict: from `state_dict`, of a loader with as many workers.
-
-        Raises:
-            ValueError: it is of another number of workers, or not a state of a loader.
-        """
+        """Let the next iteration go on from a state."""
         if state_dict:
             found = _count_workers(state_dict)
             if found != self.num_workers:

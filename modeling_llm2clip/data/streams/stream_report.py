@@ -17,18 +17,18 @@ class TooManyLostError(ValueError):
 
 @dataclass
 class StreamReport:
-    """What was read and lost since the epoch began, in one worker or in all.
+    """Counts of samples, shards and problems since the epoch began, of one worker or of all.
 
     Attributes:
-        samples: read, those that the shuffle buffer still has included.
-        lost_samples: broken ones.
-        skipped_samples: rows of images that were never downloaded, which are not samples.
-        excluded_samples: of groups that are held out.
-        dropped_samples: of last batches that were smaller, of those read.
-        shards: read to their end.
-        lost_shards: missing ones, and those that ended early.
-        retries: requests that were made again.
-        problems: what went wrong, how often, and where the first were.
+        samples: Samples read, those still in the shuffle buffer included.
+        lost_samples: Broken samples.
+        skipped_samples: Rows of images that were never downloaded, which are not samples.
+        excluded_samples: Samples of groups that are held out.
+        dropped_samples: Samples read, but dropped with a last batch that was smaller.
+        shards: Shards read to their end.
+        lost_shards: Shards that are missing or ended early.
+        retries: Requests that were made again.
+        problems: Kinds of problems with their counts and first places.
     """
 
     samples: int = 0
@@ -43,61 +43,31 @@ class StreamReport:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """How many there are of what the attributes count."""
+        """The counts by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     @property
     def counts(self) -> dict[str, int]:
-        """What went wrong to how often."""
+        """Number of each kind of problem."""
         return self.problems.counts
 
     @property
     def places(self) -> dict[str, list[str]]:
-        """What went wrong to where the first were."""
+        """First places of each kind of problem."""
         return self.problems.places
 
-    def add_problem(self, kind: str, place: str) -> None:
-        """Count what went wrong.
-
-        Args:
-            kind: what it is, in the same words wherever it is.
-            place: where it is.
-        """
+    def add_lost_sample(self, kind: str, place: str) -> None:
+        """Count a broken sample."""
+        self.lost_samples += 1
         self.problems.add(kind, place)
 
-    def add_lost_sample(self, kind: str, place: str) -> None:
-        """Count a broken sample.
-
-        Args:
-            kind: what is wrong with it.
-            place: where it is.
-        """
-        self.lost_samples += 1
-        self.add_problem(kind, place)
-
     def add_lost_shard(self, place: str, reason: str) -> None:
-        """Count a shard that is missing or ended early.
-
-        Args:
-            place: the shard, and the sample before which it ended.
-            reason: why.
-        """
+        """Count a shard that is missing or ended early."""
         self.lost_shards += 1
-        self.add_problem("shard lost", f"{place} ({reason})")
+        self.problems.add("shard lost", f"{place} ({reason})")
 
-    def require_most(
-        self, max_lost_share: float, *, num_shards: int, least_samples: int = LEAST_SAMPLES
-    ) -> None:
-        """Raise if one worker lost too much: of the samples seen so far, or of its own shards.
-
-        Args:
-            max_lost_share: largest share.
-            num_shards: that this worker reads in the epoch.
-            least_samples: fewer samples count as so many.
-
-        Raises:
-            TooManyLostError: more is lost; the message has the counts and the first places.
-        """
+    def require_most(self, max_lost_share: float, *, num_shards: int, least_samples: int) -> None:
+        """Raise if one worker lost too much: of the samples seen so far, or of its own shards."""
         seen = max(self.samples + self.lost_samples, least_samples)
         lost_samples = self.lost_samples > max_lost_share * seen
         if lost_samples or self.lost_shards > max_lost_share * num_shards:
@@ -109,7 +79,7 @@ class StreamReport:
             )
 
     def describe_losses(self) -> str:
-        """Describe in one line how much was read and how much was not."""
+        """Describe in one line the samples that were read, and those that were not."""
         parts = [
             f"{self.samples:,} samples read",
             f"{self.lost_samples:,} lost",
@@ -120,19 +90,15 @@ class StreamReport:
 
     @property
     def has_losses(self) -> bool:
-        """Whether samples or shards were lost."""
+        """True if samples or shards were lost."""
         return bool(self.lost_samples or self.lost_shards)
 
     def describe(self) -> str:
-        """Describe what went wrong: how often, and where the first were."""
+        """Describe each kind of problem: its count and first places."""
         return "\n".join(describe_errors(self.counts, self.places))
 
     def merge(self, other: StreamReport) -> None:
-        """Add the counts of another worker.
-
-        Args:
-            other: its report, which is not changed.
-        """
+        """Add the counts of another worker."""
         for name, value in other.numbers.items():
             setattr(self, name, getattr(self, name) + value)
         self.problems.extend(other.problems)
@@ -143,10 +109,6 @@ class StreamReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
-        """Make a report from `to_state`.
-
-        Args:
-            state: plain values.
-        """
+        """Make a report from `to_state`."""
         numbers = {name: value for name, value in state.items() if isinstance(value, int)}
         return cls(**numbers, problems=ErrorCollector.of(state["counts"], state["places"]))

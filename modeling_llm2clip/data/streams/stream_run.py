@@ -32,17 +32,11 @@ class ShardReader(Protocol):
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard.
-
-        Args:
-            shard: its number.
-            first: number of the first sample to yield.
-            on_retry: called with the URL and the reason before a request is made again.
-        """
+        """Yield the samples of a shard."""
 
 
 class Stream(Protocol):
-    """What is streamed, and how."""
+    """The stream that a run is a part of."""
 
     reader: ShardReader
     seed: int
@@ -51,14 +45,7 @@ class Stream(Protocol):
     excluded_groups: frozenset[str]
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Check the fields of a sample.
-
-        Args:
-            sample: from a shard.
-
-        Returns:
-            The record, and what is wrong with it; empty if nothing is.
-        """
+        """Check the fields of a sample."""
 
 
 class PartEnd:
@@ -69,11 +56,11 @@ class StreamRun:
     """One iteration of one worker.
 
     Args:
-        stream: what is streamed.
-        epoch: number of the epoch.
-        number: of the worker among those of all processes.
-        num_readers: how many of these there are.
-        prepare: decodes the image of a record; None to yield records as they are.
+        stream: The whole stream.
+        epoch: Number of the epoch.
+        number: Number of the worker among those of all processes.
+        num_readers: Workers of all processes.
+        prepare: Decodes the image of a record; None to yield records as they are.
     """
 
     def __init__(
@@ -108,7 +95,7 @@ class StreamRun:
             while len(self._buffer) < size and self._read_one():
                 pass
             if not self._buffer:
-                self._require_most_of_all()
+                self._require_most(at_end=True)
                 return
             record = self._draw_record()
             if self._prepare is None:
@@ -122,15 +109,7 @@ class StreamRun:
                 yield prepared
 
     def iterate_batches(self, batch_size: int, *, drop_last: bool) -> Iterator[list[Any] | PartEnd]:
-        """Yield the samples in batches, which are full except for the last one.
-
-        Args:
-            batch_size: samples of a batch.
-            drop_last: drop a last batch that is smaller; its samples are counted.
-
-        Yields:
-            The batches, and a `PartEnd`.
-        """
+        """Yield the samples in batches, which are full except for the last one."""
         batch: list[Any] = []
         for sample in self.iterate():
             batch.append(sample)
@@ -174,7 +153,7 @@ class StreamRun:
             return False
         shard = self._order[self._place]
         if self._rest is None:
-            self._rest = self._open(shard, self._next_sample)
+            self._rest = self._stream.reader.read(shard, self._next_sample, self._note_retry)
         try:
             sample = next(self._rest)
         except StopIteration:
@@ -194,7 +173,7 @@ class StreamRun:
     def _take(self, shard: int, sample: StreamedSample) -> None:
         if sample.is_skipped:
             self.report.skipped_samples += 1
-            self.report.add_problem(sample.problem, sample.place)
+            self.report.problems.add(sample.problem, sample.place)
             return
         record, problem = self._stream.check(sample)
         if record is None:
@@ -207,28 +186,20 @@ class StreamRun:
         self.report.samples += 1
         self._buffer.append((shard, sample.number, record))
 
-    def _open(self, shard: int, first: int) -> Iterator[StreamedSample]:
-        return self._stream.reader.read(shard, first, self._note_retry)
-
     def _note_retry(self, url: str, reason: str) -> None:
         self.report.retries += 1
-        self.report.add_problem("request made again", f"{url} ({reason})")
+        self.report.problems.add("request made again", f"{url} ({reason})")
 
     def _go_to_next_shard(self) -> None:
         self._place += 1
         self._next_sample = 0
         self._rest = None
 
-    def _require_most(self) -> None:
-        self.report.require_most(self._stream.max_lost_share, num_shards=len(self._order))
-
-    def _require_most_of_all(self) -> None:
-        """At the end, so that few samples in each of many workers are not many lost ones in all."""
-        self.report.require_most(
-            self._stream.max_lost_share,
-            num_shards=len(self._order),
-            least_samples=LEAST_SAMPLES // self._num_readers,
-        )
+    def _require_most(self, *, at_end: bool = False) -> None:
+        # At the end, so that few samples in each of many workers are not many lost ones in all.
+        least = LEAST_SAMPLES // self._num_readers if at_end else LEAST_SAMPLES
+        share, num_shards = self._stream.max_lost_share, len(self._order)
+        self.report.require_most(share, num_shards=num_shards, least_samples=least)
 
     def save(self) -> dict[str, Any]:
         """Return the state as plain values."""
@@ -243,7 +214,7 @@ class StreamRun:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What the order depends on, but for the epoch."""
+        """Everything that determines the order, except the epoch."""
         return {
             "stream_version": _STATE_VERSION,
             "seed": self._stream.seed,
@@ -253,14 +224,7 @@ class StreamRun:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a state: read the samples of the buffer again.
-
-        Args:
-            state: from `save`.
-
-        Raises:
-            ValueError: the state is of another stream.
-        """
+        """Go on from a state: read the samples of the buffer again."""
         differing = [name for name, now in self._identity.items() if state.get(name) != now]
         if differing:
             raise ValueError(
@@ -281,7 +245,7 @@ class StreamRun:
             wanted.setdefault(shard, set()).add(number)
         for shard, samples in wanted.items():
             last = self._next_sample - 1 if shard == current else max(samples)
-            rest = self._open(shard, min(samples))
+            rest = self._stream.reader.read(shard, min(samples), self._note_retry)
             try:
                 for sample in rest:
                     if sample.number in samples:
@@ -307,9 +271,5 @@ class StreamRun:
 
 
 def hash_shards(shards: Sequence[str]) -> str:
-    """Hash the names of shards, in their order; a URL that is signed anew is the same one.
-
-    Args:
-        shards: paths, URLs or commands.
-    """
+    """Hash the names of shards, in their order; a URL that is signed anew is the same one."""
     return hashlib.sha256("\n".join(drop_signatures(shards)).encode()).hexdigest()

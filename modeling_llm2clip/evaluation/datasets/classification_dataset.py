@@ -6,7 +6,6 @@ several names per class with commas between them, of which the first is taken.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import unicodedata
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
+from ...data.sources.csv_files import iterate_csv
 from .dataset_spec import (
     DatasetSpec,
     DatasetValidator,
@@ -327,18 +327,17 @@ def _read_solution(
     image_dir = request.image_dir or request.data_folder / _KAGGLE_IMAGES
     images: list[tuple[str, Path, str]] = []
     file = validator.note_file(request.data_folder / _SOLUTION)
-    with file.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), start=2):
-            place = f"{_SOLUTION} line {number}"
-            name, label = row.get("ImageId"), (row.get("PredictionString") or "").split()
-            if not name or not label:
-                validator.errors.add("no 'ImageId' and 'PredictionString'", place)
-                continue
-            image = image_dir / f"{name}.JPEG"
-            if image.is_file():
-                images.append((image.name, image, label[0]))
-            else:
-                validator.errors.add("image missing", f"{place}: {image.name}")
+    for number, row in iterate_csv(file):
+        place = f"{_SOLUTION} line {number}"
+        name, label = row.get("ImageId"), row.get("PredictionString", "").split()
+        if not name or not label:
+            validator.errors.add("no 'ImageId' and 'PredictionString'", place)
+            continue
+        image = image_dir / f"{name}.JPEG"
+        if image.is_file():
+            images.append((image.name, image, label[0]))
+        else:
+            validator.errors.add("image missing", f"{place}: {image.name}")
     given = request.class_names if isinstance(request.class_names, Mapping) else names
     # Labels are the positions of the sorted synsets, as in the publisher's list.
     keys = tuple(sorted({*given, *(label for _, _, label in images)}))

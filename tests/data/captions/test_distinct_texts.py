@@ -21,7 +21,7 @@ from modeling_llm2clip.data.captions.caption_columns import (
     iterate_first_captions,
 )
 from modeling_llm2clip.data.captions.distinct_texts import TextNumbers
-from modeling_llm2clip.data.records import record_table
+from modeling_llm2clip.data.records import record_columns, record_table
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -106,7 +106,7 @@ def test_the_rows_of_a_shard_are_its_captions_by_first_occurrence(
     *,
     chosen: bool,
 ) -> None:
-    for module in (record_table, store_index):
+    for module in (record_columns, record_table, store_index):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", batch_rows)
     table = make_table(53)
     if chosen:

@@ -29,7 +29,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
     monkeypatch.setattr(remote_access.RetryPolicy, "waits", lambda _: [0.0] * 4)
-    file_places._of_thread.__dict__.clear()
+    file_places._open_remote.cache_clear()
 
 
 # A BigTIFF whose directory is where no file has bytes: the operating system says EINVAL.
@@ -104,7 +104,7 @@ def test_a_server_that_fails_says_nothing_of_its_images(tmp_path: Path, status: 
         with ShardServer(folder) as server:
             records = load_records(f"{server.url}/{names}", cache=False)
             file_places._blocks = file_places.ByteCache(10**6)
-            file_places._of_thread.__dict__.clear()
+            file_places._open_remote.cache_clear()
             before = server.requests.total()
             for file in folder.iterdir():
                 server.status[file.name] = status

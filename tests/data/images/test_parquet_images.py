@@ -22,7 +22,6 @@ from modeling_llm2clip.data.images.parquet_images import (
 )
 from modeling_llm2clip.data.images.parquet_pages import (
     UnknownLayoutError,
-    decode_hybrid,
     read_struct,
 )
 
@@ -86,23 +85,51 @@ def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) ->
 def clear_caches() -> None:
     """Files are written faster here than the clock of a file system ticks."""
     find_layout.cache_clear()
-    for name in ("_chunks", "_values", "_numbers", "_tables"):
+    for name in ("_chunks", "_values", "_tables"):
         cache = getattr(parquet_images, name)
         cache._values.clear()
         cache._total = 0
 
 
-@pytest.mark.parametrize("options", [{}, {"compression": "none", "use_dictionary": False}])
+PLAIN = {"compression": "none", "use_dictionary": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"data_page_version": "2.0"}])
 def test_pages_are_read_without_arrow(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the law above would hold while every image decoded its row group."""
-    images = make_images(50, nulls=0.2)
-    file = write_images(tmp_path / "0.parquet", images, **options)
+    images = make_images(50)
+    file = write_images(tmp_path / "0.parquet", images, **PLAIN, **options)
     monkeypatch.delattr(parquet_images, "_read_with_arrow")
     for row, image in enumerate(images):
-        if image is not None:
-            assert read_image_bytes(file, "image", row) == image
+        assert read_image_bytes(file, "image", row) == image
+
+
+@pytest.mark.parametrize(
+    ("options", "nulls", "reason"),
+    [
+        ({}, 0, "compressed with SNAPPY"),
+        ({"compression": "none"}, 0, "written with a dictionary"),
+        (PLAIN, 0.3, "rows without an image"),
+    ],
+)
+def test_slow_reads_are_named_once_with_the_remedy(
+    options: dict[str, Any],
+    nulls: float,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parquet_images, "_warned", set())
+    images = make_images(50, nulls=nulls)
+    file = write_images(tmp_path / "0.parquet", images, **options)
+    rows = [row for row, image in enumerate(images) if image is not None]
+    with pytest.warns(UserWarning) as caught:
+        assert [read_image_bytes(file, "image", row) for row in rows] == [images[r] for r in rows]
+    [message] = [str(warning.message) for warning in caught]
+    assert message.startswith(f"{file}: ") and reason in message
+    assert "compression='none' and use_dictionary=False" in message
 
 
 @pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
@@ -200,21 +227,6 @@ def test_a_cache_keeps_what_was_used_last_and_no_more_than_its_limit() -> None:
         assert cache.total <= 10
     assert made == [1, 2, 3, 2]
     assert cache.find(9, lambda: make(9, 99)) == 9 and cache.total == 99
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=99), st.booleans())
-def test_runs_and_packed_bits_are_decoded(numbers: list[int], is_packed: bool) -> None:
-    if is_packed:
-        padded = numbers + [0] * (-len(numbers) % 8)
-        bits = np.array([[number >> bit & 1 for bit in range(3)] for number in padded], np.uint8)
-        encoded = (
-            bytes([len(padded) // 8 << 1 | 1]) + np.packbits(bits, bitorder="little").tobytes()
-        )
-    else:
-        encoded = b"".join(bytes([1 << 1, number]) for number in numbers)
-    assert decode_hybrid(encoded, 3, len(numbers)).tolist() == numbers
-    with pytest.raises(UnknownLayoutError):
-        decode_hybrid(encoded, 3, 1000)
 
 
 def test_a_struct_that_is_cut_or_of_another_type_is_refused() -> None:

@@ -17,7 +17,7 @@ from captioned_files import (
 )
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, count_bytes
-from modeling_llm2clip.data.records import record_table
+from modeling_llm2clip.data.records import record_columns, record_table
 from modeling_llm2clip.data.records.data_hashes import (
     describe_images,
     hash_columns,
@@ -101,5 +101,6 @@ def test_a_hash_of_columns_depends_on_their_values_and_order_alone(
         hash_columns([replace(one, group_id="g", captions=("b",)) for one in records], names)
         == found
     )
-    monkeypatch.setattr(record_table, "ROWS_PER_BATCH", 3)
+    for module in (record_columns, record_table):
+        monkeypatch.setattr(module, "ROWS_PER_BATCH", 3)
     assert hash_columns(records, names) == found

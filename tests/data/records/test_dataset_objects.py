@@ -15,7 +15,8 @@ from captioned_files import LINES, RECORDS, encode, own_cache, write_images  # n
 from packaging.version import Version
 
 from modeling_llm2clip.data.images.image_sources import ArrowImage
-from modeling_llm2clip.data.records.dataset_objects import records_from_dataset, stream_dataset
+from modeling_llm2clip.data.records.dataset_objects import records_from_dataset
+from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import make_loader
 
 

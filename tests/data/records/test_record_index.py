@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -24,12 +23,11 @@ from modeling_llm2clip._extras import MissingExtraError
 from modeling_llm2clip.data.records import (
     record_columns,
     record_index,
-    record_index_worker,
     record_loading,
     record_table,
 )
 from modeling_llm2clip.data.records import source_files as source_files_module
-from modeling_llm2clip.data.records.record_index_worker import IndexJob
+from modeling_llm2clip.data.records.record_index import IndexJob
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.source_files import find_source
@@ -53,7 +51,7 @@ BROKEN = [
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Path:
     """Small parts and batches, an index in a file from the first record, and an own cache."""
-    for module in (record_columns, record_table, record_index, record_index_worker):
+    for module in (record_columns, record_table, record_index):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(source_files_module, "_BYTES_PER_PART", 700)
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
@@ -106,14 +104,30 @@ def test_several_processes_find_the_records_and_errors_of_one(
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_is_an_error_with_its_last_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "data", LINES)
     monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
-    monkeypatch.setattr(IndexJob, "to_json", lambda _: "{}")
-    with pytest.raises(RuntimeError, match=r"(?s)ended with code 1: .*KeyError"):
+    monkeypatch.setattr(IndexJob, "__reduce__", lambda _: (os.abort, ()))  # as it is received
+    with pytest.raises(RuntimeError, match=r"(?s)worker process .*memory.*SIGABRT"):
         load_records(source, require_images=False)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    """Processes that run it again would start processes, too."""
+    source = write(tmp_path / "data", LINES)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from modeling_llm2clip import load_records\n"
+        "from modeling_llm2clip.data.records import record_index, source_files\n"
+        "record_index._LEAST_BYTES_FOR_PROCESSES, source_files._BYTES_PER_PART = 0, 700\n"
+        "print(len(load_records(sys.argv[1], require_images=False)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(source)], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("70\n", "")
 
 
 @pytest.mark.slow
@@ -138,26 +152,13 @@ def test_an_error_of_a_process_is_raised_as_what_it_is(
         MissingExtraError("not installed: aiohttp"),
         PermissionError(13, "Permission denied", "/data/0.tar"),
         ValueError("0.json: not JSON"),
+        pa.ArrowInvalid("x"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_expected_errors_pass_between_processes_unchanged(error: Exception) -> None:
-    described = json.dumps(record_index_worker._describe_error(error))
-    ended = Mock(stdout=io.BytesIO(described.encode()))
-    again = record_index_worker._explain_end(ended, Path("log"))
+def test_errors_pass_between_processes_unchanged(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error)
-
-
-@pytest.mark.parametrize("error", [KeyError("x"), pa.ArrowInvalid("x"), TypeError("x")])
-def test_other_errors_of_a_process_are_shown_with_where_they_came_from(error: Exception) -> None:
-    assert record_index_worker._describe_error(error) is None
-
-
-def test_a_process_that_ends_in_silence_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "log").touch()
-    ended = Mock(stdout=io.BytesIO(b""), returncode=-9)
-    found = record_index_worker._explain_end(ended, tmp_path / "log")
-    assert re.search(r"ended with code -9: .* when memory is full", str(found))
 
 
 @pytest.mark.slow
@@ -325,8 +326,6 @@ def test_keys_that_collide_are_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(tmp_path: Path) -> None:
-    import pickle
-
     records = load_records(write(tmp_path / "data", LINES), require_images=False)
     content = pickle.dumps(records.select([3, 1]))
     assert len(content) < 2_000  # bytes: the path and two numbers, and no text
@@ -385,8 +384,6 @@ def test_what_another_process_builds_takes_no_index_from_who_reads_one(
     tmp_path: Path, small_parts: Path
 ) -> None:
     """An index is read from its file again and again, also by workers that get its path."""
-    import pickle
-
     source = write(tmp_path / "data", LINES)
     first = load_records(source, require_images=False)
     before = list(first)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage
-from modeling_llm2clip.data.records import record_table
+from modeling_llm2clip.data.records import record_columns, record_table
 from modeling_llm2clip.data.records.record_columns import SCHEMA, hash_identity, hash_text
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -39,7 +39,8 @@ RECORDS = st.lists(
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of three records, so that tables have several."""
-    monkeypatch.setattr(record_table, "ROWS_PER_BATCH", 3)
+    for module in (record_columns, record_table):
+        monkeypatch.setattr(module, "ROWS_PER_BATCH", 3)
 
 
 def describe(records: Any) -> list[Any]:
@@ -101,7 +102,6 @@ def test_half_a_character_is_an_error() -> None:
 
 
 def test_every_column_is_documented() -> None:
-    from modeling_llm2clip.data.records import record_columns
 
     assert record_columns.__doc__ is not None
     assert [name for name in SCHEMA.names if f"`{name}`" not in record_columns.__doc__] == []

@@ -21,7 +21,6 @@ from captioned_files import (
 
 from modeling_llm2clip.data.records import record_index, source_files
 from modeling_llm2clip.data.records.dataset_objects import records_from_dataset
-from modeling_llm2clip.data.records.record_index_worker import IndexJob
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
@@ -232,8 +231,6 @@ def test_processes_read_texts_as_this_one_does(
     file.write_text("\n".join(lines), encoding="utf-8")
     records = load_records(file, modality="text")
     assert [r.name for r in records] == [f"texts.jsonl/{number}" for number in range(1, 41)]
-    job = IndexJob(source_files.find_source(str(file)), None, False, (), "text")
-    assert IndexJob.from_json(job.to_json()) == job
 
 
 def test_a_dataset_object_may_hold_texts_or_images_alone() -> None:

@@ -49,7 +49,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
     monkeypatch.setattr(remote_access.RetryPolicy, "waits", lambda _: [0.0] * 4)
-    file_places._of_thread.__dict__.clear()
+    file_places._open_remote.cache_clear()
 
 
 def describe(record: CaptionedImage) -> tuple[Any, ...]:

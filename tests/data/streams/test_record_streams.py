@@ -24,13 +24,13 @@ from PIL import Image
 from shard_server import ShardServer
 
 from modeling_llm2clip.data.images.image_sources import EncodedImage
-from modeling_llm2clip.data.records.dataset_objects import stream_dataset
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.remote import remote_files
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
 from modeling_llm2clip.data.remote.shard_urls import drop_signature, name_shards
-from modeling_llm2clip.data.sources.shard_columns import ShardColumnsError
+from modeling_llm2clip.data.sources.shard_streams import ShardColumnsError
+from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import (
     RecordStream,
     make_loader,

@@ -8,13 +8,13 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from ..._suggestions import counted
-from ...configs.data_config import DataConfig
-from ..atomic_files import temporary_folder
-from ..captions.caption_joins import join_captions
-from .record_loading import load_records
-from .record_table import RecordTable
-from .records import Modality
+from .._suggestions import counted
+from ..configs.data_config import DataConfig
+from .atomic_files import temporary_folder
+from .captions.caption_joins import join_captions
+from .record_fields import Modality
+from .records.record_loading import load_records
+from .records.record_table import RecordTable
 
 
 def read_configured_records(
@@ -26,20 +26,7 @@ def read_configured_records(
     modality: Modality | None = None,
     show_progress: bool = True,
 ) -> RecordTable:
-    """Read all records; what was skipped or not joined is printed to stderr.
-
-    Args:
-        data: A source of `load_records`.
-        config: How it is read.
-        require_images: Whether a record without its image is an error.
-        check_images: Whether every image is decoded too.
-        modality: What alone is read, so that records need not be pairs; None for both.
-        show_progress: Show progress bars on stderr.
-
-    Raises:
-        DataValidationError: Records are invalid; all errors are reported at once.
-        ValueError: There is no such data, or no record has published captions.
-    """
+    """Read all records; what was skipped or not joined is printed to stderr."""
     records = load_records(
         data,
         image_dir=config.image_dir,
