@@ -1,18 +1,326 @@
-"""Everything but the towers: text adapter, temperature and contrastive loss.
+"""From tokens to logits: pooling of captions, text adapter, temperature and contrastive loss.
 
-Uploaded with the weights. Shapes: B images or texts, D width of a tower.
+Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+# The package and its copy from the Hub may both be loaded, so each needs its own name.
+_MODULE = re.sub(r"\W", "_", __name__)
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # unknown to older versions
+_TAKES_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
+_TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
+
+
+def build_position_ids(attention_mask: Tensor) -> Tensor:
+    """Build positions that start at each text's first real token, so left padding has no effect.
+
+    Args:
+        attention_mask: (B, L), 1 at real tokens, which are contiguous.
+
+    Returns:
+        (B, L) int64; 0, 1, 2, … for the real tokens. Padding has no larger position, because some
+        LLMs choose their rotary frequencies by the largest one.
+    """
+    real = attention_mask.long()
+    first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
+    last = real.sum(dim=1, keepdim=True) - 1
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions - first_real).minimum(last).clamp(min=0)
+
+
+def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
+    """Check that an LLM's rotary frequencies do not depend on the other texts of a batch.
+
+    Some LLMs take other frequencies for a whole batch once its longest text has more tokens than
+    they were first trained with.
+
+    Args:
+        text_config: configuration of the LLM.
+        max_length: maximum number of real tokens per text.
+
+    Raises:
+        ValueError: a text may be that long.
+    """
+    stated = getattr(text_config, "rope_parameters", None) or {}
+    # Some LLMs state them per type of layer.
+    for rope in [stated, *stated.values()]:
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = text_config.max_position_embeddings
+        if kind == "longrope":
+            name = "original_max_position_embeddings"
+            limit = rope.get(name) or getattr(text_config, name, None) or limit
+        if max_length > limit:
+            raise ValueError(
+                f"max_text_length={max_length}, but from {limit + 1} tokens on, the rotary "
+                f"positions of this LLM (rope_type={kind!r}) depend on the longest text of a "
+                "batch, and embeddings would depend on their neighbors. Set max_text_length to at "
+                f"most {limit} (llm2clip build --max-text-length, or config.json and "
+                "processor_config.json)."
+            )
+
+
+def count_unpooled(
+    prompt_length: int | None, *, num_prefix: int, num_suffix: int, suffix_ends_special: bool
+) -> int:
+    """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
+
+    Args:
+        prompt_length: number of tokens of the instruction when it is tokenized alone, prompt
+            included, as sentence-transformers counts them: without a special token at the end. None
+            or 0 without an instruction.
+        num_prefix: number of tokens of the prompt's prefix.
+        num_suffix: number of tokens of the prompt's suffix.
+        suffix_ends_special: whether the suffix ends with a special token.
+
+    Raises:
+        ValueError: `prompt_length` is shorter than the prompt.
+    """
+    if not prompt_length:
+        return num_prefix
+    num_instruction = int(prompt_length) - num_prefix - num_suffix + bool(suffix_ends_special)
+    if num_instruction < 0:
+        raise ValueError(
+            f"prompt_length={prompt_length} is shorter than the model's own prompt "
+            f"({num_prefix + num_suffix} tokens): it must be the length of the tokenized "
+            "instruction, prefix and suffix included."
+        )
+    return num_prefix + num_instruction
+
+
+def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
+    """Mark the tokens to pool: all real tokens except for the first `num_unpooled`.
+
+    Args:
+        attention_mask: (B, L), 1 at real tokens.
+        num_unpooled: number of tokens of prompt and instruction before each caption.
+
+    Returns:
+        (B, L) bool.
+    """
+    real = attention_mask.bool()
+    return real & (real.long().cumsum(dim=1) > num_unpooled)
+
+
+def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
+    """Pool the marked tokens in float32: their mean, or the last one.
+
+    Args:
+        hidden_states: (B, L, D) of any float dtype.
+        pooling_mask: (B, L) bool, with at least one True per row.
+        pooling: `"mean"` or `"last_token"`.
+
+    Returns:
+        (B, D) float32.
+    """
+    if pooling == "last_token":
+        positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
+        last = (positions * pooling_mask).argmax(dim=1)  # (B,)
+        return hidden_states[torch.arange(last.shape[0], device=last.device), last].float()
+    if pooling != "mean":
+        raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last_token'.")
+    weights = pooling_mask.to(torch.float32)
+    # One matrix product per row computes the masked sum without a (B, L, D) float32 copy. It runs
+    # in float32 even under autocast.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        summed = torch.bmm(weights.unsqueeze(1), hidden_states.float()).squeeze(1)  # (B, D)
+    return summed / weights.sum(dim=1, keepdim=True)
+
+
+def mask_unpadded(
+    input_ids: Tensor, *, pad_token_id: int | None, prefix_ids: list[int], suffix_ids: list[int]
+) -> Tensor:
+    """Build the mask of ids that came without one, in which every token is real.
+
+    The pad id may be part of the prompt, so a row is padded if it begins or ends with more of them
+    than the prompt does.
+
+    Args:
+        input_ids: (B, L).
+        pad_token_id: id of padding; None if it is unknown.
+        prefix_ids: ids of the prompt's prefix.
+        suffix_ids: ids of the prompt's suffix.
+
+    Returns:
+        (B, L) int64, all ones.
+
+    Raises:
+        ValueError: a row starts or ends with padding.
+    """
+    if pad_token_id is not None and input_ids.ndim == 2:
+        is_pad = input_ids == pad_token_id
+        num_first = _count_first(prefix_ids, pad_token_id)
+        num_last = _count_first(suffix_ids[::-1], pad_token_id)
+        padded = _are_all(is_pad[:, : num_first + 1], num_first + 1)
+        padded |= _are_all(is_pad[:, -num_last - 1 :], num_last + 1)
+        _refuse(padded, input_ids, f"have padding (id {pad_token_id}) and no attention_mask; pass "
+                "the attention_mask that the tokenizer returned")  # fmt: skip
+    return torch.ones_like(input_ids)
+
+
+def _count_first(ids: list[int], wanted: int) -> int:
+    """Count how often a list begins with an id."""
+    return next((count for count, i in enumerate(ids) if i != wanted), len(ids))
+
+
+def _are_all(is_pad: Tensor, count: int) -> Tensor:
+    """Whether a row has this many tokens, and all are padding."""
+    return is_pad.sum(dim=1) == count
+
+
+def check_token_rows(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    prefix_ids: list[int],
+    suffix_ids: list[int],
+    max_length: int,
+    vocabulary_size: int,
+    num_unpooled: int = 0,
+) -> None:
+    """Check that token ids can come from the model's own tokenizer.
+
+    Args:
+        input_ids: (B, L) int64, padded on either side.
+        attention_mask: (B, L), 1 at real tokens.
+        prefix_ids: ids of the prompt's prefix, with which every text must begin.
+        suffix_ids: ids of the prompt's suffix, with which every text must end.
+        max_length: maximum number of real tokens per text.
+        vocabulary_size: number of rows of the LLM's embedding table.
+        num_unpooled: number of tokens of prompt and instruction, after which every text must have a
+            token of its own.
+
+    Raises:
+        ValueError: a row is invalid. The message shows the first such row and what to do.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and attention_mask "
+            f"{tuple(attention_mask.shape)} must both have shape (texts, tokens)."
+        )
+    if 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give at least one text.")
+    if input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be integers, got {input_ids.dtype}. Pass precomputed embeddings "
+            "to project_caption_embeds instead."
+        )
+    lengths = attention_mask.long().sum(dim=1)  # (B,)
+    first_real = attention_mask.long().argmax(dim=1)  # (B,)
+    last_real = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(dim=1)
+    _refuse((last_real - first_real + 1 != lengths) & (lengths > 0), attention_mask,
+            "have a gap in their attention_mask: real tokens must be contiguous")  # fmt: skip
+    _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
+            f"tokenize with truncation=True and max_length={max_length} at most, or raise "
+            "max_text_length in the config")  # fmt: skip
+    least = len(prefix_ids) + len(suffix_ids) - bool(suffix_ids)
+    _refuse(lengths <= least, lengths, "have no token to pool: the text is empty")
+    if num_unpooled > len(prefix_ids):
+        _refuse(lengths <= num_unpooled + len(suffix_ids), lengths, "have nothing after their "
+                f"instruction: the text is blank, or the {num_unpooled} tokens of prompt and "
+                "instruction leave no room for it. Shorten the instruction, or raise the maximum "
+                "length (max_text_length, sentence-transformers' max_seq_length)")  # fmt: skip
+    _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
+            f"have ids outside the vocabulary of {vocabulary_size}; use the tokenizer or "
+            "processor that is saved with the model")  # fmt: skip
+    _check_piece(input_ids, first_real, prefix_ids, where="begin with the model's prompt")
+    _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
+                 where="end with the prompt's suffix")  # fmt: skip
+
+
+def mask_checked(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    pad_token_id: int | None,
+    prefix_ids: list[int],
+    suffix_ids: list[int],
+    max_length: int,
+    vocabulary_size: int,
+    num_unpooled: int,
+) -> Tensor:
+    """Check token ids, and return their mask.
+
+    Args:
+        input_ids: as in `check_token_rows`.
+        attention_mask: as in `check_token_rows`; None if every token is real.
+        pad_token_id: as in `mask_unpadded`.
+        prefix_ids: as in `check_token_rows`.
+        suffix_ids: as in `check_token_rows`.
+        max_length: as in `check_token_rows`.
+        vocabulary_size: as in `check_token_rows`.
+        num_unpooled: as in `check_token_rows`.
+
+    Returns:
+        (B, L), 1 at real tokens; never the given tensor itself, as an operator requires.
+
+    Raises:
+        ValueError: a row is invalid, or is padded and has no mask.
+    """
+    mask = attention_mask
+    if mask is None:
+        mask = mask_unpadded(
+            input_ids, pad_token_id=pad_token_id, prefix_ids=prefix_ids, suffix_ids=suffix_ids
+        )
+    check_token_rows(
+        input_ids,
+        mask,
+        prefix_ids=prefix_ids,
+        suffix_ids=suffix_ids,
+        max_length=max_length,
+        vocabulary_size=vocabulary_size,
+        num_unpooled=num_unpooled,
+    )
+    return mask if attention_mask is None else mask.clone()
+
+
+# As an operator, it also checks the ids that a compiled model gets: it is one node of the graph,
+# whose result the pooling reads. It looks at the ids, so it must not be recorded in a CUDA graph.
+mask_checked_in_graph = torch.library.custom_op(
+    f"{_MODULE}::mask_checked",
+    mask_checked,
+    mutates_args=(),
+    schema="(Tensor input_ids, Tensor? attention_mask, int? pad_token_id, int[] prefix_ids, "
+    "int[] suffix_ids, SymInt max_length, SymInt vocabulary_size, SymInt num_unpooled) -> Tensor",
+    **_TAGS,
+)
+mask_checked_in_graph.register_fake(
+    lambda input_ids, attention_mask, *_: torch.empty_like(
+        input_ids if attention_mask is None else attention_mask
+    )
+)
+
+
+def _check_piece(input_ids: Tensor, starts: Tensor, piece: list[int], *, where: str) -> None:
+    if not piece:
+        return
+    wanted = torch.tensor(piece, device=input_ids.device)
+    columns = starts.unsqueeze(1) + torch.arange(len(piece), device=input_ids.device)
+    found = input_ids.gather(1, columns.clamp(0, input_ids.shape[1] - 1))  # (B, len(piece))
+    _refuse((found != wanted).any(dim=1), found, f"do not {where} {piece}; use the tokenizer or "
+            "processor that is saved with the model")  # fmt: skip
+
+
+def _refuse(is_bad: Tensor, found: Tensor, complaint: str) -> None:
+    if is_bad.any():
+        row = int(is_bad.long().argmax())
+        raise ValueError(
+            f"{int(is_bad.sum())} of {len(is_bad)} texts {complaint}. "
+            f"First bad row: {row} ({found[row].tolist()})."
+        )
+
 
 MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 

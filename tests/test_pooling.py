@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modeling_llm2clip.pooling_llm2clip import (
+from modeling_llm2clip.heads_llm2clip import (
     build_pooling_mask,
     build_position_ids,
     check_token_rows,

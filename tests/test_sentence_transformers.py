@@ -19,8 +19,8 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_llm2clip
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from modeling_llm2clip.base_llm2clip import read_instructions
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
 
 CLASSES: dict[str, Any] = {
     "both": AutoModel, "text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel,

@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base_llm2clip import (
+    SETTINGS_FILE,
+    check_instructions,
+    find_instructions,
+)
 from ..loading_llm2clip import naming_code
 from ..model_folders.golden_embeddings import (
     GOLDEN_FILE,
@@ -18,11 +23,6 @@ from ..model_folders.golden_embeddings import (
     find_tolerance,
     measure_distances,
     render_golden_images,
-)
-from ..sentence_transformers_llm2clip import (
-    SETTINGS_FILE,
-    check_instructions,
-    find_instructions,
 )
 from .model_report import NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest

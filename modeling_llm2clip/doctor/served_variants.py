@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..base_llm2clip import set_attention_direction
+from ..heads_llm2clip import build_pooling_mask, pool_tokens
 from ..image_loading_llm2clip import load_images
-from ..pooling_llm2clip import build_pooling_mask, pool_tokens
 from .input_changes import list_image_changes, list_text_changes
 from .model_under_test import ModelUnderTest
 

@@ -26,7 +26,7 @@ from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_loading import require_trained
-from ..model_folders.model_writing import Source, open_source
+from ..model_folders.model_writing import Source, StageSource, open_source
 from ..model_folders.training_images import ImageTally, read_training_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals

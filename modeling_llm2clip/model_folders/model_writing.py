@@ -19,16 +19,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
-from ..configuration_llm2clip import LLM2CLIPConfig
-from ..loading_llm2clip import list_model_files
-from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
-from ..processing_llm2clip import LLM2CLIPProcessor
-from ..sentence_transformers_llm2clip import (
+from ..base_llm2clip import (
+    _CODE_OF_EVERY_FOLDER,
     check_instructions,
     read_instructions,
     write_sentence_transformers_files,
 )
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..loading_llm2clip import list_model_files
+from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
+from ..processing_llm2clip import LLM2CLIPProcessor
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
 from .golden_embeddings import compare_golden, require_golden, write_golden
 from .model_card import CardData, CardResult, read_card_data, write_model_card

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..base_llm2clip import read_instructions
 from ..building.vision_towers import forget_code
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -35,7 +36,6 @@ from ..model_folders.model_writing import cast_weights, find_carried_files, save
 from ..model_folders.weights import open_model_weights, plan_shards
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..sentence_transformers_llm2clip import read_instructions
 from .card_results import read_card_results, require_own_results
 from .onnx_export import export_onnx
 from .push_to_hub import list_own_files, require_healthy

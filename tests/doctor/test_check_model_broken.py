@@ -180,8 +180,8 @@ CASES = {
     ),
     "processor lost": Case(remove("processor_config.json"), "processor", r"\w"),
     "remote code altered": Case(
-        append("pooling_llm2clip.py", "# another line\n"),
-        "remote code", r"altered: \['pooling_llm2clip.py'\]", alone=True,
+        append("heads_llm2clip.py", "# another line\n"),
+        "remote code", r"altered: \['heads_llm2clip.py'\]", alone=True,
     ),
     "remote code lost": Case(
         remove("packing_llm2clip.py"), "remote code", r"missing: \['packing_llm2clip.py'\]"

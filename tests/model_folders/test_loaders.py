@@ -27,15 +27,14 @@ from tiny import draw_noise, tiny_images, tiny_model
 from transformers import AutoModel, AutoProcessor, pipeline
 
 import modeling_llm2clip
+from modeling_llm2clip.base_llm2clip import write_sentence_transformers_files
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
-from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
-from modeling_llm2clip.image_loading_llm2clip import load_images
+from modeling_llm2clip.image_loading_llm2clip import LLM2CLIPImageProcessor, load_images
 from modeling_llm2clip.model_folders.golden_embeddings import read_golden
 from modeling_llm2clip.model_folders.model_card import CardData
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.sentence_transformers_llm2clip import write_sentence_transformers_files
 
 PROMPTS = {"query": INSTRUCTION, "document": ""}
 REPOSITORY, RESAVED = "owner/model", "owner/resaved"

@@ -25,6 +25,7 @@ from modeling_llm2clip import ExportConfig, LLM2CLIPConfig, export_model, load_o
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.heads_llm2clip import count_unpooled
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_FILE,
     read_golden,
@@ -33,7 +34,6 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session, read_onnx_record
-from modeling_llm2clip.pooling_llm2clip import count_unpooled
 from modeling_llm2clip.publishing import onnx_graphs
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
+from modeling_llm2clip.image_loading_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.publishing.export_model import (
@@ -110,7 +110,7 @@ def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: 
     own = LLM2CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     source = save_model(model, LLM2CLIPProcessor(own, processor.tokenizer), tmp_path / "model")
     folder = export_vision_tower(source, tmp_path / "tower")
-    assert (folder / "image_cropping_llm2clip.py").is_file()
+    assert (folder / "image_loading_llm2clip.py").is_file()
     assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert settings["auto_map"].keys() == {"AutoImageProcessor"}

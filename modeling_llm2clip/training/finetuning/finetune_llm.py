@@ -21,6 +21,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ..._suggestions import counted
+from ...base_llm2clip import read_instructions
 from ...building.lora_merging import merge_lora, require_base_weights
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -47,7 +48,6 @@ from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
-from ...sentence_transformers_llm2clip import read_instructions
 from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
 from ..run_folder import (
     add_results,

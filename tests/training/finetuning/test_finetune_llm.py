@@ -17,13 +17,13 @@ from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.base_llm2clip import read_instructions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import export_model, save_model
-from modeling_llm2clip.sentence_transformers_llm2clip import read_instructions
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import read_results
