@@ -200,6 +200,6 @@ def forget_origin(config: Any, source: str | Path) -> None:
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    """Return whether a log record is no table of keys, or one that an error refers to."""
+    """Drop tables of keys from the log, but for those that an error refers to."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
