@@ -77,7 +77,7 @@ def search(
     if output is not None:
         _require_page_folder(output)
     if "://" not in db:
-        from ..search.vector_table import require_place
+        from ..search.index_database import require_place
 
         require_place(db)
     from ..model_folders.model_types import holds_graphs

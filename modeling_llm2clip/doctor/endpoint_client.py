@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -165,7 +164,9 @@ class EndpointClient:
         if body is not None:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body, ensure_ascii=False).encode()
-        for number in count(1):
+        number = 0
+        while True:
+            number += 1
             request = urllib.request.Request(url, data=data, headers=headers)
             try:
                 with self._opener.open(request, timeout=self.timeout_s) as reply:

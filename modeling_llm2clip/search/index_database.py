@@ -23,6 +23,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..data.atomic_files import list_differences, lock_file
 from .filters import check_filter, explain_filter
+from .lancedb_table import LanceTable, require_database_folder
 from .vector_table import (
     ABOUT,
     COLUMNS,
@@ -33,8 +34,6 @@ from .vector_table import (
     AnnIndex,
     IndexUnavailableError,
     VectorTable,
-    open_table,
-    require_place,
 )
 
 T = TypeVar("T")
@@ -349,6 +348,17 @@ def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str,
         for modality, fingerprint in by_modality.items()
         for name, value in fingerprint.items()
     }
+
+
+def open_table(location: str) -> VectorTable:
+    """Connect to the database in a folder, or at a URI."""
+    return LanceTable(location)
+
+
+def require_place(location: str, *, is_new: bool = False) -> None:
+    """Raise IndexUnavailableError for a place without a database; a new one may be empty."""
+    if "://" not in location:
+        require_database_folder(Path(location), is_new=is_new)
 
 
 def _connect(location: str) -> VectorTable:

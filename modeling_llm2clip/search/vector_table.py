@@ -1,7 +1,7 @@
 """The seam between an image index and its database.
 
 Another database is a class with the methods of `VectorTable` in a file of its own, and a line in
-`open_table`.
+`open_table` of `index_database.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,21 +137,6 @@ class VectorTable(Protocol):
 
         Without `ann` every image that passes the filter is compared.
         """
-
-
-def open_table(location: str) -> VectorTable:
-    """Connect to the database in a folder, or at a URI."""
-    from .lancedb_table import LanceTable
-
-    return LanceTable(location)
-
-
-def require_place(location: str, *, is_new: bool = False) -> None:
-    """Raise IndexUnavailableError for a place without a database; a new one may be empty."""
-    from .lancedb_table import require_database_folder
-
-    if "://" not in location:
-        require_database_folder(Path(location), is_new=is_new)
 
 
 def make_schema(width: int) -> pa.Schema:
