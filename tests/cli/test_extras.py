@@ -29,9 +29,9 @@ EXTRAS = SETUP["options.extras_require"]
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
                  "prometheus_client": "prometheus-client",
                  "sentence_transformers": "sentence-transformers"}  # fmt: skip
-# Installed by what `install_requires` names: huggingface_hub has the first two, cyclopts the next,
-# transformers the next; fastapi the next two, onnxscript the last.
-INDIRECT = {"fsspec", "httpcore", "rich", "tokenizers", "pydantic", "starlette", "onnx_ir"}
+# Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
+# transformers the third; fastapi the next two, onnxscript the last.
+INDIRECT = {"fsspec", "rich", "tokenizers", "pydantic", "starlette", "onnx_ir"}
 REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "loky", "numpy",
             "pyarrow", "safetensors", "tabulate", "threadpoolctl", "torch", "torchvision", "tqdm",
             "transformers", "yaml"}  # fmt: skip
