@@ -94,7 +94,7 @@ def _digest(text: str) -> bytes:
 
 def hash_text(text: str) -> int:
     """Hash a text into a signed integer of 64 bits, the same on every machine."""
-    return int(_hash_texts([text])[0])
+    return int.from_bytes(_digest(text), "little", signed=True)
 
 
 def hash_identity(name: str, lang: str) -> int:
