@@ -361,8 +361,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
             ) from error
 
     def _has_file(self, record: Any) -> bool:
-        file = self.folder / record.file
-        return file.is_file() and file.stat().st_size == int(record.bytes)
+        file: Path = self.folder / record.file
+        return file.is_file() and file.stat().st_size == record.bytes
 
     def _name_places(self) -> str:
         return str(self.folder)
