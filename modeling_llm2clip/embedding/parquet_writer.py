@@ -59,7 +59,7 @@ class EmbeddedShard:
 
 @dataclass(frozen=True)
 class EmbeddingManifest(ShardedManifest):
-    """What an output of `embed` holds.
+    """Describes an output of `embed`.
 
     Attributes:
         modality: text or image.

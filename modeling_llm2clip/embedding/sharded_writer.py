@@ -253,7 +253,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     LEFTOVERS: ClassVar[tuple[str, ...]]
     """Patterns of the files and folders that only an unfinished output has."""
     REPAIRS: ClassVar[bool]
-    """Whether a file that a complete output has lost is computed again."""
+    """A file that a complete output has lost is computed again, not refused."""
 
     def __init__(self, folder: Path, manifest: _Manifest) -> None:
         self.folder = folder
@@ -273,7 +273,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         """Raise ValueError if a complete shard is missing or damaged."""
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard is complete on disk."""
+        """Return whether a shard is complete on disk."""
         record = self._read_record(shard)
         if record is None:  # not complete yet, or already in the manifest
             record = dict(enumerate(self.manifest.read(self.folder).shards)).get(shard)
@@ -361,8 +361,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
             ) from error
 
     def _has_file(self, record: Any) -> bool:
-        file = self.folder / record.file
-        return file.is_file() and file.stat().st_size == int(record.bytes)
+        file: Path = self.folder / record.file
+        return file.is_file() and file.stat().st_size == record.bytes
 
     def _name_places(self) -> str:
         return str(self.folder)

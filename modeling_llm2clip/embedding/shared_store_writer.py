@@ -79,7 +79,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         return cls(folder, StoreManifest.read(folder), storage, keep=keep)
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard is complete, here or in the storage."""
+        """Return whether a shard is complete, here or in the storage."""
         return super().is_done(shard) or self.storage.has(self.manifest.name_record(shard))
 
     def list_missing(self) -> list[int]:
@@ -182,7 +182,7 @@ def _require_no_shards(storage: ObjectStorage) -> None:
 
 
 def _pull_plan(folder: Path, storage: ObjectStorage) -> bool:
-    """Copy manifest and index here unless they are; whether the storage has them."""
+    """Copy manifest and index here unless they are; returns whether the storage has them."""
     if not storage.has(MANIFEST_FILE):
         return False
     if not StoreManifest.is_begun(folder):

@@ -35,7 +35,7 @@ class StageInterrupt(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal came.
+    """Notes the first signal that comes.
 
     Attributes:
         signal: The first signal that came, or None.

@@ -63,7 +63,7 @@ class ItemTexts(Sequence[str]):
         if isinstance(item, slice):
             return [self[i] for i in range(*item.indices(len(self)))]
         batch, row = self._index.locate(item)
-        text: str = batch.column(self._column)[row].as_py()
+        text: str = self._index.batch(batch).column(self._column)[row].as_py()
         return text
 
     def __iter__(self) -> Iterator[str]:
@@ -105,7 +105,7 @@ class StoreIndex:
     def iterate_batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the items in batches of `ROWS_PER_BATCH`, whose pages are then given back."""
         for number in range(self._reader.num_record_batches):
-            yield self._batch(number)
+            yield self.batch(number)
             self._forget_pages(number)
 
     def iterate_numbers(self, column: str) -> Iterator[Array]:
@@ -119,12 +119,11 @@ class StoreIndex:
             ends, _ = self._list_rows(number)
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
-    def locate(self, item: int) -> tuple[pa.RecordBatch, int]:
+    def locate(self, item: int) -> tuple[int, int]:
         """Return the batch of an item, and its place there."""
         if not -self._length <= item < self._length:
             raise IndexError(f"There is no item {item}: the store has {self._length}.")
-        number, place = divmod(int(item) % self._length, ROWS_PER_BATCH)
-        return self._batch(number), place
+        return divmod(int(item) % self._length, ROWS_PER_BATCH)
 
     def rows_of(self, item: int, *, long: bool = False) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the rows of an item's captions, or the one row of an image.
@@ -139,10 +138,12 @@ class StoreIndex:
         Raises:
             IndexError: There is no such item.
         """
-        batch, place = self.locate(item)
-        rows = np.asarray(batch.column("rows")[place].values)
-        num_short = batch.column("num_short")[place].as_py()
-        return np.array(rows[num_short:] if long else rows[:num_short])
+        number, place = self.locate(item)
+        ends, rows = self._list_rows(number)
+        num_short = self.batch(number).column("num_short")[place].as_py()
+        start, stop = int(ends[place]), int(ends[place + 1])
+        middle = start + num_short
+        return np.array(rows[middle:stop] if long else rows[start:middle])
 
     def rows_at(self, items: Array, numbers: Array) -> Array:
         """Return the row of one caption of each of many items.
@@ -193,9 +194,9 @@ class StoreIndex:
     def check_all(self) -> None:
         """Raise ValueError if a batch is damaged."""
         for number in range(self._reader.num_record_batches):
-            self._batch(number)
+            self.batch(number)
 
-    def _batch(self, number: int) -> pa.RecordBatch:
+    def batch(self, number: int) -> pa.RecordBatch:
         """Return a batch of items, which is checked when it is first used."""
         if number not in self._batches:
             self._check(number)
@@ -205,7 +206,7 @@ class StoreIndex:
     def _list_rows(self, number: int) -> tuple[Array, Array]:
         """Return where the rows of a batch's items begin, and the rows."""
         if number not in self._rows:
-            column = self._batch(number).column("rows")
+            column = self.batch(number).column("rows")
             self._rows[number] = np.asarray(column.offsets), np.asarray(column.values)
         return self._rows[number]
 

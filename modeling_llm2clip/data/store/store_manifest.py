@@ -33,7 +33,7 @@ _Manifest = TypeVar("_Manifest", bound="ShardedManifest")
 
 
 class ShardedManifest:
-    """What an output of shards holds, as a JSON file beside them; subclasses are dataclasses.
+    """Describes an output of shards, in a JSON file beside them; subclasses are dataclasses.
 
     Attributes:
         num_rows: Number of embeddings, planned until the output is complete.
@@ -46,9 +46,9 @@ class ShardedManifest:
     FILE: ClassVar[str]
     VERSION: ClassVar[int]
     CONTENT: ClassVar[str]
-    """What the folder holds, for messages."""
+    """Name of the content, for messages."""
     OTHER: ClassVar[str]
-    """The same, with another content."""
+    """Name of another content of the same kind."""
     COMMAND: ClassVar[str]
     """The command that writes it."""
     BEFORE: ClassVar[tuple[str, ...]] = ()
@@ -104,7 +104,7 @@ class ShardedManifest:
 
     @classmethod
     def is_begun(cls, folder: Path) -> bool:
-        """Whether a folder holds such an output, complete or not."""
+        """Return whether a folder holds such an output, complete or not."""
         return (folder / cls.FILE).is_file()
 
     @classmethod
@@ -189,7 +189,7 @@ class IndexRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest(ShardedManifest):
-    """What an embedding store holds.
+    """Describes an embedding store.
 
     Attributes:
         content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings.

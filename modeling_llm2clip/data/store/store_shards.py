@@ -261,7 +261,7 @@ def list_errors(check: Any, records: Sequence[ShardRecord]) -> list[str]:
 
 
 class Advice(IntEnum):
-    """What a process will do with mapped memory; the numbers of Linux and macOS, see madvise(2)."""
+    """Intended use of mapped memory; the numbers of Linux and macOS, see madvise(2)."""
 
     RANDOM = 1  # no reading ahead
     READ_AHEAD = 3  # read it now, while the process goes on
