@@ -83,7 +83,7 @@ class EvaluationDataset(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadRequest:
-    """How a dataset is to be read; `load_dataset` explains each field.
+    """Request to read a dataset; `load_dataset` explains each field.
 
     `folder` is a path, or the URL of one's own data; None for a dataset that needs none.
     """

@@ -81,7 +81,7 @@ class EncoderDescription:
 
 
 class Encoder(Protocol):
-    """What is evaluated; its weights are loaded when the first embedding is needed."""
+    """A model under evaluation; its weights are loaded when the first embedding is needed."""
 
     def describe(self) -> EncoderDescription:
         """Say what decides the embeddings, from files alone if they say it."""
@@ -130,7 +130,7 @@ def load_rgb(images: Sequence[Any]) -> list[Any]:
 
 
 class ModelEncoder(ABC):
-    """What the encoders of other packages' models share: checks, batches, truncated texts."""
+    """Base of the encoders of other packages' models: checks, batches, truncated texts."""
 
     def __init__(self, config: EncoderConfig, *, source: str) -> None:
         self._run_config = config
@@ -139,7 +139,7 @@ class ModelEncoder(ABC):
     @cached_property
     @abstractmethod
     def _description(self) -> EncoderDescription:
-        """What decides the embeddings."""
+        """Everything that decides the embeddings."""
 
     @property
     @abstractmethod

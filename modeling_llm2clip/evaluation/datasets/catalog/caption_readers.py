@@ -74,12 +74,13 @@ class JsonCaptions:
         self, request: ReadRequest, validator: DatasetValidator
     ) -> Iterator[PublishedRecord]:
         """Yield a record per image, in the order of the files."""
+        paths = [path.format(lang=request.lang).split(".") for path in self.captions]
         for names in self.files:
             file = validator.find_file(request.data_folder, *names, advice=self.advice)
             folder = "".join(names[0].rpartition("/")[:2])
             for place, fields in self._iterate(file, validator):
                 name = next((fields[field] for field in self.image if fields.get(field)), None)
-                captions = self._find_captions(fields, request.lang)
+                captions = _find_captions(fields, paths)
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
                     error = self.lacking.format(lang=request.lang)
                     validator.errors.add(error, f"{folder}{place}")
@@ -109,30 +110,32 @@ class JsonCaptions:
         else:
             has_splits = bool(self.other_splits)
             lines = read_json_lines(file, validator.errors)
-            records = ((raw.place, dict(raw.fields)) for raw in lines)
+            records = ((raw.place, raw.fields) for raw in lines)
         for place, fields in records:
             if not has_splits or fields.get("split") == "test":
                 yield place, fields
             elif fields.get("split") not in self.other_splits:
                 validator.errors.add("no split, or an unknown one", place)
 
-    def _find_captions(self, fields: Mapping[str, Any], lang: str) -> list[Any]:
-        """List the captions; [None] if there is no field of them."""
-        found = [_find_values(fields, path.format(lang=lang)) for path in self.captions]
-        there = [values for values in found if values != [None]]
-        return list(chain(*there)) if there else [None]
-
     def _find_image(self, request: ReadRequest, name: str) -> Path | None:
         """Find an image in the publisher's own subfolder."""
+        if not self.subfolder or request.image_dir is not None:
+            return None
         image = request.data_folder / self.subfolder / name
-        is_there = self.subfolder and request.image_dir is None and image.is_file()
-        return image if is_there else None
+        return image if image.is_file() else None
 
 
-def _find_values(fields: Mapping[str, Any], path: str) -> list[Any]:
+def _find_captions(fields: Mapping[str, Any], paths: list[list[str]]) -> list[Any]:
+    """List the captions; [None] if there is no field of them."""
+    found = [_find_values(fields, path) for path in paths]
+    there = [values for values in found if values != [None]]
+    return list(chain(*there)) if there else [None]
+
+
+def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
     """List the values at a path; None stands for one that is missing."""
     values: list[Any] = [fields]
-    for step in path.split("."):
+    for step in path:
         if step == "*":
             several = (value if isinstance(value, list) else [value] for value in values)
             values = list(chain(*several))
@@ -140,7 +143,7 @@ def _find_values(fields: Mapping[str, Any], path: str) -> list[Any]:
             place = int(step)
             values = [v[place] if isinstance(v, list) and place < len(v) else None for v in values]
         else:
-            values = [value.get(step) if isinstance(value, Mapping) else None for value in values]
+            values = [value.get(step) if isinstance(value, dict) else None for value in values]
     return values
 
 
