@@ -142,15 +142,9 @@ def align(
     """
     config, output = config or AlignConfig(), Path(output)
     captions, images = check_align(config, caption_store=caption_store, image_store=image_store)
-    loss = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
-    if has_trained_parameters(loss) and is_sharded():
-        raise ValueError(
-            f"{type(loss).__name__} has parameters, which are not trained under FSDP. Use the "
-            "configuration for DDP."
-        )
-    model_folder = output / MODEL_FOLDER
-    clear_leftovers(model_folder)
-    require_new_folder(model_folder)
+    loss = _choose_loss(loss, config)
+    clear_leftovers(output / MODEL_FOLDER)
+    require_new_folder(output / MODEL_FOLDER)
     if isinstance(data, RecordStream):
         check_stream(config, has_image_store=images is not None)
     else:
@@ -163,22 +157,18 @@ def align(
         open_source(source, output) as found,
         TemporaryDirectory() as temporary,
     ):
-        fingerprints = {
-            "text": fingerprint_text(found.folder),
-            "vision": fingerprint_vision(found.folder),
-        }
-        if captions is not None:
-            captions.require_fingerprint(fingerprints["text"])
-        if images is not None:
-            images.require_fingerprint(fingerprints["vision"])
+        text, vision = fingerprint_text(found.folder), fingerprint_vision(found.folder)
+        for store, fingerprint in ((captions, text), (images, vision)):
+            if store is not None:
+                store.require_fingerprint(fingerprint)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
-        run_data: RunData
-        if isinstance(data, RecordStream):
-            run_data = open_stream(data, processor, config, captions, Path(temporary))
-        else:
-            run_data = open_records(data, processor, config, captions, images)
+        run_data = (
+            open_stream(data, processor, config, captions, Path(temporary))
+            if isinstance(data, RecordStream)
+            else open_records(data, processor, config, captions, images)
+        )
         inputs = {
-            **_identify(found, run_data, fingerprints, captions, images),
+            **_identify(found, run_data, {"text": text, "vision": vision}, captions, images),
             "loss_class": identify_loss(loss),
             "num_processes": PartialState().num_processes,
             "is_sharded": is_sharded(),
@@ -196,7 +186,17 @@ def align(
         if PartialState().is_main_process:
             _write_model(fit, trained, data_name)
         PartialState().wait_for_everyone()
-    return model_folder
+    return output / MODEL_FOLDER
+
+
+def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
+    chosen = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
+    if has_trained_parameters(chosen) and is_sharded():
+        raise ValueError(
+            f"{type(chosen).__name__} has parameters, which are not trained under FSDP. Use the "
+            "configuration for DDP."
+        )
+    return chosen
 
 
 def _choose(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from .held_out import HeldOutImages, HeldOutScores, embed_batches, fit_temperatu
 from .input_times import INPUT_SECONDS
 from .sampling import mix
 
-if TYPE_CHECKING:
-    from .alignment_trainer import AlignmentTrainer
-
 BEST_FILE = "best.safetensors"
 # Tried beside all of the way from the start to the trained weights.
 SHARES = (0.25, 0.5, 0.75)
@@ -42,7 +39,7 @@ _EPOCH = -1
 
 
 def find_model(
-    trainer: AlignmentTrainer, *, is_stored: bool
+    trainer: Any, *, is_stored: bool
 ) -> tuple[nn.Module, torch.device, Callable[[], AbstractContextManager[Any]]]:
     """Find the model that a Trainer trains, its device, and the context of its forward pass."""
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
@@ -118,7 +115,7 @@ class BestWeightsCallback(TrainerCallback):
         self.best_step = 0
         self.best_share = 1.0
         self.has_stopped_early = False
-        self.trainer: AlignmentTrainer | None = None
+        self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
         self._start = start or {}
 
     @property
@@ -204,7 +201,7 @@ class BestWeightsCallback(TrainerCallback):
                 metadata = {_METADATA: json.dumps(self.as_record())}
                 write_atomically(self.file, save(weights, metadata=metadata))
 
-    def _measure(self, trainer: AlignmentTrainer) -> HeldOutScores:
+    def _measure(self, trainer: Any) -> HeldOutScores:
         inputs = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
         found: list[Any] = [self.images.score(trainer.alignment_model.loss, inputs)]
         # Other hardware may round differently; all processes must keep and stop alike.
@@ -244,7 +241,7 @@ class TrainingObjective(TrainerCallback):
         name: str,
     ) -> None:
         chosen = np.sort(items[np.argsort(mix(seed, items), kind="stable")[:size]])
-        self.trainer: AlignmentTrainer | None = None
+        self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
         self._dataset = dataset
         self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
         self._output = output
