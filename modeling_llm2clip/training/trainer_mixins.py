@@ -150,7 +150,7 @@ class JsonLinesCallback(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         if state.is_world_process_zero and given.get("logs"):
             line = json.dumps({"step": state.global_step, **given["logs"]})
             with self.file.open("a", encoding="utf-8") as stream:
@@ -160,7 +160,7 @@ class JsonLinesCallback(TrainerCallback):
 class LogLastStepCallback(TrainerCallback):
     """Logs the last step too, whatever the number of steps between two logs."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -174,7 +174,7 @@ class StopCallback(TrainerCallback):
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if args.world_size > 1:
             number = torch.tensor(int(self.stop.signal or 0), device=args.device)
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -192,7 +192,7 @@ class ProgressCallback(TrainerCallback):
         self._bar: tqdm[Any] | None = None
         self._numbers: dict[str, str] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._bar = tqdm(
             desc=self._name,
             total=state.max_steps,
@@ -202,16 +202,16 @@ class ProgressCallback(TrainerCallback):
             mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_UPDATES,
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         self._numbers |= describe_numbers(given.get("logs") or {})
         if self._bar is not None:
             self._bar.set_postfix(self._numbers, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self._bar is not None:
             self._bar.close()
 

@@ -349,7 +349,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
 class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         given["model"].logit_head.clamp()
 
 

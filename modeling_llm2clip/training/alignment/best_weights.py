@@ -123,13 +123,13 @@ class BestWeightsCallback(TrainerCallback):
         """File of the best weights."""
         return self.output / BEST_FILE
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self.before is None:
             assert self.trainer is not None
             self.before = self._measure(self.trainer)
             self._compare(self.before, step=state.global_step, share=1.0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         step = state.global_step
         if step % self.eval_steps and step < state.max_steps:
             return
@@ -247,7 +247,7 @@ class TrainingObjective(TrainerCallback):
         self._output = output
         self._name = name
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if not state.global_step:
             self._record(before=self._measure())
 

@@ -71,7 +71,7 @@ class InputTimesCallback(TrainerCallback):
             self._made.seconds += batch.pop(INPUT_SECONDS)
         return found
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002, D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         now = time.perf_counter()
         is_last = state.global_step >= state.max_steps
         epoch = int(self._epoch_at(state.global_step))
