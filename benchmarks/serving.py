@@ -73,11 +73,11 @@ from modeling_llm2clip import load_model
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
-from modeling_llm2clip.serving.served_encoder import ModelEncoder
+from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.serving.service import EmbeddingService
 folder, texts = Path(sys.argv[1]), json.load(open(sys.argv[2]))
 service = EmbeddingService(
-    ModelEncoder(*load_model(folder, device="cpu")),
+    TorchEncoder(*load_model(folder, device="cpu")),
     ServeConfig(device="cpu", max_wait_ms=0, max_queue=len(texts)),
     model_name="small",
 )

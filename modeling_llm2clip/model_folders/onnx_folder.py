@@ -153,6 +153,24 @@ def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Pa
     return graph_file(folder, modality, chosen)
 
 
+def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) -> dict[str, str]:
+    """Describe what determines the embeddings of a graph.
+
+    It is what determines those of the exported model, and SHA-256 of `graph` and `tokenizer and
+    settings`, which may have been changed since.
+    """
+    from ..data.atomic_files import hash_file, hash_json
+    from .fingerprint import hash_model_files  # imports torch
+
+    graph = choose_graph(folder, modality, weights)
+    files = [file for file in (graph, data_file(graph)) if file.is_file()]
+    return {
+        **read_onnx_record(folder)["source"][modality],
+        "graph": hash_json([hash_file(file) for file in files]),
+        "tokenizer and settings": hash_model_files(folder, ["*.json"]),
+    }
+
+
 def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
     """Open a graph for ONNX Runtime on the CPU.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -26,6 +25,7 @@ from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_text
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
+from ..model_folders.onnx_folder import fingerprint_graph
 from ..model_folders.stage_source import Source, open_source
 from ..model_folders.training_images import ImageTally, read_training_images
 from ..model_folders.training_state import require_trained
@@ -48,7 +48,6 @@ from .embedding_manifest import (
     require_embedding_folder,
 )
 from .embedding_rows import ImageRows, TextRows
-from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
 from .shard_encoding import ImageShardEncoder, ShardEncoder, load_shard_encoder
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -120,7 +119,7 @@ def embed(
     with stops as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
-        encoder = _load_encoder(found.folder, rows, config, device)
+        encoder = load_shard_encoder(found.folder, rows, config, device)
         planned = plan_output(found.folder, found.name, records, rows, encoder, config)
         with PartialState().main_process_first():
             writer = EmbeddingFolderWriter.open(
@@ -238,7 +237,7 @@ def make_worker(folder: Path, writer: EmbeddingFolderWriter, config: EmbedConfig
         writer: Of the output.
         config: Options of the output.
     """
-    encoder = _load_encoder(folder, writer.rows, config, choose_device(config.device))
+    encoder = load_shard_encoder(folder, writer.rows, config, choose_device(config.device))
     return ShardWorker(writer, encoder.prepare)
 
 
@@ -273,17 +272,9 @@ def describe_embeddings(output: Path) -> list[str]:
     return lines
 
 
-def _load_encoder(
-    folder: Path, rows: TextRows | ImageRows, config: EmbedConfig, device: torch.device
-) -> ShardEncoder:
-    if config.backend == "onnx":
-        return load_onnx_shard_encoder(folder, rows, config)
-    return load_shard_encoder(folder, rows, config, device)
-
-
 def _fingerprint(folder: Path, modality: Modality, config: EmbedConfig) -> dict[str, str]:
     if config.backend == "onnx":
-        return fingerprint_graph(folder, modality, config)
+        return fingerprint_graph(folder, modality, config.text_weights)
     return fingerprint_embeddings(folder, modality)
 
 

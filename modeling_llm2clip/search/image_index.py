@@ -19,9 +19,9 @@ from ..model_folders.model_types import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
 from .index_about import About, AnnIndex, IndexUnavailableError, require_same_fingerprint
 from .index_database import COLUMNS, IndexDatabase
-from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
     NamedQuery,
+    OnnxQueryEncoder,
     Part,
     Query,
     QueryEncoder,

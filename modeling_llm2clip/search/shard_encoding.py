@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,16 +17,11 @@ from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
-from ..encoding.batches import iterate_batches, prepare_images, split_evenly
-from ..encoding.encode import (
-    default_batch_size,
-    default_token_budget,
-    iterate_token_batches,
-    project_captions,
-    raise_malloc_thresholds,
-)
-from ..encoding.eval_mode import require_eval_mode
+from ..encoding.batches import split_evenly
+from ..encoding.encode import TorchEncoder
+from ..encoding.encoder import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
+from ..model_folders.onnx_folder import load_onnx_encoder
 from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
@@ -67,55 +62,42 @@ class ShardEncoder(Protocol):
 def load_shard_encoder(
     folder: Path, rows: TextRows | ImageRows, config: EmbedConfig, device: torch.device
 ) -> ShardEncoder:
-    """Load the tower that is needed.
+    """Load the tower that is needed, or open its graph.
 
     Args:
-        folder: Model folder.
+        folder: Model folder, or with `config.backend` onnx a folder of ONNX graphs.
         rows: What is encoded.
         config: Options of the encoding.
         device: Where the tower runs.
     """
-    processor = LLM2CLIPProcessor.from_pretrained(folder)
-    if isinstance(rows, TextRows):
-        text_model = LLM2CLIPTextModel.from_pretrained(folder).to(device)
-        budget = config.token_budget or default_token_budget(device)
-        return TextShardEncoder(text_model, processor, rows, token_budget=budget)
-    vision_model = LLM2CLIPVisionModel.from_pretrained(folder).to(device)
-    batch_size = config.batch_size or default_batch_size(device)
-    return ImageShardEncoder(
-        vision_model,
-        processor,
-        rows,
-        batch_size=batch_size,
-        num_workers=config.num_workers,
-        skip_invalid=config.skip_invalid,
-    )
+    is_text = isinstance(rows, TextRows)
+    encoder: Encoder
+    if config.backend == "onnx":
+        modality = "text" if is_text else "image"
+        encoder = load_onnx_encoder(folder, weights=config.text_weights, modalities=(modality,))
+    else:
+        kind = LLM2CLIPTextModel if is_text else LLM2CLIPVisionModel
+        model = kind.from_pretrained(folder).to(device)
+        encoder = TorchEncoder(model, LLM2CLIPProcessor.from_pretrained(folder))
+    shards = TextShardEncoder if isinstance(rows, TextRows) else ImageShardEncoder
+    return shards(encoder, rows, config)  # type: ignore[arg-type]
 
 
 class TextShardEncoder:
     """Encodes the texts of shards; equal texts of a shard once.
 
     Args:
-        model: The text tower.
-        processor: The model's processor.
+        encoder: The text tower.
         rows: The texts.
-        token_budget: Maximum tokens per batch, padding included.
+        config: Options of the encoding.
     """
 
-    def __init__(
-        self,
-        model: LLM2CLIPTextModel,
-        processor: LLM2CLIPProcessor,
-        rows: TextRows,
-        *,
-        token_budget: int,
-    ) -> None:
-        self._model = model
-        self._processor = processor
+    def __init__(self, encoder: Encoder, rows: TextRows, config: EmbedConfig) -> None:
+        self._encoder = encoder
         self._rows = rows
-        self._token_budget = token_budget
-        self.dim = model.config.projection_dim
-        self.plan = {"token_budget": str(token_budget)}
+        self._token_budget = config.token_budget or encoder.token_budget
+        self.dim = encoder.embedding_dim
+        self.plan = {"token_budget": str(self._token_budget), **_name_backend(config)}
 
     def prepare(self, rows: range) -> PreparedShard:
         """Read and tokenize the texts of a shard.
@@ -140,7 +122,7 @@ class TextShardEncoder:
         distinct = list(dict.fromkeys(texts))
         numbers = {text: number for number, text in enumerate(distinct)}
         number_of = np.array([numbers[text] for text in texts])
-        tokens = TokenizedTexts(self._processor, distinct)
+        tokens = TokenizedTexts(self._encoder.processor, distinct)
         plan = plan_token_batches(tokens.lengths.tolist(), token_budget=self._token_budget)
         return PreparedShard(
             batches=_find_places(number_of, plan, len(distinct)),
@@ -153,51 +135,33 @@ class TextShardEncoder:
     ) -> Iterator[Tensor]:
         # Places of equal texts are next to each other; each text is encoded at the first of them.
         plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
-        encoded = self._embed(texts, plan)
+        encoded = self._encoder.iterate_texts(texts, plan)
         for places, numbers, embeds in zip(batches, plan, encoded, strict=True):
             rows = {number: row for row, number in enumerate(numbers)}
             yield embeds[[rows[number] for number in number_of[places].tolist()]]
-
-    def _embed(self, texts: TokenizedTexts, plan: list[list[int]]) -> Iterator[Tensor]:
-        """Yield the final embeddings of batches of distinct texts."""
-        for embeds in iterate_token_batches(self._model, self._processor, texts, plan):
-            yield project_captions(self._model, embeds)
 
 
 class ImageShardEncoder:
     """Encodes the images of shards; threads decode them.
 
     Args:
-        model: The vision tower.
-        processor: The model's processor.
+        encoder: The vision tower.
         rows: The images.
-        batch_size: Images per batch.
-        num_workers: Threads that decode images; None for the default.
-        skip_invalid: Give zeros for an image that cannot be decoded, instead of an error.
+        config: Options of the encoding; `skip_invalid` gives zeros for an image that cannot be
+            decoded, instead of an error.
 
     Attributes:
-        tally: The images that were encoded so far.
+        tally: The images that were encoded so far; empty where a graph encodes them.
     """
 
-    def __init__(
-        self,
-        model: LLM2CLIPVisionModel,
-        processor: LLM2CLIPProcessor,
-        rows: ImageRows,
-        *,
-        batch_size: int,
-        num_workers: int | None,
-        skip_invalid: bool,
-    ) -> None:
-        self._model = model
-        self._processor = processor
+    def __init__(self, encoder: Encoder, rows: ImageRows, config: EmbedConfig) -> None:
+        self._encoder = encoder
         self._rows = rows
-        self._batch_size = batch_size
-        self._num_workers = num_workers
-        self._skip_invalid = skip_invalid
+        self._config = config
+        self._batch_size = config.batch_size or encoder.batch_size
         self.tally = ImageTally()
-        self.dim = model.config.projection_dim
-        self.plan = {"batch_size": str(batch_size)}
+        self.dim = encoder.embedding_dim
+        self.plan = {"batch_size": str(self._batch_size), **_name_backend(config)}
 
     def prepare(self, rows: range) -> PreparedShard:
         """List the images of a shard.
@@ -227,64 +191,33 @@ class ImageShardEncoder:
         )
 
     def _encode(self, images: list[ImageSource], batches: Sequence[Array]) -> Iterator[Tensor]:
-        if self._model.device.type == "cpu":
-            raise_malloc_thresholds()
-        for _, embeds in iterate_batches(
+        plan = [places.tolist() for places in batches]
+        encoded = self._encoder.iterate_images(
             images,
-            [places.tolist() for places in batches],
-            prepare=partial(self._decode, images),
-            encode=self._embed,
-            device=self._model.device,
-            num_workers=self._num_workers,
-        ):
+            plan,
+            num_workers=self._config.num_workers,
+            open_image=decode_image,
+            on_error=lambda _, error: str(error),
+        )
+        for places, batch in zip(plan, encoded, strict=True):
+            if batch.errors and not self._config.skip_invalid:
+                raise ValueError(_describe_unreadable(images) or "\n".join(batch.errors.values()))
+            if batch.tower_embeds is not None:
+                self.tally.add(batch.tower_embeds)
+            place_of = {row: place for place, row in enumerate(places)}
+            embeds = torch.zeros(len(places), self.dim, dtype=torch.float32)
+            embeds[[place_of[row] for row in batch.rows]] = batch.embeds
             yield embeds
 
-    def _decode(self, images: list[ImageSource], part: list[ImageSource]) -> DecodedBatch:
-        """Decode a batch; of several that cannot be, all of the shard are named."""
-        places: list[int] = []
 
-        def open_all() -> Iterator[Any]:
-            for place, image in enumerate(part):
-                try:
-                    opened = decode_image(image)
-                except ValueError:
-                    if not self._skip_invalid:
-                        raise ValueError(_describe_unreadable(images)) from None
-                else:
-                    places.append(place)
-                    yield opened
-
-        return DecodedBatch(prepare_images(self._processor, open_all()), places, len(part))
-
-    def _embed(self, batch: DecodedBatch) -> Tensor:
-        embeds = torch.zeros(batch.size, self.dim, dtype=torch.float32)
-        if batch.places:
-            on_device: dict[str, Any] = {
-                name: value.to(self._model.device) for name, value in batch.inputs.items()
-            }
-            with require_eval_mode(self._model):
-                vision_embeds = self._model.get_vision_embeds(**on_device)
-                self.tally.add(vision_embeds)
-                embeds[batch.places] = self._model.to_image_embeds(vision_embeds).cpu()
-        return embeds
-
-
-class DecodedBatch(NamedTuple):
-    """The images of a batch that could be decoded.
-
-    Attributes:
-        inputs: What the model takes.
-        places: Of these images in the batch.
-        size: Of the batch.
-    """
-
-    inputs: dict[str, Tensor]
-    places: list[int]
-    size: int
+def _name_backend(config: EmbedConfig) -> dict[str, str]:
+    return {"backend": "onnx"} if config.backend == "onnx" else {}
 
 
 def _describe_unreadable(images: list[ImageSource]) -> str:
     errors = list(find_unreadable_images(images).values())
+    if not errors:
+        return ""
     shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
     return (
         f"{len(errors)} of {len(images)} images cannot be decoded:\n{shown}\nRepair or remove "

@@ -21,28 +21,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from ..configs.serve_config import ServeConfig
-from ..image_loading_llm2clip import get_image_limits, load_images
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.encode import TorchEncoder
+from ..encoding.encoder import Encoder
+from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
+from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.model_card_data import read_card_data
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_loading import load_model
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
-from ..model_folders.training_images import TrainingImages, read_training_images
+from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
+from ..model_folders.training_state import require_trained
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.index_about import IndexUnavailableError
 from ..search.index_training import restore_tally
 from ..search.label_ranking import Tag, average_prompts, rank_labels
-from ..search.tag_labels import Label, check_templates, make_labels
+from ..search.tag_labels import check_templates, make_labels
 from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
-from .served_encoder import ServedEncoder
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
 from .worker_threads import WorkerThreads
 
 if TYPE_CHECKING:
-    from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
     from ..search.image_index import ImageIndex
 
 Input: TypeAlias = str | bytes | Image.Image
@@ -80,7 +85,7 @@ class EmbeddingService:
 
     def __init__(
         self,
-        encoder: ServedEncoder,
+        encoder: Encoder,
         config: ServeConfig | None = None,
         *,
         model_name: str,
@@ -97,14 +102,19 @@ class EmbeddingService:
         self.training_data = tuple(training_data)
         self.training_images = training_images
         self.on_batch = on_batch
+        self._tally = ImageTally()  # of the images that were embedded so far
         lanes = {
-            "text": Lane("text", encoder.encode_texts, config.token_budget or encoder.token_budget),
-            "image": Lane("image", encoder.encode_images, config.batch_size or encoder.batch_size),
+            "text": Lane(
+                "text",
+                lambda texts: encoder.encode_texts(texts).numpy(),
+                config.token_budget or encoder.token_budget,
+            ),
+            "image": Lane("image", self._encode_images, config.batch_size or encoder.batch_size),
         }
         self._worker = BatchWorker(
             [lanes[name] for name in encoder.modalities],
             max_wait_s=config.max_wait_ms / 1000,
-            on_batch=self._report_batch,
+            on_batch=lambda *counts: self.on_batch and self.on_batch(*counts),
         )
         # Apart, so that images that are slow to decode hold up neither texts nor searches.
         self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
@@ -130,14 +140,26 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
-        source = find_onnx_folder(model) if config.backend == "onnx" else model
-        encoder = _load_encoder(source, config)
+        source: str | Path = model
+        if config.backend == "onnx":
+            source = find_onnx_folder(model)
+            saved = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
+            require_trained(saved, purpose="serving", source=source)
+            encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
+        else:
+            loaded, processor = load_model(model, device=config.device)
+            require_trained(loaded, purpose="serving", source=model)
+            encoder = TorchEncoder(loaded, processor)
+        if index is not None:
+            from ..search.image_index import ImageIndex  # its packages come with an extra
+
+            images = ImageIndex.open(index, model=source)
         folder = find_model_folder(source)
         return cls(
             encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
-            index=None if index is None else _open_index(index, source),
+            index=None if index is None else images,
             training_data=read_card_data(folder).training_data,
             training_images=read_training_images(folder),
         )
@@ -184,24 +206,27 @@ class EmbeddingService:
             RequestError: An input cannot be embedded, or the queue is full.
         """
         self._check(inputs, dimensions)
+        texts = [place for place, one in enumerate(inputs) if isinstance(one, str)]
+        images = [place for place, one in enumerate(inputs) if not isinstance(one, str)]
+        work: dict[str, Any] = {}
         with self._admit(len(inputs)):
-            places = {
-                "text": [i for i, one in enumerate(inputs) if isinstance(one, str)],
-                "image": [i for i, one in enumerate(inputs) if not isinstance(one, str)],
-            }
-            texts, images = ([inputs[i] for i in places[name]] for name in ("text", "image"))
-            of_texts, of_images = await _all_or_none(
-                self._embed_texts([str(text) for text in texts], truncate=truncate),
-                self._embed_images(images),
-            )
+            if texts:
+                given = [str(inputs[place]) for place in texts]
+                work["text"] = self._embed_texts(given, truncate=truncate)
+            if images:
+                work["image"] = self._embed_images([inputs[place] for place in images])
+            done = dict(zip(work, await _all_or_none(*work.values()), strict=True))
         embeds = np.empty((len(inputs), self.encoder.embedding_dim), dtype=np.float32)
-        embeds[places["text"]] = of_texts.embeds
-        embeds[places["image"]] = of_images
+        num_tokens, truncated = 0, []
+        if texts:
+            embeds[texts], num_tokens, truncated = done["text"]
+        if images:
+            embeds[images] = done["image"]
         if dimensions is not None and dimensions < embeds.shape[1]:
             embeds = embeds[:, :dimensions]
             embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
-        truncated = [places["text"][place] for place in of_texts.truncated]
-        return EmbeddedInputs(embeds=embeds, num_tokens=of_texts.num_tokens, truncated=truncated)
+        truncated = [texts[place] for place in truncated]
+        return EmbeddedInputs(embeds=embeds, num_tokens=num_tokens, truncated=truncated)
 
     async def classify(
         self,
@@ -223,7 +248,8 @@ class EmbeddingService:
             RequestError: An image or a label is not valid, the model lacks a tower, or the queue is
                 full.
         """
-        if self.encoder.logit_scale is None:
+        scale = self.encoder.logit_scale
+        if scale is None:
             raise RequestError(400, "This model has one tower; classifying needs both.")
         param = "templates"
         try:
@@ -234,9 +260,18 @@ class EmbeddingService:
             raise RequestError(400, str(error), param=param) from None
         prompts = [prompt for label in candidates for prompt in label.prompts]
         embedded = await self.embed([*prompts, *images])
-        rank = partial(
-            self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k
-        )
+
+        def rank() -> list[list[Tag]]:
+            rows = torch.from_numpy(embedded.embeds)
+            label_embeds = average_prompts(rows[: len(prompts)], candidates)
+            return rank_labels(
+                rows[len(prompts) :],
+                label_embeds,
+                candidates,
+                scale=scale,
+                top_k=top_k or len(candidates),
+            )
+
         tags = await self._run(self._text_threads, rank)
         truncated = sorted({place // len(templates) for place in embedded.truncated})
         return ClassifiedImages(tags=tags, num_tokens=embedded.num_tokens, truncated=truncated)
@@ -298,7 +333,7 @@ class EmbeddingService:
         if self.training_images is None:
             return None
         tallies = [] if self.index is None else [restore_tally(self.index.about)]
-        tallies.append(self.encoder.tally)
+        tallies.append(self._tally)
         return next(filter(None, map(self.training_images.describe_far, tallies)), None)
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
@@ -378,10 +413,20 @@ class EmbeddingService:
         seconds = sum(lane.busy_s for lane in lanes) / max(num_done, 1) * self._num_pending
         return min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)
 
-    async def _embed_texts(self, texts: list[str], *, truncate: bool) -> EmbeddedInputs:
-        if not texts:
-            return EmbeddedInputs(embeds=self._no_embeds(), num_tokens=0)
-        tokens, truncated = await self._tokenize(texts)
+    async def _embed_texts(
+        self, texts: list[str], *, truncate: bool
+    ) -> tuple[NDArray[np.float32], int, list[int]]:
+        """Return (N, P), the number of tokens, and which texts are truncated."""
+        tokens: list[TokenizedText] = []
+        truncated: list[int] = []
+        # Part by part, because nobody else's texts are tokenized meanwhile.
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            try:
+                found = await self._run(self._text_threads, partial(self._tokenize, texts, start))
+            except ValueError as error:
+                raise RequestError(400, str(error), code="invalid_text") from None
+            tokens += found
+            truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
         if truncated and not truncate:
             raise RequestError(
                 400,
@@ -391,45 +436,29 @@ class EmbeddingService:
                 code="text_too_long",
             )
         lengths = [len(one.ids) for one in tokens]
-        embeds = await self._compute("text", tokens, lengths)
-        return EmbeddedInputs(embeds=embeds, num_tokens=sum(lengths), truncated=truncated)
+        embeds = await asyncio.wrap_future(self._worker.submit("text", tokens, lengths))
+        return embeds, sum(lengths), truncated
 
-    async def _tokenize(self, texts: list[str]) -> tuple[list[TokenizedText], list[int]]:
-        """Tokenize texts, and find which are truncated.
-
-        Part by part, because nobody else's texts are tokenized meanwhile.
-        """
-        tokens: list[TokenizedText] = []
-        truncated: list[int] = []
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            try:
-                found = await self._run(
-                    self._text_threads, partial(self._tokenize_part, texts, start)
-                )
-            except ValueError as error:
-                raise RequestError(400, str(error), code="invalid_text") from None
-            tokens += found
-            truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
-        return tokens, truncated
-
-    def _tokenize_part(self, texts: list[str], start: int) -> TokenizedTexts:
-        if start == 0:
+    def _tokenize(self, texts: list[str], start: int) -> TokenizedTexts:
+        if start == 0 and len(texts) > _TOKENIZED_AT_ONCE:
             clean_list(texts)  # names a blank text by its number in the request
-        return self.encoder.tokenize_texts(texts[start : start + _TOKENIZED_AT_ONCE])
+        return TokenizedTexts(self.encoder.processor, texts[start : start + _TOKENIZED_AT_ONCE])
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""
         size = self.config.batch_size or self.encoder.batch_size
         running: deque[asyncio.Future[NDArray[np.float32]]] = deque()
-        parts = [self._no_embeds()]
+        parts: list[NDArray[np.float32]] = []
         try:
             for start in range(0, len(images), size):
-                part = [partial(self._prepare, image) for image in images[start : start + size]]
                 prepared = await _all_or_none(
-                    *(self._run(self._image_threads, prepare) for prepare in part)
+                    *(
+                        self._run(self._image_threads, partial(self._prepare, image))
+                        for image in images[start : start + size]
+                    )
                 )
-                computed = self._compute("image", prepared, [1] * len(prepared))
-                running.append(asyncio.ensure_future(computed))
+                computed = self._worker.submit("image", prepared, [1] * len(prepared))
+                running.append(asyncio.wrap_future(computed))
                 if len(running) > 1:  # one part is encoded while the next one is decoded
                     parts.append(await running.popleft())
             parts += [await future for future in running]
@@ -438,42 +467,18 @@ class EmbeddingService:
                 future.cancel()
         return np.concatenate(parts)
 
-    async def _compute(
-        self, modality: str, inputs: Sequence[Any], costs: Sequence[int]
-    ) -> NDArray[np.float32]:
-        return await asyncio.wrap_future(self._worker.submit(modality, inputs, costs))
-
     def _prepare(self, image: bytes | Image.Image) -> Any:
-        if isinstance(image, Image.Image):
-            decoded = load_images(image)
-        else:
-            decoded = decode_image(image, self._limits)
-        return self.encoder.prepare_image(decoded)
+        decoded = image if isinstance(image, Image.Image) else decode_image(image, self._limits)
+        return self.encoder.processor(images=[decoded])
 
-    def _rank(
-        self,
-        embeds: NDArray[np.float32],
-        labels: list[Label],
-        *,
-        num_prompts: int,
-        top_k: int | None,
-    ) -> list[list[Tag]]:
-        rows = torch.from_numpy(embeds)
-        assert self.encoder.logit_scale is not None
-        return rank_labels(
-            rows[num_prompts:],
-            average_prompts(rows[:num_prompts], labels),
-            labels,
-            scale=self.encoder.logit_scale,
-            top_k=top_k or len(labels),
-        )
+    def _encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        on_batch = None if self.encoder.projects_at_once else self._count_images
+        embeds = self.encoder.encode_images(images, num_workers=1, on_batch=on_batch)
+        array: NDArray[np.float32] = embeds.numpy()
+        return array
 
-    def _no_embeds(self) -> NDArray[np.float32]:
-        return np.empty((0, self.encoder.embedding_dim), dtype=np.float32)
-
-    def _report_batch(self, name: str, count: int, cost: int, seconds: float) -> None:
-        if self.on_batch is not None:
-            self.on_batch(name, count, cost, seconds)
+    def _count_images(self, _: Sequence[int], vision_embeds: Tensor) -> None:
+        self._tally.add(vision_embeds)
 
     async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
         future = threads.submit(function)
@@ -504,27 +509,3 @@ async def _all_or_none(*awaitables: Any) -> Any:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
-    """Load a model for the backend that is wanted, and refuse one that is not trained."""
-    from ..model_folders.training_state import require_trained
-    from .served_encoder import ModelEncoder, OnnxModelEncoder
-
-    if config.backend == "onnx":
-        from ..configuration_llm2clip import LLM2CLIPConfig
-
-        saved = LLM2CLIPConfig.from_pretrained(model, local_files_only=True)
-        require_trained(saved, purpose="serving", source=model)
-        return OnnxModelEncoder(load_onnx_encoder(model, weights=config.text_weights))
-    from ..model_folders.model_loading import load_model
-
-    loaded, processor = load_model(model, device=config.device)
-    require_trained(loaded, purpose="serving", source=model)
-    return ModelEncoder(loaded, processor)
-
-
-def _open_index(index: str, model: str | Path) -> ImageIndex:
-    from ..search.image_index import ImageIndex
-
-    return ImageIndex.open(index, model=model)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.devices import find_device
-from ...encoding.encode import encode_images, encode_tokenized_texts
+from ...encoding.encode import TorchEncoder
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.training_images import ImageTally, read_training_images
@@ -64,9 +64,7 @@ class LLM2CLIPEncoder:
         """
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
-        embeds = encode_tokenized_texts(
-            self._model,
-            self._processor,
+        embeds = self._encoder.encode_texts(
             tokens,
             token_budget=None if size is None else size * _TOKENS_PER_TEXT,
             show_progress=self._run_config.show_progress,
@@ -80,9 +78,7 @@ class LLM2CLIPEncoder:
             images: At least one.
             names: Not used.
         """
-        return encode_images(
-            self._model,
-            self._processor,
+        return self._encoder.encode_images(
             images,
             batch_size=self._run_config.batch_size,
             num_workers=self._run_config.num_workers,
@@ -96,11 +92,12 @@ class LLM2CLIPEncoder:
         return None if self._training_images is None else self._training_images.describe_far(tally)
 
     @cached_property
-    def _model(self) -> LLM2CLIPModel:
+    def _encoder(self) -> TorchEncoder:
         model = LLM2CLIPModel.from_pretrained(
             self._folder, dtype=find_loading_dtype(self._run_config)
         )
-        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return]
+        device = find_device(self._run_config.device)
+        return TorchEncoder(model.to(device).eval(), self._processor)
 
     @cached_property
     def _description(self) -> EncoderDescription:

@@ -28,7 +28,8 @@ from ...data.records.data_hashes import hash_texts
 from ...data.records.record_table import RecordTable
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from ...data.store.store_index import make_batch
-from ...encoding.encode import default_token_budget, iterate_token_batches
+from ...encoding.encode import TorchEncoder
+from ...encoding.encoder import Encoder
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel
@@ -61,7 +62,8 @@ def plan_captions(
     model = LLM2CLIPTextModel.from_pretrained(folder)
     fingerprint = fingerprint_text(folder)
     model = model.to(device)
-    budget = config.token_budget or default_token_budget(device)
+    encoder = TorchEncoder(model, processor)
+    budget = config.token_budget or encoder.token_budget
     manifest = plan_store(
         "caption_embeds",
         config,
@@ -71,7 +73,7 @@ def plan_captions(
     )
 
     def open_shards(writer: EmbeddingStoreWriter) -> _CaptionShards:
-        return _CaptionShards(model, processor, records, writer, token_budget=budget)
+        return _CaptionShards(encoder, records, writer, token_budget=budget)
 
     return ExtractionPlan(
         manifest, lambda scratch: list_caption_items(records, scratch), open_shards, " captions"
@@ -125,27 +127,25 @@ class _CaptionShards:
 
     def __init__(
         self,
-        model: LLM2CLIPTextModel,
-        processor: LLM2CLIPProcessor,
+        encoder: Encoder,
         records: RecordTable,
         writer: EmbeddingStoreWriter,
         *,
         token_budget: int,
     ) -> None:
-        self._model = model
-        self._processor = processor
+        self._encoder = encoder
         self._records = records
         self._token_budget = token_budget
         self._occurrences = find_first_occurrences(writer)
 
     def __call__(self, rows: range) -> PreparedShard:
         texts = list(iterate_first_captions(self._records, self._occurrences, rows))
-        tokens = TokenizedTexts(self._processor, texts)
+        tokens = TokenizedTexts(self._encoder.processor, texts)
         plan = plan_token_batches(tokens.lengths.tolist(), token_budget=self._token_budget)
         return PreparedShard(
             batches=[np.array(places) for places in plan],
-            encode=lambda batches: iterate_token_batches(
-                self._model, self._processor, tokens, [places.tolist() for places in batches]
+            encode=lambda batches: self._encoder.iterate_texts(
+                tokens, [places.tolist() for places in batches], project=False
             ),
             num_truncated=tokens.num_truncated,
         )

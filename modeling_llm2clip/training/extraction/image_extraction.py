@@ -23,7 +23,8 @@ from ...data.records.shared_images import (
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from ...data.store.store_index import make_batch
 from ...encoding.batches import split_evenly
-from ...encoding.encode import default_batch_size, iterate_image_batches
+from ...encoding.encode import TorchEncoder
+from ...encoding.encoder import Encoder
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -55,7 +56,8 @@ def plan_images(
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     fingerprint = fingerprint_vision(folder)
     model = model.to(device)
-    batch_size = config.batch_size or default_batch_size(device)
+    encoder = TorchEncoder(model, processor)
+    batch_size = config.batch_size or encoder.batch_size
     manifest = plan_store(
         "vision_embeds",
         config,
@@ -70,7 +72,7 @@ def plan_images(
 
     def open_shards(writer: EmbeddingStoreWriter) -> _ImageShards:
         return _ImageShards(
-            model, processor, records, writer, batch_size=batch_size, num_workers=config.num_workers
+            encoder, records, writer, batch_size=batch_size, num_workers=config.num_workers
         )
 
     return ExtractionPlan(
@@ -111,16 +113,14 @@ class _ImageShards:
 
     def __init__(
         self,
-        model: LLM2CLIPVisionModel,
-        processor: LLM2CLIPProcessor,
+        encoder: Encoder,
         records: RecordTable,
         writer: EmbeddingStoreWriter,
         *,
         batch_size: int,
         num_workers: int | None,
     ) -> None:
-        self._model = model
-        self._processor = processor
+        self._encoder = encoder
         self._records = records
         self._batch_size = batch_size
         self._num_workers = num_workers
@@ -132,12 +132,14 @@ class _ImageShards:
             images += self._records.select(first + items).iterate_images()
         return PreparedShard(
             batches=[np.array(places) for places in split_evenly(len(rows), size=self._batch_size)],
-            encode=lambda batches: iterate_image_batches(
-                self._model,
-                self._processor,
-                images,
-                [places.tolist() for places in batches],
-                num_workers=self._num_workers,
+            encode=lambda batches: (
+                batch.embeds
+                for batch in self._encoder.iterate_images(
+                    images,
+                    [places.tolist() for places in batches],
+                    project=False,
+                    num_workers=self._num_workers,
+                )
             ),
         )
 
