@@ -25,7 +25,7 @@ from ..packing_llm2clip import plan_packs, plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import OnBatch, require_finite
 from .devices import find_device
-from .encoder import Encoder
+from .encoder_interface import Encoder
 from .float32 import float32_as_such
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
@@ -266,26 +266,20 @@ def _require_eval_mode(model: nn.Module) -> Iterator[None]:
     Dropout would make embeddings random, and batch normalization would learn from what it encodes.
     The mode is not switched here: other threads may encode with the same model, or train it.
     """
-    before = _count_switches(model)  # first: what is switched after the look at it counts
-    if training := _list_training(model):
+    before = getattr(model, "num_switches_to_training", 0)  # first: a later switch counts
+    if any(module.training for module in model.modules()):
+        training = [name or type(m).__name__ for name, m in model.named_modules() if m.training]
         raise ValueError(
             f"The model is in training mode ({len(training)} of its modules are; the first: "
             f"{training[0]!r}), which would make its embeddings random. Call model.eval() before, "
             "and model.train() to go on training."
         )
     yield
-    if _list_training(model) or _count_switches(model) != before:
+    if (
+        any(module.training for module in model.modules())
+        or getattr(model, "num_switches_to_training", 0) != before
+    ):
         raise ValueError(
             "The model was switched to training mode while it encoded, so that the embeddings may "
             "be random. Encode with a copy, or while no other thread trains the model."
         )
-
-
-def _list_training(model: nn.Module) -> list[str]:
-    if not any(module.training for module in model.modules()):  # the usual case, without names
-        return []
-    return [name or type(m).__name__ for name, m in model.named_modules() if m.training]
-
-
-def _count_switches(model: nn.Module) -> int:
-    return int(getattr(model, "num_switches_to_training", 0))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..packing_llm2clip import CPU_TOKEN_BUDGET
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .encode import raise_malloc_thresholds
-from .encoder import Encoder
+from .encoder_interface import Encoder
 
 # Names of the graphs' inputs and outputs: those of the model's own forward.
 TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -43,7 +43,7 @@ class OnnxEncoder(Encoder):
     device = torch.device("cpu")
     token_budget = CPU_TOKEN_BUDGET
     batch_size = 8
-    logit_scale: float | None = None  # type: ignore[assignment]
+    logit_scale: float | None = None
 
     def __init__(
         self,

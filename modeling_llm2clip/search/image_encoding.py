@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..data.remote.remote_access import raise_disk_failure
 from ..encoding.batches import split_evenly
-from ..encoding.encoder import Encoder
+from ..encoding.encoder_interface import Encoder
 from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
 from ..model_folders.training_images import ImageTally
 from .index_database import ImageFacts

@@ -106,7 +106,8 @@ class QueryEncoder:
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
         """Encode sentences, (N, P) float32 of unit length."""
         with self._lock:
-            return self._encode_texts(texts)
+            embeds: np.ndarray[Any, Any] = self._encode_texts(texts)
+        return embeds
 
     @property
     def max_text_length(self) -> int:

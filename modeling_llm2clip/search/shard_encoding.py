@@ -19,7 +19,7 @@ from ..configs.embed_config import EmbedConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..encoding.batches import split_evenly
 from ..encoding.encode import TorchEncoder
-from ..encoding.encoder import Encoder
+from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.onnx_folder import load_onnx_encoder
 from ..model_folders.training_images import ImageTally

@@ -19,7 +19,7 @@ from ..configs.search_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.devices import find_device
 from ..encoding.encode import TorchEncoder
-from ..encoding.encoder import Encoder
+from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, read_training_images

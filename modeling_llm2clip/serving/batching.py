@@ -40,10 +40,6 @@ class _Job:
     taken: int = 0
     arrived: float = field(default_factory=time.monotonic)
 
-    @property
-    def cost_left(self) -> int:
-        return sum(self.costs[self.taken :])
-
 
 _Taken: TypeAlias = tuple[_Job, int]
 
@@ -94,16 +90,13 @@ class Lane:
                 self.jobs.append(job)
         return batch
 
-    def is_full(self) -> bool:
-        """Whether what waits fills a batch."""
-        return sum(job.cost_left for job in self.jobs) >= self.budget
-
     def find_wait(self, max_wait_s: float) -> float:
-        """Return the time up to which what waits should wait for more.
+        """Time up to which what waits should wait for more, `max_wait_s` from its arrival on.
 
-        Args:
-            max_wait_s: Seconds that any batch waits, from the arrival of its first input on.
+        It is past if a batch is full.
         """
+        if sum(sum(job.costs[job.taken :]) for job in self.jobs) >= self.budget:
+            return 0.0
         waits_until = self.jobs[0].arrived + max_wait_s
         if sum(len(job.inputs) - job.taken for job in self.jobs) < self.last_count:
             waits_until = max(waits_until, self.last_wait_until)
@@ -213,7 +206,7 @@ class BatchWorker:
                 self._changed.wait()
 
     def _await_more(self, lane: Lane) -> None:
-        while lane.jobs and not self._closed and not lane.is_full():
+        while lane.jobs and not self._closed:
             left = lane.find_wait(self._max_wait_s) - time.monotonic()
             if left <= 0 or any(other.jobs for other in self._lanes if other is not lane):
                 break
@@ -236,7 +229,10 @@ class BatchWorker:
                     self._run(lane, part)
             return
         for (job, _), embed in zip(batch, embeds, strict=True):
-            _give(job, embed)
+            job.rows.append(embed)
+            is_done = len(job.rows) == len(job.inputs)
+            if is_done and job.future.set_running_or_notify_cancel():
+                job.future.set_result(np.stack(job.rows))
 
     def _fail(self, lane: Lane, job: _Job, error: Exception) -> None:
         with self._changed:
@@ -244,10 +240,3 @@ class BatchWorker:
                 lane.jobs.remove(job)
         if job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
-
-
-def _give(job: _Job, embed: Rows) -> None:
-    """Add the embedding of a request's next input, and answer it after its last one."""
-    job.rows.append(embed)
-    if len(job.rows) == len(job.inputs) and job.future.set_running_or_notify_cancel():
-        job.future.set_result(np.stack(job.rows))

@@ -219,24 +219,20 @@ def _list_items(body: Any) -> list[Any]:
 
 async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]:
     """Return texts as they are, and the bytes of images."""
-    found: list[Any] = [_find_value(item) for item in items]
-    is_image = [isinstance(item, schemas.ImageInput | schemas.ImagePart) for item in items]
-    contents = iter(
-        await images.read([value for value, it_is in zip(found, is_image, strict=True) if it_is])
-    )
-    return [next(contents) if it_is else v for v, it_is in zip(found, is_image, strict=True)]
-
-
-def _find_value(item: Any) -> str:
-    """Return the text of an item, or where its image is."""
-    match item:
-        case schemas.TextInput() | schemas.TextPart():
-            return item.text
-        case schemas.ImageInput():
-            return item.image
-        case schemas.ImagePart():
-            return item.image_url.url
-    return str(item)
+    found: list[Any] = []
+    sources: dict[int, str] = {}  # of images, by their places
+    for item in items:
+        match item:
+            case schemas.ImageInput():
+                sources[len(found)] = item.image
+            case schemas.ImagePart():
+                sources[len(found)] = item.image_url.url
+        found.append(getattr(item, "text", item))
+    if sources:
+        contents = await images.read(list(sources.values()))
+        for place, content in zip(sources, contents, strict=True):
+            found[place] = content
+    return found
 
 
 def _encode(embeds: _Embeds, form: str) -> list[Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.encode import TorchEncoder
-from ..encoding.encoder import Encoder
+from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.model_card_data import read_card_data

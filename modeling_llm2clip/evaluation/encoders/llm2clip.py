@@ -64,7 +64,7 @@ class LLM2CLIPEncoder:
         """
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
-        embeds = self._encoder.encode_texts(
+        embeds = self._model.encode_texts(
             tokens,
             token_budget=None if size is None else size * _TOKENS_PER_TEXT,
             show_progress=self._run_config.show_progress,
@@ -78,7 +78,7 @@ class LLM2CLIPEncoder:
             images: At least one.
             names: Not used.
         """
-        return self._encoder.encode_images(
+        return self._model.encode_images(
             images,
             batch_size=self._run_config.batch_size,
             num_workers=self._run_config.num_workers,
@@ -92,7 +92,7 @@ class LLM2CLIPEncoder:
         return None if self._training_images is None else self._training_images.describe_far(tally)
 
     @cached_property
-    def _encoder(self) -> TorchEncoder:
+    def _model(self) -> TorchEncoder:
         model = LLM2CLIPModel.from_pretrained(
             self._folder, dtype=find_loading_dtype(self._run_config)
         )

@@ -29,7 +29,7 @@ from ...data.records.record_table import RecordTable
 from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from ...data.store.store_index import make_batch
 from ...encoding.encode import TorchEncoder
-from ...encoding.encoder import Encoder
+from ...encoding.encoder_interface import Encoder
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_text
 from ...modeling_llm2clip import LLM2CLIPTextModel

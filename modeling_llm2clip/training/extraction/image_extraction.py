@@ -24,7 +24,7 @@ from ...data.store.embedding_store_writer import EmbeddingStoreWriter, StoreItem
 from ...data.store.store_index import make_batch
 from ...encoding.batches import split_evenly
 from ...encoding.encode import TorchEncoder
-from ...encoding.encoder import Encoder
+from ...encoding.encoder_interface import Encoder
 from ...model_folders.fingerprint import fingerprint_vision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor

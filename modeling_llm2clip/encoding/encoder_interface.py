@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Encoder(ABC):
 
     def encode_texts(
         self,
-        texts: Iterable[str] | Sequence[TokenizedText],
+        texts: Iterable[str] | Iterable[TokenizedText],
         *,
         project: bool = True,
         token_budget: int | None = None,
@@ -108,7 +108,11 @@ class Encoder(ABC):
     ) -> Tensor:
         """Encode texts, tokenized already or not; see the function `encode_texts`."""
         self._require("text", project=project)
-        tokens = list(texts if _are_tokenized(texts) else TokenizedTexts(self.processor, texts))
+        tokens: list[TokenizedText] = list(
+            texts
+            if _are_tokenized(texts)
+            else TokenizedTexts(self.processor, texts)  # type: ignore[arg-type]
+        )
         budget = self.token_budget if token_budget is None else token_budget
         if budget < 1:
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
@@ -238,6 +242,6 @@ class Encoder(ABC):
             )
 
 
-def _are_tokenized(texts: Any) -> bool:
+def _are_tokenized(texts: Any) -> TypeGuard[Sequence[TokenizedText]]:
     first = texts[0] if isinstance(texts, list) and texts else None
     return isinstance(texts, TokenizedTexts) or isinstance(first, TokenizedText)
