@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -55,27 +56,40 @@ def encode_distinct(
     device: torch.device,
     num_workers: int | None = 1,
     on_batch: OnBatch | None = None,
+    sizes: Sequence[int] | None = None,
+    unit: str = "",
+    show_progress: bool = False,
 ) -> Tensor:
     """Encode every distinct input once; (N, D) float32 on the CPU, in the order of the inputs.
 
     Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
     last bit, and no longer tie. `batches` takes the rows of the distinct inputs, each at its first
-    occurrence, and returns batches of places in that list.
+    occurrence, and returns batches of places in that list. A progress bar counts inputs, or the
+    sum of their `sizes`.
     """
     keys = list_keys(inputs)
     first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
     firsts = sorted(first_of.values())
     plan = [[firsts[place] for place in places] for places in batches(firsts)]
     place_of = {row: place for place, row in enumerate(firsts)}
+    scales = sizes is not None
+    sizes = sizes or [1] * len(inputs)
     embeddings: Tensor | None = None
-    for rows, embeds in iterate_batches(
-        inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
-    ):
-        if embeddings is None:
-            embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
-        embeddings[[place_of[row] for row in rows]] = embeds
-        if on_batch is not None:
-            on_batch(rows, embeds)
+    with tqdm(
+        total=sum(sizes[row] for row in firsts),
+        unit=unit,
+        unit_scale=scales,
+        disable=not show_progress,
+    ) as progress:
+        for rows, embeds in iterate_batches(
+            inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
+        ):
+            if embeddings is None:
+                embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
+            embeddings[[place_of[row] for row in rows]] = embeds
+            progress.update(sum(sizes[row] for row in rows))
+            if on_batch is not None:
+                on_batch(rows, embeds)
     assert embeddings is not None
     if len(firsts) == len(inputs):
         return embeddings
@@ -194,16 +208,7 @@ def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def require_finite(
     embeds: Tensor, rows: Sequence[int], inputs: Sequence[Any] | None = None
 ) -> None:
-    """Refuse embeddings with NaN or infinity.
-
-    Args:
-        embeds: (B, D).
-        rows: What the error calls each of them.
-        inputs: All inputs, by row; None to name the rows alone.
-
-    Raises:
-        ValueError: There are some; the first inputs are named.
-    """
+    """Refuse embeddings with NaN or infinity."""
     broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if not broken:
         return
@@ -224,9 +229,6 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
 
     An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
     different: it may make them anew at each access, where an `id` says nothing.
-
-    Args:
-        inputs: Texts, tokenized or not, addresses of images, or images.
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))

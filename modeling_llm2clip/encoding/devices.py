@@ -17,14 +17,6 @@ def find_device(name: str | None = "auto") -> torch.device:
     """Return the device of a name.
 
     Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process.
-
-    Args:
-        name: `"auto"` or None for the first there is of CUDA, MPS and CPU; else any device that
-            torch knows.
-
-    Raises:
-        ValueError: The device is not there, or a launcher started several processes and all of
-            them would take this one.
     """
     import torch
 
@@ -53,14 +45,7 @@ def list_devices() -> list[str]:
 
 
 def require_device(name: str) -> None:
-    """Raise an error for a device that this machine or this torch does not have.
-
-    Args:
-        name: Name of a device, as torch takes it.
-
-    Raises:
-        ValueError: The device is not there.
-    """
+    """Raise an error for a device that this machine or this torch does not have."""
     import torch
 
     try:
@@ -73,11 +58,7 @@ def require_device(name: str) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the name of a device, for a GPU with that of its model.
-
-    Args:
-        device: The device.
-    """
+    """Return the name of a device, for a GPU with that of its model."""
     import torch
 
     if device.type != "cuda":
@@ -87,11 +68,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64.
-
-    Args:
-        tensor: Any tensor.
-    """
+    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.images.image_sources import open_image
 from ..packing_llm2clip import plan_token_batches
@@ -22,7 +21,6 @@ from .batches import (
     OnBatch,
     encode_distinct,
     iterate_batches,
-    list_keys,
     pad_ids,
     prepare_images,
     require_finite,
@@ -109,38 +107,27 @@ class Encoder(ABC):
         """Encode texts, tokenized already or not; see the function `encode_texts`."""
         self._require("text", project=project)
         tokens: list[TokenizedText] = list(
-            texts
-            if _are_tokenized(texts)
-            else TokenizedTexts(self.processor, texts)  # type: ignore[arg-type]
+            texts if _are_tokenized(texts) else TokenizedTexts(self.processor, texts)  # type: ignore[arg-type]
         )
         budget = self.token_budget if token_budget is None else token_budget
         if budget < 1:
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
 
-        def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
-            progress.update(sum(len(tokens[row].ids) for row in rows))
-            if on_batch is not None:
-                on_batch(rows, embeds)
-
-        # Tokens cost about the same each; texts do not, and the longest come first.
-        num_tokens = sum({one.text: len(one.ids) for one in tokens}.values())
-        with tqdm(
-            total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
-        ) as progress:
-            embeds = encode_distinct(
-                tokens,
-                batches=lambda rows: self._plan_texts(
-                    [len(tokens[row].ids) for row in rows], token_budget=budget
-                ),
-                prepare=partial(pad_ids, self.processor),
-                encode=lambda inputs: self.encode_tokens(**inputs),
-                device=self.device,
-                on_batch=count_tokens,
-            )
-        if project and not self.projects_at_once:
-            embeds = self.project("text", embeds)
-            require_finite(embeds, range(len(embeds)), tokens)
-        return embeds
+        lengths = [len(one.ids) for one in tokens]
+        return self._encode(
+            "text",
+            tokens,
+            project=project,
+            batches=lambda rows: self._plan_texts(
+                [lengths[row] for row in rows], token_budget=budget
+            ),
+            prepare=partial(pad_ids, self.processor),
+            encode=lambda inputs: self.encode_tokens(**inputs),
+            on_batch=on_batch,
+            sizes=lengths,  # tokens cost about the same each, and the longest texts come first
+            unit=" tokens",
+            show_progress=show_progress,
+        )
 
     def encode_images(
         self,
@@ -160,25 +147,26 @@ class Encoder(ABC):
         if size < 1 or (num_workers is not None and num_workers < 1):
             raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
 
-        def count_images(rows: Sequence[int], embeds: Tensor) -> None:
-            progress.update(len(rows))
-            if on_batch is not None:
-                on_batch(rows, embeds)
+        return self._encode(
+            "image",
+            images,
+            project=project,
+            batches=lambda rows: split_evenly(len(rows), size=size),
+            prepare=partial(prepare_images, self.processor),
+            encode=lambda prepared: self.encode_pixels(**prepared.inputs),
+            num_workers=num_workers,
+            on_batch=on_batch,
+            unit=" images",
+            show_progress=show_progress,
+        )
 
-        total = len(set(list_keys(images)))
-        with tqdm(total=total, unit=" images", disable=not show_progress) as progress:
-            embeds = encode_distinct(
-                images,
-                batches=lambda rows: split_evenly(len(rows), size=size),
-                prepare=partial(prepare_images, self.processor),
-                encode=lambda prepared: self.encode_pixels(**prepared.inputs),
-                device=self.device,
-                num_workers=num_workers,
-                on_batch=count_images,
-            )
+    def _encode(
+        self, modality: str, inputs: Sequence[Any], *, project: bool, **options: Any
+    ) -> Tensor:
+        embeds = encode_distinct(inputs, device=self.device, **options)
         if project and not self.projects_at_once:
-            embeds = self.project("image", embeds)
-            require_finite(embeds, range(len(embeds)), images)
+            embeds = self.project(modality, embeds)
+            require_finite(embeds, range(len(embeds)), inputs)
         return embeds
 
     def iterate_texts(

@@ -33,9 +33,9 @@ def float32_as_such() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            before = _passes.pop()
+            first = _passes.pop()
             if not _passes:
-                _swap_settings(before)
+                _swap_settings(first)
 
 
 def _swap_settings(settings: Sequence[Any] | None) -> list[Any]:

@@ -14,16 +14,7 @@ _ROUNDING = 1e-5
 def find_greatest_cosines(
     queries: np.ndarray[Any, Any], parts: Iterable[np.ndarray[Any, Any]], *, top_k: int
 ) -> np.ndarray[Any, Any]:
-    """Find the greatest cosines of each query, whatever images they are of.
-
-    Args:
-        queries: (Q, P) float32 of unit length.
-        parts: Embeddings, (rows, P) float32 of unit length each.
-        top_k: How many per query.
-
-    Returns:
-        (Q, top_k) in descending order, or fewer where there are fewer embeddings.
-    """
+    """Find the greatest cosines of each query, whatever images they are of."""
     best = np.empty((len(queries), 0), dtype=np.float32)
     for part in parts:
         best = np.concatenate([best, queries @ part.T], axis=1)
@@ -37,13 +28,6 @@ def measure_recall(found: Sequence[Sequence[float]], greatest: np.ndarray[Any, A
 
     An image counts if its cosine is at least the smallest of the exact results, so that images of
     equal cosines stand for each other.
-
-    Args:
-        found: Cosines of what was found, of each query.
-        greatest: (Q, k) from `find_greatest_cosines`.
-
-    Returns:
-        The mean over the queries.
     """
     hits = [
         min(sum(cosine >= row[-1] - _ROUNDING for cosine in cosines), len(row)) / len(row)

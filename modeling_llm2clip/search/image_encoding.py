@@ -120,14 +120,7 @@ class _Reader:
 
 
 def find_time_taken(image: Image.Image) -> datetime | None:
-    """Read from EXIF when an image was taken, by the clock of its camera.
-
-    Args:
-        image: An opened image.
-
-    Returns:
-        The time, without a time zone; None where EXIF is missing, damaged or does not say.
-    """
+    """Read from EXIF when an image was taken, by the clock of its camera."""
     try:
         exif = image.getexif()
         text = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)

@@ -29,15 +29,7 @@ class Tag:
 
 
 def average_prompts(embeds: Tensor, labels: Sequence[Label]) -> Tensor:
-    """Average the embeddings of each label's prompts.
-
-    Args:
-        embeds: Of all prompts in the order of the labels, (prompts, P) of unit length.
-        labels: Labels and their prompts.
-
-    Returns:
-        (labels, P) of unit length.
-    """
+    """Average the embeddings of each label's prompts."""
     means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -50,15 +42,7 @@ def rank_labels(
     scale: float,
     top_k: int,
 ) -> list[list[Tag]]:
-    """Take for each image the labels of the greatest cosine, best first.
-
-    Args:
-        image_embeds: (N, P) of unit length.
-        label_embeds: (labels, P) of unit length.
-        labels: The labels.
-        scale: Factor of the cosines before the softmax.
-        top_k: Labels per image; all of them where there are fewer.
-    """
+    """Take for each image the labels of the greatest cosine, best first."""
     cosines = image_embeds @ label_embeds.T
     probabilities = (scale * cosines).softmax(dim=-1)
     best = cosines.topk(min(top_k, len(labels)))

@@ -42,14 +42,7 @@ class NamedQuery:
 
 
 def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
-    """Check queries and name them.
-
-    Args:
-        queries: Sentences, paths and PIL images; a list among them is one query of several parts.
-
-    Raises:
-        ValueError: There are no queries, or one is something else.
-    """
+    """Check queries and name them."""
     if not queries:
         raise ValueError("There is nothing to search for. Give a sentence or an image.")
     return [_name_query(query, number) for number, query in enumerate(queries, start=1)]
@@ -177,18 +170,7 @@ class OnnxQueryEncoder(QueryEncoder):
 
 
 def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
-    """Check embeddings that were computed elsewhere, and bring them to unit length.
-
-    Args:
-        embeddings: (Q, P), an array or a tensor.
-        width: P.
-
-    Returns:
-        (Q, P) float32 of unit length.
-
-    Raises:
-        ValueError: The shape is another one, or a row is not finite or is zero.
-    """
+    """Check embeddings that were computed elsewhere, and bring them to unit length."""
     found = np.asarray(embeddings, dtype=np.float32)
     if found.ndim != 2 or found.shape[1] != width or not len(found):
         raise ValueError(
@@ -202,10 +184,6 @@ def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
 
 
 def normalize_rows(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Bring rows to unit length.
-
-    Args:
-        rows: (N, P), none of them zero.
-    """
+    """Bring rows to unit length."""
     normalized: np.ndarray[Any, Any] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return normalized.astype(np.float32)

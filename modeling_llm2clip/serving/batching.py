@@ -68,11 +68,7 @@ class Lane:
     jobs: deque[_Job] = field(default_factory=deque, repr=False)
 
     def take_batch(self) -> list[_Taken]:
-        """Take the next input of each waiting request in turn, up to the budget.
-
-        Returns:
-            Request and row of each input of the batch.
-        """
+        """Take the next input of each waiting request in turn, up to the budget."""
         batch: list[_Taken] = []
         cost = 0
         while self.jobs:
@@ -103,12 +99,7 @@ class Lane:
         return waits_until
 
     def note_batch(self, count: int, seconds: float) -> None:
-        """Count a batch that was just done.
-
-        Args:
-            count: Its inputs.
-            seconds: How long it took.
-        """
+        """Count a batch that was just done."""
         self.busy_s += seconds
         self.num_done += count
         self.last_count = count
@@ -122,13 +113,16 @@ class BatchWorker:
         lanes: Modalities.
         max_wait_s: Seconds that a batch which is not full waits for further requests.
         on_batch: Called after each batch.
+
+    Attributes:
+        lanes: Modalities by name.
     """
 
     def __init__(
         self, lanes: Sequence[Lane], *, max_wait_s: float = 0.0, on_batch: OnBatch | None = None
     ) -> None:
-        self._lanes = deque(lanes)
-        self._lane_of = {lane.name: lane for lane in lanes}
+        self.lanes = {lane.name: lane for lane in lanes}
+        self._turns = deque(lanes)
         self._max_wait_s = max_wait_s
         self._on_batch = on_batch
         self._changed = threading.Condition()
@@ -141,35 +135,17 @@ class BatchWorker:
         """Whether batches are computed."""
         return self._thread.is_alive()
 
-    def find_lane(self, name: str) -> Lane:
-        """Return the lane of a modality.
-
-        Args:
-            name: Its name.
-        """
-        return self._lane_of[name]
-
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
-        """Queue the inputs of one request.
+        """Queue the inputs of one request, which cost so much each, such as their tokens.
 
-        Args:
-            name: Name of the lane.
-            inputs: N inputs, at least one, as the lane's `encode` takes them.
-            costs: Cost of each, such as its tokens.
-
-        Returns:
-            Future of (N, P) float32, in the order of the inputs. If it is cancelled, the inputs
-            that are not in a batch yet are dropped. It has the error of `encode` if a batch of this
-            request alone fails too.
-
-        Raises:
-            RuntimeError: The worker was closed.
+        The future gets (N, P) float32. If it is cancelled, inputs that are in no batch yet are
+        dropped; it fails if a batch of this request alone fails too.
         """
         job = _Job(inputs, costs)
         with self._changed:
             if self._closed:
                 raise RuntimeError("The server is stopping.")
-            self._lane_of[name].jobs.append(job)
+            self.lanes[name].jobs.append(job)
             self._changed.notify()
         return job.future
 
@@ -195,9 +171,9 @@ class BatchWorker:
         """Wait for a batch of the lane whose turn it is; None once all is done and closed."""
         with self._changed:
             while True:
-                for _ in range(len(self._lanes)):
-                    lane = self._lanes[0]
-                    self._lanes.rotate(-1)
+                for _ in range(len(self._turns)):
+                    lane = self._turns[0]
+                    self._turns.rotate(-1)
                     self._await_more(lane)
                     if batch := lane.take_batch():
                         return lane, batch
@@ -208,7 +184,7 @@ class BatchWorker:
     def _await_more(self, lane: Lane) -> None:
         while lane.jobs and not self._closed:
             left = lane.find_wait(self._max_wait_s) - time.monotonic()
-            if left <= 0 or any(other.jobs for other in self._lanes if other is not lane):
+            if left <= 0 or any(other.jobs for other in self._turns if other is not lane):
                 break
             self._changed.wait(left)
 

@@ -10,7 +10,6 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -45,7 +43,7 @@ from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
-from .worker_threads import WorkerThreads
+from .worker_threads import WorkerThreads, await_all_or_none
 
 if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
@@ -103,16 +101,16 @@ class EmbeddingService:
         self.training_images = training_images
         self.on_batch = on_batch
         self._tally = ImageTally()  # of the images that were embedded so far
-        lanes = {
-            "text": Lane(
-                "text",
-                lambda texts: encoder.encode_texts(texts).numpy(),
-                config.token_budget or encoder.token_budget,
-            ),
-            "image": Lane("image", self._encode_images, config.batch_size or encoder.batch_size),
-        }
+
+        def encode_images(images: Sequence[Any]) -> NDArray[np.float32]:
+            count = None if encoder.projects_at_once else lambda _, embeds: self._tally.add(embeds)
+            return encoder.encode_images(images, num_workers=1, on_batch=count).numpy()
+
+        encode = {"text": lambda texts: encoder.encode_texts(texts).numpy(), "image": encode_images}
+        self._image_batch = config.batch_size or encoder.batch_size
+        budgets = {"text": config.token_budget or encoder.token_budget, "image": self._image_batch}
         self._worker = BatchWorker(
-            [lanes[name] for name in encoder.modalities],
+            [Lane(name, encode[name], budgets[name]) for name in encoder.modalities],
             max_wait_s=config.max_wait_ms / 1000,
             on_batch=lambda *counts: self.on_batch and self.on_batch(*counts),
         )
@@ -215,7 +213,7 @@ class EmbeddingService:
                 work["text"] = self._embed_texts(given, truncate=truncate)
             if images:
                 work["image"] = self._embed_images([inputs[place] for place in images])
-            done = dict(zip(work, await _all_or_none(*work.values()), strict=True))
+            done = dict(zip(work, await await_all_or_none(*work.values()), strict=True))
         embeds = np.empty((len(inputs), self.encoder.embedding_dim), dtype=np.float32)
         num_tokens, truncated = 0, []
         if texts:
@@ -264,13 +262,8 @@ class EmbeddingService:
         def rank() -> list[list[Tag]]:
             rows = torch.from_numpy(embedded.embeds)
             label_embeds = average_prompts(rows[: len(prompts)], candidates)
-            return rank_labels(
-                rows[len(prompts) :],
-                label_embeds,
-                candidates,
-                scale=scale,
-                top_k=top_k or len(candidates),
-            )
+            image_embeds, most = rows[len(prompts) :], top_k or len(candidates)
+            return rank_labels(image_embeds, label_embeds, candidates, scale=scale, top_k=most)
 
         tags = await self._run(self._text_threads, rank)
         truncated = sorted({place // len(templates) for place in embedded.truncated})
@@ -291,7 +284,16 @@ class EmbeddingService:
             RequestError: There is no index, or it is gone or of another model by now, a query or
                 the filter is not valid, or the queue is full.
         """
-        index = self._require_index(where)
+        index = self.index
+        if index is None:
+            raise RequestError(
+                404, "This server has no index. Start it with --index DB.", code="no_index"
+            )
+        if where is not None:  # before anything is encoded
+            try:
+                check_filter(where, index.columns)
+            except ValueError as error:
+                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
             raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
@@ -309,19 +311,6 @@ class EmbeddingService:
             raise RequestError(400, str(error)) from error
         truncated = sorted({query_of[place] for place in embedded.truncated})
         return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
-
-    def _require_index(self, where: str | None) -> ImageIndex:
-        """Return the index, and refuse a filter before anything is encoded."""
-        if self.index is None:
-            raise RequestError(
-                404, "This server has no index. Start it with --index DB.", code="no_index"
-            )
-        if where is not None:
-            try:
-                check_filter(where, self.index.columns)
-            except ValueError as error:
-                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
-        return self.index
 
     def describe_far_images(self) -> str | None:
         """Describe the images of the index, or else those that were embedded since the start.
@@ -375,16 +364,13 @@ class EmbeddingService:
                 f"{width}, or leave it out.",
                 param="dimensions",
             )
-        for modality, are_there in (
-            ("text", any(isinstance(one, str) for one in inputs)),
-            ("image", any(not isinstance(one, str) for one in inputs)),
-        ):
-            if are_there and modality not in self.encoder.modalities:
-                raise RequestError(
-                    400,
-                    f"This model has no {modality} tower. Send {self.encoder.modalities[0]}s.",
-                    code="modality_not_supported",
-                )
+        modalities = {"text" if isinstance(one, str) else "image" for one in inputs}
+        for modality in modalities.difference(self.encoder.modalities):
+            raise RequestError(
+                400,
+                f"This model has no {modality} tower. Send {self.encoder.modalities[0]}s.",
+                code="modality_not_supported",
+            )
 
     @contextmanager
     def _admit(self, count: int) -> Iterator[None]:
@@ -403,12 +389,11 @@ class EmbeddingService:
         try:
             yield
         finally:
-            with self._lock:
-                self._num_pending -= count
+            self._add_pending(-count)
 
     def _estimate_wait(self) -> int:
         """Return the seconds until what waits is done, from the speed so far."""
-        lanes = [self._worker.find_lane(name) for name in self.encoder.modalities]
+        lanes = self._worker.lanes.values()
         num_done = sum(lane.num_done for lane in lanes)
         seconds = sum(lane.busy_s for lane in lanes) / max(num_done, 1) * self._num_pending
         return min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)
@@ -446,12 +431,12 @@ class EmbeddingService:
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""
-        size = self.config.batch_size or self.encoder.batch_size
+        size = self._image_batch
         running: deque[asyncio.Future[NDArray[np.float32]]] = deque()
         parts: list[NDArray[np.float32]] = []
         try:
             for start in range(0, len(images), size):
-                prepared = await _all_or_none(
+                prepared = await await_all_or_none(
                     *(
                         self._run(self._image_threads, partial(self._prepare, image))
                         for image in images[start : start + size]
@@ -471,41 +456,17 @@ class EmbeddingService:
         decoded = image if isinstance(image, Image.Image) else decode_image(image, self._limits)
         return self.encoder.processor(images=[decoded])
 
-    def _encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        on_batch = None if self.encoder.projects_at_once else self._count_images
-        embeds = self.encoder.encode_images(images, num_workers=1, on_batch=on_batch)
-        array: NDArray[np.float32] = embeds.numpy()
-        return array
-
-    def _count_images(self, _: Sequence[int], vision_embeds: Tensor) -> None:
-        self._tally.add(vision_embeds)
-
     async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
+        """Call a function in a thread; one that nobody can stop keeps its place in the queue."""
         future = threads.submit(function)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if not future.cancel():  # it runs, and nobody can stop it
-                self._count_until_done(future)
+            if not future.cancel():
+                self._add_pending(1)
+                future.add_done_callback(lambda _: self._add_pending(-1))
             raise
 
-    def _count_until_done(self, future: Future[Any]) -> None:
-        """Keep a place of the queue for what runs on although its request was given up."""
+    def _add_pending(self, count: int) -> None:
         with self._lock:
-            self._num_pending += 1
-
-        def release(_: Future[Any]) -> None:
-            with self._lock:
-                self._num_pending -= 1
-
-        future.add_done_callback(release)
-
-
-async def _all_or_none(*awaitables: Any) -> Any:
-    """Await all; the first error cancels the others, whose results nobody wants."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+            self._num_pending += count

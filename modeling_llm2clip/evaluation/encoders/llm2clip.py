@@ -57,11 +57,7 @@ class LLM2CLIPEncoder:
         return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with LLM, text adapter and projection.
-
-        Args:
-            texts: At least one.
-        """
+        """Encode texts with LLM, text adapter and projection."""
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
         embeds = self._model.encode_texts(
@@ -72,12 +68,7 @@ class LLM2CLIPEncoder:
         return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with vision tower and projection.
-
-        Args:
-            images: At least one.
-            names: Not used.
-        """
+        """Encode images with vision tower and projection."""
         return self._model.encode_images(
             images,
             batch_size=self._run_config.batch_size,
