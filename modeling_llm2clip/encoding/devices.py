@@ -1,4 +1,4 @@
-"""Where a model runs: one choice for all commands, checked before anything costly.
+"""The choice of a device, one for all commands, checked before anything costly.
 
 Importing this costs nothing: torch is imported by the functions that need it.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | None = "auto") -> torch.device:
-    """Return the device of a name.
+    """Return the device of a name; `"auto"` and None are the best there is.
 
     Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process.
     """
@@ -73,10 +73,10 @@ def to_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_launched_on_the_cpu() -> bool:
-    """Whether `accelerate launch` was given `--cpu`, or its configuration says so."""
+    """True if `accelerate launch` was given `--cpu`, or its configuration says so."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def _is_launched() -> bool:
-    """Whether a launcher started this process; accelerate looks at the same variable."""
+    # The variable that accelerate looks at, too.
     return int(os.environ.get("LOCAL_RANK", "-1")) >= 0

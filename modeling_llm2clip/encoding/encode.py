@@ -229,6 +229,8 @@ def raise_malloc_thresholds() -> bool:
     Each batch asks for the same blocks, and each page that the system hands out anew costs a page
     fault, which convolutional towers suffer from most. By default glibc keeps no block above
     32 MiB, which is all that `packing_llm2clip.keep_freed_memory` reaches.
+
+    Returns False without glibc, and where the user set its variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

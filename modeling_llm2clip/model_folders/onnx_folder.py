@@ -1,4 +1,4 @@
-"""What a folder of ONNX graphs is: its files, and how it is opened.
+"""A folder of ONNX graphs: its files, and opening it.
 
 The layout is that of transformers.js: graphs in `onnx/`, named by tower and weights, beside the
 tokenizer, `preprocessor_config.json` and `config.json`. Nothing here needs torch before graphs are

@@ -120,7 +120,7 @@ class _Reader:
 
 
 def find_time_taken(image: Image.Image) -> datetime | None:
-    """Read from EXIF when an image was taken, by the clock of its camera."""
+    """Read from EXIF when an image was taken, by its camera's clock; None if it does not say."""
     try:
         exif = image.getexif()
         text = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)

@@ -18,7 +18,7 @@ class Tag:
 
     Attributes:
         label: Name of the label.
-        cosine: Of image and label.
+        cosine: Cosine of image and label.
         probability: Softmax of the scaled cosines over all labels, as the pipeline
             `zero-shot-image-classification` gives it.
     """
@@ -29,7 +29,7 @@ class Tag:
 
 
 def average_prompts(embeds: Tensor, labels: Sequence[Label]) -> Tensor:
-    """Average the embeddings of each label's prompts."""
+    """Average the unit embeddings of each label's prompts; (labels, P) of unit length again."""
     means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -42,7 +42,10 @@ def rank_labels(
     scale: float,
     top_k: int,
 ) -> list[list[Tag]]:
-    """Take for each image the labels of the greatest cosine, best first."""
+    """List the labels of the greatest cosine for each image, best first.
+
+    Embeddings have unit length; `scale` is the factor of the cosines before the softmax.
+    """
     cosines = image_embeds @ label_embeds.T
     probabilities = (scale * cosines).softmax(dim=-1)
     best = cosines.topk(min(top_k, len(labels)))

@@ -28,10 +28,10 @@ Query: TypeAlias = Part | Sequence[Part]
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """What one search looks for.
+    """A query and its name.
 
     Attributes:
-        name: As a result calls it.
+        name: Name of the query in a result.
         parts: Sentences and images, whose embeddings are averaged.
         image: File of the first query image, where there is one.
     """
@@ -42,7 +42,7 @@ class NamedQuery:
 
 
 def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
-    """Check queries and name them."""
+    """Check queries and name them; a list among them is one query of several parts."""
     if not queries:
         raise ValueError("There is nothing to search for. Give a sentence or an image.")
     return [_name_query(query, number) for number, query in enumerate(queries, start=1)]
@@ -180,10 +180,4 @@ def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
     broken = [int(row) for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))]
     if broken:
         raise ValueError(f"Query embeddings {broken} are zero, NaN or infinite.")
-    return normalize_rows(found)
-
-
-def normalize_rows(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Bring rows to unit length."""
-    normalized: np.ndarray[Any, Any] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return normalized.astype(np.float32)
+    return (found / lengths[:, None]).astype(np.float32)  # type: ignore[no-any-return]

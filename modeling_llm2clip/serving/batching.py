@@ -132,8 +132,14 @@ class BatchWorker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether batches are computed."""
+        """True while batches are computed."""
         return self._thread.is_alive()
+
+    def estimate_s(self, count: int) -> float:
+        """Estimate the seconds that so many inputs take, from the speed so far."""
+        lanes = self.lanes.values()
+        num_done = sum(lane.num_done for lane in lanes)
+        return sum(lane.busy_s for lane in lanes) / max(num_done, 1) * count
 
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
         """Queue the inputs of one request, which cost so much each, such as their tokens.

@@ -1,6 +1,6 @@
-"""The service behind every route: embeds, classifies and searches, in batches over all callers.
+"""The service behind every route, without HTTP: embeds, classifies and searches for all callers.
 
-It knows no HTTP. Its methods are coroutines that any event loop and any number of them may await.
+Any number of event loops may await its methods.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 Input: TypeAlias = str | bytes | Image.Image
 """A text, an encoded image, or an image."""
 Query: TypeAlias = Input | list[Input]
-"""What one search looks for; several inputs by the mean of their embeddings."""
+"""Inputs of one search; several are combined by the mean of their embeddings."""
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
@@ -70,6 +70,10 @@ class EmbeddingService:
         training_data: Names of the datasets that the model was trained on.
         training_images: Which images the model was trained on; None where that is not known.
         on_batch: Called after each batch, in the thread that runs the model.
+
+    Attributes:
+        num_pending: Number of texts and images in work and waiting. An image that is being decoded
+            counts until that ends, even if its request was given up.
 
     Examples:
         >>> from asyncio import run
@@ -119,7 +123,7 @@ class EmbeddingService:
         self._image_threads = WorkerThreads(config.num_workers, "llm2clip-image")
         self._search_threads = WorkerThreads(config.num_workers, "llm2clip-search")
         self._lock = threading.Lock()
-        self._num_pending = 0
+        self.num_pending = 0
         self._is_closed = False
 
     @classmethod
@@ -163,16 +167,8 @@ class EmbeddingService:
         )
 
     @property
-    def num_pending(self) -> int:
-        """Number of texts and images in work and waiting.
-
-        An image that is being decoded counts until that ends, even if its request was given up.
-        """
-        return self._num_pending
-
-    @property
     def is_alive(self) -> bool:
-        """Whether the thread that runs the model is there."""
+        """True while the thread that runs the model is there."""
         return self._worker.is_alive
 
     def close(self) -> None:
@@ -186,18 +182,13 @@ class EmbeddingService:
             threads.close(wait_s=_CLOSE_WAIT_S)
 
     async def embed(
-        self,
-        inputs: Sequence[Input],
-        *,
-        dimensions: int | None = None,
-        truncate: bool = True,
+        self, inputs: Sequence[Input], *, dimensions: int | None = None, truncate: bool = True
     ) -> EmbeddedInputs:
         """Embed texts and images, in one order.
 
         Args:
             inputs: Texts and images, at least one.
-            dimensions: Keep the first D numbers of an embedding, of unit length again; None for
-                all P.
+            dimensions: Keep the first numbers of an embedding, of unit length again; None for all.
             truncate: Truncate texts that are longer than the model reads, instead of refusing them.
 
         Raises:
@@ -213,7 +204,7 @@ class EmbeddingService:
                 work["text"] = self._embed_texts(given, truncate=truncate)
             if images:
                 work["image"] = self._embed_images([inputs[place] for place in images])
-            done = dict(zip(work, await await_all_or_none(*work.values()), strict=True))
+            done = dict(zip(work, await await_all_or_none(work.values()), strict=True))
         embeds = np.empty((len(inputs), self.encoder.embedding_dim), dtype=np.float32)
         num_tokens, truncated = 0, []
         if texts:
@@ -243,19 +234,15 @@ class EmbeddingService:
             top_k: Labels per image; None for all.
 
         Raises:
-            RequestError: An image or a label is not valid, the model lacks a tower, or the queue is
-                full.
+            RequestError: An input is not valid, the model lacks a tower, or the queue is full.
         """
         scale = self.encoder.logit_scale
         if scale is None:
             raise RequestError(400, "This model has one tower; classifying needs both.")
-        param = "templates"
-        try:
+        with _refusing("templates"):
             check_templates(templates)
-            param = "candidate_labels"
+        with _refusing("candidate_labels"):
             candidates = make_labels(labels, templates=templates)
-        except ValueError as error:
-            raise RequestError(400, str(error), param=param) from None
         prompts = [prompt for label in candidates for prompt in label.prompts]
         embedded = await self.embed([*prompts, *images])
 
@@ -275,8 +262,7 @@ class EmbeddingService:
         """Find the images of the index that fit texts and images best.
 
         Args:
-            queries: Texts and images, at least one; a list among them is one query of several
-                inputs, by the mean of their embeddings.
+            queries: Texts and images; a list among them is one query, the mean of its embeddings.
             top_k: Images per query.
             where: Filter over the columns of the index, as `ImageIndex.search` takes it.
 
@@ -290,10 +276,8 @@ class EmbeddingService:
                 404, "This server has no index. Start it with --index DB.", code="no_index"
             )
         if where is not None:  # before anything is encoded
-            try:
+            with _refusing("where", code="invalid_filter"):
                 check_filter(where, index.columns)
-            except ValueError as error:
-                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
             raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
@@ -301,14 +285,12 @@ class EmbeddingService:
         embedded = await self.embed([part for parts in parts_of for part in parts])
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
-        try:
-            found = await self._run(
-                self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
-            )
-        except IndexUnavailableError as error:
-            raise RequestError(503, str(error), code="index_unavailable") from error
-        except ValueError as error:
-            raise RequestError(400, str(error)) from error
+        search = partial(index.search, means, top_k=top_k, where=where)
+        with _refusing():
+            try:
+                found = await self._run(self._search_threads, search)
+            except IndexUnavailableError as error:
+                raise RequestError(503, str(error), code="index_unavailable") from error
         truncated = sorted({query_of[place] for place in embedded.truncated})
         return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
 
@@ -316,8 +298,7 @@ class EmbeddingService:
         """Describe the images of the index, or else those that were embedded since the start.
 
         Returns:
-            What they are unlike; None where the model was trained on such images, they are too
-            few to judge, or nothing is known.
+            None where the model was trained on such images, or that cannot be judged.
         """
         if self.training_images is None:
             return None
@@ -377,26 +358,20 @@ class EmbeddingService:
         with self._lock:
             if self._is_closed:
                 raise RequestError(503, "The server is stopping.", retry_after_s=1)
-            if self._num_pending + count > self.config.max_queue:
+            if self.num_pending + count > self.config.max_queue:
+                wait_s = math.ceil(self._worker.estimate_s(self.num_pending))
                 raise RequestError(
                     429,
-                    f"{self._num_pending} texts and images are waiting, and {count} more do not "
+                    f"{self.num_pending} texts and images are waiting, and {count} more do not "
                     "fit into the queue. Try again later.",
                     code="queue_full",
-                    retry_after_s=self._estimate_wait(),
+                    retry_after_s=min(max(wait_s, 1), _LONGEST_RETRY_S),
                 )
-            self._num_pending += count
+            self.num_pending += count
         try:
             yield
         finally:
             self._add_pending(-count)
-
-    def _estimate_wait(self) -> int:
-        """Return the seconds until what waits is done, from the speed so far."""
-        lanes = self._worker.lanes.values()
-        num_done = sum(lane.num_done for lane in lanes)
-        seconds = sum(lane.busy_s for lane in lanes) / max(num_done, 1) * self._num_pending
-        return min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)
 
     async def _embed_texts(
         self, texts: list[str], *, truncate: bool
@@ -404,14 +379,16 @@ class EmbeddingService:
         """Return (N, P), the number of tokens, and which texts are truncated."""
         tokens: list[TokenizedText] = []
         truncated: list[int] = []
-        # Part by part, because nobody else's texts are tokenized meanwhile.
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            try:
-                found = await self._run(self._text_threads, partial(self._tokenize, texts, start))
-            except ValueError as error:
-                raise RequestError(400, str(error), code="invalid_text") from None
-            tokens += found
-            truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
+        tokenize = partial(TokenizedTexts, self.encoder.processor)
+        with _refusing(code="invalid_text"):
+            if len(texts) > _TOKENIZED_AT_ONCE:  # names a blank text by its number in the request
+                await self._run(self._text_threads, partial(clean_list, texts))
+            # Part by part, because nobody else's texts are tokenized meanwhile.
+            for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+                part = texts[start : start + _TOKENIZED_AT_ONCE]
+                found = await self._run(self._text_threads, partial(tokenize, part))
+                tokens += found
+                truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
         if truncated and not truncate:
             raise RequestError(
                 400,
@@ -424,11 +401,6 @@ class EmbeddingService:
         embeds = await asyncio.wrap_future(self._worker.submit("text", tokens, lengths))
         return embeds, sum(lengths), truncated
 
-    def _tokenize(self, texts: list[str], start: int) -> TokenizedTexts:
-        if start == 0 and len(texts) > _TOKENIZED_AT_ONCE:
-            clean_list(texts)  # names a blank text by its number in the request
-        return TokenizedTexts(self.encoder.processor, texts[start : start + _TOKENIZED_AT_ONCE])
-
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""
         size = self._image_batch
@@ -436,11 +408,9 @@ class EmbeddingService:
         parts: list[NDArray[np.float32]] = []
         try:
             for start in range(0, len(images), size):
+                prepare = [partial(self._prepare, image) for image in images[start : start + size]]
                 prepared = await await_all_or_none(
-                    *(
-                        self._run(self._image_threads, partial(self._prepare, image))
-                        for image in images[start : start + size]
-                    )
+                    self._run(self._image_threads, one) for one in prepare
                 )
                 computed = self._worker.submit("image", prepared, [1] * len(prepared))
                 running.append(asyncio.wrap_future(computed))
@@ -469,4 +439,13 @@ class EmbeddingService:
 
     def _add_pending(self, count: int) -> None:
         with self._lock:
-            self._num_pending += count
+            self.num_pending += count
+
+
+@contextmanager
+def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
+    """Answer a ValueError with status 400."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(400, str(error), param=param, code=code) from None

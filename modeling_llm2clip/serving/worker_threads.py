@@ -11,7 +11,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ class WorkerThreads:
             thread.start()
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Queue a function."""
+        """Queue a function; once it runs, its future cannot be cancelled."""
         future: Future[T] = Future()
         with self._lock:
             if self._is_closed:
@@ -50,7 +50,7 @@ class WorkerThreads:
         return future
 
     def close(self, *, wait_s: float) -> None:
-        """Cancel what waits, and end the threads; may be called again."""
+        """Cancel what waits, and give running functions `wait_s` to finish; may be called again."""
         with self._lock:
             self._is_closed = True
             while not self._waiting.empty():
@@ -80,7 +80,7 @@ def _call(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_result(result)
 
 
-async def await_all_or_none(*awaitables: Awaitable[Any]) -> list[Any]:
+async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
     """Await all; the first error cancels the others, whose results nobody wants."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
