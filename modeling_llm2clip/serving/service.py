@@ -1,7 +1,4 @@
-"""The service behind every route, without HTTP: embeds, classifies and searches for all callers.
-
-Any number of event loops may await its methods.
-"""
+"""The service behind every route, without HTTP: embeds, classifies and searches for all callers."""
 
 from __future__ import annotations
 
@@ -49,7 +46,6 @@ if TYPE_CHECKING:
     from ..search.image_index import ImageIndex
 
 Input: TypeAlias = str | bytes | Image.Image
-"""A text, an encoded image, or an image."""
 Query: TypeAlias = Input | list[Input]
 """Inputs of one search; several are combined by the mean of their embeddings."""
 T = TypeVar("T")
@@ -285,10 +281,11 @@ class EmbeddingService:
         embedded = await self.embed([part for parts in parts_of for part in parts])
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
-        search = partial(index.search, means, top_k=top_k, where=where)
         with _refusing():
             try:
-                found = await self._run(self._search_threads, search)
+                found = await self._run(
+                    self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
+                )
             except IndexUnavailableError as error:
                 raise RequestError(503, str(error), code="index_unavailable") from error
         truncated = sorted({query_of[place] for place in embedded.truncated})
