@@ -67,17 +67,13 @@ for _ in sys.stdin:
 _BESIDE = """
 import asyncio, json, sys, time
 from pathlib import Path
-from modeling_llm2clip import load_model
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
-from modeling_llm2clip.serving.served_encoder import ModelEncoder
 from modeling_llm2clip.serving.service import EmbeddingService
 folder, texts = Path(sys.argv[1]), json.load(open(sys.argv[2]))
-service = EmbeddingService(
-    ModelEncoder(*load_model(folder, device="cpu")),
-    ServeConfig(device="cpu", max_wait_ms=0, max_queue=len(texts)),
-    model_name="small",
+service = EmbeddingService.open(
+    folder, ServeConfig(device="cpu", max_wait_ms=0, max_queue=len(texts))
 )
 config = EncoderConfig(device="cpu", show_progress=False)
 evaluated = LLM2CLIPEncoder(folder, config, source="small")

@@ -1,6 +1,6 @@
 """Base class of all LLM2CLIP models: strict loading, complete saving, initialization.
 
-A saved folder has its code, and the three JSON files with which sentence-transformers loads it. These
+A saved folder has its code, and three JSON files with which sentence-transformers loads it. These
 refer to sentence-transformers' own modules only, because a custom module would need
 `trust_remote_code`. Quantization by bitsandbytes applies to the LLM alone.
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -27,13 +26,13 @@ from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_writing import Source, StageSource, open_source
+from ..model_folders.onnx_folder import fingerprint_graph
 from ..model_folders.training_images import ImageTally, read_training_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
 from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
 from .embedding_rows import ImageRows, TextRows
-from .onnx_shard_encoding import fingerprint_graph, load_onnx_shard_encoder
 from .parquet_writer import EmbeddingManifest, ParquetWriter
 from .shard_computation import (
     Engine,
@@ -115,7 +114,7 @@ def embed(
     with stops as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
-        encoder = _load_encoder(found.folder, modality, config, device)
+        encoder = load_shard_encoder(found.folder, modality, config, device)
         planned = _plan_output(found, modality, records, len(rows), encoder, config)
         with PartialState().main_process_first():
             writer = ParquetWriter.open(
@@ -190,7 +189,7 @@ def _plan_output(
     if config.dtype == "int8":
         plan["int8_ranges"] = _name_ranges(config)
     if config.backend == "onnx":
-        fingerprint = fingerprint_graph(model.folder, modality, config)
+        fingerprint = fingerprint_graph(model.folder, modality, config.text_weights)
     else:
         fingerprint = fingerprint_embeddings(model.folder, modality)
     return EmbeddingManifest(
@@ -210,7 +209,7 @@ def _plan_output(
 def _make_worker(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> Callable[[int], None]:
     """Load the tower that is needed, for files that something else hands out."""
     modality = writer.manifest.modality
-    encoder = _load_encoder(folder, modality, config, choose_device(config.device))
+    encoder = load_shard_encoder(folder, modality, config, choose_device(config.device))
     return make_shard_worker(writer, _prepare_rows(writer.rows, encoder))
 
 
@@ -243,14 +242,6 @@ def describe_embeddings(output: Path) -> list[str]:
         share = clipped / (num_rows * manifest.dim)
         lines.append(f"{share:.2%} of the values were outside the int8 ranges, and were clipped.")
     return lines
-
-
-def _load_encoder(
-    folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
-) -> ShardEncoder:
-    if config.backend == "onnx":
-        return load_onnx_shard_encoder(folder, modality, config)
-    return load_shard_encoder(folder, modality, config, device)
 
 
 def _add_ranges(

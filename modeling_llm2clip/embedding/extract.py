@@ -43,12 +43,7 @@ from ..data.store.embedding_store import EmbeddingStore
 from ..data.store.store_index import StoreIndex, make_batch
 from ..data.store.store_manifest import STORED_DTYPES, StoreManifest
 from ..encoding.batches import split_evenly
-from ..encoding.encode import (
-    default_batch_size,
-    default_token_budget,
-    iterate_image_batches,
-    iterate_token_batches,
-)
+from ..encoding.encode import TorchEncoder
 from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_writing import Source, open_source
@@ -260,15 +255,13 @@ def _plan_captions(
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPTextModel.from_pretrained(folder)
     fingerprint = fingerprint_text(folder)
-    model = model.to(device)
-    budget = config.token_budget or default_token_budget(device)
+    encoder = TorchEncoder(model.to(device), processor)
+    budget = config.token_budget or encoder.token_budget
     causes = {"data": hash_texts(records), "token_budget": str(budget)}
-
-    embed = partial(iterate_token_batches, model, processor)
 
     def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
         texts = list(iterate_first_captions(records, occurrences, rows))
-        return prepare_texts(processor, embed, budget, texts)
+        return prepare_texts(encoder, budget, texts, project=False)
 
     return ExtractionPlan(
         _plan_store("caption_embeds", fingerprint, model.config.text_width, config, causes),
@@ -286,8 +279,8 @@ def _plan_images(
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     fingerprint = fingerprint_vision(folder)
-    model = model.to(device)
-    batch_size = config.batch_size or default_batch_size(device)
+    encoder = TorchEncoder(model.to(device), processor)
+    batch_size = config.batch_size or encoder.batch_size
     causes = {
         "data": hash_texts(records),
         "images": hash_image_sizes(records),
@@ -300,12 +293,14 @@ def _plan_images(
             images += records.select(first + items).iterate_images()
         return PreparedShard(
             batches=[np.array(places) for places in split_evenly(len(rows), size=batch_size)],
-            encode=lambda batches: iterate_image_batches(
-                model,
-                processor,
-                images,
-                [places.tolist() for places in batches],
-                num_workers=config.num_workers,
+            encode=lambda batches: (
+                batch.embeds
+                for batch in encoder.iterate_images(
+                    images,
+                    [places.tolist() for places in batches],
+                    project=False,
+                    num_workers=config.num_workers,
+                )
             ),
         )
 

@@ -1,6 +1,6 @@
-"""Batches of texts and images for whatever encodes them: tokenized, decoded and prepared ahead.
+"""Batches of texts and images, prepared ahead; each distinct input is encoded once.
 
-Each distinct input is encoded once. N texts or images, D width of an embedding.
+N texts or images, B those of a batch, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
@@ -17,129 +16,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
-from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
 from .preparation import prepare_batches
 from .tokenized_texts import TokenizedText
 
 OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
-"""Called after each batch with the rows of its inputs, (B,), and their tower's embeddings, (B, D).
+"""Called after each batch with the rows of its inputs and what the model gave for them, (B, D).
 
-A row is the first of equal inputs.
+A row is the first of equal inputs. The embeddings are those before the projection, but unit
+embeddings where a graph projects.
 """
 
 _PIXELS_AT_ONCE = 2**22
 _SHOWN = 5  # inputs that an error names
 
 
-def encode_distinct_texts(
-    processor: LLM2CLIPProcessor,
-    texts: Sequence[TokenizedText],
-    *,
-    encode: Callable[[tuple[Tensor, Tensor]], Tensor],
-    device: torch.device,
-    token_budget: int,
-    plan: Callable[..., list[list[int]]] = plan_token_batches,
-    show_progress: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Encode every distinct text once, the longest first.
+class PreparedImages(NamedTuple):
+    """The images of a batch, ready for the model.
 
-    Args:
-        processor: The model's processor.
-        texts: Tokenized texts; at least one.
-        encode: Computes (B, D) of token ids and mask, each (B, L) int64, padded on the right.
-        device: Where `encode` computes.
-        token_budget: Maximum tokens per batch.
-        plan: Batches texts by their lengths: `plan_token_batches`, or `plan_packs` where `encode`
-            spends no time on padding.
-        show_progress: Show a progress bar, which counts tokens.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, D) float32 on the CPU, in the order of the texts.
-
-    Raises:
-        ValueError: The budget is below one, or an embedding has NaN or infinity.
+    Attributes:
+        inputs: The processor's tensors of those that can be read, by name; none if there are none.
+        places: Places of these images in the batch.
+        errors: Error of each other image, by its place.
     """
-    if token_budget < 1:
-        raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
-    texts = list(texts)
 
-    def count_tokens(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(sum(len(texts[row].ids) for row in rows))
-        if on_batch is not None:
-            on_batch(rows, embeds)
-
-    # Tokens cost about the same each; texts do not, and the longest come first.
-    num_tokens = sum({one.text: len(one.ids) for one in texts}.values())
-    with tqdm(
-        total=num_tokens, unit=" tokens", unit_scale=True, disable=not show_progress
-    ) as progress:
-        return encode_distinct(
-            texts,
-            batches=lambda rows: plan(
-                [len(texts[row].ids) for row in rows], token_budget=token_budget
-            ),
-            prepare=partial(pad_ids, processor),
-            encode=encode,
-            device=device,
-            on_batch=count_tokens,
-        )
-
-
-def encode_distinct_images(
-    processor: LLM2CLIPProcessor,
-    images: Sequence[Any],
-    *,
-    encode: Callable[[Mapping[str, Tensor]], Tensor],
-    device: torch.device,
-    batch_size: int,
-    num_workers: int | None = None,
-    show_progress: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Decode images in threads and encode every distinct one once.
-
-    Args:
-        processor: The model's processor.
-        images: As `encode_images` takes them.
-        encode: Computes (B, D) of the processor's tensors by name.
-        device: Where `encode` computes.
-        batch_size: Images per batch.
-        num_workers: Threads that decode images; None for `default_num_workers`.
-        show_progress: Show a progress bar.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, D) float32 on the CPU, in the order of the images.
-
-    Raises:
-        ValueError: `images` is not a list or is empty, an image is missing or broken, a number is
-            below one, or an embedding has NaN or infinity.
-    """
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
-        raise ValueError(f"Got {images!r} for images; give a list of at least one.")
-    if batch_size < 1 or (num_workers is not None and num_workers < 1):
-        raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
-
-    def count_images(rows: Sequence[int], embeds: Tensor) -> None:
-        progress.update(len(rows))
-        if on_batch is not None:
-            on_batch(rows, embeds)
-
-    total = len(set(list_keys(images)))
-    with tqdm(total=total, unit=" images", disable=not show_progress) as progress:
-        return encode_distinct(
-            images,
-            batches=lambda rows: split_evenly(len(rows), size=batch_size),
-            prepare=partial(decode_images, processor),
-            encode=encode,
-            device=device,
-            num_workers=num_workers,
-            on_batch=count_images,
-        )
+    inputs: dict[str, Tensor]
+    places: list[int]
+    errors: dict[int, str]
 
 
 @torch.no_grad()
@@ -152,43 +56,40 @@ def encode_distinct(
     device: torch.device,
     num_workers: int | None = 1,
     on_batch: OnBatch | None = None,
+    sizes: Sequence[int] | None = None,
+    unit: str = "",
+    show_progress: bool = False,
 ) -> Tensor:
-    """Encode every distinct input once, in batches that are prepared ahead.
+    """Encode every distinct input once; (N, D) float32 on the CPU, in the order of the inputs.
 
     Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
-    last bit, and no longer tie.
-
-    Args:
-        inputs: Texts, tokenized or not, addresses of images, or images; at least one. PIL images
-            and arrays are equal only to themselves.
-        batches: Takes the rows of the distinct inputs, each at its first occurrence, and returns
-            batches of places in that list; each place once.
-        prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
-        encode: Computes (B, D) of any floating-point dtype.
-        device: Where `encode` computes.
-        num_workers: Threads that prepare batches; None for `default_num_workers`.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, D) float32 on the CPU, in the order of the inputs.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity; every such input of the batch is named.
+    last bit, and no longer tie. `batches` takes the rows of the distinct inputs, each at its first
+    occurrence, and returns batches of places in that list. A progress bar counts inputs, or the
+    sum of their `sizes`.
     """
     keys = list_keys(inputs)
     first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
     firsts = sorted(first_of.values())
     plan = [[firsts[place] for place in places] for places in batches(firsts)]
     place_of = {row: place for place, row in enumerate(firsts)}
+    scales = sizes is not None
+    sizes = sizes or [1] * len(inputs)
     embeddings: Tensor | None = None
-    for rows, embeds in iterate_batches(
-        inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
-    ):
-        if embeddings is None:
-            embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
-        embeddings[[place_of[row] for row in rows]] = embeds
-        if on_batch is not None:
-            on_batch(rows, embeds)
+    with tqdm(
+        total=sum(sizes[row] for row in firsts),
+        unit=unit,
+        unit_scale=scales,
+        disable=not show_progress,
+    ) as progress:
+        for rows, embeds in iterate_batches(
+            inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
+        ):
+            if embeddings is None:
+                embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
+            embeddings[[place_of[row] for row in rows]] = embeds
+            progress.update(sum(sizes[row] for row in rows))
+            if on_batch is not None:
+                on_batch(rows, embeds)
     assert embeddings is not None
     if len(firsts) == len(inputs):
         return embeddings
@@ -205,21 +106,10 @@ def iterate_batches(
     device: torch.device,
     num_workers: int | None = 1,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Encode batches of inputs, which are prepared ahead.
+    """Yield the rows of each batch of a plan, and their embeddings, (B, D) float32 on the CPU.
 
-    Args:
-        inputs: Texts, tokenized or not, addresses of images, or images.
-        plan: Rows of the inputs of each batch.
-        prepare: Turns the inputs of a batch into what `encode` takes; runs in threads.
-        encode: Computes (B, D) of any floating-point dtype.
-        device: Where `encode` computes.
-        num_workers: Threads that prepare batches; None for `default_num_workers`.
-
-    Yields:
-        Rows of a batch, and their embeddings, (B, D) float32 on the CPU.
-
-    Raises:
-        ValueError: An embedding has NaN or infinity; every such input of the batch is named.
+    `prepare` turns the inputs of a batch into what `encode` takes; it runs in threads, for None of
+    `default_num_workers`. Inputs with NaN or infinity in their embeddings raise ValueError.
     """
     parts = ([inputs[row] for row in rows] for rows in plan)
     in_threads = prepare_batches(parts, prepare, device=device, num_workers=num_workers)
@@ -230,67 +120,73 @@ def iterate_batches(
             yield rows, embeds
 
 
-def pad_ids(processor: LLM2CLIPProcessor, texts: Sequence[TokenizedText]) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right.
-
-    Args:
-        processor: The model's processor.
-        texts: B tokenized texts.
-
-    Returns:
-        Ids and mask, each (B, L) int64.
-    """
+def pad_ids(processor: LLM2CLIPProcessor, texts: Sequence[TokenizedText]) -> dict[str, Tensor]:
+    """Pad token ids on the right; returns ids and mask, each (B, L) int64."""
     longest = max(len(one.ids) for one in texts)
     input_ids = torch.full((len(texts), longest), processor.tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(texts), longest, dtype=torch.long)
     for line, one in enumerate(texts):
         input_ids[line, : len(one.ids)] = torch.from_numpy(one.ids)
         attention_mask[line, : len(one.ids)] = 1
-    return input_ids, attention_mask
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
-    """Split rows into batches in their order.
-
-    Args:
-        count: Number of rows.
-        size: Rows per batch; the last one may have fewer.
-
-    Returns:
-        The rows of each batch.
-    """
+    """Split rows into batches in their order."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def decode_images(processor: LLM2CLIPProcessor, images: Sequence[Any]) -> dict[str, Tensor]:
-    """Open images and prepare them for a vision tower.
+def prepare_images(
+    processor: LLM2CLIPProcessor,
+    images: Sequence[Any],
+    *,
+    open_image: Callable[[Any], Any] = open_image,
+    on_error: Callable[[Any, ValueError], str] | None = None,
+) -> PreparedImages:
+    """Open images and prepare them for a vision tower; prepared ones are joined.
 
-    Args:
-        processor: The model's processor.
-        images: As `encode_images` takes them.
-
-    Returns:
-        The processor's tensors by name.
-
-    Raises:
-        ValueError: An image is missing or broken.
+    `open_image` returns None for an image that is left out. Where one is invalid, `on_error` makes
+    its message, or raises; the others are prepared without it. By default ValueError names all that
+    are invalid.
     """
-    return prepare_images(processor, map(open_image, images))
+    if isinstance(images[0], Mapping):
+        return PreparedImages(_join(images), list(range(len(images))), {})
+    places: list[int] = []
+    errors: dict[int, str] = {}
+
+    def open_all() -> Iterator[Any]:
+        for place, image in enumerate(images):
+            try:
+                opened = open_image(image)
+            except ValueError as error:
+                if on_error is None:
+                    raise
+                errors[place] = on_error(image, error)
+            else:
+                if opened is not None:
+                    places.append(place)
+                    yield opened
+
+    try:
+        return PreparedImages(_prepare(processor, open_all()), places, errors)
+    except ValueError as error:  # such as a size that the processor does not take
+        if on_error is None:
+            raise
+        if len(images) == 1:
+            return PreparedImages({}, [], {0: on_error(images[0], error)})
+    alone = [
+        prepare_images(processor, [image], open_image=open_image, on_error=on_error)
+        for image in images
+    ]
+    return PreparedImages(
+        _join([one.inputs for one in alone if one.places]),
+        [place for place, one in enumerate(alone) if one.places],
+        {place: one.errors[0] for place, one in enumerate(alone) if one.errors},
+    )
 
 
-def prepare_images(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, Tensor]:
-    """Prepare images for a vision tower, large ones one by one: few are in memory at a time.
-
-    Args:
-        processor: The model's processor.
-        images: Images as the processor takes them, decoded when they are asked for.
-
-    Returns:
-        The processor's tensors by name; none where there is no image.
-
-    Raises:
-        ValueError: An image is missing or broken.
-    """
+def _prepare(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, Tensor]:
+    """Prepare images, which are opened when they are asked for; few large ones at a time."""
     parts: list[Mapping[str, Tensor]] = []
     waiting: list[Any] = []
     num_pixels = 0
@@ -302,31 +198,17 @@ def prepare_images(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[
             waiting, num_pixels = [], 0
     if waiting:
         parts.append(processor(images=waiting))
-    return join_prepared(parts) if parts else {}
+    return _join(parts)
 
 
-def join_prepared(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join what the processor made of some images each into one batch.
-
-    Args:
-        parts: Its tensors by name; at least one.
-    """
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def require_finite(
     embeds: Tensor, rows: Sequence[int], inputs: Sequence[Any] | None = None
 ) -> None:
-    """Refuse embeddings with NaN or infinity.
-
-    Args:
-        embeds: (B, D).
-        rows: What the error calls each of them.
-        inputs: All inputs, by row; None to name the rows alone.
-
-    Raises:
-        ValueError: There are some; the first inputs are named.
-    """
+    """Refuse embeddings with NaN or infinity."""
     broken = (~embeds.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if not broken:
         return
@@ -347,9 +229,6 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
 
     An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
     different: it may make them anew at each access, where an `id` says nothing.
-
-    Args:
-        inputs: Texts, tokenized or not, addresses of images, or images.
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))

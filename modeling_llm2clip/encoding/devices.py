@@ -1,4 +1,4 @@
-"""Where a model runs: one choice for all commands, checked before anything costly.
+"""The choice of a device, one for all commands, checked before anything costly.
 
 Importing this costs nothing: torch is imported by the functions that need it.
 """
@@ -14,17 +14,9 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | None = "auto") -> torch.device:
-    """Return the device of a name.
+    """Return the device of a name; `"auto"` and None are the best there is.
 
     Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process.
-
-    Args:
-        name: `"auto"` or None for the first there is of CUDA, MPS and CPU; else any device that
-            torch knows.
-
-    Raises:
-        ValueError: The device is not there, or a launcher started several processes and all of
-            them would take this one.
     """
     import torch
 
@@ -53,14 +45,7 @@ def list_devices() -> list[str]:
 
 
 def require_device(name: str) -> None:
-    """Raise an error for a device that this machine or this torch does not have.
-
-    Args:
-        name: Name of a device, as torch takes it.
-
-    Raises:
-        ValueError: The device is not there.
-    """
+    """Raise an error for a device that this machine or this torch does not have."""
     import torch
 
     try:
@@ -73,11 +58,7 @@ def require_device(name: str) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the name of a device, for a GPU with that of its model.
-
-    Args:
-        device: The device.
-    """
+    """Return the name of a device, for a GPU with that of its model."""
     import torch
 
     if device.type != "cuda":
@@ -87,19 +68,15 @@ def describe_device(device: torch.device) -> str:
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64.
-
-    Args:
-        tensor: Any tensor.
-    """
+    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def _is_launched_on_the_cpu() -> bool:
-    """Whether `accelerate launch` was given `--cpu`, or its configuration says so."""
+    """True if `accelerate launch` was given `--cpu`, or its configuration says so."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 def _is_launched() -> bool:
-    """Whether a launcher started this process; accelerate looks at the same variable."""
+    # The variable that accelerate looks at, too.
     return int(os.environ.get("LOCAL_RANK", "-1")) >= 0

@@ -1,4 +1,4 @@
-"""Texts and images into embeddings: each distinct input once, in batches, from loaded objects.
+"""Embeds texts and images with a loaded model: each distinct input once, in batches.
 
 N texts or images, D width of a tower, P `projection_dim`. Every result is float32 on the CPU, in
 the order of the input. TF32 is off, whatever the program's settings; the numbers do not depend on
@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..heads_llm2clip import LogitRule
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_packs, plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .batches import (
-    OnBatch,
-    decode_images,
-    encode_distinct,
-    encode_distinct_images,
-    encode_distinct_texts,
-    iterate_batches,
-    join_prepared,
-    pad_ids,
-    require_finite,
-    split_evenly,
-)
-from .eval_mode import require_eval_mode
+from .batches import OnBatch, require_finite
+from .devices import find_device
+from .encoder_interface import Encoder
 from .float32 import float32_as_such
-from .tokenized_texts import TokenizedText, TokenizedTexts
+
+Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 
 _PROJECTED_AT_ONCE = 4096
 # From glibc's malloc.h; see mallopt(3).
@@ -77,59 +73,13 @@ def encode_texts(
         >>> embeds.shape == (2, model.config.projection_dim)
         True
     """
-    tokens = TokenizedTexts(processor, texts)
-    return encode_tokenized_texts(
-        model,
-        processor,
-        tokens,
+    return TorchEncoder(model, processor).encode_texts(
+        texts,
         project=project,
         token_budget=token_budget,
         show_progress=show_progress,
         on_batch=on_batch,
     )
-
-
-def encode_tokenized_texts(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    texts: Sequence[TokenizedText],
-    *,
-    project: bool = True,
-    token_budget: int | None = None,
-    show_progress: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Encode texts that are tokenized already, otherwise as `encode_texts`.
-
-    Args:
-        model: A model with a text tower.
-        processor: The model's processor, which tokenized them.
-        texts: At least one.
-        project: As `encode_texts` takes it.
-        token_budget: As `encode_texts` takes it.
-        show_progress: Show a progress bar, which counts tokens.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, P) of unit length; with `project=False` (N, D), not normalized.
-
-    Raises:
-        ValueError: The budget is below one, the model is in training mode, or it gives NaN or
-            infinity.
-    """
-    budget = default_token_budget(model.device) if token_budget is None else token_budget
-    embeds = encode_distinct_texts(
-        processor,
-        texts,
-        encode=partial(_embed_captions, model),
-        device=model.device,
-        token_budget=budget,
-        # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
-        plan=plan_packs if model.device.type == "cpu" else plan_token_batches,
-        show_progress=show_progress,
-        on_batch=on_batch,
-    )
-    return _project(model, model.to_text_embeds, embeds, inputs=texts) if project else embeds
 
 
 def encode_images(
@@ -171,172 +121,106 @@ def encode_images(
         >>> embeds.shape == (2, model.config.projection_dim)
         True
     """
-    if model.device.type == "cpu":
-        raise_malloc_thresholds()
-    size = default_batch_size(model.device) if batch_size is None else batch_size
-    embeds = encode_distinct_images(
-        processor,
+    return TorchEncoder(model, processor).encode_images(
         images,
-        encode=partial(_embed_images, model),
-        device=model.device,
-        batch_size=size,
+        project=project,
+        batch_size=batch_size,
         num_workers=num_workers,
         show_progress=show_progress,
         on_batch=on_batch,
     )
-    return _project(model, model.to_image_embeds, embeds, inputs=images) if project else embeds
-
-
-def encode_prepared_images(
-    model: LLM2CLIPModel | LLM2CLIPVisionModel,
-    images: Sequence[Mapping[str, Tensor]],
-    *,
-    batch_size: int | None = None,
-    on_batch: OnBatch | None = None,
-) -> Tensor:
-    """Encode images that the processor has prepared one by one.
-
-    Args:
-        model: A model with a vision tower.
-        images: N results of the processor for one image each; at least one.
-        batch_size: Images per batch. Default: by device.
-        on_batch: Called after each batch.
-
-    Returns:
-        (N, P) of unit length.
-
-    Raises:
-        ValueError: The model gives NaN or infinity.
-    """
-    size = default_batch_size(model.device) if batch_size is None else batch_size
-    embeds = encode_distinct(
-        images,
-        batches=lambda rows: split_evenly(len(rows), size=size),
-        prepare=join_prepared,
-        encode=partial(_embed_images, model),
-        device=model.device,
-        on_batch=on_batch,
-    )
-    return _project(model, model.to_image_embeds, embeds)
 
 
 def project_captions(model: LLM2CLIPModel | LLM2CLIPTextModel, caption_embeds: Tensor) -> Tensor:
-    """Map stored caption embeddings into the space that texts and images share.
+    """Map stored caption embeddings, (N, D) on any device, into the space of texts and images.
 
-    Args:
-        model: The model whose LLM made them, or one with the same LLM.
-        caption_embeds: (N, D) floating point on any device.
-
-    Returns:
-        (N, P) of unit length.
-
-    Raises:
-        ValueError: They are integers, or of another width than the LLM's, or the model gives NaN or
-            infinity.
+    Raises ValueError for another width than that of the model's LLM, and for NaN or infinity.
     """
-    return _project(model, model.to_text_embeds, caption_embeds)
+    return _project_stored(model, "text", caption_embeds)
 
 
 def project_images(model: LLM2CLIPModel | LLM2CLIPVisionModel, vision_embeds: Tensor) -> Tensor:
-    """Map stored image embeddings into the space that texts and images share.
+    """Map stored image embeddings, as `project_captions` those of captions."""
+    return _project_stored(model, "image", vision_embeds)
+
+
+class TorchEncoder(Encoder):
+    """A model of this package and its processor.
 
     Args:
-        model: The model whose vision tower made them, or one with the same tower.
-        vision_embeds: (N, D) floating point on any device.
-
-    Returns:
-        (N, P) of unit length.
-
-    Raises:
-        ValueError: They are integers, or of another width than the tower's, or the model gives NaN
-            or infinity.
-    """
-    return _project(model, model.to_image_embeds, vision_embeds)
-
-
-def iterate_token_batches(
-    model: LLM2CLIPModel | LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    texts: Sequence[TokenizedText],
-    plan: Sequence[Sequence[int]],
-) -> Iterator[Tensor]:
-    """Encode batches of texts that are tokenized already, without projection.
-
-    Args:
-        model: A model with a text tower.
+        model: A whole, text-only or vision-only model; or the folder of a whole one, each of whose
+            towers is loaded when it is needed first.
         processor: The model's processor.
-        texts: Tokenized texts.
-        plan: Rows of the texts of each batch.
-
-    Yields:
-        (B, D) float32 on the CPU, for each batch.
-
-    Raises:
-        ValueError: The model gives NaN or infinity.
+        device: Where the towers of a folder are loaded to; None for the best there is.
     """
-    for _, embeds in iterate_batches(
-        texts,
-        plan,
-        prepare=partial(pad_ids, processor),
-        encode=partial(_embed_captions, model),
-        device=model.device,
-    ):
-        yield embeds
 
+    projects_at_once = False
+    _lacks = "This model encodes {there}s alone; it has no {wanted} tower."
 
-def iterate_image_batches(
-    model: LLM2CLIPModel | LLM2CLIPVisionModel,
-    processor: LLM2CLIPProcessor,
-    images: Sequence[Any],
-    plan: Sequence[Sequence[int]],
-    *,
-    num_workers: int | None = None,
-) -> Iterator[Tensor]:
-    """Encode batches of images without projection; threads decode them.
+    def __init__(
+        self,
+        model: Model | Path,
+        processor: LLM2CLIPProcessor,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        self.processor = processor
+        self._lock = threading.Lock()
+        self._models: dict[str, Any] = {}
+        if isinstance(model, Path):
+            self._folder, self.modalities = model, ("text", "image")
+            self.device = device or find_device()
+            config = LLM2CLIPConfig.from_pretrained(model)
+        else:
+            self.device, config = model.device, model.config
+            towers = {"text": "text_model", "image": "vision_model"}
+            self._models = {name: model for name, tower in towers.items() if hasattr(model, tower)}
+            self.modalities = tuple(self._models)
+        self.embedding_dim = int(config.projection_dim)
+        on_cpu = self.device.type == "cpu"
+        # A CPU divides a batch further, and larger batches of images overflow its caches.
+        self.token_budget, self.batch_size = (4096, 8) if on_cpu else (16384, 64)
+        # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
+        self._plan_texts = plan_packs if on_cpu else plan_token_batches
 
-    Args:
-        model: A model with a vision tower.
-        processor: The model's processor.
-        images: As `encode_images` takes them.
-        plan: Rows of the images of each batch.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+    @property
+    def logit_rule(self) -> LogitRule | None:
+        """Rule that turns cosines into logits; None where there is one tower alone."""
+        head = getattr(self._models.get("text"), "logit_head", None)
+        return None if head is None else head.plain_rule()
 
-    Yields:
-        (B, D) float32 on the CPU, for each batch.
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the LLM on one batch, (B, L) int64 each, padded; returns (B, D)."""
+        model = self._find_model("text")
+        with _require_eval_mode(model):
+            embeds: Tensor = model.get_caption_embeds(
+                input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
+            )
+        return embeds
 
-    Raises:
-        ValueError: An image is missing or broken (it is named), or the model gives NaN or
-            infinity.
-    """
-    if model.device.type == "cpu":
-        raise_malloc_thresholds()
-    for _, embeds in iterate_batches(
-        images,
-        plan,
-        prepare=partial(decode_images, processor),
-        encode=partial(_embed_images, model),
-        device=model.device,
-        num_workers=num_workers,
-    ):
-        yield embeds
+    def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
+        """Run the vision tower on one batch, as the processor prepares it; returns (B, D)."""
+        model = self._find_model("image")
+        if self.device.type == "cpu":
+            raise_malloc_thresholds()
+        inputs = {"pixel_values": pixel_values, **others}
+        with _require_eval_mode(model):
+            embeds: Tensor = model.get_vision_embeds(
+                **{name: value.to(self.device) for name, value in inputs.items()}
+            )
+        return embeds
 
+    def project(self, modality: str, embeds: Tensor) -> Tensor:
+        """Map embeddings of a tower, (B, D), to unit embeddings, (B, P)."""
+        return _project(self._find_model(modality), modality, embeds)
 
-def default_token_budget(device: torch.device) -> int:
-    """Return the maximum number of tokens per batch on a device, where none is given.
-
-    Args:
-        device: Where the model is. On a CPU the model divides a batch further.
-    """
-    return 4096 if device.type == "cpu" else 16384
-
-
-def default_batch_size(device: torch.device) -> int:
-    """Return the number of images per batch on a device, where none is given.
-
-    Args:
-        device: Where the model is. Larger batches overflow the caches of a CPU.
-    """
-    return 8 if device.type == "cpu" else 64
+    def _find_model(self, modality: str) -> Any:
+        with self._lock:
+            if modality not in self._models:
+                kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
+                model = kind.from_pretrained(self._folder, local_files_only=True, dtype="auto")
+                self._models[modality] = model.to(self.device).eval()
+            return self._models[modality]
 
 
 @cache
@@ -347,8 +231,7 @@ def raise_malloc_thresholds() -> bool:
     fault, which convolutional towers suffer from most. By default glibc keeps no block above
     32 MiB, which is all that `packing_llm2clip.keep_freed_memory` reaches.
 
-    Returns:
-        Whether it was done: not without glibc, and not where the user set its variables.
+    Returns False without glibc, and where the user set its variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
@@ -362,32 +245,41 @@ def raise_malloc_thresholds() -> bool:
 
 
 @torch.no_grad()
-def _project(
-    model: LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel,
-    to_embeds: Callable[[Tensor], Tensor],
-    embeds: Tensor,
-    *,
-    inputs: Sequence[Any] | None = None,
-) -> Tensor:
+def _project(model: Any, modality: str, embeds: Tensor) -> Tensor:
     """Project in parts, because all embeddings of a large dataset may not fit on the device."""
-    with require_eval_mode(model), float32_as_such():
+    to_embeds = model.to_text_embeds if modality == "text" else model.to_image_embeds
+    with _require_eval_mode(model), float32_as_such():
         parts = embeds.split(_PROJECTED_AT_ONCE)
-        projected = torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
-    require_finite(projected, range(len(projected)), inputs)
+        return torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
+
+
+def _project_stored(model: Model, modality: str, embeds: Tensor) -> Tensor:
+    projected = _project(model, modality, embeds)
+    require_finite(projected, range(len(projected)))
     return projected
 
 
-def _embed_captions(
-    model: LLM2CLIPModel | LLM2CLIPTextModel, inputs: tuple[Tensor, Tensor]
-) -> Tensor:
-    input_ids, attention_mask = (value.to(model.device) for value in inputs)
-    with require_eval_mode(model):
-        return model.get_caption_embeds(input_ids=input_ids, attention_mask=attention_mask)
+@contextmanager
+def _require_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Raise ValueError if a module of the model is in training mode, or comes into it meanwhile.
 
-
-def _embed_images(
-    model: LLM2CLIPModel | LLM2CLIPVisionModel, inputs: Mapping[str, Tensor]
-) -> Tensor:
-    on_device: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
-    with require_eval_mode(model):
-        return model.get_vision_embeds(**on_device)
+    Dropout would make embeddings random, and batch normalization would learn from what it encodes.
+    The mode is not switched here: other threads may encode with the same model, or train it.
+    """
+    before = getattr(model, "num_switches_to_training", 0)  # first: a later switch counts
+    if any(module.training for module in model.modules()):
+        training = [name or type(m).__name__ for name, m in model.named_modules() if m.training]
+        raise ValueError(
+            f"The model is in training mode ({len(training)} of its modules are; the first: "
+            f"{training[0]!r}), which would make its embeddings random. Call model.eval() before, "
+            "and model.train() to go on training."
+        )
+    yield
+    if (
+        any(module.training for module in model.modules())
+        or getattr(model, "num_switches_to_training", 0) != before
+    ):
+        raise ValueError(
+            "The model was switched to training mode while it encoded, so that the embeddings may "
+            "be random. Encode with a copy, or while no other thread trains the model."
+        )

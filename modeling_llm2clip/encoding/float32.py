@@ -27,39 +27,27 @@ def float32_as_such() -> Iterator[None]:
     Of several threads the last one gives the program its settings back.
     """
     with _lock:
-        before = _passes[0] if _passes else _read_settings()
-        _passes.append(before)
-        _write_settings([_exact(setting) for setting in before])
+        before = _swap_settings(None)
+        _passes.append(_passes[0] if _passes else before)
     try:
         yield
     finally:
         with _lock:
-            before = _passes.pop()
+            first = _passes.pop()
             if not _passes:
-                _write_settings(before)
+                _swap_settings(first)
 
 
-def _exact(setting: Any) -> Any:
-    if isinstance(setting, bool):  # whether TF32 is allowed
-        return False
-    return "ieee" if _EACH_ALONE else "highest"
-
-
-def _list_operations() -> list[Any]:
+def _swap_settings(settings: Sequence[Any] | None) -> list[Any]:
+    """Set the program's settings, for None those of exact float32; return the ones before."""
+    if not _EACH_ALONE:
+        before = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+        precision, torch.backends.cudnn.allow_tf32 = settings or ("highest", False)
+        torch.set_float32_matmul_precision(precision)
+        return before
     cuda, cudnn, mkldnn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
-    return [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-
-
-def _read_settings() -> list[Any]:
-    if _EACH_ALONE:
-        return [operation.fp32_precision for operation in _list_operations()]
-    return [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
-
-
-def _write_settings(settings: Sequence[Any]) -> None:
-    if _EACH_ALONE:
-        for operation, setting in zip(_list_operations(), settings, strict=True):
-            operation.fp32_precision = setting
-    else:
-        torch.set_float32_matmul_precision(settings[0])
-        torch.backends.cudnn.allow_tf32 = settings[1]
+    operations = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    before = [operation.fp32_precision for operation in operations]
+    for operation, setting in zip(operations, settings or ["ieee"] * len(before), strict=True):
+        operation.fp32_precision = setting
+    return before

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -51,16 +51,15 @@ def prepare_batches(
 ) -> Generator[Prepared]:
     """Prepare batches in threads, a few of them ahead and no more: all would fill the memory.
 
-    Args:
-        batches: What is prepared.
-        prepare: Runs in the threads, one batch each.
-        device: Where the model computes on what comes out.
-        num_workers: Threads; None for `default_num_workers`.
-
-    Yields:
-        Each batch as `prepare` returns it, in their order. Close the generator to end the threads
-        before its end.
+    `num_workers` threads, for None `default_num_workers`, prepare one batch each, and this thread a
+    batch that is alone. Close the generator to end the threads before its end.
     """
+    remaining = iter(batches)
+    first = list(islice(remaining, 2))
+    if len(first) < 2:
+        yield from map(prepare, first)
+        return
+    batches = chain(first, remaining)
     num_workers = default_num_workers() if num_workers is None else num_workers
     schedule = _take_turns if device.type == "cpu" else _prepare_ahead
     with ThreadPoolExecutor(num_workers, initializer=use_one_core) as pool:

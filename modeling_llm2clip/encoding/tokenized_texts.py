@@ -38,12 +38,8 @@ class TokenizedTexts(Sequence[TokenizedText]):
         texts: N non-blank texts, at least one.
 
     Attributes:
-        lengths: (N,) how many tokens each text has.
-        is_truncated: (N,) whether it was longer than the model reads.
-
-    Raises:
-        ValueError: `texts` is one string or not a list, or a text is blank or not a string. The
-            message names them.
+        lengths: (N,) number of tokens of each text.
+        is_truncated: (N,) True for texts that are longer than the model reads.
     """
 
     def __init__(self, processor: LLM2CLIPProcessor, texts: Iterable[str]) -> None:
@@ -64,7 +60,7 @@ class TokenizedTexts(Sequence[TokenizedText]):
 
     @property
     def num_truncated(self) -> int:
-        """How many texts were longer than the model reads."""
+        """Number of texts that are longer than the model reads."""
         return int(self.is_truncated.sum())
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What a folder of ONNX graphs is: its files, and how it is opened.
+"""A folder of ONNX graphs: its files, and opening it.
 
 The layout is that of transformers.js: graphs in `onnx/`, named by tower and weights, beside the
 tokenizer, `preprocessor_config.json` and `config.json`. Nothing here needs torch before graphs are
@@ -28,22 +28,12 @@ _TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
 def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") -> Path:
-    """Return where a graph is, or would be.
-
-    Args:
-        folder: Folder of ONNX graphs.
-        modality: `"text"` or `"image"`.
-        weights: Weights of the language model's linear layers; images have float32 alone.
-    """
+    """Return where a graph is, or would be."""
     return folder / GRAPHS / f"{_TOWERS[modality]}{SUFFIXES[weights]}.onnx"
 
 
 def data_file(graph: Path) -> Path:
-    """Return where the weights of a graph are that is too large for one file.
-
-    Args:
-        graph: File of the graph.
-    """
+    """Return where the weights of a graph are that is too large for one file."""
     return graph.with_name(f"{graph.name}_data")
 
 
@@ -54,18 +44,7 @@ def describe_head(model: Any) -> dict[str, float | None]:
 
 
 def read_onnx_record(folder: Path) -> dict[str, Any]:
-    """Read what was exported.
-
-    Args:
-        folder: Folder of ONNX graphs.
-
-    Returns:
-        `opset`, `ir_version`, `graphs` by file (inputs, outputs, weights, size, and how it was
-        checked), `logit_scale`, `source` and `versions`.
-
-    Raises:
-        ValueError: There is no such record, or it is damaged.
-    """
+    """Read what was exported."""
     file = folder / ONNX_RECORD
     found = read_json_object(file) if file.is_file() else None
     if found is None:
@@ -77,16 +56,7 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
 
 
 def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return a local folder of ONNX graphs, or download that of a Hub repository.
-
-    Args:
-        source: Folder of ONNX graphs, or Hub id.
-        revision: Branch, tag or commit of the Hub repository.
-
-    Raises:
-        ValueError: It is another folder, or neither a folder nor a Hub id.
-        OSError: The download failed.
-    """
+    """Return a local folder of ONNX graphs, or download that of a Hub repository."""
     only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
     folder = find_model_folder(source, revision=revision, only=only)
     read_onnx_record(folder)
@@ -132,7 +102,7 @@ def load_onnx_encoder(
 
     folder = find_onnx_folder(source, revision=revision)
     record = read_onnx_record(folder)
-    there = [name for name in modalities if _find_weights(folder, name)]
+    there = [name for name in modalities if _list_weights(folder, name)]
     graphs = {name: choose_graph(folder, name, weights) for name in there or modalities}
     sessions = {
         "text_session" if name == "text" else "vision_session": open_session(
@@ -147,36 +117,46 @@ def load_onnx_encoder(
 
 
 def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:
-    """Return the graph for texts or for images.
+    """Return the graph for texts or for images, which have float32 weights alone.
 
-    Args:
-        folder: Folder of ONNX graphs.
-        modality: `"text"` or `"image"`.
-        weights: Weights of the language model's linear layers; None for the most exact ones there
-            are. Images have float32 alone.
-
-    Raises:
-        ValueError: There is no such graph.
+    None chooses the most exact weights that there are.
     """
-    if not _find_weights(folder, modality):
+    there = _list_weights(folder, modality)
+    if not there:
         raise ValueError(f"{folder} has no graph for {modality}s. Export the whole model.")
-    chosen = _choose_weights(folder, weights) if modality == "text" else "float32"
+    chosen = there[0] if weights is None or modality == "image" else weights
+    if chosen not in there:
+        raise ValueError(
+            f"{folder} has text graphs with {', '.join(there)} weights, not {chosen}. Choose one "
+            "of these, or export it again with --onnx-weights."
+        )
     return graph_file(folder, modality, chosen)
 
 
-def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
-    """Open a graph for ONNX Runtime on the CPU.
+def _list_weights(folder: Path, modality: str) -> list[TextWeights]:
+    return [name for name in SUFFIXES if graph_file(folder, modality, name).is_file()]
 
-    Args:
-        graph: File of the graph.
-        num_threads: Threads that compute; None for ONNX Runtime's choice.
 
-    Returns:
-        `onnxruntime.InferenceSession`.
+def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) -> dict[str, str]:
+    """Describe what determines the embeddings of a graph.
 
-    Raises:
-        ValueError: ONNX Runtime cannot open the file; the message has its reason.
+    It is what determines those of the exported model, and SHA-256 of `graph` and `tokenizer and
+    settings`, which may have been changed since.
     """
+    from ..data.atomic_files import hash_file, hash_json
+    from .fingerprint import hash_model_files  # imports torch
+
+    graph = choose_graph(folder, modality, weights)
+    files = [file for file in (graph, data_file(graph)) if file.is_file()]
+    return {
+        **read_onnx_record(folder)["source"][modality],
+        "graph": hash_json([hash_file(file) for file in files]),
+        "tokenizer and settings": hash_model_files(folder, ["*.json"]),
+    }
+
+
+def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
+    """Open a graph for ONNX Runtime on the CPU."""
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -194,19 +174,3 @@ def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
             errors.NotImplemented, errors.InvalidArgument) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise ValueError(f"ONNX Runtime cannot open {graph}: {reason} Export it again.") from error
-
-
-def _find_weights(folder: Path, modality: str) -> list[TextWeights]:
-    return [name for name in SUFFIXES if graph_file(folder, modality, name).is_file()]
-
-
-def _choose_weights(folder: Path, wanted: TextWeights | None) -> TextWeights:
-    there = _find_weights(folder, "text")
-    if wanted is None:
-        return there[0]
-    if wanted not in there:
-        raise ValueError(
-            f"{folder} has text graphs with {', '.join(there)} weights, not {wanted}. Choose one "
-            "of these, or export it again with --onnx-weights."
-        )
-    return wanted

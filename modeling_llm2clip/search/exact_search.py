@@ -7,23 +7,14 @@ from typing import Any
 
 import numpy as np
 
-# Of float32: two ways to add up a cosine differ by less.
+# Two ways to add up a cosine in float32 differ by less.
 _ROUNDING = 1e-5
 
 
 def find_greatest_cosines(
     queries: np.ndarray[Any, Any], parts: Iterable[np.ndarray[Any, Any]], *, top_k: int
 ) -> np.ndarray[Any, Any]:
-    """Find the greatest cosines of each query, whatever images they are of.
-
-    Args:
-        queries: (Q, P) float32 of unit length.
-        parts: Embeddings, (rows, P) float32 of unit length each.
-        top_k: How many per query.
-
-    Returns:
-        (Q, top_k) in descending order, or fewer where there are fewer embeddings.
-    """
+    """Find the greatest cosines of unit embeddings, (Q, top_k) in descending order."""
     best = np.empty((len(queries), 0), dtype=np.float32)
     for part in parts:
         best = np.concatenate([best, queries @ part.T], axis=1)
@@ -33,17 +24,10 @@ def find_greatest_cosines(
 
 
 def measure_recall(found: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
-    """Measure which share of the nearest images a search has found.
+    """Measure the share of the nearest images that a search has found.
 
     An image counts if its cosine is at least the smallest of the exact results, so that images of
     equal cosines stand for each other.
-
-    Args:
-        found: Cosines of what was found, of each query.
-        greatest: (Q, k) from `find_greatest_cosines`.
-
-    Returns:
-        The mean over the queries.
     """
     hits = [
         min(sum(cosine >= row[-1] - _ROUNDING for cosine in cosines), len(row)) / len(row)

@@ -19,9 +19,9 @@ from ..data.atomic_files import list_differences
 from ..model_folders.model_types import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
 from .index_database import About, IndexDatabase
-from .onnx_queries import OnnxQueryEncoder
 from .query_encoding import (
     NamedQuery,
+    OnnxQueryEncoder,
     Part,
     Query,
     QueryEncoder,

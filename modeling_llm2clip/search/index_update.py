@@ -8,8 +8,8 @@ some at a time, so that a run that is stopped or killed is continued by the next
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -21,9 +21,7 @@ from tqdm import tqdm
 
 from .._suggestions import counted
 from ..configs.search_config import IndexConfig
-from ..data.atomic_files import hash_file
 from ..data.remote.remote_access import raise_disk_failure
-from ..encoding.preparation import default_num_workers
 from ..model_folders.training_images import ImageTally
 from .image_encoding import encode_readable_images
 from .index_database import ImageFacts, IndexDatabase
@@ -106,7 +104,7 @@ class FolderUpdate:
             for batch in self.database.iterate(["path", "stat", "sha256"])
             for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
         }
-        self._digests = {file.sha256 for file in self._known.values()}
+        self._digests = Counter(file.sha256 for file in self._known.values())  # of all rows
 
     def run(self, paths: Sequence[Path]) -> UpdateCounts:
         """Update the index for all image files of its folder."""
@@ -139,21 +137,19 @@ class FolderUpdate:
         return self.counts
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
-        digests = self._hash(part)
-        touched = {
-            name
-            for name, digest in digests.items()
-            if name in self._known and self._known[name].sha256 == digest
-        }
-        wanted = {name: digest for name, digest in digests.items() if name not in touched}
-        found = self._find_or_encode(wanted, part, progress)
+        digests, found = self._read(part, progress)
         self._refuse_written(part)
         kept = [name for name in digests if part[name] not in self.counts.errors]
-        if unchanged := [name for name in kept if name in touched]:
-            self.database.note_touched(self._describe_files(unchanged))
-            self.counts.unchanged += len(unchanged)
-        if written := [name for name in kept if name in wanted]:
-            self._write(written, wanted, found)
+        touched = [
+            name
+            for name in kept
+            if name in self._known and self._known[name].sha256 == digests[name]
+        ]
+        if touched:
+            self.database.note_touched(self._describe_files(touched))
+            self.counts.unchanged += len(touched)
+        if written := [name for name in kept if name not in touched]:
+            self._write(written, digests, found)
 
     def _write(
         self, names: list[str], digests: dict[str, str], found: dict[str, _FactsAndEmbedding]
@@ -168,8 +164,13 @@ class FolderUpdate:
             "taken": [fact.taken for fact in facts],
         }
         self.database.write(rows, np.stack([found[digests[name]][1] for name in names]))
-        self._digests |= {digests[name] for name in names}
-        num_changed = sum(name in self._known for name in names)
+        changed = [self._known[name].sha256 for name in names if name in self._known]
+        self._digests.update(digests[name] for name in names)
+        for digest in changed:
+            self._digests[digest] -= 1
+            if not self._digests[digest]:
+                del self._digests[digest]
+        num_changed = len(changed)
         self.counts.changed += num_changed
         self.counts.added += len(names) - num_changed
 
@@ -182,56 +183,38 @@ class FolderUpdate:
             "stat": [describe_stat(stat) for stat in stats],
         }
 
-    def _find_or_encode(
-        self, digests: dict[str, str], part: dict[str, Path], progress: tqdm[Any]
-    ) -> dict[str, _FactsAndEmbedding]:
-        """Return facts and embedding by digest, from the index or else from the model.
+    def _read(
+        self, part: dict[str, Path], progress: tqdm[Any]
+    ) -> tuple[dict[str, str], dict[str, _FactsAndEmbedding]]:
+        """Read each file once; returns digests by name, and facts and embeddings by digest.
 
-        Among equal files the first is encoded. If it was written since it was hashed, its content
-        says nothing about the others, and the next one is encoded.
+        What the index does not know by its digest is encoded, of equal files the first.
         """
-        known = [digest for digest in set(digests.values()) if digest in self._digests]
-        found = self.database.find_by_digest(known)
-        missing = {name: digest for name, digest in digests.items() if digest not in found}
-        while missing:
-            first = {digest: part[name] for name, digest in reversed(missing.items())}
-            encoded, broken = self._encode({path: d for d, path in first.items()}, progress)
-            found |= encoded
-            for name, digest in missing.items():
-                if digest in broken:  # and so is every copy of it
-                    error = broken[digest].replace(str(first[digest]), str(part[name]), 1)
-                    self.counts.errors[part[name]] = error
-            missing = {
-                name: digest
-                for name, digest in missing.items()
-                if digest not in found and part[name] not in self.counts.errors
-            }
-        return found
-
-    def _encode(
-        self, digests: dict[Path, str], progress: tqdm[Any]
-    ) -> tuple[dict[str, _FactsAndEmbedding], dict[str, str]]:
-        """Encode files; return what was found, and errors, by the digests that are certain."""
-        encoded = encode_readable_images(
-            self.encoder.vision_model,
-            self.encoder.processor,
-            list(digests),
+        read = encode_readable_images(
+            self.encoder.model,
+            list(part.values()),
             batch_size=self.config.batch_size,
             num_workers=self.config.num_workers,
             progress=progress,
             tally=self.tally,
+            known=self._digests,
         )
-        self.counts.encoded += len(encoded.paths)
-        for path, digest in digests.items():
-            if path not in encoded.digests:
-                self.counts.errors[path] = encoded.errors[path]
-            elif encoded.digests[path] != digest:
-                self.counts.errors[path] = f"{path}: {_WRITTEN}"
-        same = digests.keys() - self.counts.errors.keys()
-        rows = zip(encoded.paths, encoded.facts, encoded.embeds.numpy(), strict=True)
-        found = {digests[path]: (facts, row) for path, facts, row in rows if path in same}
-        errors = encoded.errors.items()
-        return found, {digests[path]: error for path, error in errors if path in same}
+        self.counts.encoded += len(read.paths)
+        self.counts.errors |= read.errors
+        digests = {name: read.digests[path] for name, path in part.items() if path in read.digests}
+        found = self.database.find_by_digest(
+            [digest for digest in set(digests.values()) if digest in self._digests]
+        )
+        rows = zip(read.paths, read.facts, read.embeds.numpy(), strict=True)
+        found |= {read.digests[path]: (facts, row) for path, facts, row in rows}
+        broken = {read.digests[path]: path for path in read.errors if path in read.digests}
+        for name, digest in digests.items():
+            if digest in broken:  # and so is every copy of it
+                error = read.errors[broken[digest]]
+                self.counts.errors[part[name]] = error.replace(
+                    str(broken[digest]), str(part[name]), 1
+                )
+        return digests, found
 
     def _refuse_written(self, part: dict[str, Path]) -> None:
         """Record an error for each file that was written while it was read."""
@@ -245,10 +228,6 @@ class FolderUpdate:
                 self._stats[name]
             ):
                 self.counts.errors[path] = f"{path}: {_WRITTEN}"
-
-    def _hash(self, part: dict[str, Path]) -> dict[str, str]:
-        with ThreadPoolExecutor(default_num_workers()) as pool:
-            return self._keep_readable(part, pool.map(partial(_try, hash_file), part.values()))
 
     def _keep_readable(
         self, named: dict[str, Path], results: Iterable[T | OSError]

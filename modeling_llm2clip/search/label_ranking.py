@@ -19,7 +19,7 @@ class Tag:
 
     Attributes:
         label: Name of the label.
-        cosine: Of image and label.
+        cosine: Cosine of image and label.
         probability: Softmax of the scaled cosines over all labels, as the pipeline
             `zero-shot-image-classification` gives it.
     """
@@ -30,15 +30,7 @@ class Tag:
 
 
 def average_prompts(embeds: Tensor, labels: Sequence[Label]) -> Tensor:
-    """Average the embeddings of each label's prompts.
-
-    Args:
-        embeds: Of all prompts in the order of the labels, (prompts, P) of unit length.
-        labels: Labels and their prompts.
-
-    Returns:
-        (labels, P) of unit length.
-    """
+    """Average the unit embeddings of each label's prompts; (labels, P) of unit length again."""
     means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -51,14 +43,10 @@ def rank_labels(
     rule: LogitRule,
     top_k: int,
 ) -> list[list[Tag]]:
-    """Take for each image the labels of the greatest cosine, best first.
+    """List the labels of the greatest cosine for each image, best first.
 
-    Args:
-        image_embeds: (N, P) of unit length.
-        label_embeds: (labels, P) of unit length.
-        labels: The labels.
-        rule: Turns cosines into the logits of a softmax.
-        top_k: Labels per image; all of them where there are fewer.
+    Embeddings have unit length; `rule` turns cosines into the logits of a softmax. Where there are
+    fewer than `top_k` labels, an image has all of them.
     """
     cosines = image_embeds @ label_embeds.T
     probabilities = rule.from_cosines(cosines).softmax(dim=-1)

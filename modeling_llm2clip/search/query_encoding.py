@@ -10,10 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image
+
+from .._extras import ONNX_RUNTIME, require
+from ..image_loading_llm2clip import load_images
+from ..model_folders.onnx_folder import choose_graph, read_onnx_record
+
+if TYPE_CHECKING:
+    from ..encoding.encode import TorchEncoder
 
 Part: TypeAlias = str | Path | Image.Image
 Query: TypeAlias = Part | Sequence[Part]
@@ -21,10 +28,10 @@ Query: TypeAlias = Part | Sequence[Part]
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """What one search looks for.
+    """A query and its name.
 
     Attributes:
-        name: As a result calls it.
+        name: Name of the query in a result.
         parts: Sentences and images, whose embeddings are averaged.
         image: File of the first query image, where there is one.
     """
@@ -35,14 +42,7 @@ class NamedQuery:
 
 
 def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
-    """Check queries and name them.
-
-    Args:
-        queries: Sentences, paths and PIL images; a list among them is one query of several parts.
-
-    Raises:
-        ValueError: There are no queries, or one is something else.
-    """
+    """Check queries and name them; a list among them is one query of several parts."""
     if not queries:
         raise ValueError("There is nothing to search for. Give a sentence or an image.")
     return [_name_query(query, number) for number, query in enumerate(queries, start=1)]
@@ -69,10 +69,6 @@ def _name_query(query: Query, number: int) -> NamedQuery:
 class QueryEncoder:
     """Encodes queries with a model's towers, each loaded on first use.
 
-    Args:
-        folder: Folder of a whole model.
-        device: Where it runs; see `find_device`.
-
     Attributes:
         num_truncated: Sentences so far that were longer than the model reads.
     """
@@ -84,21 +80,11 @@ class QueryEncoder:
         self.num_truncated = 0
 
     def encode(self, queries: Sequence[NamedQuery]) -> np.ndarray[Any, Any]:
-        """Encode queries; the embedding of several parts is their mean, of unit length again.
-
-        Args:
-            queries: From `name_queries`.
-
-        Returns:
-            (Q, P) float32 of unit length.
-
-        Raises:
-            ValueError: A sentence is blank, or an image is missing or broken.
-        """
+        """Encode queries, (Q, P) float32 of unit length; several parts of one by their mean."""
         parts = [part for query in queries for part in query.parts]
         texts = [part for part in parts if isinstance(part, str)]
         images = [part for part in parts if not isinstance(part, str)]
-        with self._lock:  # so that a tower is loaded once
+        with self._lock:  # for the count of what is truncated
             of_texts = iter(self._encode_texts(texts) if texts else ())
             of_images = iter(self._encode_images(images) if images else ())
         rows = [
@@ -111,82 +97,80 @@ class QueryEncoder:
         return check_embeddings(np.stack(rows), width=len(rows[0]))
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        """Encode texts.
-
-        Args:
-            texts: Sentences.
-
-        Returns:
-            (texts, P) float32 of unit length.
-        """
+        """Encode sentences, (N, P) float32 of unit length."""
         with self._lock:
-            return self._encode_texts(texts)
+            embeds: np.ndarray[Any, Any] = self._encode_texts(texts)
+        return embeds
 
     @property
     def max_text_length(self) -> int:
-        """How many tokens of a sentence the model reads."""
-        return int(self.processor.longest_text)
+        """Number of tokens of a sentence that the model reads."""
+        return int(self.model.processor.longest_text)
 
     @cached_property
-    def processor(self) -> Any:
-        """The model's processor."""
+    def model(self) -> TorchEncoder:
+        """The model, which also encodes the images of an index."""
+        from ..encoding.devices import find_device
+        from ..encoding.encode import TorchEncoder
         from ..processing_llm2clip import LLM2CLIPProcessor
 
-        return LLM2CLIPProcessor.from_pretrained(self._folder, local_files_only=True)
+        processor = LLM2CLIPProcessor.from_pretrained(self._folder, local_files_only=True)
+        return TorchEncoder(self._folder, processor, device=find_device(self._device))
 
-    @cached_property
-    def text_model(self) -> Any:
-        """The LLM with its adapter and projection."""
-        from ..modeling_llm2clip import LLM2CLIPTextModel
-
-        return self._load(LLM2CLIPTextModel)
-
-    @cached_property
-    def vision_model(self) -> Any:
-        """The vision tower with its projection."""
-        from ..modeling_llm2clip import LLM2CLIPVisionModel
-
-        return self._load(LLM2CLIPVisionModel)
-
-    def _load(self, kind: Any) -> Any:
-        from ..encoding.devices import find_device
-
-        model = kind.from_pretrained(self._folder, local_files_only=True, dtype="auto")
-        return model.to(find_device(self._device)).eval()
-
-    def _encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        from ..encoding.encode import encode_tokenized_texts
+    def _encode_texts(self, texts: Sequence[str]) -> Any:
         from ..encoding.tokenized_texts import TokenizedTexts
 
-        tokens = TokenizedTexts(self.processor, texts)
+        tokens = TokenizedTexts(self.model.processor, texts)
         self.num_truncated += tokens.num_truncated
-        embeds: np.ndarray[Any, Any] = encode_tokenized_texts(
-            self.text_model, self.processor, tokens
-        ).numpy()
-        return embeds
+        return self.model.encode_texts(tokens).numpy()
 
-    def _encode_images(self, images: Sequence[Path | Image.Image]) -> np.ndarray[Any, Any]:
-        from ..encoding.encode import encode_images
+    def _encode_images(self, images: Sequence[Path | Image.Image]) -> Any:
+        return self.model.encode_images(images).numpy()
 
-        embeds: np.ndarray[Any, Any] = encode_images(
-            self.vision_model, self.processor, images
-        ).numpy()
-        return embeds
+
+class OnnxQueryEncoder(QueryEncoder):
+    """Encodes queries with ONNX Runtime, without torch, which takes seconds to import."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "cpu")
+        require(ONNX_RUNTIME)
+        self._record = read_onnx_record(folder)
+
+    @property
+    def max_text_length(self) -> int:
+        """Number of tokens of a sentence that the model reads."""
+        return int(self._tokenizer.truncation["max_length"])
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from ..encoding.encode_onnx import open_tokenizer
+
+        return open_tokenizer(self._folder)
+
+    def _encode_texts(self, texts: Sequence[str]) -> Any:
+        from ..encoding.encode_onnx import encode_rows, tokenize
+
+        rows = tokenize(self._tokenizer, list(texts))
+        self.num_truncated += sum(bool(row.overflowing) for row in rows)
+        graph = choose_graph(self._folder, "text", None)
+        return encode_rows(rows, graph.stem, self._folder)
+
+    def _encode_images(self, images: Sequence[Path | Image.Image]) -> Any:
+        from ..data.images.image_sources import register_heif_reader
+        from ..encoding.encode_onnx import encode_images
+
+        register_heif_reader()
+        if "image" not in self._record["source"] or self._record["script"] is not None:
+            reason = self._record["script"] or "there is no graph for images"
+            raise ValueError(
+                f"{self._folder} cannot encode images without torch: {reason}. Leave --model out, "
+                "to search with the model of the index."
+            )
+        return encode_images(load_images(list(images)), self._folder)
 
 
 def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
-    """Check embeddings that were computed elsewhere, and bring them to unit length.
-
-    Args:
-        embeddings: (Q, P), an array or a tensor.
-        width: P.
-
-    Returns:
-        (Q, P) float32 of unit length.
-
-    Raises:
-        ValueError: The shape is another one, or a row is not finite or is zero.
-    """
+    """Check embeddings that were computed elsewhere, and bring them to unit length."""
     found = np.asarray(embeddings, dtype=np.float32)
     if found.ndim != 2 or found.shape[1] != width or not len(found):
         raise ValueError(
@@ -196,14 +180,4 @@ def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
     broken = [int(row) for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))]
     if broken:
         raise ValueError(f"Query embeddings {broken} are zero, NaN or infinite.")
-    return normalize_rows(found)
-
-
-def normalize_rows(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Bring rows to unit length.
-
-    Args:
-        rows: (N, P), none of them zero.
-    """
-    normalized: np.ndarray[Any, Any] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return normalized.astype(np.float32)
+    return (found / lengths[:, None]).astype(np.float32)  # type: ignore[no-any-return]

@@ -18,12 +18,12 @@ from .._suggestions import counted
 from ..configs.search_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.devices import find_device
-from ..encoding.encode import encode_tokenized_texts
+from ..encoding.encode import TorchEncoder
+from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, read_training_images
 from ..modeling_llm2clip import LLM2CLIPModel
-from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_encoding import encode_readable_images
 from .image_files import list_images
 from .image_index import ImageIndex
@@ -88,23 +88,23 @@ def tag_folder(
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device)
     assert isinstance(loaded, LLM2CLIPModel)  # as `find_whole_model` has checked
+    encoder = TorchEncoder(loaded, processor)
     prompts = TokenizedTexts(processor, [prompt for label in labels for prompt in label.prompts])
     parts: Iterable[EmbeddedImages]
     if config.index is None:
         tally = ImageTally()
-        parts = [_encode(loaded, processor, files.readable, config, say, tally)]
+        parts = [_encode(encoder, files.readable, config, say, tally)]
         training_images = read_training_images(folder)
         if training_images is not None and (far := training_images.describe_far(tally)):
             say(far)
     else:
         parts = _read_index(model, image_dir, config, report)
-    images = tag_images(loaded, processor, parts, labels, prompts, top_k=top_k, threshold=threshold)
+    images = tag_images(encoder, parts, labels, prompts, top_k=top_k, threshold=threshold)
     return TaggedFolder(images, prompts.num_truncated, processor.longest_text)
 
 
 def _encode(
-    model: LLM2CLIPModel,
-    processor: LLM2CLIPProcessor,
+    encoder: Encoder,
     paths: Sequence[Path],
     config: TagConfig,
     report: Report,
@@ -113,7 +113,7 @@ def _encode(
     """Encode the images of a folder, and skip or refuse broken ones."""
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
-            model, processor, paths, progress=progress,
+            encoder, paths, progress=progress,
             batch_size=config.batch_size, num_workers=config.num_workers, tally=tally,
         )  # fmt: skip
     if encoded.errors:
@@ -155,8 +155,7 @@ def _read_index(
 
 @torch.inference_mode()
 def tag_images(
-    model: LLM2CLIPModel,
-    processor: LLM2CLIPProcessor,
+    encoder: Encoder,
     parts: Iterable[EmbeddedImages],
     labels: Sequence[Label],
     prompts: Sequence[TokenizedText],
@@ -165,8 +164,9 @@ def tag_images(
     threshold: float | None = None,
 ) -> Iterator[TaggedImage]:
     """Yield the labels of each image; embeddings are (images, P) of unit length."""
-    label_embeds = average_prompts(encode_tokenized_texts(model, processor, prompts), labels)
-    rule = model.logit_head.plain_rule()
+    label_embeds = average_prompts(encoder.encode_texts(prompts), labels)
+    rule = encoder.logit_rule
+    assert rule is not None  # a whole model has one
     for paths, embeds in parts:
         found = rank_labels(embeds, label_embeds, labels, rule=rule, top_k=top_k)
         for path, tags in zip(paths, found, strict=True):

@@ -40,10 +40,6 @@ class _Job:
     taken: int = 0
     arrived: float = field(default_factory=time.monotonic)
 
-    @property
-    def cost_left(self) -> int:
-        return sum(self.costs[self.taken :])
-
 
 _Taken: TypeAlias = tuple[_Job, int]
 
@@ -72,11 +68,7 @@ class Lane:
     jobs: deque[_Job] = field(default_factory=deque, repr=False)
 
     def take_batch(self) -> list[_Taken]:
-        """Take the next input of each waiting request in turn, up to the budget.
-
-        Returns:
-            Request and row of each input of the batch.
-        """
+        """Take the next input of each waiting request in turn, up to the budget."""
         batch: list[_Taken] = []
         cost = 0
         while self.jobs:
@@ -94,28 +86,20 @@ class Lane:
                 self.jobs.append(job)
         return batch
 
-    def is_full(self) -> bool:
-        """Whether what waits fills a batch."""
-        return sum(job.cost_left for job in self.jobs) >= self.budget
-
     def find_wait(self, max_wait_s: float) -> float:
-        """Return the time up to which what waits should wait for more.
+        """Time up to which what waits should wait for more, `max_wait_s` from its arrival on.
 
-        Args:
-            max_wait_s: Seconds that any batch waits, from the arrival of its first input on.
+        It is past if a batch is full.
         """
+        if sum(sum(job.costs[job.taken :]) for job in self.jobs) >= self.budget:
+            return 0.0
         waits_until = self.jobs[0].arrived + max_wait_s
         if sum(len(job.inputs) - job.taken for job in self.jobs) < self.last_count:
             waits_until = max(waits_until, self.last_wait_until)
         return waits_until
 
     def note_batch(self, count: int, seconds: float) -> None:
-        """Count a batch that was just done.
-
-        Args:
-            count: Its inputs.
-            seconds: How long it took.
-        """
+        """Count a batch that was just done."""
         self.busy_s += seconds
         self.num_done += count
         self.last_count = count
@@ -129,13 +113,16 @@ class BatchWorker:
         lanes: Modalities.
         max_wait_s: Seconds that a batch which is not full waits for further requests.
         on_batch: Called after each batch.
+
+    Attributes:
+        lanes: Modalities by name.
     """
 
     def __init__(
         self, lanes: Sequence[Lane], *, max_wait_s: float = 0.0, on_batch: OnBatch | None = None
     ) -> None:
-        self._lanes = deque(lanes)
-        self._lane_of = {lane.name: lane for lane in lanes}
+        self.lanes = {lane.name: lane for lane in lanes}
+        self._turns = deque(lanes)
         self._max_wait_s = max_wait_s
         self._on_batch = on_batch
         self._changed = threading.Condition()
@@ -145,38 +132,26 @@ class BatchWorker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether batches are computed."""
+        """True while batches are computed."""
         return self._thread.is_alive()
 
-    def find_lane(self, name: str) -> Lane:
-        """Return the lane of a modality.
-
-        Args:
-            name: Its name.
-        """
-        return self._lane_of[name]
+    def estimate_s(self, count: int) -> float:
+        """Estimate the seconds that so many inputs take, from the speed so far."""
+        lanes = self.lanes.values()
+        num_done = sum(lane.num_done for lane in lanes)
+        return sum(lane.busy_s for lane in lanes) / max(num_done, 1) * count
 
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
-        """Queue the inputs of one request.
+        """Queue the inputs of one request, which cost so much each, such as their tokens.
 
-        Args:
-            name: Name of the lane.
-            inputs: N inputs, at least one, as the lane's `encode` takes them.
-            costs: Cost of each, such as its tokens.
-
-        Returns:
-            Future of (N, P) float32, in the order of the inputs. If it is cancelled, the inputs
-            that are not in a batch yet are dropped. It has the error of `encode` if a batch of this
-            request alone fails too.
-
-        Raises:
-            RuntimeError: The worker was closed.
+        The future gets (N, P) float32. If it is cancelled, inputs that are in no batch yet are
+        dropped; it fails if a batch of this request alone fails too.
         """
         job = _Job(inputs, costs)
         with self._changed:
             if self._closed:
                 raise RuntimeError("The server is stopping.")
-            self._lane_of[name].jobs.append(job)
+            self.lanes[name].jobs.append(job)
             self._changed.notify()
         return job.future
 
@@ -202,9 +177,9 @@ class BatchWorker:
         """Wait for a batch of the lane whose turn it is; None once all is done and closed."""
         with self._changed:
             while True:
-                for _ in range(len(self._lanes)):
-                    lane = self._lanes[0]
-                    self._lanes.rotate(-1)
+                for _ in range(len(self._turns)):
+                    lane = self._turns[0]
+                    self._turns.rotate(-1)
                     self._await_more(lane)
                     if batch := lane.take_batch():
                         return lane, batch
@@ -213,9 +188,9 @@ class BatchWorker:
                 self._changed.wait()
 
     def _await_more(self, lane: Lane) -> None:
-        while lane.jobs and not self._closed and not lane.is_full():
+        while lane.jobs and not self._closed:
             left = lane.find_wait(self._max_wait_s) - time.monotonic()
-            if left <= 0 or any(other.jobs for other in self._lanes if other is not lane):
+            if left <= 0 or any(other.jobs for other in self._turns if other is not lane):
                 break
             self._changed.wait(left)
 
@@ -236,7 +211,10 @@ class BatchWorker:
                     self._run(lane, part)
             return
         for (job, _), embed in zip(batch, embeds, strict=True):
-            _give(job, embed)
+            job.rows.append(embed)
+            is_done = len(job.rows) == len(job.inputs)
+            if is_done and job.future.set_running_or_notify_cancel():
+                job.future.set_result(np.stack(job.rows))
 
     def _fail(self, lane: Lane, job: _Job, error: Exception) -> None:
         with self._changed:
@@ -244,10 +222,3 @@ class BatchWorker:
                 lane.jobs.remove(job)
         if job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
-
-
-def _give(job: _Job, embed: Rows) -> None:
-    """Add the embedding of a request's next input, and answer it after its last one."""
-    job.rows.append(embed)
-    if len(job.rows) == len(job.inputs) and job.future.set_running_or_notify_cancel():
-        job.future.set_result(np.stack(job.rows))

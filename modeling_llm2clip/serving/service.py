@@ -1,7 +1,4 @@
-"""The service behind every route: embeds, classifies and searches, in batches over all callers.
-
-It knows no HTTP. Its methods are coroutines that any event loop and any number of them may await.
-"""
+"""The service behind every route, without HTTP: embeds, classifies and searches for all callers."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,32 +19,34 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..configs.serve_config import ServeConfig
-from ..image_loading_llm2clip import get_image_limits, load_images
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.encode import TorchEncoder
+from ..encoding.encoder_interface import Encoder
+from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
+from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.model_card import read_card_data
 from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_loading import load_model, require_trained
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
-from ..model_folders.training_images import TrainingImages, read_training_images
+from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.model_identity import restore_tally
-from ..search.tag_labels import Label, check_templates, make_labels
+from ..search.tag_labels import check_templates, make_labels
 from ..search.vector_table import IndexUnavailableError
 from .batching import BatchWorker, Lane, OnBatch
 from .errors import RequestError
 from .image_inputs import decode_image
-from .served_encoder import ServedEncoder
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
-from .worker_threads import WorkerThreads
+from .worker_threads import WorkerThreads, await_all_or_none
 
 if TYPE_CHECKING:
-    from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
     from ..search.image_index import ImageIndex
 
 Input: TypeAlias = str | bytes | Image.Image
-"""A text, an encoded image, or an image."""
 Query: TypeAlias = Input | list[Input]
-"""What one search looks for; several inputs by the mean of their embeddings."""
+"""Inputs of one search; several are combined by the mean of their embeddings."""
 T = TypeVar("T")
 
 _LONGEST_RETRY_S = 60
@@ -68,6 +66,10 @@ class EmbeddingService:
         training_images: Which images the model was trained on; None where that is not known.
         on_batch: Called after each batch, in the thread that runs the model.
 
+    Attributes:
+        num_pending: Number of texts and images in work and waiting. An image that is being decoded
+            counts until that ends, even if its request was given up.
+
     Examples:
         >>> from asyncio import run
         >>> from pathlib import Path
@@ -80,7 +82,7 @@ class EmbeddingService:
 
     def __init__(
         self,
-        encoder: ServedEncoder,
+        encoder: Encoder,
         config: ServeConfig | None = None,
         *,
         model_name: str,
@@ -97,21 +99,26 @@ class EmbeddingService:
         self.training_data = tuple(training_data)
         self.training_images = training_images
         self.on_batch = on_batch
-        lanes = {
-            "text": Lane("text", encoder.encode_texts, config.token_budget or encoder.token_budget),
-            "image": Lane("image", encoder.encode_images, config.batch_size or encoder.batch_size),
-        }
+        self._tally = ImageTally()  # of the images that were embedded so far
+
+        def encode_images(images: Sequence[Any]) -> NDArray[np.float32]:
+            count = None if encoder.projects_at_once else lambda _, embeds: self._tally.add(embeds)
+            return encoder.encode_images(images, num_workers=1, on_batch=count).numpy()
+
+        encode = {"text": lambda texts: encoder.encode_texts(texts).numpy(), "image": encode_images}
+        self._image_batch = config.batch_size or encoder.batch_size
+        budgets = {"text": config.token_budget or encoder.token_budget, "image": self._image_batch}
         self._worker = BatchWorker(
-            [lanes[name] for name in encoder.modalities],
+            [Lane(name, encode[name], budgets[name]) for name in encoder.modalities],
             max_wait_s=config.max_wait_ms / 1000,
-            on_batch=self._report_batch,
+            on_batch=lambda *counts: self.on_batch and self.on_batch(*counts),
         )
         # Apart, so that images that are slow to decode hold up neither texts nor searches.
         self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
         self._image_threads = WorkerThreads(config.num_workers, "llm2clip-image")
         self._search_threads = WorkerThreads(config.num_workers, "llm2clip-search")
         self._lock = threading.Lock()
-        self._num_pending = 0
+        self.num_pending = 0
         self._is_closed = False
 
     @classmethod
@@ -130,29 +137,33 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
-        source = find_onnx_folder(model) if config.backend == "onnx" else model
-        encoder = _load_encoder(source, config)
+        source: str | Path = model
+        if config.backend == "onnx":
+            source = find_onnx_folder(model)
+            saved = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
+            require_trained(saved, purpose="serving", source=source)
+            encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
+        else:
+            loaded, processor = load_model(model, device=config.device)
+            require_trained(loaded, purpose="serving", source=model)
+            encoder = TorchEncoder(loaded, processor)
+        if index is not None:
+            from ..search.image_index import ImageIndex  # its packages come with an extra
+
+            images = ImageIndex.open(index, model=source)
         folder = find_model_folder(source)
         return cls(
             encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
-            index=None if index is None else _open_index(index, source),
+            index=None if index is None else images,
             training_data=read_card_data(folder).training_data,
             training_images=read_training_images(folder),
         )
 
     @property
-    def num_pending(self) -> int:
-        """Number of texts and images in work and waiting.
-
-        An image that is being decoded counts until that ends, even if its request was given up.
-        """
-        return self._num_pending
-
-    @property
     def is_alive(self) -> bool:
-        """Whether the thread that runs the model is there."""
+        """True while the thread that runs the model is there."""
         return self._worker.is_alive
 
     def close(self) -> None:
@@ -166,42 +177,40 @@ class EmbeddingService:
             threads.close(wait_s=_CLOSE_WAIT_S)
 
     async def embed(
-        self,
-        inputs: Sequence[Input],
-        *,
-        dimensions: int | None = None,
-        truncate: bool = True,
+        self, inputs: Sequence[Input], *, dimensions: int | None = None, truncate: bool = True
     ) -> EmbeddedInputs:
         """Embed texts and images, in one order.
 
         Args:
             inputs: Texts and images, at least one.
-            dimensions: Keep the first D numbers of an embedding, of unit length again; None for
-                all P.
+            dimensions: Keep the first numbers of an embedding, of unit length again; None for all.
             truncate: Truncate texts that are longer than the model reads, instead of refusing them.
 
         Raises:
             RequestError: An input cannot be embedded, or the queue is full.
         """
         self._check(inputs, dimensions)
+        texts = [place for place, one in enumerate(inputs) if isinstance(one, str)]
+        images = [place for place, one in enumerate(inputs) if not isinstance(one, str)]
+        work: dict[str, Any] = {}
         with self._admit(len(inputs)):
-            places = {
-                "text": [i for i, one in enumerate(inputs) if isinstance(one, str)],
-                "image": [i for i, one in enumerate(inputs) if not isinstance(one, str)],
-            }
-            texts, images = ([inputs[i] for i in places[name]] for name in ("text", "image"))
-            of_texts, of_images = await _all_or_none(
-                self._embed_texts([str(text) for text in texts], truncate=truncate),
-                self._embed_images(images),
-            )
+            if texts:
+                given = [str(inputs[place]) for place in texts]
+                work["text"] = self._embed_texts(given, truncate=truncate)
+            if images:
+                work["image"] = self._embed_images([inputs[place] for place in images])
+            done = dict(zip(work, await await_all_or_none(work.values()), strict=True))
         embeds = np.empty((len(inputs), self.encoder.embedding_dim), dtype=np.float32)
-        embeds[places["text"]] = of_texts.embeds
-        embeds[places["image"]] = of_images
+        num_tokens, truncated = 0, []
+        if texts:
+            embeds[texts], num_tokens, truncated = done["text"]
+        if images:
+            embeds[images] = done["image"]
         if dimensions is not None and dimensions < embeds.shape[1]:
             embeds = embeds[:, :dimensions]
             embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
-        truncated = [places["text"][place] for place in of_texts.truncated]
-        return EmbeddedInputs(embeds=embeds, num_tokens=of_texts.num_tokens, truncated=truncated)
+        truncated = [texts[place] for place in truncated]
+        return EmbeddedInputs(embeds=embeds, num_tokens=num_tokens, truncated=truncated)
 
     async def classify(
         self,
@@ -220,23 +229,24 @@ class EmbeddingService:
             top_k: Labels per image; None for all.
 
         Raises:
-            RequestError: An image or a label is not valid, the model lacks a tower, or the queue is
-                full.
+            RequestError: An input is not valid, the model lacks a tower, or the queue is full.
         """
-        if self.encoder.logit_rule is None:
+        rule = self.encoder.logit_rule
+        if rule is None:
             raise RequestError(400, "This model has one tower; classifying needs both.")
-        param = "templates"
-        try:
+        with _refusing("templates"):
             check_templates(templates)
-            param = "candidate_labels"
+        with _refusing("candidate_labels"):
             candidates = make_labels(labels, templates=templates)
-        except ValueError as error:
-            raise RequestError(400, str(error), param=param) from None
         prompts = [prompt for label in candidates for prompt in label.prompts]
         embedded = await self.embed([*prompts, *images])
-        rank = partial(
-            self._rank, embedded.embeds, candidates, num_prompts=len(prompts), top_k=top_k
-        )
+
+        def rank() -> list[list[Tag]]:
+            rows = torch.from_numpy(embedded.embeds)
+            label_embeds = average_prompts(rows[: len(prompts)], candidates)
+            image_embeds, most = rows[len(prompts) :], top_k or len(candidates)
+            return rank_labels(image_embeds, label_embeds, candidates, rule=rule, top_k=most)
+
         tags = await self._run(self._text_threads, rank)
         truncated = sorted({place // len(templates) for place in embedded.truncated})
         return ClassifiedImages(tags=tags, num_tokens=embedded.num_tokens, truncated=truncated)
@@ -247,8 +257,7 @@ class EmbeddingService:
         """Find the images of the index that fit texts and images best.
 
         Args:
-            queries: Texts and images, at least one; a list among them is one query of several
-                inputs, by the mean of their embeddings.
+            queries: Texts and images; a list among them is one query, the mean of its embeddings.
             top_k: Images per query.
             where: Filter over the columns of the index, as `ImageIndex.search` takes it.
 
@@ -256,7 +265,14 @@ class EmbeddingService:
             RequestError: There is no index, or it is gone or of another model by now, a query or
                 the filter is not valid, or the queue is full.
         """
-        index = self._require_index(where)
+        index = self.index
+        if index is None:
+            raise RequestError(
+                404, "This server has no index. Start it with --index DB.", code="no_index"
+            )
+        if where is not None:  # before anything is encoded
+            with _refusing("where", code="invalid_filter"):
+                check_filter(where, index.columns)
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
             raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
@@ -264,41 +280,26 @@ class EmbeddingService:
         embedded = await self.embed([part for parts in parts_of for part in parts])
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
-        try:
-            found = await self._run(
-                self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
-            )
-        except IndexUnavailableError as error:
-            raise RequestError(503, str(error), code="index_unavailable") from error
-        except ValueError as error:
-            raise RequestError(400, str(error)) from error
+        with _refusing():
+            try:
+                found = await self._run(
+                    self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
+                )
+            except IndexUnavailableError as error:
+                raise RequestError(503, str(error), code="index_unavailable") from error
         truncated = sorted({query_of[place] for place in embedded.truncated})
         return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
-
-    def _require_index(self, where: str | None) -> ImageIndex:
-        """Return the index, and refuse a filter before anything is encoded."""
-        if self.index is None:
-            raise RequestError(
-                404, "This server has no index. Start it with --index DB.", code="no_index"
-            )
-        if where is not None:
-            try:
-                check_filter(where, self.index.columns)
-            except ValueError as error:
-                raise RequestError(400, str(error), param="where", code="invalid_filter") from None
-        return self.index
 
     def describe_far_images(self) -> str | None:
         """Describe the images of the index, or else those that were embedded since the start.
 
         Returns:
-            What they are unlike; None where the model was trained on such images, they are too
-            few to judge, or nothing is known.
+            None where the model was trained on such images, or that cannot be judged.
         """
         if self.training_images is None:
             return None
         tallies = [] if self.index is None else [restore_tally(self.index.about)]
-        tallies.append(self.encoder.tally)
+        tallies.append(self._tally)
         return next(filter(None, map(self.training_images.describe_far, tallies)), None)
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
@@ -340,48 +341,50 @@ class EmbeddingService:
                 f"{width}, or leave it out.",
                 param="dimensions",
             )
-        for modality, are_there in (
-            ("text", any(isinstance(one, str) for one in inputs)),
-            ("image", any(not isinstance(one, str) for one in inputs)),
-        ):
-            if are_there and modality not in self.encoder.modalities:
-                raise RequestError(
-                    400,
-                    f"This model has no {modality} tower. Send {self.encoder.modalities[0]}s.",
-                    code="modality_not_supported",
-                )
+        modalities = {"text" if isinstance(one, str) else "image" for one in inputs}
+        for modality in modalities.difference(self.encoder.modalities):
+            raise RequestError(
+                400,
+                f"This model has no {modality} tower. Send {self.encoder.modalities[0]}s.",
+                code="modality_not_supported",
+            )
 
     @contextmanager
     def _admit(self, count: int) -> Iterator[None]:
         with self._lock:
             if self._is_closed:
                 raise RequestError(503, "The server is stopping.", retry_after_s=1)
-            if self._num_pending + count > self.config.max_queue:
+            if self.num_pending + count > self.config.max_queue:
+                wait_s = math.ceil(self._worker.estimate_s(self.num_pending))
                 raise RequestError(
                     429,
-                    f"{self._num_pending} texts and images are waiting, and {count} more do not "
+                    f"{self.num_pending} texts and images are waiting, and {count} more do not "
                     "fit into the queue. Try again later.",
                     code="queue_full",
-                    retry_after_s=self._estimate_wait(),
+                    retry_after_s=min(max(wait_s, 1), _LONGEST_RETRY_S),
                 )
-            self._num_pending += count
+            self.num_pending += count
         try:
             yield
         finally:
-            with self._lock:
-                self._num_pending -= count
+            self._add_pending(-count)
 
-    def _estimate_wait(self) -> int:
-        """Return the seconds until what waits is done, from the speed so far."""
-        lanes = [self._worker.find_lane(name) for name in self.encoder.modalities]
-        num_done = sum(lane.num_done for lane in lanes)
-        seconds = sum(lane.busy_s for lane in lanes) / max(num_done, 1) * self._num_pending
-        return min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)
-
-    async def _embed_texts(self, texts: list[str], *, truncate: bool) -> EmbeddedInputs:
-        if not texts:
-            return EmbeddedInputs(embeds=self._no_embeds(), num_tokens=0)
-        tokens, truncated = await self._tokenize(texts)
+    async def _embed_texts(
+        self, texts: list[str], *, truncate: bool
+    ) -> tuple[NDArray[np.float32], int, list[int]]:
+        """Return (N, P), the number of tokens, and which texts are truncated."""
+        tokens: list[TokenizedText] = []
+        truncated: list[int] = []
+        tokenize = partial(TokenizedTexts, self.encoder.processor)
+        with _refusing(code="invalid_text"):
+            if len(texts) > _TOKENIZED_AT_ONCE:  # names a blank text by its number in the request
+                await self._run(self._text_threads, partial(clean_list, texts))
+            # Part by part, because nobody else's texts are tokenized meanwhile.
+            for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+                part = texts[start : start + _TOKENIZED_AT_ONCE]
+                found = await self._run(self._text_threads, partial(tokenize, part))
+                tokens += found
+                truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
         if truncated and not truncate:
             raise RequestError(
                 400,
@@ -391,45 +394,22 @@ class EmbeddingService:
                 code="text_too_long",
             )
         lengths = [len(one.ids) for one in tokens]
-        embeds = await self._compute("text", tokens, lengths)
-        return EmbeddedInputs(embeds=embeds, num_tokens=sum(lengths), truncated=truncated)
-
-    async def _tokenize(self, texts: list[str]) -> tuple[list[TokenizedText], list[int]]:
-        """Tokenize texts, and find which are truncated.
-
-        Part by part, because nobody else's texts are tokenized meanwhile.
-        """
-        tokens: list[TokenizedText] = []
-        truncated: list[int] = []
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            try:
-                found = await self._run(
-                    self._text_threads, partial(self._tokenize_part, texts, start)
-                )
-            except ValueError as error:
-                raise RequestError(400, str(error), code="invalid_text") from None
-            tokens += found
-            truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
-        return tokens, truncated
-
-    def _tokenize_part(self, texts: list[str], start: int) -> TokenizedTexts:
-        if start == 0:
-            clean_list(texts)  # names a blank text by its number in the request
-        return self.encoder.tokenize_texts(texts[start : start + _TOKENIZED_AT_ONCE])
+        embeds = await asyncio.wrap_future(self._worker.submit("text", tokens, lengths))
+        return embeds, sum(lengths), truncated
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""
-        size = self.config.batch_size or self.encoder.batch_size
+        size = self._image_batch
         running: deque[asyncio.Future[NDArray[np.float32]]] = deque()
-        parts = [self._no_embeds()]
+        parts: list[NDArray[np.float32]] = []
         try:
             for start in range(0, len(images), size):
-                part = [partial(self._prepare, image) for image in images[start : start + size]]
-                prepared = await _all_or_none(
-                    *(self._run(self._image_threads, prepare) for prepare in part)
+                prepare = [partial(self._prepare, image) for image in images[start : start + size]]
+                prepared = await await_all_or_none(
+                    self._run(self._image_threads, one) for one in prepare
                 )
-                computed = self._compute("image", prepared, [1] * len(prepared))
-                running.append(asyncio.ensure_future(computed))
+                computed = self._worker.submit("image", prepared, [1] * len(prepared))
+                running.append(asyncio.wrap_future(computed))
                 if len(running) > 1:  # one part is encoded while the next one is decoded
                     parts.append(await running.popleft())
             parts += [await future for future in running]
@@ -438,93 +418,30 @@ class EmbeddingService:
                 future.cancel()
         return np.concatenate(parts)
 
-    async def _compute(
-        self, modality: str, inputs: Sequence[Any], costs: Sequence[int]
-    ) -> NDArray[np.float32]:
-        return await asyncio.wrap_future(self._worker.submit(modality, inputs, costs))
-
     def _prepare(self, image: bytes | Image.Image) -> Any:
-        if isinstance(image, Image.Image):
-            decoded = load_images(image)
-        else:
-            decoded = decode_image(image, self._limits)
-        return self.encoder.prepare_image(decoded)
-
-    def _rank(
-        self,
-        embeds: NDArray[np.float32],
-        labels: list[Label],
-        *,
-        num_prompts: int,
-        top_k: int | None,
-    ) -> list[list[Tag]]:
-        rows = torch.from_numpy(embeds)
-        assert self.encoder.logit_rule is not None
-        return rank_labels(
-            rows[num_prompts:],
-            average_prompts(rows[:num_prompts], labels),
-            labels,
-            rule=self.encoder.logit_rule,
-            top_k=top_k or len(labels),
-        )
-
-    def _no_embeds(self) -> NDArray[np.float32]:
-        return np.empty((0, self.encoder.embedding_dim), dtype=np.float32)
-
-    def _report_batch(self, name: str, count: int, cost: int, seconds: float) -> None:
-        if self.on_batch is not None:
-            self.on_batch(name, count, cost, seconds)
+        decoded = image if isinstance(image, Image.Image) else decode_image(image, self._limits)
+        return self.encoder.processor(images=[decoded])
 
     async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
+        """Call a function in a thread; one that nobody can stop keeps its place in the queue."""
         future = threads.submit(function)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if not future.cancel():  # it runs, and nobody can stop it
-                self._count_until_done(future)
+            if not future.cancel():
+                self._add_pending(1)
+                future.add_done_callback(lambda _: self._add_pending(-1))
             raise
 
-    def _count_until_done(self, future: Future[Any]) -> None:
-        """Keep a place of the queue for what runs on although its request was given up."""
+    def _add_pending(self, count: int) -> None:
         with self._lock:
-            self._num_pending += 1
-
-        def release(_: Future[Any]) -> None:
-            with self._lock:
-                self._num_pending -= 1
-
-        future.add_done_callback(release)
+            self.num_pending += count
 
 
-async def _all_or_none(*awaitables: Any) -> Any:
-    """Await all; the first error cancels the others, whose results nobody wants."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+@contextmanager
+def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
+    """Answer a ValueError with status 400."""
     try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _load_encoder(model: str | Path, config: ServeConfig) -> ServedEncoder:
-    """Load a model for the backend that is wanted, and refuse one that is not trained."""
-    from ..model_folders.model_loading import require_trained
-    from .served_encoder import ModelEncoder, OnnxModelEncoder
-
-    if config.backend == "onnx":
-        from ..configuration_llm2clip import LLM2CLIPConfig
-
-        saved = LLM2CLIPConfig.from_pretrained(model, local_files_only=True)
-        require_trained(saved, purpose="serving", source=model)
-        return OnnxModelEncoder(load_onnx_encoder(model, weights=config.text_weights))
-    from ..model_folders.model_loading import load_model
-
-    loaded, processor = load_model(model, device=config.device)
-    require_trained(loaded, purpose="serving", source=model)
-    return ModelEncoder(loaded, processor)
-
-
-def _open_index(index: str, model: str | Path) -> ImageIndex:
-    from ..search.image_index import ImageIndex
-
-    return ImageIndex.open(index, model=model)
+        yield
+    except ValueError as error:
+        raise RequestError(400, str(error), param=param, code=code) from None

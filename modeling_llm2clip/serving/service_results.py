@@ -1,4 +1,4 @@
-"""What the service gives for one request."""
+"""Results of the service for one request."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceResult:
-    """What every result says of the texts of its request.
+    """Facts about the texts of a request, which every result has.
 
     Attributes:
         num_tokens: Tokens of all texts as the model read them, prompts included.
-        truncated: Places of what was truncated: texts, candidate labels of which a prompt was, or
-            queries of which a text was.
+        truncated: Places of truncated texts; of candidate labels with a truncated prompt; or of
+            queries with a truncated text.
     """
 
     num_tokens: int

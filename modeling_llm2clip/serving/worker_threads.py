@@ -7,10 +7,11 @@ that closing gives up what is still running after a moment.
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -40,17 +41,7 @@ class WorkerThreads:
             thread.start()
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Queue a function.
-
-        Args:
-            function: What is called in a thread.
-
-        Returns:
-            Future of what it returns or raises. A function that runs cannot be cancelled.
-
-        Raises:
-            RuntimeError: The threads were closed.
-        """
+        """Queue a function; once it runs, its future cannot be cancelled."""
         future: Future[T] = Future()
         with self._lock:
             if self._is_closed:
@@ -59,11 +50,7 @@ class WorkerThreads:
         return future
 
     def close(self, *, wait_s: float) -> None:
-        """Cancel what waits, and end the threads; may be called again.
-
-        Args:
-            wait_s: Seconds that running functions get to finish; later ones are left behind.
-        """
+        """Cancel what waits, and give running functions `wait_s` to finish; may be called again."""
         with self._lock:
             self._is_closed = True
             while not self._waiting.empty():
@@ -91,3 +78,13 @@ def _call(future: Future[Any], function: Callable[[], Any]) -> None:
         future.set_exception(error)
     else:
         future.set_result(result)
+
+
+async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Await all; the first error cancels the others, whose results nobody wants."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.encoding import batches
 from modeling_llm2clip.encoding.batches import prepare_images
 from modeling_llm2clip.encoding.encode import (
+    TorchEncoder,
     encode_images,
-    encode_prepared_images,
     encode_texts,
-    iterate_image_batches,
-    iterate_token_batches,
     project_captions,
     project_images,
 )
@@ -38,16 +36,20 @@ CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 ENCODINGS: dict[str, Callable[[Any, Any], Any]] = {
     "texts": lambda model, processor: encode_texts(model, processor, CAPTIONS, project=False),
     "images": lambda model, processor: encode_images(model, processor, [draw_noise()]),
-    "prepared images": lambda model, processor: encode_prepared_images(
-        model, [processor(images=draw_noise())]
+    "prepared images": lambda model, processor: TorchEncoder(model, processor).encode_images(
+        [processor(images=draw_noise())]
     ),
     "stored captions": lambda model, _: project_captions(model, torch.ones(1, 32)),
     "stored images": lambda model, _: project_images(model, torch.ones(1, 32)),
     "batches of texts": lambda model, processor: next(
-        iterate_token_batches(model, processor, TokenizedTexts(processor, CAPTIONS), [[0, 1, 2]])
+        TorchEncoder(model, processor).iterate_texts(
+            TokenizedTexts(processor, CAPTIONS), [[0, 1, 2]], project=False
+        )
     ),
-    "batches of images": lambda model, processor: next(
-        iterate_image_batches(model, processor, [draw_noise()], [[0]])
+    "batches of images": lambda model, processor: (
+        next(
+            TorchEncoder(model, processor).iterate_images([draw_noise()], [[0]], project=False)
+        ).embeds
     ),
 }
 
@@ -282,6 +284,7 @@ def test_large_images_are_decoded_when_the_processor_is_done_with_those_before_t
     processor = shared_model()[1]
     paths = [Image.new("RGB", (40, 30), (40 * number, 90, 200)) for number in range(6)]
     together = prepare_images(processor, paths)
+    assert together.places == [*range(6)] and not together.errors
     monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 2 * 40 * 30)
     waiting: list[int] = []
     most = 0
@@ -292,15 +295,14 @@ def test_large_images_are_decoded_when_the_processor_is_done_with_those_before_t
         waiting.clear()
         return dict(processor(images=images))
 
-    def decode() -> Iterator[Image.Image]:
-        for path in paths:
-            waiting.append(1)
-            yield path
+    def decode(image: Image.Image) -> Image.Image:
+        waiting.append(1)
+        return image
 
-    found = prepare_images(prepare, decode())  # type: ignore[arg-type]
-    assert most == 3 and found.keys() == together.keys()
-    assert all(torch.equal(found[name], together[name]) for name in found)
-    assert prepare_images(processor, []) == {}
+    found = prepare_images(prepare, paths, open_image=decode).inputs  # type: ignore[arg-type]
+    assert most == 3 and found.keys() == together.inputs.keys()
+    assert all(torch.equal(found[name], together.inputs[name]) for name in found)
+    assert prepare_images(processor, paths, open_image=lambda _: None).inputs == {}
 
 
 def test_padding_is_at_most_a_tenth_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

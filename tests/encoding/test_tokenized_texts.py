@@ -11,7 +11,7 @@ from shared_models import shared_model
 from tokenizing import note_tokenized
 
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
-from modeling_llm2clip.encoding.encode import encode_texts, encode_tokenized_texts
+from modeling_llm2clip.encoding.encode import TorchEncoder, encode_texts
 from modeling_llm2clip.encoding.tokenized_texts import TokenizedTexts
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 
@@ -48,7 +48,7 @@ def test_tokenized_texts_have_the_ids_of_a_call_and_the_embeddings_of_texts() ->
     assert tokens.num_truncated == sum(tokens.is_truncated) == 2
     # Of several callers, as a server mixes them.
     mixed = [*tokens, *TokenizedTexts(processor, ["x"])]
-    found = encode_tokenized_texts(model, processor, mixed)
+    found = TorchEncoder(model, processor).encode_texts(mixed)
     assert torch.equal(found, encode_texts(model, processor, [*texts, "x"]))
 
 

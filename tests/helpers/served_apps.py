@@ -15,9 +15,9 @@ from PIL import Image
 from shared_models import shared_model
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.serving.app import create_app
 from modeling_llm2clip.serving.run_server import bind_socket
-from modeling_llm2clip.serving.served_encoder import ModelEncoder
 from modeling_llm2clip.serving.service import EmbeddingService
 
 MODEL_NAME = "tiny"
@@ -46,7 +46,7 @@ def from_base64(text: str) -> Any:
 def open_service(encoder: Any = None, *, index: Any = None, **limits: Any) -> Iterator[Any]:
     """A service around the shared tiny model, or another encoder."""
     service = EmbeddingService(
-        encoder or ModelEncoder(*shared_model()),
+        encoder or TorchEncoder(*shared_model()),
         ServeConfig(device="cpu", **limits),
         model_name=MODEL_NAME,
         index=index,

@@ -15,7 +15,7 @@ from PIL import Image
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_model
 
-from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.encoding.encode import TorchEncoder, encode_images
 from modeling_llm2clip.search import image_encoding
 from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
 from modeling_llm2clip.search.index_database import ImageFacts
@@ -44,7 +44,7 @@ def test_embeddings_are_those_of_the_facade_whatever_else_is_broken(
 ) -> None:
     model, processor = shared_model()
     found = encode_readable_images(
-        model, processor, paths, batch_size=batch_size, num_workers=num_workers
+        TorchEncoder(model, processor), paths, batch_size=batch_size, num_workers=num_workers
     )
     readable = [path for path in paths if path != paths[2]]
     assert found.paths == readable and list(found.errors) == [paths[2]]
@@ -69,7 +69,7 @@ def test_a_tag_of_another_type_is_an_error_of_its_file_alone(
     """Pillow raises other errors for these than for damaged pixels."""
     paths[3].write_bytes(content)
     model, processor = shared_model()
-    found = encode_readable_images(model, processor, paths)
+    found = encode_readable_images(TorchEncoder(model, processor), paths)
     assert list(found.errors) == [paths[2], paths[3]] and len(found.paths) == 3
     assert f"{paths[3]}: the image is truncated or corrupt" in found.errors[paths[3]]
 
@@ -77,15 +77,15 @@ def test_a_tag_of_another_type_is_an_error_of_its_file_alone(
 def test_a_model_in_training_mode_is_refused(paths: list[Path]) -> None:
     model, processor = tiny_model()
     with pytest.raises(ValueError, match="in training mode"):
-        encode_readable_images(model.train(), processor, paths)
+        encode_readable_images(TorchEncoder(model.train(), processor), paths)
 
 
 def test_another_default_dtype_changes_nothing(paths: list[Path]) -> None:
     model, processor = shared_model()
-    wanted = encode_readable_images(model, processor, paths).embeds
+    wanted = encode_readable_images(TorchEncoder(model, processor), paths).embeds
     torch.set_default_dtype(torch.float16)
     try:
-        found = encode_readable_images(model, processor, paths).embeds
+        found = encode_readable_images(TorchEncoder(model, processor), paths).embeds
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, wanted)
@@ -97,14 +97,14 @@ def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(
 ) -> None:
     """As arrays, some of these could be channels first."""
     draw_noise(size[1], size[0]).save(tmp_path / "a.png")
-    found = encode_readable_images(*shared_model(), [tmp_path / "a.png"])
+    found = encode_readable_images(TorchEncoder(*shared_model()), [tmp_path / "a.png"])
     assert not found.errors
     wanted = encode_images(*shared_model(), [tmp_path / "a.png"])
     assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
 
 
 def test_facts_are_of_the_upright_image(paths: list[Path]) -> None:
-    found = encode_readable_images(*shared_model(), paths)
+    found = encode_readable_images(TorchEncoder(*shared_model()), paths)
     assert found.facts[0] == ImageFacts(56, 40, None)
     assert found.facts[1] == ImageFacts(40, 56, datetime(2024, 2, 29, 23, 59, 58))
 
@@ -112,7 +112,7 @@ def test_facts_are_of_the_upright_image(paths: list[Path]) -> None:
 def test_where_all_are_broken_there_are_no_embeddings(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     model, processor = shared_model()
-    found = encode_readable_images(model, processor, [tmp_path / "a.png"])
+    found = encode_readable_images(TorchEncoder(model, processor), [tmp_path / "a.png"])
     assert found.embeds.shape == (0, model.config.projection_dim) and len(found.errors) == 1
 
 
@@ -126,7 +126,7 @@ def test_an_image_that_the_processor_refuses_is_named_and_stops_no_other(
             raise ValueError("absolute aspect ratio must be smaller")
         return processor(images=images)
 
-    found = encode_readable_images(model, refuse_wide, paths)  # type: ignore[arg-type]
+    found = encode_readable_images(TorchEncoder(model, refuse_wide), paths)  # type: ignore[arg-type]
     assert found.paths == [paths[0], *paths[3:]]
     assert found.errors[paths[1]] == f"{paths[1]}: absolute aspect ratio must be smaller"
 
@@ -183,7 +183,7 @@ def test_digests_are_of_the_bytes_that_are_decoded(
         return real(image)
 
     monkeypatch.setattr(image_encoding, "find_time_taken", replace_then_find)
-    found = encode_readable_images(*shared_model(), [file])
+    found = encode_readable_images(TorchEncoder(*shared_model()), [file])
     assert found.digests == {file: hashlib.sha256(before).hexdigest()}
     assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
 
@@ -192,6 +192,6 @@ def test_what_is_broken_has_a_digest_and_is_named_once(tmp_path: Path) -> None:
     file = tmp_path / "half.png"
     draw_noise(40, 56).save(file)
     file.write_bytes(file.read_bytes()[:-500])
-    found = encode_readable_images(*shared_model(), [file])
+    found = encode_readable_images(TorchEncoder(*shared_model()), [file])
     assert found.digests == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
     assert found.errors[file].startswith(f"{file}: the image is truncated or corrupt")

@@ -18,8 +18,7 @@ from PIL import Image
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
-from modeling_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.search import query_encoding
+from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPVisionModel
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.vector_table import AnnIndex
@@ -109,7 +108,7 @@ def test_embeddings_are_queries_of_any_length_and_need_no_model(
 def test_a_sentence_does_not_load_the_vision_tower(
     index: ImageIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(query_encoding.QueryEncoder, "vision_model", None)
+    monkeypatch.setattr(LLM2CLIPVisionModel, "from_pretrained", None)
     assert index.search("a dog").hits
 
 

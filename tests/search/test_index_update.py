@@ -48,9 +48,10 @@ def encoding_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     encoded: list[str] = []
     real = index_update.encode_readable_images
 
-    def note(model: Any, processor: Any, paths: Any, **options: Any) -> Any:
-        encoded.extend(path.name for path in paths)
-        return real(model, processor, paths, **options)
+    def note(*args: Any, **options: Any) -> Any:
+        read = real(*args, **options)
+        encoded.extend(path.name for path in read.paths)
+        return read
 
     with monkeypatch.context() as patch:
         patch.setattr(index_update, "encode_readable_images", note)
@@ -96,7 +97,6 @@ def test_a_folder_without_changes_is_neither_read_nor_encoded(
 ) -> None:
     build(model, images, tmp_path / "index")
     monkeypatch.setattr(index_update, "encode_readable_images", None)
-    monkeypatch.setattr(index_update, "hash_file", None)
     _, report = build(model, images, tmp_path / "index")
     assert "6 images: 0 new, 0 changed, 6 unchanged; 0 removed. Encoded 0." in report
 
@@ -153,16 +153,16 @@ def test_where_no_image_can_be_read_nothing_is_removed(
 def test_a_file_that_may_not_be_read_is_named_like_a_broken_one(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = index_update.hash_file
+    real = Path.read_bytes
 
-    def refuse(path: Path) -> str:
+    def refuse(path: Path) -> bytes:
         if path.name == "1.png":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(index_update, "hash_file", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     index, report = build(model, images, tmp_path / "index")
-    assert len(index) == 5 and "1.png: cannot be read (Permission denied)." in report
+    assert len(index) == 5 and "1.png: cannot be read ([Errno 13] Permission denied" in report
 
 
 def test_names_of_files_are_kept_whatever_they_are(
@@ -270,18 +270,18 @@ def test_an_image_that_is_written_meanwhile_is_left_for_the_next_time(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its digest would be of other content than its embedding."""
-    real = index_update.hash_file
+    real = Path.read_bytes
 
-    def write_after(path: Path) -> str:
-        digest = real(path)
+    def write_after(path: Path) -> bytes:
+        content = real(path)
         if path.name == "1.png":
             draw_noise(seed=99).save(path)
         if path.name == "3.png":
             path.unlink()
-        return digest
+        return content
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_update, "hash_file", write_after)
+        patch.setattr(Path, "read_bytes", write_after)
         index, report = build(model, images, tmp_path / "index")
     assert len(index) == 4
     assert "2 unreadable images" in report and "1.png: was written while" in report
@@ -289,39 +289,56 @@ def test_an_image_that_is_written_meanwhile_is_left_for_the_next_time(
     assert "1 new, 0 changed, 4 unchanged" in report and "Encoded 1" in report
 
 
-def write_between_hash_and_encode(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[Path, bytes | None]
+def write_around_reading(
+    monkeypatch: pytest.MonkeyPatch, file: Path, content: bytes | None, *, moment: str
 ) -> None:
-    """Replace files, or delete them, after all were hashed and before any is encoded."""
-    real = index_update.encode_readable_images
+    """Replace a file, or delete it, after its size and times were noted."""
+    real_encode, real_read = index_update.encode_readable_images, Path.read_bytes
+
+    def write() -> None:
+        if content is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.write_bytes(content)
 
     def write_first(*args: Any, **options: Any) -> Any:
-        for path, content in changes.items():
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_bytes(content)
-        changes.clear()
-        return real(*args, **options)
+        write()
+        return real_encode(*args, **options)
 
-    monkeypatch.setattr(index_update, "encode_readable_images", write_first)
+    def write_after(path: Path) -> bytes:
+        found = real_read(path)
+        if path == file:
+            write()
+        return found
+
+    if moment == "before it is read":
+        monkeypatch.setattr(index_update, "encode_readable_images", write_first)
+    else:
+        monkeypatch.setattr(Path, "read_bytes", write_after)
 
 
+@pytest.mark.parametrize("moment", ["before it is read", "after it is read"])
 @pytest.mark.parametrize("change", ["another image", "broken", "gone"])
 def test_a_copy_never_gets_what_another_file_has_become(
-    change: str, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str,
+    moment: str,
+    model: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first of several equal files is replaced after it was hashed, before it is encoded."""
+    """The first of several equal files is replaced while the folder is indexed."""
     other = (images / "5.png").read_bytes()
     contents = {"another image": other, "broken": b"no image", "gone": None}
     shutil.copy(images / "1.png", images / "2 copy of 1.png")
     shutil.copy(images / "1.png", images / "3 copy of 1.png")
     with monkeypatch.context() as patch:
-        write_between_hash_and_encode(patch, {images / "1.png": contents[change]})
+        write_around_reading(patch, images / "1.png", contents[change], moment=moment)
         _, report = build(model, images, tmp_path / "index")
-    reasons = {"another image": "was written while", "broken": "not an image", "gone": "cannot be"}
+    reasons = {"broken": "not an image", "gone": "cannot be"}
+    reason = reasons.get(change) if moment == "before it is read" else None
     assert f"Not in the index: 1 unreadable image:\n{images / '1.png'}: " in report
-    assert reasons[change] in report
+    assert (reason or "was written while") in report
     rows = list_rows(tmp_path / "index")
     assert "1.png" not in rows and len(rows) == 7
     build(model, images, tmp_path / "index")
@@ -334,19 +351,32 @@ def test_a_copy_never_gets_what_another_file_has_become(
         assert row["embedding"] == pytest.approx(rows[name]["embedding"], abs=1e-5), name
 
 
-def test_a_replaced_image_is_noticed_even_if_its_size_and_times_are_the_same(
+def test_a_replaced_image_is_indexed_as_it_was_read_even_if_its_times_are_the_same(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clocks of file systems are coarse: two writes within milliseconds may have one time."""
     monkeypatch.setattr(index_update, "describe_stat", lambda _: "the same")
-    with monkeypatch.context() as patch:
-        content = (images / "5.png").read_bytes()
-        write_between_hash_and_encode(patch, {images / "1.png": content})
-        _, report = build(model, images, tmp_path / "index")
-    assert "1 unreadable image:" in report and "1.png: was written while" in report
+    content = (images / "5.png").read_bytes()
+    write_around_reading(monkeypatch, images / "1.png", content, moment="before it is read")
     build(model, images, tmp_path / "index")
     rows = list_rows(tmp_path / "index")
     assert len(rows) == 6 and rows["1.png"] == rows["5.png"]
+
+
+def test_content_that_only_a_replaced_row_had_is_encoded_again(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file changes, and another one in a later commit has what it was before."""
+    build(model, images, tmp_path / "index")
+    before = list_rows(tmp_path / "index")["1.png"]
+    shutil.copy(images / "1.png", images / "z.png")
+    draw_noise(seed=99).save(images / "1.png")
+    monkeypatch.setattr(index_update, "_COMMITTED_AT_ONCE", 1)
+    assert "1 new, 1 changed" in build(model, images, tmp_path / "index")[1]
+    after = list_rows(tmp_path / "index")["z.png"]
+    assert after["sha256"] == before["sha256"]
+    # A batch of another size rounds differently.
+    assert after["embedding"] == pytest.approx(before["embedding"], abs=1e-5)
 
 
 def test_a_touched_file_that_is_written_meanwhile_is_counted_once(
@@ -354,15 +384,15 @@ def test_a_touched_file_that_is_written_meanwhile_is_counted_once(
 ) -> None:
     build(model, images, tmp_path / "index")
     os.utime(images / "1.png", (1, 1))
-    real = index_update.hash_file
+    real = Path.read_bytes
 
-    def write_after(path: Path) -> str:
-        digest = real(path)
+    def write_after(path: Path) -> bytes:
+        content = real(path)
         draw_noise(seed=99).save(path)
-        return digest
+        return content
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_update, "hash_file", write_after)
+        patch.setattr(Path, "read_bytes", write_after)
         _, report = build(model, images, tmp_path / "index")
     assert "5 images: 0 new, 0 changed, 5 unchanged; 1 removed" in report
     assert "1 new, 0 changed, 5 unchanged" in build(model, images, tmp_path / "index")[1]

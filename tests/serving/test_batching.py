@@ -167,7 +167,7 @@ def test_a_batch_waits_for_more_only_as_long_as_it_may() -> None:
 
 def test_after_a_batch_the_next_one_waits_for_as_many_inputs() -> None:
     worker, recorder = open_worker(budget=100)
-    lane = worker.find_lane("text")
+    lane = worker.lanes["text"]
     lane.note_batch(4, 1000.0)  # of which a twentieth is long enough for any machine
     futures = [submit(worker, number) for number in range(1, 5)]
     wait(futures, 10)  # the fourth ends the wait
@@ -178,7 +178,7 @@ def test_after_a_batch_the_next_one_waits_for_as_many_inputs() -> None:
 def test_a_request_after_a_pause_does_not_wait_for_company() -> None:
     worker, recorder = open_worker(budget=100)
     wait([submit(worker, *range(50))], 10)
-    lane = worker.find_lane("text")
+    lane = worker.lanes["text"]
     lane.last_wait_until = time.monotonic() - 1  # the pause
     submit(worker, 1).result(5)
     assert recorder.batches[-1] == [1]

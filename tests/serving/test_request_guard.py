@@ -14,8 +14,8 @@ import pytest
 from served_apps import MODEL_NAME, open_service, run_app, run_service
 from shared_models import shared_model
 
+from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
-from modeling_llm2clip.serving.served_encoder import ModelEncoder
 
 
 def write_request(body: bytes, *, path: str = "/v1/embeddings", headers: str = "") -> bytes:
@@ -50,7 +50,7 @@ def embed(text: str = "a") -> bytes:
     return write_request(json.dumps({"input": text}).encode())
 
 
-class SlowEncoder(ModelEncoder):
+class SlowEncoder(TorchEncoder):
     """Waits before each batch of texts until it may go on, and notes what came."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:
 
 
 def test_an_error_of_the_model_shows_no_traceback() -> None:
-    class BrokenEncoder(ModelEncoder):
+    class BrokenEncoder(TorchEncoder):
         def encode_texts(self, texts: Any) -> Any:
             if "bad" in map(str, texts):
                 raise ArithmeticError("the secret of the model")

@@ -19,6 +19,7 @@ from tiny import draw_noise, tiny_images, tiny_model
 from tokenizing import note_tokenized
 
 from modeling_llm2clip import encode_images, encode_texts
+from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compute_golden,
@@ -27,7 +28,6 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
 from modeling_llm2clip.search.label_ranking import average_prompts, rank_labels
 from modeling_llm2clip.search.tag_labels import make_labels
 from modeling_llm2clip.serving.errors import RequestError
-from modeling_llm2clip.serving.served_encoder import ModelEncoder
 
 IMAGES = [*tiny_images(3), draw_noise(90, 30), draw_noise(20, 70, seed=1)]
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_embedded_is_refused(
             time.sleep(0.001)
 
 
-class HeldEncoder(ModelEncoder):
+class HeldEncoder(TorchEncoder):
     """Waits before each batch until it may go on."""
 
     def __init__(self) -> None:
@@ -270,7 +270,7 @@ def test_a_model_with_one_tower_serves_that_one(tmp_path: Any) -> None:
 
     whole = save_model(*tiny_model(), tmp_path / "whole")
     folder = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
-    with open_service(ModelEncoder(*load_model(folder, device="cpu"))) as service:
+    with open_service(TorchEncoder(*load_model(folder, device="cpu"))) as service:
         found = run(service.embed(["a dog"]))
         with pytest.raises(RequestError, match="no image tower"):
             run(service.embed([IMAGES[0]]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.devices import find_device
-from ...encoding.encode import encode_images, encode_tokenized_texts
+from ...encoding.encode import TorchEncoder
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
@@ -56,9 +56,7 @@ class LLM2CLIPEncoder:
         """Encode texts with LLM, text adapter and projection."""
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
-        embeds = encode_tokenized_texts(
-            self._model,
-            self._processor,
+        embeds = self._model.encode_texts(
             tokens,
             token_budget=None if size is None else size * _TOKENS_PER_TEXT,
             show_progress=self._run_config.show_progress,
@@ -67,9 +65,7 @@ class LLM2CLIPEncoder:
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode images with vision tower and projection."""
-        return encode_images(
-            self._model,
-            self._processor,
+        return self._model.encode_images(
             images,
             batch_size=self._run_config.batch_size,
             num_workers=self._run_config.num_workers,
@@ -83,11 +79,12 @@ class LLM2CLIPEncoder:
         return None if self._training_images is None else self._training_images.describe_far(tally)
 
     @cached_property
-    def _model(self) -> LLM2CLIPModel:
+    def _model(self) -> TorchEncoder:
         model = LLM2CLIPModel.from_pretrained(
             self._folder, dtype=find_loading_dtype(self._run_config)
         )
-        return model.to(find_device(self._run_config.device)).eval()  # type: ignore[no-any-return]
+        device = find_device(self._run_config.device)
+        return TorchEncoder(model.to(device).eval(), self._processor)
 
     @cached_property
     def _description(self) -> EncoderDescription:

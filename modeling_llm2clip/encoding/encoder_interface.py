@@ -1,0 +1,236 @@
+"""The one interface to a model that embeds texts and images, whatever runs it.
+
+N texts or images, B those of a batch, D width of a tower, P `projection_dim`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..data.images.image_sources import open_image
+from ..heads_llm2clip import LogitRule
+from ..packing_llm2clip import plan_token_batches
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .batches import (
+    OnBatch,
+    encode_distinct,
+    iterate_batches,
+    pad_ids,
+    prepare_images,
+    require_finite,
+    split_evenly,
+)
+from .float32 import float32_as_such
+from .preparation import prepare_batches
+from .tokenized_texts import TokenizedText, TokenizedTexts
+
+
+class EncodedImages(NamedTuple):
+    """The images of a batch that could be read.
+
+    Attributes:
+        rows: Their rows.
+        embeds: (B, P) float32 of unit length, on the CPU; or (B, D), not projected.
+        tower_embeds: (B, D) before the projection; None where a graph projects.
+        errors: Error of each other image, by its row.
+    """
+
+    rows: list[int]
+    embeds: Tensor
+    tower_embeds: Tensor | None
+    errors: dict[int, str]
+
+
+class Encoder(ABC):
+    """A model that embeds texts and images.
+
+    Results are float32 on the CPU, in the order of the inputs.
+
+    Attributes:
+        processor: The model's processor.
+        modalities: Inputs that it takes: `"text"`, `"image"` or both.
+        embedding_dim: P.
+        device: Where it computes.
+        token_budget: Maximum tokens per batch by default.
+        batch_size: Maximum images per batch by default.
+        projects_at_once: Whether it gives unit embeddings alone, and none before the projection.
+    """
+
+    projects_at_once: ClassVar[bool]
+    _lacks: ClassVar[str]  # error of a modality that it cannot encode
+    _plan_texts: Callable[..., list[list[int]]] = staticmethod(plan_token_batches)
+
+    processor: LLM2CLIPProcessor
+    modalities: tuple[str, ...]
+    embedding_dim: int
+    device: torch.device
+    token_budget: int
+    batch_size: int
+
+    @property
+    @abstractmethod
+    def logit_rule(self) -> LogitRule | None:
+        """Rule that turns cosines into logits; None where there is one tower alone."""
+
+    @property
+    def max_text_length(self) -> int:
+        """Maximum tokens per text; the rest is truncated."""
+        return self.processor.longest_text
+
+    @abstractmethod
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run one batch of texts, each (B, L) int64, padded on the right."""
+
+    @abstractmethod
+    def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
+        """Run one batch of images as the processor prepares them, (B, 3, H, W) float32."""
+
+    @abstractmethod
+    def project(self, modality: str, embeds: Tensor) -> Tensor:
+        """Map what `encode_tokens` or `encode_pixels` gives to unit embeddings."""
+
+    def encode_texts(
+        self,
+        texts: Iterable[str] | Iterable[TokenizedText],
+        *,
+        project: bool = True,
+        token_budget: int | None = None,
+        show_progress: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> Tensor:
+        """Encode texts, tokenized already or not; see the function `encode_texts`."""
+        self._require("text", project=project)
+        tokens: list[TokenizedText] = list(
+            texts if _are_tokenized(texts) else TokenizedTexts(self.processor, texts)  # type: ignore[arg-type]
+        )
+        budget = self.token_budget if token_budget is None else token_budget
+        if budget < 1:
+            raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
+
+        lengths = [len(one.ids) for one in tokens]
+        return self._encode(
+            "text",
+            tokens,
+            project=project,
+            batches=lambda rows: self._plan_texts(
+                [lengths[row] for row in rows], token_budget=budget
+            ),
+            prepare=partial(pad_ids, self.processor),
+            encode=lambda inputs: self.encode_tokens(**inputs),
+            on_batch=on_batch,
+            sizes=lengths,  # tokens cost about the same each, and the longest texts come first
+            unit=" tokens",
+            show_progress=show_progress,
+        )
+
+    def encode_images(
+        self,
+        images: Sequence[Any],
+        *,
+        project: bool = True,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        show_progress: bool = False,
+        on_batch: OnBatch | None = None,
+    ) -> Tensor:
+        """Encode images, prepared by the processor or not; see the function `encode_images`."""
+        self._require("image", project=project)
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
+            raise ValueError(f"Got {images!r} for images; give a list of at least one.")
+        size = self.batch_size if batch_size is None else batch_size
+        if size < 1 or (num_workers is not None and num_workers < 1):
+            raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
+
+        return self._encode(
+            "image",
+            images,
+            project=project,
+            batches=lambda rows: split_evenly(len(rows), size=size),
+            prepare=partial(prepare_images, self.processor),
+            encode=lambda prepared: self.encode_pixels(**prepared.inputs),
+            num_workers=num_workers,
+            on_batch=on_batch,
+            unit=" images",
+            show_progress=show_progress,
+        )
+
+    def _encode(
+        self, modality: str, inputs: Sequence[Any], *, project: bool, **options: Any
+    ) -> Tensor:
+        embeds = encode_distinct(inputs, device=self.device, **options)
+        if project and not self.projects_at_once:
+            embeds = self.project(modality, embeds)
+            require_finite(embeds, range(len(embeds)), inputs)
+        return embeds
+
+    def iterate_texts(
+        self,
+        texts: Sequence[TokenizedText],
+        plan: Sequence[Sequence[int]],
+        *,
+        project: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield the embeddings of each batch of a plan, which has the rows of its texts."""
+        self._require("text", project=project)
+
+        def encode(inputs: dict[str, Tensor]) -> Tensor:
+            embeds = self.encode_tokens(**inputs)
+            return self.project("text", embeds) if project else embeds
+
+        for _, embeds in iterate_batches(
+            texts, plan, prepare=partial(pad_ids, self.processor), encode=encode, device=self.device
+        ):
+            yield embeds
+
+    @torch.no_grad()
+    def iterate_images(
+        self,
+        images: Sequence[Any],
+        plan: Sequence[Sequence[int]],
+        *,
+        project: bool = True,
+        num_workers: int | None = None,
+        open_image: Callable[[Any], Any] = open_image,
+        on_error: Callable[[Any, ValueError], str] | None = None,
+    ) -> Iterator[EncodedImages]:
+        """Yield the readable images of each batch of a plan; threads open them.
+
+        `open_image` and `on_error` are those of `prepare_images`.
+        """
+        self._require("image", project=project)
+        parts = ([images[row] for row in rows] for rows in plan)
+        prepare = partial(prepare_images, self.processor, open_image=open_image, on_error=on_error)
+        in_threads = prepare_batches(parts, prepare, device=self.device, num_workers=num_workers)
+        with closing(in_threads) as batches, float32_as_such():
+            for rows, prepared in zip(plan, batches, strict=True):
+                readable = [rows[place] for place in prepared.places]
+                errors = {rows[place]: error for place, error in prepared.errors.items()}
+                tower_embeds = None
+                embeds = torch.empty(0, self.embedding_dim, dtype=torch.float32)
+                if readable:
+                    embeds = tower_embeds = self.encode_pixels(**prepared.inputs)
+                    if project:
+                        embeds = self.project("image", embeds)
+                    embeds = embeds.float().cpu()
+                    require_finite(embeds, readable, images)
+                yield EncodedImages(readable, embeds, tower_embeds, errors)
+
+    def _require(self, modality: str, *, project: bool) -> None:
+        if modality not in self.modalities:
+            raise ValueError(self._lacks.format(there=self.modalities[0], wanted=modality))
+        if self.projects_at_once and not project:
+            raise ValueError(
+                "An ONNX graph projects, and gives no embeddings from before. Use the torch model."
+            )
+
+
+def _are_tokenized(texts: Any) -> TypeGuard[Sequence[TokenizedText]]:
+    first = texts[0] if isinstance(texts, list) and texts else None
+    return isinstance(texts, TokenizedTexts) or isinstance(first, TokenizedText)
