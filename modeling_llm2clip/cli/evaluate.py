@@ -98,7 +98,7 @@ def evaluate(
         return 0
     _require_extras(models, tasks, plot, of_models)
     if plot is not None:
-        from ..evaluation.report import require_plot_file
+        from ..evaluation.plots import require_plot_file
 
         require_plot_file(plot)
     if models:
@@ -126,7 +126,7 @@ def _show_results(
 
     results = read_evaluation_results(output)
     if plot is not None:
-        from ..evaluation.report import plot_lengths
+        from ..evaluation.plots import plot_lengths
 
         plot_lengths([result for result in results if result.task == "length"], plot)
         print(f"Wrote {plot}.", file=sys.stderr)

@@ -22,7 +22,8 @@ from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
 from .encoders.encoder import Encoder, EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
-from .report import EvaluationResults, plot_confusion
+from .plots import plot_confusion
+from .report import EvaluationResults
 from .results import (
     Result,
     build_protocol,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_llm2clip.evaluation.report import plot_confusion, plot_lengths
+from modeling_llm2clip.evaluation.plots import plot_confusion, plot_lengths
 from modeling_llm2clip.evaluation.results import (
     read_evaluation_results,
 )

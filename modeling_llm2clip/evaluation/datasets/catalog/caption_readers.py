@@ -95,6 +95,7 @@ class JsonCaptions:
         self, file: Path, validator: DatasetValidator
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the place and the fields of each record of the split."""
+        records: Iterator[tuple[str, Mapping[str, Any]]]
         if file.suffix == ".json":
             content = read_json(file) if self.first is None else iterate_json_list(file)
             has_splits = bool(self.other_splits) and isinstance(content, dict)
