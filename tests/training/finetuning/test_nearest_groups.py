@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_llm2clip._extras import MissingExtraError
-from modeling_llm2clip.training.finetuning import hard_batches, nearest_groups
+from modeling_llm2clip.training.finetuning import nearest_groups
 from modeling_llm2clip.training.finetuning.nearest_groups import find_nearest_groups
 
 
@@ -76,17 +76,17 @@ def test_many_groups_without_faiss_are_refused_with_the_extra(monkeypatch):
 def test_an_images_embedding_is_the_mean_of_its_captions_unit_embeddings():
     embeddings = {"a": [3.0, 0], "b": [0, 0.5], "c": [-2.0, 0], "d": [-1.0, 0]}
     encode = lambda texts: torch.tensor([embeddings[text] for text in texts])  # noqa: E731
-    found = hard_batches.encode_groups(encode, [["a", "b"], ["c", "d", "d"]])
+    found = nearest_groups.encode_groups(encode, [["a", "b"], ["c", "d", "d"]])
     assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
 
 
 def test_written_groups_are_those_nearest_in_embeddings_of_their_captions(tmp_path, monkeypatch):
-    monkeypatch.setattr(hard_batches, "_GROUPS_AT_ONCE", 4)
+    monkeypatch.setattr(nearest_groups, "_GROUPS_AT_ONCE", 4)
     embeddings = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     encode = lambda texts: embeddings[[int(text) for text in texts]]  # noqa: E731
     groups = [[str(3 * n), str(3 * n + 1), str(3 * n + 2)] for n in range(10)]
     file = tmp_path / "nearest.npy"
-    report = hard_batches.write_nearest_groups(encode, iter(groups), 10, 4, file)
-    wanted = compare_all(hard_batches.encode_groups(encode, groups).numpy(), 4)
-    assert hard_batches.read_nearest_groups(file).tolist() == wanted.tolist()
+    report = nearest_groups.write_nearest_groups(encode, iter(groups), 10, 4, file)
+    wanted = compare_all(nearest_groups.encode_groups(encode, groups).numpy(), 4)
+    assert np.load(file, mmap_mode="r").tolist() == wanted.tolist()
     assert report == {"method": "exact"} and list(tmp_path.iterdir()) == [Path(file)]
