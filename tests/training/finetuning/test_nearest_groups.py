@@ -88,5 +88,5 @@ def test_written_groups_are_those_nearest_in_embeddings_of_their_captions(tmp_pa
     file = tmp_path / "nearest.npy"
     report = nearest_groups.write_nearest_groups(encode, iter(groups), 10, 4, file)
     wanted = compare_all(nearest_groups.encode_groups(encode, groups).numpy(), 4)
-    assert np.load(file).tolist() == wanted.tolist()
+    assert np.load(file, mmap_mode="r").tolist() == wanted.tolist()
     assert report == {"method": "exact"} and list(tmp_path.iterdir()) == [Path(file)]
