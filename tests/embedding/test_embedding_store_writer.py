@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from stores import (
     BATCHES,
     DIM,
     FINGERPRINT,
+    NUM_ROWS,
     count_written_batches,
     flip_byte,
     list_complete_shards,
@@ -210,7 +212,6 @@ def test_a_store_of_100_million_rows_is_completed_and_opened_in_seconds(tmp_path
 def write_sparse_shards(
     writer: EmbeddingStoreWriter, make_header: Callable[[int, StoreManifest], bytes]
 ) -> None:
-    import hashlib
     from dataclasses import asdict
 
     from modeling_llm2clip.data.store.store_manifest import write_sealed
@@ -251,3 +252,38 @@ def test_every_shard_says_which_plan_it_is_of(store: Path) -> None:
         with safe_open(file, "np") as opened:
             assert opened.metadata() == {"plan": plan}
             assert opened.get_tensor("embeddings").shape[1] == DIM
+
+
+def hash_bytes(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digest"),
+    [
+        ("float32", "726b884cc70b0519201ccdec240fcea7fa6d2bbccbfd53b8ed9347610373d0fd"),
+        ("float16", "c746ed084ed7f12090e6a15afa2299981d02734f5ce659d25fe7153da8cd554d"),
+        ("bfloat16", "289e57d5a2bfa6b2607e521ebfc6251e5fd10a75d74e64c2c82d1aa817f7c9e6"),
+    ],
+)
+def test_shards_have_the_bytes_of_their_format(tmp_path: Path, dtype: str, digest: str) -> None:
+    """So that a store that is begun is continued by any later version of the same format."""
+    folder = write_store(tmp_path / "store", make_steps(), dtype=dtype)
+    assert hash_bytes(*sorted(folder.glob("*.safetensors"))) == digest
+
+
+def test_an_unfinished_shard_and_a_record_have_the_bytes_of_their_format(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "store")
+    write_shard(writer, 0, make_steps(), most=2)
+    write_shard(writer, 1, make_steps())
+    assert {name: hash_bytes(writer.folder / name)[:16] for name in
+            ("shard-00000.part", "shard-00000.journal", "shard-00001.json")} == {
+        "shard-00000.part": "e6bbd5f6b6409277",
+        "shard-00000.journal": "37baf41d9df59d09",
+        "shard-00001.json": "71518cf95193d3bf",
+    }  # fmt: skip
+
+
+def make_steps() -> torch.Tensor:
+    """Embeddings of eighths, which every dtype here rounds the same on any machine."""
+    return torch.arange(NUM_ROWS * DIM, dtype=torch.float32).reshape(NUM_ROWS, DIM) / 8
