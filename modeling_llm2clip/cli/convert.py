@@ -11,7 +11,7 @@ from .._extras import TIMM_TOWER, require
 from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
 from ..configs.export_config import CardConfig, ConvertConfig
-from ..configs.source_format import SOURCE_FORMATS, SourceFormat
+from ..configs.source_format import SourceFormat
 from .chosen_device import use_device
 from .command import Changes, Repeated, command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
@@ -128,6 +128,8 @@ def _change(name: str, changes: dict[str, Any]) -> SourceFormat:
     Raises:
         ValueError: The format has no use for an option.
     """
+    from ..configs.source_format import SOURCE_FORMATS  # imports pydantic
+
     for option, formats in _FORMATS_WITH.items():
         if option in changes and name not in formats:
             raise ValueError(

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Interval
+
 from .._extras import LANCEDB, require
-from ..configs.config_fields import DeviceConfig, Range
+from ..configs.config_fields import DeviceConfig
 from ..configs.data_config import ImageLimitsConfig
 from .chosen_device import use_device
 from .command import Repeated, command
@@ -40,7 +42,7 @@ def search(
     *queries: str,
     image: Annotated[tuple[Path, ...], Repeated] = (),
     combine: bool = False,
-    top_k: Annotated[int, Range(min=1)] = 6,
+    top_k: Annotated[int, Interval(ge=1)] = 6,
     where: str | None = None,
     exact: bool = False,
     format: Literal["table", "json", "csv"] = "table",

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from .config_fields import DeviceConfig, Range
+from annotated_types import Interval
+
+from .config_fields import DeviceConfig
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
@@ -16,9 +18,9 @@ TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
 class EncodingConfig(DeviceConfig):
     """How a model encodes; in float32 nothing of it changes an embedding."""
 
-    batch_size: Annotated[int, Range(min=1)] | None = None
+    batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""
-    num_workers: Annotated[int, Range(min=1)] | None = None
+    num_workers: Annotated[int, Interval(ge=1)] | None = None
     """Threads that decode images. Default: one per core, at most 8."""
     show_progress: bool = True
     """Show progress bars."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, Range
+from annotated_types import Interval
+
+from .config_fields import Config
 from .encoding_config import EncodingConfig
 
 ModelType = Literal["llm2clip", "sentence-transformers", "transformers", "open_clip", "embeddings"]
@@ -95,7 +97,7 @@ class EvaluationConfig(EncoderConfig):
     """Fields of your own in the data that are not read. Default: none."""
     cache: bool = True
     """Keep the index of large data of your own in the user's cache, and find it there."""
-    max_memory_mb: Annotated[float, Range(above=0)] = 256.0
+    max_memory_mb: Annotated[float, Interval(gt=0)] = 256.0
     """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 
     def find_conflicts(self) -> Iterator[str]:

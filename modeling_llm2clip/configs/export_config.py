@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, DeviceConfig, Matches, Range, ShardSize
+from annotated_types import Interval
+
+from .config_fields import Config, DeviceConfig, Matches, ShardSize
 from .encoding_config import TextWeights
 
 License = Annotated[
@@ -77,7 +79,7 @@ class ExportConfig(WeightsConfig):
     onnx_data: str | None = None
     """Captioned images on which the graphs are checked. Default: the embedded emoji and
     photographs."""
-    max_recall_loss: Annotated[float, Range(min=0, max=1)] = 0.0
+    max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Largest loss of text to image R@1 that int4 weights may cost, as a share: 0.02 for two
     points."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .config_fields import Range
+from annotated_types import Interval
+
 from .encoding_config import EncodingConfig
 
 
@@ -16,7 +17,7 @@ class IndexConfig(EncodingConfig):
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
     comparing with every image and finds enough; always and never do as they say."""
-    min_recall: Annotated[float, Range(above=0, max=1)] = 0.97
+    min_recall: Annotated[float, Interval(gt=0, le=1)] = 0.97
     """Recall@10 that the approximate index has to reach, against comparing with every image."""
 
 
