@@ -94,11 +94,7 @@ class Command:
 
     @cached_property
     def arguments(self) -> list[Argument]:
-        """All arguments and flags.
-
-        Raises:
-            TypeError: Two parameters give one flag.
-        """
+        """All arguments and flags."""
         arguments = _list_leaves(self.app.assemble_argument_collection())
         names = [argument.name for argument in arguments]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -138,11 +134,7 @@ class Command:
         return sorted(found, key=lambda spelling: -len(spelling[0]))
 
     def bind(self, split: Iterable[Argument]) -> partial[int | None]:
-        """Make the call of the function out of the words that each argument got.
-
-        Raises:
-            UsageError: A value is not what it may be, or is missing; all of them are named.
-        """
+        """Make the call of the function out of the words that each argument got."""
         given = [argument for argument in _list_leaves(split) if argument.has_tokens]
         positional, values, errors = _convert_all(given)
         if (file := values.pop(_FILE, None)) is not None:

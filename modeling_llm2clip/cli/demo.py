@@ -11,8 +11,8 @@ from .._extras import DEMO, require
 from .._suggestions import counted
 from ..configs.config_fields import DeviceConfig, Seed
 from ..model_folders.atomic_folder import require_new_folder
-from .chosen_device import use_device
 from .command import command
+from .options import use_device
 
 _AFTER_DEMO = """
 Use it in Python:

@@ -41,14 +41,7 @@ class CommandLine:
         self.examples = tuple(examples)
 
     def parse(self, words: Sequence[str]) -> partial[int | None]:
-        """Read a command line, without the name of the program.
-
-        Returns:
-            The call that runs it, of the command or of what prints help or version.
-
-        Raises:
-            UsageError: There is no such command or flag, or a value is not what it may be.
-        """
+        """Read a command line, without the name of the program."""
         chosen = self.find_command(words)
         try:
             return self._parse_with(chosen, words)

@@ -15,9 +15,8 @@ from annotated_types import Interval
 from .._extras import LANCEDB, require
 from ..configs.config_fields import DeviceConfig
 from ..configs.data_config import ImageLimitsConfig
-from .chosen_device import use_device
 from .command import Repeated, command
-from .image_folder import report, report_truncated, use_image_limits
+from .options import report, report_truncated, use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.index_database import IndexDatabase

@@ -13,10 +13,9 @@ from .._extras import LANCEDB, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import TagConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, report_truncated, require_image_folder, use_image_limits
+from .options import report, report_truncated, require_image_folder, use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage

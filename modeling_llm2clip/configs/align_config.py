@@ -1,4 +1,4 @@
-"""Stage 3: how images and captions are aligned."""
+"""Options of stage 3, the alignment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .training_config import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(TrainingConfig):
-    """What `align` trains, on what, and how long (paper, section 3.2)."""
+    """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
     """What is trained of the vision tower: nothing, a LoRA on its attention, or everything."""

@@ -1,4 +1,4 @@
-"""How two towers become an untrained model."""
+"""Options of joining two towers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(DeviceConfig):
-    """How `build_model` joins a vision tower and a language model."""
+    """Options of `build_model`, which joins a vision tower and a language model."""
 
     prompt: Prompt | None = None
     """Prompt around every caption. No default: this, or `prompt_prefix` and `prompt_suffix`."""

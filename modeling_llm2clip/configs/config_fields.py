@@ -1,4 +1,4 @@
-"""What all options share: checks by pydantic, which reads the annotations, and YAML.
+"""The base of all options: checks by pydantic, which reads the annotations, and YAML.
 
 A field's annotation says what it may be (`Annotated[int, Interval(ge=1)]`, `Literal["a", "b"]`),
 and the string under it documents it. pydantic is imported when the first config is made.
@@ -144,12 +144,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read options from a YAML file: a mapping of fields, in which a section is a mapping too.
-
-    Raises:
-        ValueError: The file is not YAML with one mapping, a key is unknown or given twice, or a
-            value is not what its field may be. Every error is named at once.
-    """
+    """Read options from a YAML file: a mapping of fields, in which a section is a mapping too."""
     values = read_yaml(file)
     try:
         return make_config(config_type, values)
@@ -182,11 +177,7 @@ def check_fields(config_type: type[Config], values: Mapping[str, Any]) -> dict[s
 
 
 def check_values(hints: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return some values as their annotations want them.
-
-    Raises:
-        ValueError: A name is unknown, or a value is not what its annotation says.
-    """
+    """Return some values as their annotations want them."""
     return _check(_make_adapter("values", hints, hints), values, hints)
 
 

@@ -1,4 +1,4 @@
-"""How captioned images are read, how they are streamed, and which images are decoded."""
+"""Options of reading and streaming captioned images, and limits of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config_fields import Config
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """How a stage reads its captioned images."""
+    """Options of reading captioned images."""
 
     image_dir: Path | None = None
     """Folder of the images. Default: beside the data."""
@@ -37,7 +37,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig(Config):
-    """How `align` streams shards, which it does for every URL."""
+    """Options of streaming shards, which `align` does for every URL."""
 
     stream: bool = False
     """Read local shards, too, one after the other through a shuffle buffer, and not at random."""

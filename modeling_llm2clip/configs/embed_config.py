@@ -1,4 +1,4 @@
-"""How embeddings are computed for a vector database."""
+"""Options of embeddings for a vector database."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EmbeddingColumn: TypeAlias = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(EncodingConfig, BackendConfig):
-    """How `embed` computes embeddings, and what its files hold.
+    """Options of `embed`: the encoding, and the content of its files.
 
     An output that is begun is continued with the same options; only `device`, `num_workers`,
     `skip_invalid` and `show_progress` may differ. Once images are left out, the limits of images

@@ -1,4 +1,4 @@
-"""How a model encodes texts and images."""
+"""Options of encoding texts and images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig(DeviceConfig):
-    """How a model encodes; in float32 nothing of it changes an embedding."""
+    """Options of encoding; in float32 none of them changes an embedding."""
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""
@@ -28,7 +28,7 @@ class EncodingConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig(DeviceConfig):
-    """What runs a model."""
+    """The library that runs a model."""
 
     backend: Backend = "torch"
     """What runs the model: torch, or onnx for ONNX Runtime on the CPU; MODEL is then a folder that

@@ -1,4 +1,4 @@
-"""What is evaluated on what, and how."""
+"""Models and datasets of an evaluation, and its options."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class EvaluatedDataset(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(EncodingConfig):
-    """How a model of any type encodes when it is evaluated; in float32 nothing moves a score."""
+    """Options of encoding with a model of any type; in float32 none of them moves a score."""
 
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Dtype of the weights; saved leaves them as they are."""
@@ -70,7 +70,7 @@ class EncoderConfig(EncodingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(EncoderConfig):
-    """How `evaluate` reads datasets, runs models and scores them."""
+    """Options of `evaluate`: reading datasets, running models, scoring."""
 
     output: Path = Path("evaluation")
     """Folder of the results; those of earlier runs stay."""

@@ -1,4 +1,4 @@
-"""Stage 2: how embeddings are extracted into a store."""
+"""Options of stage 2, the extraction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(EncodingConfig):
-    """How `extract` computes and stores embeddings.
+    """Options of `extract`: computing and storing embeddings.
 
     A store that is begun is continued with the same `store_dtype`, `max_shard_size`, `batch_size`
     and `token_budget`.

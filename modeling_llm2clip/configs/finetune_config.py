@@ -1,4 +1,4 @@
-"""Stage 1: how the LLM is fine-tuned."""
+"""Options of stage 1, the fine-tuning of the LLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .training_config import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
-    """How `finetune_llm` trains a LoRA on captions (paper, section 3.1)."""
+    """Options of `finetune_llm`, which trains a LoRA on captions (paper, section 3.1)."""
 
     num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
     """Passes over the data."""

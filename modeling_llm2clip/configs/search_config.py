@@ -1,4 +1,4 @@
-"""How a folder of images is indexed for search, and how it is tagged."""
+"""Options of indexing and tagging a folder of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .encoding_config import EncodingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EncodingConfig):
-    """How `index` encodes a folder of images, and when it builds an approximate index."""
+    """Options of `index`: the encoding, and the approximate index."""
 
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
@@ -23,7 +23,7 @@ class IndexConfig(EncodingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TagConfig(EncodingConfig):
-    """How `tag` encodes a folder of images."""
+    """Options of `tag`: encoding a folder of images."""
 
     index: str | None = None
     """Database of the images' embeddings, which is brought up to date as by `llm2clip index`, so

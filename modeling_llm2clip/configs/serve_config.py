@@ -1,4 +1,4 @@
-"""How a model is served over HTTP."""
+"""Options of serving a model over HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Port = Annotated[int, Interval(ge=0, le=65535)]
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(BackendConfig, ImageLimitsConfig):
-    """How `serve` batches requests, and what it refuses."""
+    """Options of `serve`: batches of requests, and limits."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every IPv4 interface."""
@@ -78,7 +78,7 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RayServeConfig(ServeConfig):
-    """How a model is served by replicas under Ray Serve; `host` and `port` are Ray's there."""
+    """Options of replicas under Ray Serve; `host` and `port` are Ray's there."""
 
     model: str
     """Folder or Hub id of the model, as every node sees it."""

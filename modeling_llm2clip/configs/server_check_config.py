@@ -1,4 +1,4 @@
-"""How an endpoint is compared with a model folder."""
+"""Options of comparing an endpoint with a model folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ServerSchema = Literal["openai", "chat", "cohere", "jina"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerCheckConfig(DeviceConfig):
-    """Which endpoint `check_server` compares with a model, and how it is asked."""
+    """Options of `check_server`: the endpoint, and the requests that it gets."""
 
     server: (
         Annotated[str, Matches(pattern=r"https?://.+", wanted="an http or https address")] | None

@@ -25,7 +25,7 @@ _WITH_DEVICE = (*_WITH_SEED, "extract", "export", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig):
-    """What `train` does: build, fine-tune, extract, align, export, check and evaluate.
+    """Options of `train`: build, fine-tune, extract, align, export, check and evaluate.
 
     `device` and `seed` are given once, here, and handed to every stage.
     """

@@ -1,4 +1,4 @@
-"""What both training stages share; the names are those of transformers' `TrainingArguments`."""
+"""Options of both training stages, named as in transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config_fields import DeviceConfig, Seed
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(DeviceConfig):
-    """How long and how fast a stage trains, where, and what it writes on its way."""
+    """Options of a training stage: duration, speed, device, checkpoints and metrics."""
 
     max_steps: Annotated[int, Interval(ge=1)] | None = None
     """Number of steps. Default: what `num_train_epochs` comes to."""
