@@ -26,8 +26,7 @@ from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
 from .cli.flags import CommandLine
 from .cli.index import index
-from .cli.library_bars import library_bars_hidden, wants_no_bars
-from .cli.library_threads import bound_spinning
+from .cli.library_settings import bound_spinning, library_bars_hidden, wants_no_bars
 from .cli.merge_store import merge_store
 from .cli.push import push
 from .cli.search import search

@@ -97,7 +97,7 @@ def require(*needs: Need) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a package can be imported, found out without the seconds that importing may take.
+    """Tell whether a package can be imported, without the seconds that importing may take.
 
     A folder of the same name in the working directory, such as `datasets`, does not count.
 

@@ -235,8 +235,8 @@ def find_usage_error(command: str) -> str | None:
 
 def list_flags() -> set[str]:
     """Every spelling of every flag of `llm2clip`."""
-    flags = (flag for command in LINE.commands.values() for flag in command.flags.values())
-    return {spelling for flag in flags for spelling in flag.spellings}
+    arguments = (argument for command in LINE.commands.values() for argument in command.arguments)
+    return {name for argument in arguments for name in argument.names if name.startswith("--")}
 
 
 def find_quoted_flags() -> dict[str, list[str]]:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
-from .captioned_data import (
+from .command import command
+from .extras import list_needs_of_model
+from .options import (
     is_streamed,
     read_captioned_images,
     require_data,
     stream_captioned_images,
+    use_device,
+    use_image_limits,
 )
-from .chosen_device import use_device
-from .command import command
-from .extras import list_needs_of_model
-from .image_folder import use_image_limits
 
 if TYPE_CHECKING:
     from ..data.records.records import CaptionedImage

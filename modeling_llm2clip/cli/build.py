@@ -8,9 +8,9 @@ from pathlib import Path
 from .._extras import DEMO, require
 from ..configs.build_config import EMBEDDED, BuildConfig
 from ..configs.export_config import CardConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
+from .options import use_device
 
 # A model given in place of the other tower: (argument, modality) → what it is.
 _SWAPPED = {

@@ -1,45 +1,48 @@
 """A command is a typed function: its parameters are arguments and flags.
 
 Positional-only parameters are the arguments, keyword-only ones the flags; a parameter whose type is
-a config gives a flag for every field of it. Types, defaults and help come from annotations and
-docstrings, and are not said again.
+a config gives a flag for every field of it. cyclopts reads types, defaults and help off annotations
+and docstrings, and splits the command line. Values are checked as those of Python and YAML are.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeGuard, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from .._suggestions import did_you_mean
-from ..configs.config_fields import Config, DeviceConfig, convert_value, list_fields, read_yaml
+from cyclopts import App, Argument, CycloptsError, Group, MissingArgumentError, Parameter
 
-MISSING = dataclasses.MISSING
-CONFIG_FLAG = "config"
-_OPTIONS = "Options"
+from ..configs.config_fields import Config, DeviceConfig, check_values, read_yaml
+
+_FILE = "options_file"
+_FILE_HELP = (
+    "YAML file of options, named as the flags with underscores; a flag that is given too wins. "
+    "Default: none."
+)
+# In a flag's annotation: one value each time it is given, so that arguments may follow.
+Repeated = Parameter(consume_multiple=False)
 
 
 class UsageError(ValueError):
     """A command line that cannot be run; the message is one line."""
 
 
-class Repeated:
-    """In a flag's annotation: one value each time it is given, so that arguments may follow."""
+class LineSplit(CycloptsError):  # noqa: N818  # it is no error
+    """Ends cyclopts' work once each argument has its words, before they are converted."""
+
+    arguments: Iterable[Argument] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
     """In the annotation of a dict: the fields of a config that were given, without its defaults.
 
-    Args:
-        config_type: The config whose fields become flags.
-        default: What holds where a flag is not given, for the help.
-        without: Fields that become no flags.
+    The help says `default` of the others. Those in `without` become no flags.
     """
 
     config_type: type[Config]
@@ -47,51 +50,11 @@ class Changes:
     without: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """One flag of a command.
-
-    Args:
-        name: Name of the field or parameter; the flag has hyphens for its underscores.
-        parameter: The function's parameter that it is for.
-        hint: Its annotation.
-        default: Its default value; `MISSING` where it is required.
-        help: One paragraph; empty where the function's docstring has it.
-        group: Heading under which the help shows it.
-    """
-
-    name: str
-    parameter: str
-    hint: Any
-    default: Any
-    help: str
-    group: str
-
-    @property
-    def spelling(self) -> str:
-        """As it is written, e.g. `--batch-size`."""
-        return f"--{self.name.replace('_', '-')}"
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether it has no value, but a second form that begins with `--no-`."""
-        return self.hint in (bool, bool | None)
-
-    @property
-    def spellings(self) -> tuple[str, ...]:
-        """Every form of it."""
-        off = (f"--no-{self.spelling[2:]}",) if self.is_switch else ()
-        return (self.spelling, *off)
-
-
 @dataclass(frozen=True)
 class Command:
-    """A function that can be called from the command line.
+    """A function that can be called from the command line; it returns its exit code, or None for 0.
 
-    Args:
-        function: Runs the command and returns its exit code, or None for 0.
-        group: Heading under which `llm2clip --help` lists it.
-        examples: Command lines for the end of the help.
+    `llm2clip --help` lists it under `group`; its own help ends with `examples` of command lines.
     """
 
     function: Callable[..., int | None]
@@ -108,171 +71,216 @@ class Command:
         """First line of the docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
-    @property
-    def rest(self) -> str | None:
-        """Name of the arguments of which there may be any number, if it takes such."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    @cached_property
+    def app(self) -> App:
+        """The parser, which raises `LineSplit` or prints the help."""
+
+        def shell(*_: Any, **__: Any) -> None:
+            """Never called."""
+
+        parameters = [*self._list_parameters()]
+        shell.__name__, shell.__doc__ = self.function.__name__, self.function.__doc__
+        shell.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        shell.__annotations__ = {p.name: p.annotation for p in parameters}
+        app = App(
+            name=self.name,
+            config=_raise_split,
+            default_parameter=_ALL_FLAGS,
+            group_parameters=Group("Options", sort_key=0),
+            version_flags=(),
+        )
+        app.default(shell)
+        return app
 
     @cached_property
-    def flags(self) -> dict[str, Flag]:
-        """All flags by their names; a config is replaced by the flags of its fields.
+    def arguments(self) -> list[Argument]:
+        """All arguments and flags."""
+        arguments = _list_leaves(self.app.assemble_argument_collection())
+        names = [argument.name for argument in arguments]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise TypeError(f"{self.name} has two flags {', '.join(twice)}.")
+        return arguments
 
-        Raises:
-            TypeError: Two parameters give one flag.
-        """
-        found: dict[str, Flag] = {}
-        for flag in self._list_flags():
-            if flag.name in found:
-                raise TypeError(f"{self.name} has two flags {flag.spelling}.")
-            found[flag.name] = flag
-        return found
+    @cached_property
+    def flags(self) -> dict[str, Argument]:
+        """All flags but `--config`, by the names that YAML and Python have for them."""
+        return {
+            flag.field_info.name: flag
+            for flag in self.arguments
+            if not flag.field_info.is_positional_only and flag.field_info.name != _FILE
+        }
 
     def name_flags(self, message: str) -> str:
         """Put flags where a message of the package names fields: `x=1` becomes `--x 1`.
 
-        Args:
-            message: Of an error; what is in quotes, paths and longer words stays.
+        What is in quotes, paths and longer words stays.
         """
-        for flag in sorted(self.flags.values(), key=lambda flag: -len(flag.name)):
-            message = message.replace(f"`{flag.name}`", flag.spelling)
-            word = rf"(?<![\w./\\'\"=-]){flag.name}"  # not within a path, a quotation, a word
-            if flag.is_switch:
-                message = re.sub(rf"{word}=True\b", flag.spelling, message)
-                message = re.sub(rf"{word}=False\b", flag.spellings[1], message)
-            message = re.sub(rf"{word}=(?=\S)", f"{flag.spelling} ", message)
-            if "_" in flag.name:  # else it may be a plain word
-                message = re.sub(rf"{word}(?![\w/\\'\"(=-]|\.\w)", flag.spelling, message)
+        for name, on, off in self._spellings:
+            if name in message:
+                message = message.replace(f"`{name}`", on)
+                word = rf"(?<![\w./\\'\"=-]){name}"  # not within a path, a quotation, a word
+                if off:
+                    message = re.sub(rf"{word}=True\b", on, message)
+                    message = re.sub(rf"{word}=False\b", off, message)
+                message = re.sub(rf"{word}=(?=\S)", f"{on} ", message)
+                if "_" in name:  # else it may be a plain word
+                    message = re.sub(rf"{word}(?![\w/\\'\"(=-]|\.\w)", on, message)
         return message
 
-    def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Make what the function takes by keyword of the values of flags.
+    @cached_property
+    def _spellings(self) -> list[tuple[str, str, str]]:
+        """Names, flags and the flags that turn switches off; longer names come first."""
+        found = [(name, f.name, "".join(f.negatives)) for name, f in self.flags.items()]
+        return sorted(found, key=lambda spelling: -len(spelling[0]))
 
-        Args:
-            given: Name of a flag to its value; `config` is a YAML file with values of others.
-
-        Raises:
-            UsageError: A value is not what it may be, or is missing; all of them are named.
-        """
-        values = dict(given)
-        if (file := values.pop(CONFIG_FLAG, None)) is not None:
-            values = {**self._read_file(file), **values}
-        arguments: dict[str, Any] = {}
-        errors = []
-        for name, hint in list_keywords(self.function):
-            own = {f.name: values[f.name] for f in self.flags.values()
-                   if f.parameter == name and f.name in values}  # fmt: skip
-            try:
-                arguments |= self._bind_parameter(name, hint, own)
-            except ValueError as error:
-                errors.append(str(error))
+    def bind(self, split: Iterable[Argument]) -> partial[int | None]:
+        """Make the call of the function out of the words that each argument got."""
+        given = [argument for argument in _list_leaves(split) if argument.has_tokens]
+        positional, values, errors = _convert_all(given)
+        if (file := values.pop(_FILE, None)) is not None:
+            values = self._read_file(file) | values
+        names = {*values, *(argument.field_info.name for argument in given)}
+        errors += [f"{argument.name} is missing." for argument in self.arguments
+                   if argument.required and argument.field_info.name not in names]  # fmt: skip
+        keywords: dict[str, Any] = {}
+        try:
+            values = check_values(self._hint_flags(), values)
+            keywords = {} if errors else self._fill_configs(values)
+        except ValueError as error:
+            errors.append(str(error))
         if errors:
             raise UsageError(self.name_flags(" ".join(errors)))
-        return arguments
+        return partial(self.function, *positional, **keywords)
 
-    def _bind_parameter(self, name: str, hint: Any, own: dict[str, Any]) -> dict[str, Any]:
-        if _is_config(hint):
-            return {name: hint(**own)}
-        if _find_changes(hint):
-            hints = {key: self.flags[key].hint for key in own}
-            return {name: {key: convert_value(key, v, hints[key]) for key, v in own.items()}}
-        if name in own:
-            return {name: convert_value(name, own[name], hint)}
-        if self.flags[name].default is MISSING:
-            raise ValueError(f"{self.flags[name].spelling} is required.")
-        return {}
+    def _hint_flags(self) -> dict[str, Any]:
+        return {name: flag.field_info.annotation for name, flag in self.flags.items()}
 
     def _read_file(self, file: Path) -> dict[str, Any]:
         try:
-            content = read_yaml(file)
+            return check_values(self._hint_flags(), read_yaml(file))
         except (OSError, ValueError) as error:
-            raise UsageError(f"--config {file} cannot be read: {error}.") from None
-        values, errors = {}, []
-        for name, value in content.items():
-            if name not in self.flags or name == CONFIG_FLAG:
-                errors.append(f"{name} is not an option.{did_you_mean(name, self.flags)}")
-                continue
+            raise UsageError(f"--config {file}: {error}") from None
+
+    def _fill_configs(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Put the values of flags into the configs and changes that they are of."""
+        keywords, errors = dict(values), []
+        for name, hint, config_type in self._list_configs():
+            names = [field.name for field in fields(config_type)]
+            own = {field: keywords.pop(field) for field in names if field in values}
             try:
-                values[name] = convert_value(name, value, self.flags[name].hint)
-            except ValueError as error:
+                keywords[name] = config_type(**own) if hint is config_type else own
+            except ValueError as error:  # fields that contradict each other
                 errors.append(str(error))
         if errors:
-            raise UsageError(f"--config {file}: {' '.join(errors)}")
-        return values
+            raise ValueError(" ".join(errors))
+        return keywords
 
-    def _list_flags(self) -> Iterator[Flag]:
-        signature = inspect.signature(self.function)
-        if any(_is_config(hint) for _, hint in list_keywords(self.function)):
-            yield Flag(
-                name=CONFIG_FLAG,
-                parameter="",
-                hint=Path | None,
-                default=None,
-                help="YAML file of options, named as the flags with underscores; a flag that is "
-                "given too wins. Default: none.",
-                group=_OPTIONS,
-            )
-        for name, hint in list_keywords(self.function):
+    def _list_configs(self) -> Iterator[tuple[str, Any, type[Config]]]:
+        """Yield name, annotation and config of each parameter that gives several flags."""
+        for name, hint in get_type_hints(self.function, include_extras=True).items():
             if _is_config(hint):
-                yield from _list_config_flags(name, hint, changes=None)
+                yield name, hint, hint
             elif changes := _find_changes(hint):
-                yield from _list_config_flags(name, changes.config_type, changes=changes)
+                yield name, hint, changes.config_type
+
+    def _list_parameters(self) -> Iterator[inspect.Parameter]:
+        """Yield the function's parameters as cyclopts wants them, and that of `--config`."""
+        hints = get_type_hints(self.function, include_extras=True)
+        flattened = {name: _flatten(hint) for name, hint, _ in self._list_configs()}
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if name in flattened:
+                yield parameter.replace(annotation=flattened[name], default=None)
             else:
-                default = signature.parameters[name].default
-                default = MISSING if default is inspect.Parameter.empty else default
-                yield Flag(name=name, parameter=name, hint=hint, default=default,
-                           help="", group=_OPTIONS)  # fmt: skip
+                yield parameter.replace(annotation=hints[name])
+        if any(map(_is_config, hints.values())):
+            hint = Annotated[Path | None, Parameter(name="--config", help=_FILE_HELP)]
+            kind = inspect.Parameter.KEYWORD_ONLY
+            yield inspect.Parameter(_FILE, kind, default=None, annotation=hint)
 
 
 def command(*, group: str, examples: Sequence[str]) -> Callable[[Callable[..., Any]], Command]:
-    """Make a command of a function.
-
-    Args:
-        group: Heading under which `llm2clip --help` lists it.
-        examples: Command lines for the end of its help; each begins with `llm2clip`.
-    """
+    """Make a command of a function; each of the examples begins with `llm2clip`."""
     return lambda function: Command(function, group, tuple(examples))
 
 
-def list_keywords(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yield name and annotation of each parameter that gives flags.
-
-    Args:
-        function: Of a command.
-    """
-    hints = get_type_hints(function, include_extras=True)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            yield parameter.name, hints[parameter.name]
+def describe_error(error: CycloptsError) -> str:
+    """Return one line for an error of cyclopts."""
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        name = error.keyword or error.argument.name
+        return f"{name} needs a value; one that begins with a hyphen is given as {name}=VALUE."
+    error.verbose = False
+    return " ".join(str(error).split())
 
 
-def _list_config_flags(
-    parameter: str, config_type: type[Config], *, changes: Changes | None
-) -> Iterator[Flag]:
-    for field in list_fields(config_type).values():
-        if changes and field.name in changes.without:
-            continue
-        yield Flag(
-            name=field.name,
-            parameter=parameter,
-            hint=field.hint,
-            default=None if changes else field.default,
-            help=f"{field.help} Default: {changes.default}." if changes else field.help,
-            group=_name_group(field.owner),
-        )
-
-
-def _is_config(hint: Any) -> TypeGuard[type[Config]]:
+def _is_config(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Config)
 
 
 def _find_changes(hint: Any) -> Changes | None:
-    found = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Changes)]
-    return found[0] if found else None
+    metadata = getattr(hint, "__metadata__", ())
+    return next((item for item in metadata if isinstance(item, Changes)), None)
 
 
-def _name_group(owner: type[Config]) -> str:
-    if owner is DeviceConfig:
-        return _OPTIONS
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", owner.__name__.removesuffix("Config"))
-    return f"{words.capitalize()} options"
+def _flatten(hint: Any) -> Any:
+    """Annotate a config so that each of its fields is a flag, in a group of the help."""
+    changes = _find_changes(hint)
+    config_type = changes.config_type if changes else hint
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", config_type.__name__.removesuffix("Config"))
+    options: dict[str, Any] = {"name": "*"}
+    if config_type is not DeviceConfig:
+        options["group"] = Group(f"{words.capitalize()} options")
+    if changes:
+        options["parse"] = re.compile(rf"^(?!({'|'.join(changes.without)})$)")
+        options["show_default"] = lambda _: changes.default
+    return Annotated[config_type, Parameter(**options)]
+
+
+def _list_leaves(arguments: Iterable[Argument]) -> list[Argument]:
+    """List what takes words: not the configs themselves, and not what is no flag."""
+    return [argument for argument in arguments if argument.parse and not argument.children]
+
+
+def _convert_all(given: Iterable[Argument]) -> tuple[list[Any], dict[str, Any], list[str]]:
+    """Return the values of arguments, those of flags, and a sentence for each that is none."""
+    positional: list[Any] = []
+    values: dict[str, Any] = {}
+    errors: list[str] = []
+    for argument in given:
+        word = argument.tokens[0].value
+        if argument.resolved_hint is int and not re.fullmatch(r"[-+]?[\d_]+", word):
+            errors.append(f"{argument.name} {word!r} must be an integer.")  # cyclopts rounds 3.5
+            continue
+        try:
+            value = argument.convert()
+        except CycloptsError as error:
+            errors.append(describe_error(error))
+            continue
+        if argument.is_var_positional():
+            positional += value
+        elif argument.is_positional_only():
+            positional.append(value)
+        else:
+            values[argument.field_info.name] = value
+    return positional, values, errors
+
+
+def _raise_split(app: App, commands: tuple[str, ...], arguments: Iterable[Argument]) -> None:  # noqa: ARG001
+    split = LineSplit()
+    split.arguments = arguments
+    raise split
+
+
+def _show_default(value: Any) -> str | None:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or None
+    return None if value is None else str(value)
+
+
+_ALL_FLAGS = Parameter(
+    consume_multiple=True,
+    json_dict=False,
+    json_list=False,
+    negative_iterable=(),
+    negative_none=(),
+    show_default=_show_default,
+)

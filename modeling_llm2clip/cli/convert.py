@@ -13,9 +13,9 @@ from ..configs.config_fields import Config
 from ..configs.export_config import CardConfig, ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..conversion.layouts import LAYOUTS, SOURCE_FORMATS, require_options
-from .chosen_device import use_device
 from .command import Changes, Repeated, command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
+from .options import use_device
 
 _LLM2VEC = "llm2vec"
 # What an LLM2Vec folder does not say itself.

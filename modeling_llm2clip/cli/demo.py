@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from annotated_types import Interval
+
 from .._extras import DEMO, require
 from .._suggestions import counted
-from ..configs.config_fields import DeviceConfig, Range, Seed
+from ..configs.config_fields import DeviceConfig, Seed
 from ..model_folders.atomic_folder import require_new_folder
-from .chosen_device import use_device
 from .command import command
+from .options import use_device
 
 _AFTER_DEMO = """
 Use it in Python:
@@ -28,7 +30,7 @@ Use it in Python:
 def demo(
     *,
     output: Path = Path("llm2clip-demo"),
-    max_steps: Annotated[int, Range(min=1)] | None = None,
+    max_steps: Annotated[int, Interval(ge=1)] | None = None,
     seed: Seed = 0,
     config: DeviceConfig,
 ) -> int:

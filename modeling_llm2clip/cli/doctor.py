@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from .._extras import require
 from ..configs.server_check_config import ServerCheckConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .options import use_device
 
 
 @command(

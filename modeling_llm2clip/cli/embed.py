@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from .._extras import ONNX_RUNTIME, RAY, require
 from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.embed_config import EmbedConfig
-from .captioned_data import read_captioned_images, require_data
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, use_image_limits
-from .modality_options import refuse_foreign_options
+from .options import (
+    read_captioned_images,
+    refuse_foreign_options,
+    report,
+    require_data,
+    use_device,
+    use_image_limits,
+)
 
 if TYPE_CHECKING:
     from ..data.records.record_table import RecordTable

@@ -17,10 +17,9 @@ from ..configs.evaluation_config import (
     EvaluationConfig,
     ModelType,
 )
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_evaluated
-from .image_folder import use_image_limits
+from .options import use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -32,7 +31,7 @@ _FLAGS_OF_FILES = ("architecture", "activation")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsConfig(Config):
-    """What is said of the models beside their sources."""
+    """Options of the models, beside their sources."""
 
     model_type: tuple[ModelType, ...] = ()
     """Type of all models, or one for each. Default: detected from their files."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from .._extras import ONNX_EXPORT, require
 from ..configs.export_config import ExportConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .options import use_device
 
 _OF_VISION_TOWER = {"components", "license", "device"}
 

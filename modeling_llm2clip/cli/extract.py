@@ -8,12 +8,16 @@ from typing import Literal
 from .._extras import RAY, require
 from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.extract_config import ExtractConfig
-from .captioned_data import read_captioned_images, require_data
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import use_image_limits
-from .modality_options import refuse_foreign_options, suggest_align
+from .options import (
+    read_captioned_images,
+    refuse_foreign_options,
+    require_data,
+    suggest_align,
+    use_device,
+    use_image_limits,
+)
 
 
 @command(

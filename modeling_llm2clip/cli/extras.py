@@ -27,13 +27,7 @@ _LORA_FILE = "adapter_config.json"
 def list_needs_of_model(
     source: str | Path, *, revision: str | None = None, extra: str | None = None
 ) -> Iterator[Need]:
-    """List what a vision tower, or a model that has one, needs.
-
-    Args:
-        source: Folder or Hub id; only its `config.json` is read, and downloaded if need be.
-        revision: Branch, tag or commit of a Hub id.
-        extra: Extra to name instead of the smallest one.
-    """
+    """List what a vision tower, or a model that has one, needs."""
     config = _fetch_json(source, "config.json", revision) or {}
     tower = config.get("vision_config") or config
     # What timm itself publishes has no model type.
@@ -42,21 +36,13 @@ def list_needs_of_model(
 
 
 def list_needs_of_llm(source: str | Path) -> Iterator[Need]:
-    """List what a language model needs.
-
-    Args:
-        source: Folder, file or Hub id.
-    """
+    """List what a language model needs."""
     if Path(source).suffix == ".gguf":
         yield GGUF
 
 
 def list_needs_of_lora(source: str | Path | None) -> Iterator[Need]:
-    """List what merging a LoRA needs; a folder without one needs nothing.
-
-    Args:
-        source: Folder or Hub id; None for no LoRA.
-    """
+    """List what merging a LoRA needs; a folder without one needs nothing."""
     if source is not None and (not Path(source).is_dir() or (Path(source) / _LORA_FILE).is_file()):
         yield LORA
 
@@ -64,13 +50,7 @@ def list_needs_of_lora(source: str | Path | None) -> Iterator[Need]:
 def list_needs_of_evaluated(
     source: str, *, model_type: str | None, revision: str | None
 ) -> Iterator[Need]:
-    """List what a model of any type that can be evaluated needs.
-
-    Args:
-        source: Folder, file or Hub id, or NAME=SOURCE.
-        model_type: Its type; None to detect it.
-        revision: Branch, tag or commit of a Hub id.
-    """
+    """List what a model of any type that can be evaluated needs."""
     if not Path(source).exists() and "=" in source:
         source = source.partition("=")[2]
     if model_type is None:

@@ -7,10 +7,9 @@ from pathlib import Path
 from .._extras import CAPTION_TUNING, require
 from ..configs.data_config import DataConfig
 from ..configs.finetune_config import FinetuneConfig
-from .captioned_data import read_captioned_images, require_data
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .options import read_captioned_images, require_data, use_device
 
 
 @command(group="Train", examples=("llm2clip finetune-llm my-model my-images tuned",))

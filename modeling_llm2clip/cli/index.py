@@ -8,10 +8,9 @@ from .._extras import FAISS, list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, require_image_folder, use_image_limits
+from .options import report, require_image_folder, use_device, use_image_limits
 
 
 @command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .command import command
-from .modality_options import suggest_align
+from .options import suggest_align
 
 
 @command(

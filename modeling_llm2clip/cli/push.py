@@ -7,9 +7,9 @@ from pathlib import Path
 from .._extras import require
 from ..configs.config_fields import DeviceConfig
 from ..configs.export_config import License
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .options import use_device
 
 
 @command(

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Interval
+
 from .._extras import list_needs_of_index, require
-from ..configs.config_fields import DeviceConfig, Range
+from ..configs.config_fields import DeviceConfig
 from ..configs.data_config import ImageLimitsConfig
-from .chosen_device import use_device
 from .command import Repeated, command
-from .image_folder import report, report_truncated, use_image_limits
+from .options import report, report_truncated, use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.index_database import IndexDatabase
@@ -40,7 +41,7 @@ def search(
     *queries: str,
     image: Annotated[tuple[Path, ...], Repeated] = (),
     combine: bool = False,
-    top_k: Annotated[int, Range(min=1)] = 6,
+    top_k: Annotated[int, Interval(ge=1)] = 6,
     where: str | None = None,
     exact: bool = False,
     format: Literal["table", "json", "csv"] = "table",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from .._extras import ONNX_RUNTIME, PAGE, SERVE, list_needs_of_index, require
 from ..configs.serve_config import ServeConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
+from .options import use_device
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

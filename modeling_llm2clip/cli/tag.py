@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from annotated_types import Interval
+
 from .._extras import list_needs_of_index, require
 from .._suggestions import counted
-from ..configs.config_fields import Range
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import TagConfig
-from .chosen_device import use_device
 from .command import command
 from .extras import list_needs_of_model
-from .image_folder import report, report_truncated, require_image_folder, use_image_limits
+from .options import report, report_truncated, require_image_folder, use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -37,8 +37,8 @@ def tag(
     *,
     labels: Path,
     template: tuple[str, ...] = ("{}",),
-    top_k: Annotated[int, Range(min=1)] = 3,
-    threshold: Annotated[float, Range(min=-1, max=1)] | None = None,
+    top_k: Annotated[int, Interval(ge=1)] = 3,
+    threshold: Annotated[float, Interval(ge=-1, le=1)] | None = None,
     output: Path | None = None,
     limits: ImageLimitsConfig,
     config: TagConfig,

@@ -8,15 +8,13 @@ from .._extras import CAPTION_TUNING, DEMO, require
 from ..configs.config_fields import read_config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.train_config import TrainConfig
-from .captioned_data import require_data
-from .chosen_device import use_device
 from .command import command
 from .extras import (
     list_needs_of_llm,
     list_needs_of_lora,
     list_needs_of_model,
 )
-from .image_folder import use_image_limits
+from .options import require_data, use_device, use_image_limits
 
 _EMBEDDED = "embedded"
 

@@ -1,4 +1,4 @@
-"""How two towers become an untrained model."""
+"""Options of joining two towers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from .config_fields import DeviceConfig, Range, Seed
+from annotated_types import Interval
+
+from .config_fields import DeviceConfig, Seed
 
 # Templates of the official text towers (upstream `llm2vec.py`, prepare_for_tokenization). The
 # tokenizer's own beginning-of-text token comes in front, where it has one.
@@ -35,7 +37,7 @@ WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(DeviceConfig):
-    """How `build_model` joins a vision tower and a language model."""
+    """Options of `build_model`, which joins a vision tower and a language model."""
 
     prompt: Prompt | None = None
     """Prompt around every caption. No default: this, or `prompt_prefix` and `prompt_suffix`."""
@@ -43,9 +45,9 @@ class BuildConfig(DeviceConfig):
     """Text in front of every caption, in place of `prompt`. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, in place of `prompt`. Default: none."""
-    projection_dim: Annotated[int, Range(min=1)] = 512
+    projection_dim: Annotated[int, Interval(ge=1)] = 512
     """Width of the shared embedding space."""
-    max_text_length: Annotated[int, Range(min=1)] = 512
+    max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     bidirectional: bool = True
     """Let every token attend to every other; False keeps the LLM causal, as a baseline."""
@@ -54,13 +56,13 @@ class BuildConfig(DeviceConfig):
     vision_pooling: VisionPooling = "pooler"
     """What represents an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
     registers included), or the mean of the patches."""
-    text_adapter_layers: Annotated[int, Range(min=0)] = 4
+    text_adapter_layers: Annotated[int, Interval(ge=0)] = 4
     """Residual blocks of the text adapter."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     visual_projection_bias: bool = True
     """Give the image projection a bias, which the closed-form start of align needs."""
-    image_size: Annotated[int, Range(min=1)] | None = None
+    image_size: Annotated[int, Interval(ge=1)] | None = None
     """Side of the images in pixels. Default: the tower's."""
     normalization: Normalization = "own"
     """Mean and std of the pixels: the tower's own, CLIP's (openai), 0.5 (half), or ImageNet's."""

@@ -1,91 +1,84 @@
-"""What all options share: checks read off the annotations, reading from YAML, documented fields.
+"""The base of all options: checks by pydantic, which reads the annotations, and YAML.
 
-A field's annotation says what it may be (`Annotated[int, Range(min=1)]`, `Literal["a", "b"]`), and
-the string under it documents it. Nothing is said again in code, flags or help.
+A field's annotation says what it may be (`Annotated[int, Interval(ge=1)]`, `Literal["a", "b"]`),
+and the string under it documents it. pydantic is imported when the first config is made.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import math
 import re
-import textwrap
-from collections import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
+from annotated_types import Interval
 
 from .._suggestions import did_you_mean
 
-_HINTS: dict[type, dict[str, Any]] = {}  # found once: every construction looks at them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The numbers that a field may have.
-
-    Args:
-        min: The smallest number.
-        max: The largest number.
-        above: All numbers are larger than this.
-        below: All numbers are smaller than this.
-    """
-
-    min: float | None = None
-    max: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def __contains__(self, number: float) -> bool:
-        return (
-            (self.min is None or number >= self.min)
-            and (self.max is None or number <= self.max)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
-        )
-
-    def __str__(self) -> str:
-        named = (("at least", self.min), ("above", self.above),
-                 ("at most", self.max), ("below", self.below))  # fmt: skip
-        return " and ".join(f"{name} {limit:g}" for name, limit in named if limit is not None)
-
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import CoreSchema, ErrorDetails
 
 # What all of torch, NumPy and transformers take.
-Seed = Annotated[int, Range(min=0, max=2**32 - 1)]
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once: every construction asks for one
+# pydantic's types of errors → what is wanted.
+_WANTED = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "finite_number": "a finite number",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "is_instance_of": "a path",
+    "tuple_type": "a list",
+    "too_long": "a list of {max_length}",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """The strings that a field may have.
+    """The strings that a field may have: those that match all of `pattern`.
 
-    Args:
-        pattern: Regular expression for the whole string.
-        wanted: What the pattern means, for errors.
-        meant: What users write instead, with the string that they mean.
+    `wanted` says in an error what the pattern means. `meant` has what users write instead, in lower
+    case, and the string that they mean.
     """
 
     pattern: str
     wanted: str
     meant: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
-    def __contains__(self, text: str) -> bool:
-        return re.fullmatch(self.pattern, text) is not None
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: Callable[[Any], CoreSchema]
+    ) -> CoreSchema:
+        from pydantic_core import core_schema
 
-    def suggest(self, text: str) -> str:
-        """Return "Did you mean …?", or nothing.
+        return core_schema.no_info_after_validator_function(self._require, handler(source))
 
-        Args:
-            text: What the user wrote.
-        """
-        known = dict.fromkeys(self.meant.values())
-        return did_you_mean(self.meant.get(text.lower(), text), known)
+    def _require(self, text: str) -> str:
+        if re.fullmatch(self.pattern, text):
+            return text
+        meant = did_you_mean(self.meant.get(text.lower(), text), self.meant.values())
+        raise ValueError(f"must be {self.wanted}.{meant}")
 
 
 Device = Annotated[
@@ -114,16 +107,29 @@ class Config:
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values, errors = _convert_all(type(self), given)
-        for name, value in values.items():
+        for name, value in check_fields(type(self), given).items():
             object.__setattr__(self, name, value)
-        errors = errors or list(self.find_conflicts())
-        if errors:
-            raise ValueError(" ".join(errors))
+        if conflicts := list(self.find_conflicts()):
+            raise ValueError(" ".join(conflicts))
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between fields that are fine by themselves."""
         yield from ()
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: object) -> CoreSchema:
+        """Let a section of another config be a mapping."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(cls._from_section)
+
+    @classmethod
+    def _from_section(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError("must be a section with options of its own.")
+        return cls(**_find_adapter(cls).validate_python(dict(value)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,40 +143,8 @@ class DeviceConfig(Config):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FieldInfo:
-    """One option as flags, help and documents show it.
-
-    Args:
-        name: The field's name; the flag has hyphens for its underscores.
-        hint: Its annotation, with `Annotated` and what it holds.
-        default: Its default value; `dataclasses.MISSING` where it has to be given.
-        help: Its documentation in one paragraph.
-        owner: The dataclass that declares it, which groups the help.
-    """
-
-    name: str
-    hint: Any
-    default: Any
-    help: str
-    owner: type[Config]
-
-
 def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read options from a YAML file: a mapping of fields, in which a section is a mapping too.
-
-    Args:
-        file: The YAML file (version 1.2: `1e-4` is a number, `no` is a string).
-        config_type: The dataclass to make.
-
-    Returns:
-        The options; a field that the file does not name has its default.
-
-    Raises:
-        ValueError: The file is not YAML with one mapping, a key is unknown or given twice, or a
-            value is not what its field may be. Every error is named at once.
-        OSError: The file cannot be read.
-    """
+    """Read options from a YAML file: a mapping of fields, in which a section is a mapping too."""
     values = read_yaml(file)
     try:
         return make_config(config_type, values)
@@ -179,15 +153,7 @@ def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping, and no key of it twice.
-
-    Args:
-        file: The YAML file.
-
-    Raises:
-        ValueError: The file is not YAML, not UTF-8, not a mapping, or has a key twice.
-        OSError: The file cannot be read.
-    """
+    """Read a YAML file (version 1.2: `1e-4` is a number, `no` is a string) with one mapping."""
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_YamlLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -200,199 +166,103 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return values
 
 
-def make_config(
-    config_type: type[ConfigT], values: Mapping[str, Any], *, section: str = ""
-) -> ConfigT:
-    """Make options from plain values, as YAML and JSON hold them.
+def make_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Make options from plain values, as YAML and JSON hold them; sections are mappings."""
+    return config_type(**check_fields(config_type, values))
 
-    Args:
-        config_type: The dataclass to make.
-        values: Field to value; sections are mappings.
-        section: Name of the section that these values are in, with a dot at its end, for errors.
 
-    Raises:
-        ValueError: A key is unknown, a value is missing or not what its field may be.
-    """
-    found, errors = _convert_all(config_type, values, section=section)
-    if errors:
-        raise ValueError(" ".join(errors))
+def check_fields(config_type: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as the fields want them; a field without a default has to be there."""
+    return _check(_find_adapter(config_type), values, config_type)
+
+
+def check_values(hints: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return some values as their annotations want them."""
+    return _check(_make_adapter("values", hints, hints), values, hints)
+
+
+def _check(
+    adapter: TypeAdapter[Any],
+    values: Mapping[str, Any],
+    known: type[Config] | Mapping[str, Any],
+) -> dict[str, Any]:
+    from pydantic import ValidationError
+
     try:
-        return config_type(**found)
-    except ValueError as error:  # a conflict between fields
-        raise ValueError(f"{section[:-1]}: {error}" if section else str(error)) from None
+        return adapter.validate_python(dict(values))  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise ValueError(" ".join(_describe(one, known) for one in error.errors())) from None
 
 
-def convert_value(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as its annotation wants it.
+def _find_adapter(config_type: type[Config]) -> TypeAdapter[Any]:
+    if config_type not in _ADAPTERS:
+        hints = get_type_hints(config_type, include_extras=True)
+        none = dataclasses.MISSING
+        optional = [field.name for field in dataclasses.fields(config_type)
+                    if (field.default, field.default_factory) != (none, none)]  # fmt: skip
+        _ADAPTERS[config_type] = _make_adapter(config_type.__name__, hints, optional)
+    return _ADAPTERS[config_type]
 
-    Args:
-        name: What the value is called in an error.
-        value: As Python, YAML or a flag gives it.
-        hint: An annotation that a field of a config can have.
 
-    Raises:
-        ValueError: The value is not what the annotation says.
-    """
+def _make_adapter(
+    name: str, hints: Mapping[str, Any], optional: Collection[str]
+) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+    from typing_extensions import NotRequired, TypedDict
+
+    loose = {key: _allow_yaml(hint) for key, hint in hints.items()}
+    fields = {key: NotRequired[hint] if key in optional else hint for key, hint in loose.items()}
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return TypeAdapter(with_config(config)(TypedDict(name, fields)))  # type: ignore[operator]
+
+
+def _allow_yaml(hint: Any) -> Any:
+    """Let strings be paths, and lists be tuples; all else in an annotation is strict."""
+    from pydantic import BeforeValidator, Strict
+
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _convert_annotated(name, value, arguments[0], arguments[1:])
+        return Annotated[(_allow_yaml(arguments[0]), *arguments[1:])]
     if origin in (Union, UnionType):
-        return _convert_union(name, value, arguments)
-    if origin is Literal:
-        if value in arguments and type(value) in map(type, arguments):
-            return value
-        known = ", ".join(map(str, arguments))
-        raise ValueError(
-            f"{name}={value!r} must be one of {known}.{did_you_mean(str(value), arguments)}"
-        )
+        return Union[tuple(map(_allow_yaml, arguments))]  # noqa: UP007
     if origin is tuple:
-        return _convert_tuple(name, value, arguments)
-    if origin is abc.Mapping:
-        if not isinstance(value, abc.Mapping):
-            raise ValueError(f"{name}={value!r} must be a mapping.")
-        return {key: convert_value(f"{name}.{key}", v, arguments[1]) for key, v in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Config):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            return make_config(hint, value, section=f"{name}.")
-        raise ValueError(f"{name}={value!r} must be a section with options of its own.")
-    return _convert_plain(name, value, hint)
+        return Annotated[tuple[tuple(map(_allow_yaml, arguments))], Strict(False)]  # type: ignore[misc]
+    return Annotated[Path, BeforeValidator(_to_path)] if hint is Path else hint
 
 
-def list_fields(config_type: type[Config]) -> dict[str, FieldInfo]:
-    """List the options of a dataclass in their order, by name.
-
-    Args:
-        config_type: The dataclass.
-    """
-    owners = {
-        name: owner
-        for owner in config_type.__mro__  # the first to declare a field is its owner
-        for name in vars(owner).get("__annotations__", {})
-    }
-    docs = {name: text for owner in reversed(config_type.__mro__) if dataclasses.is_dataclass(owner)
-            for name, text in _read_docs(owner).items()}  # fmt: skip
-    hints = _find_hints(config_type)
-    return {
-        field.name: FieldInfo(
-            name=field.name,
-            hint=hints[field.name],
-            default=_find_default(field),
-            help=docs.get(field.name, ""),
-            owner=owners[field.name],
-        )
-        for field in dataclasses.fields(config_type)
-    }
+def _to_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) else value
 
 
-def _find_default(field: dataclasses.Field[Any]) -> Any:
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()
+def _describe(error: ErrorDetails, known: type[Config] | Mapping[str, Any]) -> str:
+    """One sentence for an error of pydantic: what came, and what was wanted."""
+    path, value, kind = error["loc"], error["input"], error["type"]
+    parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in path if "[" not in str(p))
+    name = "".join(parts).removeprefix(".")  # without the branches of unions, as tuple[str, ...]
+    if kind == "missing":
+        return f"{name} is missing."
+    if kind == "extra_forbidden":
+        return f"{name} is not an option.{did_you_mean(str(path[-1]), _list_names(known, path))}"
+    if kind == "literal_error":
+        choices = error["ctx"]["expected"].split("'")[1::2]  # 'first', 'second' or 'third'
+        meant = did_you_mean(str(value), choices)
+        return f"{name}={value!r} must be one of {', '.join(choices)}.{meant}"
+    if kind == "value_error":  # of `Matches` or of a section
+        message = str(error["ctx"]["error"])
+        return f"{name}: {message}" if isinstance(value, Mapping) else f"{name}={value!r} {message}"
+    if kind not in _WANTED:
+        return f"{name}={value!r}: {error['msg']}."
+    return f"{name}={value!r} must be {_WANTED[kind].format(**error.get('ctx', {}))}."
 
 
-def _find_hints(config_type: type[Config]) -> dict[str, Any]:
-    if config_type not in _HINTS:
-        _HINTS[config_type] = get_type_hints(config_type, include_extras=True)
-    return _HINTS[config_type]
-
-
-@cache
-def _read_docs(owner: type) -> dict[str, str]:
-    """Read the strings under the fields that a class itself declares; none without its source."""
-    try:
-        source = textwrap.dedent(inspect.getsource(owner))
-    except OSError:
-        return {}
-    [declared] = ast.parse(source).body
-    assert isinstance(declared, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for field, below in zip(declared.body, declared.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                docs[field.target.id] = " ".join(text.value.split())
-    return docs
-
-
-def _convert_all(
-    config_type: type[Config], values: Mapping[str, Any], *, section: str = ""
-) -> tuple[dict[str, Any], list[str]]:
-    """Convert every value by its field, and collect a sentence for each that cannot be."""
-    hints = _find_hints(config_type)
-    fields = {field.name: field for field in dataclasses.fields(config_type)}
-    found, errors = {}, []
-    for name, value in values.items():
-        if name not in fields:
-            errors.append(f"{section}{name} is not an option.{did_you_mean(name, fields)}")
-            continue
-        try:
-            found[name] = convert_value(f"{section}{name}", value, hints[name])
-        except ValueError as error:
-            errors.append(str(error))
-    errors += [
-        f"{section}{name} is missing."
-        for name, field in fields.items()
-        if name not in values and _find_default(field) is dataclasses.MISSING
-    ]
-    return found, errors
-
-
-def _convert_annotated(name: str, value: Any, hint: Any, limits: tuple[Any, ...]) -> Any:
-    value = convert_value(name, value, hint)
-    for limit in limits:
-        if isinstance(limit, Range) and value not in limit:
-            raise ValueError(f"{name}={value} must be {limit}.")
-        if isinstance(limit, Matches) and value not in limit:
-            raise ValueError(f"{name}={value!r} must be {limit.wanted}.{limit.suggest(value)}")
-    return value
-
-
-def _convert_union(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
-    if value is None and NoneType in hints:
-        return None
-    is_list, is_mapping = isinstance(value, list | tuple), isinstance(value, abc.Mapping)
-    wanted = tuple if is_list else abc.Mapping if is_mapping else None
-    others = [hint for hint in hints if hint is not NoneType]
-    fitting = [hint for hint in others if get_origin(hint) in (wanted, Annotated)] or others
-    for hint in fitting[:-1]:
-        try:
-            return convert_value(name, value, hint)
-        except ValueError:
-            continue
-    return convert_value(name, value, fitting[-1])
-
-
-def _convert_tuple(name: str, value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{name}={value!r} must be a list.")
-    if len(hints) == 2 and hints[1] is Ellipsis:
-        hints = (hints[0],) * len(value)
-    elif len(hints) != len(value):
-        raise ValueError(f"{name}={value!r} must be a list of {len(hints)}.")
-    return tuple(
-        convert_value(f"{name}[{number}]", item, hint)
-        for number, (item, hint) in enumerate(zip(value, hints, strict=True))
+def _list_names(known: type[Config] | Mapping[str, Any], path: tuple[int | str, ...]) -> list[str]:
+    """List the options beside the one at `path`, whose first parts are sections."""
+    for part in path[:-1]:
+        hint = (known if isinstance(known, Mapping) else get_type_hints(known))[str(part)]
+        known = next(kind for kind in (hint, *get_args(hint)) if isinstance(kind, type))
+    return (
+        list(known) if isinstance(known, Mapping) else [f.name for f in dataclasses.fields(known)]
     )
-
-
-def _convert_plain(name: str, value: Any, hint: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number:
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be a finite number.")
-        return float(value)
-    if hint is int and is_number and isinstance(value, int):
-        return value
-    if hint is Path and isinstance(value, str | Path):
-        return Path(value)
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    wanted = {float: "a number", int: "an integer", bool: "true or false",
-              str: "a string", Path: "a path"}  # fmt: skip
-    if hint not in wanted:
-        raise TypeError(f"{name} has the annotation {hint}, which no option can have.")
-    raise ValueError(f"{name}={value!r} must be {wanted[hint]}.")
 
 
 class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types

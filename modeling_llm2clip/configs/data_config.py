@@ -1,4 +1,4 @@
-"""How captioned images are read, how they are streamed, and which images are decoded."""
+"""Options of reading and streaming captioned images, and limits of images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, Range
+from annotated_types import Interval
+
+from .config_fields import Config
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """How a stage reads its captioned images."""
+    """Options of reading captioned images."""
 
     image_dir: Path | None = None
     """Folder of the images. Default: beside the data."""
@@ -35,13 +37,13 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig(Config):
-    """How `align` streams shards, which it does for every URL."""
+    """Options of streaming shards, which `align` does for every URL."""
 
     stream: bool = False
     """Read local shards, too, one after the other through a shuffle buffer, and not at random."""
-    buffer_size: Annotated[int, Range(min=1)] = 1000
+    buffer_size: Annotated[int, Interval(ge=1)] = 1000
     """Samples that each worker shuffles."""
-    max_lost_share: Annotated[float, Range(min=0, max=1)] = 0.01
+    max_lost_share: Annotated[float, Interval(ge=0, le=1)] = 0.01
     """Share of each worker's samples, or of its shards, that may be broken or missing."""
 
 
@@ -49,10 +51,10 @@ class StreamConfig(Config):
 class ImageLimitsConfig(Config):
     """Limits of `ImageLimits` that a command sets; others are in the environment."""
 
-    max_megapixels: Annotated[float, Range(above=0)] | None = None
+    max_megapixels: Annotated[float, Interval(gt=0)] | None = None
     """Maximum size of a decoded image, in millions of pixels; a larger one counts as invalid.
     Default: 160."""
-    max_image_mb: Annotated[float, Range(above=0)] | None = None
+    max_image_mb: Annotated[float, Interval(gt=0)] | None = None
     """Maximum size of an encoded image, in MB. Default: 1000."""
 
     def list_limits(self) -> dict[str, float]:

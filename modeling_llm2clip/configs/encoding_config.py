@@ -1,4 +1,4 @@
-"""How a model encodes texts and images."""
+"""Options of encoding texts and images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from .config_fields import DeviceConfig, Range
+from annotated_types import Interval
+
+from .config_fields import DeviceConfig
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
@@ -14,11 +16,11 @@ TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig(DeviceConfig):
-    """How a model encodes; in float32 nothing of it changes an embedding."""
+    """Options of encoding; in float32 none of them changes an embedding."""
 
-    batch_size: Annotated[int, Range(min=1)] | None = None
+    batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""
-    num_workers: Annotated[int, Range(min=1)] | None = None
+    num_workers: Annotated[int, Interval(ge=1)] | None = None
     """Threads that decode images. Default: one per core, at most 8."""
     show_progress: bool = True
     """Show progress bars."""
@@ -26,7 +28,7 @@ class EncodingConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig(DeviceConfig):
-    """What runs a model."""
+    """The library that runs a model."""
 
     backend: Backend = "torch"
     """What runs the model: torch, or onnx for ONNX Runtime on the CPU; MODEL is then a folder that

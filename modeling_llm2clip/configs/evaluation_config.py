@@ -1,4 +1,4 @@
-"""What is evaluated on what, and how."""
+"""Models and datasets of an evaluation, and its options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, Range
+from annotated_types import Interval
+
+from .config_fields import Config
 from .encoding_config import EncodingConfig
 
 ModelType = Literal["llm2clip", "sentence-transformers", "transformers", "open_clip", "embeddings"]
@@ -60,7 +62,7 @@ class EvaluatedDataset(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(EncodingConfig):
-    """How a model of any type encodes when it is evaluated; in float32 nothing moves a score."""
+    """Options of encoding with a model of any type; in float32 none of them moves a score."""
 
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
     """Dtype of the weights; saved leaves them as they are."""
@@ -68,7 +70,7 @@ class EncoderConfig(EncodingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(EncoderConfig):
-    """How `evaluate` reads datasets, runs models and scores them."""
+    """Options of `evaluate`: reading datasets, running models, scoring."""
 
     output: Path = Path("evaluation")
     """Folder of the results; those of earlier runs stay."""
@@ -95,7 +97,7 @@ class EvaluationConfig(EncoderConfig):
     """Fields of your own in the data that are not read. Default: none."""
     cache: bool = True
     """Keep the index of large data of your own in the user's cache, and find it there."""
-    max_memory_mb: Annotated[float, Range(above=0)] = 256.0
+    max_memory_mb: Annotated[float, Interval(gt=0)] = 256.0
     """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 
     def find_conflicts(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How a model folder is written for others, and what its card states."""
+"""Options of writing a model folder for others, and of its card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Config, DeviceConfig, Matches, Range, ShardSize
+from annotated_types import Interval
+
+from .config_fields import Config, DeviceConfig, Matches, ShardSize
 from .encoding_config import TextWeights
 
 License = Annotated[
@@ -18,7 +20,7 @@ License = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class CardConfig(Config):
-    """What a model card states; what is not given is taken from the source's card."""
+    """Entries of a model card; those that are not given come from the source's card."""
 
     license: License | None = None
     """License of the weights, an identifier of the Hub such as apache-2.0. Default: that of the
@@ -60,7 +62,7 @@ class WeightsConfig(CardConfig, DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(WeightsConfig):
-    """What `export_model` writes of a model."""
+    """Options of `export_model`."""
 
     components: Literal["full", "text", "vision", "vision-tower"] = "full"
     """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
@@ -77,7 +79,7 @@ class ExportConfig(WeightsConfig):
     onnx_data: str | None = None
     """Captioned images on which the graphs are checked. Default: the embedded emoji and
     photographs."""
-    max_recall_loss: Annotated[float, Range(min=0, max=1)] = 0.0
+    max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Largest loss of text to image R@1 that int4 weights may cost, as a share: 0.02 for two
     points."""
 
@@ -107,7 +109,7 @@ class ExportConfig(WeightsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(WeightsConfig):
-    """What `convert_checkpoint` writes of a checkpoint."""
+    """Options of `convert_checkpoint`."""
 
     components: Literal["full", "text", "vision"] = "full"
     """The whole model, or the text-only or vision-only model."""

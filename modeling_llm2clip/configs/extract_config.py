@@ -1,4 +1,4 @@
-"""Stage 2: how embeddings are extracted into a store."""
+"""Options of stage 2, the extraction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .config_fields import Range, ShardSize
+from annotated_types import Interval
+
+from .config_fields import ShardSize
 from .encoding_config import EncodingConfig
 
 _MOST_ROWS_PER_SHARD = 2**16
@@ -15,7 +17,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(EncodingConfig):
-    """How `extract` computes and stores embeddings.
+    """Options of `extract`: computing and storing embeddings.
 
     A store that is begun is continued with the same `store_dtype`, `max_shard_size`, `batch_size`
     and `token_budget`.
@@ -26,7 +28,7 @@ class ExtractConfig(EncodingConfig):
     max_shard_size: ShardSize = "512MB"
     """Maximum size of a file of the store, such as 512MB or 1GiB; none has more than 65,536
     embeddings. An interrupted run continues within a file, whatever its size."""
-    token_budget: Annotated[int, Range(min=1)] | None = None
+    token_budget: Annotated[int, Interval(ge=1)] | None = None
     """Maximum number of tokens of a batch of captions, padding included. Default: by device."""
 
     def count_rows_per_shard(self, row_bytes: int) -> int:

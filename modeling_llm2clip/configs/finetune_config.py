@@ -1,4 +1,4 @@
-"""Stage 1: how the LLM is fine-tuned."""
+"""Options of stage 1, the fine-tuning of the LLM."""
 
 from __future__ import annotations
 
@@ -7,51 +7,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .config_fields import Range
+from annotated_types import Interval
+
 from .training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
-    """How `finetune_llm` trains a LoRA on captions (paper, section 3.1)."""
+    """Options of `finetune_llm`, which trains a LoRA on captions (paper, section 3.1)."""
 
-    num_train_epochs: Annotated[float, Range(above=0)] = 1.0
+    num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
     """Passes over the data."""
-    learning_rate: Annotated[float, Range(above=0)] = 2e-4
+    learning_rate: Annotated[float, Interval(gt=0)] = 2e-4
     """Peak learning rate."""
-    save_steps: Annotated[int, Range(min=1)] = 100
+    save_steps: Annotated[int, Interval(ge=1)] = 100
     """Steps between checkpoints; the last step has one too."""
-    logging_steps: Annotated[int, Range(min=1)] | None = None
+    logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: 1 in runs below 200 steps, else 10."""
-    per_device_train_batch_size: Annotated[int, Range(min=2)] = 64
+    per_device_train_batch_size: Annotated[int, Interval(ge=2)] = 64
     """Caption pairs per batch of each process; the pairs of all processes are negatives."""
-    mini_batch_size: Annotated[int, Range(min=1)] | None = None
+    mini_batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Pairs computed at a time, with cached gradients (arXiv:2101.06983), so that any batch fits
     the memory. Default: the whole batch at once."""
-    scale: Annotated[float, Range(above=0)] = 50.0
+    scale: Annotated[float, Interval(gt=0)] = 50.0
     """Inverse temperature of the loss."""
     negatives: Literal["query-to-doc", "symmetric", "all"] = "symmetric"
     """Texts of the batch that a text is compared with: first captions with all second ones
     (query-to-doc, as upstream), the reverse too (symmetric, as CLIP), or every other text (all)."""
-    num_pairings: Annotated[int, Range(min=1)] = 1
+    num_pairings: Annotated[int, Interval(ge=1)] = 1
     """How often the captions of each image are paired anew in an epoch."""
-    num_hard_negatives: Annotated[int, Range(min=0)] = 0
+    num_hard_negatives: Annotated[int, Interval(ge=0)] = 0
     """Hard batches: number of images that share a batch with each image because the model, as it
     starts, finds their captions most similar. 0 samples batches at random."""
-    num_held_out: Annotated[int, Range(min=2)] | None = None
+    num_held_out: Annotated[int, Interval(ge=2)] | None = None
     """Images held out to measure caption retrieval accuracy. Default: a fifth, 1,000 at most."""
     skip_single_captions: bool = False
     """Leave out images with one caption, which make no pair."""
-    text_pairs: tuple[tuple[Path, Annotated[float, Range(above=0)]], ...] = ()
+    text_pairs: tuple[tuple[Path, Annotated[float, Interval(gt=0)]], ...] = ()
     """Further text pairs: FILE (JSON lines of query, positive, negatives) and WEIGHT, the number
     of their batches for each batch of captions; repeatable. Default: none."""
     init_lora: Path | None = None
     """Folder of a LoRA of the same shape to start from. Default: a new one."""
-    lora_rank: Annotated[int, Range(min=1)] = 16
+    lora_rank: Annotated[int, Interval(ge=1)] = 16
     """Rank of the LoRA."""
-    lora_alpha: Annotated[int, Range(min=1)] = 32
+    lora_alpha: Annotated[int, Interval(ge=1)] = 32
     """Alpha of the LoRA."""
-    lora_dropout: Annotated[float, Range(min=0, below=1)] = 0.0
+    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout of the LoRA."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers with a LoRA, as peft takes them."""
@@ -59,7 +60,7 @@ class FinetuneConfig(TrainingConfig):
     """Dtype of the written LoRA."""
     merge: bool = True
     """Merge the LoRA into a new model, output/model; False leaves it at output/lora."""
-    eval_steps: Annotated[int, Range(min=0)] = 0
+    eval_steps: Annotated[int, Interval(ge=0)] = 0
     """Steps between two measurements; 0 measures before and after the run alone."""
 
     def find_conflicts(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How a model is served over HTTP."""
+"""Options of serving a model over HTTP."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from .config_fields import Range
+from annotated_types import Interval
+
 from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
-Port = Annotated[int, Range(min=0, max=65535)]
+Port = Annotated[int, Interval(ge=0, le=65535)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(BackendConfig, ImageLimitsConfig):
-    """How `serve` batches requests, and what it refuses."""
+    """Options of `serve`: batches of requests, and limits."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every IPv4 interface."""
@@ -24,28 +25,28 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Port to listen on; 0 is any free one."""
     model_name: str | None = None
     """Name of the model in requests and responses. Default: MODEL without the folders before it."""
-    token_budget: Annotated[int, Range(min=1)] | None = None
+    token_budget: Annotated[int, Interval(ge=1)] | None = None
     """Maximum tokens per batch of texts, over all requests. Default: by device."""
-    batch_size: Annotated[int, Range(min=1)] | None = None
+    batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Maximum images per batch, over all requests. Default: by device."""
-    max_wait_ms: Annotated[float, Range(min=0, max=1000)] = 0
+    max_wait_ms: Annotated[float, Interval(ge=0, le=1000)] = 0
     """Milliseconds that a batch which is not full waits for further requests. Under load it waits
     in any case for as many as the last one had, up to a twentieth of what that took."""
-    num_workers: Annotated[int, Range(min=1)] = 2
+    num_workers: Annotated[int, Interval(ge=1)] = 2
     """Threads that decode images; as many more tokenize texts, and as many search."""
-    max_queue: Annotated[int, Range(min=1)] = 4096
+    max_queue: Annotated[int, Interval(ge=1)] = 4096
     """Texts and images in work and waiting; a request beyond gets 429 and Retry-After."""
-    max_request_mb: Annotated[float, Range(above=0)] = 32
+    max_request_mb: Annotated[float, Interval(gt=0)] = 32
     """Maximum size of the body of a request, in MB."""
-    max_pending_mb: Annotated[float, Range(above=0)] = 512
+    max_pending_mb: Annotated[float, Interval(gt=0)] = 512
     """Maximum size of the bodies of all requests in work, in MB; a request beyond gets 429."""
-    max_image_mb: Annotated[float, Range(above=0)] = 20
+    max_image_mb: Annotated[float, Interval(gt=0)] = 20
     """Maximum size of an encoded image, in MB."""
-    max_megapixels: Annotated[float, Range(above=0)] = 50
+    max_megapixels: Annotated[float, Interval(gt=0)] = 50
     """Maximum size of a decoded image, in millions of pixels."""
-    timeout_s: Annotated[float, Range(above=0)] = 60
+    timeout_s: Annotated[float, Interval(gt=0)] = 60
     """Seconds that a request may take, from its first byte on."""
-    drain_s: Annotated[float, Range(min=0)] = 30
+    drain_s: Annotated[float, Interval(ge=0)] = 30
     """Seconds that running requests get to finish after SIGTERM; what still runs then is left."""
     image_urls: bool = False
     """Fetch images from http and https URLs; data URLs are always read."""
@@ -81,23 +82,23 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RayServeConfig(ServeConfig):
-    """How a model is served by replicas under Ray Serve; `host` and `port` are Ray's there."""
+    """Options of replicas under Ray Serve; `host` and `port` are Ray's there."""
 
     model: str
     """Folder or Hub id of the model, as every node sees it."""
     index: str | None = None
     """Index of images that `/v1/search` searches, as every node sees it. Default: none."""
-    min_replicas: Annotated[int, Range(min=1)] = 1
+    min_replicas: Annotated[int, Interval(ge=1)] = 1
     """Minimum number of replicas, each of which loads the model."""
-    max_replicas: Annotated[int, Range(min=1)] = 2
+    max_replicas: Annotated[int, Interval(ge=1)] = 2
     """Maximum number of replicas."""
-    target_ongoing_requests: Annotated[float, Range(above=0)] = 32
+    target_ongoing_requests: Annotated[float, Interval(gt=0)] = 32
     """Requests per replica above which replicas are added, and below which they are removed."""
-    max_ongoing_requests: Annotated[int, Range(min=1)] = 256
+    max_ongoing_requests: Annotated[int, Interval(ge=1)] = 256
     """Maximum requests that a replica works on at once; further ones wait at the proxy."""
-    num_cpus: Annotated[float, Range(min=0)] = 1
+    num_cpus: Annotated[float, Interval(ge=0)] = 1
     """CPUs that Ray reserves per replica."""
-    num_gpus: Annotated[float, Range(min=0)] = 0
+    num_gpus: Annotated[float, Interval(ge=0)] = 0
     """GPUs that Ray reserves per replica."""
 
     def find_conflicts(self) -> Iterator[str]:

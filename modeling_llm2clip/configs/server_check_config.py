@@ -1,4 +1,4 @@
-"""How an endpoint is compared with a model folder."""
+"""Options of comparing an endpoint with a model folder."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from .config_fields import DeviceConfig, Matches, Range
+from annotated_types import Interval
+
+from .config_fields import DeviceConfig, Matches
 
 ServerSchema = Literal["openai", "chat", "cohere", "jina"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerCheckConfig(DeviceConfig):
-    """Which endpoint `check_server` compares with a model, and how it is asked."""
+    """Options of `check_server`: the endpoint, and the requests that it gets."""
 
     server: (
         Annotated[str, Matches(pattern=r"https?://.+", wanted="an http or https address")] | None
@@ -33,9 +35,9 @@ class ServerCheckConfig(DeviceConfig):
         str, Matches(pattern=r"[A-Za-z_]\w*", wanted="the name of an environment variable")
     ] = "LLM2CLIP_API_KEY"
     """Environment variable with the API key, sent as a bearer token if it is set."""
-    timeout_s: Annotated[float, Range(above=0, max=3600)] = 60.0
+    timeout_s: Annotated[float, Interval(gt=0, le=3600)] = 60.0
     """Seconds that one request may take."""
-    concurrency: Annotated[int, Range(min=1, max=256)] = 8
+    concurrency: Annotated[int, Interval(ge=1, le=256)] = 8
     """Requests in flight at once in the check for cross-talk."""
 
     def find_conflicts(self) -> Iterator[str]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from annotated_types import Interval
+
 from .build_config import Prompt, TextPooling
-from .config_fields import Config, Range
+from .config_fields import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class SourceFormat(Config):
     """Text in front of every caption, in place of `prompt`."""
     prompt_suffix: str | None = None
     """Text after every caption, in place of `prompt`."""
-    max_text_length: Annotated[int, Range(min=1)] = 512
+    max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     text_pooling: TextPooling = "mean"
     """What represents a text: the mean of caption and end-of-turn token, or the last token."""
@@ -32,14 +34,14 @@ class SourceFormat(Config):
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
     """Activation of the vision tower's inner layers; gelu_tanh is that of timm's SO400M networks in
     patches of 16."""
-    image_size: Annotated[int, Range(min=1)] | None = None
+    image_size: Annotated[int, Interval(ge=1)] | None = None
     """Side of SigLIP2's images in pixels. Default: that of its patches together; 27 patches of 14
     pixels need it, because networks for 378 and for 384 pixels have them."""
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Mean and std of the pixels: OpenAI's, or 0.5."""
-    head_width: Annotated[int, Range(min=1)] = 64
+    head_width: Annotated[int, Interval(ge=1)] = 64
     """Width of one attention head of the vision tower."""
-    rope_reference_size: Annotated[int, Range(min=1)] = 16
+    rope_reference_size: Annotated[int, Interval(ge=1)] = 16
     """Side, in patches, that EVA02's rotary positions are scaled to."""
 
     def find_conflicts(self) -> Iterator[str]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from annotated_types import Interval
+
 from .align_config import AlignConfig
 from .build_config import BuildConfig
-from .config_fields import Config, Device, Range, Seed
+from .config_fields import Config, Device, Seed
 from .data_config import DataConfig
 from .evaluation_config import EvaluationConfig
 from .export_config import ExportConfig
@@ -23,7 +25,7 @@ _WITH_DEVICE = (*_WITH_SEED, "extract", "export", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig):
-    """What `train` does: build, fine-tune, extract, align, export, check and evaluate.
+    """Options of `train`: build, fine-tune, extract, align, export, check and evaluate.
 
     `device` and `seed` are given once, here, and handed to every stage.
     """
@@ -37,7 +39,7 @@ class TrainConfig(DataConfig):
     dataset; embedded for the package's own."""
     output: Path
     """Folder of everything that is written."""
-    test_size: Annotated[float, Range(min=0, below=1)] = 0.1
+    test_size: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of the groups of images that is held out to evaluate on; 0 for none."""
     build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
     """How the towers are joined."""

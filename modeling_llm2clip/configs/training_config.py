@@ -1,4 +1,4 @@
-"""What both training stages share; the names are those of transformers' `TrainingArguments`."""
+"""Options of both training stages, named as in transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .config_fields import DeviceConfig, Range, Seed
+from annotated_types import Interval
+
+from .config_fields import DeviceConfig, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(DeviceConfig):
-    """How long and how fast a stage trains, where, and what it writes on its way."""
+    """Options of a training stage: duration, speed, device, checkpoints and metrics."""
 
-    max_steps: Annotated[int, Range(min=1)] | None = None
+    max_steps: Annotated[int, Interval(ge=1)] | None = None
     """Number of steps. Default: what `num_train_epochs` comes to."""
-    num_train_epochs: Annotated[float, Range(above=0)] | None = None
+    num_train_epochs: Annotated[float, Interval(gt=0)] | None = None
     """Passes over the data. Default: by stage."""
-    learning_rate: Annotated[float, Range(above=0)] | None = None
+    learning_rate: Annotated[float, Interval(gt=0)] | None = None
     """Peak learning rate. Default: by stage."""
-    warmup_steps: Annotated[float, Range(min=0)] = 0.1
+    warmup_steps: Annotated[float, Interval(ge=0)] = 0.1
     """Steps until the learning rate reaches its peak; below 1, a share of the run."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
@@ -27,9 +29,9 @@ class TrainingConfig(DeviceConfig):
     """Dtype of the computation; auto is bfloat16 on GPUs that support it, and elsewhere the one in
     which each weight is stored. Trained weights stay float32. float32 also computes towers that
     are stored in half precision in float32."""
-    save_steps: Annotated[int, Range(min=1)] = 500
+    save_steps: Annotated[int, Interval(ge=1)] = 500
     """Steps between checkpoints; the last step has one too."""
-    logging_steps: Annotated[int, Range(min=1)] | None = None
+    logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: by stage."""
     report_to: tuple[str, ...] | None = None
     """Where metrics are reported beside metrics.jsonl, as Trainer takes it: tensorboard, trackio,

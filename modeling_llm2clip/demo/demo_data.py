@@ -1,4 +1,4 @@
-"""What the demo trains on, what it tests on, and what it only searches."""
+"""Data of the demo: to train on, to test on, and to search alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,9 @@ from ..evaluation.datasets.catalog.caption_readers import EMOJI_SEED, NUM_TEST_G
 
 
 def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """Split the embedded emoji into a part to train on and a part to test on.
+    """Split the embedded emoji into records to train on and one record per held-out emoji.
 
     Warns when the test part is not the evaluation dataset `emoji`.
-
-    Args:
-        seed: Another seed holds out other emoji.
-
-    Returns:
-        Records to train on, with every English caption and one that adds the keywords; and one
-        record per held-out emoji, with its first caption.
     """
     if seed != EMOJI_SEED:
         warnings.warn(
@@ -38,11 +31,7 @@ def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
 
 
 def list_training_texts(record: CaptionedImage) -> tuple[str, ...]:
-    """Return the captions, and once more the first one with the image's keywords behind it.
-
-    Args:
-        record: An image with its captions.
-    """
+    """Return the captions, and once more the first one with the image's keywords behind it."""
     if not record.keywords:
         return record.captions
     return (*record.captions, f"{record.captions[0]}: {', '.join(record.keywords)}")

@@ -44,14 +44,7 @@ SENTENCES = (
 def make_demo_config(
     output: Path, *, max_steps: int | None = None, seed: int = 0, device: str = "auto"
 ) -> TrainConfig:
-    """Return the demo's recipe: the embedded towers, whose LLM is fine-tuned already.
-
-    Args:
-        output: Folder of everything that is written.
-        max_steps: Steps of the alignment; None for as many as `align` takes by default.
-        seed: Seed of the split and of all stages.
-        device: Where the model runs.
-    """
+    """Return the demo's recipe: the embedded towers, whose LLM is fine-tuned already."""
     return TrainConfig(
         vision_model=EMBEDDED,
         text_model=EMBEDDED,
@@ -66,20 +59,7 @@ def make_demo_config(
 
 
 def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) -> dict[str, Any]:
-    """Train on the embedded emoji, test on those held out, and search all of them.
-
-    Args:
-        config: The recipe; its data and the share that is held out are the demo's own.
-        report: Called with each line on what was done.
-
-    Returns:
-        Scores, time, memory and versions, which `report.json` has too.
-
-    Raises:
-        FileExistsError: `config.output` exists.
-        RuntimeError: A tower cannot be fetched.
-        ValueError: The model is not healthy.
-    """
+    """Train on the embedded emoji, test on those held out, and search all of them."""
     require_new_folder(config.output)
     train_records, test_records = split_emoji(config.seed)
     fetch_embedded(config.vision_model, config.text_model, config.build)  # not part of the time

@@ -1,4 +1,4 @@
-"""What `train` refuses before anything is computed, and would otherwise find out hours later."""
+"""Checks of a recipe before anything is computed, for errors that would show hours later."""
 
 from __future__ import annotations
 
@@ -30,15 +30,7 @@ _WHOLE_BYTES, _BLOCK_BYTES, _BLOCKS_READ = 1 << 28, 1 << 16, 1024
 
 
 def identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
-    """Identify what a recipe reads: towers of this machine, records, images, text pairs, a LoRA.
-
-    Args:
-        config: The recipe.
-        split: Records to train on and to evaluate on; all have their image.
-
-    Raises:
-        OSError: The file of an image no longer exists.
-    """
+    """Identify what a recipe reads: towers of this machine, records, images, text pairs, a LoRA."""
     train, test = split
     finetune = config.finetune
     files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
@@ -93,15 +85,7 @@ def _identify_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
 
 
 def check_recipe(config: TrainConfig, split: Split) -> None:
-    """Refuse what a stage of a recipe would refuse; what is finished is not checked again.
-
-    Args:
-        config: The recipe.
-        split: Records to train on and to evaluate on.
-
-    Raises:
-        ValueError: Every error is named at once.
-    """
+    """Refuse what a stage of a recipe would refuse; what is finished is not checked again."""
     errors = []
     for check in _list_checks(config, split):
         try:

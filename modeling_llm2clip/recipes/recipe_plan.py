@@ -1,4 +1,4 @@
-"""What `train` will do: the stages in order, their sizes, an estimate, and what is finished."""
+"""The plan of `train`: stages in order, with sizes, an estimate, and which are finished."""
 
 from __future__ import annotations
 
@@ -169,31 +169,12 @@ class RecipePlan:
 
 
 def load_recipe(config: TrainConfig | str | Path) -> TrainConfig:
-    """Read a recipe, if it is not read yet.
-
-    Args:
-        config: The recipe, or its YAML file.
-
-    Raises:
-        ValueError: The file is not a recipe; all errors are named.
-        OSError: The file cannot be read.
-    """
+    """Read a recipe, if it is not read yet."""
     return config if isinstance(config, TrainConfig) else read_config(config, TrainConfig)
 
 
 def read_split(config: TrainConfig) -> Split:
-    """Read the data of a recipe, and hold out what is evaluated on.
-
-    Args:
-        config: The recipe.
-
-    Returns:
-        Records to train on, and records to evaluate on; the latter are empty with `test_size=0`.
-
-    Raises:
-        DataValidationError: Records are invalid; all errors are reported at once.
-        ValueError: There are no such data, or too few to hold some out.
-    """
+    """Read the records to train on, and those to evaluate on: none with `test_size=0`."""
     if config.data == EMBEDDED:
         emoji = load_records(find_example_data() / "emoji")
         records: Sequence[CaptionedImage] = [r for r in emoji if r.lang == "en"]
@@ -206,16 +187,6 @@ def read_split(config: TrainConfig) -> Split:
 
 def plan_recipe(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
     """Plan what `train` will do with a recipe; writes nothing and loads no model.
-
-    Args:
-        config: The recipe, or its YAML file.
-        records: Records to train on and to evaluate on, in place of the recipe's data.
-
-    Returns:
-        The plan, which prints as a table.
-
-    Raises:
-        ValueError: The recipe, its data or its device are not what they must be.
 
     Examples:
         >>> print(plan_recipe("recipe.yaml"))  # doctest: +SKIP
@@ -236,31 +207,18 @@ def plan_recipe(config: TrainConfig | str | Path, *, records: Split | None = Non
 
 
 def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
-    """Return whether captions and images are extracted for the alignment.
-
-    Args:
-        config: The recipe.
-    """
+    """Return whether captions and images are extracted for the alignment."""
     return config.align.text_training == "stored", config.align.vision_training == "frozen"
 
 
 def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
-    """List what is evaluated on: the held-out records, if there are any, and further datasets.
-
-    Args:
-        config: The recipe.
-        test: The held-out records.
-    """
+    """List what is evaluated on: the held-out records, if there are any, and further datasets."""
     held_out = [make_records_spec(test, name="held-out")] if test else []
     return [*held_out, *config.eval_datasets]
 
 
 def show_seconds(seconds: float) -> str:
-    """Show a duration in its largest unit.
-
-    Args:
-        seconds: The duration.
-    """
+    """Show a duration in its largest unit."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -268,11 +226,7 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Show a size in its largest unit of 1,000.
-
-    Args:
-        num_bytes: The size.
-    """
+    """Show a size in its largest unit of 1,000."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
@@ -437,20 +391,12 @@ def _count_tokens(text: str) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder that appears by renaming is there.
-
-    Args:
-        folder: A model folder.
-    """
+    """Tell whether a folder that appears by renaming is there."""
     return folder.is_dir() and any(folder.iterdir())
 
 
 def is_complete_store(store: Path) -> bool:
-    """Whether a store has all its shards.
-
-    Args:
-        store: Folder of the store.
-    """
+    """Tell whether a store has all its shards."""
     return (store / MANIFEST_FILE).is_file() and StoreManifest.read(store).complete
 
 

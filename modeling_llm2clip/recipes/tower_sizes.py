@@ -1,4 +1,4 @@
-"""How large a tower is, as far as its files say it without being loaded."""
+"""Sizes of towers, as far as their files state them without being loaded."""
 
 from __future__ import annotations
 
@@ -45,15 +45,7 @@ class TowerSize:
 
 
 def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
-    """Read the size of a tower from its configuration and the headers of its weight files.
-
-    Args:
-        source: Hub id, folder or .gguf file; or "embedded".
-        embedded: The tower that "embedded" means, whose size is known once it is in the cache.
-
-    Returns:
-        What is known; a Hub that cannot be reached leaves the size open.
-    """
+    """Read the size of a tower from its configuration and the headers of its weight files."""
     folder = find_tower(embedded) if source == EMBEDDED else Path(source)
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))

@@ -102,18 +102,7 @@ def train(
 
 
 def plan_train(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
-    """Make every check that `train` makes before it begins, and write nothing.
-
-    Args:
-        config: The recipe, or its YAML file.
-        records: As in `train`.
-
-    Returns:
-        The plan, which prints as a table.
-
-    Raises:
-        ValueError: As `train` before anything is computed.
-    """
+    """Make every check that `train` makes before it begins, and write nothing."""
     return _check(config, records).plan
 
 

@@ -9,12 +9,12 @@ address and port are theirs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
 from .._extras import RAY_SERVE, SERVE, require
-from ..configs.config_fields import convert_value, list_fields, make_config
+from ..configs.config_fields import check_values, make_config
 from ..configs.serve_config import RayServeConfig
 
 _OF_RAY = ("host", "port")
@@ -58,19 +58,20 @@ def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
             f"{given}: Ray's proxies listen. Set the address with `serve start --http-host HOST "
             "--http-port PORT`, or under http_options in the file of `serve deploy`."
         )
-    fields = list_fields(RayServeConfig)
+    hints = get_type_hints(RayServeConfig, include_extras=True)
     values = {
-        name: _convert(name, value, fields[name].hint) if name in fields else value
+        name: _convert({name: hints[name]}, {name: value})[name] if name in hints else value
         for name, value in options.items()
     }
     return make_config(RayServeConfig, values)
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Convert an option, which comes as a string from the command line."""
+def _convert(hint: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an option by its name; the command line gives its value as a string."""
     try:
-        return convert_value(name, value, hint)
+        return check_values(hint, given)
     except ValueError:
+        [(name, value)] = given.items()
         if not isinstance(value, str):
             raise
-        return convert_value(name, yaml.safe_load(value), hint)
+        return check_values(hint, {name: yaml.safe_load(value)})

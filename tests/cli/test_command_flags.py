@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 
 from modeling_llm2clip.__main__ import LINE, main
-from modeling_llm2clip.cli.command import MISSING, Command, UsageError
+from modeling_llm2clip.cli.command import Command, UsageError
 from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.search.results_page import ResultFormat
@@ -50,14 +50,14 @@ def test_every_argument_and_flag_has_help_with_its_default(
     lines = {words[0]: line for line in show_help(name, capsys).splitlines()
              if line.startswith("  ") and len(words := line.split()) > 1}  # fmt: skip
     for flag in COMMANDS[name].flags.values():
-        shown = f"--[no-]{flag.spelling[2:]}" if flag.is_switch else flag.spelling
+        shown = f"--[no-]{flag.name[2:]}" if flag.negatives else flag.name
         assert "." in lines[shown], f"llm2clip {name}: document {flag.name} in the docstring."
         assert (
             "[default: " in lines[shown]
             or "Default: " in lines[shown]
             or ("No default" in lines[shown])
-        ), f"llm2clip {name} {flag.spelling}: say what happens where it is not given."
-        assert (flag.default is MISSING) <= ("No default" in lines[shown])
+        ), f"llm2clip {name} {flag.name}: say what happens where it is not given."
+        assert not flag.required or "No default" in lines[shown]
 
 
 @every_command
@@ -71,8 +71,8 @@ def test_a_command_has_a_summary_and_help_of_its_arguments(
     arguments = code.co_varnames[: code.co_posonlyargcount]
     assert all(f"  {argument.upper()}" in shown for argument in arguments)
     assert "ARGS" not in shown
-    if command.rest is not None:
-        assert f"[{command.rest.upper()}...]" in shown
+    for argument in command.arguments:
+        assert not argument.is_var_positional() or f"[{argument.name.upper()}...]" in shown
 
 
 @every_command
@@ -91,21 +91,22 @@ def test_the_help_ends_with_an_example_that_parses(
 @pytest.mark.parametrize("name", WITH_DEVICE)
 def test_every_command_has_the_same_device_flag(name: str) -> None:
     device, reference = COMMANDS[name].flags["device"], COMMANDS["doctor"].flags["device"]
-    assert device.default == "auto"
-    assert (device.help, device.hint) == (reference.help, reference.hint)
+    assert device.field_info == reference.field_info
+    assert device.field_info.default == "auto"
+    assert device.parameter.help == reference.parameter.help
 
 
 def test_a_name_takes_values_of_one_type_in_all_commands() -> None:
     types: dict[str, set[str]] = {}
     for command in COMMANDS.values():
         for flag in command.flags.values():
-            found = re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", str(flag.hint))
+            found = re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", str(flag.field_info.annotation))
             found = re.sub(r"typing\.|Optional|[][]| \| None|<class '|pathlib\.|'>", "", found)
             types.setdefault(flag.name, set()).add(re.sub(r"Literal.*", "Literal", found))
     several = {name for name, found in types.items() if len(found) > 1}
     assert several == {
-        "image_dir",  # evaluate has several datasets: NAME=FOLDER
-        "activation",  # and several models
+        "--image-dir",  # evaluate has several datasets: NAME=FOLDER
+        "--activation",  # and several models
     }
 
 
@@ -361,7 +362,7 @@ REFUSED_AT_ONCE = [
     (["build", "LLM", "VISION", "NEW", "--prompt", "none"], "in the place of VISION_MODEL. The or"),
     (["build", "VISION", "ABOVE", "NEW", "--prompt", "none"], "It cannot be TEXT_MODEL."),
     (["convert", "a/b", "FULL", "--source-format", "openai", "--text-model", "c"], "is not empty"),
-    (["convert", "a/b", "NEW"], "--source-format is required"),
+    (["convert", "a/b", "NEW"], "--source-format is missing"),
     (CONVERT, "give --text-model"),
     ([*CONVERT, "--text-model", "c/d", "--head-width", "8", "--rope-reference-size", "2"],
      "--rope-reference-size goes with"),
@@ -370,12 +371,12 @@ REFUSED_AT_ONCE = [
     (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
     (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),
     (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "must be above 0"),
-    (["extract", "OWN", "FULL", "NEW"], "--modality is required"),
+    (["extract", "OWN", "FULL", "NEW"], "--modality is missing"),
     (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
     (["extract", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "for --modality image alone"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "--image-dir /no: no such fo"),
-    (["embed", "OWN", "FULL", "NEW"], "--modality is required"),
+    (["embed", "OWN", "FULL", "NEW"], "--modality is missing"),
     (["embed", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
     (["embed", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
     (["embed", "OWN", "FULL", "FULL", *TEXT], "is not empty and holds no embeddings"),
@@ -394,7 +395,7 @@ REFUSED_AT_ONCE = [
     (["index", "no-model", "FULL", "NEW"], "no-model: no such folder"),
     (["index", "CLIP", "FULL", "NEW"], "An LLM2CLIP model is needed here."),
     (["index", "OWN", "FULL", "NEW", "--faiss", "LABELS"], "exists. Name a new file"),
-    (["index", "OWN", "FULL", "NEW", "--min-recall", "2"], "must be above 0 and at most 1"),
+    (["index", "OWN", "FULL", "NEW", "--min-recall", "2"], "--min-recall 2.0 must be at most 1"),
     (["search", "/nowhere", "a dog"], "/nowhere: no such database"),
     (["search", "FULL", "a dog"], "is not a database of llm2clip index"),
     (["search", "LABELS", "a dog"], "is a file, and a database is a folder"),

@@ -30,10 +30,12 @@ DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
                  "prometheus_client": "prometheus-client",
                  "sentence_transformers": "sentence-transformers"}  # fmt: skip
 # Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
-# transformers the third; fastapi the next two, onnxscript the last.
-INDIRECT = {"fsspec", "rich", "tokenizers", "pydantic", "starlette", "onnx_ir"}
+# transformers the third, pydantic the next three; fastapi the next, onnxscript the last.
+INDIRECT = {"fsspec", "rich", "tokenizers", "annotated_types", "pydantic_core", "typing_extensions",
+            "starlette", "onnx_ir"}  # fmt: skip
 REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "loky", "numpy",
-            "pyarrow", "safetensors", "tabulate", "threadpoolctl", "torch", "torchvision", "tqdm",
+            "pyarrow", "pydantic", "safetensors", "tabulate", "threadpoolctl", "torch",
+            "torchvision", "tqdm",
             "transformers", "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.
 ALWAYS_NAMED = {"train": "train", "demo": "demo", "finetune-llm": "train", "serve": "serve"}

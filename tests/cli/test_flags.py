@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Interval
 
 from modeling_llm2clip.cli.command import Changes, Command, Repeated, UsageError, command
 from modeling_llm2clip.cli.flags import CommandLine
-from modeling_llm2clip.configs.config_fields import Config, DeviceConfig, Range
+from modeling_llm2clip.configs.config_fields import Config, DeviceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(DeviceConfig):
     """Options of a stage."""
 
-    max_steps: Annotated[int, Range(min=1)] | None = None
+    max_steps: Annotated[int, Interval(ge=1)] | None = None
     """Number of steps. Default: what `learning_rate` allows."""
-    learning_rate: Annotated[float, Range(above=0)] = 1e-3
+    learning_rate: Annotated[float, Interval(gt=0)] = 1e-3
     """Peak learning rate."""
     is_merged: bool = True
     """Merge."""
@@ -40,7 +41,7 @@ class StageConfig(DeviceConfig):
 class CardConfig(Config):
     """Options of a card."""
 
-    width: Annotated[int, Range(min=1)] = 64
+    width: Annotated[int, Interval(ge=1)] = 64
     """Width."""
     hidden: int = 0
     """Not a flag."""
@@ -60,7 +61,7 @@ def stage(
         dict[str, Any], Changes(config_type=CardConfig, default="the source's", without=("hidden",))
     ],
     labels: Path,
-    top_k: Annotated[int, Range(min=1)] = 6,
+    top_k: Annotated[int, Interval(ge=1)] = 6,
 ) -> int:
     """Runs a stage.
 
@@ -172,13 +173,13 @@ def test_underscores_are_hyphens() -> None:
         ("stage m --hidden 3", "Unknown flag --hidden."),
         ("stage m --labels l --mode Lora", 'Did you mean "lora"?'),
         ("stage m --labels l --device gpu", "one of auto, cpu, cuda, cuda:N, mps. Did you mean cu"),
-        ("stage m --labels l --max-steps 3.5", "'3.5' is not an integer."),
+        ("stage m --labels l --max-steps 3.5", "--max-steps '3.5' must be an integer."),
         ("stage m --labels l --max-steps 0", "--max-steps 0 must be at least 1."),
         ("stage m --labels l --learning-rate x", 'unable to convert "x" into float'),
         ("stage m --labels l --learning-rate nan", "--learning-rate nan must be a finite number"),
         ("stage m --labels l --top-k 0", "--top-k 0 must be at least 1."),
         ("stage m --labels l --width 0", "--width 0 must be at least 1."),
-        ("stage m", "--labels is required."),
+        ("stage m", "--labels is missing."),
         ("stage --labels l", "MODEL is missing."),
         ("stage m o x --labels l", "Unexpected arguments: x."),
         ("stage m --labels", "--labels needs a value"),
@@ -200,7 +201,7 @@ def test_every_wrong_value_is_named_at_once() -> None:
         "--max-steps 0 must",
         "--learning-rate -1.0 must",
         "--top-k 0 must",
-        "--labels is",
+        "--labels is missing",
     ):
         assert part in shown
 
@@ -208,7 +209,7 @@ def test_every_wrong_value_is_named_at_once() -> None:
 @pytest.mark.parametrize("name", LINE.commands)
 def test_no_flag_can_be_abbreviated(name: str) -> None:
     for flag in LINE.commands[name].flags.values():
-        assert f"Unknown flag {flag.spelling[:-1]}." in refuse(name, flag.spelling[:-1], "x")
+        assert f"Unknown flag {flag.name[:-1]}." in refuse(name, flag.name[:-1], "x")
 
 
 def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_the_help_has_groups_defaults_choices_and_examples(
         "Usage: llm2clip stage", "Runs a stage.", "MODEL Model folder.", "Stage options:",
         "Default: what --learning-rate allows.", "[default: 0.001]", "--[no-]is-merged",
         "[default: frozen] [choices: frozen, lora]", "[default: all]", "[default: auto]",
-        "Card options: --width INT Width. Default: the source's.", "[default: 6]",
+        "Card options: --width INT Width. [default: the source's]", "[default: 6]",
     ):  # fmt: skip
         assert part in shown
     assert shown.endswith("Example: llm2clip stage model output --max-steps 3")
@@ -296,7 +297,7 @@ def test_two_parameters_cannot_give_one_flag() -> None:
 
     twice.__annotations__ = {"config": StageConfig, "max_steps": int}
     with pytest.raises(TypeError, match="twice has two flags --max-steps"):
-        _ = Command(twice, "Use", ()).flags
+        _ = Command(twice, "Use", ()).arguments
 
 
 def test_the_parser_imports_nothing_costly() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from downloads import CAPTIONS, URLS, write_downloaded_tar
 
-from modeling_llm2clip.cli.captioned_data import read_captioned_images
+from modeling_llm2clip.cli.options import read_captioned_images
 from modeling_llm2clip.configs.data_config import DataConfig
 from modeling_llm2clip.data.configured_records import read_configured_records
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from modeling_llm2clip.cli.chosen_device import use_device
+from modeling_llm2clip.cli.options import use_device
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.encoding import devices

@@ -223,7 +223,7 @@ def test_invalid_labels_are_refused_before_the_model_is_looked_at(
     [
         (("--template", "a dog"), "without exactly one {}"),
         (("--top-k", "0"), "--top-k 0 must be at least 1."),
-        (("--threshold", "30"), "--threshold 30.0 must be at least -1 and at most 1."),
+        (("--threshold", "30"), "--threshold 30.0 must be at most 1."),
         (("--output", "tags.txt"), "must end in .csv or .jsonl"),
         (("--output", "labels.jsonl"), "labels.jsonl exists"),
     ],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from accelerate import PartialState
+from annotated_types import Interval
 from llava_batches import ConversationDataset, PadOnTheRight
 from llava_conversations import Conversation, hash_conversations
 from llava_model import find_tokens_of
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
-from modeling_llm2clip.configs.config_fields import Config, Range
+from modeling_llm2clip.configs.config_fields import Config
 from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.model_folders.atomic_folder import (
     atomic_folder,
@@ -60,19 +61,19 @@ _CHECKPOINTING: dict[str, Any] = {
 class LlavaConfig(Config):
     """How long and how fast; the names are those of transformers' `TrainingArguments`."""
 
-    num_train_epochs: Annotated[float, Range(above=0)] = 1.0
+    num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
     """Passes over the data."""
-    max_steps: Annotated[int, Range(min=1)] | None = None
+    max_steps: Annotated[int, Interval(ge=1)] | None = None
     """Number of steps. Default: what `num_train_epochs` comes to."""
-    global_batch_size: Annotated[int, Range(min=1)] = 256
+    global_batch_size: Annotated[int, Interval(ge=1)] = 256
     """Conversations per batch, over all processes together."""
-    per_device_train_batch_size: Annotated[int, Range(min=1)] | None = None
+    per_device_train_batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Conversations on a device at a time; gradients are accumulated. Default: its whole share."""
-    learning_rate: Annotated[float, Range(above=0)] = 1e-3
+    learning_rate: Annotated[float, Interval(gt=0)] = 1e-3
     """Peak rate: up from 0 for 3 % of the steps, then down as a cosine."""
-    max_length: Annotated[int, Range(min=2)] = 2048
+    max_length: Annotated[int, Interval(ge=2)] = 2048
     """Maximum number of tokens of a conversation, its image included."""
-    max_grad_norm: Annotated[float, Range(above=0)] = 1.0
+    max_grad_norm: Annotated[float, Interval(gt=0)] = 1.0
     """Maximum norm of the gradient."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
@@ -80,11 +81,11 @@ class LlavaConfig(Config):
     """Dtype of the computation; auto is bfloat16 on GPUs that support it. Weights stay float32."""
     device: Literal["auto", "cpu"] = "auto"
     """Where to train; cpu even where there is a GPU."""
-    num_workers: Annotated[int, Range(min=0)] = 0
+    num_workers: Annotated[int, Interval(ge=0)] = 0
     """Processes that decode images."""
-    logging_steps: Annotated[int, Range(min=1)] = 10
+    logging_steps: Annotated[int, Interval(ge=1)] = 10
     """Steps between lines of metrics."""
-    save_steps: Annotated[int, Range(min=1)] = 500
+    save_steps: Annotated[int, Interval(ge=1)] = 500
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of everything random."""

@@ -20,7 +20,7 @@ from shard_server import ShardServer
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.cli.captioned_data import is_streamed
+from modeling_llm2clip.cli.options import is_streamed
 from modeling_llm2clip.configs.data_config import StreamConfig
 from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
