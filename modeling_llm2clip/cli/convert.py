@@ -12,7 +12,7 @@ from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
 from ..configs.export_config import CardConfig, ConvertConfig
 from ..configs.source_format import SourceFormat
-from ..conversion.layouts import LAYOUTS, SOURCE_FORMATS, require_options
+from ..conversion.layouts import LAYOUTS, require_options
 from .command import Changes, Repeated, command
 from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
 from .options import use_device
@@ -23,7 +23,7 @@ _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_te
 if TYPE_CHECKING:
     FormatName: TypeAlias = str
 else:
-    FormatName = Literal[(*SOURCE_FORMATS, _LLM2VEC)]
+    FormatName = Literal[(*(layout.choice for layout in LAYOUTS), _LLM2VEC)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,13 @@ LAYOUTS: tuple[Layout, ...] = tuple(
     for file in iter_modules(__path__)
     if file.name != "layout"
 )
-# By the names that users choose.
-SOURCE_FORMATS = {layout.choice: layout.source_format for layout in LAYOUTS}
+
+
+def __getattr__(name: str) -> dict[str, SourceFormat]:
+    """Make `SOURCE_FORMATS`, by the names that users choose, when it is imported."""
+    if name != "SOURCE_FORMATS":
+        raise AttributeError(f"{__name__} has no {name}.")
+    return {layout.choice: layout.source_format for layout in LAYOUTS}
 
 
 def find_layout(source_format: SourceFormat) -> Layout:

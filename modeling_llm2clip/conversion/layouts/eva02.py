@@ -120,7 +120,7 @@ def _are_close(table: Tensor, computed: Tensor) -> bool:
 # The activation is the gate of its SwiGLU.
 LAYOUT = Layout(
     choice="eva02",
-    source_format=SourceFormat(layout="eva02", activation="silu"),
+    source_options={"layout": "eva02", "activation": "silu"},
     options=("head_width", "rope_reference_size"),
     activations=("silu",),
     needs_timm=True,

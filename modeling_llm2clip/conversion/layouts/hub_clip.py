@@ -36,7 +36,7 @@ def _make_vision_config(
 
 LAYOUT = Layout(
     choice="openai-hub",
-    source_format=SourceFormat(layout="hub_clip"),
+    source_options={"layout": "hub_clip"},
     marks=("vision_model.embeddings.class_embedding", "visual_projection.weight"),
     adapter_prefix="text_adapter.adaptor.",
     rules=(

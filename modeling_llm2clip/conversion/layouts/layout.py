@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...configs.source_format import SourceFormat
@@ -82,7 +83,7 @@ class Layout:
 
     Attributes:
         choice: Name of its source format, as users choose it.
-        source_format: Source format of the official checkpoints; its `layout` names the family.
+        source_options: Options of `source_format`; its `layout` names the family.
         marks: Keys that this family has and no other.
         adapter_prefix: Prefix of the keys of the text adapter.
         rules: Rules for the vision tower and its projection.
@@ -99,7 +100,7 @@ class Layout:
     """
 
     choice: str
-    source_format: SourceFormat
+    source_options: Mapping[str, Any]
     marks: tuple[str, ...]
     adapter_prefix: str
     rules: tuple[Rule, ...]
@@ -112,10 +113,15 @@ class Layout:
     projection_bias: bool = False
     llm_prefix: str | None = None
 
+    @cached_property
+    def source_format(self) -> SourceFormat:
+        """Source format of the official checkpoints, made when it is used: it imports pydantic."""
+        return SourceFormat(**self.source_options)
+
     @property
     def name(self) -> str:
         """Name of the family."""
-        return self.source_format.layout
+        return str(self.source_options["layout"])
 
 
 def rename(pattern: str, target: str, make: Make | None = None) -> Rule:

@@ -56,7 +56,7 @@ def _make_vision_config(
 
 LAYOUT = Layout(
     choice="openai",
-    source_format=SourceFormat(layout="openai"),
+    source_options={"layout": "openai"},
     options=("head_width",),
     marks=("visual.conv1.weight", "visual.proj"),
     adapter_prefix="text.text_adaptor.",

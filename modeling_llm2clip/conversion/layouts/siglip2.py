@@ -72,13 +72,13 @@ LAYOUT = Layout(
     choice="siglip2",
     # The official factory normalized with OpenAI's numbers, the tower's own are 0.5: the checkpoint
     # does not say which it was trained with, so neither is a default.
-    source_format=SourceFormat(
-        layout="siglip2",
-        normalize_text_before_adapter=False,
-        activation="gelu",
-        preprocessing=None,
-        head_width=72,
-    ),
+    source_options={
+        "layout": "siglip2",
+        "normalize_text_before_adapter": False,
+        "activation": "gelu",
+        "preprocessing": None,
+        "head_width": 72,
+    },
     options=("head_width", "image_size"),
     activations=("quick_gelu", "gelu", "gelu_tanh", "silu"),
     needs_timm=True,
