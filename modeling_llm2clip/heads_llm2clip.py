@@ -177,7 +177,7 @@ def _count_first(ids: list[int], wanted: int) -> int:
 
 
 def _are_all(is_pad: Tensor, count: int) -> Tensor:
-    """Whether a row has this many tokens, and all are padding."""
+    """Tell whether a row has this many tokens, and all are padding."""
     return is_pad.sum(dim=1) == count
 
 

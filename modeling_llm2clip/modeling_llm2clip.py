@@ -533,7 +533,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
 
     @property
     def logit_head(self) -> LogitHead:
-        """What turns embeddings into logits; in a folder its weights begin with `logit_scale`."""
+        """Head that makes logits of embeddings; in a folder its weights are `logit_scale`."""
         return self.logit_scale
 
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -265,7 +265,7 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
 
 
 def packing_allowed(text_model: PreTrainedModel) -> bool:
-    """Whether packing may replace the attention implementation: only the default, SDPA.
+    """Tell whether packing may replace the attention implementation: only the default, SDPA.
 
     Args:
         text_model: the LLM.
@@ -430,7 +430,7 @@ def _split(heads: Tensor, count: int, length: int) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether this call is being traced by a compiler or an export.
+    """Tell whether this call is being traced by a compiler or an export.
 
     `torch.compiler.is_compiling` is also true in other threads of a process that compiles.
     """
@@ -438,7 +438,7 @@ def is_traced() -> bool:
 
 
 def is_exported() -> bool:
-    """Whether this call is being traced by an export."""
+    """Tell whether this call is being traced by an export."""
     return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
 
 

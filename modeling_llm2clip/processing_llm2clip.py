@@ -257,7 +257,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return min(self.max_text_length, int(self.tokenizer.model_max_length))
 
     def _rescales(self, kwargs: dict[str, Any]) -> bool | None:
-        """Whether the image processor divides pixels by 255 in this call; None if it never does."""
+        """Tell whether pixels are divided by 255 in this call; None if they never are."""
         nested = [kwargs.get(name) or {} for name in ("images_kwargs", "common_kwargs")]
         given = next((p["do_rescale"] for p in (kwargs, *nested) if "do_rescale" in p), None)
         if given:
@@ -266,7 +266,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return (True if given is None else False) if own else None
 
     def _unpacks_images(self) -> bool:
-        """Whether the image processor makes arrays of PIL images, slower than `unpack_pixels`."""
+        """Tell whether the image processor makes arrays of PIL images, slowly."""
         from transformers.image_processing_backends import TorchvisionBackend
 
         reads = getattr(type(self.image_processor), "process_image", None)
@@ -488,7 +488,7 @@ def check_texts(text: str | list[str]) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded as UTF-8, which tokenizers read."""
+    """Tell whether a text can be encoded as UTF-8, which tokenizers read."""
     try:
         text.encode()
     except UnicodeEncodeError:

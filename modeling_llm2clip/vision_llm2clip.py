@@ -94,7 +94,7 @@ def find_width(vision_model: nn.Module) -> int:
 
 
 def has_class_token(vision_model: nn.Module) -> bool:
-    """Whether the tower has a class token.
+    """Tell whether the tower has a class token.
 
     Args:
         vision_model: the vision tower.

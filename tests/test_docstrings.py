@@ -1,4 +1,4 @@
-"""Docstrings as documentation tools read them: Google style, every parameter of what is public."""
+"""Docstrings as documentation tools read them: Google style, complete for what is exported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import modeling_llm2clip
+
 griffe: Any = pytest.importorskip("griffe", reason='needs pip install -e ".[test]"')
 
 ROOT = Path(__file__).parent.parent
@@ -21,8 +23,8 @@ _INLINE_HEADER = re.compile(rf"^\s*({_HEADERS}):[ \t]+\S", re.MULTILINE)
 # What griffe reads as a note or as plain text, and not as an example.
 _NO_EXAMPLES = re.compile(r"^\s*Example:$", re.MULTILINE)
 _NOT_DOCUMENTED = {"self", "cls"}
-# It is copied into exported folders and shown as a whole, for people and not as an API.
-_SCRIPT = "encoding/encode_onnx.py"
+_EMPTY_OPENING = re.compile(r"(What|How|Whether|Of|The same|Likewise)\b")
+EXPORTED = {f"modeling_llm2clip.{home}.{name}" for name, home in modeling_llm2clip._HOME.items()}
 
 
 @cache
@@ -103,28 +105,42 @@ def find_unread_examples() -> dict[str, list[str]]:
     return found
 
 
-def is_public(item: Any) -> bool:
-    """Whether no part of its path has a leading underscore."""
-    return not any(part.startswith("_") for part in item.path.split("."))
+def is_exported(item: Any) -> bool:
+    """Tell whether users import it from the package, or call it as a method of such a class."""
+    owner, _, name = item.path.rpartition(".")
+    return item.path in EXPORTED or (owner in EXPORTED and not name.startswith("_"))
 
 
-def find_undocumented_parameters() -> dict[str, list[str]]:
-    """Parameters without an entry, of public functions that have a docstring."""
+def find_undocumented() -> dict[str, list[str]]:
+    """Exported classes, functions and methods that lack a docstring or entries of parameters."""
     found = defaultdict(list)
     for item in list_objects():
-        if not (item.is_function and item.docstring and is_public(item)):
+        if not is_exported(item) or not (item.is_function or item.is_class):
             continue
-        if relative(item.filepath) == _SCRIPT:
-            continue
-        wanted = {p.name.lstrip("*") for p in item.parameters} - _NOT_DOCUMENTED
-        entries = {
-            parameter.name.lstrip("*")
-            for section in item.docstring.parsed
-            if section.kind.value == "parameters"
-            for parameter in section.value
-        }
-        if missing := wanted - entries:
+        if not item.docstring:
+            found[relative(item.filepath)].append(f"{item.path}: no docstring")
+        elif item.is_function and (missing := find_missing_entries(item)):
             found[relative(item.filepath)].append(f"{item.path}: {sorted(missing)}")
+    return found
+
+
+def find_missing_entries(item: Any) -> set[str]:
+    wanted = {p.name.lstrip("*") for p in item.parameters} - _NOT_DOCUMENTED
+    entries = {
+        parameter.name.lstrip("*")
+        for section in item.docstring.parsed
+        if section.kind.value == "parameters"
+        for parameter in section.value
+    }
+    return wanted - entries
+
+
+def find_openings() -> dict[str, list[str]]:
+    """Docstrings that begin with a word that says nothing yet."""
+    found = defaultdict(list)
+    for item in list_objects():
+        if item.docstring and _EMPTY_OPENING.match(item.docstring.value):
+            found[relative(item.filepath)].append(f"{item.path}: {item.docstring.value[:40]}")
     return found
 
 
@@ -132,7 +148,8 @@ RULES = {
     "griffe warns of nothing": find_warnings,
     "section headers are on lines of their own": find_inline_headers,
     "examples are in a section of their own": find_unread_examples,
-    "every parameter of a public function has an entry": find_undocumented_parameters,
+    "what is exported has a docstring, with an entry for every parameter": find_undocumented,
+    "none begins with what, how, whether or of": find_openings,
 }
 
 

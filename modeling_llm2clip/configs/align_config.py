@@ -16,7 +16,7 @@ class AlignConfig(TrainingConfig):
     """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
-    """What is trained of the vision tower: nothing, a LoRA on its attention, or everything."""
+    """Trained part of the vision tower: nothing, a LoRA on its attention, or everything."""
     text_training: Literal["stored", "frozen-online", "lora"] = "stored"
     """Where caption embeddings come from: the caption store, so that the LLM is never loaded; the
     frozen LLM at each step; or the LLM with a LoRA that is trained end to end."""
@@ -52,7 +52,7 @@ class AlignConfig(TrainingConfig):
     """Standard deviation of the noise on stored image embeddings, as a share of their length;
     against overfitting on small data."""
     caption_noise: Annotated[float, Interval(ge=0)] = 0.5
-    """The same on stored caption embeddings."""
+    """Standard deviation of the noise on stored caption embeddings, as `image_noise`."""
     long_caption_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Probability that an image with short and long captions shows a long one."""
     held_out_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.1

@@ -52,9 +52,9 @@ class BuildConfig(DeviceConfig):
     bidirectional: bool = True
     """Let every token attend to every other; False keeps the LLM causal, as a baseline."""
     text_pooling: TextPooling = "mean"
-    """What represents a text: the mean of its tokens, or its last token."""
+    """Embedding of a text: the mean of its tokens, or its last token."""
     vision_pooling: VisionPooling = "pooler"
-    """What represents an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
+    """Embedding of an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
     registers included), or the mean of the patches."""
     text_adapter_layers: Annotated[int, Interval(ge=0)] = 4
     """Residual blocks of the text adapter."""

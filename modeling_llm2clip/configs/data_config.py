@@ -27,7 +27,7 @@ class DataConfig(Config):
     """File of captions that others published for these images: CSV, JSON lines or Parquet. They are
     added to the data's own. Default: none."""
     join_on: Literal["url", "key"] = "url"
-    """What captions_from is joined by: an image's URL, or its name without folder and suffix."""
+    """Key that joins captions_from: an image's URL, or its name without folder and suffix."""
     captions_lang: str | None = None
     """Language of captions_from; records in other languages do not get them. Default: that of all
     records."""

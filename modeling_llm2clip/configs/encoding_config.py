@@ -31,7 +31,7 @@ class BackendConfig(DeviceConfig):
     """The library that runs a model."""
 
     backend: Backend = "torch"
-    """What runs the model: torch, or onnx for ONNX Runtime on the CPU; MODEL is then a folder that
+    """Runtime of the model: torch, or onnx for ONNX Runtime on the CPU; MODEL is then a folder that
     `llm2clip export --onnx` wrote."""
     text_weights: TextWeights | None = None
     """With `backend` onnx, weights of the language model's linear layers. Default: the most exact

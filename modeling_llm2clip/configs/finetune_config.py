@@ -35,7 +35,7 @@ class FinetuneConfig(TrainingConfig):
     """Texts of the batch that a text is compared with: first captions with all second ones
     (query-to-doc, as upstream), the reverse too (symmetric, as CLIP), or every other text (all)."""
     num_pairings: Annotated[int, Interval(ge=1)] = 1
-    """How often the captions of each image are paired anew in an epoch."""
+    """Number of times that the captions of each image are paired anew in an epoch."""
     num_hard_negatives: Annotated[int, Interval(ge=0)] = 0
     """Hard batches: number of images that share a batch with each image because the model, as it
     starts, finds their captions most similar. 0 samples batches at random."""

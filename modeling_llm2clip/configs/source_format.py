@@ -17,7 +17,7 @@ class SourceFormat(Config):
     """Everything that changes a number and is in no key of a checkpoint."""
 
     layout: str
-    """How the weights are named, one of `modeling_llm2clip/conversion/layouts/`; the keys of the
+    """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; the keys of the
     file must agree."""
     prompt: Prompt | None = "llama-3"
     """Prompt around every caption."""
@@ -28,7 +28,7 @@ class SourceFormat(Config):
     max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     text_pooling: TextPooling = "mean"
-    """What represents a text: the mean of caption and end-of-turn token, or the last token."""
+    """Embedding of a text: the mean of caption and end-of-turn token, or the last token."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"

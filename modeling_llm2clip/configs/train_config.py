@@ -42,17 +42,17 @@ class TrainConfig(DataConfig):
     test_size: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of the groups of images that is held out to evaluate on; 0 for none."""
     build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
-    """How the towers are joined."""
+    """Options of the untrained model."""
     finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
-    """How the LLM is fine-tuned; null skips it, for a tower that is a released text embedder."""
+    """Options of the LLM's fine-tuning; null skips it, for a tower that is a text embedder."""
     extract: ExtractConfig = dataclasses.field(default_factory=ExtractConfig)
-    """How embeddings are extracted."""
+    """Options of the extraction."""
     align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
-    """How images and captions are aligned."""
+    """Options of the alignment."""
     export: ExportConfig | None = dataclasses.field(default_factory=ExportConfig)
-    """How the model is written for others; null for the aligned model as it is."""
+    """Options of the exported model; null for the aligned model as it is."""
     evaluate: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    """How the model is evaluated."""
+    """Options of the evaluation."""
     eval_datasets: tuple[str, ...] = ()
     """Datasets to evaluate on beside the held-out images, as `evaluate` takes them. Default: none.
     """

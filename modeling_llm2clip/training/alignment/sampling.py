@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 Array: TypeAlias = np.ndarray[Any, Any]
 
 NOISE_SAMPLING = "65536 quantiles"
-"""How `sample_normal` samples, for the record of a run."""
+"""Name of the method of `sample_normal`, for the record of a run."""
 _ROWS_AT_ONCE = 64
 
 

@@ -52,15 +52,27 @@ class LossInputs(NamedTuple):
         return self.logits.scale
 
     def take(self, rows: slice) -> LossInputs:
-        """Take some rows."""
+        """Take some rows.
+
+        Args:
+            rows: Which rows; their groups and embeddings stay together.
+        """
         return self._change(lambda part: part[rows])
 
     def to(self, device: torch.device) -> LossInputs:
-        """Move all tensors to a device."""
+        """Move all tensors to a device.
+
+        Args:
+            device: Where all tensors go.
+        """
         return self._change(lambda part: part.to(device))._replace(logits=self.logits.to(device))
 
     def at_scale(self, scale: float) -> LossInputs:
-        """Return the same batch at another inverse temperature."""
+        """Return the same batch at another inverse temperature.
+
+        Args:
+            scale: Inverse temperature, in place of that of the head.
+        """
         other = torch.tensor([scale], device=self.image_embeds.device)
         return self._replace(logits=self.logits._replace(scale=other))
 
