@@ -30,7 +30,7 @@ _REGISTRATIONS = (
      ("AutoModelForTextEncoding",)),
     (f"{_AUTO}.processing_auto", "processing_llm2clip", ("LLM2CLIPProcessor",),
      ("AutoProcessor",)),
-    (f"{_AUTO}.image_processing_auto", "image_loading_llm2clip",
+    (f"{_AUTO}.image_processing_auto", "image_cropping_llm2clip",
      ("LLM2CLIPImageProcessor", "LLM2CLIPImageProcessorPil"), ("AutoImageProcessor",)),
 )  # fmt: skip
 _WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {

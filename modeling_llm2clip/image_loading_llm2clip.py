@@ -3,11 +3,6 @@
 Every image is decoded in full. So it has the same pixels in training, extraction, evaluation and
 search, and in a pipeline or sentence-transformers.
 
-The image processors crop as torchvision does, one pixel beside those of transformers: CLIP, EVA and
-timm train with torchvision's `CenterCrop`, which rounds half of an odd margin to the even number,
-while transformers rounds it down. A program without this code refuses a class of these names; a
-setting of transformers' own class would be ignored there.
-
 Uploaded with the weights.
 """
 
@@ -27,44 +22,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import CLIPImageProcessor, CLIPImageProcessorPil
-
-
-class _TorchvisionCrop:
-    _auto_class = "AutoImageProcessor"  # makes save_pretrained copy the code
-
-    def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:
-        """Crop the center of images.
-
-        Args:
-            image: (…, H, W), an array or a tensor.
-            size: height and width; what is smaller is padded, which the base does as torchvision.
-            **kwargs: of the base.
-        """
-        top, left = (
-            max(0, round((have - want) / 2))
-            for have, want in zip(image.shape[-2:], (size.height, size.width), strict=True)
-        )
-        image = image[..., top : top + size.height, left : left + size.width]
-        return super().center_crop(image, size, **kwargs)  # type: ignore[misc]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings, with the classes that a program without this package loads."""
-        classes = [f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for cls in _CLASSES]
-        settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return settings | {"auto_map": {"AutoImageProcessor": classes}}
-
-
-class LLM2CLIPImageProcessor(_TorchvisionCrop, CLIPImageProcessor):  # type: ignore[misc]
-    """CLIP's, which computes with torchvision."""
-
-
-class LLM2CLIPImageProcessorPil(_TorchvisionCrop, CLIPImageProcessorPil):  # type: ignore[misc]
-    """CLIP's, which computes with Pillow."""
-
-
-_CLASSES = (LLM2CLIPImageProcessorPil, LLM2CLIPImageProcessor)  # transformers wants this order
-
 
 # Holds the limits of this process, because worker processes inherit it and because another copy of
 # this module, of a model folder, reads it too.

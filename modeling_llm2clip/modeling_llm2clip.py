@@ -161,14 +161,8 @@ def keep_states(
 if TYPE_CHECKING:
     # Some versions of transformers copy only the files that the loaded file itself names. The
     # processor is one of them, because config.json names its code even where it is not saved.
-    from .base_llm2clip import (
-        quantize_llm_only,  # noqa: F401
-        read_instructions,  # noqa: F401
-    )
-    from .image_loading_llm2clip import (
-        LLM2CLIPImageProcessor,  # noqa: F401
-        load_images,  # noqa: F401
-    )
+    from .image_cropping_llm2clip import LLM2CLIPImageProcessor  # noqa: F401
+    from .image_loading_llm2clip import load_images  # noqa: F401
     from .loading_llm2clip import build_tower  # noqa: F401
     from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 

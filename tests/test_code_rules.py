@@ -50,7 +50,7 @@ BUDGETS = {
     "data": 6140,
     "demo": 140,
     "doctor": 2030,
-    "embedding": 1740,
+    "embedding": 1750,
     "encoding": 790,
     "evaluation": 4990,
     "model_folders": 1870,
@@ -61,7 +61,7 @@ BUDGETS = {
     "serving": 2150,
     "training": 4680,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 307, 8960
+MOST_FILES, MOST_DOCSTRING_LINES = 309, 8970
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.building.vision_towers import image_processor_from_timm
 from modeling_llm2clip.conversion.conversion_plan import make_image_processor
 from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
-from modeling_llm2clip.image_loading_llm2clip import (
+from modeling_llm2clip.image_cropping_llm2clip import (
     LLM2CLIPImageProcessor,
     LLM2CLIPImageProcessorPil,
 )

@@ -222,6 +222,7 @@ def test_limits_above_pillows_own_lift_it(monkeypatch: pytest.MonkeyPatch) -> No
         read_image_header(io.BytesIO(content), name="a")
 
 
+@pytest.mark.slow
 def test_limits_reach_threads_and_processes_that_are_started_later(tmp_path: Path) -> None:
     draw_noise(40, 56).save(tmp_path / "a.png")
     code = (

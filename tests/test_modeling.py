@@ -499,6 +499,7 @@ CUT = {
 
 
 @pytest.mark.parametrize("complaint", CUT)
+@pytest.mark.slow
 def test_a_compiled_model_rejects_what_a_plain_one_does(complaint: str) -> None:
     model, processor = shared_model()
     batch = processor(text=CAPTIONS)

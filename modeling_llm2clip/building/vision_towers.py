@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from ..image_loading_llm2clip import LLM2CLIPImageProcessor
+from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
 

@@ -236,12 +236,12 @@ def _flatten(hint: Any) -> Any:
 
 
 def _list_leaves(arguments: Iterable[Argument]) -> list[Argument]:
-    """List what takes words: not the configs themselves, and not what is no flag."""
+    """List what takes words: not the configs themselves, and not what has no flag."""
     return [argument for argument in arguments if argument.parse and not argument.children]
 
 
 def _convert_all(given: Iterable[Argument]) -> tuple[list[Any], dict[str, Any], list[str]]:
-    """Return the values of arguments, those of flags, and a sentence for each that is none."""
+    """Return the values of arguments, those of flags, and a sentence for each invalid one."""
     positional: list[Any] = []
     values: dict[str, Any] = {}
     errors: list[str] = []

@@ -67,7 +67,7 @@ def embed(
     is_onnx = config.backend == "onnx"
     needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
     require(*needs, *([RAY] if engine == "ray" else []))
-    from ..embedding.parquet_writer import EmbeddingManifest
+    from ..embedding.embedding_manifest import EmbeddingManifest
     from ..model_folders.model_types import require_own_model
 
     refuse_foreign_options(config, modality)

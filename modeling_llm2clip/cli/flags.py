@@ -57,8 +57,9 @@ class CommandLine:
     def _parse_with(self, chosen: Command | None, words: Sequence[str]) -> partial[int | None]:
         words = _prepare(chosen, words) if chosen else self._require_words(words)
         try:
+            # A console keeps the width that the terminal has when it is made.
             run, bound, _ = self._make_app(chosen).parse_args(
-                words, exit_on_error=False, print_error=False
+                words, console=Console(), exit_on_error=False, print_error=False
             )
         except LineSplit as split:
             assert chosen is not None

@@ -38,10 +38,10 @@ Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once: every construction asks for one
 # pydantic's types of errors → what is wanted.
 _WANTED = {
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "above {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "below {lt:g}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
     "finite_number": "a finite number",
     "int_type": "an integer",
     "float_type": "a number",

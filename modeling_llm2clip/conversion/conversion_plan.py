@@ -21,7 +21,7 @@ from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..heads_llm2clip import MAX_LOG_SCALE
-from ..image_loading_llm2clip import LLM2CLIPImageProcessor
+from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES
 from ..model_folders.weights import LazyTensor
 from ..modeling_llm2clip import LLM2CLIPModel

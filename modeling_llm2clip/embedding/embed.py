@@ -32,8 +32,9 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
 from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
+from .embedding_manifest import EmbeddingManifest
 from .embedding_rows import ImageRows, TextRows
-from .parquet_writer import EmbeddingManifest, ParquetWriter
+from .parquet_writer import ParquetWriter
 from .shard_computation import (
     Engine,
     Prepare,

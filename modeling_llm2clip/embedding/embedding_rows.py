@@ -20,7 +20,6 @@ from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import count_distinct
 from ..data.records.record_table import RecordTable
 from ..data.records.shared_images import require_images, select_one_per_image
-from ..processing_llm2clip import check_texts
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _SEPARATOR = "#"
@@ -49,6 +48,8 @@ class TextRows:
         self._num_langs = _count_langs(records)
         self._starts, self._num_rows = _find_shards(records, rows_per_shard)
         if not self._num_rows:
+            from ..processing_llm2clip import check_texts  # imports torch
+
             check_texts([])
 
     def __len__(self) -> int:

@@ -145,7 +145,7 @@ def prepare_images(
 ) -> PreparedImages:
     """Open images and prepare them for a vision tower; prepared ones are joined.
 
-    `open_image` returns None for an image that is left out. Where one is invalid, `on_error` makes
+    `open_image` returns None to leave an image out. Where one is invalid, `on_error` makes
     its message, or raises; the others are prepared without it. By default ValueError names all that
     are invalid.
     """

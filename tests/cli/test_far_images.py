@@ -65,6 +65,7 @@ COMMANDS = ["index", "tag", "tag --index", "embed", "embed int8", "evaluate"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.slow
 def test_a_command_says_it_once_of_images_of_another_kind_and_of_no_others(
     command: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -183,6 +183,7 @@ def test_an_llm_with_its_head_makes_the_same_model(converted, tmp_path) -> None:
     assert "auto_map" not in planned.config.text_config.to_dict()
 
 
+@pytest.mark.slow
 def test_a_merged_lora_gives_the_embeddings_of_the_official_loading(tmp_path) -> None:
     source = save_checkpoint("openai", tmp_path / "source")
     llm = LLMSource(LLM, loras=(LLM2VEC / "llama_lora",))
@@ -275,6 +276,7 @@ def test_a_temperature_rounded_up_to_half_precision_is_100(tmp_path) -> None:
     assert written == pytest.approx(math.log(100), abs=5e-7)  # float32 of ln 100
 
 
+@pytest.mark.slow
 def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> None:
     source = save_checkpoint("eva02", tmp_path / "source")
     flags = [

@@ -90,6 +90,7 @@ def place_in_folder(file: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", [place_in_cache, place_in_folder])
+@pytest.mark.slow
 def test_a_download_that_was_damaged_since_is_not_converted(
     place: Callable[[Path, Path], Path], tmp_path: Path
 ) -> None:

@@ -340,6 +340,7 @@ def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
     assert "a model that is loaded and saved elsewhere would lose these" in found.message
 
 
+@pytest.mark.slow
 def test_the_report_has_a_line_for_every_check_and_a_verdict(good: Path, copy: Path) -> None:
     CASES["remote code altered"].break_it(copy)
     lines = str(check_model(copy)).splitlines()

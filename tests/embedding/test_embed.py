@@ -23,7 +23,7 @@ from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.embedding.embed import describe_embeddings, embed
-from modeling_llm2clip.embedding.parquet_writer import EmbeddingManifest
+from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_embeddings

@@ -22,7 +22,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.embedding import embed as stage
 from modeling_llm2clip.embedding.embed import describe_embeddings, embed
-from modeling_llm2clip.embedding.parquet_writer import EmbeddingManifest
+from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]

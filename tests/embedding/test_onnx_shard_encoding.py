@@ -20,7 +20,7 @@ from modeling_llm2clip.configs.embed_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import Modality
 from modeling_llm2clip.embedding.embed import embed
-from modeling_llm2clip.embedding.parquet_writer import EmbeddingManifest
+from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.model_folders.onnx_folder import choose_graph, data_file
 
 TORCH = EmbedConfig(rows_per_shard=4, show_progress=False, device="cpu")

@@ -30,7 +30,8 @@ import modeling_llm2clip
 from modeling_llm2clip.base_llm2clip import write_sentence_transformers_files
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
-from modeling_llm2clip.image_loading_llm2clip import LLM2CLIPImageProcessor, load_images
+from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
+from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.model_folders.golden_embeddings import read_golden
 from modeling_llm2clip.model_folders.model_card import CardData
 from modeling_llm2clip.model_folders.model_loading import load_model

@@ -128,6 +128,7 @@ def test_the_card_of_a_trained_model_says_its_use_and_of_a_random_adapter_too(
     assert "in part untrained: random weights are left in its text adapter." in card
 
 
+@pytest.mark.slow
 def test_doctor_warns_of_an_untrained_model_that_is_healthy_as_a_folder(
     untrained: Path, good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,5 +174,6 @@ def test_what_a_training_did_is_written_into_the_new_folder(
     assert after == before.replace('_trained": false', '_trained": true')
 
 
+@pytest.mark.slow
 def test_what_is_converted_was_trained(tmp_path: Path) -> None:
     assert read_state(convert_family("openai", tmp_path)) == (True, True)

@@ -28,6 +28,7 @@ INPUTS = CheckInputs(captions=["a"] * 4, texts=["a"] * 4, images=[None] * 4, dat
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.slow
 def test_the_effect_of_rounding_is_measured_with_onnx_runtimes_own_numbers(
     weights: Any, bits: int
 ) -> None:

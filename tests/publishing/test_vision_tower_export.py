@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.image_loading_llm2clip import LLM2CLIPImageProcessor
+from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.publishing.export_model import (

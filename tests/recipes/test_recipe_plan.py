@@ -126,6 +126,7 @@ def remove_export(run: Path) -> None:
         (remove_export, "export", "to do"),
     ],
 )
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_is_reported_as_such(
     sources: Path,
     tmp_path: Path,

@@ -140,6 +140,7 @@ def test_an_option_that_changed_is_refused_by_name(
     assert read_files(done.config.output) == before
 
 
+@pytest.mark.slow
 def test_all_options_and_data_that_changed_are_named_together(done: Done) -> None:
     changed = replace(done.config, text_model="vision", test_size=0.2)
     with pytest.raises(
@@ -266,7 +267,7 @@ def test_a_folder_with_an_equals_sign_is_taken_whole(
 def test_a_seed_that_some_stage_cannot_take_is_refused_when_the_recipe_is_read(
     sources: Path, tmp_path: Path, seed: int
 ) -> None:
-    with pytest.raises(ValueError, match=rf"seed={seed} must be at least 0"):
+    with pytest.raises(ValueError, match=rf"seed={seed} must be at (least 0|most 4294967295)"):
         make_recipe(sources, tmp_path / "run", seed=seed)
 
 

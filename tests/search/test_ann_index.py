@@ -144,6 +144,7 @@ def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
     ("query_ms", "min_recall", "reason"),
     [(1.0, 0.9, None), (9.0, 0.9, "slower than without"), (1.0, 1.1, "below 1.1")],
 )
+@pytest.mark.slow
 def test_it_is_kept_if_it_finds_enough_and_is_faster(
     trained: tuple[IndexDatabase, np.ndarray], monkeypatch: pytest.MonkeyPatch,
     query_ms: float, min_recall: float, reason: str | None,

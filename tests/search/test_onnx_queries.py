@@ -70,6 +70,7 @@ def test_an_image_of_sixteen_bits_is_not_clipped(db: Path, images: Path, tmp_pat
     assert np.allclose(*cosines, atol=1e-2)  # Pillow resizes in 8 bits, torchvision in 32
 
 
+@pytest.mark.slow
 def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
     db: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

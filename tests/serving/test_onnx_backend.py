@@ -86,6 +86,7 @@ def test_an_index_is_searched_by_the_graphs_of_its_model(tmp_path: Path) -> None
             assert cosine == pytest.approx(wanted[path], abs=0.045)
 
 
+@pytest.mark.slow
 def test_the_graphs_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     other = save_model(tmp_path / "other")
     build(other, save_images(tmp_path / "images", count=2), tmp_path / "db")

@@ -173,7 +173,7 @@ class _Part:
     start: int = 0
 
     def has_sizes(self, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-        """Tell whether the images of these rows have these sizes; -1 stands for no image."""
+        """Tell whether the images of these rows have these sizes; -1 means no image."""
         if self.file is None:
             return bool((sizes < 0).all())
         found = _measure_file(self.file, self.column)

@@ -26,7 +26,7 @@ class ObjectStorage:
         policy: Attempts of each request, and waits.
 
     Raises:
-        ValueError: It is no such URL.
+        ValueError: It is a URL of another kind.
     """
 
     def __init__(self, url: str, policy: RetryPolicy | None = None) -> None:

@@ -130,7 +130,7 @@ def pair_items(
 ) -> Array | None:
     """Find the number of each record in a store, by name and language.
 
-    None stands for the same numbers. With `is_part`, the store may have further records.
+    None means the same numbers. With `is_part`, the store may have further records.
     """
     if len(records) == len(store):
         pairs = zip(records.iterate_numbers("key"), store.iterate_keys(), strict=True)

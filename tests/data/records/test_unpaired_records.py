@@ -220,6 +220,7 @@ def test_an_index_of_one_modality_is_not_found_for_pairs_but_one_of_pairs_for_a_
     assert load_records(folder, modality="image").file == pairs.file != found.file
 
 
+@pytest.mark.slow
 def test_processes_read_texts_as_this_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

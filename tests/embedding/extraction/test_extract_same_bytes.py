@@ -244,6 +244,7 @@ def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_a_signal_ends_the_command_after_a_batch_with_its_own_code(
     model: Path, data: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

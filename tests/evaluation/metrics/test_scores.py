@@ -108,6 +108,7 @@ def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 50, 120])
+@pytest.mark.slow
 def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(
     monkeypatch, at_a_time
 ):

@@ -126,8 +126,9 @@ def test_a_stream_over_http_trains_as_one_of_the_disk(
     assert len(read_losses(tmp_path / "disk")) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["shards", "damaged"])
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     prepared: Prepared,
     request: pytest.FixtureRequest,
@@ -172,7 +173,8 @@ def test_an_image_that_cannot_be_decoded_is_a_lost_sample(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_record_of_a_run_has_the_losses_of_all_epochs(
     prepared: Prepared,
     damaged: Path,

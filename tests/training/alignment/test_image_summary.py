@@ -179,6 +179,7 @@ def test_a_trained_tower_is_summarized_by_its_new_weights_and_names_what_came_be
     assert summary.describe_far(tally_images(tmp_path / "run" / "model", images)) is None
 
 
+@pytest.mark.slow
 def test_a_damaged_summary_is_refused_before_the_training(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def read_held_out_losses(output: Path) -> list[float]:
     return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
 
 
+@pytest.mark.slow
 def test_a_loss_with_a_parameter_trains_chooses_and_resumes(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(ru
         tune(again, replace(hard, init_lora=None), resume=True)
 
 
+@pytest.mark.slow
 def test_another_runs_folder_is_refused_with_what_differs(run):
     with pytest.raises(ValueError, match=r"learning_rate: 0\.01 then, 0\.02 now"):
         tune(run[0], replace(SHORT, learning_rate=2e-2), resume=True)

@@ -49,6 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("weight", "num_batches"), [(0.3, 2), (1.0, 7)])
+@pytest.mark.slow
 def test_text_pairs_have_the_share_of_an_epoch_that_they_weigh(
     tmp_path: Path, seen: list[list[str]], weight: float, num_batches: int
 ) -> None:
@@ -75,6 +76,7 @@ def test_hard_batches_of_captions_leave_those_of_text_pairs_as_they_are(
     assert at_random != seen  # batches of captions are others
 
 
+@pytest.mark.slow
 def test_no_text_pair_shows_a_caption_that_is_held_out(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:

@@ -134,7 +134,7 @@ def _find_captions(fields: Mapping[str, Any], paths: list[list[str]]) -> list[An
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
-    """List the values at a path; None stands for one that is missing."""
+    """List the values at a path; a missing one is None."""
     values: list[Any] = [fields]
     for step in path:
         if step == "*":
