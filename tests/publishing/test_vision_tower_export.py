@@ -110,7 +110,7 @@ def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: 
     own = LLM2CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     source = save_model(model, LLM2CLIPProcessor(own, processor.tokenizer), tmp_path / "model")
     folder = export_vision_tower(source, tmp_path / "tower")
-    assert (folder / "image_loading_llm2clip.py").is_file()
+    assert (folder / "image_cropping_llm2clip.py").is_file()
     assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert settings["auto_map"].keys() == {"AutoImageProcessor"}
