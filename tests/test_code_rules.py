@@ -58,7 +58,7 @@ BUDGETS = {
     "recipes": 670,
     "scheduling": 110,
     "search": 2270,
-    "serving": 2150,
+    "serving": 2155,
     "training": 4680,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 309, 8970

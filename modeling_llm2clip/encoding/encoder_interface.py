@@ -215,7 +215,8 @@ class Encoder(ABC):
                 tower_embeds = None
                 embeds = torch.empty(0, self.embedding_dim, dtype=torch.float32)
                 if readable:
-                    embeds = tower_embeds = self.encode_pixels(**prepared.inputs)
+                    embeds = self.encode_pixels(**prepared.inputs)
+                    tower_embeds = None if self.projects_at_once else embeds
                     if project:
                         embeds = self.project("image", embeds)
                     embeds = embeds.float().cpu()

@@ -75,7 +75,10 @@ class UrlFetcher:
             answer = await self._get(url, _parse(url))
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(url, answer)
+            try:
+                url = urljoin(url, answer)
+            except ValueError:  # such as a bracket that is not closed
+                raise _refuse(url, "redirects to what is not a valid URL") from None
         raise _refuse(url, f"redirects more than {_MOST_REDIRECTS} times")
 
     async def _get(self, url: str, parts: SplitResult) -> bytes | str:

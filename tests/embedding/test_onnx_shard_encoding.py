@@ -21,7 +21,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import Modality
 from modeling_llm2clip.embedding.embed import embed
 from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
-from modeling_llm2clip.model_folders.onnx_folder import choose_graph, data_file
+from modeling_llm2clip.model_folders.onnx_folder import choose_graph, data_file, load_onnx_encoder
 
 TORCH = EmbedConfig(rows_per_shard=4, show_progress=False, device="cpu")
 ONNX = replace(TORCH, backend="onnx")
@@ -56,6 +56,13 @@ def test_both_backends_write_the_same_embeddings(modality: str, data: Path, tmp_
     first, second = (EmbeddingManifest.read(folder).fingerprint for folder in (wanted, found))
     assert {name: second[name] for name in first} == first
     assert set(second) - set(first) == {"graph", "tokenizer and settings"}
+
+
+def test_embeddings_of_a_graph_are_not_taken_for_those_of_the_tower() -> None:
+    """They would be compared with the tower's embeddings of the images of the training."""
+    [batch] = load_onnx_encoder(shared_graphs()).iterate_images([draw_noise(40, 50)], [[0]])
+    assert batch.embeds.norm().item() == pytest.approx(1, abs=ROUNDING)
+    assert batch.tower_embeds is None
 
 
 def test_an_output_of_other_weights_is_not_continued(data: Path, tmp_path: Path) -> None:

@@ -202,6 +202,11 @@ def test_invalid_urls_are_refused(url: str) -> None:
     assert refuse(url).status == 400
 
 
+def test_a_redirect_to_an_invalid_url_is_refused(web: Any) -> None:
+    error = refuse(f"{web.url}/moved/http://[")
+    assert (error.status, error.code) == (400, "invalid_image_url")
+
+
 def test_what_is_too_large_is_not_read_to_its_end(web: Any) -> None:
     for path in ("image", "chunked"):
         assert refuse(f"{web.url}/{path}", max_bytes=5000).status == 413

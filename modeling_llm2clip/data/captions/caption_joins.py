@@ -193,7 +193,8 @@ class _Spool:
         """Return the place of each key among those of the records, and whether it is there."""
         hashes = np.array([hash_text(key or "") for key in keys], np.int64)
         found = np.minimum(np.searchsorted(self._keys, hashes), len(self._keys) - 1)
-        return found, (self._keys[found] == hashes) & [key is not None for key in keys]
+        is_given = np.array([key is not None for key in keys], np.bool_)
+        return found, (self._keys[found] == hashes) & is_given
 
     def find(self, keys: Sequence[str | None]) -> list[CaptionRow | None]:
         """Find the row of each key."""

@@ -107,7 +107,8 @@ def _warn_once(file: FilePlace, obstacle: str) -> None:
     _warned.add(obstacle)
     warnings.warn(
         f"{file}: for each image a whole row group is read ({obstacle}), which is slow at random. "
-        "Write such files anew, with compression='none' and use_dictionary=False, and no nulls.",
+        "Write such files anew, with compression='none' and use_dictionary=False, with statistics "
+        "and no nulls.",
         stacklevel=2,
     )
 
@@ -158,7 +159,9 @@ def _find_obstacle(described: Any, chunk: Any, nulls: int | None) -> str:
         return f"compressed with {chunk.compression}"
     if chunk.has_dictionary_page:
         return "written with a dictionary"
-    return "" if nulls == 0 else "rows without an image among them"
+    if nulls is None and described.max_definition_level:
+        return "no statistics, which would count the rows without an image"
+    return "rows without an image among them" if nulls else ""
 
 
 def _read_from_pages(

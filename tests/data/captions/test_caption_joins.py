@@ -144,6 +144,17 @@ def test_a_repeated_row_is_counted_and_the_first_one_used(tmp_path: Path) -> Non
     assert joined.repeated_rows == 1
 
 
+def test_a_part_of_a_file_may_have_no_captions(tmp_path: Path) -> None:
+    """A file is read 8192 rows at a time, and none of the first ones may have any."""
+    rows = [{"url": "https://x.example/1", "caption": ""} for _ in range(8192)]
+    rows.append({"url": "https://x.example/2", "caption": "a late one"})
+    joined = join_captions(make_records(3), write_csv(tmp_path / "c.csv", rows), on="url")
+    assert texts(joined.records)[2] == (("own 2", "a late one"), ())
+    assert (joined.matched, joined.unmatched_rows, joined.repeated_rows) == (1, 0, 0)
+    with pytest.raises(ValueError, match="No record of 3 matches a row"):
+        join_captions(make_records(3), write_csv(tmp_path / "d.csv", rows[:8192]), on="url")
+
+
 def test_captions_may_replace_the_own_ones_and_the_unmatched_may_go(tmp_path: Path) -> None:
     rows = [{"url": f"https://x.example/{n}", "re_caption": f"A long text of {n}."} for n in (2, 0)]
     file = write_csv(tmp_path / "c.csv", rows)

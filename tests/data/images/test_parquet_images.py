@@ -112,6 +112,7 @@ def test_pages_are_read_without_arrow(
         ({}, 0, "compressed with SNAPPY"),
         ({"compression": "none"}, 0, "written with a dictionary"),
         (PLAIN, 0.3, "rows without an image"),
+        ({**PLAIN, "write_statistics": False}, 0, "no statistics"),
     ],
 )
 def test_slow_reads_are_named_once_with_the_remedy(
