@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, try_to_load_from_cache
 
 _OWN_CODE = (
-    "configuration_llm2clip.", "image_loading_llm2clip.", "modeling_llm2clip.",
+    "configuration_llm2clip.", "image_cropping_llm2clip.", "modeling_llm2clip.",
     "processing_llm2clip.",
 )  # fmt: skip
 # Files in which transformers looks for references to custom code.
