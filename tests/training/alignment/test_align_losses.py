@@ -65,8 +65,8 @@ def test_a_loss_computes_in_float32_whatever_the_precision_of_the_towers(
         logits = inputs.logit_scale * cosines
         return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
 
-    options = {"precision": "bfloat16", "max_steps": 1, "text_training": "frozen-online"}
-    config = AlignConfig(**{**SHORT_RUN, **options})
+    changed = {"precision": "bfloat16", "max_steps": 1, "text_training": "frozen-online"}
+    config = AlignConfig(**SHORT_RUN | changed)
     align(prepared.model, prepared.records, tmp_path / "run", config, loss=compare)
     assert seen == {torch.float32}
 
