@@ -367,11 +367,11 @@ class LogitHead(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the inverse temperature, (1,) float32."""
-        return self.rule().scale
+        return self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp()
 
     def rule(self) -> LogitRule:
         """Return the rule of the current weights, through which gradients reach them."""
-        return LogitRule(self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp())
+        return LogitRule(self())  # a call, whose hooks fetch weights that are offloaded or sharded
 
     def plain_rule(self) -> LogitRule:
         """Return the rule without gradients, for embeddings on any device."""

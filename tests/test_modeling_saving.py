@@ -317,15 +317,20 @@ def test_a_device_map_does_not_change_the_output(
     device_map: Any = "cpu"
     if text_device == "disk":
         tops = {name.split(".")[0] for name in shared_model()[0].state_dict()}
-        device_map = {name: "disk" if name == "text_model" else "cpu" for name in tops}
+        # The temperature is the last part, and so the first without room on a GPU.
+        offloaded = ("text_model", "logit_scale")
+        device_map = {name: "disk" if name in offloaded else "cpu" for name in tops}
     model = AutoModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
-    is_offloaded = {p.device.type for p in model.text_model.parameters()} == {"meta"}
+    parts = (model.text_model, model.logit_scale)
+    is_offloaded = {p.device.type for part in parts for p in part.parameters()} == {"meta"}
     assert is_offloaded is (text_device == "disk")
     with torch.no_grad():
         found, wanted = model(**shared_batch()), shared_model()[0](**shared_batch())
     # Equal weights at other memory addresses, see above.
     assert torch.allclose(found.text_embeds, wanted.text_embeds, atol=1e-6)
     assert torch.allclose(found.image_embeds, wanted.image_embeds, atol=1e-6)
+    # The same times a temperature of 14.
+    assert torch.allclose(found.logits_per_image, wanted.logits_per_image, atol=1e-5)
 
 
 # Precision

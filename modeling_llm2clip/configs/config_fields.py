@@ -226,7 +226,8 @@ def _allow_yaml(hint: Any) -> Any:
     if origin in (Union, UnionType):
         return Union[tuple(map(_allow_yaml, arguments))]  # noqa: UP007
     if origin is tuple:
-        return Annotated[tuple[tuple(map(_allow_yaml, arguments))], Strict(False)]  # type: ignore[misc]
+        several: Any = tuple[tuple(map(_allow_yaml, arguments))]  # type: ignore[misc]
+        return Annotated[several, Strict(False), BeforeValidator(_require_list)]
     return Annotated[Path, BeforeValidator(_to_path)] if hint is Path else hint
 
 
@@ -234,11 +235,21 @@ def _to_path(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
+def _require_list(value: Any) -> Any:
+    """Refuse what pydantic would take, too: a set has another order in each process."""
+    from pydantic_core import PydanticKnownError
+
+    if not isinstance(value, list | tuple):
+        raise PydanticKnownError("tuple_type")
+    return value
+
+
 def _describe(error: ErrorDetails, known: type[Config] | Mapping[str, Any]) -> str:
     """One sentence for an error of pydantic: what came, and what was wanted."""
     path, value, kind = error["loc"], error["input"], error["type"]
-    parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in path if "[" not in str(p))
-    name = "".join(parts).removeprefix(".")  # without the branches of unions, as tuple[str, ...]
+    # Without the branches of unions, as `str` and `tuple[str, ...]`.
+    fields = (p for p in path if p != "str" and "[" not in str(p))
+    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fields).removeprefix(".")
     if kind == "missing":
         return f"{name} is missing."
     if kind == "extra_forbidden":

@@ -66,6 +66,8 @@ class Example(Config):
     """Device."""
     folder: Path | None = None
     """Folder."""
+    place: str | Path | None = None
+    """Place."""
     words: tuple[str, ...] = ()
     """Words."""
     pairs: tuple[tuple[Path, float], ...] = ()
@@ -134,6 +136,9 @@ def test_options_import_nothing_costly_and_no_other_folder() -> None:
         ({"folder": 3}, "folder=3 must be a path."),
         ({"words": "one"}, "words='one' must be a list."),
         ({"words": ["one", 2]}, "words[1]=2 must be a string."),
+        ({"words": {"one"}}, "words={'one'} must be a list."),  # its order differs by process
+        ({"words": iter(["one"])}, "must be a list."),
+        ({"place": 3}, "place=3 must be a string. place=3 must be a path."),
         ({"pairs": [["file"]]}, "pairs[0][1] is missing."),
         ({"pairs": [["file", 1, 2]]}, "pairs[0]=['file', 1, 2] must be a list of 2."),
         ({"is_on": 1}, "is_on=1 must be true or false."),

@@ -71,11 +71,14 @@ class AlignmentModel(PartialModel):
             self.logit_head.rule(),
             group_ids,  # type: ignore[arg-type]  # None where nothing is compared
             text_keys,
-            vision_embeds=vision_embeds,
-            caption_embeds=caption_embeds,
+            vision_embeds=vision_embeds.float(),
+            caption_embeds=caption_embeds.float(),
         )
-        is_compared = self.training and group_ids is not None
-        return self.loss(inputs) if is_compared else None, inputs
+        if not self.training or group_ids is None:
+            return None, inputs
+        # An enclosing autocast would round the products of a loss; held-out images have none.
+        with torch.autocast(inputs.image_embeds.device.type, enabled=False):
+            return self.loss(inputs), inputs
 
     @property
     def head(self) -> dict[str, nn.Parameter]:

@@ -368,15 +368,10 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
             "FSDP's first version would round the temperature to bfloat16. Set fsdp_version: 2 in "
             "the configuration, as examples/accelerate/fsdp.yaml does, or give precision=float32."
         )
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # A unit of its own, so that its dtype stays.
     fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())
-    register_fsdp_forward_method(model.logit_head, "rule")

@@ -31,8 +31,8 @@ class LossInputs(NamedTuple):
         group_ids: (B,) int64, what each row shows; the same numbers on every process.
         text_keys: (B,) int64, hashes of the captions: rows of equal ones have the same text. None
             where all captions differ.
-        vision_embeds: (B, D') output of the vision tower, before projection.
-        caption_embeds: (B, D) output of the LLM, before adapter and projection.
+        vision_embeds: (B, D') float32 output of the vision tower, before projection.
+        caption_embeds: (B, D) float32 output of the LLM, before adapter and projection.
         is_whole: Whether every process has these same rows, so that none has to be gathered: the
             images that a model is measured on.
     """

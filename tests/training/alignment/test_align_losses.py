@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from aligning import (
     SHORT_RUN,
     Prepared,
@@ -25,6 +26,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,6 +50,25 @@ def test_the_last_step_is_logged_whatever_the_steps_between_two_logs(
     wanted = {1: losses[1], 3: pytest.approx((losses[2] + losses[3]) / 2, rel=1e-6)}
     assert read_losses(tmp_path / "run") == wanted
     assert run.results["final_loss"] == read_losses(tmp_path / "run")[3]
+
+
+def test_a_loss_computes_in_float32_whatever_the_precision_of_the_towers(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    seen: set[torch.dtype] = set()
+
+    def compare(inputs: LossInputs) -> torch.Tensor:
+        cosines = inputs.image_embeds @ inputs.text_embeds.T
+        assert inputs.vision_embeds is not None and inputs.caption_embeds is not None
+        embeds = (inputs.vision_embeds, inputs.caption_embeds)
+        seen.update(part.dtype for part in (cosines, inputs.logit_scale, *embeds))
+        logits = inputs.logit_scale * cosines
+        return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+
+    changed = {"precision": "bfloat16", "max_steps": 1, "text_training": "frozen-online"}
+    config = AlignConfig(**SHORT_RUN | changed)
+    align(prepared.model, prepared.records, tmp_path / "run", config, loss=compare)
+    assert seen == {torch.float32}
 
 
 @pytest.mark.slow
