@@ -134,11 +134,11 @@ def _find_captions(fields: Mapping[str, Any], paths: list[list[str]]) -> list[An
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
-    """List the values at a path; a missing one is None."""
+    """List the values at a path; a missing one, or one that should be a list, is None."""
     values: list[Any] = [fields]
     for step in path:
         if step == "*":
-            several = (value if isinstance(value, list) else [value] for value in values)
+            several = (value if isinstance(value, list) else [None] for value in values)
             values = list(chain(*several))
         elif step.isdigit():
             place = int(step)

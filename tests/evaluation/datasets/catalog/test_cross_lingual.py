@@ -60,6 +60,19 @@ def test_a_record_of_xm3600_without_the_language_is_an_error(tmp_path: Path) -> 
     assert load_dataset(tiny_spec("xm3600", images=2), folder, lang="en").protocol["skipped"] == {}
 
 
+def test_captions_of_xm3600_that_are_a_text_in_place_of_a_list_are_an_error(
+    tmp_path: Path,
+) -> None:
+    folder = write_xm3600(tmp_path)
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    record = json.loads(lines[0])
+    record["de"]["caption"] = "Ein Hund."
+    lines[0] = json.dumps(record)
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    wanted = {"no 'image/key', or no captions in 'de'": 1}
+    assert errors_of(tiny_spec("xm3600", images=1), folder, lang="de") == wanted
+
+
 def test_parquet_of_a_hub_is_read_at_its_commit_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
