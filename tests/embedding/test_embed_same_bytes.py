@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
 from interruptions import largest_file, read_bytes, stop_after_one
-from launches import kill_repeatedly, run_python, start_with_ray
+from launches import require_same_bytes_when_killed, run_python, run_with_ray
 from made_up_records import write_captions
 
 from modeling_llm2clip.__main__ import main
@@ -172,12 +172,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
 ) -> None:
     command = ["embed", str(model), str(data), "{output}", "--modality", "text", "--columns",
                "text", "--dtype", "int8", *FLAGS]  # fmt: skip
-    report = kill_repeatedly(tmp_path, command, times=times)
-    assert len(report["kills"]) == times
-    undisturbed = read_bytes(tmp_path / "undisturbed")
-    assert len(undisturbed) > 20
-    for folder in report["folders"]:
-        assert read_bytes(Path(folder)) == undisturbed
+    require_same_bytes_when_killed(tmp_path, command, times=times)
 
 
 @pytest.mark.slow
@@ -188,11 +183,7 @@ def test_ray_leaves_the_same_bytes_as_one_process(
     pytest.importorskip("ray")
     records = load_records(images)
     alone = embed(model, records, tmp_path / "alone", IMAGE, modality="image")
-    run = start_with_ray(
-        tmp_path, "embed", model, records, tmp_path / "ray", IMAGE, modality="image"
-    )
-    _, errors = run.communicate(timeout=240)
-    assert run.returncode == 0, errors[-3000:]
+    run_with_ray(tmp_path, "embed", model, records, tmp_path / "ray", IMAGE, modality="image")
     assert read_bytes(tmp_path / "ray") == read_bytes(alone)
 
 

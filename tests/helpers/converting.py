@@ -18,7 +18,7 @@ from modeling_llm2clip.configs.export_config import ConvertConfig
 from modeling_llm2clip.configs.source_format import SourceFormat
 from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, plan_conversion
 from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
-from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS, find_layout
+from modeling_llm2clip.conversion.layouts import LAYOUTS, find_layout
 from modeling_llm2clip.conversion.source_checkpoint import (
     CheckpointSource,
     LLMSource,
@@ -31,13 +31,13 @@ LLM2VEC = GOLDEN / "llm2vec"
 LLM = LLM2VEC / "llama"
 # Which source format a family's small checkpoint has, and what is smaller in it.
 FORMAT_OF = {
-    "hub_clip": replace(SOURCE_FORMATS["openai-hub"], max_text_length=200),
-    "openai": replace(SOURCE_FORMATS["openai"], max_text_length=200, head_width=12),
+    "hub_clip": replace(LAYOUTS["openai-hub"].source_format, max_text_length=200),
+    "openai": replace(LAYOUTS["openai"].source_format, max_text_length=200, head_width=12),
     "eva02": replace(
-        SOURCE_FORMATS["eva02"], max_text_length=200, head_width=12, rope_reference_size=4
+        LAYOUTS["eva02"].source_format, max_text_length=200, head_width=12, rope_reference_size=4
     ),
     "siglip2": replace(
-        SOURCE_FORMATS["siglip2"], max_text_length=200, head_width=12, preprocessing="openai"
+        LAYOUTS["siglip2"].source_format, max_text_length=200, head_width=12, preprocessing="openai"
     ),
 }
 

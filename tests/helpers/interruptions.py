@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, files that find no room, and the bytes that are left."""
+"""Runs that are stopped or refused, files that find no room, and the bytes that are left."""
 
 from __future__ import annotations
 
@@ -62,3 +62,23 @@ def count_written_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def read_bytes(folder: Path) -> dict[str, bytes]:
     """Read the files of a folder, by name."""
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@contextmanager
+def refusing_for(
+    *entries: str, folder: Path, holds: str, content: dict[str, bytes]
+) -> Iterator[None]:
+    """Require that a run is refused for what differs from a folder's own, which stays as it is.
+
+    Args:
+        *entries: what differs; nothing else is named.
+        folder: the output of another run.
+        holds: what the error says that it holds.
+        content: its files, as `read_bytes` gives them.
+    """
+    with pytest.raises(ValueError, match=f"holds {holds}") as raised:
+        yield
+    for entry in entries:
+        assert f"{entry}: " in str(raised.value), entry
+    assert str(raised.value).count(" in the store, ") == len(entries)
+    assert read_bytes(folder) == content

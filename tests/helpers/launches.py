@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from interruptions import read_bytes
+
 ROOT = Path(__file__).parents[2]
 # By the loopback interface alone: the machine's own name may be looked up in a network.
 _LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost")
@@ -57,6 +59,22 @@ def kill_repeatedly(folder: Path, command: Sequence[str], *, times: int) -> dict
     return report
 
 
+def require_same_bytes_when_killed(folder: Path, command: Sequence[str], *, times: int) -> None:
+    """Require that a command killed at random moments leaves the bytes of one that was not.
+
+    Args:
+        folder: as in `kill_repeatedly`.
+        command: as in `kill_repeatedly`.
+        times: kills.
+    """
+    report = kill_repeatedly(folder, command, times=times)
+    assert len(report["kills"]) == times
+    undisturbed = read_bytes(folder / "undisturbed")
+    assert len(undisturbed) > 20
+    for killed in report["folders"]:
+        assert read_bytes(Path(killed)) == undisturbed
+
+
 def start_with_ray(
     folder: Path, stage: str, *arguments: object, modality: str
 ) -> subprocess.Popen[str]:
@@ -81,3 +99,10 @@ def start_with_ray(
         [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def run_with_ray(folder: Path, stage: str, *arguments: object, modality: str) -> None:
+    """Run a stage as `start_with_ray` does, to its end."""
+    run = start_with_ray(folder, stage, *arguments, modality=modality)
+    _, errors = run.communicate(timeout=240)
+    assert run.returncode == 0, errors[-3000:]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from extracting import EXACT, extract_captions
 from interruptions import largest_file, read_bytes, stop_after_one
-from launches import kill_repeatedly, run_python, start_with_ray
+from launches import require_same_bytes_when_killed, run_python, run_with_ray, start_with_ray
 from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
@@ -116,12 +116,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, times: int
 ) -> None:
     command = shorten(["extract", str(model), str(data), "{output}"])
-    report = kill_repeatedly(tmp_path, command, times=times)
-    assert len(report["kills"]) == times
-    undisturbed = read_bytes(tmp_path / "undisturbed")
-    assert len(undisturbed) > 20
-    for folder in report["folders"]:
-        assert read_bytes(Path(folder)) == undisturbed
+    require_same_bytes_when_killed(tmp_path, command, times=times)
 
 
 @pytest.mark.slow
@@ -206,11 +201,7 @@ def test_ray_leaves_the_same_bytes_of_images_as_one_process(
     records = load_records(images)
     config = replace(EXACT, token_budget=None, batch_size=3)
     alone = extract(model, records, tmp_path / "alone", config, modality="image")
-    run = start_with_ray(
-        tmp_path, "extract", model, records, tmp_path / "ray", config, modality="image"
-    )
-    _, errors = run.communicate(timeout=240)
-    assert run.returncode == 0, errors[-3000:]
+    run_with_ray(tmp_path, "extract", model, records, tmp_path / "ray", config, modality="image")
     assert read_bytes(tmp_path / "ray") == read_bytes(alone)
 
 
