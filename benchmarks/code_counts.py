@@ -17,6 +17,7 @@ import io
 import json
 import tokenize
 from collections import Counter, defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -56,7 +57,10 @@ class Source:
         return len(used - docstrings), len(docstrings)
 
     def list_imported(self) -> set[str]:
-        """Dotted names that the file may import, `from a import b` as both `a` and `a.b`."""
+        """List what the file imports, by absolute names: `a.b.c` for `from a.b import c`.
+
+        Imports for type checkers and those inside functions count too.
+        """
         package = [_PACKAGE, *self.path.parts[:-1]]
         found: set[str] = set()
         for node in ast.walk(self.tree):
@@ -64,9 +68,14 @@ class Source:
                 found.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 parent = package[: len(package) - node.level + 1] if node.level else []
-                source = ".".join([*parent, *([node.module] if node.module else [])])
-                found.update([source, *(f"{source}.{alias.name}" for alias in node.names)])
+                source = [*parent, *([node.module] if node.module else [])]
+                found.update(".".join([*source, alias.name]) for alias in node.names)
         return found
+
+    def list_imported_modules(self, modules: Set[str]) -> set[str]:
+        """List which of some modules the file imports, or imports something from."""
+        imported = self.list_imported()
+        return (imported | {found.rpartition(".")[0] for found in imported}) & modules
 
     @property
     def module(self) -> str:
@@ -157,7 +166,7 @@ def find_folder_circles(sources: list[Source]) -> list[list[str]]:
     modules = {source.module: source.path for source in sources}
     arrows = set()
     for source in sources:
-        for name in source.list_imported() & modules.keys():
+        for name in source.list_imported_modules(modules.keys()):
             arrows.add(_diverge(source.path.parent, modules[name].parent))
     pairs = {tuple(sorted(map(str, arrow))) for arrow in arrows if arrow and arrow[::-1] in arrows}
     return [list(pair) for pair in sorted(pairs)]
@@ -176,7 +185,9 @@ def _diverge(importing: PurePath, imported: PurePath) -> tuple[PurePath, PurePat
 def _count_importers(sources: list[Source]) -> Counter[str]:
     modules = {source.module for source in sources}
     return Counter(
-        name for source in sources for name in (source.list_imported() & modules) - {source.module}
+        name
+        for source in sources
+        for name in source.list_imported_modules(modules) - {source.module}
     )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_llm2clip
-from benchmarks.code_counts import count_by_folder, find_folder_circles, read_sources
+from benchmarks.code_counts import Source, count_by_folder, find_folder_circles, read_sources
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_llm2clip"
@@ -97,26 +98,10 @@ def count_docstring_lines(tree: ast.AST) -> int:
     return total
 
 
-def list_imported(name: str) -> set[str]:
-    """List what a module imports, by absolute names: `a.b.c` for `from a.b import c`.
-
-    Imports for type checkers and those inside functions count too.
-    """
-    imported = set()
-    for node in ast.walk(parse(MODULES[name])):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parents = name.split(".")[: -node.level] if node.level else []
-            source = [*parents, *([node.module] if node.module else [])]
-            imported |= {".".join([*source, alias.name]) for alias in node.names}
-    return imported
-
-
-def list_imported_modules(name: str) -> set[str]:
-    """List the modules of the package that a module imports, or imports something from."""
-    imported = list_imported(name)
-    return (imported | {found.rpartition(".")[0] for found in imported}) & set(MODULES)
+@cache
+def read_package() -> dict[str, Source]:
+    """Read all files of the package, by the names of their modules."""
+    return {source.module: source for source in read_sources(ROOT)}
 
 
 def run_python(code: str) -> str:
@@ -142,7 +127,7 @@ def test_files_are_short(path: Path) -> None:
 
 
 def test_every_folder_keeps_its_budget() -> None:
-    counts = count_by_folder(read_sources(ROOT))
+    counts = count_by_folder(list(read_package().values()))
     assert counts.keys() == BUDGETS.keys()
     over = {
         folder: (count["code_lines"], BUDGETS[folder])
@@ -155,7 +140,7 @@ def test_every_folder_keeps_its_budget() -> None:
 
 
 def test_no_two_folders_import_each_other() -> None:
-    assert find_folder_circles(read_sources(ROOT)) == []
+    assert find_folder_circles(list(read_package().values())) == []
 
 
 def test_files_are_not_scraps() -> None:
@@ -221,7 +206,9 @@ def test_imports_only_point_down() -> None:
 def test_no_modules_import_each_other() -> None:
     # Raises a CycleError that names the circle.
     order = list(
-        TopologicalSorter({name: list_imported_modules(name) for name in MODULES}).static_order()
+        TopologicalSorter(
+            {name: read_package()[name].list_imported_modules(MODULES.keys()) for name in MODULES}
+        ).static_order()
     )
     assert set(order) == set(MODULES)
     # The imports were read: what is uploaded comes before what is built on it.
@@ -235,7 +222,7 @@ def test_of_the_doctor_others_import_its_entry_points_only() -> None:
         found
         for name in MODULES
         if not name.startswith(f"{doctor}.")
-        for found in list_imported(name)
+        for found in read_package()[name].list_imported()
         if f"{found}.".startswith(f"{doctor}.")
     }
     assert imported == {
