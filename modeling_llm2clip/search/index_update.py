@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -26,8 +25,6 @@ from ..model_folders.training_images import ImageTally
 from .image_encoding import encode_readable_images
 from .index_database import ImageFacts, IndexDatabase
 from .query_encoding import QueryEncoder
-
-T = TypeVar("T")
 
 _COMMITTED_AT_ONCE = 512
 _SHOWN = 8
@@ -110,8 +107,7 @@ class FolderUpdate:
         """Update the index for all image files of its folder."""
         named = self._name(paths)
         # Before a file is read, so that one that is written meanwhile is noticed.
-        stats = map(partial(_try, Path.stat), named.values())
-        self._stats: dict[str, os.stat_result] = self._keep_readable(named, stats)
+        self._stats = self._read_stats(named)
         waiting = [
             (name, named[name])
             for name, stat in self._stats.items()
@@ -221,26 +217,22 @@ class FolderUpdate:
         for name, path in part.items():
             if path in self.counts.errors:
                 continue
-            found = _try(Path.stat, path)
-            if isinstance(found, OSError):
-                raise_disk_failure(found, path)
+            found = _read_stat(path)
             if isinstance(found, OSError) or describe_stat(found) != describe_stat(
                 self._stats[name]
             ):
                 self.counts.errors[path] = f"{path}: {_WRITTEN}"
 
-    def _keep_readable(
-        self, named: dict[str, Path], results: Iterable[T | OSError]
-    ) -> dict[str, T]:
-        """Return the results of readable files, and record an error for each other one."""
-        kept = {}
-        for (name, path), found in zip(named.items(), results, strict=True):
+    def _read_stats(self, named: dict[str, Path]) -> dict[str, os.stat_result]:
+        """Read size and times of files, and record an error for each that cannot be read."""
+        stats = {}
+        for name, path in named.items():
+            found = _read_stat(path)
             if isinstance(found, OSError):
-                raise_disk_failure(found, path)
                 self.counts.errors[path] = f"{path}: cannot be read ({found.strerror or found})."
             else:
-                kept[name] = found
-        return kept
+                stats[name] = found
+        return stats
 
     def _name(self, paths: Sequence[Path]) -> dict[str, Path]:
         """Name each file by its path below the folder, which must be Unicode."""
@@ -264,8 +256,10 @@ def describe_stat(stat: os.stat_result) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
-def _try(read: Callable[[Path], T], path: Path) -> T | OSError:
+def _read_stat(path: Path) -> os.stat_result | OSError:
+    """Return size and times of a file, or why it has none; raise if the disk fails."""
     try:
-        return read(path)
+        return path.stat()
     except OSError as error:
+        raise_disk_failure(error, path)
         return error
