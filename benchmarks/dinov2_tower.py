@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from modeling_llm2clip._extras import ONNX, require
 from modeling_llm2clip.building.pretrained_towers import PretrainedTower
 
 # What the export to ONNX called DINOv2's two position tables.
@@ -54,7 +53,6 @@ def read_onnx_weights(file: Path) -> dict[str, torch.Tensor]:
 
     A matrix has lost its name and is transposed; the operation that multiplies by it has kept both.
     """
-    require(ONNX)
     import onnx
 
     graph = onnx.load(file).graph

@@ -44,7 +44,6 @@ TIMM_TOWER = Need("timm", "timm", "the vision tower is a timm network")
 GGUF = Need("gguf", "gguf", "the language model is a .gguf file")
 WEB_SERVERS = Need("aiohttp", "remote", "reads from web servers")
 REMOTE_STREAMS = Need("torchdata", "remote", "resumes a stream")
-ONNX = Need("onnx", "onnx", "the part is an ONNX file")
 ONNX_RUNTIME = Need("onnxruntime", "onnx", "runs ONNX graphs")
 ONNX_EXPORT = tuple(
     Need(module, "onnx", "writes and checks ONNX graphs")

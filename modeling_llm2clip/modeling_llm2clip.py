@@ -43,6 +43,14 @@ from .packing_llm2clip import (
 )
 from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 
+if TYPE_CHECKING:
+    # Some versions of transformers copy only the files that the loaded file itself names. The
+    # processor is one of them, because config.json names its code even where it is not saved.
+    from .image_cropping_llm2clip import LLM2CLIPImageProcessor  # noqa: F401
+    from .image_loading_llm2clip import load_images  # noqa: F401
+    from .loading_llm2clip import build_tower  # noqa: F401
+    from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
+
 # Arguments of transformers' models, and the fields of an output that they fill.
 _STATES = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
 
@@ -156,15 +164,6 @@ def keep_states(
     return BaseModelOutputWithPooling(
         last_hidden_state=output.last_hidden_state, pooler_output=pooled, **states
     )
-
-
-if TYPE_CHECKING:
-    # Some versions of transformers copy only the files that the loaded file itself names. The
-    # processor is one of them, because config.json names its code even where it is not saved.
-    from .image_cropping_llm2clip import LLM2CLIPImageProcessor  # noqa: F401
-    from .image_loading_llm2clip import load_images  # noqa: F401
-    from .loading_llm2clip import build_tower  # noqa: F401
-    from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 
 class _TextMixin(LLM2CLIPPreTrainedModel):

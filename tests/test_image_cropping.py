@@ -25,7 +25,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.building.vision_towers import image_processor_from_timm
 from modeling_llm2clip.conversion.conversion_plan import make_image_processor
-from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.image_cropping_llm2clip import (
     LLM2CLIPImageProcessor,
     LLM2CLIPImageProcessorPil,
@@ -48,7 +48,7 @@ def transform_officially(image: Image.Image, side: int = SIDE) -> np.ndarray[Any
 
 
 def make_converted(kind: str, side: int = SIDE) -> LLM2CLIPProcessor:
-    converted = make_image_processor(SOURCE_FORMATS["openai"], side)
+    converted = make_image_processor(LAYOUTS["openai"].source_format, side)
     settings = {**converted.to_dict(), "do_normalize": False, "do_rescale": False}
     classes = {"torchvision": LLM2CLIPImageProcessor, "pillow": LLM2CLIPImageProcessorPil}
     return LLM2CLIPProcessor(classes[kind].from_dict(settings), fresh_processor().tokenizer)
@@ -174,6 +174,10 @@ def test_the_script_without_torch_crops_alike(tmp_path: Path) -> None:
 
 
 def test_every_source_format_gets_the_crop() -> None:
-    siglip2 = replace(SOURCE_FORMATS["siglip2"], preprocessing="half")
-    for source_format in (SOURCE_FORMATS["openai-hub"], SOURCE_FORMATS["eva02"], siglip2):
+    siglip2 = replace(LAYOUTS["siglip2"].source_format, preprocessing="half")
+    for source_format in (
+        LAYOUTS["openai-hub"].source_format,
+        LAYOUTS["eva02"].source_format,
+        siglip2,
+    ):
         assert type(make_image_processor(source_format, 32)) is LLM2CLIPImageProcessor

@@ -29,7 +29,7 @@ from modeling_llm2clip.cli.command import UsageError
 from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.train_config import TrainConfig
-from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.data.record_fields import KNOWN_FIELDS
 from modeling_llm2clip.doctor import server_checks
 from modeling_llm2clip.doctor.check_model import check_model
@@ -322,7 +322,7 @@ def test_the_build_page_has_every_prompt() -> None:
 def test_the_conversion_page_has_every_source_format() -> None:
     section = (DOCS / "convert.md").read_text("utf-8").split("## Source formats\n")[1]
     heads = next(line for line in section.splitlines() if line.startswith("|"))
-    assert set(re.findall(r"`([\w-]+)`", heads)) == set(SOURCE_FORMATS)
+    assert set(re.findall(r"`([\w-]+)`", heads)) == set(LAYOUTS)
 
 
 def test_the_page_of_the_doctor_has_every_check(tmp_path: Path) -> None:

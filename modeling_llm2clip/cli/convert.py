@@ -23,7 +23,7 @@ _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_te
 if TYPE_CHECKING:
     FormatName: TypeAlias = str
 else:
-    FormatName = Literal[(*(layout.choice for layout in LAYOUTS), _LLM2VEC)]
+    FormatName = Literal[(*LAYOUTS, _LLM2VEC)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def convert(
     require_new_folder(output)
     if source_format == _LLM2VEC:
         return _build(checkpoint, output, source, changes, config)
-    layout = next(one for one in LAYOUTS if one.choice == source_format)
+    layout = LAYOUTS[source_format]
     require(*([TIMM_TOWER] if layout.needs_timm else []))
     if source.text_model is None or source.vision_model is not None:
         raise ValueError(

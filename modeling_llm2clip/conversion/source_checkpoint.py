@@ -87,7 +87,9 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
 
 def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
     """Refuse a checkpoint whose keys are not those of a layout, and name the one they are of."""
-    fitting = [one for one in LAYOUTS if all(mark in checkpoint.tensors for mark in one.marks)]
+    fitting = [
+        one for one in LAYOUTS.values() if all(mark in checkpoint.tensors for mark in one.marks)
+    ]
     if fitting == [layout]:
         return
     source = checkpoint.source.name
@@ -96,7 +98,10 @@ def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
             f"{source} has keys of the family {fitting[0].name!r}, the source format is for "
             f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
         )
-    shown, families = sorted(checkpoint.tensors)[:_KEYS_SHOWN], sorted(one.name for one in LAYOUTS)
+    shown, families = (
+        sorted(checkpoint.tensors)[:_KEYS_SHOWN],
+        sorted(one.name for one in LAYOUTS.values()),
+    )
     raise ValueError(
         f"{source} has keys of {len(fitting)} known families, wanted one of {families}. Its first "
         f"keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be converted; "

@@ -17,7 +17,7 @@ import pytest
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import Command, UsageError
-from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.search.results_page import ResultFormat
 
@@ -159,7 +159,7 @@ def test_a_value_that_looks_like_a_flag_can_be_given() -> None:
 
 def test_choices_that_a_command_repeats_are_those_of_their_owner() -> None:
     shown = COMMANDS["convert"].flags["source_format"].hint.__args__
-    assert shown == (*SOURCE_FORMATS, "llm2vec")
+    assert shown == (*LAYOUTS, "llm2vec")
     assert COMMANDS["search"].flags["format"].hint.__args__ == get_args(ResultFormat)
 
 

@@ -47,7 +47,8 @@ NOT_IN_ALL = {"s3"}
 def all_needs() -> list[Need]:
     values = vars(_extras).values()
     alone = [value for value in values if isinstance(value, Need)]
-    return [*alone, *_extras.DEMO, *_extras.CAPTION_TUNING, *_extras.SERVE]
+    together = (_extras.DEMO, _extras.CAPTION_TUNING, _extras.ONNX_EXPORT, _extras.SERVE)
+    return [*alone, *(need for needs in together for need in needs)]
 
 
 def resolve(extra: str) -> set[str]:

@@ -9,11 +9,11 @@ import pytest
 
 from modeling_llm2clip.configs.source_format import SourceFormat
 from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
-from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS, find_layout
+from modeling_llm2clip.conversion.layouts import LAYOUTS, find_layout
 
 
 def test_the_preprocessing_of_siglip2_has_no_default() -> None:
-    assert SOURCE_FORMATS["siglip2"].preprocessing is None
+    assert LAYOUTS["siglip2"].source_format.preprocessing is None
 
 
 @pytest.mark.parametrize("layout", ["openai", "hub_clip", "eva02"])
@@ -24,7 +24,7 @@ def test_what_siglip2_alone_leaves_open_is_refused_elsewhere(layout: str, option
 
 
 def test_every_layout_takes_its_own_source_format() -> None:
-    for source_format in SOURCE_FORMATS.values():
+    for source_format in (layout.source_format for layout in LAYOUTS.values()):
         assert find_layout(source_format).source_format == source_format
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from modeling_llm2clip.conversion.layouts import SOURCE_FORMATS
+from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.conversion.layouts.siglip2 import LAYOUT as SIGLIP2
 from modeling_llm2clip.conversion.source_checkpoint import LLMSource
 
@@ -78,9 +78,9 @@ def test_patches_of_two_published_image_sizes_need_the_size() -> None:
     }
     tensors: Any = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=r"378 and of 384 pixels have\. Give the image_size"):
-        SIGLIP2.make_vision_config(tensors, SOURCE_FORMATS["siglip2"], None)
+        SIGLIP2.make_vision_config(tensors, LAYOUTS["siglip2"].source_format, None)
     for size in (378, 384):
-        stated = replace(SOURCE_FORMATS["siglip2"], image_size=size)
+        stated = replace(LAYOUTS["siglip2"].source_format, image_size=size)
         config = SIGLIP2.make_vision_config(tensors, stated, None)
         assert config.model_args["img_size"] == size
 
@@ -240,7 +240,7 @@ def test_preprocessing_that_nobody_chose(tmp_path) -> None:
         "Choose the preprocessing .*'openai'.*'half'",
         source_format=source_format,
     )
-    assert SOURCE_FORMATS["siglip2"].preprocessing is None
+    assert LAYOUTS["siglip2"].source_format.preprocessing is None
 
 
 def test_a_head_width_that_does_not_divide_the_tower(tmp_path) -> None:

@@ -14,27 +14,21 @@ from pkgutil import iter_modules
 from ...configs.source_format import SourceFormat
 from .layout import Layout
 
-LAYOUTS: tuple[Layout, ...] = tuple(
+_FOUND: tuple[Layout, ...] = tuple(
     import_module(f"{__name__}.{file.name}").LAYOUT
     for file in iter_modules(__path__)
     if file.name != "layout"
 )
-
-
-def __getattr__(name: str) -> dict[str, SourceFormat]:
-    """Make `SOURCE_FORMATS`, by the names that users choose, when it is imported."""
-    if name != "SOURCE_FORMATS":
-        raise AttributeError(f"{__name__} has no {name}.")
-    return {layout.choice: layout.source_format for layout in LAYOUTS}
+# By the names that users choose.
+LAYOUTS = {layout.choice: layout for layout in _FOUND}
 
 
 def find_layout(source_format: SourceFormat) -> Layout:
     """Find the layout of a source format, and refuse what that layout has no use for."""
-    layout = next((one for one in LAYOUTS if one.name == source_format.layout), None)
+    layout = next((one for one in LAYOUTS.values() if one.name == source_format.layout), None)
     if layout is None:
-        raise ValueError(
-            f"layout={source_format.layout!r} must be one of {[one.name for one in LAYOUTS]}."
-        )
+        names = [one.name for one in LAYOUTS.values()]
+        raise ValueError(f"layout={source_format.layout!r} must be one of {names}.")
     changed = (
         field.name
         for field in fields(source_format)
@@ -53,7 +47,7 @@ def find_layout(source_format: SourceFormat) -> Layout:
 def require_options(layout: Layout, given: Iterable[str]) -> None:
     """Refuse options of a source format that only other layouts have."""
     for option in given:
-        takers = [one.choice for one in LAYOUTS if option in one.options]
+        takers = [one.choice for one in LAYOUTS.values() if option in one.options]
         if takers and layout.choice not in takers:
             raise ValueError(
                 f"`{option}` goes with the source formats {', '.join(takers)}; {layout.choice} has "

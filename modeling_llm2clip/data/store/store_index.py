@@ -41,7 +41,6 @@ SCHEMA = pa.schema(
         ("rows", pa.list_(pa.int64())),
     ]
 )
-_TEXT_COLUMNS = ("name", "group_id", "lang")
 _HASHED_AT_ONCE = 2**22  # bytes
 
 
