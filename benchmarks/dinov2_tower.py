@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from modeling_llm2clip._extras import Need, require
 from modeling_llm2clip.building.pretrained_towers import PretrainedTower
 
 # What the export to ONNX called DINOv2's two position tables.
@@ -53,6 +54,7 @@ def read_onnx_weights(file: Path) -> dict[str, torch.Tensor]:
 
     A matrix has lost its name and is transposed; the operation that multiplies by it has kept both.
     """
+    require(Need("onnx", "onnx", "the weights are an ONNX file"))
     import onnx
 
     graph = onnx.load(file).graph

@@ -27,7 +27,7 @@ from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_writing import Source, StageSource, open_source
 from ..model_folders.onnx_folder import fingerprint_graph
-from ..model_folders.training_images import ImageTally, read_training_images
+from ..model_folders.training_images import ImageTally, describe_far_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
@@ -143,13 +143,11 @@ def embed(
 
 def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
     """Report images of all processes that are unlike those that the model was trained on."""
-    training_images = read_training_images(folder)
     tally = ImageTally()
     for of_process in gather_object([encoder.tally]):
         tally.join(of_process)
-    if training_images is None or not PartialState().is_main_process:
-        return
-    if far := training_images.describe_far(tally):
+    far = describe_far_images(folder, tally)
+    if far and PartialState().is_main_process:
         report(far)
 
 

@@ -197,6 +197,12 @@ def read_training_images(folder: Path) -> TrainingImages | None:
         ) from error
 
 
+def describe_far_images(folder: Path, tally: ImageTally) -> str | None:
+    """Describe images that are unlike those of a folder's training, as far as both are known."""
+    summary = read_training_images(folder)
+    return None if summary is None else summary.describe_far(tally)
+
+
 def write_training_images(folder: Path, summary: TrainingImages) -> None:
     """Write the summary of a model folder; the same summary always as the same bytes."""
     content = {

@@ -13,7 +13,7 @@ from ..configs.search_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.records.record_loading import find_example_data
 from ..encoding.devices import find_device
-from ..model_folders.training_images import ImageTally, read_training_images
+from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_files import list_images
 from .index_database import About, IndexDatabase, join_fingerprints
@@ -66,8 +66,7 @@ def build_index(
             warn(counts.describe_errors())
         _update_ann(database, encoder, config, has_changed=counts.has_changed, report=say)
         _note_place(database, model, folder, image_dir, tally)
-    trained_on = read_training_images(folder)
-    if trained_on is not None and (far := trained_on.describe_far(tally)):
+    if far := describe_far_images(folder, tally):
         warn(far)
     return database, encoder
 

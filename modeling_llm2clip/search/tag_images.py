@@ -22,7 +22,7 @@ from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..model_folders.model_loading import load_model
-from ..model_folders.training_images import ImageTally, read_training_images
+from ..model_folders.training_images import ImageTally, describe_far_images
 from ..modeling_llm2clip import LLM2CLIPModel
 from .image_encoding import encode_readable_images
 from .image_files import list_images
@@ -94,8 +94,7 @@ def tag_folder(
     if config.index is None:
         tally = ImageTally()
         parts = [_encode(encoder, files.readable, config, say, tally)]
-        training_images = read_training_images(folder)
-        if training_images is not None and (far := training_images.describe_far(tally)):
+        if far := describe_far_images(folder, tally):
             say(far)
     else:
         parts = _read_index(model, image_dir, config, report)
