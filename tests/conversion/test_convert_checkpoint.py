@@ -7,7 +7,9 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: convert_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Convert a family's checkpoint when its folder is first asked for."""
+    return cache(lambda family: convert_family(family, tmp_path_factory.mktemp(family)))
 
 
 def load_weights(folder: Path) -> dict[str, Any]:
@@ -91,8 +94,8 @@ def same_weights(first: Path, second: Path) -> bool:
 @pytest.mark.slow
 def test_embeddings_and_logits_are_those_of_the_official_code(converted, family) -> None:
     golden = read_golden(family)
-    model = AutoModel.from_pretrained(converted[family]).eval()
-    processor = AutoProcessor.from_pretrained(converted[family])
+    model = AutoModel.from_pretrained(converted(family)).eval()
+    processor = AutoProcessor.from_pretrained(converted(family))
     inputs = processor(text=read_captions()[0])
     with torch.inference_mode():
         found = {
@@ -111,7 +114,7 @@ def test_embeddings_and_logits_are_those_of_the_official_code(converted, family)
 def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
     converted, family, tmp_path
 ) -> None:
-    folder = converted[family]
+    folder = converted(family)
     assert_nothing_is_skipped(folder)
     model = AutoModel.from_pretrained(folder)
     model.save_pretrained(tmp_path)
@@ -123,18 +126,18 @@ def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
 
 
 def test_every_key_is_used_or_dropped_with_a_reason(converted) -> None:
-    ((reason, keys),) = read_dropped(converted["eva02"]).items()
+    ((reason, keys),) = read_dropped(converted("eva02")).items()
     assert "rotary frequencies" in reason and len(keys) == 6
     assert set(keys) == {name for name in read_checkpoint("eva02") if "rope" in name}
-    assert not any(read_dropped(converted[family]) for family in FAMILIES if family != "eva02")
+    assert not any(read_dropped(converted(family)) for family in FAMILIES if family != "eva02")
 
 
 def test_the_record_has_sources_format_and_what_was_left_out(converted) -> None:
-    record = json.loads((converted["siglip2"] / RECORD_FILE).read_text())
+    record = json.loads((converted("siglip2") / RECORD_FILE).read_text())
     assert record["source_format"]["preprocessing"] == "openai"
     assert record["pixels"]["mean"][0] == pytest.approx(0.48145466)
     assert [file["name"] for file in record["files"]] == ["epoch_3.pt"]  # it holds its LLM
-    record = json.loads((converted["eva02"] / RECORD_FILE).read_text())
+    record = json.loads((converted("eva02") / RECORD_FILE).read_text())
     assert [file["name"] for file in record["files"]] == ["epoch_3.pt", "model.safetensors"]
     assert len(record["dropped"]) == 1
     assert str(GOLDEN.parent.parent) not in json.dumps(record)  # names, not paths of this machine
@@ -149,14 +152,14 @@ def rename_to_old_eva(state: dict[str, Any]) -> dict[str, Any]:
 
 def test_older_eva02_names_make_the_same_model(converted, tmp_path) -> None:
     source = save_checkpoint("eva02", tmp_path, rename_to_old_eva(read_checkpoint("eva02")))
-    assert_makes(plan(source, source_format=FORMAT_OF["eva02"]), converted["eva02"])
+    assert_makes(plan(source, source_format=FORMAT_OF["eva02"]), converted("eva02"))
 
 
 def test_an_llm_beside_the_checkpoint_takes_the_place_of_one_inside(converted, tmp_path) -> None:
     state = {k: v for k, v in read_checkpoint("siglip2").items() if "text.text.model" not in k}
     source = save_checkpoint("siglip2", tmp_path, state)
     planned = plan(source, source_format=FORMAT_OF["siglip2"])
-    assert_makes(planned, converted["siglip2"])
+    assert_makes(planned, converted("siglip2"))
     assert [path.name for path in planned.files] == ["epoch_3.pt", "model.safetensors"]
 
 
@@ -176,7 +179,7 @@ def test_an_llm_with_its_head_makes_the_same_model(converted, tmp_path) -> None:
     (llm / "config.json").write_text(json.dumps(config))
     source = save_checkpoint("openai", tmp_path / "source")
     planned = plan(source, source_format=FORMAT_OF["openai"], llm=LLMSource(llm))
-    assert_makes(planned, converted["openai"])
+    assert_makes(planned, converted("openai"))
     assert sorted(planned.dropped) == [
         "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq",
     ]  # fmt: skip
@@ -204,7 +207,7 @@ def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
     planned = plan(
         save_checkpoint("openai", tmp_path / "source"), source_format=FORMAT_OF["openai"]
     )
-    folder = Path(shutil.copytree(converted["openai"], tmp_path / "model"))
+    folder = Path(shutil.copytree(converted("openai"), tmp_path / "model"))
     (folder / "model.safetensors").unlink()
     write_weights(planned.weights, folder, max_shard_size=60_000)
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -212,7 +215,7 @@ def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 60_000
-    assert same_weights(folder, converted["openai"])
+    assert same_weights(folder, converted("openai"))
     AutoModel.from_pretrained(folder)  # strictly, by the index
 
 
@@ -220,7 +223,7 @@ def test_another_dtype_rounds_every_weight_but_the_temperature(converted, tmp_pa
     planned = plan(save_checkpoint("eva02", tmp_path / "source"), source_format=FORMAT_OF["eva02"])
     weights = cast_weights(planned.weights, torch.bfloat16, planned.model_class)
     write_weights(weights, tmp_path, max_shard_size="1GB")
-    wanted = load_weights(converted["eva02"])
+    wanted = load_weights(converted("eva02"))
     for name, value in load_weights(tmp_path).items():
         dtype = torch.float32 if name.startswith("logit_scale") else torch.bfloat16
         assert value.dtype == dtype
@@ -237,7 +240,7 @@ def test_a_text_only_or_vision_only_model_has_the_weights_of_the_whole_and_no_ot
 ) -> None:
     folder = convert_family("eva02", tmp_path, components=components)
     assert_nothing_is_skipped(folder)
-    model, whole = (model_class.from_pretrained(source) for source in (folder, converted["eva02"]))
+    model, whole = (model_class.from_pretrained(source) for source in (folder, converted("eva02")))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True)
     )
@@ -302,13 +305,13 @@ def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> Non
 
 
 def test_an_export_keeps_the_record_of_the_conversion(converted, tmp_path) -> None:
-    source = converted["openai"]
+    source = converted("openai")
     folder = export_model(source, tmp_path / "again")
     assert (folder / RECORD_FILE).read_bytes() == (source / RECORD_FILE).read_bytes()
 
 
 def test_a_trained_folder_calls_the_record_one_of_before_training(converted, tmp_path) -> None:
-    source = converted["openai"]
+    source = converted("openai")
     changed = {"text_projection.weight": load_weights(source)["text_projection.weight"] + 1}
     save_trained_model(source, changed, tmp_path / "trained")
     assert not (tmp_path / "trained" / RECORD_FILE).exists()
@@ -331,7 +334,7 @@ def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(
 ) -> None:
     save_file(read_checkpoint("openai"), tmp_path / "weights.safetensors")
     planned = plan(tmp_path / "weights.safetensors", source_format=FORMAT_OF["openai"])
-    assert_makes(planned, converted["openai"])
+    assert_makes(planned, converted("openai"))
 
 
 def test_an_existing_target_is_not_touched(tmp_path) -> None:

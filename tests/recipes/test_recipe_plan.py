@@ -92,6 +92,7 @@ def test_stages_that_a_recipe_does_not_need_are_not_listed(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_plan_writes_nothing(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
     config = make_recipe(sources, tmp_path / "new")
     assert set(states_of(config).values()) == {"to do", "repeated"}
@@ -117,6 +118,7 @@ def remove_export(run: Path) -> None:
     shutil.rmtree(run / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "name", "state"),
     [
@@ -142,6 +144,7 @@ def test_a_stage_that_was_stopped_is_reported_as_such(
     assert states_of(config) == {**whole, name: state}
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_was_done(finished: TrainConfig) -> None:
     planned = {stage.name: stage for stage in plan_recipe(finished).stages}
     tuned, aligned = finished.output / "fine-tuned", finished.output / "aligned"

@@ -160,6 +160,7 @@ def test_an_alignment_of_an_aligned_model_adds_its_data(aligned: Run, tmp_path: 
     assert both.describe_far(tally_images(aligned.model, noise)) is None
 
 
+@pytest.mark.slow
 def test_a_trained_tower_is_summarized_by_its_new_weights_and_names_what_came_before(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:
