@@ -35,16 +35,16 @@ class SourceConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of the checkpoint's Hub repository. Default: its main branch."""
     text_model: str | None = None
-    """Hub id or folder of the language model; of a LoRA, its base. No default, and needed unless
-    the source is a merged llm2vec folder."""
+    """Hub id or folder of the language model, or of the base model of a LoRA. No default; required
+    unless the source is a merged llm2vec folder."""
     text_revision: str | None = None
     """Branch, tag or commit of the language model's Hub repository. Default: its main branch."""
     llm_lora: Annotated[tuple[str, ...], Repeated] = ()
     """LoRA to merge: folder, ID or ID@REVISION; repeatable. Default: none."""
     accept_lora_base: str | None = None
-    """Name that the LoRA has for this language model. Default: the language model's own."""
+    """Name that the LoRA uses for this language model. Default: the language model's own name."""
     vision_model: str | None = None
-    """Vision tower of a new model, for llm2vec alone. No default, and needed there."""
+    """Vision tower of a new model, only for llm2vec. No default; required there."""
 
 
 @command(
@@ -67,16 +67,16 @@ def convert(
     ],
     config: ConvertConfig,
 ) -> int:
-    """Turns a checkpoint of another project into a model folder.
+    """Converts a checkpoint of another project to a model folder.
 
     Args:
         checkpoint: Weight file, folder or Hub id.
         output: Folder to write.
-        source_format: Family of the checkpoint, and what its weights do not say; llm2vec for an
-            LLM2Vec folder as text tower of a new model. No default, and needed.
-        source: Which files are converted.
-        changes: What the source format does not say for this checkpoint.
-        config: What is written.
+        source_format: Family of the checkpoint, with the properties that its weights do not record;
+            llm2vec for an LLM2Vec folder as text tower of a new model. No default, required.
+        source: Files to convert.
+        changes: Changes to the source format for this checkpoint.
+        config: What to write.
     """
     from ..model_folders.atomic_folder import require_new_folder
 
