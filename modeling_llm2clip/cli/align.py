@@ -124,4 +124,6 @@ def _require_stores(
         )
     for flag, store in (("--caption-store", caption_store), ("--image-store", image_store)):
         if store is not None and not store.is_dir():
-            raise ValueError(f"{flag} {store}: no such folder. Give one of llm2clip extract.")
+            raise ValueError(
+                f"{flag} {store}: no such folder. Give one that llm2clip extract wrote."
+            )

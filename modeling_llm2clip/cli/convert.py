@@ -116,10 +116,10 @@ def convert(
         print(f"left out, {reason}: {', '.join(keys)}")
     unchecked = [file["name"] for file in record["files"] if not file["as_published"]]
     if unchecked:
-        print(f"not compared with a checksum, as none of the Hub's is there: {unchecked}")
+        print(f"not verified, because the Hub's checksum is not known: {unchecked}")
     print(
-        f"Wrote {folder}, healthy: {record['num_parameters']:,} parameters. Its embeddings are "
-        f"recorded; check any copy with: llm2clip doctor {output}"
+        f"Wrote {folder} with {record['num_parameters']:,} parameters. All checks passed, and "
+        f"golden embeddings are recorded. Check any copy with: llm2clip doctor {output}"
     )
     return 0
 
@@ -168,8 +168,8 @@ def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: Conver
     given += [name for name in changes if name not in _CHANGES_OF_LLM2VEC]
     if given:
         raise ValueError(
-            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}: the "
-            "folder says how texts are pooled and how long they may be, the vision tower how "
-            "images are prepared, and no part is written alone. Leave them out; a revision is had "
-            "by downloading it."
+            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}. The "
+            "folder sets the pooling and length of texts, the vision tower sets how images are "
+            "prepared, and the whole model is written. Leave them out. For another revision, "
+            "download it and give its folder."
         )

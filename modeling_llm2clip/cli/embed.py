@@ -72,7 +72,7 @@ def embed(
 
     refuse_foreign_options(config, modality)
     if config.skip_invalid and reading.check_images:
-        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
+        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
     EmbeddingManifest.require_folder(output)
     if is_onnx:
         from ..model_folders.onnx_folder import find_onnx_folder
@@ -135,13 +135,13 @@ def _read_records(
 def _read_image_folder(
     data: str, reading: DataConfig, config: EmbedConfig, *, check_images: bool
 ) -> RecordTable:
-    """Read a folder that has images alone, of which options on captions say nothing."""
+    """Read a folder of images without captions, for which options on captions are refused."""
     from ..search.image_files import records_from_images
 
     if reading.captions_from is not None or reading.image_dir is not None:
         raise ValueError(
-            f"{data} has images and no captions: leave --captions-from and --image-dir out, or "
-            "give the data that name the images."
+            f"{data} has images and no captions. Leave out --captions-from and --image-dir, or "
+            "give data that list the images."
         )
     if reading.check_images is not None:
         check_images = reading.check_images

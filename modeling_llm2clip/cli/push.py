@@ -41,8 +41,8 @@ def push(
         repo_id: Repository, OWNER/NAME; created if it does not exist.
         license: License of the weights, an identifier of the Hub such as apache-2.0, written to the
             card before the upload. Default: the license on the card.
-        private: Make a new repository visible only to its owners; a model that was public once
-            cannot be taken back.
+        private: Create a private repository; an existing one must be private too. A model that was
+            public once cannot be taken back.
         revision: Branch to upload to; created if it does not exist.
         commit_message: Message of the commit.
         allow_files: Paths in FOLDER of files that look like credentials but are not. Default: none.

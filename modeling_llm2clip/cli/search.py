@@ -187,8 +187,8 @@ def _report_missing(found: Sequence[SearchResult]) -> None:
     paths = dict.fromkeys(path for result in found for path, _ in result.hits)
     if missing := [str(path) for path in paths if not path.exists()]:
         report(
-            f"{len(missing)} of the images found are no longer there: {', '.join(missing)}. Bring "
-            "the index up to date: llm2clip index. If the folder was moved, give --image-dir."
+            f"{len(missing)} of the images found no longer exist: {', '.join(missing)}. Update the "
+            "index with llm2clip index. If the folder was moved, give --image-dir."
         )
 
 

@@ -82,7 +82,8 @@ def _warn_if_open(host: str, variable: str) -> None:
         is_local = host == "localhost"
     if not is_local and variable not in os.environ:
         print(
-            f"{variable} is not set: whoever reaches {host} can use this server.", file=sys.stderr
+            f"{variable} is not set, so everyone who can reach {host} can use this server.",
+            file=sys.stderr,
         )
 
 

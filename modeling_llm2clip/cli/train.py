@@ -48,7 +48,7 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
         from ..recipes.train import plan_train
 
         print(plan_train(config))
-        print("Nothing was computed or written. Leave out --dry-run to do it.")
+        print("Nothing was computed or written. Leave out --dry-run to run it.")
         return 0
     from ..recipes.train import train as run
 
