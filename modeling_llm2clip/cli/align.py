@@ -46,7 +46,7 @@ def align(
     limits: ImageLimitsConfig,
     config: AlignConfig,
 ) -> int:
-    """Aligns images and captions by training the text adapter and the projections (stage 3).
+    """Trains text adapter and projections to align images and captions (stage 3).
 
     Writes the aligned model to output/model.
 

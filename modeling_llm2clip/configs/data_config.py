@@ -48,7 +48,7 @@ class StreamConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimitsConfig(Config):
-    """Limits of `ImageLimits` that a command sets; others are in the environment."""
+    """Limits of `ImageLimits` that a command sets; the environment sets the others."""
 
     max_megapixels: Annotated[float, Interval(gt=0)] | None = None
     """Maximum size of a decoded image, in millions of pixels; larger images are invalid. Default:

@@ -30,9 +30,9 @@ EmbeddingColumn: TypeAlias = Literal[
 class EmbedConfig(EncodingConfig, BackendConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
-    An output that is begun is continued with the same options; only `device`, `num_workers`,
-    `skip_invalid` and `show_progress` may differ. Once images are left out, the limits of images
-    must stay the same too.
+    An interrupted output continues only with the same options, except for `device`, `num_workers`,
+    `skip_invalid` and `show_progress`. If images were left out, the image limits must stay the
+    same too.
     """
 
     dtype: EmbeddingDtype = "float32"

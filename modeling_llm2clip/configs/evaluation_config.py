@@ -78,7 +78,7 @@ class EvaluationConfig(EncoderConfig):
     languages: tuple[str, ...] = ()
     """Languages of multilingual datasets. Default: all, which only cross-lingual accepts."""
     captions_only: bool = False
-    """Read no images, for encoders of text alone."""
+    """Read no images, for text-only encoders."""
     skip_invalid: bool = False
     """Skip invalid samples and report their number, instead of stopping."""
     check_images: bool = True

@@ -20,7 +20,7 @@ License = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class CardConfig(Config):
-    """Entries of a model card; those that are not given come from the source's card."""
+    """Entries of a model card; missing ones come from the source's card."""
 
     license: License | None = None
     """License of the weights, an identifier of the Hub such as apache-2.0. Default: the license on

@@ -19,7 +19,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 class ExtractConfig(EncodingConfig):
     """Options of `extract`: computing and storing embeddings.
 
-    A store that is begun is continued with the same `store_dtype`, `max_shard_size`, `batch_size`
+    An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`
     and `token_budget`.
     """
 

@@ -83,7 +83,7 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RayServeConfig(ServeConfig):
-    """Options of replicas under Ray Serve; `host` and `port` are Ray's there."""
+    """Options of replicas under Ray Serve, which sets `host` and `port` itself."""
 
     model: str
     """Folder or Hub id of the model, readable by every node."""

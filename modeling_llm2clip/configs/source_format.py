@@ -1,4 +1,4 @@
-"""Everything that changes an embedding and that the weights of another project do not say."""
+"""Everything that affects an embedding and that the weights of another project do not record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .config_fields import Config
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
-    """Everything that changes a number and is in no key of a checkpoint."""
+    """Everything that affects an embedding and that a checkpoint does not record."""
 
     layout: str
     """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the keys in

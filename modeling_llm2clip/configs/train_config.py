@@ -27,7 +27,7 @@ _WITH_DEVICE = (*_WITH_SEED, "extract", "export", "evaluate")
 class TrainConfig(DataConfig):
     """Options of `train`: build, fine-tune, extract, align, export, check and evaluate.
 
-    `device` and `seed` are given once, here, and handed to every stage.
+    `device` and `seed` apply to every stage.
     """
 
     vision_model: str
