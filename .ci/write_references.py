@@ -29,7 +29,7 @@ same program.
 | --- | --- |
 | 0 | success |
 | 1 | `doctor` found a check that fails |
-| 2 | an error, or a wrong command line |
+| 2 | an error, or an invalid command line |
 | 130, 143 | stopped by Ctrl-C or SIGTERM |
 """
 _API_INTRODUCTION = """# Python API

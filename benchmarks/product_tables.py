@@ -57,7 +57,7 @@ def _render_onnx(report: dict[str, Any]) -> str:
 
 def _render_training_data_distance(report: dict[str, Any]) -> str:
     found = report["one_kind"]
-    heads = ("trained on", *found, "its own, as alike as can be", "half of another kind")
+    heads = ("trained on", *found, "most similar of its own kind", "half of another kind")
     rows = []
     for name, of_kind in found.items():
         judged = {**of_kind["others"], name: of_kind["own"]}
@@ -70,7 +70,7 @@ def _render_training_data_distance(report: dict[str, Any]) -> str:
             ]
         )
     pairs = "; ".join(
-        f"of {' and '.join(pair['kinds'])}, "
+        f"{' and '.join(pair['kinds'])}: "
         + ", ".join(
             f"{n} {o['distance']:.2f}" + (" (far)" if o["is_far"] else "")
             for n, o in (pair["own"] | pair["others"]).items()
@@ -79,9 +79,9 @@ def _render_training_data_distance(report: dict[str, Any]) -> str:
     )
     thresholds = dict.fromkeys(f"{of_kind['threshold']:.2f}" for of_kind in found.values())
     note = (
-        f"More than {' or '.join(thresholds)} is far. As alike as can be: each image with the 19 "
-        f"that are nearest to it. Half: 20 of its own and 20 of another kind. Distances of models "
-        f"{pairs}. {report['hardware']}."
+        f"Distances above {' or '.join(thresholds)} are far. Most similar: each image with its 19 "
+        f"nearest. Half: 20 of its own kind and 20 of another. Distances from models "
+        f"of two kinds: {pairs}. {report['hardware']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
@@ -93,15 +93,16 @@ def _render_search(report: dict[str, Any]) -> str:
         (f"the index, {visited}", *_search_cells(report, ""), f"{report['build_s']:.0f}"),
         (f"FAISS, {report['faiss']}", *_search_cells(report, "faiss_"),
          f"{report['faiss_build_s']:.0f}"),
-        ("compared with every image", f"{report['exact_query_ms']:.0f}", "1.000", "–", "–"),
+        ("comparison with every image", f"{report['exact_query_ms']:.0f}", "1.000", "–", "–"),
     ]  # fmt: skip
     heads = ("search", "ms per query", "recall@10", "memory, GB", "seconds to build")
     cosines = report["cosines"]
     notes = (
         f"{report['rows']:,} embeddings of {report['width']} numbers, {report['queries']} texts. "
-        f"Mean cosines: {cosines['text_with_its_image']} of a text with its image, "
-        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} of "
-        f"two images. {report['processor']}, {report['cores']} cores; commit {report['commit']}."
+        f"Mean cosines: {cosines['text_with_its_image']} between a text and its image, "
+        f"{cosines['text_with_any_image']} with any image, {cosines['image_with_any_image']} "
+        f"between two images. {report['processor']}, {report['cores']} cores; commit "
+        f"{report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{notes}\n{_draw_photographs(report.get('photographs'))}"
 
@@ -170,7 +171,7 @@ def _draw_stages(part: dict[str, Any]) -> str:
         "records",
         "seconds to the first batch",
         "private MB gained",
-        "with pages of files",
+        "with mapped pages",
     )
     rows = [
         (
@@ -195,7 +196,7 @@ def _draw_finetuning(part: dict[str, Any]) -> str:
         )
         for records, row in part["records"].items()
     ]
-    heads = ("groups", "seconds for hard negatives", "exactly, by a sample", "recall")
+    heads = ("groups", "seconds for hard negatives", "exact search, by a sample", "recall")
     groups = [
         (
             f"{int(number):,}",
@@ -231,7 +232,7 @@ def _draw_plan(plan: dict[str, Any]) -> str:
     ]
     rows.append(
         (
-            "all, with the tower trained",
+            "total, with a trained tower",
             f"{plan['hours']:g}",
             str(plan["gpu_hours"]),
             f"{plan['dollars']:,} dollars",
@@ -242,7 +243,7 @@ def _draw_plan(plan: dict[str, Any]) -> str:
         for name, gigabytes in plan["disk_gb"].items()
     ]
     memory = [
-        (name, "memory of a machine, beside the towers", f"{gigabytes:g}")
+        (name, "memory per machine, without the towers", f"{gigabytes:g}")
         for name, gigabytes in plan["private_gb_per_machine"].items()
     ]
     sizes = draw_table(("what", "where", "GB"), [*disk, *memory])
@@ -251,7 +252,7 @@ def _draw_plan(plan: dict[str, Any]) -> str:
 
 def _draw_engines(part: dict[str, Any]) -> str:
     labels = {"one": "one process", "partitions": "two partitions", "ray": "two actors of Ray"}
-    heads = (f"extract {part['captions']:,} captions", "seconds", "of one process")
+    heads = (f"extract {part['captions']:,} captions", "seconds", "relative to one process")
     seconds = part["seconds"]
     rows = [
         (label, f"{seconds[name]:.0f}", f"{seconds[name] / seconds['one']:.2f}")
@@ -262,7 +263,7 @@ def _draw_engines(part: dict[str, Any]) -> str:
 
 def _draw_store(part: dict[str, Any]) -> str:
     names = list(part["random"]["rows_per_second"])
-    heads = ("rows per second", *names, "store, of numpy")
+    heads = ("rows per second", *names, "store relative to numpy")
     rows = [
         (
             kind,
@@ -321,12 +322,12 @@ def _render_readme_image(report: dict[str, Any]) -> str:
 
 def _render_busy_machine(report: dict[str, Any]) -> str:
     labels = {
-        "of the command": "as the commands set it",
+        "of the command": "as set by the commands",
         "of OpenMP": "OpenMP's default",
         "passive": "`OMP_WAIT_POLICY=PASSIVE`",
     }
     found = report["median_seconds"]
-    heads = ("threads that wait", "idle, seconds", f"beside {report['busy_loops']} busy loops")
+    heads = ("waiting threads", "idle machine, seconds", f"with {report['busy_loops']} busy loops")
     rows = [
         (label, *(f"{found[state][name]:.1f}" for state in ("idle", "busy")))
         for name, label in labels.items()
@@ -334,8 +335,8 @@ def _render_busy_machine(report: dict[str, Any]) -> str:
     others = report["other_processes"]
     note = (
         f"`llm2clip embed` on {report['count']} captions, start included; medians of "
-        f"{len(report['seconds']['idle']['passive'])} runs each, in turns. Other processes that "
-        f"ran: {others['idle']:g} and {others['busy']:g}. {report['hardware']}, "
+        f"{len(report['seconds']['idle']['passive'])} runs each, interleaved. Other running "
+        f"processes: {others['idle']:g} and {others['busy']:g}. {report['hardware']}, "
         f"{report['busy_loops']} cores; commit {report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"

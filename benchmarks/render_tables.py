@@ -106,7 +106,7 @@ def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _render_encoding_speed(report: dict[str, Any]) -> str:
-    heads = ("way", "captions per second", "of the fp32 peak", "peak memory, GB", "smallest cosine")
+    heads = ("method", "captions per second", "of fp32 peak", "peak memory, GB", "smallest cosine")
     rows = [
         [
             row["name"],
@@ -122,7 +122,7 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
         for name, label in (
             ("captions", "Captions: "),
             ("hardware", "Machine: "),
-            ("min_cosine_against", "The cosine is with the embeddings of: "),
+            ("min_cosine_against", "The cosine compares with the embeddings of: "),
         )
         if name in report
     ]
@@ -144,7 +144,7 @@ def _render_finetuning(report: dict[str, Any]) -> str:
     rows = [[names[key], percent(value)] for key, value in cra.items()]
     trained = report.get("cra_on_trained_images")
     if trained is not None:
-        rows.append(["the same, on as many images it was trained on", percent(trained)])
+        rows.append(["the same, on an equal number of training images", percent(trained)])
     config = report["config"]
     note = (
         f"{report['data']}; {config['max_steps']} steps of "
@@ -169,7 +169,7 @@ def _render_alignment(report: dict[str, Any]) -> str:
 def _render_first_run(report: dict[str, Any]) -> str:
     heads = (
         "images", "trained on", "the recipe", "text to image", "image to text",
-        "closed form alone", "best of the settings tried", "from random weights", "chance",
+        "closed form only", "best of the settings tried", "from random weights", "chance",
         "seconds",
     )  # fmt: skip
     rows = []
@@ -197,8 +197,8 @@ def _render_first_run(report: dict[str, Any]) -> str:
     kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
     table = draw_table([heads[p] for p in kept], [[row[p] for p in kept] for row in rows])
     return table + (
-        "\nR@1, the mean of both directions unless a column names one, among images that were set "
-        f"aside: {counts}. Means over the splits, with standard errors. "
+        "\nR@1 on test images, the mean of both directions unless a column names one: "
+        f"{counts}. Means over the splits with standard errors. "
         f"{report['hardware']}.\n"
     )
 
@@ -216,7 +216,7 @@ def _percent_with_error(found: dict[str, Any]) -> str:
 
 
 def _render_existing_model(report: dict[str, Any]) -> str:
-    heads = ("images", "the demo's model as it is", "fine-tuned", "the recipe from new projections")
+    heads = ("images", "the demo's model", "fine-tuned", "the recipe with new projections")
     rows = [
         [
             name,
@@ -276,7 +276,7 @@ def _render_training_set_size(report: dict[str, Any]) -> str:
         f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
     )
     note = (
-        f"R@1, the mean of both directions, among images that were set aside: {counts}. Splits: "
+        f"R@1 on test images, the mean of both directions: {counts}. Splits: "
         f"{len(splits)}; mean, lowest and highest. {report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
@@ -292,7 +292,7 @@ def _show_range(values: list[float] | None) -> str:
 
 def _render_retrieval_ranking(report: dict[str, Any]) -> str:
     heads = (
-        "embeddings", "images × texts", "bare products, s", "ranks of both directions, s", "ratio",
+        "embeddings", "images × texts", "products, s", "ranks of both directions, s", "ratio",
     )  # fmt: skip
     cases = {
         "large": "related",
@@ -313,7 +313,7 @@ def _render_retrieval_ranking(report: dict[str, Any]) -> str:
     ]
     note = (
         f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
-        f"{_highest_resident_mb(report) / 1000:.1f} GB resident in all. "
+        f"{_highest_resident_mb(report) / 1000:.1f} GB resident in total. "
         f"{report['hardware']}."
     )
     return draw_table(heads, rows) + f"\n{note}\n"
@@ -363,7 +363,7 @@ def _draw_lengths(report: dict[str, Any]) -> str:
     heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
     note = (
         f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
-        f"texts alone, no image is used; chance {percent(results[0]['scores']['chance'])}. "
+        f"no image is used; chance {percent(results[0]['scores']['chance'])}. "
         "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder "
         "would truncate."
     )
@@ -383,7 +383,7 @@ def _draw_cra(report: dict[str, Any]) -> str:
     images = results[0]["counts"]["images"]
     note = (
         f"A long caption finds the other one of its image among {images} "
-        f"({results[0]['dataset']}); texts alone, no image is used; chance "
+        f"({results[0]['dataset']}); no image is used; chance "
         f"{percent(results[0]['scores']['chance'])}."
     )
     return f"\n{draw_table(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
@@ -415,7 +415,7 @@ def _follow(scores: Any, path: Sequence[str]) -> float:
 def _render_mllm_captioning(report: dict[str, Any]) -> str:
     seeds = [str(run["seed"]) for run in next(iter(report["runs"].values()))]
     heads = ("tower", "after", *(f"seed {seed}" for seed in seeds), "mean", "other image")
-    names = {"before": "as it came", "after": "aligned"}
+    names = {"before": "original", "after": "aligned"}
     rows = []
     for step in ("projector", "instructions"):
         for tower, runs in report["runs"].items():
@@ -447,7 +447,7 @@ def _render_conversion(report: dict[str, Any]) -> str:
 
 
 def _render_llm2vec_parity(report: dict[str, Any]) -> str:
-    names = {"plain": "alone", "instructed": "behind an instruction"}
+    names = {"plain": "alone", "instructed": "with an instruction"}
     rows = [
         [
             label,
@@ -460,14 +460,14 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
     ]
     heads = (
         "captions", "same ids", "same span", "smallest cosine of these",
-        "of the others, given LLM2Vec's span",
+        "smallest cosine of the others, with LLM2Vec's span",
     )  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
 
 
 def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
-    heads = ("files", "dataset", "languages", "read, all languages together", "checksums")
+    heads = ("files", "dataset", "languages", "samples read in all languages", "checksums")
     return draw_table(
         heads,
         [
@@ -507,8 +507,8 @@ def _render_code_size(report: dict[str, Any]) -> str:
         "uploaded files": lambda entry: str(entry["uploaded_files"]),
         "root modules": lambda entry: str(entry["root_modules"]),
         "lines of the tests": lambda entry: f"{entry['test_lines']:,}",
-        "tests, without slow and GPU ones": lambda entry: f"{entry['num_tests']:,}",
-        "seconds of the tests, two processes": lambda entry: _or_dash(entry["test_seconds"]),
+        "tests, except slow and GPU tests": lambda entry: f"{entry['num_tests']:,}",
+        "seconds to run the tests, two processes": lambda entry: _or_dash(entry["test_seconds"]),
         "seconds of `import modeling_llm2clip`": lambda entry: f"{entry['import_seconds']:.3f}",
         "seconds of `llm2clip --help`": lambda entry: f"{entry['help_seconds']:.2f}",
     }

@@ -253,9 +253,9 @@ def write_readme(report: Report, output: Path) -> None:
 README = """\
 # Emoji in two drawing styles, with names in twelve languages
 
-Small images with true names: enough to train, search and measure without a download.
+Use these small images and their names to train, search and measure without a download.
 
-| what | count |
+| content | count |
 | --- | --- |
 | images in `images/noto` | {noto} |
 | images in `images/fluent3d` | {fluent3d} |
@@ -269,12 +269,13 @@ Every image is a palette PNG on white, {size} x {size} pixels, at most {colors} 
      "keywords": ["apple", "diet", "food", "fruit", "health", "red", "ripe"], "lang": "en",
      "style": "noto", "group": "Food & Drink"}}
 
-- One line for each image and language, sorted by group, language and image. English lines name
-  both styles, the other languages only the Noto image.
-- `group_id`: the code points. Lines with the same `group_id` show the same thing, in whatever
-  style; keep them on the same side of a split between training and test.
-- `captions`: the CLDR short name. `keywords`: the CLDR keywords without that name; may be empty.
-- `style` and `group` are on the English lines only.
+- There is one line per image and language, sorted by group, language and image. English lines name
+  both styles, and other languages only the Noto image.
+- `group_id` has the code points. Lines with the same `group_id` show the same thing in any style.
+  Keep them on the same side of a split between training and test.
+- `captions` has the CLDR short name. `keywords` has the CLDR keywords without that name, and may be
+  empty.
+- Only English lines have `style` and `group`.
 
 | lang | lines |
 | --- | --- |
@@ -282,34 +283,34 @@ Every image is a palette PNG on white, {size} x {size} pixels, at most {colors} 
 
 ## Left out
 
-| why | count |
+| reason | count |
 | --- | --- |
 {left_out}
 
 Within a style no two images are the same, and within a language no two groups have the same name.
-Some stay hard to tell apart at this size (the flags of Chad and of Romania). Of emoji that Noto
-draws alike (the flags of Norway and of Bouvet Island) the oldest is here, or among equally old ones
-that with the shortest name.
+Some are hard to distinguish at this size, such as the flags of Chad and Romania. If Noto draws
+several emoji alike, such as the flags of Norway and Bouvet Island, this folder has the oldest, or
+the one with the shortest name among equally old ones.
 
-The Fluent package fills in country flags with Noto's drawings. A copy is not a second style, so the
-flags of countries and regions are here once, as Noto images.
+The Fluent package uses Noto's drawings for country flags. A copy is not a second style, so this
+folder has the flags of countries and regions once, as Noto images.
 
 ## Sources and licenses
 
-| what | from (npm) | by | license |
+| content | from (npm) | by | license |
 | --- | --- | --- | --- |
 | `images/noto` | emoji-datasource-google 16.0.0 | Google, Noto Emoji 2.048 | Apache-2.0 |
 | `images/fluent3d` | @lobehub/fluent-emoji-3d 1.1.0 | Microsoft; packed by LobeHub | MIT |
 | `group_id`, `group` | emoji-datasource-google 16.0.0 | Cal Henderson | MIT |
 | `captions`, `keywords` | cldr-annotations-full and -derived-full 48.2.0 | Unicode | Unicode-3.0 |
 
-The Noto Emoji project holds its flag images to be in the public domain or otherwise exempt from
-copyright. The license texts are in `LICENSES/`. Changed here: all images were put on white and
-reduced to a palette, the Fluent ones also made smaller; names and keywords are unchanged.
+The Noto Emoji project considers its flag images to be in the public domain or otherwise exempt from
+copyright. The license texts are in `LICENSES/`. All images were put on white and reduced to a
+palette, and the Fluent images were also made smaller. Names and keywords are unchanged.
 
-## How made
+## How it was made
 
-`make_emoji.py`, one folder up, lists the packages to fetch and makes this folder from them.
+`make_emoji.py`, one folder up, lists the packages to download and makes this folder from them.
 """
 
 

@@ -273,10 +273,10 @@ def write_readme(photographs: list[Photograph], output: Path) -> None:
 README = """\
 # Photographs with a short and a long caption each
 
-A handful of real photographs, to try a model on and to show what a line of data looks like. Too few
-to measure anything with.
+Use these photographs to try a model, and as an example of the data format. They are too few for
+measurements.
 
-| what | count |
+| content | count |
 | --- | --- |
 | images in `images` | {count} |
 | lines in `captions.jsonl` | {count} |
@@ -288,14 +288,14 @@ Every image is an RGB JPEG of at most {long_side} pixels on its long side, witho
     {{"image": "images/cat.jpg", "group_id": "cat", "captions": ["short", "long"], "lang": "en",
      "license": "CC0 1.0", "source": "Stefan van der Walt (via scikit-image)"}}
 
-`captions` holds one short sentence and one description of 40 to 60 words. Both were written for
-this project from looking at the images, and have the project's own license. `license` and
-`source` are those of the image.
+`captions` has one short sentence and one description of 40 to 60 words. Both were written for this
+project by looking at the images, and have the project's license. `license` and `source` describe
+the image.
 
 ## Sources and licenses
 
 All images come from the wheels of scikit-image {scikit_image} and scikit-learn {scikit_learn},
-and were made smaller and compressed anew. What those packages say about each:
+and were made smaller and compressed again. Those packages state for each:
 
 | image | license | source |
 | --- | --- | --- |
@@ -305,13 +305,13 @@ For the two CC BY 2.0 images the license is at https://creativecommons.org/licen
 text that comes with scikit-learn names the same author for both images but links each to its own
 page; the authors given here are those of the pages.
 
-Not taken: images without a stated license (moon, page, motorcycle), drawings and synthetic
-images (horse, logo, color wheel, chessboard, phantom, text), a hologram of a cell and a very
-small detail of a retina.
+These images of the packages were left out: images without a stated license (moon, page,
+motorcycle), drawings and synthetic images (horse, logo, color wheel, chessboard, phantom, text), a
+hologram of a cell and a very small detail of a retina.
 
-## How made
+## How it was made
 
-`make_photographs.py`, one folder up, holds the captions and makes this folder.
+`make_photographs.py`, one folder up, has the captions and makes this folder.
 """
 
 

@@ -46,24 +46,24 @@ def align(
     limits: ImageLimitsConfig,
     config: AlignConfig,
 ) -> int:
-    """Aligns images and captions: trains adapter, projections and what else is chosen (stage 3).
+    """Trains text adapter and projections to align images and captions (stage 3).
 
-    The aligned model goes to output/model.
+    Writes the aligned model to output/model.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or shards at URLs, such as
             https://host/{00000..00199}.tar, s3://, hf://datasets/.
         output: Folder to write.
-        caption_store: Caption embeddings from `llm2clip extract`. Default: none, which
-            --text-training frozen-online and lora want.
-        image_store: Image embeddings from `llm2clip extract`. Default: none; the vision tower
-            runs at each step.
-        resume: Continue a run that was stopped.
+        caption_store: Caption embeddings from `llm2clip extract`. Default: none; use
+            --text-training frozen-online or lora then.
+        image_store: Image embeddings from `llm2clip extract`. Default: none; the vision tower runs
+            at each step.
+        resume: Continue an interrupted run.
         reading: How the data are read.
         streaming: How shards at URLs are read.
         limits: Which images are decoded.
-        config: What is trained, and how.
+        config: What to train, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
@@ -124,4 +124,6 @@ def _require_stores(
         )
     for flag, store in (("--caption-store", caption_store), ("--image-store", image_store)):
         if store is not None and not store.is_dir():
-            raise ValueError(f"{flag} {store}: no such folder. Give one of llm2clip extract.")
+            raise ValueError(
+                f"{flag} {store}: no such folder. Give one that llm2clip extract wrote."
+            )

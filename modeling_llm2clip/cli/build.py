@@ -34,7 +34,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         vision_model: Hub id or folder of a vision tower; embedded for the demo's.
         text_model: Hub id, folder or .gguf file of a language model; embedded for the demo's.
         output: Folder to write.
-        config: How they are joined.
+        config: How to join them.
     """
     from ..model_folders.atomic_folder import require_new_folder
     from ..model_folders.model_folder import require_sources

@@ -21,7 +21,7 @@ from ..configs.config_fields import Config, DeviceConfig, check_values, read_yam
 
 _FILE = "options_file"
 _FILE_HELP = (
-    "YAML file of options, named as the flags with underscores; a flag that is given too wins. "
+    "YAML file of options, named like the flags but with underscores; flags override it. "
     "Default: none."
 )
 # In a flag's annotation: one value each time it is given, so that arguments may follow.

@@ -35,16 +35,16 @@ class SourceConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of the checkpoint's Hub repository. Default: its main branch."""
     text_model: str | None = None
-    """Hub id or folder of the language model; of a LoRA, its base. No default, and needed unless
-    the source is a merged llm2vec folder."""
+    """Hub id or folder of the language model, or of the base model of a LoRA. No default; required
+    unless the source is a merged llm2vec folder."""
     text_revision: str | None = None
     """Branch, tag or commit of the language model's Hub repository. Default: its main branch."""
     llm_lora: Annotated[tuple[str, ...], Repeated] = ()
     """LoRA to merge: folder, ID or ID@REVISION; repeatable. Default: none."""
     accept_lora_base: str | None = None
-    """Name that the LoRA has for this language model. Default: the language model's own."""
+    """Name that the LoRA uses for this language model. Default: the language model's own name."""
     vision_model: str | None = None
-    """Vision tower of a new model, for llm2vec alone. No default, and needed there."""
+    """Vision tower of a new model, only for llm2vec. No default; required there."""
 
 
 @command(
@@ -67,16 +67,16 @@ def convert(
     ],
     config: ConvertConfig,
 ) -> int:
-    """Turns a checkpoint of another project into a model folder.
+    """Converts a checkpoint of another project to a model folder.
 
     Args:
         checkpoint: Weight file, folder or Hub id.
         output: Folder to write.
-        source_format: Family of the checkpoint, and what its weights do not say; llm2vec for an
-            LLM2Vec folder as text tower of a new model. No default, and needed.
-        source: Which files are converted.
-        changes: What the source format does not say for this checkpoint.
-        config: What is written.
+        source_format: Family of the checkpoint, with the properties that its weights do not record;
+            llm2vec for an LLM2Vec folder as text tower of a new model. No default, required.
+        source: Files to convert.
+        changes: Changes to the source format for this checkpoint.
+        config: What to write.
     """
     from ..model_folders.atomic_folder import require_new_folder
 
@@ -116,10 +116,10 @@ def convert(
         print(f"left out, {reason}: {', '.join(keys)}")
     unchecked = [file["name"] for file in record["files"] if not file["as_published"]]
     if unchecked:
-        print(f"not compared with a checksum, as none of the Hub's is there: {unchecked}")
+        print(f"not verified, because the Hub's checksum is not known: {unchecked}")
     print(
-        f"Wrote {folder}, healthy: {record['num_parameters']:,} parameters. Its embeddings are "
-        f"recorded; check any copy with: llm2clip doctor {output}"
+        f"Wrote {folder} with {record['num_parameters']:,} parameters. All checks passed, and "
+        f"golden embeddings are recorded. Check any copy with: llm2clip doctor {output}"
     )
     return 0
 
@@ -168,8 +168,8 @@ def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: Conver
     given += [name for name in changes if name not in _CHANGES_OF_LLM2VEC]
     if given:
         raise ValueError(
-            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}: the "
-            "folder says how texts are pooled and how long they may be, the vision tower how "
-            "images are prepared, and no part is written alone. Leave them out; a revision is had "
-            "by downloading it."
+            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}. The "
+            "folder sets the pooling and length of texts, the vision tower sets how images are "
+            "prepared, and the whole model is written. Leave them out. For another revision, "
+            "download it and give its folder."
         )

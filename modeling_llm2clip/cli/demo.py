@@ -34,11 +34,11 @@ def demo(
     seed: Seed = 0,
     config: DeviceConfig,
 ) -> int:
-    """Runs the whole method on embedded towers and images, in minutes.
+    """Runs the whole method on small towers and embedded images in a few minutes.
 
     Args:
         output: Folder to write.
-        max_steps: Steps of the alignment. Default: as of llm2clip align.
+        max_steps: Steps of the alignment. Default: the default of llm2clip align.
         seed: Seed of the split and of the alignment.
         config: Where the model runs.
     """

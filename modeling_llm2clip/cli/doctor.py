@@ -19,13 +19,13 @@ from .options import use_device
     ),
 )
 def doctor(model: str, /, *, config: ServerCheckConfig, revision: str | None = None) -> int:
-    """Checks a model folder from the outside, or an endpoint that serves it.
+    """Checks a model folder, or an endpoint that serves it.
 
-    The exit code is 0 for a healthy model or endpoint and 1 for any other.
+    The exit code is 0 if all checks pass, and 1 otherwise.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        config: Where it runs, and which endpoint is checked.
+        config: Where the model runs, and which endpoint to check.
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
     """
     require(*list_needs_of_model(model, revision=revision))

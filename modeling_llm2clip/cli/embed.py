@@ -47,22 +47,22 @@ def embed(
 ) -> int:
     """Writes embeddings for a vector database to Parquet files.
 
-    An output that is begun is continued; of a complete one, the files are checked.
+    Continues an interrupted output, and checks the files of a complete one.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image,
-            captions may be missing, and it may be a folder of images alone; with --modality text,
-            images may be missing, and it may be a file of texts alone, also *.csv.
-        output: Folder of the files, new or begun.
-        modality: What is embedded: the captions or the images. No default, and needed.
-        partition: Which part of the files to write, such as 2/8 for the second of eight. Parts may
-            run at the same time on machines that share the folder; the last to end completes the
-            output. Default: all of them.
-        engine: What computes: the processes of this run, or the actors of a Ray cluster.
+            captions are optional and it may be a folder of images. With --modality text, images are
+            optional and it may be a file of texts, also *.csv.
+        output: Folder of the files, new or from an interrupted run.
+        modality: Modality to embed: the captions or the images. No default, required.
+        partition: Part of the files to write, such as 2/8 for the second of eight. Parts may run at
+            the same time on machines that share the folder; the last one to finish completes the
+            output. Default: all.
+        engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster.
         reading: How the data are read.
         limits: Which images are decoded.
-        config: How embeddings are computed and stored.
+        config: How to compute and store embeddings.
     """
     is_onnx = config.backend == "onnx"
     needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
@@ -72,7 +72,7 @@ def embed(
 
     refuse_foreign_options(config, modality)
     if config.skip_invalid and reading.check_images:
-        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
+        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
     EmbeddingManifest.require_folder(output)
     if is_onnx:
         from ..model_folders.onnx_folder import find_onnx_folder
@@ -135,13 +135,13 @@ def _read_records(
 def _read_image_folder(
     data: str, reading: DataConfig, config: EmbedConfig, *, check_images: bool
 ) -> RecordTable:
-    """Read a folder that has images alone, of which options on captions say nothing."""
+    """Read a folder of images without captions, for which options on captions are refused."""
     from ..search.image_files import records_from_images
 
     if reading.captions_from is not None or reading.image_dir is not None:
         raise ValueError(
-            f"{data} has images and no captions: leave --captions-from and --image-dir out, or "
-            "give the data that name the images."
+            f"{data} has images and no captions. Leave out --captions-from and --image-dir, or "
+            "give data that list the images."
         )
     if reading.check_images is not None:
         check_images = reading.check_images

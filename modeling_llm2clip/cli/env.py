@@ -11,9 +11,9 @@ from .command import command
 
 @command(group="Other", examples=("llm2clip env",))
 def env() -> int:
-    """Prints versions and hardware, for an issue.
+    """Prints versions and hardware for a bug report.
 
-    The lines are Markdown, to be copied into it.
+    The lines are Markdown to copy into the report.
     """
     import torch
 

@@ -38,15 +38,15 @@ class ModelsConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of every model on the Hub. Default: its main branch."""
     architecture: tuple[str, ...] = ()
-    """open_clip's name of the architecture in a weights file, one for all such files or one for
-    each. No default, and needed for such files."""
+    """open_clip's name of the architecture of a weights file, one for all such files or one for
+    each. No default; required for such files."""
     activation: tuple[Literal["gelu", "quick_gelu"], ...] = ()
-    """Activation in a weights file whose architecture is published with both, one for all such
-    files or one for each. Default: the one that it is published with."""
+    """Activation of a weights file whose architecture is published with both activations, one for
+    all such files or one for each. Default: the architecture's own."""
     head: str | None = None
-    """Model whose projections stored embeddings go through. Default: none."""
+    """Model whose projections to apply to stored embeddings. Default: none."""
     extracted_from: str | None = None
-    """Captioned data that the stores were extracted from. No default, and needed for stores."""
+    """Captioned data from which the stores were extracted. No default; required for stores."""
 
 
 @command(
@@ -73,24 +73,24 @@ def evaluate(
     limits: ImageLimitsConfig,
     config: EvaluationConfig,
 ) -> int:
-    """Scores models on datasets, side by side.
+    """Scores models on datasets side by side.
 
     Args:
         models: [NAME=]SOURCE: folder or Hub id of an LLM2CLIP, CLIP, SigLIP, SigLIP2, open_clip
             or sentence-transformers model; or a folder of embeddings.
         datasets: NAME[=FOLDER] of known datasets (llm2clip evaluate --list), FOLDER of your own
-            captioned images, or NAME=FOLDER with names of your own. No default, and needed with a
+            captioned images, or NAME=FOLDER with a name of your choice. No default, required with a
             model.
-        tasks: What is measured. Default: what suits each dataset.
-        image_dir: NAME=FOLDER of the images of a dataset. Default: beside the data.
-        list: List datasets and tasks, and end.
-        table: Format of the table of all results in --output; without a model, what is there is
-            shown. Default: text.
+        tasks: Tasks to evaluate. Default: the task of each dataset's type.
+        image_dir: NAME=FOLDER of the images of a dataset. Default: the folder of the data.
+        list: List datasets and tasks, and exit.
+        table: Format of the table of all results in --output; without a model, only the table is
+            printed. Default: text.
         details: Also show what the scores depend on: models, prompts, data, scoring.
-        plot: File (PNG, SVG, PDF) for R@1 against length. Default: none.
-        of_models: What is said of the models.
+        plot: File (PNG, SVG, PDF) for a plot of R@1 by text length. Default: none.
+        of_models: Options of the models.
         limits: Which images are decoded.
-        config: How datasets are read and models run.
+        config: How to read datasets and run models.
     """
     if list:
         _print_lists()

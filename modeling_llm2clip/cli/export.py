@@ -31,12 +31,12 @@ def export(
     revision: str | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Writes a model folder anew: in part, in another dtype, as ONNX graphs, with another card.
+    """Exports a model in full or in part, in another dtype, as ONNX graphs or with a new card.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         output: Folder to write.
-        config: What is written.
+        config: What to write.
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
         dry_run: Check the model, and list files and sizes; write nothing.
     """

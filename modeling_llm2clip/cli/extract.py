@@ -44,22 +44,22 @@ def extract(
 ) -> int:
     """Extracts unprojected embeddings into a store, for training (stage 2).
 
-    A store that is begun is continued.
+    Continues an interrupted store.
 
     Args:
-        model: Hub id or folder of a model, as build, finetune-llm and export write it.
+        model: Hub id or folder of a model that build, finetune-llm or export wrote.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json, or shards at URLs.
-        output: Folder of the store, new or begun.
-        modality: What is embedded: the captions or the images. No default, and needed.
-        partition: Which part of the store to compute, such as 2/8 for the second of eight. Parts
-            may run at the same time on machines that share the folder; llm2clip merge-store
-            completes the store when all have ended. Default: all of it.
-        engine: What computes: the processes of this run, or the actors of a Ray cluster.
-        storage: URL of object storage, such as s3://bucket/captions, in which machines that share
-            no folder put their shards. Default: they share the folder of the store.
+        output: Folder of the store, new or from an interrupted run.
+        modality: Modality to embed: the captions or the images. No default, required.
+        partition: Part of the store to compute, such as 2/8 for the second of eight. Parts may run
+            at the same time on machines that share the folder; llm2clip merge-store completes the
+            store after all have finished. Default: all.
+        engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster.
+        storage: URL of object storage, such as s3://bucket/captions, for the shards of machines
+            without a shared folder. Default: they share the folder of the store.
         reading: How the data are read.
         limits: Which images are decoded.
-        config: How embeddings are computed and stored.
+        config: How to compute and store embeddings.
     """
     needs = list_needs_of_model(model, extra="train")
     require(*needs, *([RAY] if engine == "ray" else []))

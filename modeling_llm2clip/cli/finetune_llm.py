@@ -25,16 +25,16 @@ def finetune_llm(
 ) -> int:
     """Fine-tunes the LLM on captions, with a LoRA (stage 1).
 
-    The model with the LoRA merged goes to output/model.
+    Writes the model with the LoRA merged to output/model.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar,
-            COCO *.json, or shards at URLs.
+        data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar, COCO
+            *.json, or shards at URLs.
         output: Folder to write.
         reading: How the data are read.
-        config: How the LLM is trained.
-        resume: Continue a run that was stopped.
+        config: How to train the LLM.
+        resume: Continue an interrupted run.
     """
     require(*CAPTION_TUNING)
     require(*list_needs_of_model(model, extra="train"))

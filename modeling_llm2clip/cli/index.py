@@ -30,16 +30,16 @@ def index(
     limits: ImageLimitsConfig,
     config: IndexConfig,
 ) -> int:
-    """Encodes the images of a folder into a database for search, or brings it up to date.
+    """Encodes the images of a folder into a search database, or updates it.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         images: Folder of images; subfolders are included.
-        db: Folder of the database, new or of an earlier call, or a URI such as s3://bucket/index.
-        faiss: New file that gets the same images for FAISS, and beside it a JSON file of their
-            paths. Default: none.
+        db: Folder of the database, new or from an earlier call, or a URI such as s3://bucket/index.
+        faiss: New file for the same embeddings in FAISS, with a JSON file of their paths beside it.
+            Default: none.
         limits: Which images are decoded.
-        config: How the images are encoded, and when an approximate index is built.
+        config: How to encode the images, and when to build an approximate index.
     """
     needs = [*list_needs_of_index(db), *list_needs_of_model(model)]
     require(*needs, *([FAISS] if faiss is not None else []))

@@ -23,7 +23,7 @@ def merge_store(store: Path, /, *, storage: str | None = None) -> int:
     Args:
         store: Folder of the store.
         storage: URL of the object storage that has the shards, which are copied to the folder.
-            Default: the folder has them.
+            Default: the shards are in the folder.
     """
     from ..data.store.store_manifest import StoreManifest
     from ..embedding.extract import describe_extraction

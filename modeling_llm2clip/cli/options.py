@@ -51,7 +51,7 @@ def require_data(data: str, reading: DataConfig) -> None:
     if not is_remote(data) and not Path(data).exists() and not re.search(r"[*?[{]", data):
         raise ValueError(
             f"{data}: no such data. Give a folder, *.parquet, *.tar, a COCO *.json file, a URL, or "
-            "a .txt file that names shards."
+            "a .txt file that lists shards."
         )
     if reading.image_dir is not None and not reading.image_dir.is_dir():
         raise ValueError(f"image_dir={reading.image_dir}: no such folder.")
@@ -148,7 +148,7 @@ def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
     if given:
         other = "text" if modality == "image" else "image"
         raise ValueError(
-            f"{', '.join(given)}: for --modality {other} alone. Leave it out, or choose that."
+            f"{', '.join(given)}: only for --modality {other}. Leave it out, or choose that."
         )
 
 

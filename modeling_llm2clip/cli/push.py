@@ -32,20 +32,20 @@ def push(
     dry_run: bool = False,
     config: DeviceConfig,
 ) -> int:
-    """Uploads a model folder to the Hub: checked first, then in one commit or not at all.
+    """Checks a model folder and uploads it to the Hub in one commit.
 
-    The token is that of HF_TOKEN or `hf auth login`.
+    The token comes from HF_TOKEN or `hf auth login`.
 
     Args:
         folder: Model folder.
-        repo_id: Repository, OWNER/NAME; made if it does not exist.
-        license: License of the weights, an identifier of the Hub such as apache-2.0, stated on
-            the card before the upload. Default: that on the card.
-        private: Show the repository to its owners alone; a model that was public once cannot be
-            taken back.
-        revision: Branch to upload to; made if it does not exist.
+        repo_id: Repository, OWNER/NAME; created if it does not exist.
+        license: License of the weights, an identifier of the Hub such as apache-2.0, written to the
+            card before the upload. Default: the license on the card.
+        private: Create a private repository; an existing one must be private too. A model that was
+            public once cannot be taken back.
+        revision: Branch to upload to; created if it does not exist.
         commit_message: Message of the commit.
-        allow_files: Paths in FOLDER of files that look like credentials and are not. Default: none.
+        allow_files: Paths in FOLDER of files that look like credentials but are not. Default: none.
         dry_run: Check the folder, and list files and sizes; upload nothing.
         config: Where the model runs while it is checked.
     """

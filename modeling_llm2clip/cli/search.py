@@ -51,23 +51,23 @@ def search(
     limits: ImageLimitsConfig,
     config: DeviceConfig,
 ) -> int:
-    """Finds the images of an index that fit a sentence, or an image, best.
+    """Finds the images in an index that best match a sentence or an image.
 
     Args:
         db: Database that llm2clip index wrote: a folder, or a URI such as s3://bucket/index.
-        queries: What the images should show; may be left out with --image.
-        image: Query image, instead of a sentence or beside it; repeatable. Default: none.
-        combine: Take all sentences and images as one query, by the mean of their embeddings.
+        queries: Descriptions of the images to find; optional with --image.
+        image: Query image, instead of a sentence or in addition to it; repeatable. Default: none.
+        combine: Join all sentences and images into one query by the mean of their embeddings.
         top_k: Images per query.
-        where: Filter by comparisons of path, sha256, bytes, modified, width, height and taken, as
-            in SQL. Default: none.
+        where: SQL filter that compares path, sha256, bytes, modified, width, height and taken.
+            Default: none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
-        output: Folder for search.png and search.html: new, or with those of an earlier search,
-            which are replaced. Default: none.
-        model: Folder of the model, if it is no longer where it was, or of its ONNX graphs, which
-            start in half the time. Default: as indexed.
-        image_dir: Folder of the images, if it is no longer where it was. Default: as indexed.
+        output: Folder for search.png and search.html; those of an earlier search are replaced.
+            Default: none.
+        model: Folder of the model if it was moved, or of its ONNX graphs, which start in half the
+            time. Default: as indexed.
+        image_dir: Folder of the images if it was moved. Default: as indexed.
         limits: Which images are decoded.
         config: Where the model runs.
     """
@@ -187,8 +187,8 @@ def _report_missing(found: Sequence[SearchResult]) -> None:
     paths = dict.fromkeys(path for result in found for path, _ in result.hits)
     if missing := [str(path) for path in paths if not path.exists()]:
         report(
-            f"{len(missing)} of the images found are no longer there: {', '.join(missing)}. Bring "
-            "the index up to date: llm2clip index. If the folder was moved, give --image-dir."
+            f"{len(missing)} of the images found no longer exist: {', '.join(missing)}. Update the "
+            "index with llm2clip index. If the folder was moved, give --image-dir."
         )
 
 

@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 def serve(
     model: str, /, *, index: str | None = None, page: bool = True, config: ServeConfig
 ) -> int:
-    """Serves a model over HTTP, with the embeddings API of OpenAI for texts and images.
+    """Serves a model over HTTP with OpenAI's embeddings API for texts and images.
 
-    With LLM2CLIP_API_KEY in the environment, requests must bring that key. SIGTERM lets the
-    requests in work finish.
+    If the environment has LLM2CLIP_API_KEY, requests must send that key. After SIGTERM, running
+    requests finish.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
-        index: Index of images that /v1/search and the page search. Default: none.
-        page: Show a page at / to search and classify with.
-        config: How requests are batched, and what is refused.
+        index: Image index that /v1/search and the page search. Default: none.
+        page: Show a page at / to search and classify images.
+        config: How to batch requests, and what to refuse.
     """
     is_onnx = config.backend == "onnx"
     optional = [*([PAGE] if page else []), *list_needs_of_index(index)]
@@ -82,7 +82,8 @@ def _warn_if_open(host: str, variable: str) -> None:
         is_local = host == "localhost"
     if not is_local and variable not in os.environ:
         print(
-            f"{variable} is not set: whoever reaches {host} can use this server.", file=sys.stderr
+            f"{variable} is not set, so everyone who can reach {host} can use this server.",
+            file=sys.stderr,
         )
 
 

@@ -43,19 +43,19 @@ def tag(
     limits: ImageLimitsConfig,
     config: TagConfig,
 ) -> int:
-    """Labels the images of a folder, into CSV or JSON lines.
+    """Labels the images of a folder and writes CSV or JSON lines.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         image_dir: Folder of images; subfolders are included.
-        labels: One label per line; *.csv with columns label and prompt; *.json, a list of labels
-            or an object of label to prompts. No default, and needed.
-        template: Prompts for labels that bring none, with {} for the label; several are averaged.
+        labels: One label per line; *.csv with columns label and prompt; *.json with a list of
+            labels or an object from label to prompts. No default, required.
+        template: Prompts for labels without their own, with {} for the label; several are averaged.
         top_k: Labels per image.
-        threshold: Smallest cosine of a label. Default: none.
+        threshold: Minimum cosine of a label. Default: none.
         output: New file, *.csv or *.jsonl. Default: CSV on stdout.
         limits: Which images are decoded.
-        config: How the folder is encoded, and where its embeddings are kept.
+        config: How to encode the folder, and where to store its embeddings.
     """
     require(*list_needs_of_model(model), *list_needs_of_index(config.index))
     from ..model_folders.model_types import require_own_model

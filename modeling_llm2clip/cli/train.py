@@ -24,13 +24,13 @@ _EMBEDDED = "embedded"
     examples=("llm2clip train recipe.yaml --dry-run", "llm2clip train recipe.yaml"),
 )
 def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) -> int:
-    """Runs all stages from one YAML file, or continues where they were stopped.
+    """Runs all stages from one YAML file, or continues an interrupted run.
 
-    Build, fine-tune, extract, align, export, doctor and evaluate, each in a folder of its own.
+    The stages build, fine-tune, extract, align, export, doctor and evaluate have a folder each.
 
     Args:
         recipe: YAML file; see docs/train.md.
-        dry_run: Make all checks, and print the plan with sizes and an estimate; compute nothing.
+        dry_run: Run all checks, and print the plan with sizes and an estimate; compute nothing.
         limits: Which images are decoded.
     """
     config = read_config(recipe, TrainConfig)
@@ -48,7 +48,7 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
         from ..recipes.train import plan_train
 
         print(plan_train(config))
-        print("Nothing was computed or written. Leave out --dry-run to do it.")
+        print("Nothing was computed or written. Leave out --dry-run to run it.")
         return 0
     from ..recipes.train import train as run
 

@@ -40,17 +40,18 @@ class BuildConfig(DeviceConfig):
     """Options of `build_model`, which joins a vision tower and a language model."""
 
     prompt: Prompt | None = None
-    """Prompt around every caption. No default: this, or `prompt_prefix` and `prompt_suffix`."""
+    """Prompt around every caption. No default: give this, or `prompt_prefix` and
+    `prompt_suffix`."""
     prompt_prefix: str | None = None
-    """Text in front of every caption, in place of `prompt`. Default: none."""
+    """Text before every caption, instead of `prompt`. Default: none."""
     prompt_suffix: str | None = None
-    """Text after every caption, in place of `prompt`. Default: none."""
+    """Text after every caption, instead of `prompt`. Default: none."""
     projection_dim: Annotated[int, Interval(ge=1)] = 512
     """Width of the shared embedding space."""
     max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     bidirectional: bool = True
-    """Let every token attend to every other; False keeps the LLM causal, as a baseline."""
+    """Let every token attend to every other token; False keeps the LLM causal, as a baseline."""
     text_pooling: TextPooling = "mean"
     """Embedding of a text: the mean of its tokens, or its last token."""
     vision_pooling: VisionPooling = "pooler"
@@ -69,13 +70,13 @@ class BuildConfig(DeviceConfig):
     lora: str | Path | None = None
     """LoRA of a fine-tuned LLM to merge: Hub id or folder. Default: none."""
     accept_lora_base: str | None = None
-    """Name that the LoRA has for this LLM. Default: the LLM's own."""
+    """Name that the LoRA uses for this LLM. Default: the LLM's own name."""
     tokenizer_code: str | None = None
-    """Commit of the LLM's Hub repository whose tokenizer code is run. Default: none is run."""
+    """Commit of the LLM's Hub repository whose tokenizer code may run. Default: none runs."""
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
     seed: Seed = 0
-    """Seed of the text adapter and the projections, which start at random."""
+    """Seed of the text adapter and the projections, which are initialized at random."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence where a prompt is chosen twice."""

@@ -137,7 +137,7 @@ class DeviceConfig(Config):
     """Where a model runs."""
 
     device: Device = "auto"
-    """Where the model runs: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
+    """Device of the model: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -16,23 +16,22 @@ class DataConfig(Config):
     """Options of reading captioned images."""
 
     image_dir: Path | None = None
-    """Folder of the images. Default: beside the data."""
+    """Folder of the images. Default: the folder of the data."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of your own in the data that are not read. Default: none."""
+    """Other fields in the data to ignore. Default: none."""
     check_images: bool | None = None
-    """Decode every image before anything else, once for all runs that find the same index in the
-    cache. Default: where the stage decodes images, unless it resumes or they are not on this
-    machine."""
+    """Decode every image first, once for all runs that use the same cached record table. Default:
+    if the stage decodes images, unless it resumes or the images are remote."""
     captions_from: Path | None = None
-    """File of captions that others published for these images: CSV, JSON lines or Parquet. They are
-    added to the data's own. Default: none."""
+    """File of captions that others published for these images (CSV, JSON lines or Parquet), added
+    to the captions in the data. Default: none."""
     join_on: Literal["url", "key"] = "url"
     """Key that joins captions_from: an image's URL, or its name without folder and suffix."""
     captions_lang: str | None = None
-    """Language of captions_from; records in other languages do not get them. Default: that of all
-    records."""
+    """Language of captions_from; records in other languages do not get them. Default: the language
+    of all records."""
     cache: bool = True
-    """Keep the index of large data in the user's cache, and find it there the next time."""
+    """Store the record table of large data in the user's cache, and reuse it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +39,20 @@ class StreamConfig(Config):
     """Options of streaming shards, which `align` does for every URL."""
 
     stream: bool = False
-    """Read local shards, too, one after the other through a shuffle buffer, and not at random."""
+    """Also read local shards sequentially through a shuffle buffer, instead of at random."""
     buffer_size: Annotated[int, Interval(ge=1)] = 1000
     """Samples that each worker shuffles."""
     max_lost_share: Annotated[float, Interval(ge=0, le=1)] = 0.01
-    """Share of each worker's samples, or of its shards, that may be broken or missing."""
+    """Largest share of each worker's samples, or of its shards, that may be broken or missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimitsConfig(Config):
-    """Limits of `ImageLimits` that a command sets; others are in the environment."""
+    """Limits of `ImageLimits` that a command sets; the environment sets the others."""
 
     max_megapixels: Annotated[float, Interval(gt=0)] | None = None
-    """Maximum size of a decoded image, in millions of pixels; a larger one counts as invalid.
-    Default: 160."""
+    """Maximum size of a decoded image, in millions of pixels; larger images are invalid. Default:
+    160."""
     max_image_mb: Annotated[float, Interval(gt=0)] | None = None
     """Maximum size of an encoded image, in MB. Default: 1000."""
 

@@ -30,30 +30,31 @@ EmbeddingColumn: TypeAlias = Literal[
 class EmbedConfig(EncodingConfig, BackendConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
-    An output that is begun is continued with the same options; only `device`, `num_workers`,
-    `skip_invalid` and `show_progress` may differ. Once images are left out, the limits of images
-    must stay the same too.
+    An interrupted output continues only with the same options, except for `device`, `num_workers`,
+    `skip_invalid` and `show_progress`. If images were left out, the image limits must stay the
+    same too.
     """
 
     dtype: EmbeddingDtype = "float32"
     """Dtype of the embeddings: float32, float16, int8 (a step of 1/255 of each dimension's range),
-    or one bit per dimension: binary (as int8) or ubinary (as uint8)."""
+    or one bit per dimension as binary (int8) or ubinary (uint8)."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
-    """Keep the first dimensions only, scaled to unit length again. Default: all."""
+    """Number of dimensions to keep from the first on; the embeddings are scaled to unit length
+    again. Default: all."""
     columns: tuple[EmbeddingColumn, ...] = ()
-    """Columns beside id and embedding: text, name, group_id, lang, captions, long_captions,
+    """Columns besides id and embedding: text, name, group_id, lang, captions, long_captions,
     keywords, url, place, image_file. Default: none."""
     rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
     """Embeddings per file."""
     token_budget: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens of a batch of texts, padding included. Default: by device."""
+    """Maximum number of tokens per batch of texts, padding included. Default: by device."""
     skip_invalid: bool = False
-    """Leave out images that cannot be decoded and report how many, instead of stopping at them."""
+    """Skip images that cannot be decoded and report their number, instead of stopping."""
     int8_ranges: Path | None = None
-    """Output of an earlier `embed` whose int8 ranges are used, so that both fit into one index.
+    """Output of an earlier `embed` whose int8 ranges to use, so that both fit into one index.
     Default: the ranges of a sample."""
     calibration_size: Annotated[int, Interval(ge=1)] = 1024
-    """Records of the sample that int8 ranges are measured on."""
+    """Number of records in the sample that measures int8 ranges."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for a column given twice, and for ranges that nothing uses."""

@@ -31,11 +31,11 @@ class BackendConfig(DeviceConfig):
     """The library that runs a model."""
 
     backend: Backend = "torch"
-    """Runtime of the model: torch, or onnx for ONNX Runtime on the CPU; MODEL is then a folder that
-    `llm2clip export --onnx` wrote."""
+    """Runtime of the model: torch, or onnx for ONNX Runtime on the CPU; with onnx, MODEL is a
+    folder that `llm2clip export --onnx` wrote."""
     text_weights: TextWeights | None = None
-    """With `backend` onnx, weights of the language model's linear layers. Default: the most exact
-    ones in the folder."""
+    """With `backend` onnx, weights of the language model's linear layers. Default: the most precise
+    in the folder."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each option that the backend has no use for."""

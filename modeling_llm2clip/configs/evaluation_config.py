@@ -22,20 +22,21 @@ class EvaluatedModel(Config):
     source: str
     """Folder, Hub id, or weights file of open_clip."""
     name: str = ""
-    """Name in tables, and folder of its results. Default: the last part of the source."""
+    """Name in tables and of the results folder. Default: the last part of the source."""
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository. Default: its main branch."""
     architecture: str | None = None
-    """open_clip's name of the architecture in a weights file. No default, and needed for one."""
+    """open_clip's name of the architecture of a weights file. No default; required for such
+    files."""
     activation: Literal["gelu", "quick_gelu"] | None = None
-    """Activation in a weights file whose architecture is published with both. Default: the one
-    that it is published with."""
+    """Activation of a weights file whose architecture is published with both activations. Default:
+    the architecture's own."""
     head: str | None = None
-    """Model whose projections stored embeddings go through. Default: none."""
+    """Model whose projections to apply to stored embeddings. Default: none."""
     extracted_from: str | None = None
-    """Captioned data that stores were extracted from. No default, and needed for stores."""
+    """Captioned data from which stores were extracted. No default; required for stores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,11 +54,11 @@ class EvaluatedDataset(Config):
     """One dataset to evaluate on."""
 
     name: str
-    """Name of a known dataset, or one of your own for your own captioned images."""
+    """Name of a known dataset, or your own name for your captioned images."""
     folder: str | None = None
-    """Folder of its files. Default: the embedded ones."""
+    """Folder of its files. Default: the embedded files."""
     image_dir: str | None = None
-    """Folder of its images. Default: beside the data."""
+    """Folder of its images. Default: the folder of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class EncoderConfig(EncodingConfig):
     """Options of encoding with a model of any type; in float32 none of them moves a score."""
 
     dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
-    """Dtype of the weights; saved leaves them as they are."""
+    """Dtype of the weights; saved keeps the stored one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,30 +74,30 @@ class EvaluationConfig(EncoderConfig):
     """Options of `evaluate`: reading datasets, running models, scoring."""
 
     output: Path = Path("evaluation")
-    """Folder of the results; those of earlier runs stay."""
+    """Folder of the results; results of earlier runs are kept."""
     languages: tuple[str, ...] = ()
-    """Languages of multilingual datasets. Default: all, which only cross-lingual takes."""
+    """Languages of multilingual datasets. Default: all, which only cross-lingual accepts."""
     captions_only: bool = False
-    """Read no images, for text encoders alone."""
+    """Read no images, for text-only encoders."""
     skip_invalid: bool = False
-    """Leave out invalid samples and report how many, instead of stopping at them."""
+    """Skip invalid samples and report their number, instead of stopping."""
     check_images: bool = True
     """Decode every image before a model is loaded."""
     class_names: Path | tuple[str, ...] | Mapping[str, str] | None = None
-    """Class names: FILE with one per line in the order of the classes; in Python also names, or
-    class to name. Default: those of the dataset."""
+    """Class names: FILE with one per line in the order of the classes; in Python also names, or a
+    mapping from class to name. Default: the dataset's own."""
     templates: Path | tuple[str, ...] | None = None
-    """Prompts of classes: FILE with one per line, {} for the name; in Python also the prompts.
-    Default: those of the dataset."""
+    """Prompts of classes: FILE with one per line and {} for the name; in Python also the prompts.
+    Default: the dataset's own."""
     allow_repeated_class_names: bool = False
-    """Keep classes that share a name, as ImageNet has some; their images count as wrong."""
+    """Keep classes with the same name, as in ImageNet; their images count as wrong."""
     allow_distractors: bool = False
-    """In data of your own, take images without captions and captions without images as candidates
-    that no query asks for, instead of stopping at them; they are counted."""
+    """In your own data, use images without captions and captions without images as candidates
+    without a query, and count them, instead of stopping."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of your own in the data that are not read. Default: none."""
+    """Other fields in the data to ignore. Default: none."""
     cache: bool = True
-    """Keep the index of large data of your own in the user's cache, and find it there."""
+    """Store the record table of your own large data in the user's cache, and reuse it."""
     max_memory_mb: Annotated[float, Interval(gt=0)] = 256.0
     """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 

@@ -20,27 +20,27 @@ License = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class CardConfig(Config):
-    """Entries of a model card; those that are not given come from the source's card."""
+    """Entries of a model card; missing ones come from the source's card."""
 
     license: License | None = None
-    """License of the weights, an identifier of the Hub such as apache-2.0. Default: that of the
-    source's card."""
+    """License of the weights, an identifier of the Hub such as apache-2.0. Default: the license on
+    the source's card."""
     license_name: str | None = None
     """Name of the license, with `license` other. Default: none."""
     license_link: str | None = None
     """Address of the license, with `license` other. Default: none."""
     vision_license: str | None = None
-    """License of the vision tower. Default: that of its card."""
+    """License of the vision tower. Default: the license on its card."""
     text_license: str | None = None
-    """License of the language model. Default: that of its card."""
+    """License of the language model. Default: the license on its card."""
     base_models: tuple[str, str] | None = None
-    """Hub ids of the vision tower and of the language model. Default: as in their configurations.
-    """
+    """Hub ids of the vision tower and of the language model. Default: those in their
+    configurations."""
     training_data: tuple[str, ...] = ()
     """Names or Hub ids of the training data. Default: those on the source's card."""
     results: tuple[Path, ...] = ()
-    """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card,
-    where the weights stay the same."""
+    """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card, if
+    the weights stay the same."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for a license without its name and address, or for these alone."""
@@ -55,7 +55,7 @@ class WeightsConfig(CardConfig, DeviceConfig):
     """Which weights are written, and in which dtype."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the weights. Default: as they are."""
+    """Dtype of the weights. Default: unchanged."""
     max_shard_size: ShardSize = "50GB"
     """Maximum size of a weight file."""
 
@@ -65,23 +65,21 @@ class ExportConfig(WeightsConfig):
     """Options of `export_model`."""
 
     components: Literal["full", "text", "vision", "vision-tower"] = "full"
-    """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
-    transformers, for LLaVA and the like."""
+    """The whole model, the text-only or vision-only model, or the vision tower as a plain model of
+    transformers, for LLaVA and similar models."""
     handler: bool = False
     """Also write handler.py and requirements.txt, with which Inference Endpoints serve the folder.
     """
     space: bool = False
-    """Also write space/: app.py, requirements.txt and README.md of a Gradio Space."""
+    """Also write the folder space with app.py, requirements.txt and README.md of a Gradio Space."""
     onnx: bool = False
     """Write graphs for ONNX Runtime instead of weights for torch."""
     onnx_weights: tuple[TextWeights, ...] = ("float32",)
-    """Weights of the language model's linear layers, a file for each: float32, int8, int4."""
+    """Weights of the language model's linear layers, one file each: float32, int8, int4."""
     onnx_data: str | None = None
-    """Captioned images on which the graphs are checked. Default: the embedded emoji and
-    photographs."""
+    """Captioned images to check the graphs with. Default: the embedded emoji and photographs."""
     max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Largest loss of text to image R@1 that int4 weights may cost, as a share: 0.02 for two
-    points."""
+    """Largest loss of text to image R@1 with int4 weights, as a share: 0.02 for two points."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for options that exclude each other."""
@@ -114,9 +112,9 @@ class ConvertConfig(WeightsConfig):
     components: Literal["full", "text", "vision"] = "full"
     """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of all weights but the temperature, which is float32."""
+    """Dtype of all weights except the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"
-    """Maximum size of a weight file; the conversion takes twice as much memory."""
+    """Maximum size of a weight file; the conversion needs twice as much memory."""
 
 
 _DEFAULTS = {field.name: field.default for field in fields(ExportConfig)}

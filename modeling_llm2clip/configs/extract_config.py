@@ -19,17 +19,17 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 class ExtractConfig(EncodingConfig):
     """Options of `extract`: computing and storing embeddings.
 
-    A store that is begun is continued with the same `store_dtype`, `max_shard_size`, `batch_size`
+    An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`
     and `token_budget`.
     """
 
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Dtype of the stored embeddings; what it cannot hold is refused, never clipped."""
+    """Dtype of the stored embeddings; values that it cannot hold are refused, never clipped."""
     max_shard_size: ShardSize = "512MB"
-    """Maximum size of a file of the store, such as 512MB or 1GiB; none has more than 65,536
-    embeddings. An interrupted run continues within a file, whatever its size."""
+    """Maximum size of a file of the store, such as 512MB or 1GiB, and at most 65,536 embeddings. An
+    interrupted run continues within a file of any size."""
     token_budget: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens of a batch of captions, padding included. Default: by device."""
+    """Maximum number of tokens per batch of captions, padding included. Default: by device."""
 
     def count_rows_per_shard(self, row_bytes: int) -> int:
         """Return how many embeddings a file of the store has.

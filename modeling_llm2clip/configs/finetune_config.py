@@ -21,33 +21,33 @@ class FinetuneConfig(TrainingConfig):
     learning_rate: Annotated[float, Interval(gt=0)] = 2e-4
     """Peak learning rate."""
     save_steps: Annotated[int, Interval(ge=1)] = 100
-    """Steps between checkpoints; the last step has one too."""
+    """Steps between checkpoints, in addition to the last step."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: 1 in runs below 200 steps, else 10."""
     per_device_train_batch_size: Annotated[int, Interval(ge=2)] = 64
-    """Caption pairs per batch of each process; the pairs of all processes are negatives."""
+    """Caption pairs per batch of each process; pairs of other processes are negatives too."""
     mini_batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Pairs computed at a time, with cached gradients (arXiv:2101.06983), so that any batch fits
-    the memory. Default: the whole batch at once."""
+    into memory. Default: the whole batch at once."""
     scale: Annotated[float, Interval(gt=0)] = 50.0
     """Inverse temperature of the loss."""
     negatives: Literal["query-to-doc", "symmetric", "all"] = "symmetric"
-    """Texts of the batch that a text is compared with: first captions with all second ones
-    (query-to-doc, as upstream), the reverse too (symmetric, as CLIP), or every other text (all)."""
+    """Comparisons within a batch: first captions with all second ones (query-to-doc, as upstream),
+    also in reverse (symmetric, as CLIP), or each text with every other text (all)."""
     num_pairings: Annotated[int, Interval(ge=1)] = 1
-    """Number of times that the captions of each image are paired anew in an epoch."""
+    """Number of times per epoch that the captions of each image are paired anew."""
     num_hard_negatives: Annotated[int, Interval(ge=0)] = 0
-    """Hard batches: number of images that share a batch with each image because the model, as it
-    starts, finds their captions most similar. 0 samples batches at random."""
+    """Number of images in a batch with each image because the initial model finds their captions
+    most similar. 0 samples batches at random."""
     num_held_out: Annotated[int, Interval(ge=2)] | None = None
-    """Images held out to measure caption retrieval accuracy. Default: a fifth, 1,000 at most."""
+    """Images held out to measure caption retrieval accuracy. Default: a fifth, at most 1,000."""
     skip_single_captions: bool = False
-    """Leave out images with one caption, which make no pair."""
+    """Skip images with one caption, which cannot form a pair."""
     text_pairs: tuple[tuple[Path, Annotated[float, Interval(gt=0)]], ...] = ()
-    """Further text pairs: FILE (JSON lines of query, positive, negatives) and WEIGHT, the number
-    of their batches for each batch of captions; repeatable. Default: none."""
+    """Other text pairs to add: FILE (JSON lines of query, positive, negatives) and WEIGHT, the
+    number of their batches for each batch of captions; repeatable. Default: none."""
     init_lora: Path | None = None
-    """Folder of a LoRA of the same shape to start from. Default: a new one."""
+    """Folder of a LoRA of the same shape to start from. Default: a new LoRA."""
     lora_rank: Annotated[int, Interval(ge=1)] = 16
     """Rank of the LoRA."""
     lora_alpha: Annotated[int, Interval(ge=1)] = 32
@@ -55,13 +55,13 @@ class FinetuneConfig(TrainingConfig):
     lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Dropout of the LoRA."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers with a LoRA, as peft takes them."""
+    """Names of the linear layers that get a LoRA, as in peft."""
     lora_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Dtype of the written LoRA."""
+    """Dtype of the saved LoRA."""
     merge: bool = True
     """Merge the LoRA into a new model, output/model; False leaves it at output/lora."""
     eval_steps: Annotated[int, Interval(ge=0)] = 0
-    """Steps between two measurements; 0 measures before and after the run alone."""
+    """Steps between measurements; 0 measures only before and after the run."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each contradiction."""

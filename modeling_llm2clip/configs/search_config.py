@@ -16,9 +16,9 @@ class IndexConfig(EncodingConfig):
 
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
-    comparing with every image and finds enough; always and never do as they say."""
+    comparing with every image and reaches the required recall."""
     min_recall: Annotated[float, Interval(gt=0, le=1)] = 0.97
-    """Recall@10 that the approximate index has to reach, against comparing with every image."""
+    """Required recall@10 of the approximate index, compared with an exact search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class TagConfig(EncodingConfig):
     """Options of `tag`: encoding a folder of images."""
 
     index: str | None = None
-    """Database of the images' embeddings, which is brought up to date as by `llm2clip index`, so
-    that the next call encodes new images alone. Default: none, and all images are encoded."""
+    """Database of the images' embeddings, updated as by `llm2clip index`, so that the next call
+    encodes only new images. Default: none, and all images are encoded."""
     skip_invalid: bool = False
-    """Leave out images that cannot be read and report how many, instead of stopping at them."""
+    """Skip images that cannot be read and report their number, instead of stopping."""

@@ -24,35 +24,36 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     port: Port = 8000
     """Port to listen on; 0 is any free one."""
     model_name: str | None = None
-    """Name of the model in requests and responses. Default: MODEL without the folders before it."""
+    """Name of the model in requests and responses. Default: the last part of MODEL."""
     token_budget: Annotated[int, Interval(ge=1)] | None = None
     """Maximum tokens per batch of texts, over all requests. Default: by device."""
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Maximum images per batch, over all requests. Default: by device."""
     max_wait_ms: Annotated[float, Interval(ge=0, le=1000)] = 0
-    """Milliseconds that a batch which is not full waits for further requests. Under load it waits
-    in any case for as many as the last one had, up to a twentieth of what that took."""
+    """Milliseconds that an incomplete batch waits for more requests. Under load it always waits for
+    as many inputs as the last batch had, up to a twentieth of that batch's time."""
     num_workers: Annotated[int, Interval(ge=1)] = 2
-    """Threads that decode images; as many more tokenize texts, and as many search."""
+    """Threads that decode images, and the same number each for tokenizing and searching."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096
-    """Texts and images in work and waiting; a request beyond gets 429 and Retry-After."""
+    """Maximum number of texts and images in progress and waiting; further requests get 429 and
+    Retry-After."""
     max_request_mb: Annotated[float, Interval(gt=0)] = 32
-    """Maximum size of the body of a request, in MB."""
+    """Maximum size of a request body, in MB."""
     max_pending_mb: Annotated[float, Interval(gt=0)] = 512
-    """Maximum size of the bodies of all requests in work, in MB; a request beyond gets 429."""
+    """Maximum total size of the bodies of all requests in progress, in MB; further requests get
+    429."""
     max_image_mb: Annotated[float, Interval(gt=0)] = 20
     """Maximum size of an encoded image, in MB."""
     max_megapixels: Annotated[float, Interval(gt=0)] = 50
     """Maximum size of a decoded image, in millions of pixels."""
     timeout_s: Annotated[float, Interval(gt=0)] = 60
-    """Seconds that a request may take, from its first byte on."""
+    """Seconds that a request may take from its first byte."""
     drain_s: Annotated[float, Interval(ge=0)] = 30
-    """Seconds that running requests get to finish after SIGTERM; what still runs then is left."""
+    """Seconds that running requests have to finish after SIGTERM; the rest is abandoned."""
     image_urls: bool = False
-    """Fetch images from http and https URLs; data URLs are always read."""
+    """Fetch images from http and https URLs; data URLs always work."""
     image_networks: tuple[str, ...] = ()
-    """Networks that are not public and from which images may be fetched, such as 10.1.0.0/16.
-    Default: none."""
+    """Private networks from which images may be fetched, such as 10.1.0.0/16. Default: none."""
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits of images by their names; a download ends with its request."""
@@ -82,20 +83,21 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RayServeConfig(ServeConfig):
-    """Options of replicas under Ray Serve; `host` and `port` are Ray's there."""
+    """Options of replicas under Ray Serve, which sets `host` and `port` itself."""
 
     model: str
-    """Folder or Hub id of the model, as every node sees it."""
+    """Folder or Hub id of the model, readable by every node."""
     index: str | None = None
-    """Index of images that `/v1/search` searches, as every node sees it. Default: none."""
+    """Image index that `/v1/search` searches, readable by every node. Default: none."""
     min_replicas: Annotated[int, Interval(ge=1)] = 1
     """Minimum number of replicas, each of which loads the model."""
     max_replicas: Annotated[int, Interval(ge=1)] = 2
     """Maximum number of replicas."""
     target_ongoing_requests: Annotated[float, Interval(gt=0)] = 32
-    """Requests per replica above which replicas are added, and below which they are removed."""
+    """Target number of running requests per replica; Ray adds replicas above it and removes them
+    below it."""
     max_ongoing_requests: Annotated[int, Interval(ge=1)] = 256
-    """Maximum requests that a replica works on at once; further ones wait at the proxy."""
+    """Maximum number of running requests per replica; further ones wait at the proxy."""
     num_cpus: Annotated[float, Interval(ge=0)] = 1
     """CPUs that Ray reserves per replica."""
     num_gpus: Annotated[float, Interval(ge=0)] = 0

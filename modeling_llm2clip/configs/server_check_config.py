@@ -20,25 +20,25 @@ class ServerCheckConfig(DeviceConfig):
     server: (
         Annotated[str, Matches(pattern=r"https?://.+", wanted="an http or https address")] | None
     ) = None
-    """Check this endpoint against the folder, e.g. http://127.0.0.1:8000; an address without a
-    path gets that of `schema`. Default: check the folder itself."""
+    """Endpoint to compare with the folder, e.g. http://127.0.0.1:8000; an address without a path
+    gets the path of `schema`. Default: check only the folder."""
     schema: ServerSchema = "openai"
-    """Requests that the server takes: openai has texts alone (`input`); images go with chat
-    (`messages` with `image_url`), cohere (`texts`, `images`) or jina (`input` of objects)."""
+    """Request format of the server: openai is for texts only (`input`); chat (`messages` with
+    `image_url`), cohere (`texts`, `images`) and jina (`input` of objects) also take images."""
     model_name: str | None = None
-    """Name of the model in requests. Default: the only one of the server's /v1/models, else the
-    folder's name."""
+    """Name of the model in requests. Default: the only model in the server's /v1/models, or else
+    the folder's name."""
     served_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype that the server is meant to compute in, which sets what may differ. Default: that of
-    the folder's weights."""
+    """Dtype that the server should compute in, which sets the tolerance. Default: the dtype of the
+    folder's weights."""
     api_key_env: Annotated[
         str, Matches(pattern=r"[A-Za-z_]\w*", wanted="the name of an environment variable")
     ] = "LLM2CLIP_API_KEY"
-    """Environment variable with the API key, sent as a bearer token if it is set."""
+    """Environment variable with the API key, which is sent as a bearer token if set."""
     timeout_s: Annotated[float, Interval(gt=0, le=3600)] = 60.0
     """Seconds that one request may take."""
     concurrency: Annotated[int, Interval(ge=1, le=256)] = 8
-    """Requests in flight at once in the check for cross-talk."""
+    """Number of concurrent requests in the check for cross-talk."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for options of an endpoint without one."""

@@ -1,4 +1,4 @@
-"""Everything that changes an embedding and that the weights of another project do not say."""
+"""Everything that affects an embedding and that the weights of another project do not record."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .config_fields import Config
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
-    """Everything that changes a number and is in no key of a checkpoint."""
+    """Everything that affects an embedding and that a checkpoint does not record."""
 
     layout: str
-    """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; the keys of the
-    file must agree."""
+    """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the keys in
+    the file."""
     prompt: Prompt | None = "llama-3"
     """Prompt around every caption."""
     prompt_prefix: str | None = None
-    """Text in front of every caption, in place of `prompt`."""
+    """Text before every caption, instead of `prompt`."""
     prompt_suffix: str | None = None
-    """Text after every caption, in place of `prompt`."""
+    """Text after every caption, instead of `prompt`."""
     max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     text_pooling: TextPooling = "mean"
@@ -32,11 +32,11 @@ class SourceFormat(Config):
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
-    """Activation of the vision tower's inner layers; gelu_tanh is that of timm's SO400M networks in
+    """Activation of the vision tower's inner layers; gelu_tanh is for timm's SO400M networks with
     patches of 16."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
-    """Side of SigLIP2's images in pixels. Default: that of its patches together; 27 patches of 14
-    pixels need it, because networks for 378 and for 384 pixels have them."""
+    """Side of SigLIP2's images in pixels. Default: the size of its patches together; required for
+    27 patches of 14 pixels, because networks for 378 and for 384 pixels have them."""
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Mean and std of the pixels: OpenAI's, or 0.5."""
     head_width: Annotated[int, Interval(ge=1)] = 64

@@ -27,7 +27,7 @@ _WITH_DEVICE = (*_WITH_SEED, "extract", "export", "evaluate")
 class TrainConfig(DataConfig):
     """Options of `train`: build, fine-tune, extract, align, export, check and evaluate.
 
-    `device` and `seed` are given once, here, and handed to every stage.
+    `device` and `seed` apply to every stage.
     """
 
     vision_model: str
@@ -38,9 +38,9 @@ class TrainConfig(DataConfig):
     """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME or NAME=FOLDER of a known
     dataset; embedded for the package's own."""
     output: Path
-    """Folder of everything that is written."""
+    """Folder for everything that is written."""
     test_size: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """Share of the groups of images that is held out to evaluate on; 0 for none."""
+    """Share of the groups of images that is held out for evaluation; 0 for none."""
     build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
     """Options of the untrained model."""
     finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
@@ -50,16 +50,16 @@ class TrainConfig(DataConfig):
     align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
     """Options of the alignment."""
     export: ExportConfig | None = dataclasses.field(default_factory=ExportConfig)
-    """Options of the exported model; null for the aligned model as it is."""
+    """Options of the exported model; null to use the aligned model."""
     evaluate: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     """Options of the evaluation."""
     eval_datasets: tuple[str, ...] = ()
-    """Datasets to evaluate on beside the held-out images, as `evaluate` takes them. Default: none.
-    """
+    """Datasets to evaluate on in addition to the held-out images, as for `evaluate`. Default:
+    none."""
     eval_tasks: tuple[str, ...] = ()
-    """Tasks to evaluate. Default: what suits each dataset."""
+    """Tasks to evaluate. Default: the task of each dataset's type."""
     device: Device = "auto"
-    """Where all stages run: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
+    """Device for all stages: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
     seed: Seed = 0
     """Seed of the split and of all stages."""
 

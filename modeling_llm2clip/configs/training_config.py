@@ -16,7 +16,7 @@ class TrainingConfig(DeviceConfig):
     """Options of a training stage: duration, speed, device, checkpoints and metrics."""
 
     max_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Number of steps. Default: what `num_train_epochs` comes to."""
+    """Number of steps. Default: set by `num_train_epochs`."""
     num_train_epochs: Annotated[float, Interval(gt=0)] | None = None
     """Passes over the data. Default: by stage."""
     learning_rate: Annotated[float, Interval(gt=0)] | None = None
@@ -24,20 +24,21 @@ class TrainingConfig(DeviceConfig):
     warmup_steps: Annotated[float, Interval(ge=0)] = 0.1
     """Steps until the learning rate reaches its peak; below 1, a share of the run."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass, which saves memory and takes about a third more
+    time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the computation; auto is bfloat16 on GPUs that support it, and elsewhere the one in
-    which each weight is stored. Trained weights stay float32. float32 also computes towers that
-    are stored in half precision in float32."""
+    """Dtype of the computation; auto is bfloat16 on GPUs that support it, and otherwise the dtype
+    in which each weight is stored. Trained weights stay float32. float32 also computes towers
+    stored in half precision in float32."""
     save_steps: Annotated[int, Interval(ge=1)] = 500
-    """Steps between checkpoints; the last step has one too."""
+    """Steps between checkpoints, in addition to the last step."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: by stage."""
     report_to: tuple[str, ...] | None = None
-    """Where metrics are reported beside metrics.jsonl, as Trainer takes it: tensorboard, trackio,
-    wandb, none. Default: tensorboard where it is installed."""
+    """Where to report metrics besides metrics.jsonl, as in Trainer: tensorboard, trackio, wandb,
+    none. Default: tensorboard if it is installed."""
     seed: Seed = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for a warm-up that is neither a share nor a number of steps."""

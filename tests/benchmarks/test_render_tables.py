@@ -60,7 +60,7 @@ def test_a_search_is_shown_beside_its_peers_and_with_photographs_where_there_are
     shown = PRODUCT_TABLES["search"](report)
     assert "| the index, 50 of 1000 partitions | 26 | 0.979 | 1.8 | 214 |" in shown
     assert "| FAISS, IVF1024 | 13 | 0.972 | 1.7 | 20 |" in shown
-    assert "| compared with every image | 2104 | 1.000 | – | – |" in shown
+    assert "| comparison with every image | 2104 | 1.000 | – | – |" in shown
     assert "photographs" not in shown
     seconds = ("decode_s", "model_start_s", "index_s", "index_unchanged_s", "second_search_s")
     photographs = {"images": 3000, **dict.fromkeys(seconds, 4.26)}

@@ -144,7 +144,7 @@ def test_a_license_that_is_none_is_refused_before_a_source_is_opened(
 def test_a_flag_that_llm2vec_has_no_use_for_is_named(tmp_path, capsys, flags) -> None:
     command = ["convert", str(LLM), str(tmp_path / "model"), *LLM2VEC_FLAGS, *flags]
     assert main(command) == 2
-    assert f"has no use for {flags[0]}:" in capsys.readouterr().err
+    assert f"has no use for {flags[0]}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -210,11 +210,11 @@ def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
     [
         (
             ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
-            "--batch-size, --num-workers: for --modality image alone",
+            "--batch-size, --num-workers: only for --modality image",
         ),
         (
             ["--modality", "image", "--token-budget", "64"],
-            "--token-budget: for --modality text alone",
+            "--token-budget: only for --modality text",
         ),
     ],
 )
