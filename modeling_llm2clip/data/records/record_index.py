@@ -165,7 +165,7 @@ def _build(
                 table = RecordTable.open(unfinished.replace(file))
         finally:
             unfinished.unlink(missing_ok=True)
-    table.skipped = errors.skipped
+    table.skipped = dict(errors.skipped)
     return table, errors
 
 

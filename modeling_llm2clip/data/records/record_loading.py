@@ -162,7 +162,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
             yield record
 
     table = write_index(make_batches(read()), name_build(temporary_folder() / "records"))
-    table.skipped = stray.skipped
+    table.skipped = dict(stray.skipped)
     stray.compare_columns()
     for row, place in iterate_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)

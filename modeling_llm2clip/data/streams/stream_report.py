@@ -46,16 +46,6 @@ class StreamReport:
         """The counts by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of each kind of problem."""
-        return self.problems.counts
-
-    @property
-    def places(self) -> dict[str, list[str]]:
-        """First places of each kind of problem."""
-        return self.problems.places
-
     def add_lost_sample(self, kind: str, place: str) -> None:
         """Count a broken sample."""
         self.lost_samples += 1
@@ -88,14 +78,9 @@ class StreamReport:
         ]
         return ", ".join(parts)
 
-    @property
-    def has_losses(self) -> bool:
-        """True if samples or shards were lost."""
-        return bool(self.lost_samples or self.lost_shards)
-
     def describe(self) -> str:
         """Describe each kind of problem: its count and first places."""
-        return "\n".join(describe_errors(self.counts, self.places))
+        return "\n".join(describe_errors(self.problems.counts, self.problems.places))
 
     def merge(self, other: StreamReport) -> None:
         """Add the counts of another worker."""
@@ -105,10 +90,11 @@ class StreamReport:
 
     def to_state(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {**self.numbers, "counts": self.counts, "places": self.places}
+        places = {kind: [*where] for kind, where in self.problems.places.items()}
+        return {**self.numbers, "counts": dict(self.problems.counts), "places": places}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
         """Make a report from `to_state`."""
         numbers = {name: value for name, value in state.items() if isinstance(value, int)}
-        return cls(**numbers, problems=ErrorCollector.of(state["counts"], state["places"]))
+        return cls(**numbers, problems=ErrorCollector(state["counts"], state["places"]))

@@ -187,7 +187,7 @@ class StreamData:
         self._resumed_state = None  # there may have been nothing left behind the checkpoint
         report = self._read_current()
         self._ended.append(report)
-        if report.has_losses:
+        if report.lost_samples or report.lost_shards:
             of_process = f" of process {self._process}" if self._num_processes > 1 else ""
             tqdm.write(
                 f"epoch {self._epoch}{of_process}: {report.describe_losses()}", file=sys.stderr
@@ -234,7 +234,7 @@ class StreamData:
             epochs.append(report.numbers)
             total.merge(report)
         # What is broken is so in every epoch.
-        places = {kind: list(dict.fromkeys(where)) for kind, where in total.places.items()}
+        places = {kind: list(dict.fromkeys(where)) for kind, where in total.problems.places.items()}
         return {**total.to_state(), "places": places, "epochs": epochs}
 
     def _name_file(self) -> str:

@@ -387,8 +387,8 @@ def test_others_take_the_place_of_samples_that_cannot_be_prepared(
     assert found == [name for name in names if not name.endswith("2.png")]
     report = read_report(loader.state_dict())
     assert (report.samples, report.lost_samples) == (SHARDS * (SAMPLES - 1), SHARDS)
-    assert report.counts == {"image unreadable": SHARDS}
-    assert all("0002.png: broken" in place for place in report.places["image unreadable"])
+    assert report.problems.counts == {"image unreadable": SHARDS}
+    assert all("0002.png: broken" in place for place in report.problems.places["image unreadable"])
 
     stopped = make()
     iterator = iter(stopped)
@@ -509,7 +509,7 @@ def test_broken_samples_are_counted_up_to_a_share(tmp_path: Path) -> None:
     names = list_names(stream)
     assert len(names) == 37 == stream.report.samples
     assert stream.report.lost_samples == 5
-    assert stream.report.counts == {
+    assert stream.report.problems.counts == {
         "not UTF-8": 1,
         "blank caption": 2,
         "members of one sample are not next to each other": 1,
