@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .._suggestions import counted
 
@@ -70,27 +71,21 @@ def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str
     ]
 
 
+@dataclass
 class ErrorCollector:
     """Counts errors by kind and keeps the first places of each.
 
-    Args:
-        counts: Errors that are counted already: kind to how many there are.
-        places: Kind of these errors to their first places.
-
     Attributes:
+        counts: Kind of error to how many there are.
+        places: Kind of error to the first places.
         skipped: Why rows are not records, to how many there are.
     """
 
-    def __init__(
-        self,
-        counts: Mapping[str, int] | None = None,
-        places: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        self.counts = Counter(counts)
-        self.places = {kind: [*where] for kind, where in (places or {}).items()}
-        self.skipped: Counter[str] = Counter()
-        # Names of columns to how many files have exactly these, and the first of the files.
-        self._files: dict[tuple[str, ...], tuple[int, list[str]]] = {}
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+    # Names of columns to how many files have exactly these, and the first of the files.
+    _files: dict[tuple[str, ...], tuple[int, list[str]]] = field(default_factory=dict, init=False)
 
     def add(self, kind: str, place: str) -> None:
         """Add one error."""
@@ -136,7 +131,7 @@ class ErrorCollector:
 
     def without(self, *kinds: str) -> ErrorCollector:
         """Return a collector of the other errors."""
-        kept = {kind: n for kind, n in self.counts.items() if kind not in kinds}
+        kept = Counter({kind: n for kind, n in self.counts.items() if kind not in kinds})
         return ErrorCollector(kept, {kind: self.places[kind] for kind in kept})
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,4 +98,5 @@ class StreamReport:
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
         """Make a report from `to_state`."""
         numbers = {name: value for name, value in state.items() if isinstance(value, int)}
-        return cls(**numbers, problems=ErrorCollector(state["counts"], state["places"]))
+        places = {kind: [*where] for kind, where in state["places"].items()}
+        return cls(**numbers, problems=ErrorCollector(Counter(state["counts"]), places))
