@@ -42,11 +42,6 @@ class ByteCache(Generic[T]):
                     self._making.pop(key, None)
             return value
 
-    @property
-    def total(self) -> int:
-        """Bytes of all values that are kept."""
-        return self._total
-
     def _use(self, key: Hashable) -> T:
         self._values.move_to_end(key)
         return self._values[key][0]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..records.record_table import RecordTable
+from ..key_arrays import Array
+from ..records.record_table import CAPTION_COLUMNS, RecordTable, count_captions
 from ..store.store_index import StoreIndex
-
-Array: TypeAlias = np.ndarray[Any, Any]
-CAPTION_COLUMNS = ("captions", "long_captions")
 
 
 class FlatCaptions(NamedTuple):
@@ -39,12 +37,6 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
     _, places = locate_captions(batch)
     texts = pa.concat_arrays([short, long]).take(pa.array(places))
     return FlatCaptions(texts, num_short, ends)
-
-
-def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
-    short, long = (np.diff(np.asarray(batch.column(name).offsets)) for name in CAPTION_COLUMNS)
-    return short, long
 
 
 def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:

@@ -6,22 +6,19 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
-from ..key_arrays import is_among, sort_rows
+from ..key_arrays import Array, is_among, sort_rows
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
 from .caption_columns import locate_captions
 
-Array: TypeAlias = np.ndarray[Any, Any]
-
 _ROWS_AT_ONCE = 2**13
 _ERRORS_SHOWN = 5
-_KEYS = ("group_key", "captions", "long_captions", "text_keys")
+_COLUMNS = ("group_key", "captions", "long_captions", "text_keys", "group_id")
 _WITHOUT_PAIRS = (
     "Data without second captions needs no fine-tuning: build the model from a fine-tuned LLM (a "
     "released one, or with the LoRA of one by llm2clip build --lora), or skip this stage and "
@@ -119,7 +116,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
     def iterate_batches(self) -> Iterator[GroupBatch]:
         """Yield the groups in batches, in the order of their first records."""
         number = 0
-        for batch in iterate_whole_groups(self._records, (*_KEYS, "group_id")):
+        for batch in iterate_whole_groups(self._records):
             group, keys, places = list_distinct_texts(batch)
             group, keys, places = _select(_is_of_several(group), group, keys, places)
             if self._chosen is not None and len(group):
@@ -196,18 +193,15 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
     return groups, num_single
 
 
-def sort_by_group(records: RecordTable) -> RecordTable:
-    """Put the records of each group together, the groups in the order of their first records."""
-    first = records.find_first_rows("group_key")
-    if not (first[1:] < first[:-1]).any():
-        return records
-    return records.select(sort_rows(first))
-
-
-def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns in batches that no group crosses."""
+def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
+    """Yield `_COLUMNS` in batches that no group crosses."""
     rest: pa.RecordBatch | None = None
-    for batch in _iterate_slices(records, names):
+    slices = (
+        batch.slice(start, _ROWS_AT_ONCE)
+        for batch in records.iterate_columns(_COLUMNS)
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE)
+    )
+    for batch in slices:
         if rest is not None and rest.num_rows:
             batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
         changes = _find_starts(np.asarray(batch.column(0)))
@@ -217,12 +211,6 @@ def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator
         rest = batch.slice(last)
     if rest is not None and rest.num_rows:
         yield rest
-
-
-def _iterate_slices(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    for batch in records.iterate_columns(names):
-        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-            yield batch.slice(start, _ROWS_AT_ONCE)
 
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
@@ -239,10 +227,13 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
     """Collect the captions of the groups that have at least two, and count the others."""
-    records = sort_by_group(RecordTable.from_records(data))
+    records = RecordTable.from_records(data)
+    first = records.find_first_rows("group_key")
+    if (first[1:] < first[:-1]).any():  # the records of a group are to follow one another
+        records = records.select(sort_rows(first))
     num_groups, num_pairs, num_single, start = 0, 0, 0, 0
     shown: list[str] = []
-    for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
+    for batch in iterate_whole_groups(records):
         _require_different_keys(batch)
         rows = _find_starts(np.asarray(batch.column(0)))
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))

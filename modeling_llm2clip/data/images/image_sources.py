@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -104,9 +105,30 @@ class ArrowImage:
 
     def read_bytes(self) -> bytes:
         """Read the encoded image."""
-        from .arrow_images import read_image_bytes
+        table = _map_arrow_file(self.file, self.file.stat().st_mtime_ns)
+        if not 0 <= self.row < len(table):
+            raise ValueError(f"{self.file} has no row {self.row}.")
+        if self.column not in table.column_names:
+            raise ValueError(f"{self.file} has no column {self.column!r}.")
+        value = table.column(self.column)[self.row].as_py()
+        content = value["bytes"] if isinstance(value, dict) else value
+        if content is None:
+            raise ValueError(f"{self} has no image in {self.column!r}.")
+        return bytes(content)
 
-        return read_image_bytes(self.file, self.column, self.row)
+
+@lru_cache(maxsize=1024)
+def _map_arrow_file(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    mapped = pa.memory_map(str(file))
+    try:
+        try:
+            return pa.ipc.open_stream(mapped).read_all()
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(mapped).read_all()
+    except pa.ArrowException as error:
+        raise ValueError(f"{file}: not an Arrow file, or broken ({error}).") from error
 
 
 @dataclass(frozen=True, slots=True)

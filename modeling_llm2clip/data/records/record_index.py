@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -246,17 +247,11 @@ def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     """Write an index, unless it is so small that it stays in memory."""
-    first = next(batches, None)
-    if first is None:
-        return RecordTable([])
-    second = next(batches, None)
-    if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
-        return RecordTable([first])
+    first = list(islice(batches, 2))
+    if len(first) < 2 and sum(batch.num_rows for batch in first) <= _MOST_ROWS_IN_MEMORY:
+        return RecordTable(first)
     with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
-        writer.write_batch(first)
-        if second is not None:
-            writer.write_batch(second)
-        for batch in batches:
+        for batch in chain(first, batches):
             writer.write_batch(batch)
     return RecordTable.open(file)
 

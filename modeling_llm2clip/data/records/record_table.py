@@ -11,25 +11,24 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
-from ..key_arrays import find_first_rows
+from ..key_arrays import Array, find_first_rows
 from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, make_batches, make_image
 from .records import CaptionedImage, CheckedRecord
 
-Array: TypeAlias = np.ndarray[Any, Any]
-_COUNTED = ("captions", "long_captions")
+CAPTION_COLUMNS = ("captions", "long_captions")
 # In the order of the arguments of `_make_record`.
 _RECORD_COLUMNS = (
     "name",
     "group_id",
     "lang",
-    *_COUNTED,
+    *CAPTION_COLUMNS,
     "keywords",
     "place",
     "url",
@@ -186,7 +185,7 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             (N,) or (M,) int32 each: short and long captions.
         """
-        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in _COUNTED)
+        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in CAPTION_COLUMNS)
         return short, long
 
     def read_numbers(self, name: str, rows: Array | None = None) -> Array:
@@ -256,8 +255,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
         """Yield the numbers of short and of long captions of records, in batches."""
-        for batch in self.iterate_columns(_COUNTED):
-            yield _list_lengths(batch.column(0)), _list_lengths(batch.column(1))
+        yield from map(count_captions, self.iterate_columns(CAPTION_COLUMNS))
 
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns in batches, in the table's order.
@@ -343,6 +341,12 @@ def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
     stops = [*starts[1:].tolist(), len(rows)]
     for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops, strict=True):
         yield number, order[start:stop]
+
+
+def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
+    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
+    short, long = (_list_lengths(batch.column(name)) for name in CAPTION_COLUMNS)
+    return short, long
 
 
 def _list_lengths(column: pa.Array) -> Array:

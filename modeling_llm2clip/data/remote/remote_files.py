@@ -41,9 +41,18 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     import fsspec  # type: ignore[import-untyped]
 
     try:
-        options = _limit_silence() if url.startswith(_HTTP) else {}
+        options: dict[str, Any] = {}
         if url.startswith("file://"):
             options = {"auto_mkdir": True}  # object storage has no folders to make
+        elif url.startswith(_HTTP):
+            require(WEB_SERVERS)
+            import aiohttp
+
+            # By default a response has to end within minutes, however fast it is read here.
+            limit = aiohttp.ClientTimeout(
+                total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
+            )
+            options = {"client_kwargs": {"timeout": limit}}
         found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
     except MissingExtraError:
         raise
@@ -55,20 +64,6 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise AccessError(f"{url}: {error}. Give a path, or a URL that fsspec knows.") from error
     return found
-
-
-def _limit_silence() -> dict[str, Any]:
-    """Let a web server be silent for a while, but send as long as it likes.
-
-    By default a response has to end within minutes, however fast it is read here.
-    """
-    require(WEB_SERVERS)
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
-    )
-    return {"client_kwargs": {"timeout": timeout}}
 
 
 class RemoteFile:

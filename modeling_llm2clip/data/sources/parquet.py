@@ -159,7 +159,9 @@ class _FileReader:
         with_path = {name for name in self._packed if _has_field(self._columns[name], "path")}
         leaves = [name for name in self._columns if name not in self._packed]
         start = 0
-        for size, batch in self._iterate([*leaves, *(f"{name}.path" for name in with_path)]):
+        read = [*leaves, *(f"{name}.path" for name in with_path)]
+        for batch in self._opened.iter_batches(_ROWS_AT_ONCE, columns=read):
+            size = batch.num_rows
             paths = dict.fromkeys(self._packed, [None] * size)
             paths |= {name: batch.column(name).flatten()[0].to_pylist() for name in with_path}
             values = {
@@ -175,16 +177,6 @@ class _FileReader:
                 )
                 yield start + offset, row, of_row
             start += size
-
-    def _iterate(self, leaves: list[str]) -> Iterator[tuple[int, Any]]:
-        """Yield batches of the leaves and their numbers of rows."""
-        if leaves:
-            for batch in self._opened.iter_batches(_ROWS_AT_ONCE, columns=leaves):
-                yield batch.num_rows, batch
-            return
-        rows = self._opened.metadata.num_rows
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            yield min(_ROWS_AT_ONCE, rows - start), None
 
     def _address(self, name: str, start: int, paths: list[Any]) -> list[Any]:
         """Return the addresses of images, or their paths where the file has no bytes of them."""

@@ -30,7 +30,7 @@ from .download_notes import (
 )
 from .json_files import number_lines, parse_object
 from .parquet import is_image_type
-from .tar_shards import TarSample, read_member, split_member
+from .tar_shards import TarSample, read_member, require_end, split_member
 
 _TAR_BUFFER = 2**18
 _ROWS_AT_ONCE = 16
@@ -118,14 +118,9 @@ class _KeepingTail:
         return content
 
     def require_end(self, offset: int) -> None:
-        """Raise BrokenShardError unless nothing but zeros follows an offset, a block at least."""
+        """Raise tarfile.ReadError unless nothing but zeros follows an offset, a block at least."""
         rest = self._tail[len(self._tail) - (self._total - offset) :]
-        is_whole = len(rest) >= tarfile.BLOCKSIZE
-        while is_whole and rest:
-            is_whole = not rest.strip(b"\0")
-            rest = self._stream.read(_TAR_BUFFER)
-        if not is_whole:
-            raise BrokenShardError(f"the archive is truncated or damaged at byte {offset}")
+        require_end(rest, self._stream, offset)
 
 
 def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
 from ..record_fields import CAPTION_FIELDS, RawRecord
@@ -118,7 +118,8 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
                 if problem:
                     sample.is_broken = True
                     errors.add(problem, f"{name}: {member.name}")
-            _require_end(opened, archive.offset)
+            opened.seek(archive.offset)
+            require_end(opened.read(tarfile.BLOCKSIZE), opened, archive.offset)
     except AccessError:
         raise
     except (tarfile.TarError, OSError) as error:
@@ -129,15 +130,13 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
     return samples
 
 
-def _require_end(opened: io.BufferedReader, offset: int) -> None:
+def require_end(rest: bytes, opened: BinaryIO | io.BufferedReader, offset: int) -> None:
     """Raise tarfile.ReadError unless the members are followed by nothing but the archive's end.
 
     At a header that is damaged, truncated or that follows another archive's end, `tarfile` stops as
     if there were no more.
     """
-    opened.seek(offset)
-    rest = opened.read(tarfile.BLOCKSIZE)
-    is_whole = len(rest) == tarfile.BLOCKSIZE
+    is_whole = len(rest) >= tarfile.BLOCKSIZE
     while is_whole and rest:
         is_whole = not rest.strip(b"\0")
         rest = opened.read(2**20)

@@ -25,20 +25,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..atomic_files import list_differences
+from ..key_arrays import Array
 from .store_index import ItemTexts, StoreIndex
 from .store_manifest import MANIFEST_FILE, StoreManifest
 from .store_shards import StoreShards, check_file, check_size, list_errors
 
 __all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows"]
 
-Array: TypeAlias = np.ndarray[Any, Any]
 Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
 _SHOWN = 5
 

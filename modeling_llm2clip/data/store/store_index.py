@@ -19,17 +19,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..key_arrays import Array
 from ..records.record_columns import ROWS_PER_BATCH
 from ..records.record_table import split_by_batch
 from .store_manifest import INDEX_FILE, IndexRecord, StoreManifest
 from .store_shards import Advice, advise
 
-Array: TypeAlias = np.ndarray[Any, Any]
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),

@@ -25,15 +25,15 @@ from enum import IntEnum
 from functools import cache
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import hash_file
+from ..key_arrays import Array
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
-Array: TypeAlias = np.ndarray[Any, Any]
 CHECKSUM_BYTES = 8
 _PAGE = 4096  # bytes; embeddings begin at a page, so that a row touches as few as it can
 _SHOWN = 5

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,20 +211,6 @@ class RecordStream(IterableDataset[CaptionedImage]):
             run.resume(state)
         self._run = run
         return run
-
-    def for_process(
-        self,
-        process_index: int,
-        num_processes: int,
-        *,
-        seed: int,
-        excluded_groups: frozenset[str] = frozenset(),
-    ) -> RecordStream:
-        """Return the part of one process of a training run."""
-        return replace(
-            self, process_index=process_index, num_processes=num_processes, seed=seed,
-            excluded_groups=excluded_groups,
-        )  # fmt: skip
 
     def read_shard(self, number: int) -> list[CaptionedImage]:
         """Read the valid samples of one shard, in its order."""

@@ -8,9 +8,6 @@ from typing import Any
 
 from ..validation_errors import ErrorCollector, describe_errors
 
-# Fewer samples count as so many, since a few lost ones at the beginning say little.
-LEAST_SAMPLES = 1000
-
 
 class TooManyLostError(ValueError):
     """More of a stream was lost than is allowed; the message names what and where."""
@@ -56,18 +53,6 @@ class StreamReport:
         """Count a shard that is missing or ended early."""
         self.lost_shards += 1
         self.problems.add("shard lost", f"{place} ({reason})")
-
-    def require_most(self, max_lost_share: float, *, num_shards: int, least_samples: int) -> None:
-        """Raise if one worker lost too much: of the samples seen so far, or of its own shards."""
-        seen = max(self.samples + self.lost_samples, least_samples)
-        lost_samples = self.lost_samples > max_lost_share * seen
-        if lost_samples or self.lost_shards > max_lost_share * num_shards:
-            raise TooManyLostError(
-                f"The stream lost {self.lost_samples} samples (of {self.samples} read) and "
-                f"{self.lost_shards} of {num_shards} shards that this worker reads, more than "
-                f"max_lost_share = {max_lost_share:g}:\n{self.describe()}\n"
-                "Correct the source, leave its broken shards out, or allow more."
-            )
 
     def describe_losses(self) -> str:
         """Describe in one line the samples that were read, and those that were not."""

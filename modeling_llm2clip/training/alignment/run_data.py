@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -283,8 +284,12 @@ def open_stream(
     """Prepare a stream, deal its shards to the processes, and write held-out images to a folder."""
     state = PartialState()
     held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
-    own = stream.for_process(
-        state.process_index, state.num_processes, seed=config.seed, excluded_groups=groups
+    own = replace(
+        stream,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        seed=config.seed,
+        excluded_groups=groups,
     )
     source = AlignmentStream(
         own,

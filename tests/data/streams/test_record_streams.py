@@ -557,8 +557,9 @@ def test_one_shard_is_read_up_to_where_it_is_cut(tars: Path) -> None:
 
 def test_the_part_of_a_process_leaves_groups_out_and_counts_them(tars: Path) -> None:
     stream = stream_records(tars)
-    own = stream.for_process(1, 2, seed=4, excluded_groups=frozenset({"g0", "g1", "g27"}))
-    other = stream.for_process(0, 2, seed=4)
+    held_out = frozenset({"g0", "g1", "g27"})
+    own = replace(stream, process_index=1, num_processes=2, seed=4, excluded_groups=held_out)
+    other = replace(stream, process_index=0, num_processes=2, seed=4)
     found = list(own)
     assert not {record.group_id for record in found} & {"g0", "g1", "g27"}
     assert len(found) + own.report.excluded_samples == SHARDS * SAMPLES // 2
