@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -65,13 +65,14 @@ class GroupBatch:
         return texts.take(pa.array(places))
 
 
+@dataclass(eq=False)
 class CaptionGroups(Iterable[CaptionGroup]):
     """Groups of at least two captions, which are read in batches and never held.
 
     Texts are compared by their 64-bit keys. Of two different captions of one group with the same
     key, one is not used: the odds are below one to a hundred million for a billion captions.
 
-    Args:
+    Attributes:
         records: Records in which those of one group follow one another.
         num_groups: Number of groups that the iteration yields.
         num_pairs: Number of pairs in which each caption is once, and the last of an odd number
@@ -86,23 +87,15 @@ class CaptionGroups(Iterable[CaptionGroup]):
         (20, 'Two dogs on a beach.')
     """
 
-    def __init__(
-        self,
-        records: RecordTable,
-        num_groups: int,
-        num_pairs: int,
-        *,
-        chosen: Array | None = None,
-        left_out: Array | None = None,
-    ) -> None:
-        self._records = records
-        self._num_groups = num_groups
-        self.num_pairs = num_pairs
-        self._chosen = chosen
-        self._left_out = left_out
+    records: RecordTable
+    num_groups: int
+    num_pairs: int
+    _: KW_ONLY
+    chosen: Array | None = None
+    left_out: Array | None = None
 
     def __len__(self) -> int:
-        return self._num_groups
+        return self.num_groups
 
     def __iter__(self) -> Iterator[CaptionGroup]:
         for batch in self.iterate_batches():
@@ -116,15 +109,15 @@ class CaptionGroups(Iterable[CaptionGroup]):
     def iterate_batches(self) -> Iterator[GroupBatch]:
         """Yield the groups in batches, in the order of their first records."""
         number = 0
-        for batch in iterate_whole_groups(self._records):
+        for batch in iterate_whole_groups(self.records):
             group, keys, places = list_distinct_texts(batch)
             group, keys, places = _select(_is_of_several(group), group, keys, places)
-            if self._chosen is not None and len(group):
+            if self.chosen is not None and len(group):
                 numbers = number + np.cumsum(_mark_starts(group)) - 1  # without gaps
                 number = int(numbers[-1]) + 1
-                group, keys, places = _select(self._chosen[numbers], group, keys, places)
-            if self._left_out is not None:
-                group, keys, places = _select(~is_among(keys, self._left_out), group, keys, places)
+                group, keys, places = _select(self.chosen[numbers], group, keys, places)
+            if self.left_out is not None:
+                group, keys, places = _select(~is_among(keys, self.left_out), group, keys, places)
                 group, keys, places = _select(_is_of_several(group), group, keys, places)
             if not len(group):
                 continue
@@ -140,7 +133,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
         """Hold out groups at random; training loses the captions that they share with it."""
-        assert self._chosen is None and self._left_out is None
+        assert self.chosen is None and self.left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(
                 f"Cannot hold out {count} of {len(self)} images: each side needs at least two. "
@@ -148,17 +141,17 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
         chosen = np.zeros(len(self), np.bool_)
         chosen[_shuffle(len(self), seed)[:count]] = True
-        test = CaptionGroups(self._records, count, 0, chosen=chosen)
+        test = CaptionGroups(self.records, count, 0, chosen=chosen)
         keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
-        others = CaptionGroups(self._records, 0, 0, chosen=~chosen)
+        others = CaptionGroups(self.records, 0, 0, chosen=~chosen)
         num_texts = sum(len(batch.keys) for batch in others.iterate_batches())
         num_groups, num_pairs = 0, 0
-        train = CaptionGroups(self._records, 0, 0, chosen=~chosen, left_out=keys)
+        train = CaptionGroups(self.records, 0, 0, chosen=~chosen, left_out=keys)
         for batch in train.iterate_batches():
             num_groups += len(batch.counts)
             num_pairs += int(((batch.counts + 1) // 2).sum())
             num_texts -= len(batch.keys)
-        train._num_groups, train.num_pairs = num_groups, num_pairs
+        train.num_groups, train.num_pairs = num_groups, num_pairs
         if num_groups < 2:
             raise ValueError(
                 "Nearly every caption to train on is also one of a held-out image. Give more "

@@ -16,7 +16,7 @@ from ..sources.parquet import is_image_type
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated
 from .record_table import RecordTable
-from .records import Modality, RawRecord, check_record
+from .records import Modality, RawRecord, RecordRules, check_record
 
 if TYPE_CHECKING:
     import datasets
@@ -79,17 +79,9 @@ def records_from_dataset(
         errors.raise_if_any(_NAME)
     indices = dataset._indices
     rows = np.arange(len(table)) if indices is None else np.asarray(indices.column(0))
-    checked = (
-        check_record(
-            raw,
-            errors,
-            image_dir=Path(),
-            require_images=require_images and modality != "text",
-            ignore_fields=ignore_fields,
-            modality=modality,
-        )
-        for raw in _iterate_rows(dataset, table, rows, sources)
-    )
+    rules = RecordRules(Path(), require_images and modality != "text", ignore_fields, modality)
+    rows_read = _iterate_rows(dataset, table, rows, sources)
+    checked = (check_record(raw, errors, rules) for raw in rows_read)
     records = RecordTable.from_records(record for record in checked if record is not None)
     find_repeated(records, errors, modality=modality)
     errors.raise_if_any(_NAME)
@@ -113,13 +105,11 @@ def _iterate_rows(
                 if column in values and values[column] is not None
             }
             image = None if images is None else images.find(row)
-            place = f"{_NAME} row {number}"
-            if isinstance(image, ArrowImage):
-                yield RawRecord(place, fields, packed=image, default_name=f"{_NAME}/{row}")
-            else:
-                if image is not None:
-                    fields["image"] = image
-                yield RawRecord(place, fields, default_name=f"{_NAME}/{row}")
+            packed = image if isinstance(image, ArrowImage) else None
+            if isinstance(image, str):
+                fields["image"] = image
+            place, default_name = f"{_NAME} row {number}", f"{_NAME}/{row}"
+            yield RawRecord(place, fields, packed=packed, default_name=default_name)
 
 
 class _Images:

@@ -38,13 +38,13 @@ from ..atomic_files import (
     remove_unless_held,
     temporary_folder,
 )
-from ..record_fields import Modality, RawRecord
+from ..record_fields import Modality
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
 from .image_changes import has_same_images, note_folders
 from .record_columns import ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
-from .records import CheckedRecord, check_record
+from .records import CheckedRecord, RecordRules, check_record
 from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
@@ -64,33 +64,18 @@ class IndexJob:
 
     Attributes:
         source: The files.
-        image_dir: Folder of the images that are files; None if there is none.
-        require_images: Whether a record without an image is an error.
-        ignore_fields: Names of further fields, which are not errors.
-        modality: The one side that is read, so that records need not be pairs; None for both.
+        rules: What is asked of their records.
     """
 
     source: SourceFiles
-    image_dir: Path | None
-    require_images: bool
-    ignore_fields: tuple[str, ...]
-    modality: Modality | None = None
-
-    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
-        """Check a record of the source, as `check_record` does."""
-        return check_record(
-            raw,
-            errors,
-            image_dir=self.image_dir,
-            require_images=self.require_images,
-            ignore_fields=self.ignore_fields,
-            modality=self.modality,
-        )
+    rules: RecordRules
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CheckedRecord]:
         """Yield the records of a part; one with errors is what is left of it."""
-        checked = (self.check(raw, errors) for raw in self.source.read(part, errors))
-        return (record for record in checked if record is not None)
+        for raw in self.source.read(part, errors):
+            record = check_record(raw, errors, self.rules)
+            if record is not None:
+                yield record
 
 
 def open_index(
@@ -107,7 +92,8 @@ def open_index(
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
     name = _name_index(job, states)
     # An index of pairs has no errors, so it is the same whatever is read alone.
-    names = dict.fromkeys((_name_index(replace(job, modality=None), states), name))
+    of_pairs = replace(job, rules=job.rules._replace(modality=None))
+    names = dict.fromkeys((_name_index(of_pairs, states), name))
     found = next(filter(None, map(_find, names)), None)
     if found is None:
         with _lock(name):  # of several processes, the first one builds it
@@ -156,7 +142,7 @@ def _build(
         try:
             with closing(_read(job, file, errors, show_progress, states)) as batches:
                 table = write_index(batches, unfinished)
-            find_repeated(table, errors, modality=job.modality)
+            find_repeated(table, errors, modality=job.rules.modality)
             errors.compare_columns()
             if table.file is not None and errors.total:
                 table = table.without_file()  # what is mapped stays readable
@@ -299,11 +285,10 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
 def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
     """Return what the names of an index's files begin with: its source, and its files' state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
-    folders = [folder for folder in (base, job.image_dir) if isinstance(folder, Path)]
+    folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
     # An index has the paths of images as they were given: from this folder, if they are relative.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
-    how = [job.image_dir, job.require_images, job.ignore_fields, job.modality]
-    source = hash_json([base, start, names, job.source.suffix, how])[:16]
+    source = hash_json([base, start, names, job.source.suffix, job.rules])[:16]
     state = hash_json([_FORMAT_VERSION, states])[:16]
     return default_cache_folder() / "records" / f"{source}-{state}"
 

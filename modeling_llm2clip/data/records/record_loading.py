@@ -27,7 +27,7 @@ from .record_index import (
     write_index,
 )
 from .record_table import RecordTable
-from .records import CheckedRecord, Modality
+from .records import CheckedRecord, Modality, RecordRules, check_record
 from .source_files import describe_line, find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -120,13 +120,9 @@ def _plan(
 ) -> IndexJob:
     files = find_source(str(source), modality=modality)
     require_images = require_images and modality != "text"
-    return IndexJob(
-        source=files,
-        image_dir=find_image_folder(files, image_dir, required=require_images),
-        require_images=require_images,
-        ignore_fields=tuple(sorted(ignore_fields)),
-        modality=modality,
-    )
+    folder = find_image_folder(files, image_dir, required=require_images)
+    rules = RecordRules(folder, require_images, tuple(sorted(ignore_fields)), modality)
+    return IndexJob(files, rules)
 
 
 def decode_images(
@@ -210,7 +206,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
         num_rows = 0
         for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
             own = ErrorCollector()
-            record = job.check(raw, own)
+            record = check_record(raw, own, job.rules)
             if record is None:
                 lost.append(own)
                 continue

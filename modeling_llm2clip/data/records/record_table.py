@@ -19,21 +19,18 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
 from ..key_arrays import Array, find_first_rows
-from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, make_batches, make_image
+from .record_columns import (
+    IMAGE_COLUMNS,
+    PLAIN_COLUMNS,
+    ROWS_PER_BATCH,
+    SCHEMA,
+    make_batches,
+    make_image,
+)
 from .records import CaptionedImage, CheckedRecord
 
 CAPTION_COLUMNS = ("captions", "long_captions")
-# In the order of the arguments of `_make_record`.
-_RECORD_COLUMNS = (
-    "name",
-    "group_id",
-    "lang",
-    *CAPTION_COLUMNS,
-    "keywords",
-    "place",
-    "url",
-    *IMAGE_COLUMNS,
-)
+_RECORD_COLUMNS = (*PLAIN_COLUMNS, *IMAGE_COLUMNS)
 
 
 class RecordTable(Sequence[CaptionedImage]):
@@ -359,18 +356,10 @@ def _shrink(rows: Array) -> Array:
     return rows.astype(np.int32 if fits else np.int64)
 
 
-def _make_record(
-    name: str,
-    group_id: str,
-    lang: str,
-    captions: list[str],
-    long_captions: list[str],
-    keywords: list[str],
-    place: str,
-    url: str | None,
-    *address: Any,
-) -> CaptionedImage:
-    texts = tuple(captions), tuple(long_captions), tuple(keywords)
+def _make_record(*values: Any) -> CaptionedImage:
+    """Make a record of the values of `_RECORD_COLUMNS`."""
+    name, group_id, lang, captions, long_captions, keywords, place, url, *address = values
+    texts = map(tuple, (captions, long_captions, keywords))
     return CaptionedImage(make_image(*address), name, group_id, *texts, lang, place, url)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return found
 
 
+@dataclass(eq=False)
 class RemoteFile:
     """One file of a source.
 
-    Args:
+    Attributes:
         url: Path, URL or command.
         policy: Attempts of each request, and waits.
         on_retry: Called with the URL and the reason before each further attempt.
@@ -77,25 +79,18 @@ class RemoteFile:
             waited for.
     """
 
-    def __init__(
-        self,
-        url: str,
-        policy: RetryPolicy,
-        *,
-        on_retry: Callable[[str, str], None] | None = None,
-        is_first: bool = False,
-    ) -> None:
-        self.url = url
-        self._policy = policy
-        self._on_retry = on_retry
-        self._is_first = is_first
-        self._opened: Any = None
-        self._info: dict[str, Any] | None = None
+    url: str
+    policy: RetryPolicy
+    _: KW_ONLY
+    on_retry: Callable[[str, str], None] | None = None
+    is_first: bool = False
+    _opened: Any = field(default=None, init=False)
+    _info: dict[str, Any] | None = field(default=None, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
         """Make a request of this file, by its policy."""
         return try_request(
-            self.url, request, self._policy, on_retry=self._on_retry, is_first=self._is_first
+            self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first
         )
 
     def require_access(self) -> None:
@@ -109,7 +104,7 @@ class RemoteFile:
 
     def beside(self, url: str) -> RemoteFile:
         """Return another file that is read in the same way."""
-        return RemoteFile(url, self._policy, on_retry=self._on_retry)
+        return RemoteFile(url, self.policy, on_retry=self.on_retry)
 
     def find_size(self) -> int | None:
         """Return the size in bytes; None if the server does not say."""

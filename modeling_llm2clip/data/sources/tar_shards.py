@@ -26,6 +26,8 @@ from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
 from .json_files import BYTE_ORDER_MARK, parse_object
 
+SEVERAL_IMAGES = "several images in one sample"
+
 
 @dataclass
 class TarSample:
@@ -35,13 +37,15 @@ class TarSample:
         images: Addresses of images, or images.
         fields: Content of `.json`.
         text: Content of `.txt`.
-        is_broken: Whether a member could not be read.
+        member: Name of the image's member.
+        problem: First error of a member; empty if there is none.
     """
 
     images: list[PackedImage] = field(default_factory=list)
     fields: dict[str, Any] | None = None
     text: str | None = None
-    is_broken: bool = False
+    member: str | None = None
+    problem: str = ""
 
     def add(
         self,
@@ -55,6 +59,7 @@ class TarSample:
             return "member is not a plain file"
         if extension in IMAGE_SUFFIXES:
             self.images.append(make_image())
+            self.member = member.name
             return ""
         if extension not in ("json", "txt"):
             return f"unknown member .{extension}"
@@ -79,24 +84,23 @@ class TarSample:
             return "not UTF-8"
         return ""
 
-    def merge(self) -> dict[str, Any]:
-        """Return the fields, with the `.txt` as the caption if they have none."""
+    def make_record(self, name: str, key: str) -> RawRecord:
+        """Make the record; the `.txt` is the caption if the fields have none."""
         fields = drop_download_notes(self.fields or {})
         if self.text is not None and not CAPTION_FIELDS & set(fields):
             fields["caption"] = self.text
-        return fields
+        image = self.images[0] if self.images else None
+        default_name = f"{name}/{self.member or key}"
+        return RawRecord(f"{name}: {key}", fields, packed=image, default_name=default_name)
 
 
 def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
     """Yield a raw record per sample, in the order of their first members."""
     for key, sample in _index_shard(shard, name, errors).items():
-        place = f"{name}: {key}"
         if len(sample.images) > 1:
-            errors.add("several images in one sample", place)
-        elif not sample.is_broken:
-            image = sample.images[0] if sample.images else None
-            member = image.member if isinstance(image, TarImage) else key
-            yield RawRecord(place, sample.merge(), packed=image, default_name=f"{name}/{member}")
+            errors.add(SEVERAL_IMAGES, f"{name}: {key}")
+        elif not sample.problem:
+            yield sample.make_record(name, key)
 
 
 def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
@@ -116,7 +120,7 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
                     partial(TarImage, shard, member.name, member.offset_data, member.size),
                 )
                 if problem:
-                    sample.is_broken = True
+                    sample.problem = problem
                     errors.add(problem, f"{name}: {member.name}")
             opened.seek(archive.offset)
             require_end(opened.read(tarfile.BLOCKSIZE), opened, archive.offset)
@@ -126,7 +130,7 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
         kind = name_reading_error(error) or "not a tar shard, or compressed, or broken"
         errors.add(kind, f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
-            sample.is_broken = True  # its other members may be missing
+            sample.problem = kind  # its other members may be missing
     return samples
 
 

@@ -190,11 +190,6 @@ class StoreIndex:
             self._forget_pages(number)
             number, place = number + 1, 0
 
-    def check_all(self) -> None:
-        """Raise ValueError if a batch is damaged."""
-        for number in range(self._reader.num_record_batches):
-            self.batch(number)
-
     def batch(self, number: int) -> pa.RecordBatch:
         """Return a batch of items, which is checked when it is first used."""
         if number not in self._batches:

@@ -77,7 +77,7 @@ class StoreShards:
     Args:
         folder: Folder of the store.
         manifest: Its manifest.
-        checked: (num_rows,) bool, rows that were checked already; None for none.
+        checked: Bits of the rows that were checked already, packed by numpy; None for none.
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
@@ -85,7 +85,9 @@ class StoreShards:
         self._manifest = manifest
         self._dtype = np.dtype(STORED_DTYPES[manifest.dtype][1])
         # Pages of zeros take no memory until they are written.
-        self.checked = np.zeros(manifest.num_rows, np.bool_) if checked is None else checked
+        self.checked = np.zeros(manifest.num_rows, np.bool_)
+        if checked is not None:
+            self.checked = np.unpackbits(checked, count=manifest.num_rows).view(np.bool_)
         self._buffers: dict[int, tuple[pa.Buffer, Array]] = {}
         self._addresses = np.zeros(manifest.num_shards, np.int64)  # of embeddings; 0: not mapped
         self._mapped_bytes = 0

@@ -27,9 +27,7 @@ Prepare = Callable[[CaptionedImage], Any]
 class ShardReader(Protocol):
     """Shards whose samples can be read one after the other, always in the same order."""
 
-    @property
-    def shards(self) -> Sequence[str]:
-        """Names of the shards."""
+    shards: list[str]
 
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
