@@ -11,11 +11,7 @@ T = TypeVar("T")
 
 
 class ByteCache(Generic[T]):
-    """Keeps the values that were used last, up to a size; threads may share it.
-
-    Args:
-        limit: Bytes of all values; the last one is kept even if it is larger.
-    """
+    """Keeps the values that were used last, up to a size in bytes; the last one in any case."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

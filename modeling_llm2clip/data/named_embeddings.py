@@ -26,13 +26,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class NamedEmbeddings:
-    """Embeddings and their names.
-
-    Attributes:
-        names: N different names.
-        embeddings: (N, D) of any float dtype, finite.
-        notes: Further metadata of the file.
-    """
+    """N embeddings, (N, D) of any float dtype and finite, and their names, all different."""
 
     names: tuple[str, ...]
     embeddings: Tensor

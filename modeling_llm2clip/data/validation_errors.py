@@ -73,13 +73,7 @@ def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str
 
 @dataclass
 class ErrorCollector:
-    """Counts errors by kind and keeps the first places of each.
-
-    Attributes:
-        counts: Kind of error to how many there are.
-        places: Kind of error to the first places.
-        skipped: Why rows are not records, to how many there are.
-    """
+    """Counts errors and rows that are not records, by kind; keeps the first places of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)

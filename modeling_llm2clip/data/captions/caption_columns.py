@@ -14,13 +14,7 @@ from ..store.store_index import StoreIndex
 
 
 class FlatCaptions(NamedTuple):
-    """The captions of some records.
-
-    Attributes:
-        texts: Strings, record by record.
-        num_short: (n,) short captions of each record.
-        ends: (n + 1,) where the captions of each record begin, and the last ones end.
-    """
+    """The captions of n records, how many of each are short, and the n + 1 ends of all records."""
 
     texts: pa.Array
     num_short: Array
@@ -58,10 +52,6 @@ class FirstOccurrences:
     """Finds where each row of a store occurs first in its index, shard by shard.
 
     Rows are numbered by first occurrence, so a row is new where its number exceeds all before.
-
-    Args:
-        index: Index of the store.
-        rows_per_shard: Rows of every shard but the last.
     """
 
     def __init__(self, index: StoreIndex, rows_per_shard: int) -> None:

@@ -28,12 +28,7 @@ _WITHOUT_PAIRS = (
 
 @dataclass(frozen=True)
 class CaptionGroup:
-    """All captions of one group.
-
-    Attributes:
-        group_id: Name of the thing that the captions describe.
-        captions: Different texts, in one or several languages, short and long.
-    """
+    """All different captions of one group, in one or several languages, short and long."""
 
     group_id: str
     captions: tuple[str, ...]
@@ -46,7 +41,6 @@ class GroupBatch:
     Attributes:
         counts: (G,) int64, captions of each group, at least two.
         keys: (T,) int64, key of each caption, group by group.
-        group_ids: (G,) texts.
         places: (T,) int64, where each caption is in `texts`, the second after the first.
         texts: All captions of the records that were read, and all their long captions.
     """
@@ -74,17 +68,11 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
     Attributes:
         records: Records in which those of one group follow one another.
-        num_groups: Number of groups that the iteration yields.
         num_pairs: Number of pairs in which each caption is once, and the last of an odd number
             beside another one of its group.
         chosen: (groups of at least two captions,) bool, those that are meant; None for all.
         left_out: Ascending keys of captions that are left out; groups with fewer than two others
             are left out too.
-
-    Examples:
-        >>> groups = group_captions(load_records("my-images"))
-        >>> len(groups), next(iter(groups)).captions[0]
-        (20, 'Two dogs on a beach.')
     """
 
     records: RecordTable

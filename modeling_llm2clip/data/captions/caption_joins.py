@@ -63,13 +63,7 @@ _SPOOL = pa.schema([("key", pa.string()), ("captions", _TEXTS), ("long_captions"
 
 
 class CaptionRow(NamedTuple):
-    """Captions of one image, from one row.
-
-    Attributes:
-        key: URL or key; None if the row has none.
-        captions: That are not blank, cleaned.
-        long_captions: That are not blank, cleaned.
-    """
+    """Cleaned captions of one image, none of them blank; the key is None if the row has none."""
 
     key: str | None
     captions: list[str]
@@ -192,12 +186,10 @@ class _Names:
 
 
 class _Spool:
-    """Rows that match in a file, found by the hash of their key.
+    """Rows that match, in a file, found by the hash of their key.
 
-    Args:
-        file: Where they are written.
-        keys: (N,) hashes of the records' keys in order; `places` has the row of the first of equal
-            ones, or -1.
+    `keys` are the (N,) sorted hashes of the records' keys; `_places` has the row of the first of
+    equal ones, or -1.
     """
 
     def __init__(self, file: Path, keys: Array) -> None:

@@ -24,17 +24,11 @@ _SCHEMA = pa.schema([("entry", pa.int64()), ("text", pa.large_string())])
 
 
 class TextNumbers:
-    """Numbers distinct texts.
-
-    Add all texts, call `number`, and then iterate over the numbers in the order of the texts.
+    """Numbers distinct texts: add all, call `number`, and iterate over the numbers in their order.
 
     Args:
         folder: Empty folder for temporary files, which the caller deletes.
         num_texts: About how many texts will be added.
-
-    Attributes:
-        num_texts: Texts that were added.
-        num_distinct: Distinct ones of them; after `number`.
     """
 
     def __init__(self, folder: Path, num_texts: int) -> None:

@@ -36,14 +36,7 @@ _CHECKED_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class TarImage:
-    """A member of an uncompressed tar shard.
-
-    Attributes:
-        shard: Path or URL of the tar file.
-        member: Name of the member.
-        offset: First byte of the member in the shard.
-        size: Bytes of the member.
-    """
+    """A member of an uncompressed tar shard, from its first byte in the shard on."""
 
     shard: FilePlace
     member: str
@@ -62,11 +55,7 @@ class TarImage:
 class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
-    Attributes:
-        file: Path or URL of the Parquet file.
-        column: Name of the column.
-        row: Number of the row, from 0.
-        group_size: Bytes that the column has in the row's group; None for not yet known.
+    `group_size` are the stored bytes of the column in the row's group; None for not yet known.
     """
 
     file: FilePlace
@@ -86,14 +75,7 @@ class ParquetImage:
 
 @dataclass(frozen=True, slots=True)
 class ArrowImage:
-    """A row of an Arrow file, such as `datasets` keeps, whose column holds encoded images.
-
-    Attributes:
-        file: The Arrow file, in the stream or the file format.
-        column: Name of the column.
-        row: Number of the row in the file, from 0.
-        size: Bytes of the image.
-    """
+    """A row of an Arrow file, a stream or not, such as `datasets` keeps, with encoded images."""
 
     file: Path
     column: str
@@ -133,12 +115,7 @@ def _map_arrow_file(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An encoded image in memory.
-
-    Attributes:
-        name: Where it came from, for errors, such as the URL of a shard and its member.
-        content: The encoded image.
-    """
+    """An encoded image in memory; the name says in errors where it came from."""
 
     name: str
     content: bytes = field(repr=False)

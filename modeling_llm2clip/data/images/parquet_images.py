@@ -42,14 +42,9 @@ class UnknownLayoutError(ValueError):
 
 
 class Page(NamedTuple):
-    """One page of a column chunk.
+    """One page of a column chunk, from the end of its header on.
 
-    Attributes:
-        first_row: Row of its first value in the row group.
-        start: Offset of what follows the header.
-        end: Offset behind the page.
-        num_values: Number of values.
-        level_size: Bytes of levels in front of the values; None if their length is in front.
+    Before the values are `level_size` bytes of levels; None if their length is in front.
     """
 
     first_row: int
@@ -77,7 +72,6 @@ class ColumnLayout:
 
     Attributes:
         leaf: Path of the bytes in the schema, such as `image.bytes`.
-        groups: The row groups.
         has_levels: Whether values may be null, so that levels are in front of them.
         first_rows: First row of each group, and the number of rows.
     """

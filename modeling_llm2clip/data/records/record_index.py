@@ -60,12 +60,7 @@ _FREE_CACHE = "Free some space, or name another folder for the cache by the vari
 
 @dataclass(frozen=True)
 class IndexJob:
-    """A source, and how it is read.
-
-    Attributes:
-        source: The files.
-        rules: What is asked of their records.
-    """
+    """A source, and what is asked of its records."""
 
     source: SourceFiles
     rules: RecordRules

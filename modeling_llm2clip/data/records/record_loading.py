@@ -36,10 +36,9 @@ _HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{
 
 @dataclass(frozen=True)
 class CollectedRecords:
-    """The records of a source, with or without errors.
+    """The records of a source, without their invalid fields.
 
     Attributes:
-        records: Records without their invalid fields.
         errors_of: Row of a record → its errors.
         lost: Errors of each record that is not among `records`, because its name or its language
             cannot be read, or one of its texts not be stored.

@@ -81,12 +81,7 @@ class CaptionedImage:
 
 
 class FoundFile(NamedTuple):
-    """An image that is a file of its own.
-
-    Attributes:
-        path: A text, because a Path of every image costs as much as all checks.
-        size: Bytes of the file.
-    """
+    """An image that is a file; its path is a text, as a Path costs as much as all checks."""
 
     path: str
     size: int

@@ -47,12 +47,9 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of attempts of a request, and the waits between them.
+    """Number of attempts of a request in all, and the seconds between them.
 
-    Attributes:
-        attempts: Number of attempts in all.
-        first_wait: Seconds before the second attempt; doubled before each later one.
-        longest_wait: Seconds that no wait exceeds.
+    A wait is doubled before each later attempt, up to the longest.
     """
 
     attempts: int = 5

@@ -69,11 +69,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 @dataclass(eq=False)
 class RemoteFile:
-    """One file of a source.
+    """One file of a source: a path, URL or command.
 
     Attributes:
-        url: Path, URL or command.
-        policy: Attempts of each request, and waits.
         on_retry: Called with the URL and the reason before each further attempt.
         is_first: Whether nothing came from this source before, so that an unreachable host is not
             waited for.
@@ -289,12 +287,7 @@ class _PartsReader(io.RawIOBase):
 
 
 class SeekableFile(io.RawIOBase):
-    """Reads a file in ranges, as Python's files are read.
-
-    Args:
-        file: To read.
-        size: Bytes of the file.
-    """
+    """Reads a file of a known size in ranges, as Python's files are read."""
 
     def __init__(self, file: RemoteFile, size: int) -> None:
         super().__init__()
@@ -303,25 +296,20 @@ class SeekableFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to an offset."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def tell(self) -> int:
-        """Return the offset of the next byte."""
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into a buffer."""
         wanted = memoryview(buffer).cast("B")
         first, stop = self._position, min(self._position + len(wanted), self._size)
         while self._position < stop:

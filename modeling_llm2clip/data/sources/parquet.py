@@ -26,8 +26,7 @@ from .download_notes import (
     DOWNLOAD_COLUMNS,
     KEY,
     choose_download_columns,
-    describe_failure,
-    has_failed,
+    find_failure,
     is_download,
 )
 
@@ -82,12 +81,12 @@ def read_parquet_file(
     for number, row, paths in _read_all(file, opened, read, name, errors):
         if any(row[column] != value for column, value in only.items()):
             continue
-        if is_downloaded and has_failed(row):
-            errors.skip(describe_failure(row))
+        if is_downloaded and (failure := find_failure(row)):
+            errors.skip(failure)
             continue
-        fields = {field: row[column] for field, column in sources.items()}
         path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
         default_name = f"{name}/{path if path and path.strip() else number}"
+        fields = {field: row[column] for field, column in sources.items()}
         given = {field: value for field, value in fields.items() if value is not None}
         packed = given.pop("image") if isinstance(given.get("image"), ParquetImage) else None
         place = f"{name} row {number}"

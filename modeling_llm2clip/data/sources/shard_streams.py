@@ -25,8 +25,7 @@ from ..remote.shard_urls import find_format, name_beside
 from .download_notes import (
     KEY,
     choose_download_columns,
-    describe_failure,
-    has_failed,
+    find_failure,
     is_download,
 )
 from .json_files import number_lines, parse_object
@@ -39,11 +38,10 @@ _SHARED_PATH = "path of another image, and no 'file_name' or 'group_id'"
 
 
 class StreamedSample(NamedTuple):
-    """A sample of a shard.
+    """A sample of a shard, broken or not.
 
     Attributes:
         number: In its shard, from 0.
-        place: Where it is, for errors.
         raw: Fields, and the image in memory; None if it is broken or no sample.
         problem: Error; empty if there is none.
         is_skipped: Whether it is a note of an image that was never downloaded.
@@ -186,8 +184,8 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
     fields = dict(row)
     is_downloaded = is_download(row)
     if is_downloaded:
-        if has_failed(row):
-            return StreamedSample(number, place, None, describe_failure(row), is_skipped=True)
+        if failure := find_failure(row):
+            return StreamedSample(number, place, None, failure, is_skipped=True)
         fields = {field: row[column] for field, column in choose_download_columns(row).items()}
         images = images | {"image"}
     default_name, image = f"{name}/{row.get(KEY, number) if is_downloaded else number}", None

@@ -31,14 +31,9 @@ SEVERAL_IMAGES = "several images in one sample"
 
 @dataclass
 class TarSample:
-    """The members of one sample that have been read so far.
+    """The members of one sample that have been read so far: images, `.json` and `.txt`.
 
-    Attributes:
-        images: Addresses of images, or images.
-        fields: Content of `.json`.
-        text: Content of `.txt`.
-        member: Name of the image's member.
-        problem: First error of a member; empty if there is none.
+    `problem` is the first error of a member; empty if there is none.
     """
 
     images: list[PackedImage] = field(default_factory=list)

@@ -74,10 +74,7 @@ def compute_checksums(embeddings: Array, places: Array | None = None) -> Array:
 class StoreShards:
     """Reads and checks rows of the shards of a complete store.
 
-    Args:
-        folder: Folder of the store.
-        manifest: Its manifest.
-        checked: Bits of the rows that were checked already, packed by numpy; None for none.
+    `checked` are the bits of the rows that were checked already, packed by numpy; None for none.
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
@@ -192,12 +189,7 @@ class StoreShards:
 
 
 class Runs:
-    """Begin and end of the runs in an array: numbers that grow by the same step.
-
-    Args:
-        numbers: (N,) integers, at least one.
-        step: Difference between one number of a run and the next.
-    """
+    """Begin and end of the runs in (N,) integers: numbers that grow by the same step."""
 
     def __init__(self, numbers: Array, *, step: int) -> None:
         self._breaks = np.flatnonzero(np.diff(numbers) != step) + 1

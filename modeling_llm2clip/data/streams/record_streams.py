@@ -39,16 +39,7 @@ _FIRST_SHARDS = 2  # of which one may be missing
 
 
 class UrlShards:
-    """Shards at paths, URLs or commands.
-
-    Args:
-        shards: From `list_shards`.
-        policy: Attempts of each request, and waits.
-
-    Raises:
-        AccessError: Access to the first shards is denied, or their host cannot be reached.
-        LostFileError: The first shards are missing.
-    """
+    """Shards at paths, URLs or commands, of which one of the first two can be opened."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self.shards = list(shards)
@@ -70,11 +61,9 @@ class UrlShards:
         """Read the columns of the first shard that has any, so that every process has the same."""
         if find_format(self.shards[0]) != ".parquet":
             return None
-        for url, name in zip(self.shards[:_FIRST_SHARDS], self._names, strict=False):
-            columns = read_columns(RemoteFile(url, self._policy), name)
-            if columns is not None:
-                return columns
-        return None
+        first = zip(self.shards[:_FIRST_SHARDS], self._names, strict=False)
+        read = (read_columns(RemoteFile(url, self._policy), name) for url, name in first)
+        return next((columns for columns in read if columns is not None), None)
 
     def _require_same_columns(self, columns: ShardColumns) -> None:
         if self._columns is None:  # the first shards are broken

@@ -23,10 +23,7 @@ class StreamReport:
         skipped_samples: Rows of images that were never downloaded, which are not samples.
         excluded_samples: Samples of groups that are held out.
         dropped_samples: Samples read, but dropped with a last batch that was smaller.
-        shards: Shards read to their end.
         lost_shards: Shards that are missing or ended early.
-        retries: Requests that were made again.
-        problems: Kinds of problems with their counts and first places.
     """
 
     samples: int = 0

@@ -53,14 +53,9 @@ class PartEnd:
 
 
 class StreamRun:
-    """One iteration of one worker.
+    """One iteration of one worker, whose number is among those of all processes.
 
-    Args:
-        stream: The whole stream.
-        epoch: Number of the epoch.
-        number: Number of the worker among those of all processes.
-        num_readers: Workers of all processes.
-        prepare: Decodes the image of a record; None to yield records as they are.
+    `prepare` decodes the image of a record; None yields records as they are.
     """
 
     def __init__(
