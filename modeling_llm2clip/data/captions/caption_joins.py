@@ -29,7 +29,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -47,6 +47,7 @@ from ..records.record_columns import SCHEMA, hash_text, rebatch
 from ..records.record_table import Array, RecordTable
 from ..sources.csv_files import iterate_csv, require_distinct
 from ..sources.json_files import iterate_lines, parse_object
+from ..validation_errors import ErrorCollector
 
 JoinColumn = Literal["key", "url"]
 _KEY_COLUMNS: dict[JoinColumn, tuple[str, ...]] = {
@@ -57,7 +58,7 @@ _COLUMNS: dict[JoinColumn, str] = {"url": "url", "key": "name"}  # of records
 _SHORT = (*SHORT_CAPTION_FIELDS, "raw_caption", "org_caption")
 _LONG = (*LONG_CAPTION_FIELDS, "re_caption")
 _ROWS_AT_ONCE = 8192
-_NAMES_SHOWN = 5
+_NO_ROW, _NO_RECORD, _REPEATED = "record without a row", "row without a record", "row repeated"
 _TEXTS = pa.list_(pa.string())
 _SPOOL = pa.schema([("key", pa.string()), ("captions", _TEXTS), ("long_captions", _TEXTS)])
 
@@ -142,47 +143,33 @@ def join_captions(
     """
     lang = _choose_language(records, lang)
     langs = (batch.column(0) for batch in records.iterate_columns(("lang",)))
-    rows = np.flatnonzero(np.concatenate([pa.compute.equal(found, lang) for found in langs]))
-    keys = _sort_keys(records.select(rows), on)
+    is_lang = np.concatenate([pa.compute.equal(found, lang) for found in langs])
+    keys = _sort_keys(records.select(np.flatnonzero(is_lang)), on)
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
         with _explain_full_disk(Path(folder)):
-            spool = _Spool(Path(folder) / "captions.arrow", keys)
+            counts = ErrorCollector()
+            spool = _Spool(Path(folder) / "captions.arrow", keys, counts)
             for rows in read_caption_rows(captions_from, on, key_column=key_column):
                 spool.add(rows)
             spool.map(stack)
         if not spool.num_rows:
+            shown = _show(counts.places.get(_NO_RECORD, ()), counts.counts[_NO_RECORD])
             raise ValueError(
-                f"No record of {len(records)} matches a row of {captions_from} by {on}"
-                f"{spool.unmatched}. Correct the file, or what it is joined by."
+                f"No record of {len(records)} matches a row of {captions_from} by {on}{shown}. "
+                "Correct the file, or what it is joined by."
             )
         join = _Join(on, lang, spool, replace, keep_unmatched)
         table = _collect(map(join.fill, records.iterate_columns(SCHEMA.names)), output)
     table.skipped = dict(records.skipped)
     return CaptionJoin(
         records=table,
-        matched=join.num_matched,
-        unmatched_records=join.unmatched.count,
-        first_unmatched_records=tuple(join.unmatched.first),
-        unmatched_rows=spool.unmatched.count,
-        first_unmatched_rows=tuple(spool.unmatched.first),
-        repeated_rows=spool.num_repeated,
+        matched=len(records) - counts.counts[_NO_ROW],
+        unmatched_records=counts.counts[_NO_ROW],
+        first_unmatched_records=tuple(counts.places.get(_NO_ROW, ())),
+        unmatched_rows=counts.counts[_NO_RECORD],
+        first_unmatched_rows=tuple(counts.places.get(_NO_RECORD, ())),
+        repeated_rows=counts.counts[_REPEATED],
     )
-
-
-@dataclass
-class _Names:
-    """Counts names, and keeps the first ones."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if len(self.first) < _NAMES_SHOWN:
-            self.first.append(name)
-
-    def __str__(self) -> str:
-        return _show(self.first, self.count)
 
 
 class _Spool:
@@ -192,13 +179,11 @@ class _Spool:
     equal ones, or -1.
     """
 
-    def __init__(self, file: Path, keys: Array) -> None:
-        self._file, self._keys = file, keys
+    def __init__(self, file: Path, keys: Array, counts: ErrorCollector) -> None:
+        self._file, self._keys, self.counts = file, keys, counts
         self._places = np.full(len(keys), -1, np.int32)
         self._writer = pa.ipc.new_file(str(file), _SPOOL)
         self._starts = [0]
-        self.num_repeated = 0
-        self.unmatched = _Names()
 
     @property
     def num_rows(self) -> int:
@@ -211,9 +196,9 @@ class _Spool:
         kept: list[CaptionRow] = []
         for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
             if not matches:
-                self.unmatched.add(str(row.key))
+                self.counts.add(_NO_RECORD, str(row.key))
             elif self._places[place] >= 0:
-                self.num_repeated += 1
+                self.counts.add(_REPEATED, str(row.key))
             else:
                 self._places[place] = self.num_rows + len(kept)
                 kept.append(row)
@@ -300,15 +285,13 @@ def _list_keys(batch: Any, on: JoinColumn) -> list[str | None]:
 
 @dataclass
 class _Join:
-    """Adds the rows of a spool to records, and counts."""
+    """Adds the rows of a spool to records, and counts those without one."""
 
     on: JoinColumn
     lang: str
     spool: _Spool
     replace: bool
     keep_unmatched: bool
-    num_matched: int = 0
-    unmatched: _Names = field(default_factory=_Names)
 
     def fill(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return a batch of records with the captions of their rows."""
@@ -321,14 +304,13 @@ class _Join:
         columns = {name: batch.column(name).to_pylist() for name in ("captions", "long_captions")}
         for item, (row, key) in enumerate(zip(rows, keys, strict=True)):
             if row is None:
-                self.unmatched.add(batch.column("name")[item].as_py())
+                self.spool.counts.add(_NO_ROW, batch.column("name")[item].as_py())
                 continue
             if row.key != key:
                 raise ValueError(
                     f"The {self.on}s {key} and {row.key} have the same hash of 64 bits. Remove the "
                     "row of the second one."
                 )
-            self.num_matched += 1
             for name, new in (("captions", row.captions), ("long_captions", row.long_captions)):
                 if new:
                     own = [] if self.replace else columns[name][item]

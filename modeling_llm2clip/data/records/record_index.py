@@ -17,12 +17,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -162,7 +163,7 @@ def _read(
     # A server that does not say how long a file is, is taken to have a long one.
     num_bytes = sum(math.inf if state is None else state[1] for state in states)
     parts = job.source.split()
-    num_processes = min(len(parts), os.cpu_count() or 1)
+    is_small = num_bytes <= _LEAST_BYTES_FOR_PROCESSES
     shown = show_progress and len(parts) > 1
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
 
@@ -171,26 +172,15 @@ def _read(
                 yield from job.read(part, errors)
                 progress.update()
 
-        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+        if is_small or min(len(parts), os.cpu_count() or 1) == 1:
             yield from make_batches(read_here())
             return
         with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
-            yield from rebatch(
-                _read_in_processes(
-                    job, parts, errors,
-                    folder=Path(folder), num_processes=num_processes, on_part=progress.update,
-                )
-            )  # fmt: skip
+            yield from rebatch(_read_in_processes(job, parts, errors, Path(folder), progress))
 
 
 def _read_in_processes(
-    job: IndexJob,
-    parts: Sequence[SourcePart],
-    errors: ErrorCollector,
-    *,
-    folder: Path,
-    num_processes: int,
-    on_part: Callable[[], object],
+    job: IndexJob, parts: Sequence[SourcePart], errors: ErrorCollector, folder: Path, progress: Any
 ) -> Iterator[pa.RecordBatch]:
     """Read parts in processes that write into an empty folder; yield the batches in their order.
 
@@ -200,20 +190,16 @@ def _read_in_processes(
 
     job = replace(job, source=replace(job.source, files=[]))  # a part has its file
     # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
-    pool = ProcessPoolExecutor(num_processes, initializer=gc.disable)
+    pool = ProcessPoolExecutor(min(len(parts), os.cpu_count() or 1), initializer=gc.disable)
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
-        written = [
-            pool.submit(_write_part, job, part, file)
-            for part, file in zip(parts, files, strict=True)
-        ]
-        for file, collected in zip(files, written, strict=True):
-            found = collected.result()
+        written = pool.map(_write_part, repeat(job), parts, files)
+        for file, found in zip(files, written, strict=True):
             with pa.memory_map(str(file)) as mapped:
                 yield from pa.ipc.open_stream(mapped)
             errors.extend(found)
             file.unlink()
-            on_part()
+            progress.update()
     finally:
         pool.shutdown(kill_workers=True)
 

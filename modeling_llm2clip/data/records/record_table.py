@@ -350,7 +350,7 @@ def _shrink(rows: Array) -> Array:
 def _make_record(*values: Any) -> CaptionedImage:
     """Make a record of the values of `_RECORD_COLUMNS`."""
     name, group_id, lang, captions, long_captions, keywords, place, url, *address = values
-    texts = map(tuple, (captions, long_captions, keywords))
+    texts = tuple(captions), tuple(long_captions), tuple(keywords)
     return CaptionedImage(make_image(*address), name, group_id, *texts, lang, place, url)
 
 

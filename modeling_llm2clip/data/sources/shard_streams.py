@@ -8,10 +8,12 @@ from __future__ import annotations
 import posixpath
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
+from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -155,18 +157,14 @@ def _read_parquet(
             columns = _find_columns(opened, name)
             if on_columns is not None and columns is not None:
                 on_columns(columns)
-            counts = [
-                opened.metadata.row_group(group).num_rows
-                for group in range(opened.metadata.num_row_groups)
-            ]
-            number, skipped = 0, 0
-            while skipped < len(counts) and number + counts[skipped] <= first:
-                number += counts[skipped]
-                skipped += 1
-            groups = list(range(skipped, len(counts)))
+            groups = range(opened.metadata.num_row_groups)
+            counts = (opened.metadata.row_group(group).num_rows for group in groups)
+            starts = list(accumulate(counts, initial=0))
+            skipped = bisect_right(starts, first) - 1
+            number, groups = starts[skipped], groups[skipped:]
             schema = opened.schema_arrow
             images = {field.name for field in schema if is_image_type(field.type)}
-            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=groups) if groups else ()
+            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=list(groups)) if groups else ()
             for batch in batches:
                 for row in batch.to_pylist():
                     if number >= first:

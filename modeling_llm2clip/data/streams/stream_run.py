@@ -98,8 +98,11 @@ class StreamRun:
                 continue
             try:
                 prepared = self._prepare(record)
-            except ValueError as error:
-                self._lose_prepared(record, error)
+            except ValueError as error:  # the sample was good until its image was decoded
+                self.report.samples -= 1
+                place = str(error) if record.place in str(error) else f"{record.place} ({error})"
+                self.report.add_lost_sample("image unreadable", place)
+                self._require_most()
             else:
                 yield prepared
 
@@ -134,13 +137,6 @@ class StreamRun:
             self._draws = np.random.default_rng(seeds).integers(2**62, size=_DRAWS_AT_ONCE).tolist()
             self._block = block
         return self._draws[within]
-
-    def _lose_prepared(self, record: CaptionedImage, error: ValueError) -> None:
-        """Count a sample that was good until its image was decoded."""
-        self.report.samples -= 1
-        place = str(error) if record.place in str(error) else f"{record.place} ({error})"
-        self.report.add_lost_sample("image unreadable", place)
-        self._require_most()
 
     def _read_one(self) -> bool:
         """Read a sample into the buffer, or note what is wrong with it; False at the end."""
