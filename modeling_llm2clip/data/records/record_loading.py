@@ -67,7 +67,7 @@ def load_records(
     The records of a large source are read once into an index in the user's cache
     (`$XDG_CACHE_HOME/llm2clip/records`) and are not in memory. The index is found again as long as
     the source's files have the same names, sizes and modification times, and images that are files
-    of their own the same sizes, as far as `image_changes.py` looks. Images at URLs are read when
+    of their own the same sizes, as far as `record_index.py` looks. Images at URLs are read when
     they are opened, best in their order.
 
     Args:

@@ -100,10 +100,6 @@ class RemoteFile:
         else:
             self.open_stream().close()
 
-    def beside(self, url: str) -> RemoteFile:
-        """Return another file that is read in the same way."""
-        return RemoteFile(url, self.policy, on_retry=self.on_retry)
-
     def find_size(self) -> int | None:
         """Return the size in bytes; None if the server does not say."""
         size = self._describe().get("size")

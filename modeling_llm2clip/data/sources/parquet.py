@@ -148,7 +148,7 @@ def _read_rows(file: FilePlace, opened: Any, columns: Collection[str]) -> Iterat
     schema = opened.schema_arrow
     kinds = {name: schema.field(name).type for name in schema.names if name in columns}
     packed = [name for name, kind in kinds.items() if is_image_type(kind)]
-    with_path = [name for name in packed if _has_field(kinds[name], "path")]
+    with_path = [name for name in packed if has_field(kinds[name], "path")]
     plain = [name for name in kinds if name not in packed]
     start, read = 0, [*plain, *(f"{name}.path" for name in with_path)]
     for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=read):
@@ -156,7 +156,7 @@ def _read_rows(file: FilePlace, opened: Any, columns: Collection[str]) -> Iterat
         paths |= {name: batch.column(name).flatten()[0].to_pylist() for name in with_path}
         values = {name: batch.column(name).to_pylist() for name in plain} | paths
         for name in packed:
-            if not pa.types.is_struct(kinds[name]) or _has_field(kinds[name], "bytes"):
+            if not pa.types.is_struct(kinds[name]) or has_field(kinds[name], "bytes"):
                 values[name] = _find_addresses(file, name, start, paths[name])
         for offset in range(batch.num_rows):
             row, of_row = (
@@ -208,5 +208,6 @@ def is_image_type(kind: Any) -> bool:
     )
 
 
-def _has_field(kind: Any, name: str) -> bool:
+def has_field(kind: Any, name: str) -> bool:
+    """Tell whether a type is a struct with a field."""
     return bool(pa.types.is_struct(kind) and kind.get_field_index(name) >= 0)

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -235,7 +236,7 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
         if isinstance(path, str) and path.strip():
             url = name_beside(file.url, posixpath.normpath(path.strip()))
             try:
-                with file.beside(url).open_stream() as opened:
+                with replace(file, url=url).open_stream() as opened:
                     image = EncodedImage(url, opened.read())
             except LostFileError as error:
                 yield StreamedSample(number, f"{place} ({error})", None, "image missing")
