@@ -36,7 +36,7 @@ _CHECKED_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class TarImage:
-    """A member of an uncompressed tar shard, from its first byte in the shard on."""
+    """A member of an uncompressed tar shard; `offset` is its first byte in the shard."""
 
     shard: FilePlace
     member: str

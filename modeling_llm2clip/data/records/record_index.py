@@ -79,7 +79,7 @@ _FREE_CACHE = "Free some space, or name another folder for the cache by the vari
 
 @dataclass(frozen=True)
 class IndexJob:
-    """A source, and what is asked of its records."""
+    """A source, and the rules for its records."""
 
     source: SourceFiles
     rules: RecordRules

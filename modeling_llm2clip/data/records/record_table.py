@@ -152,7 +152,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return RecordTable(self._batches, file=self.file, rows=chosen, hold=self._hold)
 
     def _locate(self, rows: Sequence[int] | Array) -> Array:
-        """Return the rows of the batches that records are."""
+        """Return the rows that records have in the batches."""
         return np.asarray(rows) if self.rows is None else self.rows[np.asarray(rows)]
 
     @property

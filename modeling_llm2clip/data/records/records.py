@@ -110,7 +110,7 @@ class CheckedRecord(NamedTuple):
 
 
 class RecordRules(NamedTuple):
-    """What is asked of records.
+    """Rules that records are checked by.
 
     Attributes:
         image_dir: Folder of the images that are files; None if there is none.
