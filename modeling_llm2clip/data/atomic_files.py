@@ -111,14 +111,7 @@ def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
 
 
 class FileHold:
-    """Keeps a file from `remove_unless_held` of any process, as long as this object lives.
-
-    Args:
-        file: An existing file.
-
-    Raises:
-        OSError: There is no such file, or it is being removed.
-    """
+    """Keeps an existing file from `remove_unless_held` of any process, while this object lives."""
 
     def __init__(self, file: Path) -> None:
         opened = file.open("rb")

@@ -11,11 +11,7 @@ T = TypeVar("T")
 
 
 class ByteCache(Generic[T]):
-    """Keeps the values that were used last, up to a size; threads may share it.
-
-    Args:
-        limit: Bytes of all values; the last one is kept even if it is larger.
-    """
+    """Keeps the values that were used last, up to a size in bytes; the last one in any case."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -41,11 +37,6 @@ class ByteCache(Generic[T]):
                 with self._lock:
                     self._making.pop(key, None)
             return value
-
-    @property
-    def total(self) -> int:
-        """Bytes of all values that are kept."""
-        return self._total
 
     def _use(self, key: Hashable) -> T:
         self._values.move_to_end(key)

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from .atomic_files import write_atomically
-from .safetensors_files import serialize_tensors
 
 SIDES = ("texts", "images")
 _SHOWN = 5
@@ -29,13 +26,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class NamedEmbeddings:
-    """Embeddings and their names.
-
-    Attributes:
-        names: N different names.
-        embeddings: (N, D) of any float dtype, finite.
-        notes: Further metadata of the file.
-    """
+    """N embeddings, (N, D) of any float dtype and finite, and their names, all different."""
 
     names: tuple[str, ...]
     embeddings: Tensor
@@ -92,13 +83,3 @@ def _shorten(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return (", ".join(map(repr, listed[:_SHOWN])) or "nothing") + more
-
-
-def write_named_embeddings(
-    file: Path, names: Sequence[str], embeddings: Tensor, *, notes: Mapping[str, str] | None = None
-) -> None:
-    """Write one file, complete or not at all."""
-    checked = NamedEmbeddings(tuple(names), embeddings.detach().cpu().contiguous())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**(notes or {}), "names": json.dumps(list(names), ensure_ascii=False)}
-    write_atomically(file, serialize_tensors({"embeddings": checked.embeddings}, metadata))

@@ -63,11 +63,10 @@ KNOWN_FIELDS = frozenset(
 
 
 class RawRecord(NamedTuple):
-    """The fields of a record as its source has them, not yet checked.
+    """The fields of a record that are not null, as its source has them, not yet checked.
 
     Attributes:
         place: Where the record is written, for errors.
-        fields: As in the table above, without those that are null.
         packed: The image, if the source holds it.
         default_name: Name of a record without `image` and `file_name`.
         text_name: Name of a text without an image that nothing else names, if only texts are read.

@@ -1,72 +1,21 @@
-"""safetensors files: where a tensor is in one, reading and writing."""
+"""Reads and writes safetensors files."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-# What safetensors itself refuses to read as a header.
-_MOST_HEADER_BYTES = 100_000_000
 
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor is in a safetensors file, so that numpy can map it without reading it.
-
-    Attributes:
-        dtype: As safetensors names it, such as `F32`.
-        shape: Shape of the tensor.
-        offset: First byte in the file.
-        bytes: Number of bytes.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
-
-    def require_size(self, file: Path, item_bytes: int) -> None:
-        """Check that the tensor has as many bytes as its shape needs."""
-        wanted = math.prod(self.shape) * item_bytes
-        if self.bytes != wanted:
-            raise ValueError(
-                f"{file.name}: a tensor of shape {self.shape} needs {wanted} bytes, the file has "
-                f"{self.bytes}"
-            )
-
-
-def read_header(file: Path) -> dict[str, TensorPlace]:
-    """Read the header of a safetensors file."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 0 < length <= min(size - 8, _MOST_HEADER_BYTES):
-            raise ValueError(f"{file}: not a safetensors file.")
-        try:
-            header = json.loads(opened.read(length))
-            places = {
-                name: TensorPlace(
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                    entry["data_offsets"][1] - entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: its safetensors header is damaged.") from error
-    end = max((place.offset + place.bytes for place in places.values()), default=0)
-    if end != size:
-        raise ValueError(f"{file}: it has {size} bytes, its header says {end}.")
-    return places
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of all tensors from the header of a safetensors file."""
+    with _open(file) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
 
 
 def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -90,7 +39,9 @@ def iterate_tensors(
     places: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)
-        for name in _read_names(file):
+        with _open(file) as opened:
+            names = list(opened.keys())
+        for name in names:
             full_name = str(folder / name)
             if full_name in places:
                 raise ValueError(
@@ -100,14 +51,13 @@ def iterate_tensors(
                 places[full_name] = (file, name)
     for full_name, (file, name) in sorted(places.items()):
         # Opened anew for each tensor, so that the memory of those before is given back.
-        with safe_open(file, framework="pt") as opened:
+        with _open(file) as opened:
             yield full_name, opened.get_tensor(name)
 
 
-def _read_names(file: Path) -> list[str]:
+def _open(file: Path) -> Any:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+        return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(
             f"{file} is truncated or damaged ({error}). Save or download it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -72,24 +73,26 @@ def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str
 
 @dataclass
 class ErrorCollector:
-    """Counts errors by kind and keeps the first places of each."""
+    """Counts errors and rows that are not records, by kind; keeps the first places of each."""
 
-    _counts: dict[str, int] = field(default_factory=dict, init=False)
-    _places: dict[str, list[str]] = field(default_factory=dict, init=False)
-    _skipped: dict[str, int] = field(default_factory=dict, init=False)
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
     # Names of columns to how many files have exactly these, and the first of the files.
     _files: dict[tuple[str, ...], tuple[int, list[str]]] = field(default_factory=dict, init=False)
 
     def add(self, kind: str, place: str) -> None:
         """Add one error."""
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        places = self._places.setdefault(kind, [])
-        if len(places) < _PLACES_SHOWN:
-            places.append(place)
+        self._add_all(kind, 1, [place])
+
+    def _add_all(self, kind: str, count: int, first: Sequence[str]) -> None:
+        self.counts[kind] += count
+        places = self.places.setdefault(kind, [])
+        places += first[: _PLACES_SHOWN - len(places)]
 
     def skip(self, reason: str) -> None:
         """Count a row of the source that is not a record, which is not an error."""
-        self._skipped[reason] = self._skipped.get(reason, 0) + 1
+        self.skipped[reason] += 1
 
     def note_columns(self, columns: Iterable[str], file: str) -> None:
         """Note the columns of a file, which are compared by `compare_columns`."""
@@ -109,54 +112,28 @@ class ErrorCollector:
             kind = f"{_NO_COLUMN}{column}', which {having[0]} has"
             for columns, (count, files) in self._files.items():
                 if column not in columns:
-                    self.extend(ErrorCollector.of({kind: count}, {kind: files}))
+                    self._add_all(kind, count, files)
         self._files.clear()
 
     def extend(self, other: ErrorCollector) -> None:
         """Add the errors of another collector."""
-        for kind, count in other._counts.items():
-            self._counts[kind] = self._counts.get(kind, 0) + count
-            places = self._places.setdefault(kind, [])
-            places += other._places[kind][: _PLACES_SHOWN - len(places)]
-        for reason, count in other._skipped.items():
-            self._skipped[reason] = self._skipped.get(reason, 0) + count
+        for kind, count in other.counts.items():
+            self._add_all(kind, count, other.places[kind])
+        self.skipped.update(other.skipped)
         for columns, (count, files) in other._files.items():
             self._note_files(columns, count, files)
 
-    @classmethod
-    def of(cls, counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> ErrorCollector:
-        """Make a collector of errors that are counted already."""
-        collected = cls()
-        collected._counts = dict(counts)
-        collected._places = {kind: [*where] for kind, where in places.items()}
-        return collected
-
     def without(self, *kinds: str) -> ErrorCollector:
         """Return a collector of the other errors."""
-        kept = {kind: n for kind, n in self._counts.items() if kind not in kinds}
-        return ErrorCollector.of(kept, {kind: self._places[kind] for kind in kept})
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Kind of error to how many there are."""
-        return dict(self._counts)
-
-    @property
-    def places(self) -> dict[str, list[str]]:
-        """Kind of error to the first places."""
-        return {kind: [*where] for kind, where in self._places.items()}
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Why rows are not records, to how many there are."""
-        return dict(self._skipped)
+        kept = Counter({kind: n for kind, n in self.counts.items() if kind not in kinds})
+        return ErrorCollector(kept, {kind: self.places[kind] for kind in kept})
 
     @property
     def total(self) -> int:
         """Number of errors."""
-        return sum(self._counts.values())
+        return self.counts.total()
 
     def raise_if_any(self, source: str, *, advice: str = "") -> None:
         """Raise everything that was collected."""
-        if self._counts:
-            raise DataValidationError(source, self._counts, self._places, advice)
+        if self.counts:
+            raise DataValidationError(source, self.counts, self.places, advice)

@@ -15,10 +15,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..configs.embed_config import EmbeddingColumn
-from ..data.captions.caption_columns import CAPTION_COLUMNS, FlatCaptions, flatten_captions
+from ..data.captions.caption_columns import FlatCaptions, flatten_captions
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import count_distinct
-from ..data.records.record_table import RecordTable
+from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.shared_images import require_images, select_one_per_image
 
 Array: TypeAlias = np.ndarray[Any, Any]

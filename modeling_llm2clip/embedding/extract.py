@@ -23,7 +23,6 @@ from accelerate import PartialState
 from .._suggestions import counted
 from ..configs.extract_config import ExtractConfig
 from ..data.captions.caption_columns import (
-    CAPTION_COLUMNS,
     FirstOccurrences,
     flatten_captions,
     iterate_first_captions,
@@ -31,7 +30,7 @@ from ..data.captions.caption_columns import (
 from ..data.captions.distinct_texts import TextNumbers
 from ..data.images.image_sources import ImageSource
 from ..data.records.data_hashes import hash_image_sizes, hash_texts
-from ..data.records.record_table import RecordTable
+from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..data.records.shared_images import (
     find_ambiguous_names,

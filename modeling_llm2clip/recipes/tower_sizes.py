@@ -13,7 +13,7 @@ from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from ..building.pretrained_towers import EMBEDDED, PretrainedTower, find_tower
-from ..data.safetensors_files import read_header
+from ..data.safetensors_files import read_shapes
 from ..model_folders.model_folder import explain_missing, fetch_hub_file, is_hub_id
 
 # Where the configuration says neither image nor patch size, as of a convolutional network.
@@ -49,7 +49,7 @@ def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
     folder = find_tower(embedded) if source == EMBEDDED else Path(source)
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
-        shapes = {n: place.shape for file in files for n, place in read_header(file).items()}
+        shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
         return _read_config(folder / "config.json", _count_parameters(shapes))
     if folder.exists() or not is_hub_id(source) or explain_missing(source):
         return TowerSize()

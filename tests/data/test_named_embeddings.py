@@ -1,25 +1,21 @@
-"""Named embeddings: what is written is valid, what is read is checked."""
+"""Named embeddings: what is read is checked."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_encoders import write_named_embeddings
 
-from modeling_llm2clip.data.named_embeddings import (
-    read_named_embeddings,
-    side_file,
-    write_named_embeddings,
-)
+from modeling_llm2clip.data.named_embeddings import read_named_embeddings, side_file
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
-    file = side_file(tmp_path / "new", "images")
+    file = side_file(tmp_path, "images")
     embeddings = torch.randn(2, 3, dtype=torch.float16)
-    write_named_embeddings(file, ["ä.png", "b/c.png"], embeddings, notes={"model": "m"})
+    write_named_embeddings(file, ["ä.png", "b/c.png"], embeddings, model="m")
     found = read_named_embeddings(file)
     assert found.names == ("ä.png", "b/c.png") and found.notes == {"model": "m"}
     assert torch.equal(found.embeddings, embeddings)
@@ -34,14 +30,11 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
     ],
 )
-def test_broken_embeddings_are_refused_on_writing_and_reading(
+def test_broken_embeddings_are_refused(
     names: list[str], embeddings: torch.Tensor, message: str, tmp_path: Path
 ) -> None:
     file = side_file(tmp_path, "texts")
-    with pytest.raises(ValueError, match=message):
-        write_named_embeddings(file, names, embeddings)
-    assert not file.exists()
-    save_file({"embeddings": embeddings}, file, metadata={"names": json.dumps(names)})
+    write_named_embeddings(file, names, embeddings)
     with pytest.raises(ValueError, match=rf"texts\.safetensors: .*{message}"):
         read_named_embeddings(file)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from modeling_llm2clip.data.safetensors_files import (
     iterate_tensors,
-    read_header,
+    read_shapes,
     serialize_tensors,
 )
 
@@ -66,40 +66,29 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         list(iterate_tensors([damaged]))
 
 
-def test_a_header_says_where_every_tensor_is(tmp_path: Path) -> None:
+def test_the_shapes_are_those_of_the_tensors(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2).half()}, file)
-    places = read_header(file)
-    with safe_open(file, framework="np") as opened:
-        for name, place in places.items():
-            wanted = opened.get_tensor(name)
-            found = np.memmap(
-                file, dtype=wanted.dtype, mode="r", offset=place.offset, shape=place.shape
-            )
-            assert np.array_equal(found, wanted) and place.bytes == wanted.nbytes
-    assert (places["a"].dtype, places["b"].dtype) == ("F32", "F16")
-    places["a"].require_size(file, 4)
-    with pytest.raises(ValueError, match=r"shape \(2, 3\) needs 48 bytes, the file has 24"):
-        places["a"].require_size(file, 8)
+    assert read_shapes(file) == {"a": (2, 3), "b": (2,)}
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    "damage",
     [
-        (lambda content: content[:-1], r"it has \d+ bytes, its header says \d+"),
-        (lambda content: content + b"0", r"it has \d+ bytes, its header says \d+"),
-        (lambda content: content[:0], "not a safetensors file"),
-        (lambda content: b"\xff" * 8 + content[8:], "not a safetensors file"),
-        (lambda content: content[:8] + b"[" + content[9:], "header is damaged"),
+        lambda content: content[:-1],
+        lambda content: content + b"0",
+        lambda content: content[:0],
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:8] + b"[" + content[9:],
     ],
     ids=["short", "long", "empty", "length", "json"],
 )  # fmt: skip
-def test_a_damaged_header_is_refused(damage, message: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(3)}, file)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=message):
-        read_header(file)
+    with pytest.raises(ValueError, match=r"weights\.safetensors is truncated or damaged"):
+        read_shapes(file)
 
 
 def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Path) -> None:
@@ -116,4 +105,4 @@ def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Pa
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == metadata
         assert all(torch.equal(opened.get_tensor(name), tensors[name]) for name in tensors)
-    assert read_header(file)["b"].offset % 8 == 0
+    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # tensors follow it

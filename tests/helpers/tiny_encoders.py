@@ -32,7 +32,7 @@ from transformers import (
     SiglipProcessor,
 )
 
-from modeling_llm2clip.data.named_embeddings import side_file, write_named_embeddings
+from modeling_llm2clip.data.named_embeddings import side_file
 from modeling_llm2clip.evaluation.encoders.encoder import Encoder
 
 MODEL_TYPES = ("llm2clip", "clip", "siglip", "siglip2", "open_clip", "sentence-transformers")
@@ -171,6 +171,14 @@ def _save_sentence_transformers(folder: Path) -> None:
     transformer = Transformer(str(llm), max_seq_length=24)
     pooling = Pooling(32, pooling_mode="mean")
     SentenceTransformer(modules=[transformer, pooling], device="cpu").save(str(folder))
+
+
+def write_named_embeddings(
+    file: Path, names: Sequence[str], embeddings: torch.Tensor, **notes: str
+) -> None:
+    """Write embeddings and their names as others do, valid or not."""
+    metadata = {**notes, "names": json.dumps(list(names))}
+    save_file({"embeddings": embeddings.contiguous()}, file, metadata=metadata)
 
 
 def save_named_embeddings(folder: Path, texts: dict[str, Any], images: dict[str, Any]) -> Path:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..records.record_table import RecordTable
+from ..key_arrays import Array
+from ..records.record_table import CAPTION_COLUMNS, RecordTable, count_captions
 from ..store.store_index import StoreIndex
-
-Array: TypeAlias = np.ndarray[Any, Any]
-CAPTION_COLUMNS = ("captions", "long_captions")
 
 
 class FlatCaptions(NamedTuple):
-    """The captions of some records.
-
-    Attributes:
-        texts: Strings, record by record.
-        num_short: (n,) short captions of each record.
-        ends: (n + 1,) where the captions of each record begin, and the last ones end.
-    """
+    """The captions of n records, how many of each are short, and the n + 1 ends of all records."""
 
     texts: pa.Array
     num_short: Array
@@ -39,12 +31,6 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
     _, places = locate_captions(batch)
     texts = pa.concat_arrays([short, long]).take(pa.array(places))
     return FlatCaptions(texts, num_short, ends)
-
-
-def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
-    short, long = (np.diff(np.asarray(batch.column(name).offsets)) for name in CAPTION_COLUMNS)
-    return short, long
 
 
 def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
@@ -66,10 +52,6 @@ class FirstOccurrences:
     """Finds where each row of a store occurs first in its index, shard by shard.
 
     Rows are numbered by first occurrence, so a row is new where its number exceeds all before.
-
-    Args:
-        index: Index of the store.
-        rows_per_shard: Rows of every shard but the last.
     """
 
     def __init__(self, index: StoreIndex, rows_per_shard: int) -> None:

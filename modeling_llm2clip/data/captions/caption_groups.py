@@ -5,23 +5,20 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
-from ..key_arrays import is_among, sort_rows
+from ..key_arrays import Array, is_among, sort_rows
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
 from .caption_columns import locate_captions
 
-Array: TypeAlias = np.ndarray[Any, Any]
-
 _ROWS_AT_ONCE = 2**13
 _ERRORS_SHOWN = 5
-_KEYS = ("group_key", "captions", "long_captions", "text_keys")
+_COLUMNS = ("group_key", "captions", "long_captions", "text_keys", "group_id")
 _WITHOUT_PAIRS = (
     "Data without second captions needs no fine-tuning: build the model from a fine-tuned LLM (a "
     "released one, or with the LoRA of one by llm2clip build --lora), or skip this stage and "
@@ -31,12 +28,7 @@ _WITHOUT_PAIRS = (
 
 @dataclass(frozen=True)
 class CaptionGroup:
-    """All captions of one group.
-
-    Attributes:
-        group_id: Name of the thing that the captions describe.
-        captions: Different texts, in one or several languages, short and long.
-    """
+    """All different captions of one group, in one or several languages, short and long."""
 
     group_id: str
     captions: tuple[str, ...]
@@ -49,7 +41,6 @@ class GroupBatch:
     Attributes:
         counts: (G,) int64, captions of each group, at least two.
         keys: (T,) int64, key of each caption, group by group.
-        group_ids: (G,) texts.
         places: (T,) int64, where each caption is in `texts`, the second after the first.
         texts: All captions of the records that were read, and all their long captions.
     """
@@ -68,44 +59,31 @@ class GroupBatch:
         return texts.take(pa.array(places))
 
 
+@dataclass(eq=False)
 class CaptionGroups(Iterable[CaptionGroup]):
     """Groups of at least two captions, which are read in batches and never held.
 
     Texts are compared by their 64-bit keys. Of two different captions of one group with the same
     key, one is not used: the odds are below one to a hundred million for a billion captions.
 
-    Args:
+    Attributes:
         records: Records in which those of one group follow one another.
-        num_groups: Number of groups that the iteration yields.
         num_pairs: Number of pairs in which each caption is once, and the last of an odd number
             beside another one of its group.
         chosen: (groups of at least two captions,) bool, those that are meant; None for all.
         left_out: Ascending keys of captions that are left out; groups with fewer than two others
             are left out too.
-
-    Examples:
-        >>> groups = group_captions(load_records("my-images"))
-        >>> len(groups), next(iter(groups)).captions[0]
-        (20, 'Two dogs on a beach.')
     """
 
-    def __init__(
-        self,
-        records: RecordTable,
-        num_groups: int,
-        num_pairs: int,
-        *,
-        chosen: Array | None = None,
-        left_out: Array | None = None,
-    ) -> None:
-        self._records = records
-        self._num_groups = num_groups
-        self.num_pairs = num_pairs
-        self._chosen = chosen
-        self._left_out = left_out
+    records: RecordTable
+    num_groups: int
+    num_pairs: int
+    _: KW_ONLY
+    chosen: Array | None = None
+    left_out: Array | None = None
 
     def __len__(self) -> int:
-        return self._num_groups
+        return self.num_groups
 
     def __iter__(self) -> Iterator[CaptionGroup]:
         for batch in self.iterate_batches():
@@ -119,15 +97,15 @@ class CaptionGroups(Iterable[CaptionGroup]):
     def iterate_batches(self) -> Iterator[GroupBatch]:
         """Yield the groups in batches, in the order of their first records."""
         number = 0
-        for batch in iterate_whole_groups(self._records, (*_KEYS, "group_id")):
+        for batch in iterate_whole_groups(self.records):
             group, keys, places = list_distinct_texts(batch)
             group, keys, places = _select(_is_of_several(group), group, keys, places)
-            if self._chosen is not None and len(group):
+            if self.chosen is not None and len(group):
                 numbers = number + np.cumsum(_mark_starts(group)) - 1  # without gaps
                 number = int(numbers[-1]) + 1
-                group, keys, places = _select(self._chosen[numbers], group, keys, places)
-            if self._left_out is not None:
-                group, keys, places = _select(~is_among(keys, self._left_out), group, keys, places)
+                group, keys, places = _select(self.chosen[numbers], group, keys, places)
+            if self.left_out is not None:
+                group, keys, places = _select(~is_among(keys, self.left_out), group, keys, places)
                 group, keys, places = _select(_is_of_several(group), group, keys, places)
             if not len(group):
                 continue
@@ -143,7 +121,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
         """Hold out groups at random; training loses the captions that they share with it."""
-        assert self._chosen is None and self._left_out is None
+        assert self.chosen is None and self.left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(
                 f"Cannot hold out {count} of {len(self)} images: each side needs at least two. "
@@ -151,17 +129,17 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
         chosen = np.zeros(len(self), np.bool_)
         chosen[_shuffle(len(self), seed)[:count]] = True
-        test = CaptionGroups(self._records, count, 0, chosen=chosen)
+        test = CaptionGroups(self.records, count, 0, chosen=chosen)
         keys = np.unique(np.concatenate([batch.keys for batch in test.iterate_batches()]))
-        others = CaptionGroups(self._records, 0, 0, chosen=~chosen)
+        others = CaptionGroups(self.records, 0, 0, chosen=~chosen)
         num_texts = sum(len(batch.keys) for batch in others.iterate_batches())
         num_groups, num_pairs = 0, 0
-        train = CaptionGroups(self._records, 0, 0, chosen=~chosen, left_out=keys)
+        train = CaptionGroups(self.records, 0, 0, chosen=~chosen, left_out=keys)
         for batch in train.iterate_batches():
             num_groups += len(batch.counts)
             num_pairs += int(((batch.counts + 1) // 2).sum())
             num_texts -= len(batch.keys)
-        train._num_groups, train.num_pairs = num_groups, num_pairs
+        train.num_groups, train.num_pairs = num_groups, num_pairs
         if num_groups < 2:
             raise ValueError(
                 "Nearly every caption to train on is also one of a held-out image. Give more "
@@ -196,18 +174,15 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
     return groups, num_single
 
 
-def sort_by_group(records: RecordTable) -> RecordTable:
-    """Put the records of each group together, the groups in the order of their first records."""
-    first = records.find_first_rows("group_key")
-    if not (first[1:] < first[:-1]).any():
-        return records
-    return records.select(sort_rows(first))
-
-
-def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns in batches that no group crosses."""
+def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
+    """Yield `_COLUMNS` in batches that no group crosses."""
     rest: pa.RecordBatch | None = None
-    for batch in _iterate_slices(records, names):
+    slices = (
+        batch.slice(start, _ROWS_AT_ONCE)
+        for batch in records.iterate_columns(_COLUMNS)
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE)
+    )
+    for batch in slices:
         if rest is not None and rest.num_rows:
             batch = pa.Table.from_batches([rest, batch]).combine_chunks().to_batches()[0]
         changes = _find_starts(np.asarray(batch.column(0)))
@@ -217,12 +192,6 @@ def iterate_whole_groups(records: RecordTable, names: Sequence[str]) -> Iterator
         rest = batch.slice(last)
     if rest is not None and rest.num_rows:
         yield rest
-
-
-def _iterate_slices(records: RecordTable, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    for batch in records.iterate_columns(names):
-        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-            yield batch.slice(start, _ROWS_AT_ONCE)
 
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
@@ -239,10 +208,13 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
     """Collect the captions of the groups that have at least two, and count the others."""
-    records = sort_by_group(RecordTable.from_records(data))
+    records = RecordTable.from_records(data)
+    first = records.find_first_rows("group_key")
+    if (first[1:] < first[:-1]).any():  # the records of a group are to follow one another
+        records = records.select(sort_rows(first))
     num_groups, num_pairs, num_single, start = 0, 0, 0, 0
     shown: list[str] = []
-    for batch in iterate_whole_groups(records, (*_KEYS, "group_id")):
+    for batch in iterate_whole_groups(records):
         _require_different_keys(batch)
         rows = _find_starts(np.asarray(batch.column(0)))
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))

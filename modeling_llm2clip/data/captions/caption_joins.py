@@ -3,31 +3,72 @@
 Memory holds 12 bytes a record: the hashes of all keys in order, and where the captions of each are
 in a temporary file. Both sides are read in batches, whatever their order. A hash finds a match, and
 then the texts themselves must be equal.
+
+| file | what |
+| --- | --- |
+| `*.csv`, `*.csv.gz` | a header, then a row per image; quotes as in RFC 4180 |
+| `*.tsv` | the same with tabs; a quote is part of its cell, unless it encloses all of it |
+| `*.jsonl` | an object per line |
+| `*.parquet`: a file, a folder, a pattern | a row per image |
+
+Columns are named as the fields of a record, `captions`, `long_captions` and their published
+variants, or as below; others are not read.
+
+| column | meaning |
+| --- | --- |
+| `url`, `URL`, `Image Path` | joined by URL |
+| `key`, `Image Path`, `file_name`, `image` | joined by key: the name without folder and suffix |
+| `raw_caption`, `org_caption` | a caption |
+| `re_caption` | a long caption, as Recap-DataComp-1B has it |
 """
 
 from __future__ import annotations
 
+import gzip
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..._suggestions import counted
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
+from ..record_fields import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
 from ..records.record_columns import SCHEMA, hash_text, rebatch
 from ..records.record_table import Array, RecordTable
-from .caption_files import CaptionRow, JoinColumn, make_key, read_caption_rows
+from ..sources.csv_files import iterate_csv, require_distinct
+from ..sources.json_files import iterate_lines, parse_object
+from ..validation_errors import ErrorCollector
 
-_NAMES_SHOWN = 5
+JoinColumn = Literal["key", "url"]
+_KEY_COLUMNS: dict[JoinColumn, tuple[str, ...]] = {
+    "url": ("url", "URL", "Image Path"),
+    "key": ("key", "Image Path", "file_name", "image"),
+}
+_COLUMNS: dict[JoinColumn, str] = {"url": "url", "key": "name"}  # of records
+_SHORT = (*SHORT_CAPTION_FIELDS, "raw_caption", "org_caption")
+_LONG = (*LONG_CAPTION_FIELDS, "re_caption")
+_ROWS_AT_ONCE = 8192
+_NO_ROW, _NO_RECORD, _REPEATED = "record without a row", "row without a record", "row repeated"
 _TEXTS = pa.list_(pa.string())
 _SPOOL = pa.schema([("key", pa.string()), ("captions", _TEXTS), ("long_captions", _TEXTS)])
+
+
+class CaptionRow(NamedTuple):
+    """Cleaned captions of one image, none of them blank; the key is None if the row has none."""
+
+    key: str | None
+    captions: list[str]
+    long_captions: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +118,7 @@ def join_captions(
 
     Args:
         records: The records; joined by URL, they carry it, as img2dataset's do.
-        captions_from: File of captions; see `caption_files.py`.
+        captions_from: File of captions; see the top of this module.
         on: `url`, or `key`, which is the name of an image without folder and suffix.
         lang: Language of the captions; records in others count as without a row. Default: that of
             all records.
@@ -101,64 +142,48 @@ def join_captions(
         >>> print(joined)  # doctest: +SKIP
     """
     lang = _choose_language(records, lang)
-    keys = _sort_keys(_select_language(records, lang), on)
+    langs = (batch.column(0) for batch in records.iterate_columns(("lang",)))
+    is_lang = np.concatenate([pa.compute.equal(found, lang) for found in langs])
+    keys = _sort_keys(records.select(np.flatnonzero(is_lang)), on)
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
         with _explain_full_disk(Path(folder)):
-            spool = _Spool(Path(folder) / "captions.arrow", keys)
+            counts = ErrorCollector()
+            spool = _Spool(Path(folder) / "captions.arrow", keys, counts)
             for rows in read_caption_rows(captions_from, on, key_column=key_column):
                 spool.add(rows)
             spool.map(stack)
         if not spool.num_rows:
+            shown = _show(counts.places.get(_NO_RECORD, ()), counts.counts[_NO_RECORD])
             raise ValueError(
-                f"No record of {len(records)} matches a row of {captions_from} by {on}"
-                f"{spool.unmatched}. Correct the file, or what it is joined by."
+                f"No record of {len(records)} matches a row of {captions_from} by {on}{shown}. "
+                "Correct the file, or what it is joined by."
             )
         join = _Join(on, lang, spool, replace, keep_unmatched)
         table = _collect(map(join.fill, records.iterate_columns(SCHEMA.names)), output)
     table.skipped = dict(records.skipped)
     return CaptionJoin(
         records=table,
-        matched=join.num_matched,
-        unmatched_records=join.unmatched.count,
-        first_unmatched_records=tuple(join.unmatched.first),
-        unmatched_rows=spool.unmatched.count,
-        first_unmatched_rows=tuple(spool.unmatched.first),
-        repeated_rows=spool.num_repeated,
+        matched=len(records) - counts.counts[_NO_ROW],
+        unmatched_records=counts.counts[_NO_ROW],
+        first_unmatched_records=tuple(counts.places.get(_NO_ROW, ())),
+        unmatched_rows=counts.counts[_NO_RECORD],
+        first_unmatched_rows=tuple(counts.places.get(_NO_RECORD, ())),
+        repeated_rows=counts.counts[_REPEATED],
     )
 
 
-@dataclass
-class _Names:
-    """Counts names, and keeps the first ones."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if len(self.first) < _NAMES_SHOWN:
-            self.first.append(name)
-
-    def __str__(self) -> str:
-        return _show(self.first, self.count)
-
-
 class _Spool:
-    """Rows that match in a file, found by the hash of their key.
+    """Rows that match, in a file, found by the hash of their key.
 
-    Args:
-        file: Where they are written.
-        keys: (N,) hashes of the records' keys in order; `places` has the row of the first of equal
-            ones, or -1.
+    `keys` are the (N,) sorted hashes of the records' keys; `_places` has the row of the first of
+    equal ones, or -1.
     """
 
-    def __init__(self, file: Path, keys: Array) -> None:
-        self._file, self._keys = file, keys
+    def __init__(self, file: Path, keys: Array, counts: ErrorCollector) -> None:
+        self._file, self._keys, self.counts = file, keys, counts
         self._places = np.full(len(keys), -1, np.int32)
         self._writer = pa.ipc.new_file(str(file), _SPOOL)
         self._starts = [0]
-        self.num_repeated = 0
-        self.unmatched = _Names()
 
     @property
     def num_rows(self) -> int:
@@ -171,9 +196,9 @@ class _Spool:
         kept: list[CaptionRow] = []
         for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
             if not matches:
-                self.unmatched.add(str(row.key))
+                self.counts.add(_NO_RECORD, str(row.key))
             elif self._places[place] >= 0:
-                self.num_repeated += 1
+                self.counts.add(_REPEATED, str(row.key))
             else:
                 self._places[place] = self.num_rows + len(kept)
                 kept.append(row)
@@ -226,16 +251,10 @@ def _choose_language(records: RecordTable, lang: str | None) -> str:
     return lang
 
 
-def _select_language(records: RecordTable, lang: str) -> RecordTable:
-    batches = records.iterate_columns(("lang",))
-    found = [np.asarray(pa.compute.equal(batch.column(0), lang)) for batch in batches]
-    return records.select(np.flatnonzero(np.concatenate(found)))
-
-
 def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
     """Return the hashes of all keys in order; (N,) int64, equal ones included."""
     keys, stop = np.empty(len(records), np.int64), 0
-    for batch in records.iterate_columns([_column_of(on)]):
+    for batch in records.iterate_columns([_COLUMNS[on]]):
         found = [key for key in _list_keys(batch, on) if key is not None]
         start, stop = stop, stop + len(found)
         keys[start:stop] = [hash_text(key) for key in found]
@@ -257,12 +276,8 @@ def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
     return keys
 
 
-def _column_of(on: JoinColumn) -> str:
-    return "url" if on == "url" else "name"
-
-
 def _list_keys(batch: Any, on: JoinColumn) -> list[str | None]:
-    values = batch.column(_column_of(on)).to_pylist()
+    values = batch.column(_COLUMNS[on]).to_pylist()
     if on == "url":
         return [None if value is None else value.strip() for value in values]
     return [make_key(value) for value in values]
@@ -270,15 +285,13 @@ def _list_keys(batch: Any, on: JoinColumn) -> list[str | None]:
 
 @dataclass
 class _Join:
-    """Adds the rows of a spool to records, and counts."""
+    """Adds the rows of a spool to records, and counts those without one."""
 
     on: JoinColumn
     lang: str
     spool: _Spool
     replace: bool
     keep_unmatched: bool
-    num_matched: int = 0
-    unmatched: _Names = field(default_factory=_Names)
 
     def fill(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return a batch of records with the captions of their rows."""
@@ -291,14 +304,13 @@ class _Join:
         columns = {name: batch.column(name).to_pylist() for name in ("captions", "long_captions")}
         for item, (row, key) in enumerate(zip(rows, keys, strict=True)):
             if row is None:
-                self.unmatched.add(batch.column("name")[item].as_py())
+                self.spool.counts.add(_NO_ROW, batch.column("name")[item].as_py())
                 continue
             if row.key != key:
                 raise ValueError(
                     f"The {self.on}s {key} and {row.key} have the same hash of 64 bits. Remove the "
                     "row of the second one."
                 )
-            self.num_matched += 1
             for name, new in (("captions", row.captions), ("long_captions", row.long_captions)):
                 if new:
                     own = [] if self.replace else columns[name][item]
@@ -346,3 +358,96 @@ def _show(names: Sequence[str], total: int) -> str:
     if not names:
         return ""
     return f" ({', '.join(names)}{', …' if total > len(names) else ''})"
+
+
+def read_caption_rows(
+    source: str | Path, on: JoinColumn, *, key_column: str | None = None
+) -> Iterator[list[CaptionRow]]:
+    """Yield the rows of a file of captions, some thousands at a time."""
+    for file in _find_files(Path(source)):
+        rows, column = _read(file, key_column), None
+        while part := list(islice(rows, _ROWS_AT_ONCE)):
+            if column is None:
+                column = _choose_column(file, part[0], on, key_column)
+            yield [_make_row(row, column, on) for row in part]
+
+
+def make_key(name: str) -> str:
+    """Return the key of an image: its name without folder and suffix."""
+    return PurePosixPath(name).name.partition(".")[0]
+
+
+def _make_row(row: dict[str, Any], column: str, on: JoinColumn) -> CaptionRow:
+    value = row.get(column)
+    key = None if value is None or not str(value).strip() else str(value).strip()
+    if key is not None and on == "key":
+        key = make_key(key)
+    return CaptionRow(key, _list_texts(row, _SHORT), _list_texts(row, _LONG))
+
+
+def _list_texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        value = row.get(name)
+        for text in [value] if isinstance(value, str) else value or ():
+            if isinstance(text, str) and (cleaned := clean_text(text)):
+                found[cleaned] = None
+    return list(found)
+
+
+def _choose_column(file: Path, row: dict[str, Any], on: JoinColumn, given: str | None) -> str:
+    candidates = _KEY_COLUMNS[on] if given is None else (given,)
+    column = next((name for name in candidates if name in row), None)
+    if column is None:
+        raise ValueError(
+            f"{file} has none of the columns {', '.join(candidates)}, but {', '.join(row)}. Name "
+            f"the one that holds the {on} by key_column."
+        )
+    if not set(row) & {*_SHORT, *_LONG}:
+        raise ValueError(
+            f"{file} has no column of captions. Rename it as a field of "
+            "records, such as captions or long_captions."
+        )
+    return column
+
+
+def _find_files(source: Path) -> list[Path]:
+    if source.is_dir():
+        files = sorted(source.glob("*.parquet"))
+    elif "*" in str(source):
+        files = sorted(source.parent.glob(source.name))
+    else:
+        files = [source] if source.is_file() else []
+    if not files:
+        raise ValueError(f"{source}: no such file of captions. Correct the path.")
+    return files
+
+
+def _read(file: Path, key_column: str | None) -> Iterator[dict[str, Any]]:
+    wanted = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], key_column}
+
+    def choose(names: Sequence[str]) -> list[str]:
+        """Choose the columns to read: all of them, for the error, if none can be joined by."""
+        chosen = [name for name in names if name in wanted]
+        return chosen if set(chosen) - {*_SHORT, *_LONG} else list(names)
+
+    name = file.name.lower().removesuffix(".gz")
+    try:
+        if name.endswith(".parquet"):
+            with pq.ParquetFile(file) as opened:
+                columns = choose(opened.schema_arrow.names)
+                require_distinct(columns, file)
+                for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                    yield from batch.to_pylist()
+        elif name.endswith((".csv", ".tsv")):
+            yield from (row for _, row in iterate_csv(file, choose=choose))
+        elif name.endswith(".jsonl"):
+            for number, line in iterate_lines(file):
+                fields = parse_object(line)
+                if isinstance(fields, str):
+                    raise ValueError(f"{file} line {number}: {fields}. Correct or remove it.")
+                yield fields
+        else:
+            raise ValueError(f"{file}: give .csv, .tsv, .jsonl or .parquet.")
+    except (pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file}: broken ({error}). Download it again.") from error

@@ -9,14 +9,14 @@ one partition at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-Array: TypeAlias = np.ndarray[Any, Any]
+from ..key_arrays import Array
+
 _TEXTS_PER_PARTITION = 2**19
 _MOST_PARTITIONS = 256  # files that are open at once
 _NUMBERED_AT_ONCE = 2**20
@@ -24,17 +24,11 @@ _SCHEMA = pa.schema([("entry", pa.int64()), ("text", pa.large_string())])
 
 
 class TextNumbers:
-    """Numbers distinct texts.
-
-    Add all texts, call `number`, and then iterate over the numbers in the order of the texts.
+    """Numbers distinct texts: add all, call `number`, and iterate over the numbers in their order.
 
     Args:
         folder: Empty folder for temporary files, which the caller deletes.
         num_texts: About how many texts will be added.
-
-    Attributes:
-        num_texts: Texts that were added.
-        num_distinct: Distinct ones of them; after `number`.
     """
 
     def __init__(self, folder: Path, num_texts: int) -> None:
@@ -47,7 +41,7 @@ class TextNumbers:
         self._codes = (folder / "codes").open("wb")
         self._batches: list[tuple[int, int]] = []  # texts, and distinct ones
         self._num_entries = 0
-        self._numbers: Array | None = None
+        self._numbers: Array = np.empty(0, np.int64)
 
     def add(self, texts: pa.Array, keys: Array) -> pa.Array:
         """Add a batch of texts."""
@@ -64,11 +58,9 @@ class TextNumbers:
         starts = np.searchsorted(partitions[order], np.arange(len(self._partitions) + 1))
         for number in np.flatnonzero(np.diff(starts)).tolist():
             places = order[starts[number] : starts[number + 1]]
-            columns = [pa.array(entries[places]), distinct.take(pa.array(places))]
-            batch = pa.RecordBatch.from_arrays(
-                [columns[0], columns[1].cast(pa.large_string())], schema=_SCHEMA
-            )
-            self._writers[number].write_batch(batch)
+            taken = distinct.take(pa.array(places)).cast(pa.large_string())
+            columns = [pa.array(entries[places]), taken]
+            self._writers[number].write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         self._batches.append((len(codes), len(distinct)))
         self._num_entries += len(distinct)
         self.num_texts += len(codes)
@@ -105,10 +97,7 @@ class TextNumbers:
         with (self._folder / "codes").open("rb") as opened:
             for num_texts, num_distinct in self._batches:
                 codes = np.frombuffer(opened.read(4 * num_texts), np.int32)
-                if self._numbers is None:  # no texts at all
-                    yield np.empty(0, np.int64)
-                else:
-                    yield np.asarray(self._numbers[entry : entry + num_distinct])[codes]
+                yield np.asarray(self._numbers[entry : entry + num_distinct])[codes]
                 entry += num_distinct
 
 
@@ -119,17 +108,8 @@ def _find_first_entries(partition: Path, firsts: Array) -> None:
     if not batches:
         return
     entries = np.concatenate([np.asarray(batch.column("entry")) for batch in batches])
-    codes = _encode(batch.column("text") for batch in batches)
+    texts = pa.concat_arrays([batch.column("text") for batch in batches])
+    codes = np.asarray(texts.dictionary_encode().indices)
     first = np.empty(codes.max() + 1, np.int64)
     first[codes[::-1]] = entries[::-1]
     firsts[entries] = first[codes]
-
-
-def _encode(texts: Iterable[pa.Array]) -> Array:
-    """Number texts, whose numbers are equal if and only if they are."""
-    chunked = pa.chunked_array(list(texts), pa.large_string()).combine_chunks()
-    encoded = chunked.dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    codes: Array = np.asarray(encoded.indices)
-    return codes

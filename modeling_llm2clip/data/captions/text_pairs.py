@@ -14,13 +14,9 @@ _ERRORS_SHOWN = 5
 
 @dataclass(frozen=True)
 class TextPair:
-    """Two texts of the same meaning.
+    """Two texts of the same meaning, and others that are close but mean something else.
 
-    Attributes:
-        group_id: Pairs of one group are never each other's negatives.
-        anchor: One of the texts.
-        positive: The other one.
-        negatives: Texts that are close but mean something else.
+    Pairs of one group are never each other's negatives.
     """
 
     group_id: str

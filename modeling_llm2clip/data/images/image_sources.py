@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,14 +36,7 @@ _CHECKED_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class TarImage:
-    """A member of an uncompressed tar shard.
-
-    Attributes:
-        shard: Path or URL of the tar file.
-        member: Name of the member.
-        offset: First byte of the member in the shard.
-        size: Bytes of the member.
-    """
+    """A member of an uncompressed tar shard; `offset` is its first byte in the shard."""
 
     shard: FilePlace
     member: str
@@ -61,11 +55,7 @@ class TarImage:
 class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
-    Attributes:
-        file: Path or URL of the Parquet file.
-        column: Name of the column.
-        row: Number of the row, from 0.
-        group_size: Bytes that the column has in the row's group; None for not yet known.
+    `group_size` are the stored bytes of the column in the row's group; None for not yet known.
     """
 
     file: FilePlace
@@ -85,14 +75,7 @@ class ParquetImage:
 
 @dataclass(frozen=True, slots=True)
 class ArrowImage:
-    """A row of an Arrow file, such as `datasets` keeps, whose column holds encoded images.
-
-    Attributes:
-        file: The Arrow file, in the stream or the file format.
-        column: Name of the column.
-        row: Number of the row in the file, from 0.
-        size: Bytes of the image.
-    """
+    """A row of an Arrow file, a stream or not, such as `datasets` keeps, with encoded images."""
 
     file: Path
     column: str
@@ -104,19 +87,35 @@ class ArrowImage:
 
     def read_bytes(self) -> bytes:
         """Read the encoded image."""
-        from .arrow_images import read_image_bytes
+        table = _map_arrow_file(self.file, self.file.stat().st_mtime_ns)
+        if not 0 <= self.row < len(table):
+            raise ValueError(f"{self.file} has no row {self.row}.")
+        if self.column not in table.column_names:
+            raise ValueError(f"{self.file} has no column {self.column!r}.")
+        value = table.column(self.column)[self.row].as_py()
+        content = value["bytes"] if isinstance(value, dict) else value
+        if content is None:
+            raise ValueError(f"{self} has no image in {self.column!r}.")
+        return bytes(content)
 
-        return read_image_bytes(self.file, self.column, self.row)
+
+@lru_cache(maxsize=1024)
+def _map_arrow_file(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    mapped = pa.memory_map(str(file))
+    try:
+        try:
+            return pa.ipc.open_stream(mapped).read_all()
+        except pa.ArrowInvalid:
+            return pa.ipc.open_file(mapped).read_all()
+    except pa.ArrowException as error:
+        raise ValueError(f"{file}: not an Arrow file, or broken ({error}).") from error
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An encoded image in memory.
-
-    Attributes:
-        name: Where it came from, for errors, such as the URL of a shard and its member.
-        content: The encoded image.
-    """
+    """An encoded image in memory; the name says in errors where it came from."""
 
     name: str
     content: bytes = field(repr=False)

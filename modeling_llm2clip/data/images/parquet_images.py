@@ -1,31 +1,57 @@
 """Reads single images out of Parquet files where they lie.
 
-Of a file, row groups and their places are kept; of a column chunk, the places of its pages. An
-image in uncompressed pages, as `datasets` writes them, is one read at its offset. Of others, Arrow
-reads the whole row group, and the last ones are kept.
+Arrow decodes whole row groups, which for one image costs as much as for a thousand. A column chunk
+is a sequence of pages, each a header in Thrift's compact protocol and then its values; of images,
+a page holds a few to a thousand. In uncompressed pages, as `datasets` writes them, an image is one
+read at its offset; pages that are laid out otherwise are left to Arrow, row group by row group. The
+places of row groups and pages are kept, and the row groups that Arrow read last.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from bisect import bisect_right
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..byte_cache import ByteCache
 from ..remote.file_places import FilePlace, find_version, open_place
-from .parquet_pages import Integers, Page, UnknownLayoutError, find_values, read_at, read_page
 
+Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 _FILES_KEPT = 2**14  # about 2 kB each
 _CHUNKS_KEPT = 2**13  # about 3 kB each
 _BYTES_KEPT = 2**26
+_DATA_PAGE, _DATA_PAGE_V2 = 0, 3
+_PLAIN, _RLE = 0, 3  # encodings of values, and of levels
+_HEADER_READ = 256  # bytes; headers with long statistics are read again
+_LONGEST_HEADER = 2**20
+
+
+class UnknownLayoutError(ValueError):
+    """The pages of a chunk are not laid out as this module reads them."""
+
+
+class Page(NamedTuple):
+    """One page of a column chunk, from the end of its header on.
+
+    Before the values are `level_size` bytes of levels; None if their length is in front.
+    """
+
+    first_row: int
+    start: int
+    end: int
+    num_values: int
+    level_size: int | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +72,6 @@ class ColumnLayout:
 
     Attributes:
         leaf: Path of the bytes in the schema, such as `image.bytes`.
-        groups: The row groups.
         has_levels: Whether values may be null, so that levels are in front of them.
         first_rows: First row of each group, and the number of rows.
     """
@@ -61,17 +86,7 @@ class ColumnLayout:
         return bisect_right(self.first_rows, row) - 1
 
 
-@dataclass
-class _Chunk:
-    """The pages of a chunk that were found so far."""
-
-    position: int
-    next_row: int = 0
-    pages: list[Page] = field(default_factory=list)
-    first_rows: list[int] = field(default_factory=list)
-
-
-_chunks: ByteCache[_Chunk] = ByteCache(_CHUNKS_KEPT)
+_pages: ByteCache[list[Page]] = ByteCache(_CHUNKS_KEPT)  # of a chunk, as far as they were found
 _values: ByteCache[tuple[Integers, Integers]] = ByteCache(_BYTES_KEPT)
 _tables: ByteCache[Any] = ByteCache(_BYTES_KEPT)
 _finding = Lock()
@@ -168,32 +183,28 @@ def _read_from_pages(
     file: FilePlace, key: tuple[Hashable, ...], layout: ColumnLayout, group: _Group, within: int
 ) -> bytes:
     with open_place(file) as opened:
-        chunk = _chunks.find(key, lambda: (_Chunk(group.start), 1))
-        page, number = _find_page(opened, chunk, group, within)
+        page = _find_page(opened, _pages.find(key, lambda: ([], 1)), group, within)
 
         def locate() -> tuple[tuple[Integers, Integers], int]:
-            found = find_values(opened, page, has_levels=layout.has_levels)
+            found = _find_values(opened, page, has_levels=layout.has_levels)
             return found, found[0].nbytes * 2
 
-        starts, sizes = _values.find((*key, number), locate)
-        position = within - chunk.first_rows[number]
-        return read_at(opened, int(sizes[position]), int(starts[position]))
+        starts, sizes = _values.find((*key, page.start), locate)
+        position = within - page.first_row
+        return _read_at(opened, int(sizes[position]), int(starts[position]))
 
 
-def _find_page(opened: io.RawIOBase, chunk: _Chunk, group: _Group, within: int) -> tuple[Page, int]:
-    """Return the page of a row, and its number; headers are read up to it."""
+def _find_page(opened: io.RawIOBase, pages: list[Page], group: _Group, within: int) -> Page:
+    """Return the page of a row; headers are read up to it."""
     end = group.start + group.stored_size
     with _finding:
-        while chunk.next_row <= within:
-            if chunk.position >= end:
+        last = pages[-1] if pages else Page(0, group.start, group.start, 0, 0)
+        while last.first_row + last.num_values <= within:
+            if last.end >= end:
                 raise UnknownLayoutError("pages end before their rows")
-            page = read_page(opened, chunk.position, end)
-            chunk.position = page.end
-            chunk.pages.append(page)
-            chunk.first_rows.append(chunk.next_row)
-            chunk.next_row += page.num_values
-        number = bisect_right(chunk.first_rows, within) - 1
-        return chunk.pages[number], number
+            last = _read_page(opened, last.first_row + last.num_values, last.end, end)
+            pages.append(last)
+        return pages[bisect_right(pages, within, key=attrgetter("first_row")) - 1]
 
 
 def _read_with_arrow(
@@ -222,3 +233,111 @@ def read_group_column(file: FilePlace, leaf: str, group: int) -> Any:
     if pa.types.is_struct(column.type):
         column = pa.chunked_array([chunk.flatten()[0] for chunk in column.chunks])
     return column
+
+
+def _read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
+    """Read bytes of an open file."""
+    file.seek(offset)
+    content = file.read(size)
+    while len(content) < size:
+        more = file.read(size - len(content))
+        if not more:
+            raise UnknownLayoutError(f"the file ends before byte {offset + size}")
+        content += more
+    return content
+
+
+def _read_page(file: io.RawIOBase, first_row: int, offset: int, end: int) -> Page:
+    """Read the header of a page in a column chunk that ends at `end`."""
+    wanted = _HEADER_READ
+    while True:
+        content = _read_at(file, min(wanted, end - offset), offset)
+        try:
+            header, length = read_struct(content)
+            break
+        except (IndexError, struct.error) as error:
+            if wanted >= min(_LONGEST_HEADER, end - offset):
+                raise UnknownLayoutError(f"no page header at byte {offset}") from error
+            wanted *= 16
+    try:
+        page = _make_page(header, first_row, offset + length)
+    except (KeyError, TypeError) as error:
+        raise UnknownLayoutError(f"the page header at byte {offset} lacks a field") from error
+    if not page.start <= page.end <= end or page.num_values < 0 or (page.level_size or 0) < 0:
+        raise UnknownLayoutError(f"the page at byte {offset} exceeds its column chunk")
+    return page
+
+
+def _make_page(header: dict[int, Any], first_row: int, start: int) -> Page:
+    kind, end = header[1], start + header[3]
+    if kind == _DATA_PAGE and (of := header[5])[2] == _PLAIN and of[3] == _RLE:
+        return Page(first_row, start, end, of[1], None)
+    if kind == _DATA_PAGE_V2 and (of := header[8])[4] == _PLAIN:
+        return Page(first_row, start, end, of[1], of[5] + of[6])
+    raise UnknownLayoutError(f"a page of kind {kind} that is not plain")
+
+
+def _find_values(file: io.RawIOBase, page: Page, *, has_levels: bool) -> tuple[Integers, Integers]:
+    """Find offset and size of each value of a page without nulls, which has its length in front."""
+    position = page.start + (page.level_size or 0)
+    if page.level_size is None and has_levels:
+        position += 4 + int.from_bytes(_read_at(file, 4, position), "little")
+    starts, sizes = np.empty(page.num_values, np.int64), np.empty(page.num_values, np.int64)
+    for number in range(page.num_values):
+        if position + 4 > page.end:
+            break
+        size = int.from_bytes(_read_at(file, 4, position), "little")
+        starts[number], sizes[number] = position + 4, size
+        position += 4 + size
+    if position != page.end:
+        raise UnknownLayoutError("values do not fill their page")
+    return starts, sizes
+
+
+def read_struct(content: bytes, position: int = 0) -> tuple[dict[int, Any], int]:
+    """Read a struct of Thrift's compact protocol."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while kind := content[position]:
+        position += 1
+        if kind >> 4:
+            number += kind >> 4
+        else:
+            number, position = _read_integer(content, position)
+        fields[number], position = _read_value(content, position, kind & 15)
+    return fields, position + 1
+
+
+def _read_value(content: bytes, position: int, kind: int) -> tuple[Any, int]:
+    if kind in (1, 2):  # true and false
+        return kind == 1, position
+    if kind == 3:
+        return content[position], position + 1
+    if kind in (4, 5, 6):
+        return _read_integer(content, position)
+    if kind == 7:
+        return struct.unpack_from("<d", content, position)[0], position + 8
+    if kind == 8:
+        size, position = _read_varint(content, position)
+        if position + size > len(content):
+            raise IndexError("a text that ends later")
+        return content[position : position + size], position + size
+    if kind == 12:
+        return read_struct(content, position)
+    raise UnknownLayoutError(f"a field of type {kind} in a page header")
+
+
+def _read_integer(content: bytes, position: int) -> tuple[int, int]:
+    value, position = _read_varint(content, position)
+    return (value >> 1) ^ -(value & 1), position
+
+
+def _read_varint(content: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = content[position]
+        position += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, position

@@ -12,11 +12,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..images.image_sources import ArrowImage
-from ..sources.parquet import is_image_type
+from ..sources.parquet import has_field, is_image_type
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated
 from .record_table import RecordTable
-from .records import Modality, RawRecord, check_record
+from .records import Modality, RawRecord, RecordRules, check_record
 
 if TYPE_CHECKING:
     import datasets
@@ -79,17 +79,9 @@ def records_from_dataset(
         errors.raise_if_any(_NAME)
     indices = dataset._indices
     rows = np.arange(len(table)) if indices is None else np.asarray(indices.column(0))
-    checked = (
-        check_record(
-            raw,
-            errors,
-            image_dir=Path(),
-            require_images=require_images and modality != "text",
-            ignore_fields=ignore_fields,
-            modality=modality,
-        )
-        for raw in _iterate_rows(dataset, table, rows, sources)
-    )
+    rules = RecordRules(Path(), require_images and modality != "text", ignore_fields, modality)
+    rows_read = _iterate_rows(dataset, table, rows, sources)
+    checked = (check_record(raw, errors, rules) for raw in rows_read)
     records = RecordTable.from_records(record for record in checked if record is not None)
     find_repeated(records, errors, modality=modality)
     errors.raise_if_any(_NAME)
@@ -113,13 +105,11 @@ def _iterate_rows(
                 if column in values and values[column] is not None
             }
             image = None if images is None else images.find(row)
-            place = f"{_NAME} row {number}"
-            if isinstance(image, ArrowImage):
-                yield RawRecord(place, fields, packed=image, default_name=f"{_NAME}/{row}")
-            else:
-                if image is not None:
-                    fields["image"] = image
-                yield RawRecord(place, fields, default_name=f"{_NAME}/{row}")
+            packed = image if isinstance(image, ArrowImage) else None
+            if isinstance(image, str):
+                fields["image"] = image
+            place, default_name = f"{_NAME} row {number}", f"{_NAME}/{row}"
+            yield RawRecord(place, fields, packed=packed, default_name=default_name)
 
 
 class _Images:
@@ -127,11 +117,9 @@ class _Images:
 
     def __init__(self, dataset: Any, table: Any, column: str) -> None:
         values = table.column(column)
-        self._paths = None
+        self._paths = pc.struct_field(values, "path") if has_field(values.type, "path") else None
         if pa.types.is_struct(values.type):
-            if values.type.get_field_index("path") >= 0:
-                self._paths = pc.struct_field(values, "path")
-            has_bytes = values.type.get_field_index("bytes") >= 0
+            has_bytes = has_field(values.type, "bytes")
             values = pc.struct_field(values, "bytes") if has_bytes else pa.nulls(len(table))
         self._sizes = np.zeros(len(table), np.int64) - 1
         self._parts: list[_Part] = []
@@ -141,7 +129,7 @@ class _Images:
         self._sizes = _measure(values)
         for part in _list_parts(dataset.data, column):
             first = self._first_rows[-1]
-            if not part.has_sizes(self._sizes[first : first + part.num_rows]):
+            if not np.array_equal(part.measure(), self._sizes[first : first + part.num_rows]):
                 break
             self._parts.append(part)
             self._first_rows.append(first + part.num_rows)
@@ -172,14 +160,20 @@ class _Part:
     column: str = ""
     start: int = 0
 
-    def has_sizes(self, sizes: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-        """Tell whether the images of these rows have these sizes; -1 means no image."""
+    def measure(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the size of the image of each row, -1 for none; nothing for other columns."""
         if self.file is None:
-            return bool((sizes < 0).all())
-        found = _measure_file(self.file, self.column)
-        return found is not None and np.array_equal(
-            found[self.start : self.start + self.num_rows], sizes
-        )
+            return np.full(self.num_rows, -1)
+        with pa.memory_map(str(self.file)) as mapped:
+            table = pa.ipc.open_stream(mapped).read_all().slice(self.start, self.num_rows)
+            if self.column not in table.column_names:
+                return np.empty(0, np.int64)
+            values = table.column(self.column)
+            if has_field(values.type, "bytes"):
+                values = pc.struct_field(values, "bytes")
+            if pa.types.is_struct(values.type):
+                return np.empty(0, np.int64)
+            return _measure(values)
 
 
 def _list_parts(data: Any, column: str) -> Iterator[_Part]:
@@ -232,14 +226,3 @@ def _measure(values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     sizes = pc.fill_null(pc.binary_length(values), -1).cast(pa.int64())
     measured: np.ndarray[Any, np.dtype[np.int64]] = sizes.to_numpy()
     return measured
-
-
-def _measure_file(path: Path, column: str) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    with pa.memory_map(str(path)) as mapped:
-        table = pa.ipc.open_stream(mapped).read_all()
-        if column not in table.column_names:
-            return None
-        values = table.column(column)
-        if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
-            values = pc.struct_field(values, "bytes")
-        return None if pa.types.is_struct(values.type) else _measure(values)

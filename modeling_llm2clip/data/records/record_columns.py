@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
         ("text_keys", pa.list_(pa.int64())),
     ]
 )
-_PLAIN_COLUMNS = tuple(SCHEMA.names[: SCHEMA.names.index("image_kind")])
+PLAIN_COLUMNS = tuple(SCHEMA.names[: SCHEMA.names.index("image_kind")])
 # In the order of the arguments of `make_image`.
 IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
 NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
@@ -68,7 +68,7 @@ def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[
     remaining = iter(records)
     while part := list(islice(remaining, ROWS_PER_BATCH)):
         columns: dict[str, Any] = {
-            name: [getattr(record, name) for record in part] for name in _PLAIN_COLUMNS
+            name: [getattr(record, name) for record in part] for name in PLAIN_COLUMNS
         }
         images = zip(*(_locate(record.image) for record in part), strict=True)
         columns |= zip(IMAGE_COLUMNS, images, strict=True)

@@ -3,9 +3,20 @@
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. So is everything if images that are files of their own have changed
-(`image_changes.py`). Every index that is built has a file of its own, which is not removed while a
+file is read again. Every index that is built has a file of its own, which is not removed while a
 process uses it: a table reads its file again and again.
+
+Everything is read again, too, if images that are files of their own have changed:
+
+| records | what is looked at when the index is found |
+| --- | --- |
+| up to 100,000 | the size of every image |
+| more | the sizes of 32 images, and the modification times of up to 20,000 folders of images |
+
+The time of a folder changes when a file in it is added, removed or replaced by another of its name,
+and not when a file is written anew in its place. If one has changed, the size of every image
+is looked at. Modification times of images are not: an index has nothing that depends on the content
+of an image but its size.
 """
 
 from __future__ import annotations
@@ -17,15 +28,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -37,13 +51,12 @@ from ..atomic_files import (
     remove_unless_held,
     temporary_folder,
 )
-from ..record_fields import Modality, RawRecord
+from ..record_fields import Modality
 from ..remote.file_places import FileState, describe_states, name_place
 from ..validation_errors import ErrorCollector
-from .image_changes import has_same_images, note_folders
-from .record_columns import ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
+from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
-from .records import CheckedRecord, check_record
+from .records import CheckedRecord, RecordRules, check_record
 from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
@@ -53,43 +66,30 @@ _FORMAT_VERSION = 5
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
+# Of images that are files, when an index is found.
+_MOST_IMAGES = 100_000
+_MOST_FOLDERS = 20_000
+_IMAGES_SAMPLED = 32
+_THREADS = 8  # which a network's file system needs
+_CHUNK = 1024  # files that a thread looks at in turn
+_UNKNOWN_TIME = 0  # in place of a time: the folder counts as changed
 _UNFINISHED, _PARTS = ".tmp", ".parts"
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
 
 @dataclass(frozen=True)
 class IndexJob:
-    """A source, and how it is read.
-
-    Attributes:
-        source: The files.
-        image_dir: Folder of the images that are files; None if there is none.
-        require_images: Whether a record without an image is an error.
-        ignore_fields: Names of further fields, which are not errors.
-        modality: The one side that is read, so that records need not be pairs; None for both.
-    """
+    """A source, and the rules for its records."""
 
     source: SourceFiles
-    image_dir: Path | None
-    require_images: bool
-    ignore_fields: tuple[str, ...]
-    modality: Modality | None = None
-
-    def check(self, raw: RawRecord, errors: ErrorCollector) -> CheckedRecord | None:
-        """Check a record of the source, as `check_record` does."""
-        return check_record(
-            raw,
-            errors,
-            image_dir=self.image_dir,
-            require_images=self.require_images,
-            ignore_fields=self.ignore_fields,
-            modality=self.modality,
-        )
+    rules: RecordRules
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CheckedRecord]:
         """Yield the records of a part; one with errors is what is left of it."""
-        checked = (self.check(raw, errors) for raw in self.source.read(part, errors))
-        return (record for record in checked if record is not None)
+        for raw in self.source.read(part, errors):
+            record = check_record(raw, errors, self.rules)
+            if record is not None:
+                yield record
 
 
 def open_index(
@@ -106,7 +106,8 @@ def open_index(
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
     name = _name_index(job, states)
     # An index of pairs has no errors, so it is the same whatever is read alone.
-    names = dict.fromkeys((_name_index(replace(job, modality=None), states), name))
+    of_pairs = replace(job, rules=job.rules._replace(modality=None))
+    names = dict.fromkeys((_name_index(of_pairs, states), name))
     found = next(filter(None, map(_find, names)), None)
     if found is None:
         with _lock(name):  # of several processes, the first one builds it
@@ -116,7 +117,7 @@ def open_index(
                 started = time.time_ns()
                 table, errors = _build(job, name_build(name), show_progress, states)
                 if table.file is not None:
-                    note_folders(table, since=started)
+                    _note_folders(table, since=started)
                     _remove_others(table.file)
                 return table, errors
     return found, ErrorCollector()
@@ -138,7 +139,7 @@ def _find(name: Path) -> RecordTable | None:
             table = RecordTable.open(file)
         except (OSError, ValueError):  # removed just now, or incomplete or damaged
             continue
-        if has_same_images(table):
+        if _has_same_images(table):
             return table
     return None
 
@@ -155,7 +156,7 @@ def _build(
         try:
             with closing(_read(job, file, errors, show_progress, states)) as batches:
                 table = write_index(batches, unfinished)
-            find_repeated(table, errors, modality=job.modality)
+            find_repeated(table, errors, modality=job.rules.modality)
             errors.compare_columns()
             if table.file is not None and errors.total:
                 table = table.without_file()  # what is mapped stays readable
@@ -165,7 +166,7 @@ def _build(
                 table = RecordTable.open(unfinished.replace(file))
         finally:
             unfinished.unlink(missing_ok=True)
-    table.skipped = errors.skipped
+    table.skipped = dict(errors.skipped)
     return table, errors
 
 
@@ -180,7 +181,7 @@ def _read(
     # A server that does not say how long a file is, is taken to have a long one.
     num_bytes = sum(math.inf if state is None else state[1] for state in states)
     parts = job.source.split()
-    num_processes = min(len(parts), os.cpu_count() or 1)
+    is_small = num_bytes <= _LEAST_BYTES_FOR_PROCESSES
     shown = show_progress and len(parts) > 1
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
 
@@ -189,26 +190,15 @@ def _read(
                 yield from job.read(part, errors)
                 progress.update()
 
-        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
+        if is_small or min(len(parts), os.cpu_count() or 1) == 1:
             yield from make_batches(read_here())
             return
         with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
-            yield from rebatch(
-                _read_in_processes(
-                    job, parts, errors,
-                    folder=Path(folder), num_processes=num_processes, on_part=progress.update,
-                )
-            )  # fmt: skip
+            yield from rebatch(_read_in_processes(job, parts, errors, Path(folder), progress))
 
 
 def _read_in_processes(
-    job: IndexJob,
-    parts: Sequence[SourcePart],
-    errors: ErrorCollector,
-    *,
-    folder: Path,
-    num_processes: int,
-    on_part: Callable[[], object],
+    job: IndexJob, parts: Sequence[SourcePart], errors: ErrorCollector, folder: Path, progress: Any
 ) -> Iterator[pa.RecordBatch]:
     """Read parts in processes that write into an empty folder; yield the batches in their order.
 
@@ -218,20 +208,16 @@ def _read_in_processes(
 
     job = replace(job, source=replace(job.source, files=[]))  # a part has its file
     # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
-    pool = ProcessPoolExecutor(num_processes, initializer=gc.disable)
+    pool = ProcessPoolExecutor(min(len(parts), os.cpu_count() or 1), initializer=gc.disable)
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
-        written = [
-            pool.submit(_write_part, job, part, file)
-            for part, file in zip(parts, files, strict=True)
-        ]
-        for file, collected in zip(files, written, strict=True):
-            found = collected.result()
+        written = pool.map(_write_part, repeat(job), parts, files)
+        for file, found in zip(files, written, strict=True):
             with pa.memory_map(str(file)) as mapped:
                 yield from pa.ipc.open_stream(mapped)
             errors.extend(found)
             file.unlink()
-            on_part()
+            progress.update()
     finally:
         pool.shutdown(kill_workers=True)
 
@@ -246,17 +232,11 @@ def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
     """Write an index, unless it is so small that it stays in memory."""
-    first = next(batches, None)
-    if first is None:
-        return RecordTable([])
-    second = next(batches, None)
-    if second is None and first.num_rows <= _MOST_ROWS_IN_MEMORY:
-        return RecordTable([first])
+    first = list(islice(batches, 2))
+    if len(first) < 2 and sum(batch.num_rows for batch in first) <= _MOST_ROWS_IN_MEMORY:
+        return RecordTable(first)
     with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_file(opened, SCHEMA) as writer:
-        writer.write_batch(first)
-        if second is not None:
-            writer.write_batch(second)
-        for batch in batches:
+        for batch in chain(first, batches):
             writer.write_batch(batch)
     return RecordTable.open(file)
 
@@ -304,11 +284,10 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
 def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
     """Return what the names of an index's files begin with: its source, and its files' state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
-    folders = [folder for folder in (base, job.image_dir) if isinstance(folder, Path)]
+    folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
     # An index has the paths of images as they were given: from this folder, if they are relative.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
-    how = [job.image_dir, job.require_images, job.ignore_fields, job.modality]
-    source = hash_json([base, start, names, job.source.suffix, how])[:16]
+    source = hash_json([base, start, names, job.source.suffix, job.rules])[:16]
     state = hash_json([_FORMAT_VERSION, states])[:16]
     return default_cache_folder() / "records" / f"{source}-{state}"
 
@@ -339,13 +318,11 @@ def _remove_others(index: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _lock(name: Path) -> Iterator[None]:
-    """Hold the lock of a source; there is one for all states of its files."""
+def _lock(name: Path) -> AbstractContextManager[Any]:
+    """Take the lock of a source; there is one for all states of its files."""
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(name.with_name(f"{name.name.partition('-')[0]}.lock"))
-        lock.acquire()
+        return FileLock(name.with_name(f"{name.name.partition('-')[0]}.lock")).acquire()
     except OSError as error:
         raise OSError(
             error.errno,
@@ -353,7 +330,96 @@ def _lock(name: Path) -> Iterator[None]:
             "XDG_CACHE_HOME, or use no cache (--no-cache)",
             str(name.parent),
         ) from error
+
+
+def _has_same_images(table: RecordTable) -> bool:
+    """Tell whether images that are files are as they were when their index was built."""
+    assert table.file is not None
+    if len(table) <= _MOST_IMAGES:
+        return _has_same_sizes(table)
+    rows = np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64)
+    if not _has_same_sizes(table.select(np.unique(rows))):
+        return False
+    noted = _read_times(_folder_times_file(table.file))
+    if noted is not None and _find_times(list(noted)) == noted:
+        return True
+    started = time.time_ns()
+    if not _has_same_sizes(table):
+        return False
+    _note_folders(table, since=started)
+    return True
+
+
+def _note_folders(table: RecordTable, *, since: int) -> None:
+    """Note the modification times of the folders of images, beside a large index.
+
+    A folder that changed at or after `since`, in nanoseconds, counts as changed next time."""
+    if table.file is None or len(table) <= _MOST_IMAGES:
+        return
+    folders = sorted(_list_folders(table))
+    chosen = np.unique(np.linspace(0, len(folders) - 1, _MOST_FOLDERS).astype(np.int64))
+    found = _find_times([folders[number] for number in chosen.tolist()] if folders else [])
+    times = {folder: ns if ns < since else _UNKNOWN_TIME for folder, ns in found.items()}
+    file = _folder_times_file(table.file)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with suppress(OSError):  # without it, every image is looked at
+        try:
+            unfinished.write_text(json.dumps(times), encoding="utf-8")
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _folder_times_file(file: Path) -> Path:
+    """Name the file beside an index that has the modification times of folders of images."""
+    return file.with_suffix(".folders.json")
+
+
+def _has_same_sizes(table: RecordTable) -> bool:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for batch in table.iterate_columns(("image_kind", "image_file", "image_size")):
+            found = batch.filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))
+            parts = (found.slice(start, _CHUNK) for start in range(0, len(found), _CHUNK))
+            if not all(pool.map(_are_of_size, parts)):
+                return False
+    return True
+
+
+def _are_of_size(part: pa.RecordBatch) -> bool:
+    files, sizes = (part.column(name).to_pylist() for name in ("image_file", "image_size"))
     try:
-        yield
-    finally:
-        lock.release()
+        # Without a Path, which takes longer than the call.
+        return all(os.stat(f).st_size == size for f, size in zip(files, sizes, strict=True))  # noqa: PTH116
+    except OSError:
+        return False
+
+
+def _list_folders(table: RecordTable) -> set[str]:
+    folders: set[str] = set()
+    for batch in table.iterate_columns(("image_kind", "image_file")):
+        files = batch.column("image_file").filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))
+        folders |= {os.path.dirname(file) for file in files.unique().to_pylist()}  # noqa: PTH120
+    return folders
+
+
+def _find_times(folders: Sequence[str]) -> dict[str, int]:
+    parts = [folders[start : start + _CHUNK] for start in range(0, len(folders), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        times = chain.from_iterable(pool.map(lambda part: list(map(_find_time, part)), parts))
+        return dict(zip(folders, times, strict=True))
+
+
+def _find_time(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns  # noqa: PTH116
+    except OSError:
+        return _UNKNOWN_TIME
+
+
+def _read_times(file: Path) -> Mapping[str, int] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(found, dict) and _UNKNOWN_TIME not in found.values()
+    return found if is_whole else None

@@ -5,15 +5,19 @@ The fields of a record are in `record_fields.py`, the sources in `source_files.p
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..atomic_files import temporary_folder
+from ..images.image_sources import find_unreadable_images
 from ..validation_errors import ErrorCollector
-from .image_checks import check_images as decode_images
-from .record_columns import make_batches
+from .record_columns import ROWS_PER_BATCH, hash_text, make_batches
 from .record_index import (
     IMAGE_REPEATED,
     IndexJob,
@@ -23,7 +27,7 @@ from .record_index import (
     write_index,
 )
 from .record_table import RecordTable
-from .records import CheckedRecord, Modality
+from .records import CheckedRecord, Modality, RecordRules, check_record
 from .source_files import describe_line, find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -32,10 +36,9 @@ _HUB_DATASET = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{
 
 @dataclass(frozen=True)
 class CollectedRecords:
-    """The records of a source, with or without errors.
+    """The records of a source, without their invalid fields.
 
     Attributes:
-        records: Records without their invalid fields.
         errors_of: Row of a record → its errors.
         lost: Errors of each record that is not among `records`, because its name or its language
             cannot be read, or one of its texts not be stored.
@@ -64,7 +67,7 @@ def load_records(
     The records of a large source are read once into an index in the user's cache
     (`$XDG_CACHE_HOME/llm2clip/records`) and are not in memory. The index is found again as long as
     the source's files have the same names, sizes and modification times, and images that are files
-    of their own the same sizes, as far as `image_changes.py` looks. Images at URLs are read when
+    of their own the same sizes, as far as `record_index.py` looks. Images at URLs are read when
     they are opened, best in their order.
 
     Args:
@@ -116,13 +119,63 @@ def _plan(
 ) -> IndexJob:
     files = find_source(str(source), modality=modality)
     require_images = require_images and modality != "text"
-    return IndexJob(
-        source=files,
-        image_dir=find_image_folder(files, image_dir, required=require_images),
-        require_images=require_images,
-        ignore_fields=tuple(sorted(ignore_fields)),
-        modality=modality,
-    )
+    folder = find_image_folder(files, image_dir, required=require_images)
+    rules = RecordRules(folder, require_images, tuple(sorted(ignore_fields)), modality)
+    return IndexJob(files, rules)
+
+
+def decode_images(
+    records: RecordTable, errors: ErrorCollector, *, show_progress: bool = False
+) -> None:
+    """Decode every image once, however many records share it, so that no stage ends half way.
+
+    The processes of a launch on one machine share the work, and each has the errors of its part. It
+    is noted beside a cached index, and done once where the cache can be written.
+    """
+    process = int(os.environ.get("LOCAL_RANK", "0"))
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    index = _identify(records.file)
+    if index is not None and _is_noted(index, {(process, num_processes), (0, 1)}):
+        return
+    part = records
+    if num_processes > 1:  # records that share an image are next to each other
+        ends = [len(records) * number // num_processes for number in (process, process + 1)]
+        part = records.select(range(*ends))
+    before = errors.total
+    _decode(part, errors, show_progress=show_progress)
+    if index is not None and errors.total == before:
+        file, built = index
+        with suppress(OSError):  # as of a cache that may only be read: then it is done again
+            _note_file(file, process, num_processes).write_text(built, encoding="utf-8")
+
+
+def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:
+    keys = np.fromiter((hash_text(str(i)) for i in records.iterate_images()), np.int64)
+    firsts = np.sort(np.unique(keys, return_index=True)[1])
+    # A part at a time, so that the addresses of a large dataset are not all in memory.
+    for start in range(0, len(firsts), ROWS_PER_BATCH):
+        part = records.select(firsts[start : start + ROWS_PER_BATCH])
+        images = (image for image in part.iterate_images() if image is not None)
+        for error in find_unreadable_images(images, show_progress=show_progress).values():
+            errors.add("image unreadable", error)
+
+
+def _identify(file: Path | None) -> tuple[Path, str] | None:
+    """Return the file of an index and when it was built: another build may have other images."""
+    with suppress(FileNotFoundError):  # of an earlier state of the source, removed meanwhile
+        return None if file is None else (file, str(file.stat().st_mtime_ns))
+    return None
+
+
+def _is_noted(index: tuple[Path, str], parts: Iterable[tuple[int, int]]) -> bool:
+    """Tell whether another run has decoded all images of one of these parts."""
+    file, built = index
+    notes = (_note_file(file, *part) for part in parts)
+    return any(note.is_file() and note.read_text(encoding="utf-8") == built for note in notes)
+
+
+def _note_file(file: Path, process: int, num_processes: int) -> Path:
+    return file.with_suffix(f".checked-{process}-of-{num_processes}")
 
 
 def collect_records(
@@ -152,7 +205,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
         num_rows = 0
         for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
             own = ErrorCollector()
-            record = job.check(raw, own)
+            record = check_record(raw, own, job.rules)
             if record is None:
                 lost.append(own)
                 continue
@@ -162,7 +215,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
             yield record
 
     table = write_index(make_batches(read()), name_build(temporary_folder() / "records"))
-    table.skipped = stray.skipped
+    table.skipped = dict(stray.skipped)
     stray.compare_columns()
     for row, place in iterate_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)

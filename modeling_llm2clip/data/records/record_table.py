@@ -11,30 +11,26 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
-from ..key_arrays import find_first_rows
-from .record_columns import IMAGE_COLUMNS, ROWS_PER_BATCH, SCHEMA, make_batches, make_image
+from ..key_arrays import Array, find_first_rows
+from .record_columns import (
+    IMAGE_COLUMNS,
+    PLAIN_COLUMNS,
+    ROWS_PER_BATCH,
+    SCHEMA,
+    make_batches,
+    make_image,
+)
 from .records import CaptionedImage, CheckedRecord
 
-Array: TypeAlias = np.ndarray[Any, Any]
-_COUNTED = ("captions", "long_captions")
-# In the order of the arguments of `_make_record`.
-_RECORD_COLUMNS = (
-    "name",
-    "group_id",
-    "lang",
-    *_COUNTED,
-    "keywords",
-    "place",
-    "url",
-    *IMAGE_COLUMNS,
-)
+CAPTION_COLUMNS = ("captions", "long_captions")
+_RECORD_COLUMNS = (*PLAIN_COLUMNS, *IMAGE_COLUMNS)
 
 
 class RecordTable(Sequence[CaptionedImage]):
@@ -66,9 +62,9 @@ class RecordTable(Sequence[CaptionedImage]):
         hold: FileHold | None = None,
     ) -> None:
         self._batches = batches
-        self._file = file
+        self.file = file
         self._hold = hold
-        self._rows = rows
+        self.rows = rows
         self.skipped = dict(skipped or {})
         total = sum(batch.num_rows for batch in batches)
         self._length = total if rows is None else len(rows)
@@ -109,8 +105,8 @@ class RecordTable(Sequence[CaptionedImage]):
         return cls(batches, file=file, skipped=skipped, hold=hold)
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
-        batches = list(self._batches) if self._file is None else []
-        return _unpickle, (batches, self._file, self._rows, self.skipped)
+        batches = list(self._batches) if self.file is None else []
+        return _unpickle, (batches, self.file, self.rows, self.skipped)
 
     def __len__(self) -> int:
         return self._length
@@ -142,19 +138,9 @@ class RecordTable(Sequence[CaptionedImage]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    @property
-    def file(self) -> Path | None:
-        """File that the table is mapped from; None for one in memory."""
-        return self._file
-
-    @property
-    def rows(self) -> Array | None:
-        """Numbers of these records in the file or the batches; None for all."""
-        return self._rows
-
     def without_file(self) -> RecordTable:
         """Return the records as they are mapped, for a file that is about to lose its name."""
-        return RecordTable(self._batches, rows=self._rows, skipped=self.skipped)
+        return RecordTable(self._batches, rows=self.rows, skipped=self.skipped)
 
     def select(self, rows: Sequence[int] | Array) -> RecordTable:
         """Return a table of some of the records; nothing is copied but their numbers.
@@ -162,10 +148,12 @@ class RecordTable(Sequence[CaptionedImage]):
         Args:
             rows: Numbers of records of this table, in any order.
         """
-        chosen = np.asarray(rows)
-        if self._rows is not None:
-            chosen = self._rows[chosen]
-        return RecordTable(self._batches, file=self._file, rows=_shrink(chosen), hold=self._hold)
+        chosen = _shrink(self._locate(rows))
+        return RecordTable(self._batches, file=self.file, rows=chosen, hold=self._hold)
+
+    def _locate(self, rows: Sequence[int] | Array) -> Array:
+        """Return the rows that records have in the batches."""
+        return np.asarray(rows) if self.rows is None else self.rows[np.asarray(rows)]
 
     @property
     def keys(self) -> Array:
@@ -186,7 +174,7 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             (N,) or (M,) int32 each: short and long captions.
         """
-        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in _COUNTED)
+        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in CAPTION_COLUMNS)
         return short, long
 
     def read_numbers(self, name: str, rows: Array | None = None) -> Array:
@@ -211,7 +199,7 @@ class RecordTable(Sequence[CaptionedImage]):
                 start, stop = stop, stop + batch.num_rows
                 found[start:stop] = read(batch.column(0))
             return found
-        wanted = np.asarray(rows) if self._rows is None else self._rows[np.asarray(rows)]
+        wanted = self._locate(rows)
         found = np.empty(len(wanted), dtype)
         for number, places in split_by_batch(wanted):
             within = wanted[places] - number * ROWS_PER_BATCH
@@ -229,7 +217,7 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             (M,) int64.
         """
-        wanted = np.asarray(rows) if self._rows is None else self._rows[np.asarray(rows)]
+        wanted = self._locate(rows)
         found = np.empty(len(wanted), np.int64)
         for number, places in split_by_batch(wanted):
             column = self._batches[number].column("text_keys")
@@ -256,8 +244,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
         """Yield the numbers of short and of long captions of records, in batches."""
-        for batch in self.iterate_columns(_COUNTED):
-            yield _list_lengths(batch.column(0)), _list_lengths(batch.column(1))
+        yield from map(count_captions, self.iterate_columns(CAPTION_COLUMNS))
 
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns in batches, in the table's order.
@@ -268,21 +255,21 @@ class RecordTable(Sequence[CaptionedImage]):
         Yields:
             Batches of at most `ROWS_PER_BATCH` rows.
         """
-        if self._rows is None:
+        if self.rows is None:
             yield from self._read_through(names)
             return
-        for start in range(0, len(self._rows), ROWS_PER_BATCH):
-            yield self._take(names, self._rows[start : start + ROWS_PER_BATCH])
+        for start in range(0, len(self.rows), ROWS_PER_BATCH):
+            yield self._take(names, self.rows[start : start + ROWS_PER_BATCH])
 
     def _read_through(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Yield some columns of all batches; pages of a mapped file would count as resident."""
-        if self._file is None:
+        if self.file is None:
             for batch in self._batches:
                 yield batch.select(list(names))
             return
         fields = [SCHEMA.get_field_index(name) for name in names]
         options = pa.ipc.IpcReadOptions(included_fields=fields)
-        with pa.OSFile(str(self._file)) as opened:
+        with pa.OSFile(str(self.file)) as opened:
             reader = pa.ipc.open_file(opened, options=options)
             for number in range(reader.num_record_batches):
                 yield reader.get_batch(number).select(list(names))
@@ -294,7 +281,7 @@ class RecordTable(Sequence[CaptionedImage]):
             item: Number of the record.
             names: Names of the columns.
         """
-        row = item if self._rows is None else int(self._rows[item])
+        row = item if self.rows is None else int(self.rows[item])
         batch, within = self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
         return tuple(batch.column(name)[within].as_py() for name in names)
 
@@ -308,10 +295,9 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             A tuple of the columns' values for each record.
         """
-        wanted = np.asarray(rows)
-        if not len(wanted):
+        if not len(rows):
             return []
-        batch = self._take(names, wanted if self._rows is None else self._rows[wanted])
+        batch = self._take(names, self._locate(rows))
         return list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def _take(self, names: Sequence[str], rows: Array) -> pa.RecordBatch:
@@ -345,6 +331,12 @@ def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
         yield number, order[start:stop]
 
 
+def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
+    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
+    short, long = (_list_lengths(batch.column(name)) for name in CAPTION_COLUMNS)
+    return short, long
+
+
 def _list_lengths(column: pa.Array) -> Array:
     return np.diff(np.asarray(column.offsets))
 
@@ -355,17 +347,9 @@ def _shrink(rows: Array) -> Array:
     return rows.astype(np.int32 if fits else np.int64)
 
 
-def _make_record(
-    name: str,
-    group_id: str,
-    lang: str,
-    captions: list[str],
-    long_captions: list[str],
-    keywords: list[str],
-    place: str,
-    url: str | None,
-    *address: Any,
-) -> CaptionedImage:
+def _make_record(*values: Any) -> CaptionedImage:
+    """Make a record of the values of `_RECORD_COLUMNS`."""
+    name, group_id, lang, captions, long_captions, keywords, place, url, *address = values
     texts = tuple(captions), tuple(long_captions), tuple(keywords)
     return CaptionedImage(make_image(*address), name, group_id, *texts, lang, place, url)
 

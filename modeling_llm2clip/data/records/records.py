@@ -81,12 +81,7 @@ class CaptionedImage:
 
 
 class FoundFile(NamedTuple):
-    """An image that is a file of its own.
-
-    Attributes:
-        path: A text, because a Path of every image costs as much as all checks.
-        size: Bytes of the file.
-    """
+    """An image that is a file; its path is a text, as a Path costs as much as all checks."""
 
     path: str
     size: int
@@ -114,20 +109,31 @@ class CheckedRecord(NamedTuple):
         )
 
 
+class RecordRules(NamedTuple):
+    """Rules that records are checked by.
+
+    Attributes:
+        image_dir: Folder of the images that are files; None if there is none.
+        require_images: Whether a record without an image is an error.
+        ignore_fields: Names of further fields, which are not errors.
+        modality: The one side that is read, so that records need not be pairs; None for both.
+    """
+
+    image_dir: Path | None
+    require_images: bool = True
+    ignore_fields: Collection[str] = ()
+    modality: Modality | None = None
+
+
 def check_record(
-    raw: RawRecord,
-    errors: ErrorCollector,
-    *,
-    image_dir: Path | None,
-    require_images: bool,
-    ignore_fields: Collection[str] = (),
-    modality: Modality | None = None,
+    raw: RawRecord, errors: ErrorCollector, rules: RecordRules
 ) -> CheckedRecord | None:
     """Check the fields of a record.
 
     What is left of a record with errors is returned, so that checks over several records see it;
     None if its name, language or texts cannot be read.
     """
+    image_dir, require_images, ignore_fields, modality = rules
     found: list[str] = []
     lang = _read_word(raw.fields, "lang", found) or "en"
     given = _sort_fields(tuple(raw.fields))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import ImageSource, count_bytes
+from ..key_arrays import Array
 from .record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
 from .record_table import RecordTable
 
-Array: TypeAlias = np.ndarray[Any, Any]
 _NAMES_SHOWN = 5
 
 

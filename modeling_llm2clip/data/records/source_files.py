@@ -54,14 +54,9 @@ _BYTES_PER_PART = 2**24
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Part of a source that can be read alone.
+    """Part of a source that can be read alone: a file, or from its byte `start` to `stop`.
 
-    Attributes:
-        file: One of the source's files.
-        name: Name of the file in names of images and places of errors.
-        start: First byte of a range of lines.
-        stop: Byte after its last one; None for the whole file.
-        first_line: Number of its first line, from 1.
+    `name` is that of the file in names of images and places of errors; lines count from 1.
     """
 
     file: FilePlace
@@ -73,12 +68,9 @@ class SourcePart:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files of one format.
+    """Files of one format, in the order in which they are read.
 
-    Attributes:
-        files: In the order in which they are read.
-        base: Folder, or beginning of all URLs, that the names of shards and images are relative to.
-        suffix: Suffix of all files, in lower case.
+    Names of shards and images are relative to `base`, a folder or the beginning of all URLs.
     """
 
     files: list[FilePlace]

@@ -69,21 +69,16 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
 def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
     """Describe the state of files, which changes when they do; None if a server says too little."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        remote = pool.map(_describe_remote, [place for place in places if isinstance(place, str)])
-        return [
-            _describe_local(place) if isinstance(place, Path) else next(remote) for place in places
-        ]
+        return list(pool.map(_describe_state, places))
 
 
-def _describe_local(file: Path) -> FileState:
-    found = file.stat()
-    return str(file.resolve()), found.st_size, str(found.st_mtime_ns)
-
-
-def _describe_remote(url: str) -> FileState | None:
-    file = RemoteFile(url, RetryPolicy(), is_first=True)
+def _describe_state(place: FilePlace) -> FileState | None:
+    if isinstance(place, Path):
+        found = place.stat()
+        return str(place.resolve()), found.st_size, str(found.st_mtime_ns)
+    file = RemoteFile(place, RetryPolicy(), is_first=True)
     size, version = file.find_size(), file.find_tag()
-    return None if size is None or version is None else (url, size, version)
+    return None if size is None or version is None else (place, size, version)
 
 
 def _find_remote(url: str) -> RemoteFile:

@@ -19,15 +19,7 @@ T = TypeVar("T")
 
 
 class ObjectStorage:
-    """Files below a URL.
-
-    Args:
-        url: Folder at a service that fsspec writes to; it need not exist.
-        policy: Attempts of each request, and waits.
-
-    Raises:
-        ValueError: It is a URL of another kind.
-    """
+    """Files below a URL that fsspec writes to; the folder need not exist."""
 
     def __init__(self, url: str, policy: RetryPolicy | None = None) -> None:
         if not is_remote(url) or url.startswith(_NOT_WRITTEN):

@@ -47,24 +47,14 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of attempts of a request, and the waits between them.
+    """Number of attempts of a request in all, and the seconds between them.
 
-    Attributes:
-        attempts: Number of attempts in all.
-        first_wait: Seconds before the second attempt; doubled before each later one.
-        longest_wait: Seconds that no wait exceeds.
+    A wait is doubled before each later attempt, up to the longest.
     """
 
     attempts: int = 5
     first_wait: float = 0.5
     longest_wait: float = 30.0
-
-    def waits(self) -> list[float]:
-        """Return the seconds before each further attempt."""
-        return [
-            min(self.first_wait * 2**number, self.longest_wait)
-            for number in range(self.attempts - 1)
-        ]
 
 
 def try_request(
@@ -76,13 +66,14 @@ def try_request(
     is_first: bool = False,
 ) -> T:
     """Make a request, again and again if it fails in a way that may pass."""
-    for wait in (*policy.waits(), None):
+    for attempt in range(policy.attempts):
         try:
             return request()
         except (*_BUGS, AccessError, LostFileError):
             raise
         except Exception as error:
             kind, reason = sort_failure(error), describe(error)
+            is_last = attempt == policy.attempts - 1
             if kind == "denied":
                 raise AccessError(
                     f"{url}: access denied ({reason}). Check the credentials, whether they have "
@@ -90,18 +81,18 @@ def try_request(
                 ) from error
             if kind == "missing":
                 raise LostFileError(f"{url}: no such file ({reason})") from error
-            if kind == "unreachable" and (is_first or wait is None):
+            if kind == "unreachable" and (is_first or is_last):
                 raise AccessError(
                     f"{url}: its host cannot be reached ({reason}). Check the name, the network "
                     "and a proxy's settings."
                 ) from error
-            if wait is None:
+            if is_last:
                 raise LostFileError(
                     f"{url}: {policy.attempts} attempts failed, the last with {reason}"
                 ) from error
             if on_retry is not None:
                 on_retry(url, reason)
-            time.sleep(wait)
+            time.sleep(min(policy.first_wait * 2**attempt, policy.longest_wait))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,18 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     import fsspec  # type: ignore[import-untyped]
 
     try:
-        options = _limit_silence() if url.startswith(_HTTP) else {}
+        options: dict[str, Any] = {}
         if url.startswith("file://"):
             options = {"auto_mkdir": True}  # object storage has no folders to make
+        elif url.startswith(_HTTP):
+            require(WEB_SERVERS)
+            import aiohttp
+
+            # By default a response has to end within minutes, however fast it is read here.
+            limit = aiohttp.ClientTimeout(
+                total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
+            )
+            options = {"client_kwargs": {"timeout": limit}}
         found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
     except MissingExtraError:
         raise
@@ -57,50 +67,28 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return found
 
 
-def _limit_silence() -> dict[str, Any]:
-    """Let a web server be silent for a while, but send as long as it likes.
-
-    By default a response has to end within minutes, however fast it is read here.
-    """
-    require(WEB_SERVERS)
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
-    )
-    return {"client_kwargs": {"timeout": timeout}}
-
-
+@dataclass(eq=False)
 class RemoteFile:
-    """One file of a source.
+    """One file of a source: a path, URL or command.
 
-    Args:
-        url: Path, URL or command.
-        policy: Attempts of each request, and waits.
+    Attributes:
         on_retry: Called with the URL and the reason before each further attempt.
         is_first: Whether nothing came from this source before, so that an unreachable host is not
             waited for.
     """
 
-    def __init__(
-        self,
-        url: str,
-        policy: RetryPolicy,
-        *,
-        on_retry: Callable[[str, str], None] | None = None,
-        is_first: bool = False,
-    ) -> None:
-        self.url = url
-        self._policy = policy
-        self._on_retry = on_retry
-        self._is_first = is_first
-        self._opened: Any = None
-        self._info: dict[str, Any] | None = None
+    url: str
+    policy: RetryPolicy
+    _: KW_ONLY
+    on_retry: Callable[[str, str], None] | None = None
+    is_first: bool = False
+    _opened: Any = field(default=None, init=False)
+    _info: dict[str, Any] | None = field(default=None, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
         """Make a request of this file, by its policy."""
         return try_request(
-            self.url, request, self._policy, on_retry=self._on_retry, is_first=self._is_first
+            self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first
         )
 
     def require_access(self) -> None:
@@ -111,10 +99,6 @@ class RemoteFile:
             self.find_size()
         else:
             self.open_stream().close()
-
-    def beside(self, url: str) -> RemoteFile:
-        """Return another file that is read in the same way."""
-        return RemoteFile(url, self._policy, on_retry=self._on_retry)
 
     def find_size(self) -> int | None:
         """Return the size in bytes; None if the server does not say."""
@@ -299,12 +283,7 @@ class _PartsReader(io.RawIOBase):
 
 
 class SeekableFile(io.RawIOBase):
-    """Reads a file in ranges, as Python's files are read.
-
-    Args:
-        file: To read.
-        size: Bytes of the file.
-    """
+    """Reads a file of a known size in ranges, as Python's files are read."""
 
     def __init__(self, file: RemoteFile, size: int) -> None:
         super().__init__()
@@ -313,25 +292,20 @@ class SeekableFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to an offset."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def tell(self) -> int:
-        """Return the offset of the next byte."""
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into a buffer."""
         wanted = memoryview(buffer).cast("B")
         first, stop = self._position, min(self._position + len(wanted), self._size)
         while self._position < stop:

@@ -63,7 +63,6 @@ def iterate_csv(
 
 
 def require_distinct(columns: Sequence[str], file: Path) -> None:
-    """Raise ValueError if two columns have one name."""
     if repeated := [column for column, count in Counter(columns).items() if count > 1]:
         raise ValueError(f"{file} has two columns named {repeated[0]!r}. Rename one.")
 

@@ -24,7 +24,6 @@ _IMAGE_COLUMNS = ("jpg", "png", "webp")
 KEY, STATUS = "key", "status"
 DOWNLOAD_COLUMNS = (KEY, STATUS)
 _TEXT = "txt"
-_SUCCESS = "success"
 
 
 def drop_download_notes(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,14 +38,10 @@ def is_download(columns: Collection[str]) -> bool:
     return set(columns) >= _COLUMNS
 
 
-def has_failed(fields: Mapping[str, Any]) -> bool:
-    """Tell whether the image of a row could not be downloaded."""
-    return fields.get(STATUS) != _SUCCESS
-
-
-def describe_failure(fields: Mapping[str, Any]) -> str:
-    """Say why a row is not a sample."""
-    return f"image not downloaded: {fields.get(STATUS)}"
+def find_failure(fields: Mapping[str, Any]) -> str:
+    """Say why the image of a row could not be downloaded; empty if it was."""
+    status = fields.get(STATUS)
+    return "" if status == "success" else f"image not downloaded: {status}"
 
 
 def choose_download_columns(columns: Collection[str]) -> dict[str, str]:

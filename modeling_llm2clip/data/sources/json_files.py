@@ -123,43 +123,28 @@ def read_json(file: Path) -> Any:
 def iterate_json_list(file: Path) -> Iterator[Any]:
     """Yield the objects of a JSON list one by one; nothing after the last one taken is read."""
     decoder = json.JSONDecoder()
+    text, position, marks = "", 0, "["
     with file.open(encoding="utf-8-sig") as stream:
-        text, position = "", 0
-
-        def read_more() -> bool:
-            nonlocal text, position
-            part = stream.read(_READ_AT_ONCE)
-            text, position = text[position:] + part, 0
-            return bool(part)
-
-        def expect(marks: str) -> str:
-            """Return the next character that is not whitespace; empty at the end."""
-            nonlocal position
-            while (start := _NOT_BLANK.search(text, position)) is None:
-                position = len(text)
-                if not read_more():
-                    raise json.JSONDecodeError(f"Expected {marks}", text, position)
-            position = start.start()
-            if marks and text[position] not in marks:
-                raise json.JSONDecodeError(f"Expected {marks}", text, position)
-            return text[position]
-
-        try:
-            mark = expect("[")
-            while mark != "]":
-                position += 1
-                if expect("") == "]":
-                    return
-                while True:
-                    try:
-                        value, position = decoder.raw_decode(text, position)
-                        break
-                    except json.JSONDecodeError:  # it may not have been read to its end yet
-                        if not read_more():
-                            raise
-                yield value
-                mark = expect(",]")
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}: not a JSON list, or truncated ({error}). Download it again."
-            ) from error
+        while True:
+            mark = _NOT_BLANK.search(text, position)
+            if mark and mark[0] not in marks:
+                raise ValueError(
+                    f"{file}: not a JSON list, or truncated ({mark[0]!r} in place of {marks!r}). "
+                    "Download it again."
+                )
+            first = mark and _NOT_BLANK.search(text, mark.end())
+            if (mark and mark[0] == "]") or (first and first[0] == "]"):
+                return
+            try:
+                start = first.start() if first else len(text)
+                value, position = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:  # it may not have been read to its end yet
+                part = stream.read(_READ_AT_ONCE)
+                if not part:
+                    raise ValueError(
+                        f"{file}: not a JSON list, or truncated ({error}). Download it again."
+                    ) from error
+                text, position = text[position:] + part, 0
+                continue
+            marks = ",]"
+            yield value

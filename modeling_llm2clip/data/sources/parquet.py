@@ -8,6 +8,7 @@ writes is read as it is; see `download_notes.py`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
-from ..images.parquet_images import ColumnLayout, find_layout, read_group_column
+from ..images.parquet_images import find_layout, read_group_column
 from ..record_fields import RawRecord, list_fields_read
 from ..remote.file_places import FilePlace, find_version, open_place
 from ..remote.remote_access import AccessError, name_reading_error
@@ -25,8 +26,7 @@ from .download_notes import (
     DOWNLOAD_COLUMNS,
     KEY,
     choose_download_columns,
-    describe_failure,
-    has_failed,
+    find_failure,
     is_download,
 )
 
@@ -78,17 +78,19 @@ def read_parquet_file(
     if columns is None and opened.metadata.num_rows:
         errors.note_columns(list_fields_read(sources), name)
     read = {*sources.values(), *only, *(DOWNLOAD_COLUMNS if is_downloaded else ())}
-    reader = _FileReader(file, opened, read)
-    for number, row, paths in _read_all(reader, name, errors):
+    for number, row, paths in _read_all(file, opened, read, name, errors):
         if any(row[column] != value for column, value in only.items()):
             continue
-        if is_downloaded and has_failed(row):
-            errors.skip(describe_failure(row))
+        if is_downloaded and (failure := find_failure(row)):
+            errors.skip(failure)
             continue
-        fields = {field: row[column] for field, column in sources.items()}
         path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
-        has_path = path and path.strip()
-        yield _make_record(f"{name} row {number}", fields, f"{name}/{path if has_path else number}")
+        default_name = f"{name}/{path if path and path.strip() else number}"
+        fields = {field: row[column] for field, column in sources.items()}
+        given = {field: value for field, value in fields.items() if value is not None}
+        packed = given.pop("image") if isinstance(given.get("image"), ParquetImage) else None
+        place = f"{name} row {number}"
+        yield RawRecord(place, given, packed=packed, default_name=default_name)
 
 
 def iterate_rows(
@@ -101,8 +103,8 @@ def iterate_rows(
         name = file.relative_to(base).as_posix()
         opened = _open(file, name, errors)
         if opened is not None:
-            reader = _FileReader(file, opened, opened.schema_arrow.names)
-            for number, row, _ in _read_all(reader, name, errors):
+            columns = opened.schema_arrow.names
+            for number, row, _ in _read_all(file, opened, columns, name, errors):
                 yield f"{name} row {number}", row
 
 
@@ -123,100 +125,73 @@ def _add_broken(name: str, error: Exception, errors: ErrorCollector) -> None:
     errors.add(kind, f"{name} ({reason})")
 
 
-def _make_record(place: str, fields: dict[str, Any], default_name: str) -> RawRecord:
-    given = {name: value for name, value in fields.items() if value is not None}
-    packed = None
-    if isinstance(given.get("image"), ParquetImage):
-        packed = given.pop("image")
-    return RawRecord(place, given, packed=packed, default_name=default_name)
-
-
 _Row: TypeAlias = tuple[int, dict[str, Any], dict[str, Any]]
 
 
-def _read_all(reader: _FileReader, name: str, errors: ErrorCollector) -> Iterator[_Row]:
+def _read_all(
+    file: FilePlace, opened: Any, columns: Collection[str], name: str, errors: ErrorCollector
+) -> Iterator[_Row]:
     """Yield the rows up to the first that cannot be read, which is noted."""
     try:
-        yield from reader.read_rows()
+        yield from _read_rows(file, opened, columns)
     except AccessError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         _add_broken(name, error, errors)
 
 
-class _FileReader:
-    """Reads some columns of a file, but of images only whether they are there."""
+def _read_rows(file: FilePlace, opened: Any, columns: Collection[str]) -> Iterator[_Row]:
+    """Yield number and columns of each row, and the path that each image came with.
 
-    def __init__(self, file: FilePlace, opened: Any, columns: Collection[str]) -> None:
-        self._file = file
-        self._opened = opened
-        schema = opened.schema_arrow
-        self._columns = {n: schema.field(n).type for n in schema.names if n in columns}
-        self._packed = {name for name, kind in self._columns.items() if is_image_type(kind)}
+    An image is its address, or its path where the file has no bytes of it.
+    """
+    schema = opened.schema_arrow
+    kinds = {name: schema.field(name).type for name in schema.names if name in columns}
+    packed = [name for name, kind in kinds.items() if is_image_type(kind)]
+    with_path = [name for name in packed if has_field(kinds[name], "path")]
+    plain = [name for name in kinds if name not in packed]
+    start, read = 0, [*plain, *(f"{name}.path" for name in with_path)]
+    for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=read):
+        paths: dict[str, list[Any]] = {name: [None] * batch.num_rows for name in packed}
+        paths |= {name: batch.column(name).flatten()[0].to_pylist() for name in with_path}
+        values = {name: batch.column(name).to_pylist() for name in plain} | paths
+        for name in packed:
+            if not pa.types.is_struct(kinds[name]) or has_field(kinds[name], "bytes"):
+                values[name] = _find_addresses(file, name, start, paths[name])
+        for offset in range(batch.num_rows):
+            row, of_row = (
+                {name: column[offset] for name, column in columns.items()}
+                for columns in (values, paths)
+            )
+            yield start + offset, row, of_row
+        start += batch.num_rows
 
-    def read_rows(self) -> Iterator[_Row]:
-        """Yield number and columns of each row, and the path that each image came with."""
-        with_path = {name for name in self._packed if _has_field(self._columns[name], "path")}
-        leaves = [name for name in self._columns if name not in self._packed]
-        start = 0
-        for size, batch in self._iterate([*leaves, *(f"{name}.path" for name in with_path)]):
-            paths = dict.fromkeys(self._packed, [None] * size)
-            paths |= {name: batch.column(name).flatten()[0].to_pylist() for name in with_path}
-            values = {
-                name: self._address(name, start, paths[name])
-                if name in self._packed
-                else batch.column(name).to_pylist()
-                for name in self._columns
-            }
-            for offset in range(size):
-                row, of_row = (
-                    {name: column[offset] for name, column in columns.items()}
-                    for columns in (values, paths)
-                )
-                yield start + offset, row, of_row
-            start += size
 
-    def _iterate(self, leaves: list[str]) -> Iterator[tuple[int, Any]]:
-        """Yield batches of the leaves and their numbers of rows."""
-        if leaves:
-            for batch in self._opened.iter_batches(_ROWS_AT_ONCE, columns=leaves):
-                yield batch.num_rows, batch
-            return
-        rows = self._opened.metadata.num_rows
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            yield min(_ROWS_AT_ONCE, rows - start), None
+def _find_addresses(file: FilePlace, column: str, start: int, paths: list[Any]) -> list[Any]:
+    """Return the addresses of the images of some rows, or their paths where there are no bytes."""
+    version = find_version(file)
+    layout = find_layout(file, column, version)
+    found, row = list(paths), start
+    while row < start + len(paths):
+        number = layout.find_group(row)
+        group = layout.groups[number]
+        end = min(start + len(paths), layout.first_rows[number + 1])
+        there = _find_bytes(file, column, version, number)
+        for one in range(row, end):
+            if there[one - group.first_row]:
+                found[one - start] = ParquetImage(file, column, one, group.stored_size)
+        row = end
+    return found
 
-    def _address(self, name: str, start: int, paths: list[Any]) -> list[Any]:
-        """Return the addresses of images, or their paths where the file has no bytes of them."""
-        kind = self._columns[name]
-        if pa.types.is_struct(kind) and not _has_field(kind, "bytes"):
-            return paths
-        layout = find_layout(self._file, name, find_version(self._file))
-        found, row = list(paths), start
-        while row < start + len(paths):
-            number = layout.find_group(row)
-            group = layout.groups[number]
-            end = min(start + len(paths), layout.first_rows[number + 1])
-            there = self._find_bytes(name, layout, number)
-            for one in range(row, end):
-                if there[one - group.first_row]:
-                    found[one - start] = ParquetImage(self._file, name, one, group.stored_size)
-            row = end
-        return found
 
-    def _find_bytes(self, name: str, layout: ColumnLayout, number: int) -> Any:
-        """Find which rows of a group have bytes; what was found of the last group is kept."""
-        key = (name, number)
-        if getattr(self, "_mask", (None,))[0] != key:
-            group = layout.groups[number]
-            if group.may_have_nulls and not group.has_only_nulls:  # only by reading the bytes
-                mask = np.asarray(read_group_column(self._file, layout.leaf, number).is_valid())
-            else:
-                mask = np.full(
-                    layout.first_rows[number + 1] - group.first_row, not group.has_only_nulls
-                )
-            self._mask = key, mask
-        return self._mask[1]
+@lru_cache(maxsize=4)  # columns of one row group
+def _find_bytes(file: FilePlace, column: str, version: int, number: int) -> Any:
+    """Find which rows of a group have bytes."""
+    layout = find_layout(file, column, version)
+    group = layout.groups[number]
+    if group.may_have_nulls and not group.has_only_nulls:  # only by reading the bytes
+        return np.asarray(read_group_column(file, layout.leaf, number).is_valid())
+    return np.full(layout.first_rows[number + 1] - group.first_row, not group.has_only_nulls)
 
 
 def is_image_type(kind: Any) -> bool:
@@ -225,16 +200,14 @@ def is_image_type(kind: Any) -> bool:
     if types.is_struct(kind):
         names = {kind.field(index).name for index in range(kind.num_fields)}
         return bool(names & {"bytes", "path"})
-    return any(
-        is_bytes(kind)
-        for is_bytes in (
-            types.is_binary,
-            types.is_large_binary,
-            types.is_binary_view,
-            types.is_fixed_size_binary,
-        )
+    return bool(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
     )
 
 
-def _has_field(kind: Any, name: str) -> bool:
+def has_field(kind: Any, name: str) -> bool:
+    """Tell whether a type is a struct with a field."""
     return bool(pa.types.is_struct(kind) and kind.get_field_index(name) >= 0)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import posixpath
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from itertools import accumulate
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -24,13 +28,12 @@ from ..remote.shard_urls import find_format, name_beside
 from .download_notes import (
     KEY,
     choose_download_columns,
-    describe_failure,
-    has_failed,
+    find_failure,
     is_download,
 )
 from .json_files import number_lines, parse_object
 from .parquet import is_image_type
-from .tar_shards import TarSample, read_member, split_member
+from .tar_shards import SEVERAL_IMAGES, TarSample, read_member, require_end, split_member
 
 _TAR_BUFFER = 2**18
 _ROWS_AT_ONCE = 16
@@ -38,11 +41,10 @@ _SHARED_PATH = "path of another image, and no 'file_name' or 'group_id'"
 
 
 class StreamedSample(NamedTuple):
-    """A sample of a shard.
+    """A sample of a shard, broken or not.
 
     Attributes:
         number: In its shard, from 0.
-        place: Where it is, for errors.
         raw: Fields, and the image in memory; None if it is broken or no sample.
         problem: Error; empty if there is none.
         is_skipped: Whether it is a note of an image that was never downloaded.
@@ -59,25 +61,7 @@ class ShardColumnsError(ValueError):
     """Two shards of a source have other columns; both are named, and the columns."""
 
 
-class ShardColumns(NamedTuple):
-    """Columns of a shard.
-
-    Attributes:
-        shard: Name of the shard.
-        fields: Fields of records that the columns are read as.
-    """
-
-    shard: str
-    fields: frozenset[str]
-
-    def require_same(self, other: ShardColumns) -> None:
-        """Compare with another shard."""
-        if differing := sorted(self.fields ^ other.fields):
-            raise ShardColumnsError(
-                f"{other.shard} and {self.shard} differ in columns that one has and the other "
-                f"lacks: {', '.join(differing)}. Write them into both; null says that a record has "
-                "no such field."
-            )
+ShardColumns: TypeAlias = tuple[str, frozenset[str]]  # name, and fields of records
 
 
 class BrokenShardError(Exception):
@@ -118,21 +102,16 @@ class _KeepingTail:
         return content
 
     def require_end(self, offset: int) -> None:
-        """Raise BrokenShardError unless nothing but zeros follows an offset, a block at least."""
+        """Raise tarfile.ReadError unless nothing but zeros follows an offset, a block at least."""
         rest = self._tail[len(self._tail) - (self._total - offset) :]
-        is_whole = len(rest) >= tarfile.BLOCKSIZE
-        while is_whole and rest:
-            is_whole = not rest.strip(b"\0")
-            rest = self._stream.read(_TAR_BUFFER)
-        if not is_whole:
-            raise BrokenShardError(f"the archive is truncated or damaged at byte {offset}")
+        require_end(rest, self._stream, offset)
 
 
 def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
     """Yield samples whose members are next to each other, as webdataset writes them."""
     kept = _KeepingTail(stream)
     number, key = 0, None
-    sample, problem = TarSample(), ""
+    sample = TarSample()
     seen: set[str] = set()
     try:
         with tarfile.open(fileobj=kept, mode="r|", bufsize=_TAR_BUFFER) as archive:  # type: ignore[call-overload]
@@ -142,39 +121,30 @@ def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
                 of_member, extension = split_member(member.name)
                 if of_member != key:
                     if key is not None:
-                        yield _finish(number, name, key, sample, problem)
+                        yield _finish(number, name, key, sample)
                         number += 1
-                    key, sample, problem = of_member, TarSample(), ""
+                    key, sample = of_member, TarSample()
                     if key in seen:
-                        problem = "members of one sample are not next to each other"
+                        sample.problem = "members of one sample are not next to each other"
                     seen.add(key)
                 make_image = partial(_read_image, archive, member, name)
-                found = sample.add(archive, member, extension, make_image)
-                problem = problem or found
+                problem = sample.add(archive, member, extension, make_image)
+                sample.problem = sample.problem or problem
             kept.require_end(archive.offset)
     except tarfile.TarError as error:
         raise BrokenShardError(f"not a tar shard, or compressed, or broken ({error})") from error
     if key is not None:
-        yield _finish(number, name, key, sample, problem)
+        yield _finish(number, name, key, sample)
 
 
 def _read_image(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> EncodedImage:
     return EncodedImage(f"{name}: {member.name}", read_member(archive, member))
 
 
-def _finish(number: int, name: str, key: str, sample: TarSample, problem: str) -> StreamedSample:
-    place = f"{name}: {key}"
-    if not problem and len(sample.images) > 1:
-        problem = "several images in one sample"
-    if problem:
-        return StreamedSample(number, place, None, problem)
-    image = sample.images[0] if sample.images else None
-    default_name = f"{name}/{key}"
-    if image is not None:
-        default_name = f"{name}/{str(image).removeprefix(f'{name}: ')}"
-    return StreamedSample(
-        number, place, RawRecord(place, sample.merge(), packed=image, default_name=default_name)
-    )
+def _finish(number: int, name: str, key: str, sample: TarSample) -> StreamedSample:
+    problem = sample.problem or (SEVERAL_IMAGES if len(sample.images) > 1 else "")
+    record = None if problem else sample.make_record(name, key)
+    return StreamedSample(number, f"{name}: {key}", record, problem)
 
 
 def _read_parquet(
@@ -183,24 +153,19 @@ def _read_parquet(
     first: int,
     on_columns: Callable[[ShardColumns], None] | None,
 ) -> Iterator[StreamedSample]:
-    source = file.open_seekable()
     try:
-        with pq.ParquetFile(source) as opened:
+        with closing(file.open_seekable()) as source, pq.ParquetFile(source) as opened:
             columns = _find_columns(opened, name)
             if on_columns is not None and columns is not None:
                 on_columns(columns)
-            counts = [
-                opened.metadata.row_group(group).num_rows
-                for group in range(opened.metadata.num_row_groups)
-            ]
-            number, skipped = 0, 0
-            while skipped < len(counts) and number + counts[skipped] <= first:
-                number += counts[skipped]
-                skipped += 1
-            groups = list(range(skipped, len(counts)))
+            groups = range(opened.metadata.num_row_groups)
+            counts = (opened.metadata.row_group(group).num_rows for group in groups)
+            starts = list(accumulate(counts, initial=0))
+            skipped = bisect_right(starts, first) - 1
+            number, groups = starts[skipped], groups[skipped:]
             schema = opened.schema_arrow
             images = {field.name for field in schema if is_image_type(field.type)}
-            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=groups) if groups else ()
+            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=list(groups)) if groups else ()
             for batch in batches:
                 for row in batch.to_pylist():
                     if number >= first:
@@ -210,8 +175,6 @@ def _read_parquet(
         raise  # the last two of requests, which were made again as often as allowed
     except (pa.ArrowException, ValueError, OSError) as error:  # the last one for a damaged page
         raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
-    finally:
-        source.close()
 
 
 def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -> StreamedSample:
@@ -220,8 +183,8 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
     fields = dict(row)
     is_downloaded = is_download(row)
     if is_downloaded:
-        if has_failed(row):
-            return StreamedSample(number, place, None, describe_failure(row), is_skipped=True)
+        if failure := find_failure(row):
+            return StreamedSample(number, place, None, failure, is_skipped=True)
         fields = {field: row[column] for field, column in choose_download_columns(row).items()}
         images = images | {"image"}
     default_name, image = f"{name}/{row.get(KEY, number) if is_downloaded else number}", None
@@ -273,7 +236,7 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
         if isinstance(path, str) and path.strip():
             url = name_beside(file.url, posixpath.normpath(path.strip()))
             try:
-                with file.beside(url).open_stream() as opened:
+                with replace(file, url=url).open_stream() as opened:
                     image = EncodedImage(url, opened.read())
             except LostFileError as error:
                 yield StreamedSample(number, f"{place} ({error})", None, "image missing")
@@ -285,27 +248,19 @@ def _find_columns(opened: Any, name: str) -> ShardColumns | None:
     """Find the columns of an open shard."""
     if not opened.metadata.num_rows:
         return None
-    repeated = [column for column, n in Counter(opened.schema_arrow.names).items() if n > 1]
-    if repeated:
+    columns = opened.schema_arrow.names
+    if repeated := [column for column, count in Counter(columns).items() if count > 1]:
         raise ShardColumnsError(f"{name} has two columns named {repeated[0]!r}. Rename one.")
-    return ShardColumns(name, _choose_fields(opened.schema_arrow.names))
+    fields = choose_download_columns(columns) if is_download(columns) else columns
+    return name, frozenset(list_fields_read(fields))
 
 
 def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
     """Read the columns of a shard."""
     try:
-        source = file.open_seekable()
-        try:
-            with pq.ParquetFile(source) as opened:
-                return _find_columns(opened, name)
-        finally:
-            source.close()
+        with closing(file.open_seekable()) as source, pq.ParquetFile(source) as opened:
+            return _find_columns(opened, name)
     except (AccessError, ShardColumnsError):
         raise
     except (LostFileError, pa.ArrowException, OSError, ValueError):
         return None
-
-
-def _choose_fields(columns: Collection[str]) -> frozenset[str]:
-    fields = choose_download_columns(columns) if is_download(columns) else columns
-    return frozenset(list_fields_read(fields))

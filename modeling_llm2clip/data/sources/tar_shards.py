@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
 from ..record_fields import CAPTION_FIELDS, RawRecord
@@ -26,22 +26,21 @@ from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
 from .json_files import BYTE_ORDER_MARK, parse_object
 
+SEVERAL_IMAGES = "several images in one sample"
+
 
 @dataclass
 class TarSample:
-    """The members of one sample that have been read so far.
+    """The members of one sample that have been read so far: images, `.json` and `.txt`.
 
-    Attributes:
-        images: Addresses of images, or images.
-        fields: Content of `.json`.
-        text: Content of `.txt`.
-        is_broken: Whether a member could not be read.
+    `problem` is the first error of a member; empty if there is none.
     """
 
     images: list[PackedImage] = field(default_factory=list)
     fields: dict[str, Any] | None = None
     text: str | None = None
-    is_broken: bool = False
+    member: str | None = None
+    problem: str = ""
 
     def add(
         self,
@@ -55,6 +54,7 @@ class TarSample:
             return "member is not a plain file"
         if extension in IMAGE_SUFFIXES:
             self.images.append(make_image())
+            self.member = member.name
             return ""
         if extension not in ("json", "txt"):
             return f"unknown member .{extension}"
@@ -79,24 +79,23 @@ class TarSample:
             return "not UTF-8"
         return ""
 
-    def merge(self) -> dict[str, Any]:
-        """Return the fields, with the `.txt` as the caption if they have none."""
+    def make_record(self, name: str, key: str) -> RawRecord:
+        """Make the record; the `.txt` is the caption if the fields have none."""
         fields = drop_download_notes(self.fields or {})
         if self.text is not None and not CAPTION_FIELDS & set(fields):
             fields["caption"] = self.text
-        return fields
+        image = self.images[0] if self.images else None
+        default_name = f"{name}/{self.member or key}"
+        return RawRecord(f"{name}: {key}", fields, packed=image, default_name=default_name)
 
 
 def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
     """Yield a raw record per sample, in the order of their first members."""
     for key, sample in _index_shard(shard, name, errors).items():
-        place = f"{name}: {key}"
         if len(sample.images) > 1:
-            errors.add("several images in one sample", place)
-        elif not sample.is_broken:
-            image = sample.images[0] if sample.images else None
-            member = image.member if isinstance(image, TarImage) else key
-            yield RawRecord(place, sample.merge(), packed=image, default_name=f"{name}/{member}")
+            errors.add(SEVERAL_IMAGES, f"{name}: {key}")
+        elif not sample.problem:
+            yield sample.make_record(name, key)
 
 
 def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
@@ -116,28 +115,27 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
                     partial(TarImage, shard, member.name, member.offset_data, member.size),
                 )
                 if problem:
-                    sample.is_broken = True
+                    sample.problem = problem
                     errors.add(problem, f"{name}: {member.name}")
-            _require_end(opened, archive.offset)
+            opened.seek(archive.offset)
+            require_end(opened.read(tarfile.BLOCKSIZE), opened, archive.offset)
     except AccessError:
         raise
     except (tarfile.TarError, OSError) as error:
         kind = name_reading_error(error) or "not a tar shard, or compressed, or broken"
         errors.add(kind, f"{name} ({error})")
         for sample in list(samples.values())[-1:]:
-            sample.is_broken = True  # its other members may be missing
+            sample.problem = kind  # its other members may be missing
     return samples
 
 
-def _require_end(opened: io.BufferedReader, offset: int) -> None:
+def require_end(rest: bytes, opened: BinaryIO | io.BufferedReader, offset: int) -> None:
     """Raise tarfile.ReadError unless the members are followed by nothing but the archive's end.
 
     At a header that is damaged, truncated or that follows another archive's end, `tarfile` stops as
     if there were no more.
     """
-    opened.seek(offset)
-    rest = opened.read(tarfile.BLOCKSIZE)
-    is_whole = len(rest) == tarfile.BLOCKSIZE
+    is_whole = len(rest) >= tarfile.BLOCKSIZE
     while is_whole and rest:
         is_whole = not rest.strip(b"\0")
         rest = opened.read(2**20)

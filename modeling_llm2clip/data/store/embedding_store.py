@@ -25,20 +25,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..atomic_files import list_differences
+from ..key_arrays import Array
 from .store_index import ItemTexts, StoreIndex
 from .store_manifest import MANIFEST_FILE, StoreManifest
 from .store_shards import StoreShards, check_file, check_size, list_errors
 
 __all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows"]
 
-Array: TypeAlias = np.ndarray[Any, Any]
 Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
 _SHOWN = 5
 
@@ -104,7 +104,8 @@ class EmbeddingStore(StoreIndex):
         try:
             store = cls(folder, manifest)
             if check == "full":
-                store.check_all()
+                for _ in store.iterate_batches():  # which checks them
+                    pass
                 store._shards.checked[:] = not errors
         except ValueError as error:
             errors.insert(0, str(error))
@@ -119,7 +120,7 @@ class EmbeddingStore(StoreIndex):
     def __reduce__(self) -> tuple[Callable[..., EmbeddingStore], tuple[Any, ...]]:
         checked = self._shards.checked
         packed = np.packbits(checked) if checked.any() else None
-        return _reopen, (self.folder, self.manifest, packed)
+        return EmbeddingStore, (self.folder, self.manifest, packed)
 
     @property
     def keys(self) -> Array:
@@ -178,14 +179,6 @@ class EmbeddingStore(StoreIndex):
                 f"{'; '.join(differences)}. Extract it again with this model, or use the model "
                 "that made it."
             )
-
-
-def _reopen(folder: Path, manifest: StoreManifest, packed: Array | None) -> EmbeddingStore:
-    if packed is None:
-        checked = None
-    else:
-        checked = np.unpackbits(packed, count=manifest.num_rows).view(np.bool_)
-    return EmbeddingStore(folder, manifest, checked)
 
 
 def _to_row_numbers(rows: Rows, num_rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -19,17 +19,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..key_arrays import Array
 from ..records.record_columns import ROWS_PER_BATCH
 from ..records.record_table import split_by_batch
 from .store_manifest import INDEX_FILE, IndexRecord, StoreManifest
 from .store_shards import Advice, advise
 
-Array: TypeAlias = np.ndarray[Any, Any]
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -189,11 +189,6 @@ class StoreIndex:
             yield number * ROWS_PER_BATCH + place, ends[place:] - start, rows[start : int(ends[-1])]
             self._forget_pages(number)
             number, place = number + 1, 0
-
-    def check_all(self) -> None:
-        """Raise ValueError if a batch is damaged."""
-        for number in range(self._reader.num_record_batches):
-            self.batch(number)
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Return a batch of items, which is checked when it is first used."""

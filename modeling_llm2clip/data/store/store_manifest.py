@@ -35,12 +35,7 @@ _Manifest = TypeVar("_Manifest", bound="ShardedManifest")
 class ShardedManifest:
     """Describes an output of shards, in a JSON file beside them; subclasses are dataclasses.
 
-    Attributes:
-        num_rows: Number of embeddings, planned until the output is complete.
-        rows_per_shard: Rows of every shard but the last.
-        complete: Whether every shard is there.
-        shards: Records of the complete shards, in order; empty until the output is complete.
-        format_version: Version of the files; this code reads `VERSION`.
+    `num_rows` is planned until the output is complete, and `shards` is empty until then.
     """
 
     FILE: ClassVar[str]
@@ -151,14 +146,9 @@ class ShardedManifest:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One complete shard of a store.
+    """One complete shard of a store, with the hash of its file.
 
     Attributes:
-        file: Name of its file in the store's folder.
-        first_row: Number of its first row in the store.
-        rows: How many rows it has.
-        bytes: Size of the file.
-        sha256: Hash of the file.
         head_sha256: Hash of the part before the embeddings, which has a checksum of each row.
         num_truncated: How many of its captions were longer than the model reads.
     """
@@ -174,13 +164,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """The index of the items.
-
-    Attributes:
-        bytes: Size of the file.
-        ends: Where each part of the file ends: every batch of items, and the footer.
-        sha256: Hash of each part.
-    """
+    """The index of the items: ends and hashes of its parts, batches of items and the footer."""
 
     bytes: int = 0
     ends: tuple[int, ...] = ()
@@ -199,10 +183,8 @@ class StoreManifest(ShardedManifest):
         dim: Width of an embedding.
         num_rows: Number of embeddings; 0 until the items are known.
         num_items: Number of records of the dataset.
-        rows_per_shard: Rows of every shard but the last.
         plan: Everything else that decides the bytes, including a hash of the data.
         counts: Figures for people, such as the number of truncated captions.
-        index: The index of the items.
     """
 
     FILE = MANIFEST_FILE

@@ -25,15 +25,15 @@ from enum import IntEnum
 from functools import cache
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..atomic_files import hash_file
+from ..key_arrays import Array
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
 
-Array: TypeAlias = np.ndarray[Any, Any]
 CHECKSUM_BYTES = 8
 _PAGE = 4096  # bytes; embeddings begin at a page, so that a row touches as few as it can
 _SHOWN = 5
@@ -74,10 +74,7 @@ def compute_checksums(embeddings: Array, places: Array | None = None) -> Array:
 class StoreShards:
     """Reads and checks rows of the shards of a complete store.
 
-    Args:
-        folder: Folder of the store.
-        manifest: Its manifest.
-        checked: (num_rows,) bool, rows that were checked already; None for none.
+    `checked` are the bits of the rows that were checked already, packed by numpy; None for none.
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
@@ -85,7 +82,9 @@ class StoreShards:
         self._manifest = manifest
         self._dtype = np.dtype(STORED_DTYPES[manifest.dtype][1])
         # Pages of zeros take no memory until they are written.
-        self.checked = np.zeros(manifest.num_rows, np.bool_) if checked is None else checked
+        self.checked = np.zeros(manifest.num_rows, np.bool_)
+        if checked is not None:
+            self.checked = np.unpackbits(checked, count=manifest.num_rows).view(np.bool_)
         self._buffers: dict[int, tuple[pa.Buffer, Array]] = {}
         self._addresses = np.zeros(manifest.num_shards, np.int64)  # of embeddings; 0: not mapped
         self._mapped_bytes = 0
@@ -190,12 +189,7 @@ class StoreShards:
 
 
 class Runs:
-    """Begin and end of the runs in an array: numbers that grow by the same step.
-
-    Args:
-        numbers: (N,) integers, at least one.
-        step: Difference between one number of a run and the next.
-    """
+    """Begin and end of the runs in (N,) integers: numbers that grow by the same step."""
 
     def __init__(self, numbers: Array, *, step: int) -> None:
         self._breaks = np.flatnonzero(np.diff(numbers) != step) + 1

@@ -5,7 +5,7 @@ Its shards are shuffled and resumed here, because its own shuffle buffer is lost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..sources.shard_streams import StreamedSample, read_row, refuse_shared_paths
@@ -81,16 +81,11 @@ class _DatasetShards:
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self._dataset = dataset
         self._columns = None if columns is None else dict(columns)
-        self._names = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
+        self.shards = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
         indivisible = _find_indivisible(dataset._ex_iterable)
         self._is_whole = indivisible is not None
         if self._is_whole:
-            self._names = [f"all of the dataset, because of its {indivisible}"]
-
-    @property
-    def shards(self) -> Sequence[str]:
-        """Their names."""
-        return self._names
+            self.shards = [f"all of the dataset, because of its {indivisible}"]
 
     def read(
         self,
@@ -101,13 +96,17 @@ class _DatasetShards:
         """Yield the samples of a shard."""
         part = self._dataset
         if not self._is_whole:
-            part = part.shard(num_shards=len(self._names), index=shard)
+            part = part.shard(num_shards=len(self.shards), index=shard)
         return refuse_shared_paths(self._read(part, shard, first))
 
     def _read(self, part: Any, shard: int, first: int) -> Iterator[StreamedSample]:
         # Batches, because in a worker a plain iteration would drop other workers' samples.
         batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
-        rows = (row for batch in batches for row in _split_rows(batch))
+        rows = (
+            dict(zip(batch, map(_as_python, values), strict=True))
+            for batch in batches
+            for values in zip(*batch.values(), strict=True)
+        )
         for number, row in enumerate(rows, first):
             fields = row
             if self._columns is not None:
@@ -135,10 +134,13 @@ _DIVISIBLE = frozenset(
 _COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
 
 
+def _list_sources(step: Any) -> list[Any]:
+    source = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
+    return [*source, *getattr(step, "ex_iterables", ())]
+
+
 def _is_shuffled(step: Any) -> bool:
-    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
-    steps = [*sources, *getattr(step, "ex_iterables", ())]
-    return "Shuffled" in type(step).__name__ or any(map(_is_shuffled, steps))
+    return "Shuffled" in type(step).__name__ or any(map(_is_shuffled, _list_sources(step)))
 
 
 def _find_indivisible(step: Any) -> str | None:
@@ -150,14 +152,8 @@ def _find_indivisible(step: Any) -> str | None:
         return "with_indices"
     if getattr(step, "batched", False) and (step.drop_last_batch or not step.batch_size):
         return "batches across shards"
-    sources = [step.ex_iterable] if hasattr(step, "ex_iterable") else []
-    found = map(_find_indivisible, [*sources, *getattr(step, "ex_iterables", ())])
+    found = map(_find_indivisible, _list_sources(step))
     return next((name for name in found if name is not None), None)
-
-
-def _split_rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, map(_as_python, values), strict=True))
 
 
 def _as_python(value: Any) -> Any:

@@ -12,20 +12,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..._extras import REMOTE_STREAMS, require
-from ..records.records import CaptionedImage, check_record
+from ..records.records import CaptionedImage, RecordRules, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
 from ..remote.shard_urls import find_format, list_shards, name_shards
 from ..sources.shard_streams import (
     BrokenShardError,
     ShardColumns,
+    ShardColumnsError,
     StreamedSample,
     read_columns,
     read_shard,
@@ -38,52 +39,42 @@ _FIRST_SHARDS = 2  # of which one may be missing
 
 
 class UrlShards:
-    """Shards at paths, URLs or commands.
-
-    Args:
-        shards: From `list_shards`.
-        policy: Attempts of each request, and waits.
-
-    Raises:
-        AccessError: Access to the first shards is denied, or their host cannot be reached.
-        LostFileError: The first shards are missing.
-    """
+    """Shards at paths, URLs or commands, of which one of the first two can be opened."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
-        self._urls = list(shards)
-        self._names = name_shards(self._urls)
+        self.shards = list(shards)
+        self._names = name_shards(shards)
         self._policy = policy
-        _require_access(self._urls, policy)
+        _require_access(shards, policy)
         self._columns = self._read_first_columns()
-
-    @property
-    def shards(self) -> Sequence[str]:
-        """Their paths, URLs or commands."""
-        return self._urls
 
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
     ) -> Iterator[StreamedSample]:
         """Yield the samples of a shard."""
-        file = RemoteFile(self._urls[shard], self._policy, on_retry=on_retry)
+        file = RemoteFile(self.shards[shard], self._policy, on_retry=on_retry)
         return read_shard(
             file, self._names[shard], first=first, on_columns=self._require_same_columns
         )
 
     def _read_first_columns(self) -> ShardColumns | None:
         """Read the columns of the first shard that has any, so that every process has the same."""
-        if find_format(self._urls[0]) != ".parquet":
+        if find_format(self.shards[0]) != ".parquet":
             return None
-        for url, name in zip(self._urls[:_FIRST_SHARDS], self._names, strict=False):
-            columns = read_columns(RemoteFile(url, self._policy), name)
-            if columns is not None:
-                return columns
-        return None
+        first = zip(self.shards[:_FIRST_SHARDS], self._names, strict=False)
+        read = (read_columns(RemoteFile(url, self._policy), name) for url, name in first)
+        return next((columns for columns in read if columns is not None), None)
 
     def _require_same_columns(self, columns: ShardColumns) -> None:
         if self._columns is None:  # the first shards are broken
             self._columns = columns
-        self._columns.require_same(columns)
+        (first, fields), (shard, found) = self._columns, columns
+        if differing := sorted(fields ^ found):
+            raise ShardColumnsError(
+                f"{shard} and {first} differ in columns that one has and the other lacks: "
+                f"{', '.join(differing)}. Write them into both; null says that a record has no "
+                "such field."
+            )
 
 
 def stream_records(
@@ -141,14 +132,11 @@ def stream_records(
 
 def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
     """Raise unless one of the first two shards can be opened: a single one may be missing."""
-    first = shards[:_FIRST_SHARDS]
-    for is_last, shard in zip((len(first) == 1, True), first, strict=False):
-        try:
-            RemoteFile(shard, policy, is_first=True).require_access()
-            return
-        except LostFileError:
-            if is_last:
-                raise
+    *others, last = shards[:_FIRST_SHARDS]
+    for shard in others:
+        with suppress(LostFileError):
+            return RemoteFile(shard, policy, is_first=True).require_access()
+    RemoteFile(last, policy, is_first=True).require_access()
 
 
 @dataclass(eq=False, repr=False)
@@ -212,20 +200,6 @@ class RecordStream(IterableDataset[CaptionedImage]):
         self._run = run
         return run
 
-    def for_process(
-        self,
-        process_index: int,
-        num_processes: int,
-        *,
-        seed: int,
-        excluded_groups: frozenset[str] = frozenset(),
-    ) -> RecordStream:
-        """Return the part of one process of a training run."""
-        return replace(
-            self, process_index=process_index, num_processes=num_processes, seed=seed,
-            excluded_groups=excluded_groups,
-        )  # fmt: skip
-
     def read_shard(self, number: int) -> list[CaptionedImage]:
         """Read the valid samples of one shard, in its order."""
         found = []
@@ -257,38 +231,31 @@ class RecordStream(IterableDataset[CaptionedImage]):
         if sample.raw is None:
             return None, sample.problem
         errors = ErrorCollector()
-        checked = check_record(
-            sample.raw,
-            errors,
-            image_dir=None,
-            require_images=self.require_images,
-            ignore_fields=self.ignore_fields,
-        )
+        rules = RecordRules(None, self.require_images, self.ignore_fields)
+        checked = check_record(sample.raw, errors, rules)
         if checked is None or errors.total:
             return None, ", ".join(errors.counts)
         return checked.build(), ""
 
 
+@dataclass(eq=False, repr=False)
 class _BatchedStream(IterableDataset[list[Any] | PartEnd]):
     """Yields batches of a stream, which are full although samples are lost while they are made."""
 
-    def __init__(
-        self, stream: RecordStream, batch_size: int, *, drop_last: bool, prepare: Prepare | None
-    ) -> None:
-        self._stream = stream
-        self._batch_size = batch_size
-        self._drop_last = drop_last
-        self._prepare = prepare
+    stream: RecordStream
+    batch_size: int
+    drop_last: bool
+    prepare: Prepare | None
 
     def __iter__(self) -> Iterator[list[Any] | PartEnd]:
-        run = self._stream.start(self._prepare)
-        return run.iterate_batches(self._batch_size, drop_last=self._drop_last)
+        run = self.stream.start(self.prepare)
+        return run.iterate_batches(self.batch_size, drop_last=self.drop_last)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._stream.state_dict()
+        return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stream.load_state_dict(state)
+        self.stream.load_state_dict(state)
 
 
 def make_loader(
@@ -322,7 +289,7 @@ def make_loader(
         # Of torch, about a function that torchdata calls.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         return StreamLoader(
-            _BatchedStream(stream, batch_size, drop_last=drop_last, prepare=prepare),
+            _BatchedStream(stream, batch_size, drop_last, prepare),
             collate,
             num_workers=num_workers,
             **options,

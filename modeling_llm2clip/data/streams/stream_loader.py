@@ -17,13 +17,7 @@ from .stream_run import PartEnd
 
 
 class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
-    """Yields the batches of a dataset that makes them itself.
-
-    Args:
-        dataset: Yields lists of samples, and a `PartEnd` behind the last one of a worker.
-        collate: Makes a batch of a list.
-        options: Options of `StatefulDataLoader`.
-    """
+    """Yields the batches of a dataset that makes them, and a `PartEnd` behind a worker's last."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> None:
         super().__init__(

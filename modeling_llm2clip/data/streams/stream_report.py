@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..validation_errors import ErrorCollector, describe_errors
-
-# Fewer samples count as so many, since a few lost ones at the beginning say little.
-LEAST_SAMPLES = 1000
 
 
 class TooManyLostError(ValueError):
@@ -25,10 +23,7 @@ class StreamReport:
         skipped_samples: Rows of images that were never downloaded, which are not samples.
         excluded_samples: Samples of groups that are held out.
         dropped_samples: Samples read, but dropped with a last batch that was smaller.
-        shards: Shards read to their end.
         lost_shards: Shards that are missing or ended early.
-        retries: Requests that were made again.
-        problems: Kinds of problems with their counts and first places.
     """
 
     samples: int = 0
@@ -46,16 +41,6 @@ class StreamReport:
         """The counts by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of each kind of problem."""
-        return self.problems.counts
-
-    @property
-    def places(self) -> dict[str, list[str]]:
-        """First places of each kind of problem."""
-        return self.problems.places
-
     def add_lost_sample(self, kind: str, place: str) -> None:
         """Count a broken sample."""
         self.lost_samples += 1
@@ -65,18 +50,6 @@ class StreamReport:
         """Count a shard that is missing or ended early."""
         self.lost_shards += 1
         self.problems.add("shard lost", f"{place} ({reason})")
-
-    def require_most(self, max_lost_share: float, *, num_shards: int, least_samples: int) -> None:
-        """Raise if one worker lost too much: of the samples seen so far, or of its own shards."""
-        seen = max(self.samples + self.lost_samples, least_samples)
-        lost_samples = self.lost_samples > max_lost_share * seen
-        if lost_samples or self.lost_shards > max_lost_share * num_shards:
-            raise TooManyLostError(
-                f"The stream lost {self.lost_samples} samples (of {self.samples} read) and "
-                f"{self.lost_shards} of {num_shards} shards that this worker reads, more than "
-                f"max_lost_share = {max_lost_share:g}:\n{self.describe()}\n"
-                "Correct the source, leave its broken shards out, or allow more."
-            )
 
     def describe_losses(self) -> str:
         """Describe in one line the samples that were read, and those that were not."""
@@ -88,14 +61,9 @@ class StreamReport:
         ]
         return ", ".join(parts)
 
-    @property
-    def has_losses(self) -> bool:
-        """True if samples or shards were lost."""
-        return bool(self.lost_samples or self.lost_shards)
-
     def describe(self) -> str:
         """Describe each kind of problem: its count and first places."""
-        return "\n".join(describe_errors(self.counts, self.places))
+        return "\n".join(describe_errors(self.problems.counts, self.problems.places))
 
     def merge(self, other: StreamReport) -> None:
         """Add the counts of another worker."""
@@ -105,10 +73,12 @@ class StreamReport:
 
     def to_state(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {**self.numbers, "counts": self.counts, "places": self.places}
+        places = {kind: [*where] for kind, where in self.problems.places.items()}
+        return {**self.numbers, "counts": dict(self.problems.counts), "places": places}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
         """Make a report from `to_state`."""
         numbers = {name: value for name, value in state.items() if isinstance(value, int)}
-        return cls(**numbers, problems=ErrorCollector.of(state["counts"], state["places"]))
+        places = {kind: [*where] for kind, where in state["places"].items()}
+        return cls(**numbers, problems=ErrorCollector(Counter(state["counts"]), places))

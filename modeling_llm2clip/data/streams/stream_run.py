@@ -13,10 +13,12 @@ from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
 from ..remote.shard_urls import drop_signatures
 from ..sources.shard_streams import BrokenShardError, StreamedSample
-from .stream_report import LEAST_SAMPLES, StreamReport
+from .stream_report import StreamReport, TooManyLostError
 
 _STATE_VERSION = 2
 _DRAWS_AT_ONCE = 4096
+# Fewer samples count as so many, since a few lost ones at the beginning say little.
+_LEAST_SAMPLES = 1000
 
 # Makes of a record what is yielded; a ValueError is of this record, and names it.
 Prepare = Callable[[CaptionedImage], Any]
@@ -25,9 +27,7 @@ Prepare = Callable[[CaptionedImage], Any]
 class ShardReader(Protocol):
     """Shards whose samples can be read one after the other, always in the same order."""
 
-    @property
-    def shards(self) -> Sequence[str]:
-        """Names of the shards."""
+    shards: list[str]
 
     def read(
         self, shard: int, first: int, on_retry: Callable[[str, str], None]
@@ -53,14 +53,9 @@ class PartEnd:
 
 
 class StreamRun:
-    """One iteration of one worker.
+    """One iteration of one worker, whose number is among those of all processes.
 
-    Args:
-        stream: The whole stream.
-        epoch: Number of the epoch.
-        number: Number of the worker among those of all processes.
-        num_readers: Workers of all processes.
-        prepare: Decodes the image of a record; None to yield records as they are.
+    `prepare` decodes the image of a record; None yields records as they are.
     """
 
     def __init__(
@@ -103,8 +98,11 @@ class StreamRun:
                 continue
             try:
                 prepared = self._prepare(record)
-            except ValueError as error:
-                self._lose_prepared(record, error)
+            except ValueError as error:  # the sample was good until its image was decoded
+                self.report.samples -= 1
+                place = str(error) if record.place in str(error) else f"{record.place} ({error})"
+                self.report.add_lost_sample("image unreadable", place)
+                self._require_most()
             else:
                 yield prepared
 
@@ -139,13 +137,6 @@ class StreamRun:
             self._draws = np.random.default_rng(seeds).integers(2**62, size=_DRAWS_AT_ONCE).tolist()
             self._block = block
         return self._draws[within]
-
-    def _lose_prepared(self, record: CaptionedImage, error: ValueError) -> None:
-        """Count a sample that was good until its image was decoded."""
-        self.report.samples -= 1
-        place = str(error) if record.place in str(error) else f"{record.place} ({error})"
-        self.report.add_lost_sample("image unreadable", place)
-        self._require_most()
 
     def _read_one(self) -> bool:
         """Read a sample into the buffer, or note what is wrong with it; False at the end."""
@@ -196,10 +187,18 @@ class StreamRun:
         self._rest = None
 
     def _require_most(self, *, at_end: bool = False) -> None:
+        """Raise if this worker lost too much: of the samples seen so far, or of its own shards."""
         # At the end, so that few samples in each of many workers are not many lost ones in all.
-        least = LEAST_SAMPLES // self._num_readers if at_end else LEAST_SAMPLES
-        share, num_shards = self._stream.max_lost_share, len(self._order)
-        self.report.require_most(share, num_shards=num_shards, least_samples=least)
+        least = _LEAST_SAMPLES // self._num_readers if at_end else _LEAST_SAMPLES
+        share, report = self._stream.max_lost_share, self.report
+        seen = max(report.samples + report.lost_samples, least)
+        if report.lost_samples > share * seen or report.lost_shards > share * len(self._order):
+            raise TooManyLostError(
+                f"The stream lost {report.lost_samples} samples (of {report.samples} read) and "
+                f"{report.lost_shards} of {len(self._order)} shards that this worker reads, more "
+                f"than max_lost_share = {share:g}:\n{report.describe()}\n"
+                "Correct the source, leave its broken shards out, or allow more."
+            )
 
     def save(self) -> dict[str, Any]:
         """Return the state as plain values."""

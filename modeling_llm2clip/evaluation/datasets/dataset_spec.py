@@ -316,7 +316,7 @@ class DatasetValidator:
             may_be_distractors = any(kind in self.errors.counts for kind in OF_DISTRACTORS)
             advice = _ALLOW_DISTRACTORS if may_be_distractors else ""
             self.errors.raise_if_any(self.source, advice=advice)
-        return self.errors.counts
+        return dict(self.errors.counts)
 
 
 def read_lines(file: Path) -> list[str]:

@@ -200,7 +200,7 @@ def _describe_stream(results: Mapping[str, Any]) -> list[str]:
     report = StreamReport.from_state(state)
     epochs = len(state["epochs"])
     lines = [f"Stream, {counted(epochs, 'epoch')}: {report.describe_losses()}."]
-    return lines + describe_errors(report.counts, report.places)
+    return lines + describe_errors(state["counts"], state["places"])
 
 
 def _describe_start(start: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ class StreamData:
         self._resumed_state = None  # there may have been nothing left behind the checkpoint
         report = self._read_current()
         self._ended.append(report)
-        if report.has_losses:
+        if report.lost_samples or report.lost_shards:
             of_process = f" of process {self._process}" if self._num_processes > 1 else ""
             tqdm.write(
                 f"epoch {self._epoch}{of_process}: {report.describe_losses()}", file=sys.stderr
@@ -234,7 +235,7 @@ class StreamData:
             epochs.append(report.numbers)
             total.merge(report)
         # What is broken is so in every epoch.
-        places = {kind: list(dict.fromkeys(where)) for kind, where in total.places.items()}
+        places = {kind: list(dict.fromkeys(where)) for kind, where in total.problems.places.items()}
         return {**total.to_state(), "places": places, "epochs": epochs}
 
     def _name_file(self) -> str:
@@ -283,8 +284,12 @@ def open_stream(
     """Prepare a stream, deal its shards to the processes, and write held-out images to a folder."""
     state = PartialState()
     held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
-    own = stream.for_process(
-        state.process_index, state.num_processes, seed=config.seed, excluded_groups=groups
+    own = replace(
+        stream,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        seed=config.seed,
+        excluded_groups=groups,
     )
     source = AlignmentStream(
         own,

@@ -18,7 +18,7 @@ from downloads import URLS, write_downloaded_tar
 from interruptions import largest_file
 
 from modeling_llm2clip.data.atomic_files import temporary_folder
-from modeling_llm2clip.data.captions import caption_files, caption_joins
+from modeling_llm2clip.data.captions import caption_joins
 from modeling_llm2clip.data.captions.caption_joins import join_captions
 from modeling_llm2clip.data.records import record_columns, record_index, record_table
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -111,7 +111,7 @@ def test_captions_come_to_their_records_in_every_format(
 def test_batches_and_their_order_make_no_difference(
     is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (record_columns, record_index, record_table, caption_files):
+    for module in (record_columns, record_index, record_table, caption_joins):
         for name in ("ROWS_PER_BATCH", "_ROWS_AT_ONCE"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, 7)

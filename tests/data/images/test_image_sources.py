@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from captioned_files import encode, write_parquet, write_shards
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
-    monkeypatch.setattr(remote_access.RetryPolicy, "waits", lambda _: [0.0] * 4)
+    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
     file_places._open_remote.cache_clear()
 
 

@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from modeling_llm2clip.data.images import parquet_images
 from modeling_llm2clip.data.images.parquet_images import (
     ByteCache,
+    UnknownLayoutError,
     count_group_bytes,
     find_layout,
     read_image_bytes,
-)
-from modeling_llm2clip.data.images.parquet_pages import (
-    UnknownLayoutError,
     read_struct,
 )
 
@@ -85,7 +83,7 @@ def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) ->
 def clear_caches() -> None:
     """Files are written faster here than the clock of a file system ticks."""
     find_layout.cache_clear()
-    for name in ("_chunks", "_values", "_tables"):
+    for name in ("_pages", "_values", "_tables"):
         cache = getattr(parquet_images, name)
         cache._values.clear()
         cache._total = 0
@@ -225,9 +223,9 @@ def test_a_cache_keeps_what_was_used_last_and_no_more_than_its_limit() -> None:
 
     for value in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, which was used longer ago
         assert cache.find(value, lambda value=value: make(value, 4)) == value  # type: ignore[misc]
-        assert cache.total <= 10
+        assert cache._total <= 10
     assert made == [1, 2, 3, 2]
-    assert cache.find(9, lambda: make(9, 99)) == 9 and cache.total == 99
+    assert cache.find(9, lambda: make(9, 99)) == 9 and cache._total == 99
 
 
 def test_a_struct_that_is_cut_or_of_another_type_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from modeling_llm2clip.data.records import image_changes, record_index
+from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
@@ -22,14 +22,14 @@ CHANGED = "images/1/7.png"  # which no evenly spread sample of five has
 @pytest.fixture(autouse=True)
 def _kept_index(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:  # noqa: ARG001
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
-    monkeypatch.setattr(image_changes, "_IMAGES_SAMPLED", 5)
+    monkeypatch.setattr(record_index, "_IMAGES_SAMPLED", 5)
 
 
 @pytest.fixture(params=["every image", "folders"])
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source with two folders of images, few or many for this package."""
     if request.param == "folders":
-        monkeypatch.setattr(image_changes, "_MOST_IMAGES", NUM_IMAGES - 1)
+        monkeypatch.setattr(record_index, "_MOST_IMAGES", NUM_IMAGES - 1)
     names = [f"images/{number % 2}/{number}.png" for number in range(NUM_IMAGES)]
     for name in names:
         file = tmp_path / name
@@ -85,7 +85,7 @@ def test_of_many_images_only_some_and_their_folders_are_looked_at(
     looked_at = watch_stat(monkeypatch)
     load_records(source)
     images = [path for path in looked_at if path.endswith(".png")]
-    is_large = image_changes._MOST_IMAGES < NUM_IMAGES
+    is_large = record_index._MOST_IMAGES < NUM_IMAGES
     assert len(images) == (5 if is_large else NUM_IMAGES)
     assert sum(path.startswith(f"{source}/images/") for path in looked_at) == len(images) + (
         2 if is_large else 0
@@ -112,11 +112,11 @@ def test_a_folder_that_changed_while_it_was_read_is_looked_through_again(
 def test_notes_of_folders_that_are_broken_are_made_again(source: Path) -> None:
     file = load_records(source).file
     assert file is not None
-    notes = image_changes.folder_times_file(file)
+    notes = record_index._folder_times_file(file)
     for content in ("", "[]", "{"):
         notes.write_text(content, encoding="utf-8")
         assert len(load_records(source)) == NUM_IMAGES
-    if image_changes._MOST_IMAGES < NUM_IMAGES:
+    if record_index._MOST_IMAGES < NUM_IMAGES:
         assert set(json.loads(notes.read_text("utf-8"))) == {
             f"{source}/images/{number}" for number in range(2)
         }
@@ -130,5 +130,5 @@ def watch_stat(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         looked_at.append(str(path))
         return stat(path, *args, **options)
 
-    monkeypatch.setattr(image_changes.os, "stat", watch)
+    monkeypatch.setattr(record_index.os, "stat", watch)
     return looked_at

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from modeling_llm2clip import DataValidationError, load_records
-from modeling_llm2clip.data.records import image_checks, record_index
-from modeling_llm2clip.data.records.image_checks import check_images
+from modeling_llm2clip.data.records import record_index, record_loading
+from modeling_llm2clip.data.records.record_loading import decode_images
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 
@@ -33,7 +33,7 @@ def write_images(folder: Path, count: int, broken: Iterable[int] = ()) -> Path:
 
 def find_broken(records: RecordTable) -> list[str]:
     errors = ErrorCollector()
-    check_images(records, errors)
+    decode_images(records, errors)
     with pytest.raises(DataValidationError) as raised:
         errors.raise_if_any("data")
     (places,) = raised.value.places.values()
@@ -45,7 +45,7 @@ def decoded(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the images that are decoded, where even a few records have an index."""
     assert not own_cache.exists()
     names: list[str] = []
-    find = image_checks.find_unreadable_images
+    find = record_loading.find_unreadable_images
 
     def note(images: Iterable[Path], *, show_progress: bool) -> dict[Path, str]:
         taken = list(images)
@@ -53,7 +53,7 @@ def decoded(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return find(taken, show_progress=show_progress)
 
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 1)
-    monkeypatch.setattr(image_checks, "find_unreadable_images", note)
+    monkeypatch.setattr(record_loading, "find_unreadable_images", note)
     return names
 
 
@@ -131,6 +131,6 @@ def test_a_cache_that_may_be_read_alone_is_enough(tmp_path: Path, decoded: list[
     note = index.with_suffix(".checked-0-of-1")
     note.mkdir()  # cannot be written, not even by root
     errors = ErrorCollector()
-    check_images(RecordTable.open(index), errors)
+    decode_images(RecordTable.open(index), errors)
     assert not errors.total
     assert decoded == ["0.png", "1.png", "2.png"]

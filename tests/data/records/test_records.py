@@ -32,7 +32,7 @@ from PIL import Image
 from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.records import records as records_module
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.records.records import RawRecord, check_record
+from modeling_llm2clip.data.records.records import RawRecord, RecordRules, check_record
 from modeling_llm2clip.data.validation_errors import DataValidationError, ErrorCollector
 
 
@@ -322,9 +322,9 @@ def test_a_disk_that_fails_is_no_missing_image(
 
     raw = RawRecord("line 1", {"image": "0.png", "caption": "x"})
     errors = ErrorCollector()
-    check_record(raw, errors, image_dir=tmp_path, require_images=True)
+    check_record(raw, errors, RecordRules(tmp_path))
     assert errors.counts == {"image missing": 1}
     with monkeypatch.context() as patch:
         patch.setattr(records_module.os, "stat", fail)
         with pytest.raises(OSError, match=os.strerror(number)):
-            check_record(raw, errors, image_dir=tmp_path, require_images=True)
+            check_record(raw, errors, RecordRules(tmp_path))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ CONTENT = bytes(range(256)) * 100
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
-    monkeypatch.setattr(remote_access.RetryPolicy, "waits", lambda _: [0.0] * 4)
+    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
     file_places._open_remote.cache_clear()
 
 

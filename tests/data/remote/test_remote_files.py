@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -14,7 +15,7 @@ from hub_server import HubFile, HubServer
 from PIL import Image
 from shard_server import ShardServer
 
-from modeling_llm2clip.data.remote import remote_files
+from modeling_llm2clip.data.remote import remote_access, remote_files
 from modeling_llm2clip.data.remote.remote_access import (
     AccessError,
     LostFileError,
@@ -204,20 +205,26 @@ def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
             file.read_range(4000, 8000)
 
 
-def test_waits_double_and_end() -> None:
-    assert RetryPolicy(5, 0.5, 3.0).waits() == [0.5, 1.0, 2.0, 3.0]
-    assert RetryPolicy(1).waits() == []
+@pytest.mark.parametrize(
+    ("policy", "wanted"),
+    [(RetryPolicy(5, 0.5, 3.0), [0.5, 1.0, 2.0, 3.0]), (RetryPolicy(1), [])],
+    ids=["five", "one"],
+)
+def test_waits_double_and_end(
+    policy: RetryPolicy, wanted: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=waits.append))
     calls = []
 
     def fail() -> None:
         calls.append(1)
         raise TimeoutError("slow")
 
-    with pytest.raises(
-        LostFileError, match="x: 5 attempts failed, the last with TimeoutError: slow"
-    ):
-        try_request("x", fail, FAST)
-    assert len(calls) == 5
+    message = f"x: {policy.attempts} attempts failed, the last with TimeoutError: slow"
+    with pytest.raises(LostFileError, match=message):
+        try_request("x", fail, policy)
+    assert len(calls) == policy.attempts and waits == wanted
 
 
 def test_a_bug_is_not_taken_for_an_error_of_the_network() -> None:

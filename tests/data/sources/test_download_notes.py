@@ -53,7 +53,7 @@ def test_rows_without_an_image_are_counted_and_are_no_errors(
     assert built.skipped == found.skipped == wanted
     stream = stream_records(folder)
     assert len(list(stream)) == 2 and stream.report.skipped_samples == 1
-    assert stream.report.counts == wanted
+    assert stream.report.problems.counts == wanted
 
 
 def test_columns_that_the_user_kept_are_fields(tmp_path: Path) -> None:

@@ -387,8 +387,8 @@ def test_others_take_the_place_of_samples_that_cannot_be_prepared(
     assert found == [name for name in names if not name.endswith("2.png")]
     report = read_report(loader.state_dict())
     assert (report.samples, report.lost_samples) == (SHARDS * (SAMPLES - 1), SHARDS)
-    assert report.counts == {"image unreadable": SHARDS}
-    assert all("0002.png: broken" in place for place in report.places["image unreadable"])
+    assert report.problems.counts == {"image unreadable": SHARDS}
+    assert all("0002.png: broken" in place for place in report.problems.places["image unreadable"])
 
     stopped = make()
     iterator = iter(stopped)
@@ -509,7 +509,7 @@ def test_broken_samples_are_counted_up_to_a_share(tmp_path: Path) -> None:
     names = list_names(stream)
     assert len(names) == 37 == stream.report.samples
     assert stream.report.lost_samples == 5
-    assert stream.report.counts == {
+    assert stream.report.problems.counts == {
         "not UTF-8": 1,
         "blank caption": 2,
         "members of one sample are not next to each other": 1,
@@ -557,8 +557,9 @@ def test_one_shard_is_read_up_to_where_it_is_cut(tars: Path) -> None:
 
 def test_the_part_of_a_process_leaves_groups_out_and_counts_them(tars: Path) -> None:
     stream = stream_records(tars)
-    own = stream.for_process(1, 2, seed=4, excluded_groups=frozenset({"g0", "g1", "g27"}))
-    other = stream.for_process(0, 2, seed=4)
+    held_out = frozenset({"g0", "g1", "g27"})
+    own = replace(stream, process_index=1, num_processes=2, seed=4, excluded_groups=held_out)
+    other = replace(stream, process_index=0, num_processes=2, seed=4)
     found = list(own)
     assert not {record.group_id for record in found} & {"g0", "g1", "g27"}
     assert len(found) + own.report.excluded_samples == SHARDS * SAMPLES // 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_encoders import TEXTS, save_tiny_images
+from tiny_encoders import TEXTS, save_tiny_images, write_named_embeddings
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.configs.evaluation_config import (
@@ -19,10 +19,7 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluationConfig,
 )
 from modeling_llm2clip.configs.extract_config import ExtractConfig
-from modeling_llm2clip.data.named_embeddings import (
-    side_file,
-    write_named_embeddings,
-)
+from modeling_llm2clip.data.named_embeddings import side_file
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder

@@ -302,7 +302,7 @@ def test_held_out_images_are_never_trained_on(
     # A fifth of 24: five of the six groups in the first of four shards.
     assert len(groups) == 5
     assert all(record.path.parent == tmp_path and record.path.is_file() for record in records)
-    own = stream_records(shards).for_process(0, 1, seed=0, excluded_groups=groups)
+    own = replace(stream_records(shards), excluded_groups=groups)
     trained = list(own)
     assert not {record.group_id for record in trained} & groups
     assert own.report.excluded_samples + len(trained) == len(prepared.records)
@@ -382,6 +382,7 @@ def test_a_batch_larger_than_the_stream_is_an_error(
 
 def test_shards_are_dealt_to_the_processes_of_the_run(shards: Path) -> None:
     stream: RecordStream = stream_records(shards)
-    parts = [{r.name for r in stream.for_process(rank, 2, seed=1)} for rank in range(2)]
+    own = (replace(stream, process_index=rank, num_processes=2, seed=1) for rank in range(2))
+    parts = [{record.name for record in part} for part in own]
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == 24
