@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 
 from .._extras import PLOTS, is_installed, require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
-from ..data.records.record_loading import load_records
 from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
 from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import Encoder, EncoderDescription, OnceEncoder
+from .encoders.encoder import EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
 from .plots import plot_confusion
 from .report import EvaluationResults
@@ -84,8 +83,8 @@ def evaluate(
     find_device(config.device)  # raises for one that does not exist, before anything is read
     chosen = _list_models(models)
     jobs = _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
-    encoders = {model.name: _open_model(model, config) for model in chosen}
-    descriptions = {name: encoder.describe() for name, encoder in encoders.items()}
+    encoders = {model.name: load_encoder(model, config) for model in chosen}
+    descriptions = {name: encoder.description for name, encoder in encoders.items()}
     for job in jobs:
         for description in descriptions.values():
             _require_abilities(description, job)
@@ -297,22 +296,6 @@ def _read_datasets(
     )
 
 
-def _open_model(model: EvaluatedModel, config: EvaluationConfig) -> Encoder:
-    records = None
-    if model.extracted_from is not None:
-        records = load_records(model.extracted_from, require_images=False)
-    return load_encoder(
-        model.source,
-        config,
-        model_type=model.model_type,
-        revision=model.revision,
-        architecture=model.architecture,
-        activation=model.activation,
-        records=records,
-        head=model.head,
-    )
-
-
 def _require_abilities(description: EncoderDescription, job: _Job) -> None:
     """Raise ValueError if a model does not encode what a job gives it."""
     has_images = job.datasets[0].has_images and job.task.needs_images is not False
@@ -375,7 +358,7 @@ def _run(
     encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
     far = encoder.take_far_images()
     file = find_result_file(output, model=model, dataset=job.dataset, task=job.task.name)
-    description = encoder.describe()
+    description = encoder.description
     result = Result(
         model=model,
         task=job.task.name,

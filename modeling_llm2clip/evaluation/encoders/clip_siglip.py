@@ -11,7 +11,6 @@ pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,6 @@ from .encoder import (
     describe_activation,
     describe_image_processor,
     describe_run,
-    find_loading_dtype,
     is_uncased,
 )
 
@@ -58,8 +56,7 @@ class ClipSiglipEncoder(ModelEncoder):
     """A CLIP, SigLIP or SigLIP2 folder as transformers saves it, of no other `model_type`."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
-        super().__init__(config, source=source)
-        self._folder = folder
+        super().__init__(folder, config, source=source)
         self._config: Any = load_without_code(AutoConfig, folder)
         if self._config.model_type not in _RULES:
             raise ValueError(
@@ -75,9 +72,6 @@ class ClipSiglipEncoder(ModelEncoder):
 
     def _spell(self, text: str) -> str:
         return text.lower() if self._rules.lower_case else text
-
-    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:
-        return num_tokens[text]
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         ids = self._processor.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
@@ -110,9 +104,9 @@ class ClipSiglipEncoder(ModelEncoder):
 
     @cached_property
     def _model(self) -> Any:
-        dtype = find_loading_dtype(self._run_config)
+        dtype = choose_dtype(self._run_config, "auto")
         model, info = load_without_code(
-            AutoModel, self._folder, dtype=dtype, output_loading_info=True
+            AutoModel, self._path, dtype=dtype, output_loading_info=True
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -123,9 +117,9 @@ class ClipSiglipEncoder(ModelEncoder):
         return model.to(find_device(self._run_config.device)).eval()
 
     @cached_property
-    def _description(self) -> EncoderDescription:
-        weights = fingerprint_weights(list_weight_files(self._folder))
-        files = hash_model_files(self._folder, ("*.json", "*.txt", "*.model"))
+    def description(self) -> EncoderDescription:
+        weights = fingerprint_weights(list_weight_files(self._path))
+        files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
         return EncoderDescription(
             model_type=self._config.model_type,
             source=self._source,

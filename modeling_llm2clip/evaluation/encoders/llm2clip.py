@@ -22,12 +22,12 @@ from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .encoder import (
     EncodedTexts,
+    Encoder,
     EncoderDescription,
     choose_dtype,
     describe_activation,
     describe_image_processor,
     describe_run,
-    find_loading_dtype,
     is_uncased,
 )
 
@@ -35,22 +35,16 @@ from .encoder import (
 _TOKENS_PER_TEXT = 64
 
 
-class LLM2CLIPEncoder:
+class LLM2CLIPEncoder(Encoder):
     """A model folder of this package."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
-        self._folder = folder
-        self._run_config = config
-        self._source = source
+        super().__init__(folder, config, source=source)
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
         self._config = LLM2CLIPConfig.from_pretrained(folder)
         self._training_images = read_training_images(folder)
         self._tally = ImageTally()
         warn_of_untrained(self._config, source)
-
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts with LLM, text adapter and projection."""
@@ -81,16 +75,16 @@ class LLM2CLIPEncoder:
     @cached_property
     def _model(self) -> TorchEncoder:
         model = LLM2CLIPModel.from_pretrained(
-            self._folder, dtype=find_loading_dtype(self._run_config)
+            self._path, dtype=choose_dtype(self._run_config, "auto")
         )
         device = find_device(self._run_config.device)
         return TorchEncoder(model.to(device).eval(), self._processor)
 
     @cached_property
-    def _description(self) -> EncoderDescription:
+    def description(self) -> EncoderDescription:
         config = self._config
-        text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
-        model = fingerprint_model(self._folder)
+        text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
+        model = fingerprint_model(self._path)
         saved = model.pop("dtype")
         fingerprint = {
             **model,

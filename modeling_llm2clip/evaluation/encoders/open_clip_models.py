@@ -64,9 +64,8 @@ class OpenClipEncoder(ModelEncoder):
         architecture: str | None = None,
         activation: str | None = None,
     ) -> None:
-        super().__init__(config, source=source)
+        super().__init__(path, config, source=source)
         self._open_clip = import_open_clip()
-        self._path = path
         given = {"architecture": architecture, "activation": activation}
         for argument, value in given.items():
             if path.is_dir() and value is not None:
@@ -107,7 +106,7 @@ class OpenClipEncoder(ModelEncoder):
         return torch.stack([self._transform(image) for image in images])
 
     def _embed_images(self, prepared: Tensor) -> Tensor:
-        dtype = getattr(torch, self._description.dtype)
+        dtype = getattr(torch, self.description.dtype)
         pixels = prepared.to(find_device(self._run_config.device), dtype=dtype)
         embeds: Tensor = self._model.encode_image(pixels)
         return embeds
@@ -147,7 +146,7 @@ class OpenClipEncoder(ModelEncoder):
             self._name,
             pretrained=self._pretrained,
             force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
-            precision=_PRECISIONS[self._description.dtype],
+            precision=_PRECISIONS[self.description.dtype],
             device=find_device(self._run_config.device),
             require_pretrained=True,
         )
@@ -170,7 +169,7 @@ class OpenClipEncoder(ModelEncoder):
         return image_transform_v2(self._preprocessing, is_train=False)
 
     @cached_property
-    def _description(self) -> EncoderDescription:
+    def description(self) -> EncoderDescription:
         fingerprint, saved = self._fingerprint()
         chosen = self._preprocessing
         activations = _describe_activations(self._written["model_cfg"])

@@ -8,7 +8,7 @@ modules do, such as static embeddings.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,6 @@ from .encoder import (
     describe_activation,
     describe_image_processor,
     describe_run,
-    find_loading_dtype,
     is_uncased,
 )
 
@@ -58,8 +57,7 @@ class SentenceTransformerEncoder(ModelEncoder):
     """
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
-        super().__init__(config, source=source)
-        self._folder = folder
+        super().__init__(folder, config, source=source)
         _import_sentence_transformers()
         first = _list_modules(folder)[:1]
         self._has_readable_files = [module["class"] for module in first] == ["Transformer"]
@@ -67,9 +65,6 @@ class SentenceTransformerEncoder(ModelEncoder):
     @property
     def _max_tokens(self) -> int | None:
         return self._facts.max_tokens
-
-    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:  # noqa: ARG002
-        return len(text)
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         whole = [(self._facts.default_prompt or "") + text for text in texts]
@@ -106,14 +101,14 @@ class SentenceTransformerEncoder(ModelEncoder):
 
     @cached_property
     def _facts(self) -> _SentenceFacts:
-        return _read_files(self._folder) if self._has_readable_files else _ask_model(self._model)
+        return _read_files(self._path) if self._has_readable_files else _ask_model(self._model)
 
     @cached_property
     def _model(self) -> Any:
-        dtype = find_loading_dtype(self._run_config)
-        with naming_code(self._folder):
+        dtype = choose_dtype(self._run_config, "auto")
+        with naming_code(self._path):
             model = _import_sentence_transformers().SentenceTransformer(
-                str(self._folder),
+                str(self._path),
                 device=str(find_device(self._run_config.device)),
                 model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
                 trust_remote_code=False,
@@ -122,9 +117,9 @@ class SentenceTransformerEncoder(ModelEncoder):
         return model.eval()
 
     @cached_property
-    def _description(self) -> EncoderDescription:
-        weights = fingerprint_weights(self._folder.glob("**/*.safetensors"), base=self._folder)
-        files = hash_model_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
+    def description(self) -> EncoderDescription:
+        weights = fingerprint_weights(self._path.glob("**/*.safetensors"), base=self._path)
+        files = hash_model_files(self._path, ("**/*.json", "**/*.txt", "**/*.model"))
         facts = self._facts
         return EncoderDescription(
             model_type="sentence-transformers",

@@ -22,6 +22,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records.data_hashes import hash_texts
+from ...data.records.record_loading import load_records
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import MANIFEST_FILE
@@ -32,6 +33,7 @@ from ...model_folders.fingerprint import (
     fingerprint_vision,
     fingerprint_weights,
 )
+from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_loading import (
     find_untrained_parts,
     load_partial_model,
@@ -39,7 +41,7 @@ from ...model_folders.model_loading import (
 )
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import check_texts
-from .encoder import EncodedTexts, EncoderDescription, choose_dtype
+from .encoder import EncodedTexts, Encoder, EncoderDescription, choose_dtype
 
 _SHOWN = 5
 _ROWS_AT_ONCE = 2**14
@@ -62,12 +64,11 @@ class _Side:
     made_by: dict[str, str]
 
 
-class StoredEmbeddingsEncoder:
+class StoredEmbeddingsEncoder(Encoder):
     """Looks embeddings up.
 
-    Stores need the `records` that they were extracted from, to know which row belongs to what, and
-    for images the `head`: the folder of the model that computed them, whose text adapter and
-    projections are applied.
+    Stores need the data that they were `extracted_from`, to know which row belongs to what, and for
+    images the `head`: the model that computed them, whose text adapter and projections are applied.
     """
 
     def __init__(
@@ -76,23 +77,21 @@ class StoredEmbeddingsEncoder:
         config: EncoderConfig,
         *,
         source: str,
-        records: Sequence[CaptionedImage] | None = None,
-        head: Path | None = None,
+        extracted_from: str | None = None,
+        head: str | None = None,
     ) -> None:
-        self._folder = folder
-        self._run_config = config
-        self._source = source
-        self._head_folder = head
+        super().__init__(folder, config, source=source)
+        self._head_folder = None if head is None else find_model_folder(head)
         self._untrained_parts: tuple[str, ...] = ()
-        if head is not None:
-            head_config = LLM2CLIPConfig.from_pretrained(head)
+        if self._head_folder is not None:
+            head_config = LLM2CLIPConfig.from_pretrained(self._head_folder)
             self._untrained_parts = find_untrained_parts(head_config)
-            warn_of_untrained(head_config, head)
+            warn_of_untrained(head_config, self._head_folder)
         named = {side: side_file(folder, side) for side in SIDES}
         self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
         self._is_store = not self._sides
         if self._is_store:
-            self._sides = _open_stores(folder, records, head)
+            self._sides = _open_stores(folder, extracted_from, self._head_folder)
         if head is not None and not self._is_store:
             raise ValueError(
                 f"{source} has final embeddings; a head is only for stores. Leave it out."
@@ -110,10 +109,6 @@ class StoredEmbeddingsEncoder:
             raise ValueError(
                 f"{source}: the embeddings have widths {widths} and cannot be compared."
             )
-
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Look texts up by themselves."""
@@ -170,7 +165,7 @@ class StoredEmbeddingsEncoder:
         return model
 
     @cached_property
-    def _description(self) -> EncoderDescription:
+    def description(self) -> EncoderDescription:
         fingerprint = {
             f"{side} {name}": value
             for side, found in self._sides.items()
@@ -221,18 +216,17 @@ def _open_named(file: Path) -> _Side:
     )
 
 
-def _open_stores(
-    folder: Path, records: Sequence[CaptionedImage] | None, head: Path | None
-) -> dict[str, _Side]:
+def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) -> dict[str, _Side]:
     stores = [EmbeddingStore.open(path) for path in _find_stores(folder)]
     if not stores:
         files = " and no ".join(f"{side}.safetensors" for side in SIDES)
         raise ValueError(f"{folder} has no embedding store, no {files}.")
-    if records is None:
+    if extracted_from is None:
         raise ValueError(
             f"{folder} has embedding stores, which do not say which row belongs to which text. "
             "Name the dataset they were extracted from (--extracted-from)."
         )
+    records = load_records(extracted_from, require_images=False)
     sides = {}
     for store in stores:
         if store.manifest.plan.get("data") != hash_texts(records):
