@@ -29,10 +29,7 @@ from .results import (
     find_finished,
     find_result_file,
     list_result_files,
-    list_result_versions,
     read_result,
-    require_comparable,
-    require_one_model,
     write_result,
 )
 from .tasks.task import Datasets, Task
@@ -79,10 +76,10 @@ def evaluate(
         >>> models = ["my-model", "openai/clip-vit-base-patch16"]
         >>> print(evaluate(models, "coco=my-coco"))  # doctest: +SKIP
     """
-    config = _read_prompt_files(config or EvaluationConfig())
+    config = config or EvaluationConfig()
     find_device(config.device)  # raises for one that does not exist, before anything is read
     chosen = _list_models(models)
-    jobs = _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
+    jobs = _read_jobs(data, tasks, config)
     encoders = {model.name: load_encoder(model, config) for model in chosen}
     descriptions = {name: encoder.description for name, encoder in encoders.items()}
     for job in jobs:
@@ -115,8 +112,7 @@ def check_data(
     tasks: Sequence[str] = (),
 ) -> None:
     """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
-    config = _read_prompt_files(config or EvaluationConfig())
-    _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
+    _read_jobs(data, tasks, config or EvaluationConfig())
 
 
 @dataclass(frozen=True)
@@ -154,12 +150,6 @@ def _list_models(models: ModelSource | Sequence[ModelSource]) -> list[EvaluatedM
     return chosen
 
 
-def _list_tasks(names: Sequence[str]) -> list[Task]:
-    if len(set(names)) < len(names):
-        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
-    return [find_task(name) for name in names]
-
-
 def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     several: Any = data
     is_records = isinstance(data, Sequence) and data and isinstance(data[0], CaptionedImage)
@@ -184,30 +174,31 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     return found
 
 
-def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
-    """Replace files of class names and templates by their lines."""
-    read: dict[str, Any] = {}
-    for field in ("class_names", "templates"):
-        file = getattr(config, field)
-        if isinstance(file, Path):
-            if not file.is_file():
-                raise ValueError(f"{field}={file} is not a text file. Correct the path.")
-            read[field] = tuple(line.strip() for line in read_lines(file) if line.strip())
-    return replace(config, **read) if read else config
-
-
 def _read_jobs(
-    sources: Sequence[_Source], tasks: Sequence[Task], config: EvaluationConfig
+    data: DataSource | Sequence[DataSource], names: Sequence[str], config: EvaluationConfig
 ) -> list[_Job]:
     """Choose the tasks of every dataset, and read it as they want it."""
-    chosen = {source.spec.name: _choose_tasks(source.spec, tasks) for source in sources}
+    sources = _list_datasets(data)
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
+    tasks = [find_task(name) for name in names]
+    config = _read_prompt_files(config)
+    chosen = {
+        source.spec.name: [
+            task
+            for task in tasks or [DEFAULT_TASKS[source.spec.dataset_type]]
+            if source.spec.dataset_type in task.dataset_types
+        ]
+        for source in sources
+    }
     used = {task.name for of_dataset in chosen.values() for task in of_dataset}
     if idle := {task.name: task.dataset_types for task in tasks if task.name not in used}:
         wanted = "; ".join(f"{name} ({' or '.join(types)})" for name, types in idle.items())
         raise ValueError(f"None of the datasets has the type that a task takes: {wanted}.")
     if unused := [name for name, of_dataset in chosen.items() if not of_dataset]:
-        names = ", ".join(task.name for task in tasks)
-        raise ValueError(f"None of the tasks {names} suits the datasets {', '.join(unused)}.")
+        raise ValueError(
+            f"None of the tasks {', '.join(names)} suits the datasets {', '.join(unused)}."
+        )
     require(*(need for of_dataset in chosen.values() for task in of_dataset for need in task.needs))
     _refuse_unused(sources, config)
     jobs = []
@@ -217,15 +208,22 @@ def _read_jobs(
         for task in chosen[source.spec.name]:
             how = (task.all_languages, _wants_images(task, source, config))
             if how not in read:
-                read[how] = _read_datasets(source, task, config, cache)
+                read[how] = _read_datasets(source, task, config, cache, require_images=how[1])
             task.check(read[how])
             jobs.append(_Job(task, source.spec.name, read[how]))
     return jobs
 
 
-def _choose_tasks(spec: DatasetSpec, tasks: Sequence[Task]) -> list[Task]:
-    wanted = tasks or [DEFAULT_TASKS[spec.dataset_type]]
-    return [task for task in wanted if spec.dataset_type in task.dataset_types]
+def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
+    """Replace files of class names and templates by their lines."""
+    read: dict[str, Any] = {}
+    for name in ("class_names", "templates"):
+        file = getattr(config, name)
+        if isinstance(file, Path):
+            if not file.is_file():
+                raise ValueError(f"{name}={file} is not a text file. Correct the path.")
+            read[name] = tuple(line.strip() for line in read_lines(file) if line.strip())
+    return replace(config, **read)
 
 
 def _refuse_unused(sources: Sequence[_Source], config: EvaluationConfig) -> None:
@@ -253,11 +251,16 @@ def _wants_images(task: Task, source: _Source, config: EvaluationConfig) -> bool
 
 
 def _read_datasets(
-    source: _Source, task: Task, config: EvaluationConfig, cache: ReadingCache
+    source: _Source,
+    task: Task,
+    config: EvaluationConfig,
+    cache: ReadingCache,
+    *,
+    require_images: bool,
 ) -> Datasets:
     shared: dict[str, Any] = {
         "image_dir": source.image_dir,
-        "require_images": _wants_images(task, source, config),
+        "require_images": require_images,
         "ignore_fields": config.ignore_fields,
         "cache": cache,
     }
@@ -298,15 +301,9 @@ def _read_datasets(
 
 def _require_abilities(description: EncoderDescription, job: _Job) -> None:
     """Raise ValueError if a model does not encode what a job gives it."""
-    has_images = job.datasets[0].has_images and job.task.needs_images is not False
-    lacking = [
-        side
-        for side, how, is_needed in (
-            ("texts", description.text, True),
-            ("images", description.images, has_images),
-        )
-        if is_needed and how is None
-    ]
+    lacking = [] if description.text is not None else ["texts"]
+    if job.datasets[0].has_images and job.task.needs_images is not False:
+        lacking += [] if description.images is not None else ["images"]
     if lacking:
         raise ValueError(
             f"{description.source} encodes no {' and no '.join(lacking)}, which "
@@ -331,13 +328,16 @@ def _find_all_finished(
             errors.append(str(error))
     found: dict[_Cell, Result | None] = {}
     for (model, task, dataset), protocol in protocols.items():
-        file = find_result_file(output, model=model, dataset=dataset, task=task)
-        fingerprint = descriptions[model].fingerprint
-        others = {path: result for path, result in existing.items() if path != file}
         try:
-            require_one_model(existing, model=model, fingerprint=fingerprint)
-            found[model, task, dataset] = find_finished(file, protocol=protocol)
-            require_comparable(others, task=task, dataset=dataset, protocol=protocol)
+            found[model, task, dataset] = find_finished(
+                existing,
+                find_result_file(output, model=model, dataset=dataset, task=task),
+                model=model,
+                task=task,
+                dataset=dataset,
+                protocol=protocol,
+                fingerprint=descriptions[model].fingerprint,
+            )
         except ValueError as error:
             errors.append(str(error))
     if errors:
@@ -373,7 +373,6 @@ def _run(
             "encoded": encoded,
             **({} if far is None else {"far_images": far}),
         },
-        versions=list_result_versions(),
         seconds=round(seconds, 2),
     )
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Result:
             and images were `encoded`; embeddings of an earlier task are not computed again. For
             images unlike those that the model was trained on, `far_images` says so.
         seconds: Time to compute the `encoded` embeddings and the scores.
+        versions: Those of Python and of every package that takes part in an embedding.
     """
 
     model: str
@@ -64,8 +65,8 @@ class Result:
     counts: dict[str, Any]
     fingerprint: dict[str, str]
     run: dict[str, Any]
-    versions: dict[str, str]
     seconds: float
+    versions: dict[str, str] = field(default_factory=lambda: list_versions(_PACKAGES))
     format_version: int = FORMAT_VERSION
 
 
@@ -126,7 +127,7 @@ def parse_result(content: Any, file: Path) -> Result:
         )
     content = {**content}
     digest = content.pop(_DIGEST, None)
-    if set(content) != {field.name for field in fields(Result)} or digest != hash_json(content):
+    if set(content) != {one.name for one in fields(Result)} or digest != hash_json(content):
         raise ValueError(f"{file} was changed after it was written. Delete it and evaluate again.")
     return Result(**content)
 
@@ -144,55 +145,47 @@ def read_evaluation_results(folder: Path) -> list[Result]:
     return [read_result(file) for file in files]
 
 
-def require_one_model(
-    results: Mapping[Path, Result], *, model: str, fingerprint: Mapping[str, str]
-) -> None:
-    """Refuse a name that is already the name of another model."""
-    for file, result in results.items():
+def find_finished(
+    existing: Mapping[Path, Result],
+    file: Path,
+    *,
+    model: str,
+    task: str,
+    dataset: str,
+    protocol: Mapping[str, Any],
+    fingerprint: Mapping[str, str],
+) -> Result | None:
+    """Return the result of a file if it is among the existing ones, or None.
+
+    Refused are a name that is already the name of another model, and scores that would be in one
+    column of a table with scores that differ in meaning. Another version of this package may score
+    otherwise, and is another run. Another version of a package that it calls causes a warning.
+    """
+    for path, result in existing.items():
         if result.model == model:
             then, now = {"fingerprint": result.fingerprint}, {"fingerprint": fingerprint}
-            _require_no_difference(file, "model", then, now)
-
-
-def require_comparable(
-    results: Mapping[Path, Result], *, task: str, dataset: str, protocol: Mapping[str, Any]
-) -> None:
-    """Refuse scores that would be in one column of a table with scores that differ in meaning."""
-    now = select_comparable(protocol)
-    for file, result in results.items():
-        if (result.task, result.dataset) == (task, dataset):
-            then = select_comparable(result.protocol)
-            _require_no_difference(file, "data or in another way", then, now)
-
-
-def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
-    """Return the result that exists already, or None.
-
-    Another version of this package may score otherwise, and is another run. Another version of a
-    package that it calls causes a warning.
-    """
-    if not file.is_file():
-        return None
-    found = read_result(file)
+            _require_no_difference(path, "model", then, now)
+    found = existing.get(file)
     versions = list_versions(_PACKAGES)
-    _require_no_difference(
-        file,
-        "run",
-        {"protocol": found.protocol, "versions": {OWN_PACKAGE: found.versions.get(OWN_PACKAGE)}},
-        {"protocol": protocol, "versions": {OWN_PACKAGE: versions[OWN_PACKAGE]}},
-    )
-    if differences := list(find_differences(found.versions, versions)):
-        warnings.warn(
-            f"{file} is taken as it is, though it was computed with other packages: "
-            f"{'; '.join(differences)}. Remove it to have it computed again.",
-            stacklevel=2,
+    if found is not None:
+        own = {OWN_PACKAGE: found.versions.get(OWN_PACKAGE)}
+        _require_no_difference(
+            file,
+            "run",
+            {"protocol": found.protocol, "versions": own},
+            {"protocol": protocol, "versions": {OWN_PACKAGE: versions[OWN_PACKAGE]}},
         )
+        if differences := list(find_differences(found.versions, versions)):
+            warnings.warn(
+                f"{file} is taken as it is, though it was computed with other packages: "
+                f"{'; '.join(differences)}. Remove it to have it computed again.",
+                stacklevel=2,
+            )
+    for path, result in existing.items():
+        if path != file and (result.task, result.dataset) == (task, dataset):
+            then, now = map(select_comparable, (result.protocol, protocol))
+            _require_no_difference(path, "data or in another way", then, now)
     return found
-
-
-def list_result_versions() -> dict[str, str]:
-    """List the versions of Python and of every package that takes part in an embedding."""
-    return list_versions(_PACKAGES)
 
 
 def write_result(file: Path, result: Result) -> None:

@@ -75,7 +75,10 @@ class RetrievalRanks:
 
 @contextmanager
 def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Set the memory of rankings inside that name none, in 10^6 bytes; it changes no rank."""
+    """Set the working memory of rankings inside, in 10^6 bytes; it changes no rank.
+
+    It is beyond the embeddings and some numbers for each image, text and pair.
+    """
     token = _memory_mb.set(max_memory_mb)
     try:
         yield
@@ -90,15 +93,12 @@ def rank_retrieval(
     correspondence: Correspondence,
     *,
     all_positives: bool = False,
-    max_memory_mb: float | None = None,
-    device: torch.device | str | None = None,
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
     Embeddings are (I, P) and (T, P), of any float dtype and length; a NaN is refused, and zeros
-    score 0 with all. `max_memory_mb` is working memory in 10^6 bytes, beyond the embeddings and
-    some numbers for each image, text and pair. Ranks of all positives, not of the best alone, cost
-    one more comparison of the scores for each further positive.
+    score 0 with all. Ranks of all positives, not of the best alone, cost one more comparison of the
+    scores for each further positive.
 
     The rank of a query's k-th best positive is k plus the number of candidates that are not its
     positives and score as high or higher. Ties count against the model, so that equal embeddings
@@ -111,10 +111,9 @@ def rank_retrieval(
     matrix in float64, whatever the tiles and the device are.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
-    device = torch.device(device) if device is not None else image_embeds.device
-    max_memory_mb = _memory_mb.get() if max_memory_mb is None else max_memory_mb
+    device = image_embeds.device
     shape = choose_tile_shape(
-        image_embeds.shape[1], max_memory_mb=max_memory_mb, device_type=device.type
+        image_embeds.shape[1], max_memory_mb=_memory_mb.get(), device_type=device.type
     )
     images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
     texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
@@ -135,19 +134,9 @@ def rank_retrieval(
         for tile in score_tiles(images, texts, correspondence, shape):
             image_counts.add(tile)
             text_counts.add(tile.transpose())
-    i2t, t2i = (
-        Ranking(
-            num_candidates=num_candidates,
-            num_positives=counts.num_positives,
-            best_ranks=counts.find_best_ranks(),
-            positive_ranks=counts.find_all_ranks() if all_positives else None,
-            queries=counts.queries,
-        )
-        for counts, num_candidates in (
-            (image_counts, len(text_embeds)), (text_counts, len(image_embeds)),
-        )
-    )  # fmt: skip
-    return RetrievalRanks(i2t, t2i)
+    return RetrievalRanks(
+        image_counts.to_ranking(len(text_embeds)), text_counts.to_ranking(len(image_embeds))
+    )
 
 
 def _score_pairs(
@@ -202,8 +191,9 @@ class _NegativeCounts:
     ) -> None:
         is_query = positives.counts > 0
         levels = positives.counts if all_levels else is_query.long()
-        self.num_positives = positives.counts[is_query]
-        self.queries = None if is_query.all() else is_query.nonzero().flatten()
+        self._is_query = is_query
+        self._num_positives = positives.counts[is_query]
+        self._all_levels = all_levels
         self._num_levels = levels
         self._first = levels.cumsum(0) - levels  # (rows,), position of the first level of a query
         ordered = _order_levels(positives, scores, all_levels=all_levels)
@@ -223,14 +213,17 @@ class _NegativeCounts:
             if low < high:
                 self._add_level(tile, queries[low:high], best_negatives, level=level)
 
-    def find_all_ranks(self) -> Tensor:
-        """Return the rank of every level, query after query, int64 on the CPU; 1 is best."""
+    def to_ranking(self, num_candidates: int) -> Ranking:
+        """Turn the counts into ranks, on the CPU."""
         levels = torch.arange(len(self._counts)) - self._first.repeat_interleave(self._num_levels)
-        return 1 + levels + self._counts.cpu()
-
-    def find_best_ranks(self) -> Tensor:
-        """Return (Q,) int64 on the CPU, the rank of the best positive of each query; 1 is best."""
-        return 1 + self._counts.cpu()[self._first[self._num_levels > 0]]
+        ranks = 1 + levels + self._counts.cpu()
+        return Ranking(
+            num_candidates=num_candidates,
+            num_positives=self._num_positives,
+            best_ranks=ranks[self._first[self._is_query]],
+            positive_ranks=ranks if self._all_levels else None,
+            queries=None if self._is_query.all() else self._is_query.nonzero().flatten(),
+        )
 
     def _add_level(
         self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
