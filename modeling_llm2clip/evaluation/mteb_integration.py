@@ -229,7 +229,15 @@ def make_mteb_tasks(
         ValueError: The name is unknown, the dataset has another type, or `load_dataset` refuses it.
     """
     if isinstance(data, str):
-        data = _load_by_name(data, folder, options)
+        dataset_type = find_dataset(data).dataset_type
+        if dataset_type != "retrieval":
+            raise ValueError(
+                f"{data} is a {dataset_type} dataset; mteb tasks are made of "
+                f"{', '.join(list_mteb_datasets())}."
+            )
+        loaded = load_dataset(data, folder, **options)
+        assert isinstance(loaded, RetrievalDataset)
+        data = loaded
     elif folder is not None or options:
         raise ValueError(
             f"{data.name} was loaded already and takes no folder={folder!r} and no "
@@ -242,20 +250,6 @@ def make_mteb_tasks(
 def list_mteb_datasets() -> list[str]:
     """List the names of the datasets that `make_mteb_tasks` loads: those for retrieval."""
     return [spec.name for spec in list_datasets() if spec.dataset_type == "retrieval"]
-
-
-def _load_by_name(
-    name: str, folder: str | Path | None, options: dict[str, Any]
-) -> RetrievalDataset:
-    dataset_type = find_dataset(name).dataset_type
-    if dataset_type != "retrieval":
-        raise ValueError(
-            f"{name} is a {dataset_type} dataset; mteb tasks are made of "
-            f"{', '.join(list_mteb_datasets())}."
-        )
-    data = load_dataset(name, folder, **options)
-    assert isinstance(data, RetrievalDataset)
-    return data
 
 
 def _describe_task(data: RetrievalDataset, *, from_images: bool) -> TaskMetadata:

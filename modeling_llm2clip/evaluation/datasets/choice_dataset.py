@@ -57,12 +57,6 @@ class ChoiceDataset(EvaluationDataset):
     items: tuple[ChoiceItem, ...]
 
     def __post_init__(self) -> None:
-        if self.form not in _NUM_IMAGES:
-            raise ValueError(
-                f"{self.name}: form={self.form!r} must be one of {', '.join(_NUM_IMAGES)}."
-            )
-        if not self.items:
-            raise ValueError(f"{self.name}: there are no items.")
         wanted = (_NUM_IMAGES[self.form], self.form == "text")
         for item in self.items:
             if (len(item.images), item.anchor is not None) != wanted:

@@ -46,7 +46,7 @@ class ClassificationDataset(EvaluationDataset):
 
     Attributes:
         labels: One per image: the row of its class in `class_names`.
-        class_names: All different, in more than case, unless `protocol` lists those that are not in
+        class_names: All different, in more than case, but for those that `protocol` lists in
             `repeated_class_names`: images of these tie, and a tie is a wrong answer.
         templates: Prompts with one `{}` for the class name.
     """
@@ -56,31 +56,6 @@ class ClassificationDataset(EvaluationDataset):
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self._check_images(self.images, self.image_names)
-        if not len(self.images) == len(self.labels) > 0:
-            raise ValueError(
-                f"{self.name}: {len(self.images)} images and {len(self.labels)} labels; there "
-                "must be one label per image, and at least one."
-            )
-        if not (min(self.labels) >= 0 and max(self.labels) < len(self.class_names)):
-            raise ValueError(
-                f"{self.name}: labels from {min(self.labels)} to {max(self.labels)} do not fit "
-                f"{len(self.class_names)} classes, counted from 0."
-            )
-        repeated = find_repeated(self.class_names, normalize=normalize_class_name)
-        if repeated != self.protocol.get("repeated_class_names", []):
-            raise ValueError(
-                f"{self.name}: class names repeat: {repeated[:5]}, so that no prompt can "
-                "distinguish their images. Give each class a name of its own, or list them in "
-                'protocol["repeated_class_names"].'
-            )
-        broken = [text for text in self.templates if text.count("{}") != 1]
-        if broken or not self.templates:
-            raise ValueError(
-                f"{self.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
-            )
 
     @property
     def has_images(self) -> bool:
@@ -119,7 +94,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     wrong.
     """
     spec = reading.spec
-    _check_request(reading)
+    templates = _choose_templates(reading)
     found: LabeledImages = spec.read(reading)
     names = _name_classes(found, reading)
     errors = reading.errors
@@ -141,7 +116,6 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
         )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
-    chosen = spec.templates if reading.templates is None else reading.templates
     protocol = {
         "dataset": spec.name,
         "lang": reading.lang,
@@ -150,7 +124,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
         "classes": len(in_use),
         "published": spec.list_published_counts(reading.lang),
         "class_names": _describe_names(found, reading, class_names),
-        "templates": list(chosen),
+        "templates": list(templates),
         "templates_from": "dataset" if reading.templates is None else "given",
         "skipped": skipped,
         "skipped_samples": num_lost + len(found.images) - len(kept),
@@ -164,7 +138,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
         image_names=tuple(name for name, _, _ in kept),
         labels=tuple(label_of[key] for _, _, key in kept),
         class_names=class_names,
-        templates=tuple(chosen),
+        templates=templates,
         lang=reading.lang,
         protocol=protocol,
     )
@@ -191,15 +165,23 @@ def _describe_names(
     return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
 
 
-def _check_request(reading: DatasetReading) -> None:
-    """Refuse a request that would mix languages, or that wants no images."""
+def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
+    """Return the templates; refuse those that would mix languages, or that take no name."""
+    spec = reading.spec
     if not reading.require_images:
-        raise ValueError(f"{reading.spec.name} cannot be read without its images.")
+        raise ValueError(f"{spec.name} cannot be read without its images.")
     if reading.lang != "en" and reading.templates is None:
         raise ValueError(
-            f"{reading.spec.name}: the templates of the dataset are English, lang is "
-            f"{reading.lang!r}. Give templates in that language too."
+            f"{spec.name}: the templates of the dataset are English, lang is {reading.lang!r}. "
+            "Give templates in that language too."
         )
+    templates = spec.templates if reading.templates is None else tuple(reading.templates)
+    broken = [text for text in templates if text.count("{}") != 1]
+    if broken or not templates:
+        raise ValueError(
+            f"{spec.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
+        )
+    return templates
 
 
 def _name_classes(found: LabeledImages, reading: DatasetReading) -> dict[str, str]:

@@ -58,6 +58,7 @@ _BUILDERS: dict[DatasetType, Builder] = {
     "choice": choice_dataset.build_choice_dataset,
 }
 
+_ON_HUB = "hub:"
 _OWN = "folder"  # what one's own images under another name are read as
 # Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
 _TOO_CLOSE = 0.8
@@ -275,7 +276,8 @@ def load_dataset(
         cache=cache or ReadingCache(),
     )
     # Where files are on this machine changes no score, and the protocol is published.
-    reading.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
+    is_on_hub = str(folder).startswith(_ON_HUB)
+    reading.notes["source"] = str(folder) if is_on_hub else spec.origin
     reading.lang = _choose_language(reading, lang)
     return _BUILDERS[spec.dataset_type](reading)
 
@@ -336,7 +338,7 @@ def _find_folder(
         raise ValueError(
             f"{spec.name} needs a folder with {spec.files}. Get it from {spec.source}."
         )
-    if _is_on_hub(folder):
+    if str(folder).startswith(_ON_HUB):
         return fetch_dataset_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
     if is_remote(str(folder)):
         return str(folder)
@@ -346,10 +348,6 @@ def _find_folder(
             f"{spec.source}."
         )
     return Path(folder)
-
-
-def _is_on_hub(folder: str | Path | None) -> bool:
-    return str(folder).startswith("hub:")
 
 
 def _open(

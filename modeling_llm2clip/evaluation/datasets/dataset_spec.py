@@ -74,12 +74,6 @@ class EvaluationDataset(ABC):
     def list_content(self) -> list[Any]:
         """List what its digest covers: JSON values in which an image is an `ImageSource`."""
 
-    def _check_images(self, images: tuple[ImageSource, ...], names: tuple[str, ...]) -> None:
-        if images and len(images) != len(names):
-            raise ValueError(f"{self.name}: {len(images)} images and {len(names)} names of images.")
-        if repeated := find_repeated(names):
-            raise ValueError(f"{self.name}: names of images repeat: {repeated[:5]}.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:

@@ -31,21 +31,6 @@ class RetrievalDataset(EvaluationDataset):
     correspondence: Correspondence
     image_group_ids: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        found = (self.correspondence.num_images, self.correspondence.num_texts)
-        wanted = (len(self.image_names), len(self.captions))
-        if found != wanted:
-            raise ValueError(
-                f"{self.name}: the correspondence has {found[0]} images and {found[1]} captions, "
-                f"the dataset has {wanted[0]} and {wanted[1]}."
-            )
-        if self.image_group_ids and len(self.image_group_ids) != len(self.image_names):
-            raise ValueError(
-                f"{self.name}: {len(self.image_group_ids)} group ids and "
-                f"{len(self.image_names)} names of images."
-            )
-        self._check_images(self.images, self.image_names)
-
     @property
     def has_images(self) -> bool:
         """Say if a model has to encode images for it."""

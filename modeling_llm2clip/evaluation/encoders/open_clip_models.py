@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,13 @@ class OpenClipEncoder(ModelEncoder):
                     f"{source} is a folder, whose {CONFIG_FILE} says how it is run; leave "
                     f"{argument}={value!r} out."
                 )
-        self._weights = path if path.is_file() else _require_weights(path)
+        weights = path if path.is_file() else find_weights(path)
+        if weights is None:
+            raise ValueError(
+                f"{path} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would "
+                "be random. Get the weights."
+            )
+        self._weights = weights
         self._name = f"local-dir:{path}"
         self._pretrained: str | None = None
         if path.is_file():
@@ -170,20 +175,30 @@ class OpenClipEncoder(ModelEncoder):
 
     @cached_property
     def description(self) -> EncoderDescription:
-        fingerprint, saved = self._fingerprint()
-        chosen = self._preprocessing
-        activations = _describe_activations(self._written["model_cfg"])
+        if self._weights.suffix == ".safetensors":
+            found = fingerprint_weights([self._weights])
+        else:
+            found = {"weights": hash_file(self._weights), "dtype": "unknown"}
+        if self._path.is_dir():
+            files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
+        else:
+            files = json.dumps(self._written, sort_keys=True)
+        chosen, model_config = self._preprocessing, self._written["model_cfg"]
+        own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
+        # Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
+        has_own_text = "hf_model_name" in model_config.get("text_cfg", {})
+        has_own_vision = "timm_model_name" in model_config.get("vision_cfg", {})
         return EncoderDescription(
             model_type="open_clip",
             source=self._source,
-            fingerprint=fingerprint,
+            fingerprint={"weights": found["weights"], "files": files},
             text={
                 "prompt": None,
                 "max_tokens": self._max_tokens,
                 "padding": "max_length",
                 "lower_case": True if self._is_clips_own else "as its tokenizer does",
                 "tokenizer": type(self._tokenizer).__name__,
-                "activation": activations["text"],
+                "activation": OF_ITS_TOWER if has_own_text else own,
             },
             images={
                 **OPENING,
@@ -194,23 +209,12 @@ class OpenClipEncoder(ModelEncoder):
                 "mean": list(chosen.mean),
                 "std": list(chosen.std),
                 "scale": 1 / 255,
-                "activation": activations["images"],
+                "activation": OF_ITS_TOWER if has_own_vision else own,
             },
             # What open_clip saves in half precision it still runs in float32 by default.
             dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
-            run={**describe_run(self._run_config), "saved_dtype": saved},
+            run={**describe_run(self._run_config), "saved_dtype": found["dtype"]},
         )
-
-    def _fingerprint(self) -> tuple[dict[str, str], str]:
-        if self._weights.suffix == ".safetensors":
-            found = fingerprint_weights([self._weights])
-        else:
-            found = {"weights": hash_file(self._weights), "dtype": "unknown"}
-        if self._path.is_dir():
-            other = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
-        else:
-            other = json.dumps(self._written, sort_keys=True)
-        return {"weights": found["weights"], "files": other}, found["dtype"]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -229,15 +233,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def find_weights(folder: Path) -> Path | None:
     """Find the weights that open_clip itself would load."""
     return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
-
-def _require_weights(folder: Path) -> Path:
-    if found := find_weights(folder):
-        return found
-    raise ValueError(
-        f"{folder} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would be "
-        "random. Get the weights."
-    )
 
 
 def _find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
@@ -291,19 +286,6 @@ def _find_activation(architecture: str, *, given: str | None, source: str) -> st
         f"gelu, and open_clip's published models of it {agree} ({shown}). Name "
         f"{architecture}{_QUICK_GELU_SUFFIX}, or the activation (--activation gelu or quick_gelu)."
     )
-
-
-def _describe_activations(model_config: Mapping[str, Any]) -> dict[str, str]:
-    """Name the activation of each tower, by `text` and `images`.
-
-    Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
-    """
-    own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
-    is_foreign = {
-        "text": "hf_model_name" in model_config.get("text_cfg", {}),
-        "images": "timm_model_name" in model_config.get("vision_cfg", {}),
-    }
-    return {side: OF_ITS_TOWER if foreign else own for side, foreign in is_foreign.items()}
 
 
 def _refuse_torchscript(file: Path, *, source: str) -> None:

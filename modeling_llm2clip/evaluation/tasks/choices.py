@@ -53,16 +53,13 @@ def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
     (N, 1, D) or (N, 2, D) of images or texts.
     """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
+    wrong = scores + TIE_TOLERANCE
     if others.shape[1] == 1:
-        return {"accuracy": _is_nearer(scores[:, 0, 0], scores[:, 0, 1])}
+        return {"accuracy": scores[:, 0, 0] > wrong[:, 0, 1]}
     right = scores.diagonal(dim1=1, dim2=2)  # (N, 2)
-    text = _is_nearer(right, scores.flip(2).diagonal(dim1=1, dim2=2)).all(dim=1)
-    image = _is_nearer(right, scores.flip(1).diagonal(dim1=1, dim2=2)).all(dim=1)
+    text = (right > wrong.flip(2).diagonal(dim1=1, dim2=2)).all(dim=1)
+    image = (right > wrong.flip(1).diagonal(dim1=1, dim2=2)).all(dim=1)
     return {"text": text, "image": image, "group": text & image}
-
-
-def _is_nearer(right: Tensor, wrong: Tensor) -> Tensor:
-    return torch.gt(right, wrong + TIE_TOLERANCE)
 
 
 def _encode_images(encoder: Encoder, dataset: ChoiceDataset) -> Tensor:

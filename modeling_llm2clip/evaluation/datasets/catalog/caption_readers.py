@@ -78,7 +78,9 @@ class JsonCaptions:
             folder = "".join(names[0].rpartition("/")[:2])
             for place, fields in self._iterate(file, reading):
                 name = next((fields[field] for field in self.image if fields.get(field)), None)
-                captions = _find_captions(fields, paths)
+                found = [_find_values(fields, path) for path in paths]
+                there = [values for values in found if values != [None]]
+                captions = list(chain(*there)) if there else [None]
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
                     error = self.lacking.format(lang=reading.lang)
                     reading.errors.add(error, f"{folder}{place}")
@@ -122,13 +124,6 @@ class JsonCaptions:
             return None
         image = reading.data_folder / self.subfolder / name
         return image if image.is_file() else None
-
-
-def _find_captions(fields: Mapping[str, Any], paths: list[list[str]]) -> list[Any]:
-    """List the captions; [None] if there is no field of them."""
-    found = [_find_values(fields, path) for path in paths]
-    there = [values for values in found if values != [None]]
-    return list(chain(*there)) if there else [None]
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
@@ -208,7 +203,10 @@ def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
         if is_image(file):
             images.setdefault(file.stem, []).append(file)
     num_longer = 0
-    for name in sorted(captions.keys() | images.keys(), key=_number_first):
+    for name in sorted(
+        captions.keys() | images.keys(),
+        key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
+    ):
         place, lines, errors = f"caption/{name}.txt", [], []
         if name in captions:
             try:
@@ -227,10 +225,6 @@ def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
             place, f"{name}.jpg", tuple(lines[:1]), image=image, is_valid=not errors
         )
     reading.notes["captions_truncated_to_first_line"] = num_longer
-
-
-def _number_first(name: str) -> tuple[bool, int, str]:
-    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
 
 
 def read_multi30k(reading: DatasetReading, *, split: str) -> Iterator[PublishedRecord]:
