@@ -7,8 +7,9 @@ results that exist already; only then weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,8 +29,6 @@ from .results import (
     build_protocol,
     find_finished,
     find_result_file,
-    list_result_files,
-    read_result,
     write_result,
 )
 from .tasks.task import Datasets, Task
@@ -37,7 +36,6 @@ from .tasks.task_registry import DEFAULT_TASKS, find_task
 
 ModelSource: TypeAlias = str | Path | EvaluatedModel
 DataSource: TypeAlias = DatasetSource | EvaluatedDataset
-_Cell: TypeAlias = tuple[str, str, str]  # model, task, dataset
 
 
 def evaluate(
@@ -85,24 +83,32 @@ def evaluate(
     for job in jobs:
         for description in descriptions.values():
             _require_abilities(description, job)
-    protocols = {
-        (name, job.task.name, job.dataset): build_protocol(job.task, job.datasets, description)
+    planned = {
+        name: [
+            Result(
+                model=name,
+                task=job.task.name,
+                dataset=job.dataset,
+                protocol=build_protocol(job.task, job.datasets, description),
+                fingerprint=description.fingerprint,
+            )
+            for job in jobs
+        ]
         for name, description in descriptions.items()
-        for job in jobs
     }
-    finished = _find_all_finished(config.output, protocols, descriptions)
+    finished = find_finished(config.output, chain(*planned.values()))
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
     for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):
         encoder = OnceEncoder(encoders.pop(name))  # so that a model is freed after its turn
-        for job in jobs:
-            cell = (name, job.task.name, job.dataset)
+        for job, plan in zip(jobs, planned[name], strict=True):
+            file = find_result_file(config.output, plan)
             with ranking_memory(config.max_memory_mb):
-                result = finished[cell] or _run(encoder, name, job, protocols[cell], config.output)
+                result = finished.get(file) or _run(encoder, job, plan, file)
             results[name].append(result)
             if on_result is not None:
                 on_result(result)
-    return EvaluationResults(result for of_model in results.values() for result in of_model)
+    return EvaluationResults(chain(*results.values()))
 
 
 def check_data(
@@ -264,20 +270,17 @@ def _read_datasets(
         "ignore_fields": config.ignore_fields,
         "cache": cache,
     }
-    languages: tuple[str | None, ...] = config.languages or (None,)
-    if not config.languages:
-        found = find_languages(source.spec, source.folder, **shared)
-        if task.all_languages:
-            languages = found
-        elif len(found) > 1:
+    languages = config.languages or find_languages(source.spec, source.folder, **shared)
+    if len(languages) > 1 and not task.all_languages:
+        listed = ", ".join(languages)
+        if config.languages:
             raise ValueError(
-                f"{source.spec.name} has several languages ({', '.join(found)}), and {task.name} "
-                f"takes one: languages={found[0]}. The task cross-lingual takes all."
+                f"The task {task.name} takes one language at a time, got {listed}. Run it once for "
+                "each, or take cross-lingual."
             )
-    if not task.all_languages and len(languages) > 1:
         raise ValueError(
-            f"The task {task.name} takes one language at a time, got "
-            f"{', '.join(config.languages)}. Run it once for each, or take cross-lingual."
+            f"{source.spec.name} has several languages ({listed}), and {task.name} takes one: "
+            f"languages={languages[0]}. The task cross-lingual takes all."
         )
     is_classification = source.spec.dataset_type == "classification"
     assert not isinstance(config.class_names, Path) and not isinstance(config.templates, Path)
@@ -295,12 +298,11 @@ def _read_datasets(
             show_progress=config.show_progress,
             **shared,
         )
-        for lang in languages
+        for lang in languages or (None,)
     )
 
 
 def _require_abilities(description: EncoderDescription, job: _Job) -> None:
-    """Raise ValueError if a model does not encode what a job gives it."""
     lacking = [] if description.text is not None else ["texts"]
     if job.datasets[0].has_images and job.task.needs_images is not False:
         lacking += [] if description.images is not None else ["images"]
@@ -311,66 +313,25 @@ def _require_abilities(description: EncoderDescription, job: _Job) -> None:
         )
 
 
-def _find_all_finished(
-    output: Path,
-    protocols: Mapping[_Cell, dict[str, Any]],
-    descriptions: Mapping[str, EncoderDescription],
-) -> dict[_Cell, Result | None]:
-    """Find the results that exist; raise ValueError with every reason not to add to them."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; results need a folder. Name another output.")
-    errors: list[str] = []
-    existing: dict[Path, Result] = {}
-    for file in list_result_files(output):
-        try:
-            existing[file] = read_result(file)
-        except ValueError as error:
-            errors.append(str(error))
-    found: dict[_Cell, Result | None] = {}
-    for (model, task, dataset), protocol in protocols.items():
-        try:
-            found[model, task, dataset] = find_finished(
-                existing,
-                find_result_file(output, model=model, dataset=dataset, task=task),
-                model=model,
-                task=task,
-                dataset=dataset,
-                protocol=protocol,
-                fingerprint=descriptions[model].fingerprint,
-            )
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(dict.fromkeys(errors)))  # one file may fail in several ways
-    return found
-
-
-def _run(
-    encoder: OnceEncoder, model: str, job: _Job, protocol: dict[str, Any], output: Path
-) -> Result:
+def _run(encoder: OnceEncoder, job: _Job, planned: Result, file: Path) -> Result:
     before = dict(encoder.encoded)
     started = time.monotonic()
     try:
         found = job.task.run(encoder, job.datasets)
     except ValueError as error:
-        raise ValueError(f"{model}, {job.task.name} on {job.dataset}: {error}") from error
+        where = f"{planned.model}, {planned.task} on {planned.dataset}"
+        raise ValueError(f"{where}: {error}") from error
     seconds = time.monotonic() - started
-    encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
     far = encoder.take_far_images()
-    file = find_result_file(output, model=model, dataset=job.dataset, task=job.task.name)
     description = encoder.description
-    result = Result(
-        model=model,
-        task=job.task.name,
-        dataset=job.dataset,
+    result = replace(
+        planned,
         scores=dict(found.scores),
-        protocol=protocol,
         counts=dict(found.counts),
-        fingerprint=description.fingerprint,
         run={
             **description.run,
             "model": description.source,
-            "encoded": encoded,
+            "encoded": {what: count - before[what] for what, count in encoder.encoded.items()},
             **({} if far is None else {"far_images": far}),
         },
         seconds=round(seconds, 2),

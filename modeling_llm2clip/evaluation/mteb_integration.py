@@ -62,12 +62,7 @@ class FusingWrapper(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     mteb_model_meta: ModelMeta
 
     def encode(self, inputs: Any, **options: Any) -> Any:
-        """Encode what mteb's loader gives; see mteb's `EncoderProtocol`.
-
-        Args:
-            inputs: Batches of texts, of images, or of both.
-            options: Passed on to mteb's wrapper.
-        """
+        """Encode batches of texts, of images, or of both; see mteb's `EncoderProtocol`."""
         if not set(_FUSED) <= set(inputs.dataset.features):
             return super().encode(inputs, **options)
         whole = self.mteb_model_meta
@@ -159,16 +154,7 @@ def _hash_folder(folder: Path) -> str:
 
 
 class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
-    """One direction of a retrieval dataset.
-
-    Args:
-        data: Dataset with its images. Those in tar or Parquet files are read into memory.
-        from_images: Whether images are the queries; else texts are.
-        options: Passed on to mteb's task.
-
-    Raises:
-        ValueError: The dataset has no images, or mteb does not know the code of its language.
-    """
+    """One direction of a retrieval dataset; images in tar or Parquet files are read into memory."""
 
     data_loaded: bool = False  # read and set by mteb too
 
@@ -188,16 +174,13 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
         return _describe_task(self._data, from_images=self._from_images)
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
-        """Make queries, corpus and relevance as mteb reads them; nothing is fetched.
-
-        Args:
-            num_proc: Not used.
-            **_: Not used.
-        """
+        """Make queries, corpus and relevance as mteb reads them; nothing is fetched."""
         if self.data_loaded:
             return
         pairs = self._data.correspondence
-        images, texts = _tabulate_images(self._data.images), _tabulate_texts(self._data.captions)
+        captions = list(self._data.captions)
+        texts = Dataset.from_dict({"id": _name_rows("text", len(captions)), "text": captions})
+        images = _tabulate_images(self._data.images)
         if self._from_images:
             split = _make_split(images, texts, pairs.texts_of_images())
         else:
@@ -295,10 +278,6 @@ def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
         {"id": _name_rows("image", len(rows)), "image": rows},
         features=Features({"id": Value("string"), "image": Image()}),
     )
-
-
-def _tabulate_texts(texts: tuple[str, ...]) -> Dataset:
-    return Dataset.from_dict({"id": _name_rows("text", len(texts)), "text": list(texts)})
 
 
 def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:

@@ -80,7 +80,6 @@ def render_results(
 
 
 def describe_scores(result: Result) -> str:
-    """Describe the scores of a result in one line, with intervals and chance."""
     task = find_task(result.task)
     parts = []
     for title, path in task.headline.items():
@@ -124,7 +123,6 @@ def list_comparable(results: Sequence[Result]) -> list[Result]:
 
 
 def _find_question(result: Result) -> tuple[str, str]:
-    """Return the task, and its title with what is compared with what."""
     return result.task, "; ".join([find_task(result.task).title, *list_sides(result)])
 
 
@@ -211,7 +209,6 @@ def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> f
 
 
 def _format_score(scores: Mapping[str, Any], path: tuple[str, ...]) -> str:
-    """Format a score, with its interval if there is one."""
     value = _find(scores, path)
     *parents, name = path
     interval = parents if name == "value" else [*parents, "intervals", name]
@@ -306,7 +303,6 @@ def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
 
 
 def list_sides(result: Result) -> list[str]:
-    """List what is compared with what, if the task says it."""
     task = result.protocol["task"]
     return [f"{side}: {task[side]}" for side in _SIDES if side in task]
 
@@ -407,7 +403,6 @@ def _iterate_choices(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _list_languages(data: Mapping[str, Any]) -> str:
-    """List the languages, or say how many there are."""
     return f"{len(data)} languages" if len(data) > _SHOWN_LANGUAGES else "+".join(data)
 
 
@@ -435,7 +430,6 @@ def _describe_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
-    """List the files that are not the published ones."""
     return [name for name, state in (data.get("checksums") or {}).items() if state != "published"]
 
 

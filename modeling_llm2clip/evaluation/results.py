@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,7 @@ _SHOWN_BEFORE = 15  # of what two values have in common
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Scores of one task for one model on one dataset.
+    """Scores of one task for one model on one dataset; without scores it is planned.
 
     Attributes:
         model: Name of the model in tables.
@@ -53,26 +53,25 @@ class Result:
         run: Facts that change no score: device, batch size, where the model was, and how many texts
             and images were `encoded`; embeddings of an earlier task are not computed again. For
             images unlike those that the model was trained on, `far_images` says so.
-        seconds: Time to compute the `encoded` embeddings and the scores.
         versions: Those of Python and of every package that takes part in an embedding.
+        seconds: Time to compute the `encoded` embeddings and the scores.
     """
 
     model: str
     task: str
     dataset: str
-    scores: dict[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any]
-    counts: dict[str, Any]
+    counts: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str]
-    run: dict[str, Any]
-    seconds: float
+    run: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: list_versions(_PACKAGES))
+    seconds: float = 0.0
     format_version: int = FORMAT_VERSION
 
 
-def find_result_file(folder: Path, *, model: str, dataset: str, task: str) -> Path:
-    """Return the file of a result, which need not exist."""
-    return folder / model / f"{dataset}.{task}.json"
+def find_result_file(folder: Path, result: Result) -> Path:
+    return folder / result.model / f"{result.dataset}.{result.task}.json"
 
 
 def build_protocol(
@@ -103,7 +102,6 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 
 
 def read_result(file: Path) -> Result:
-    """Read one result."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
@@ -117,7 +115,6 @@ def is_result(content: Any) -> bool:
 
 
 def parse_result(content: Any, file: Path) -> Result:
-    """Make a result of a file's content."""
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is not a result of an evaluation. Name another folder.")
     if content["format_version"] != FORMAT_VERSION:
@@ -133,63 +130,67 @@ def parse_result(content: Any, file: Path) -> Result:
 
 
 def list_result_files(folder: Path) -> list[Path]:
-    """List the files of all results in a folder by model, dataset and task."""
     return sorted(folder.glob("*/*.json"))
 
 
 def read_evaluation_results(folder: Path) -> list[Result]:
-    """Read all results in a folder by model, dataset and task."""
     files = list_result_files(folder)
     if not files:
         raise ValueError(f"{folder} has no results. Evaluate something into it first.")
     return [read_result(file) for file in files]
 
 
-def find_finished(
-    existing: Mapping[Path, Result],
-    file: Path,
-    *,
-    model: str,
-    task: str,
-    dataset: str,
-    protocol: Mapping[str, Any],
-    fingerprint: Mapping[str, str],
-) -> Result | None:
-    """Return the result of a file if it is among the existing ones, or None.
+def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
+    """Find the results in a folder, by file; raise ValueError with every reason not to add to them.
 
     Refused are a name that is already the name of another model, and scores that would be in one
     column of a table with scores that differ in meaning. Another version of this package may score
     otherwise, and is another run. Another version of a package that it calls causes a warning.
     """
-    for path, result in existing.items():
-        if result.model == model:
-            then, now = {"fingerprint": result.fingerprint}, {"fingerprint": fingerprint}
-            _require_no_difference(path, "model", then, now)
-    found = existing.get(file)
-    versions = list_versions(_PACKAGES)
-    if found is not None:
-        own = {OWN_PACKAGE: found.versions.get(OWN_PACKAGE)}
-        _require_no_difference(
-            file,
-            "run",
-            {"protocol": found.protocol, "versions": own},
-            {"protocol": protocol, "versions": {OWN_PACKAGE: versions[OWN_PACKAGE]}},
-        )
-        if differences := list(find_differences(found.versions, versions)):
-            warnings.warn(
-                f"{file} is taken as it is, though it was computed with other packages: "
-                f"{'; '.join(differences)}. Remove it to have it computed again.",
-                stacklevel=2,
-            )
-    for path, result in existing.items():
-        if path != file and (result.task, result.dataset) == (task, dataset):
-            then, now = map(select_comparable, (result.protocol, protocol))
-            _require_no_difference(path, "data or in another way", then, now)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; results need a folder. Name another output.")
+    errors: list[str] = []
+    found: dict[Path, Result] = {}
+    for file in list_result_files(folder):
+        try:
+            found[file] = read_result(file)
+        except ValueError as error:
+            errors.append(str(error))
+    for plan in planned:
+        try:
+            for file, result in found.items():
+                if result.model == plan.model:
+                    then, now = ({"fingerprint": one.fingerprint} for one in (result, plan))
+                    _require_no_difference(file, "model", then, now)
+            own = find_result_file(folder, plan)
+            if own in found:
+                _require_same_run(own, found[own], plan)
+            for file, result in found.items():
+                if file != own and (result.task, result.dataset) == (plan.task, plan.dataset):
+                    then, now = map(select_comparable, (result.protocol, plan.protocol))
+                    _require_no_difference(file, "data or in another way", then, now)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))  # one file may fail in several ways
     return found
 
 
+def _require_same_run(file: Path, found: Result, planned: Result) -> None:
+    then, now = (
+        {"protocol": one.protocol, "versions": {OWN_PACKAGE: one.versions.get(OWN_PACKAGE)}}
+        for one in (found, planned)
+    )
+    _require_no_difference(file, "run", then, now)
+    if differences := list(find_differences(found.versions, planned.versions)):
+        warnings.warn(
+            f"{file} is taken as it is, though it was computed with other packages: "
+            f"{'; '.join(differences)}. Remove it to have it computed again.",
+            stacklevel=2,
+        )
+
+
 def write_result(file: Path, result: Result) -> None:
-    """Write one result, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -68,11 +68,9 @@ class ChoiceDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
         return self.form != "text"
 
     def list_content(self) -> list[Any]:
-        """List what its digest covers."""
         return [[item.name, item.captions, item.anchor, list(item.images)] for item in self.items]
 
 

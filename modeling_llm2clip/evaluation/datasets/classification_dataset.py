@@ -59,11 +59,9 @@ class ClassificationDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
         return True
 
     def list_content(self) -> list[Any]:
-        """List what its digest covers."""
         return [
             self.image_names, self.labels, self.class_names, self.templates, list(self.images),
         ]  # fmt: skip
@@ -90,7 +88,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     """Read the images, name the classes, and keep what has no error.
 
     A class whose name another class also has, perhaps in another case, is an error, because no
-    prompt distinguishes them, unless the request allows it: its images then tie, and count as
+    prompt distinguishes them, unless the reading allows it: its images then tie, and count as
     wrong.
     """
     spec = reading.spec
@@ -201,7 +199,6 @@ def _name_classes(found: LabeledImages, reading: DatasetReading) -> dict[str, st
 
 
 def _find_names(found: LabeledImages, reading: DatasetReading) -> Mapping[str, str]:
-    """Return the names of the request if it has any, else those of the files."""
     chosen = found.names if reading.class_names is None else reading.class_names
     if not isinstance(chosen, Mapping):
         if len(chosen) != len(found.class_keys):

@@ -86,7 +86,6 @@ def _find_reader(described: str | Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _freeze(value: Any) -> Any:
-    """Turn lists into tuples."""
     if isinstance(value, Mapping):
         return {name: _freeze(inner) for name, inner in value.items()}
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
@@ -101,12 +100,10 @@ _SPECS = {
 
 
 def list_datasets() -> list[DatasetSpec]:
-    """List the specs of all datasets by name."""
     return [_SPECS[name] for name in sorted(_SPECS)]
 
 
 def find_dataset(name: str) -> DatasetSpec:
-    """Find the spec of a dataset."""
     if name not in _SPECS:
         raise ValueError(
             f"There is no dataset {name!r}, and no folder of this name. Known: "
@@ -183,7 +180,6 @@ def find_languages(
     require_images: bool = True,
     cache: ReadingCache | None = None,
 ) -> tuple[str, ...]:
-    """Find the languages of a dataset: those of its spec, or those of the folder."""
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:  # no folder is needed
         return spec.languages

@@ -126,11 +126,9 @@ class DatasetSpec:
     form: ChoiceForm = "image"
 
     def list_published_counts(self, lang: str) -> dict[str, int]:
-        """List the counts that the publisher gives for one language."""
         return {**self.counts, **self.counts_of_language.get(lang, {})}
 
     def describe(self) -> str:
-        """Describe the dataset in one line."""
         counts = ", ".join(f"{number:,} {what}" for what, number in self.counts.items())
         languages = f"{len(self.languages)} languages" if len(self.languages) > 1 else ""
         facts = "; ".join(fact for fact in (counts, languages) if fact)
@@ -158,7 +156,6 @@ def find_image(image_dir: Path, name: str) -> Path | None:
 
 
 def is_image(file: Path) -> bool:
-    """Return whether a file is an image by its name."""
     return file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 
@@ -261,7 +258,6 @@ class DatasetReading:
         return set(unreadable)
 
     def _compare_counts(self, found: Mapping[str, int]) -> None:
-        """Compare what was found, valid or not, with the publisher's counts."""
         for what, wanted in self.spec.list_published_counts(self.lang).items():
             if found[what] == wanted:
                 continue
@@ -276,7 +272,6 @@ class DatasetReading:
                 )
 
     def _compare_checksums(self, published: Mapping[str, str]) -> None:
-        """Compare the files that were read with their published digests."""
         known = [
             (name, file)
             for file in self._files

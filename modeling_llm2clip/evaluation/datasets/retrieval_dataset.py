@@ -33,12 +33,10 @@ class RetrievalDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
         return bool(self.images)
 
     @property
     def records(self) -> list[CaptionedImage]:
-        """One record per image, as training takes them."""
         group_ids = self.image_group_ids or self.image_names
         texts = self.correspondence.texts_of_images()
         return [
@@ -69,7 +67,6 @@ class RetrievalDataset(EvaluationDataset):
         return list(groups.values())
 
     def list_content(self) -> list[Any]:
-        """List what its digest covers."""
         pairs = (self.correspondence.image_of_pair, self.correspondence.text_of_pair)
         rows = [of_pair.tolist() for of_pair in pairs]
         return [self.image_names, self.captions, *rows, list(self.images)]
@@ -97,7 +94,6 @@ class PublishedRecord:
 
     @property
     def group(self) -> str:
-        """The group of the image."""
         return self.name if self.group_id is None else self.group_id
 
 
@@ -136,7 +132,6 @@ def build_retrieval_dataset(reading: DatasetReading) -> RetrievalDataset:
 def _check_record(
     record: PublishedRecord, errors: ErrorCollector, reading: DatasetReading, *, has_images: bool
 ) -> PublishedRecord:
-    """Clean the captions and find the image if images are wanted."""
     found = []
     image = record.image
     if has_images and record.has_image and image is None and record.is_valid:

@@ -13,12 +13,11 @@ The first line that fits decides, unless a type is given.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
+from ...data.sources.json_files import read_json
 from ...model_folders.model_folder import find_model_folder
 from .clip_siglip import FAMILIES, ClipSiglipEncoder
 from .encoder import Encoder
@@ -76,7 +75,6 @@ def load_encoder(
 
 
 def detect_model_type(folder: Path) -> str:
-    """Detect the type of the model in a folder."""
     model_type = _read_model_type(folder)
     if model_type == "llm2clip":
         return "llm2clip"
@@ -99,8 +97,5 @@ def _read_model_type(folder: Path) -> str | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{file} is damaged ({error}). Get it again.") from error
+    content = read_json(file)
     return str(content.get("model_type")) if isinstance(content, dict) else None

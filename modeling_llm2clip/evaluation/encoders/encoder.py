@@ -74,7 +74,6 @@ class EncoderDescription:
     untrained_parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the description as JSON values."""
         content = asdict(self)
         untrained = list(content.pop("untrained_parts"))
         return content | ({"untrained_parts": untrained} if untrained else {})
@@ -121,7 +120,6 @@ def choose_dtype(config: EncoderConfig, saved: str) -> str:
 
 
 def describe_run(config: EncoderConfig) -> dict[str, Any]:
-    """Describe how a model is run, for `EncoderDescription.run`."""
     return {
         "device": str(find_device(config.device)),
         "batch_size": _choose_batch_size(config),
@@ -145,17 +143,17 @@ class ModelEncoder(Encoder):
     def _count_tokens(self, texts: list[str]) -> list[int]:
         """Count the tokens of texts before truncation."""
 
-    @abstractmethod
     def _prepare_texts(self, texts: list[str]) -> Any:
         """Make what `_embed_texts` takes of a batch; runs in threads."""
+        return texts
 
     @abstractmethod
     def _embed_texts(self, prepared: Any) -> Tensor:
         """Encode a batch, (B, D) of any float dtype."""
 
-    @abstractmethod
     def _prepare_images(self, images: list[Any]) -> Any:
         """Make what `_embed_images` takes of a batch of RGB PIL images; runs in threads."""
+        return images
 
     @abstractmethod
     def _embed_images(self, prepared: Any) -> Tensor:
@@ -182,8 +180,6 @@ class ModelEncoder(Encoder):
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
         """Encode images with the model's own image processor: upright, on white, as RGB."""
-        if not len(images):
-            raise ValueError("Got no images; give at least one.")
 
         def prepare(batch: list[Any]) -> Any:
             return self._prepare_images(list(load_images([open_image(image) for image in batch])))
@@ -278,7 +274,6 @@ class KnownRows:
         self._blocks: list[Tensor] = []
 
     def list_new(self, inputs: Sequence[Any]) -> list[Any]:
-        """List the different inputs that have no embedding yet."""
         return [item for item in dict.fromkeys(inputs) if item not in self._row_of]
 
     def add(self, inputs: Sequence[Any], embeds: Tensor) -> None:
@@ -307,7 +302,6 @@ class KnownRows:
 
 
 def describe_image_processor(image_processor: Any) -> dict[str, Any]:
-    """Describe how a transformers image processor makes pixel values."""
     fields: dict[str, Any] = image_processor.to_dict()
     resample = fields.get("resample")
     normalizes = fields.get("do_normalize", True)
@@ -339,6 +333,5 @@ def describe_activation(config: Any) -> str:
 
 
 def is_uncased(tokenizer: Any) -> bool:
-    """Return whether texts that differ only in case have the same tokens, as with CLIP's own."""
     mixed, lower = tokenizer(_SAME_BUT_FOR_CASE, verbose=False)["input_ids"]
     return bool(mixed == lower)

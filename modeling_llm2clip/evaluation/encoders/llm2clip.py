@@ -47,7 +47,6 @@ class LLM2CLIPEncoder(Encoder):
         warn_of_untrained(self._config, source)
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with LLM, text adapter and projection."""
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
         embeds = self._model.encode_texts(
@@ -58,7 +57,6 @@ class LLM2CLIPEncoder(Encoder):
         return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with vision tower and projection."""
         return self._model.encode_images(
             images,
             batch_size=self._run_config.batch_size,
@@ -68,7 +66,6 @@ class LLM2CLIPEncoder(Encoder):
         )
 
     def take_far_images(self) -> str | None:
-        """Describe the images since the last call, if they are unlike those of the training."""
         tally, self._tally = self._tally, ImageTally()
         return None if self._training_images is None else self._training_images.describe_far(tally)
 

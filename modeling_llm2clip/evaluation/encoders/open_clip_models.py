@@ -86,6 +86,7 @@ class OpenClipEncoder(ModelEncoder):
             self._pretrained = str(path)
         self._written = _read_config(path) if path.is_dir() else self._infer_config(activation)
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
+        self._is_clips_own = isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
 
     @property
     def _max_tokens(self) -> int:
@@ -115,10 +116,6 @@ class OpenClipEncoder(ModelEncoder):
         pixels = prepared.to(find_device(self._run_config.device), dtype=dtype)
         embeds: Tensor = self._model.encode_image(pixels)
         return embeds
-
-    @property
-    def _is_clips_own(self) -> bool:
-        return isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
 
     def _check_architecture(self, architecture: str | None) -> str:
         if self._path.suffix not in _WEIGHT_SUFFIXES:
@@ -231,7 +228,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Find the weights that open_clip itself would load."""
     return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
@@ -302,7 +298,6 @@ def _refuse_torchscript(file: Path, *, source: str) -> None:
 
 
 def import_open_clip(need: Need = OPEN_CLIP) -> Any:
-    """Import open_clip."""
     require(need)
     import open_clip
 

@@ -111,25 +111,17 @@ class StoredEmbeddingsEncoder(Encoder):
             )
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Look texts up by themselves."""
         check_texts(list(texts))
         return EncodedTexts(self._look_up("texts", texts, project_captions), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Look images up by their names."""
         return self._look_up("images", names, project_images)
 
     def _look_up(
         self, name: str, wanted: Sequence[str], project: Callable[[LLM2CLIPModel, Tensor], Tensor]
     ) -> Tensor:
         """Read, check and project embeddings in pieces, so that they are held once."""
-        side = self._sides.get(name)
-        if side is None:
-            hint = " Stored images need the model's head (--head)." if self._is_store else ""
-            raise ValueError(
-                f"{self._source} has no embeddings of {name}, only of {', '.join(self._sides)}."
-                f"{hint}"
-            )
+        side = self._sides[name]
         lost = [*dict.fromkeys(item for item in wanted if item not in side.row_of)]
         if lost:
             raise ValueError(
@@ -194,7 +186,6 @@ class StoredEmbeddingsEncoder(Encoder):
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Return whether a folder has embeddings that are read here."""
     return any(side_file(folder, side).is_file() for side in SIDES) or bool(_find_stores(folder))
 
 

@@ -31,7 +31,6 @@ class PositiveLists:
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
-        """Return the positives of one query."""
         return self.members[int(self.offsets[query]) : int(self.offsets[query + 1])]
 
 
@@ -117,7 +116,6 @@ class Correspondence:
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs of an image and a text."""
         return len(self.image_of_pair)
 
     def list_distractors(self) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,6 @@ class Ranking:
     queries: Tensor | None = None
 
     def select(self, of_rows: Tensor) -> Tensor:
-        """Return what belongs to the queries."""
         return of_rows if self.queries is None else of_rows[self.queries]
 
 
@@ -196,7 +195,13 @@ class _NegativeCounts:
         self._all_levels = all_levels
         self._num_levels = levels
         self._first = levels.cumsum(0) - levels  # (rows,), position of the first level of a query
-        ordered = _order_levels(positives, scores, all_levels=all_levels)
+        # The scores of the positives of every query, best first; or of the best ones alone.
+        by_pair = scores.cpu()[positives.pairs]
+        queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
+        by_score = by_pair.argsort(descending=True, stable=True)
+        ordered = by_pair[by_score[queries[by_score].argsort(stable=True)]]
+        if not all_levels:
+            ordered = ordered[positives.offsets[:-1][is_query]]
         self._thresholds = (ordered - TIE_TOLERANCE).to(device)
         self._margin = margin
         self._counts = torch.zeros(len(ordered), dtype=torch.int64, device=device)
@@ -214,7 +219,6 @@ class _NegativeCounts:
                 self._add_level(tile, queries[low:high], best_negatives, level=level)
 
     def to_ranking(self, num_candidates: int) -> Ranking:
-        """Turn the counts into ranks, on the CPU."""
         levels = torch.arange(len(self._counts)) - self._first.repeat_interleave(self._num_levels)
         ranks = 1 + levels + self._counts.cpu()
         return Ranking(
@@ -228,7 +232,6 @@ class _NegativeCounts:
     def _add_level(
         self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
     ) -> None:
-        """Count for one level of some queries of a tile."""
         device = tile.scores.device
         rows, places = (queries - tile.query_start).to(device), self._first[queries].to(device)
         lowest = (self._thresholds[places + level] - self._margin).float()
@@ -266,20 +269,10 @@ def _select_rows(scores: Tensor, rows: Tensor) -> Tensor:
 
 
 def _count_above(scores: Tensor, thresholds: Tensor, memory: Tensor) -> Tensor:
-    """Count the scores of every row that reach its threshold."""
     # Ones in float32 are added faster than booleans, and exactly up to 2^24, more than a tile has.
     above = memory.as_strided(scores.shape, scores.stride())
     torch.ge(scores, thresholds, out=above)
     return above.sum(dim=1).long()
-
-
-def _order_levels(positives: PositiveLists, scores: Tensor, *, all_levels: bool) -> Tensor:
-    """Return the scores of the positives of every query, best first; or of the best ones alone."""
-    scores = scores.cpu()[positives.pairs]
-    queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
-    by_score = scores.argsort(descending=True, stable=True)
-    ordered = scores[by_score[queries[by_score].argsort(stable=True)]]
-    return ordered if all_levels else ordered[positives.offsets[:-1][positives.counts > 0]]
 
 
 class TileShape(NamedTuple):
@@ -341,7 +334,6 @@ class UnitRows:
         return torch.mul(rows, scales, out=buffer[: stop - start])
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return some rows, (n, P) float64."""
         taken = self._embeds[rows.to(self._embeds.device)].to(self.device, torch.float64)
         return taken.mul_(self._inverse_lengths[rows.to(self.device), None])
 

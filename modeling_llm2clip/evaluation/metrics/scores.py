@@ -149,7 +149,6 @@ def _find_interval(means: list[Tensor]) -> dict[str, float]:
 
 
 def _sample_clusters(num_clusters: int) -> Iterator[tuple[int, Iterator[Tensor]]]:
-    """Sample as many clusters as there are, again and again."""
     generator = torch.Generator().manual_seed(0)
 
     def sample(count: int) -> Iterator[Tensor]:

@@ -39,10 +39,17 @@ def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
     if dataset.form == "text":
         others = F.normalize(texts.embeds[len(captions) :], dim=-1).unflatten(0, (-1, 1))
     else:
-        others = _encode_images(encoder, dataset)
+        images = [image for item in dataset.items for image in item.images]
+        names = [
+            f"{item.name}/{number}" if len(item.images) > 1 else item.name
+            for item in dataset.items
+            for number in range(len(item.images))
+        ]
+        embeds = F.normalize(encoder.encode_images(images, names=names), dim=-1)
+        others = embeds.unflatten(0, (len(dataset.items), -1))
     answers = compare_choices(caption_embeds, others)
-    images = {image for item in dataset.items for image in item.images}
-    counts = {"items": len(dataset.items), "images": len(images), **count_texts(texts)}
+    num_images = len({image for item in dataset.items for image in item.images})
+    counts = {"items": len(dataset.items), "images": num_images, **count_texts(texts)}
     return TaskScores(_score(dataset, answers), counts)
 
 
@@ -60,17 +67,6 @@ def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
     text = (right > wrong.flip(2).diagonal(dim1=1, dim2=2)).all(dim=1)
     image = (right > wrong.flip(1).diagonal(dim1=1, dim2=2)).all(dim=1)
     return {"text": text, "image": image, "group": text & image}
-
-
-def _encode_images(encoder: Encoder, dataset: ChoiceDataset) -> Tensor:
-    images = [image for item in dataset.items for image in item.images]
-    names = [
-        f"{item.name}/{number}" if len(item.images) > 1 else item.name
-        for item in dataset.items
-        for number in range(len(item.images))
-    ]
-    embeds = F.normalize(encoder.encode_images(images, names=names), dim=-1)
-    return embeds.reshape(len(dataset.items), -1, embeds.shape[1])
 
 
 def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -94,7 +94,6 @@ class JsonCaptions:
     def _iterate(
         self, file: Path, reading: DatasetReading
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the place and the fields of each record of the split."""
         records: Iterator[tuple[str, Mapping[str, Any]]]
         if file.suffix == ".json":
             content = read_json(file) if self.first is None else iterate_json_list(file)
@@ -119,7 +118,6 @@ class JsonCaptions:
                 reading.errors.add("no split, or an unknown one", place)
 
     def _find_image(self, reading: DatasetReading, name: str) -> Path | None:
-        """Find an image in the publisher's own subfolder."""
         if not self.subfolder or reading.image_dir is not None:
             return None
         image = reading.data_folder / self.subfolder / name
@@ -276,7 +274,6 @@ def read_flickr30k_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
 
 
 def _find_errors(lines: Iterable[_Line]) -> Iterator[tuple[str, str]]:
-    """Find captions of one image without a number of their own, or split into words."""
     seen: set[int] = set()
     for line in lines:
         if not line.number.isdecimal():
@@ -345,7 +342,6 @@ def read_emoji(reading: DatasetReading) -> Iterator[PublishedRecord]:
 
 
 def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[str, ...]]]:
-    """Return the records that test English, and the first caption by image and language."""
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
     _, held_out = split_records(english, test_size=NUM_TEST_GROUPS, seed=EMOJI_SEED)

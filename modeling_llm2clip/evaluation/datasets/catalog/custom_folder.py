@@ -13,7 +13,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from ....data.records.data_hashes import hash_records
 from ....data.records.record_columns import IMAGE_FILE
 from ....data.records.record_loading import CollectedRecords, collect_records
-from ....data.records.record_table import Array, RecordTable
+from ....data.records.record_table import RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import (
@@ -62,17 +62,13 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
         if not reading.skip_invalid or records.read(row, ("lang",)) == (reading.lang,):
             reading.errors.extend(errors)
             reading.num_errors_of_yielded += errors.total
-    rows = _find_rows(records, reading.lang)
+    batches = records.iterate_columns(("lang",))
+    is_chosen = [np.asarray(pc.equal(batch.column(0), reading.lang)) for batch in batches]
+    rows = np.flatnonzero(np.concatenate([[], *is_chosen]))
     for row, record in zip(rows.tolist(), records.select(rows), strict=True):
         yield _publish(
             record, long=long, is_valid=row not in invalid, has_image=row not in without_image
         )
-
-
-def _find_rows(records: RecordTable, lang: str) -> Array:
-    batches = records.iterate_columns(("lang",))
-    found = [np.asarray(pc.equal(batch.column(0), lang)) for batch in batches]
-    return np.flatnonzero(np.concatenate([[], *found]))
 
 
 def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
@@ -107,7 +103,6 @@ def _collect(reading: DatasetReading) -> tuple[CollectedRecords, int]:
 
 
 def _count_unused(reading: DatasetReading, records: RecordTable) -> int:
-    """Count the images that no record names, if images are files and wanted."""
     if not reading.require_images:
         return 0
     used = {
