@@ -171,7 +171,22 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
     @cached_property
     def metadata(self) -> TaskMetadata:
         """mteb's description of the task; made again after mteb has unloaded its data."""
-        return _describe_task(self._data, from_images=self._from_images)
+        data = self._data
+        direction = "image-to-text" if self._from_images else "text-to-image"
+        digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
+        return TaskMetadata(
+            name=f"{data.name}-{data.lang}-{digest}-{direction}",
+            description=f"{direction} retrieval on {data.name} ({data.lang}), "
+            f"{counted(len(data.images), 'image')} and {counted(len(data.captions), 'text')}.",
+            type="Any2AnyRetrieval",
+            category="i2t" if self._from_images else "t2i",
+            modalities=["image", "text"],
+            eval_splits=[_SPLIT],
+            eval_langs=[_find_language(data.lang)],
+            main_score=_MAIN_SCORE,
+            dataset={"path": data.name, "revision": digest},
+            bibtex_citation="",
+        )
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
         """Make queries, corpus and relevance as mteb reads them; nothing is fetched."""
@@ -233,24 +248,6 @@ def make_mteb_tasks(
 def list_mteb_datasets() -> list[str]:
     """List the names of the datasets that `make_mteb_tasks` loads: those for retrieval."""
     return [spec.name for spec in list_datasets() if spec.dataset_type == "retrieval"]
-
-
-def _describe_task(data: RetrievalDataset, *, from_images: bool) -> TaskMetadata:
-    direction = "image-to-text" if from_images else "text-to-image"
-    digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
-    return TaskMetadata(
-        name=f"{data.name}-{data.lang}-{digest}-{direction}",
-        description=f"{direction} retrieval on {data.name} ({data.lang}), "
-        f"{counted(len(data.images), 'image')} and {counted(len(data.captions), 'text')}.",
-        type="Any2AnyRetrieval",
-        category="i2t" if from_images else "t2i",
-        modalities=["image", "text"],
-        eval_splits=[_SPLIT],
-        eval_langs=[_find_language(data.lang)],
-        main_score=_MAIN_SCORE,
-        dataset={"path": data.name, "revision": digest},
-        bibtex_citation="",
-    )
 
 
 def _find_language(lang: str) -> str:

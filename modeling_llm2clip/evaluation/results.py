@@ -35,6 +35,8 @@ _PACKAGES = (
     OWN_PACKAGE, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
+# Fields of an encoder's description that change a score.
+_OF_MODEL = ("model_type", "text", "images", "dtype")
 _SHOWN = 8
 _SHOWN_OF_VALUE = 60  # characters
 _SHOWN_BEFORE = 15  # of what two values have in common
@@ -78,12 +80,11 @@ def build_protocol(
     task: Task, datasets: Sequence[EvaluationDataset], description: EncoderDescription
 ) -> dict[str, Any]:
     """Collect every choice that changes a score, before the model is loaded."""
-    described = description.to_json()
     of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in datasets}
     data = {"languages": of_data} if task.all_languages else next(iter(of_data.values()))
     protocol = {
         "data": data,
-        "model": {name: described[name] for name in ("model_type", "text", "images", "dtype")},
+        "model": {name: getattr(description, name) for name in _OF_MODEL},
         "task": {**task.protocol, **task.describe_data(tuple(datasets))},
     }
     # As it will be read again: tuples become lists.

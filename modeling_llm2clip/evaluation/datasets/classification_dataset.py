@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from ...data.sources.csv_files import iterate_csv
 from .dataset_spec import (
     DatasetReading,
     EvaluationDataset,
-    find_repeated,
     is_image,
     read_lines,
 )
@@ -128,7 +127,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
         "skipped_samples": num_lost + len(found.images) - len(kept),
         **reading.notes,
     }
-    if repeated := find_repeated(class_names, normalize=normalize_class_name):
+    if repeated := _find_repeated(class_names):
         protocol["repeated_class_names"] = repeated
     return ClassificationDataset(
         name=spec.name,
@@ -142,12 +141,24 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     )
 
 
-def normalize_class_name(name: str) -> str:
+def _normalize(name: str) -> str:
     """Normalize a name as the least sensitive model reads it: NFC, lower case, single spaces.
 
     CLIP and SigLIP ignore case, so `Cat` and `cat` are one class to them.
     """
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
+
+
+def _find_repeated(names: Iterable[str]) -> list[str]:
+    """List the names that distinguish no class, each once, in their order."""
+    seen: set[str] = set()
+    repeated: dict[str, str] = {}
+    for name in names:
+        normalized = _normalize(name)
+        if normalized in seen:
+            repeated.setdefault(normalized, name)
+        seen.add(normalized)
+    return list(repeated.values())
 
 
 def _describe_names(
@@ -186,8 +197,8 @@ def _name_classes(found: LabeledImages, reading: DatasetReading) -> dict[str, st
     """Map classes to names, without those that have none or share theirs, which are errors."""
     given = _find_names(found, reading)
     names = {key: given.get(key, "").strip() for key in found.class_keys}
-    counts = Counter(map(normalize_class_name, names.values()))
-    shared = {name for name in names.values() if counts[normalize_class_name(name)] > 1}
+    counts = Counter(map(_normalize, names.values()))
+    shared = {name for name in names.values() if counts[_normalize(name)] > 1}
     for key, name in names.items():
         if not name:
             reading.errors.add("class without a name", key)
@@ -236,8 +247,9 @@ def read_imagenet(reading: DatasetReading) -> LabeledImages:
         )
         names = _read_names(file, reading)
     if (folder / _SOLUTION).is_file():
-        return replace(_read_solution(reading, names), names_file=file)
-    images, keys = _walk_class_folders(reading.image_dir or folder / "val", reading)
+        images, keys = _read_solution(reading, names)
+    else:
+        images, keys = _walk_class_folders(reading.image_dir or folder / "val", reading)
     return LabeledImages(keys, names, images, file)
 
 
@@ -290,7 +302,9 @@ def _read_names(file: Path, reading: DatasetReading) -> dict[str, str]:
     return names
 
 
-def _read_solution(reading: DatasetReading, names: dict[str, str]) -> LabeledImages:
+def _read_solution(
+    reading: DatasetReading, names: dict[str, str]
+) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     image_dir = reading.image_dir or reading.data_folder / _KAGGLE_IMAGES
     images: list[tuple[str, Path, str]] = []
     file = reading.note_file(reading.data_folder / _SOLUTION)
@@ -307,5 +321,4 @@ def _read_solution(reading: DatasetReading, names: dict[str, str]) -> LabeledIma
             reading.errors.add("image missing", f"{place}: {image.name}")
     given = reading.class_names if isinstance(reading.class_names, Mapping) else names
     # Labels are the positions of the sorted synsets, as in the publisher's list.
-    keys = tuple(sorted({*given, *(label for _, _, label in images)}))
-    return LabeledImages(keys, names, tuple(sorted(images)))
+    return tuple(sorted(images)), tuple(sorted({*given, *(label for _, _, label in images)}))

@@ -135,18 +135,6 @@ class DatasetSpec:
         return f"{self.name}: {self.title} ({self.dataset_type}{'; ' + facts if facts else ''})"
 
 
-def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = str) -> list[str]:
-    """List the names that occur more than once after `normalize`, each once, in their order."""
-    seen: set[str] = set()
-    repeated: dict[str, str] = {}
-    for name in names:
-        normalized = normalize(name)
-        if normalized in seen:
-            repeated.setdefault(normalized, name)
-        seen.add(normalized)
-    return list(repeated.values())
-
-
 def find_image(image_dir: Path, name: str) -> Path | None:
     """Find an image by its name, or by its last part: many store images without subfolders."""
     for candidate in (image_dir / name, image_dir / Path(name).name):

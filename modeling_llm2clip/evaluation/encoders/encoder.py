@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
+from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.images.image_sources import open_image
 from ...encoding.batches import encode_distinct, list_keys, split_evenly
 from ...encoding.devices import find_device
 from ...image_loading_llm2clip import load_images
+from ...model_folders.model_loading import find_untrained_parts
 from ...processing_llm2clip import check_texts
 
 _ROWS_COPIED_AT_ONCE = 2**16
@@ -60,8 +62,8 @@ class EncoderDescription:
         text: Prompt, maximum tokens, padding, case; None if it takes no texts.
         images: Resolution, mean, std, resizing, cropping; None if it takes no images.
         dtype: Dtype of the weights as they are run.
-        run: Device, batch size and kind of float32, which change no score in float32.
-        untrained_parts: Parts of a model of this package that have random weights.
+        run: Device, batch size and kind of float32, which change no score in float32; and parts of
+            a model of this package that have random weights.
     """
 
     model_type: str
@@ -71,12 +73,6 @@ class EncoderDescription:
     images: dict[str, Any] | None
     dtype: str
     run: dict[str, Any] = field(default_factory=dict)
-    untrained_parts: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        content = asdict(self)
-        untrained = list(content.pop("untrained_parts"))
-        return content | ({"untrained_parts": untrained} if untrained else {})
 
 
 class Encoder(ABC):
@@ -125,6 +121,12 @@ def describe_run(config: EncoderConfig) -> dict[str, Any]:
         "batch_size": _choose_batch_size(config),
         "float32_products": "ieee",  # never TF32; see `encoding.float32`
     }
+
+
+def describe_untrained(config: LLM2CLIPConfig) -> dict[str, Any]:
+    """Name the parts with random weights, for `EncoderDescription.run`."""
+    parts = find_untrained_parts(config)
+    return {"untrained_parts": list(parts)} if parts else {}
 
 
 def _choose_batch_size(config: EncoderConfig) -> int:

@@ -16,7 +16,7 @@ from ...encoding.devices import find_device
 from ...encoding.encode import TorchEncoder
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
-from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
+from ...model_folders.model_loading import warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -28,6 +28,7 @@ from .encoder import (
     describe_activation,
     describe_image_processor,
     describe_run,
+    describe_untrained,
     is_uncased,
 )
 
@@ -113,6 +114,5 @@ class LLM2CLIPEncoder(Encoder):
                 "activation": describe_activation(config.vision_config),
             },
             dtype=choose_dtype(self._run_config, saved),
-            run=describe_run(self._run_config),
-            untrained_parts=find_untrained_parts(config),
+            run=describe_run(self._run_config) | describe_untrained(config),
         )

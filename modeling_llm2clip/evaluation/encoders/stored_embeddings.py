@@ -35,13 +35,11 @@ from ...model_folders.fingerprint import (
 )
 from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_loading import (
-    find_untrained_parts,
     load_partial_model,
     warn_of_untrained,
 )
 from ...modeling_llm2clip import LLM2CLIPModel
-from ...processing_llm2clip import check_texts
-from .encoder import EncodedTexts, Encoder, EncoderDescription, choose_dtype
+from .encoder import EncodedTexts, Encoder, EncoderDescription, choose_dtype, describe_untrained
 
 _SHOWN = 5
 _ROWS_AT_ONCE = 2**14
@@ -82,10 +80,10 @@ class StoredEmbeddingsEncoder(Encoder):
     ) -> None:
         super().__init__(folder, config, source=source)
         self._head_folder = None if head is None else find_model_folder(head)
-        self._untrained_parts: tuple[str, ...] = ()
+        self._run: dict[str, Any] = {}
         if self._head_folder is not None:
             head_config = LLM2CLIPConfig.from_pretrained(self._head_folder)
-            self._untrained_parts = find_untrained_parts(head_config)
+            self._run |= describe_untrained(head_config)
             warn_of_untrained(head_config, self._head_folder)
         named = {side: side_file(folder, side) for side in SIDES}
         self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
@@ -111,7 +109,6 @@ class StoredEmbeddingsEncoder(Encoder):
             )
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        check_texts(list(texts))
         return EncodedTexts(self._look_up("texts", texts, project_captions), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
@@ -181,7 +178,7 @@ class StoredEmbeddingsEncoder(Encoder):
             text=sides.get("texts"),
             images=sides.get("images"),
             dtype="+".join(sorted(dtypes)),
-            untrained_parts=self._untrained_parts,
+            run=self._run,
         )
 
 

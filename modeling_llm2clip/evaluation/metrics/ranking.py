@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, linalg
 
 from ...encoding.float32 import float32_as_such
 from .correspondence import Correspondence, PositiveLists
@@ -119,7 +119,14 @@ def rank_retrieval(
     # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
     # equal scores would swap ranks, and the switches hold for the whole program.
     with torch.autocast(device.type, enabled=False), float32_as_such():
-        scores = _score_pairs(images, texts, correspondence, min(shape.texts, _PAIRS_AT_A_TIME))
+        pairs_at_a_time = min(shape.texts, _PAIRS_AT_A_TIME)
+        rows = zip(
+            correspondence.image_of_pair.split(pairs_at_a_time),
+            correspondence.text_of_pair.split(pairs_at_a_time),
+            strict=True,
+        )
+        cosines = [linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
+        scores = torch.cat(cosines).cpu()  # (num_pairs,) float64
         image_counts, text_counts = (
             _NegativeCounts(
                 positives,
@@ -136,19 +143,6 @@ def rank_retrieval(
     return RetrievalRanks(
         image_counts.to_ranking(len(text_embeds)), text_counts.to_ranking(len(image_embeds))
     )
-
-
-def _score_pairs(
-    images: UnitRows, texts: UnitRows, correspondence: Correspondence, pairs_at_a_time: int
-) -> Tensor:
-    """Compute the cosine of every pair, (num_pairs,) float64 on the CPU."""
-    rows = zip(
-        correspondence.image_of_pair.split(pairs_at_a_time),
-        correspondence.text_of_pair.split(pairs_at_a_time),
-        strict=True,
-    )
-    scores = [torch.linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
-    return torch.cat(scores).cpu()
 
 
 def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
@@ -316,7 +310,7 @@ class UnitRows:
         inverses = []
         for start in range(0, len(embeds), rows_at_a_time):
             rows = embeds[start : start + rows_at_a_time]
-            lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            lengths = linalg.vector_norm(rows, dim=1, dtype=torch.float64)
             if not lengths.isfinite().all():
                 row = start + int((~lengths.isfinite()).long().argmax())
                 raise ValueError(

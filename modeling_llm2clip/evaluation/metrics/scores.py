@@ -24,7 +24,6 @@ def hits_at(ranking: Ranking, *, k: int) -> Tensor:
 
     mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
     """
-    _require_rank(k)
     return (ranking.best_ranks <= k).double()
 
 
@@ -33,7 +32,7 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
     """
-    found = (_require_all_ranks(ranking, k) <= k).double()
+    found = (_require_all_ranks(ranking) <= k).double()
     return _sum_by_query(ranking, found) / ranking.num_positives
 
 
@@ -42,7 +41,7 @@ def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
 
     AP@K = 1/R · Σ_{r ≤ K} (positives up to rank r) / r; mAP@K is the mean.
     """
-    ranks = _require_all_ranks(ranking, k)
+    ranks = _require_all_ranks(ranking)
     precisions = torch.where(ranks <= k, _count_up_to(ranking) / ranks.double(), 0.0)
     return _sum_by_query(ranking, precisions) / ranking.num_positives
 
@@ -55,7 +54,7 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
     """
     gained, most = (
         _sum_by_query(ranking, torch.where(ranks <= k, 1 / (ranks.double() + 1).log2(), 0.0))
-        for ranks in (_require_all_ranks(ranking, k), _count_up_to(ranking))
+        for ranks in (_require_all_ranks(ranking), _count_up_to(ranking))
     )
     return gained / most
 
@@ -90,17 +89,8 @@ def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dic
     itself. The five captions of an image succeed and fail together; sampled one by one they would
     pass for five independent trials, and the interval would be too narrow.
     """
-    if values.ndim != 1 or not len(values) or not values.isfinite().all():
-        raise ValueError(
-            f"values {tuple(values.shape)} must be finite numbers, one for each query."
-        )
     if clusters is None:
         clusters = torch.arange(len(values))
-    elif clusters.shape != values.shape:
-        raise ValueError(
-            f"clusters {tuple(clusters.shape)} must name one cluster for each of the "
-            f"{len(values)} values."
-        )
     numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
     sums = torch.zeros(len(sizes), dtype=torch.float64)
     sums.index_add_(0, numbers, values.double().cpu())
@@ -163,18 +153,12 @@ def _split(total: int, most: int) -> list[int]:
     return [min(most, total - start) for start in range(0, total, most)]
 
 
-def _require_all_ranks(ranking: Ranking, k: int) -> Tensor:
-    _require_rank(k)
+def _require_all_ranks(ranking: Ranking) -> Tensor:
     if ranking.positive_ranks is None:
         raise ValueError(
             "This score needs the ranks of all positives: rank_retrieval(…, all_positives=True)."
         )
     return ranking.positive_ranks
-
-
-def _require_rank(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1, the first rank.")
 
 
 def _count_up_to(ranking: Ranking) -> Tensor:

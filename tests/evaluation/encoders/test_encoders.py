@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_a_description_needs_no_weights_in_memory(
 ) -> None:
     encoder = load_encoder(models(model_type))
     monkeypatch.setattr(type(encoder), "_model", property(lambda _: pytest.fail("loaded")))
-    described = encoder.description.to_json()
+    described = asdict(encoder.description)
     assert json.loads(json.dumps(described)) == json.loads(json.dumps(described, allow_nan=False))
     assert len(described["fingerprint"]["weights"]) == 64
     if model_type != "sentence-transformers":

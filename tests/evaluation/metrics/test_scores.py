@@ -85,8 +85,6 @@ def test_scores_of_all_positives_are_refused_when_only_the_best_were_ranked(rank
     with pytest.raises(ValueError, match="all_positives=True"):
         recalls_at(best, k=1)
     assert set(summarize(best, ks=[1])) == {"median_rank", "mean_rank", "hit_rate_at_1"}
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
-        hits_at(best, k=0)
 
 
 def generator(seed=0):
@@ -152,19 +150,3 @@ def test_captions_of_one_image_do_not_count_as_independent():
 def test_the_same_values_have_the_same_interval():
     values = torch.rand(50, generator=generator(6))
     assert mean_with_interval(values) == mean_with_interval(values)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"values": torch.tensor([0.0, torch.nan])}, r"values \(2,\) must be finite"),
-        ({"values": torch.tensor([])}, r"values \(0,\) must be finite"),
-        (
-            {"clusters": torch.tensor([1])},
-            r"clusters \(1,\) must name one cluster for each of the 2",
-        ),
-    ],
-)
-def test_an_interval_of_nonsense_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mean_with_interval(**{"values": torch.ones(2), **arguments})
