@@ -235,12 +235,8 @@ def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
 def _refuse_unused(sources: Sequence[_Source], config: EvaluationConfig) -> None:
     """Raise ValueError for options that only a classification takes, if there is none."""
     types = {source.spec.name: source.spec.dataset_type for source in sources}
-    of_classification = {
-        "class_names": config.class_names is not None,
-        "templates": config.templates is not None,
-        "allow_repeated_class_names": config.allow_repeated_class_names,
-    }
-    given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
+    names = ("class_names", "templates", "allow_repeated_class_names")
+    given = [f"`{name}`" for name in names if getattr(config, name) not in (None, False)]
     if given and "classification" not in types.values():
         listed = ", ".join(f"{name} ({of_dataset})" for name, of_dataset in types.items())
         raise ValueError(

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
@@ -21,7 +21,6 @@ from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_differences, select_comparable
 from .tasks.task_registry import find_task
 
-STYLES = ("text", "markdown")
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 _GAP = 2  # characters between columns
 _MIN_CELL = 20  # characters; narrower cells are hard to read
@@ -51,7 +50,7 @@ def find_width() -> int | None:
 def render_results(
     results: Sequence[Result],
     *,
-    style: str = "text",
+    style: Literal["text", "markdown"] = "text",
     width: int | None = None,
     details: bool = False,
 ) -> str:
@@ -61,8 +60,6 @@ def render_results(
     cells are wrapped and its columns put into several blocks. Results that cannot be compared, such
     as those of two models of one name, raise ValueError.
     """
-    if style not in STYLES:
-        raise ValueError(f"style={style!r} must be one of {', '.join(STYLES)}.")
     results = list_comparable(results)
     tables = [*_list_scores(results), *(list_details(results) if details else ())]
     drawn = [_draw(table, style, width) for table in tables]

@@ -22,7 +22,7 @@ _SUGARCREPE_CATEGORIES = (
 _WINOGROUND_IMAGES = ("image_0", "image_1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ChoiceItem:
     """One question of a compositional dataset; its form is that of `ChoiceDataset`.
 
@@ -148,13 +148,7 @@ def read_sugarcrepe(reading: DatasetReading) -> Iterator[ChoiceItem]:
             if all(isinstance(text, str) for text in texts):
                 image, true, false = map(str, texts)
                 name = f"{category}/{number}"
-                yield ChoiceItem(
-                    place=place,
-                    name=name,
-                    category=category,
-                    captions=(true, false),
-                    image_names=(image,),
-                )
+                yield ChoiceItem(name, category, (true, false), image_names=(image,), place=place)
             else:
                 reading.errors.add("no 'filename', 'caption' and 'negative_caption'", place)
 
@@ -190,13 +184,8 @@ def read_winoground(reading: DatasetReading) -> Iterator[ChoiceItem]:
         elif len(images) < len(_WINOGROUND_IMAGES):
             reading.errors.add("image missing", place)
         else:
-            yield ChoiceItem(
-                place=place,
-                name=str(fields.get("id", place)),
-                category=str(fields.get("collapsed_tag") or "all"),
-                captions=(first, second),
-                images=images,
-            )
+            name, category = str(fields.get("id", place)), str(fields.get("collapsed_tag") or "all")
+            yield ChoiceItem(name, category, (first, second), images, place=place)
 
 
 def _iterate_winoground(reading: DatasetReading) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -172,25 +172,13 @@ def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
 
 
 def find_languages(
-    source: DatasetSource,
-    folder: str | Path | None = None,
-    *,
-    ignore_fields: Collection[str] = (),
-    image_dir: str | Path | None = None,
-    require_images: bool = True,
-    cache: ReadingCache | None = None,
+    source: DatasetSource, folder: str | Path | None = None, **options: Any
 ) -> tuple[str, ...]:
+    """Find the languages of a dataset; the options are those of its reading."""
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:  # no folder is needed
         return spec.languages
-    return _open(
-        spec,
-        folder,
-        image_dir=image_dir,
-        ignore_fields=tuple(ignore_fields),
-        require_images=require_images,
-        cache=cache or ReadingCache(),
-    ).find_languages()
+    return _open(spec, folder, **options).find_languages()
 
 
 def load_dataset(
@@ -350,7 +338,7 @@ def _open(
     spec: DatasetSpec,
     folder: str | Path | None,
     *,
-    image_dir: str | Path | None,
+    image_dir: str | Path | None = None,
     lang: str | None = None,
     **options: Any,
 ) -> DatasetReading:

@@ -81,10 +81,18 @@ class OpenClipEncoder(ModelEncoder):
         self._weights = weights
         self._name = f"local-dir:{path}"
         self._pretrained: str | None = None
-        if path.is_file():
-            self._name = self._check_architecture(architecture)
+        if path.is_dir():
+            self._written = _read_config(path)
+        else:
             self._pretrained = str(path)
-        self._written = _read_config(path) if path.is_dir() else self._infer_config(activation)
+            self._name = self._check_architecture(architecture)
+            preprocessing = _find_preprocessing(self._name, source=source)
+            chosen = _find_activation(self._name, given=activation, source=source)
+            model_config = self._open_clip.get_model_config(self._name)
+            self._written = {  # as a folder would have it
+                "model_cfg": {**model_config, "quick_gelu": chosen == "quick_gelu"},
+                "preprocess_cfg": preprocessing,
+            }
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
         self._is_clips_own = isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
 
@@ -131,16 +139,6 @@ class OpenClipEncoder(ModelEncoder):
                 f"architecture is {architecture!r}. Name one of open_clip's: {sorted(known)}."
             )
         return architecture
-
-    def _infer_config(self, given: str | None) -> dict[str, Any]:
-        """Write what open_clip knows of an architecture as a folder would have it."""
-        preprocessing = _find_preprocessing(self._name, source=self._source)
-        activation = _find_activation(self._name, given=given, source=self._source)
-        model_config = self._open_clip.get_model_config(self._name)
-        return {
-            "model_cfg": {**model_config, "quick_gelu": activation == "quick_gelu"},
-            "preprocess_cfg": preprocessing,
-        }
 
     @cached_property
     def _model(self) -> Any:

@@ -83,20 +83,7 @@ class Correspondence:
             torch.tensor([number_of.setdefault(g, len(number_of)) for g in ids], dtype=torch.int64)
             for ids in (image_group_ids, text_group_ids)
         )
-        groups = [*number_of]
-        of_group = _list_positives(texts, torch.arange(len(texts)), len(groups))
-        num_images = torch.bincount(images, minlength=len(groups))
-        lonely = [
-            (side, [groups[number] for number in (counts == 0).nonzero().flatten().tolist()])
-            for side, counts in (("images", of_group.counts), ("texts", num_images))
-        ]
-        errors = [
-            f"{len(found)} group ids occur only among the {side}: {_name_some(found)}"
-            for side, found in lonely
-            if found
-        ]
-        if errors and not allows_distractors:
-            raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
+        of_group = _list_positives(texts, torch.arange(len(texts)), len(number_of))
         # Images by group; each with all texts of its group.
         by_group = images.argsort(stable=True)
         counts = of_group.counts[images[by_group]]

@@ -51,12 +51,11 @@ def make(images, texts, num_images=2, num_texts=2):
         (lambda: Correspondence.from_group_ids([], []), r"there is no image; there is no text"),
         (
             lambda: Correspondence.from_group_ids("ab", "bc"),
-            r"1 group ids occur only among the images: 'a'; "
-            r"1 group ids occur only among the texts: 'c'",
+            r"1 images have no text: rows 0; 1 texts have no image: rows 1",
         ),
         (
-            lambda: Correspondence.from_group_ids(range(9), "a"),
-            r"9 group ids occur only among the images: 0, 1, 2, 3, 4, …",
+            lambda: Correspondence.from_group_ids("abcdefghi", "a"),
+            r"8 images have no text: rows 1, 2, 3, 4, 5, …",
         ),
         (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
     ],

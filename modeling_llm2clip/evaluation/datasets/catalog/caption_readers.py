@@ -80,7 +80,7 @@ class JsonCaptions:
                 name = next((fields[field] for field in self.image if fields.get(field)), None)
                 found = [_find_values(fields, path) for path in paths]
                 there = [values for values in found if values != [None]]
-                captions = list(chain(*there)) if there else [None]
+                captions: list[Any] = list(chain(*there)) if there else [None]
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
                     error = self.lacking.format(lang=reading.lang)
                     reading.errors.add(error, f"{folder}{place}")
