@@ -231,7 +231,7 @@ class OnceEncoder(Encoder):
         self._held: list[Any] = []  # images, so that no other gets the `id` of one in memory
 
     @property
-    def description(self) -> EncoderDescription:  # type: ignore[override]
+    def description(self) -> EncoderDescription:
         """That of the encoder."""
         return self._encoder.description
 
