@@ -255,7 +255,7 @@ def load_dataset(
         templates=templates,
         allow_repeated_class_names=allow_repeated_class_names,
         allow_distractors=allow_distractors,
-        ignore_fields=tuple(ignore_fields),
+        ignore_fields=ignore_fields,
         show_progress=show_progress,
         cache=cache or ReadingCache(),
     )

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import gzip
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -185,7 +185,7 @@ class DatasetReading:
     templates: Sequence[str] | None = None
     allow_repeated_class_names: bool = False
     allow_distractors: bool = False
-    ignore_fields: tuple[str, ...] = ()
+    ignore_fields: Collection[str] = ()
     show_progress: bool = False
     cache: ReadingCache = field(default_factory=ReadingCache)
     errors: ErrorCollector = field(default_factory=ErrorCollector)

@@ -232,7 +232,7 @@ class OnceEncoder(Encoder):
 
     @property
     def description(self) -> EncoderDescription:
-        """That of the encoder."""
+        """The description of the encoder within."""
         return self._encoder.description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:

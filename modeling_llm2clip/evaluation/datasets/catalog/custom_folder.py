@@ -87,7 +87,8 @@ def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
 
 def _collect(reading: DatasetReading) -> tuple[CollectedRecords, int]:
     """Read the folder once for all languages, and count the images that no record names."""
-    how = (reading.folder, reading.image_dir, reading.require_images, reading.ignore_fields)
+    fields = tuple(reading.ignore_fields)
+    how = (reading.folder, reading.image_dir, reading.require_images, fields)
     if how not in reading.cache.records:
         collected = collect_records(
             str(reading.folder),
