@@ -36,6 +36,7 @@ from modeling_llm2clip.evaluation.metrics.ranking import (
     RetrievalRanks,
     choose_tile_shape,
     rank_retrieval,
+    ranking_memory,
 )
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 
@@ -109,12 +110,9 @@ def _measure(
     rankings: list[RetrievalRanks] = []
 
     def rank() -> None:
-        rankings[:] = [
-            rank_retrieval(
-                images, texts, correspondence,
-                all_positives=all_positives, max_memory_mb=arguments.max_memory_mb,
-            )
-        ]  # fmt: skip
+        with ranking_memory(arguments.max_memory_mb):
+            found = rank_retrieval(images, texts, correspondence, all_positives=all_positives)
+        rankings[:] = [found]
 
     _multiply(images[:4096], texts[:4096], arguments.max_memory_mb)  # threads and memory warm up
     pairs = [

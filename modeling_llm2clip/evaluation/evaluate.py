@@ -7,20 +7,20 @@ results that exist already; only then weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from .._extras import PLOTS, is_installed, require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
-from ..data.records.record_loading import load_records
 from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
 from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import Encoder, EncoderDescription, OnceEncoder
+from .encoders.encoder import EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
 from .plots import plot_confusion
 from .report import EvaluationResults
@@ -29,11 +29,6 @@ from .results import (
     build_protocol,
     find_finished,
     find_result_file,
-    list_result_files,
-    list_result_versions,
-    read_result,
-    require_comparable,
-    require_one_model,
     write_result,
 )
 from .tasks.task import Datasets, Task
@@ -41,7 +36,6 @@ from .tasks.task_registry import DEFAULT_TASKS, find_task
 
 ModelSource: TypeAlias = str | Path | EvaluatedModel
 DataSource: TypeAlias = DatasetSource | EvaluatedDataset
-_Cell: TypeAlias = tuple[str, str, str]  # model, task, dataset
 
 
 def evaluate(
@@ -80,33 +74,41 @@ def evaluate(
         >>> models = ["my-model", "openai/clip-vit-base-patch16"]
         >>> print(evaluate(models, "coco=my-coco"))  # doctest: +SKIP
     """
-    config = _read_prompt_files(config or EvaluationConfig())
+    config = config or EvaluationConfig()
     find_device(config.device)  # raises for one that does not exist, before anything is read
     chosen = _list_models(models)
-    jobs = _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
-    encoders = {model.name: _open_model(model, config) for model in chosen}
-    descriptions = {name: encoder.describe() for name, encoder in encoders.items()}
+    jobs = _read_jobs(data, tasks, config)
+    encoders = {model.name: load_encoder(model, config) for model in chosen}
+    descriptions = {name: encoder.description for name, encoder in encoders.items()}
     for job in jobs:
         for description in descriptions.values():
             _require_abilities(description, job)
-    protocols = {
-        (name, job.task.name, job.dataset): build_protocol(job.task, job.datasets, description)
+    planned = {
+        name: [
+            Result(
+                model=name,
+                task=job.task.name,
+                dataset=job.dataset,
+                protocol=build_protocol(job.task, job.datasets, description),
+                fingerprint=description.fingerprint,
+            )
+            for job in jobs
+        ]
         for name, description in descriptions.items()
-        for job in jobs
     }
-    finished = _find_all_finished(config.output, protocols, descriptions)
+    finished = find_finished(config.output, chain(*planned.values()))
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
     for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):
         encoder = OnceEncoder(encoders.pop(name))  # so that a model is freed after its turn
-        for job in jobs:
-            cell = (name, job.task.name, job.dataset)
+        for job, plan in zip(jobs, planned[name], strict=True):
+            file = find_result_file(config.output, plan)
             with ranking_memory(config.max_memory_mb):
-                result = finished[cell] or _run(encoder, name, job, protocols[cell], config.output)
+                result = finished.get(file) or _run(encoder, job, plan, file)
             results[name].append(result)
             if on_result is not None:
                 on_result(result)
-    return EvaluationResults(result for of_model in results.values() for result in of_model)
+    return EvaluationResults(chain(*results.values()))
 
 
 def check_data(
@@ -116,8 +118,7 @@ def check_data(
     tasks: Sequence[str] = (),
 ) -> None:
     """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
-    config = _read_prompt_files(config or EvaluationConfig())
-    _read_jobs(_list_datasets(data), _list_tasks(tasks), config)
+    _read_jobs(data, tasks, config or EvaluationConfig())
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,6 @@ def _list_models(models: ModelSource | Sequence[ModelSource]) -> list[EvaluatedM
     return chosen
 
 
-def _list_tasks(names: Sequence[str]) -> list[Task]:
-    if len(set(names)) < len(names):
-        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
-    return [find_task(name) for name in names]
-
-
 def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     several: Any = data
     is_records = isinstance(data, Sequence) and data and isinstance(data[0], CaptionedImage)
@@ -185,30 +180,31 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     return found
 
 
-def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
-    """Replace files of class names and templates by their lines."""
-    read: dict[str, Any] = {}
-    for field in ("class_names", "templates"):
-        file = getattr(config, field)
-        if isinstance(file, Path):
-            if not file.is_file():
-                raise ValueError(f"{field}={file} is not a text file. Correct the path.")
-            read[field] = tuple(line.strip() for line in read_lines(file) if line.strip())
-    return replace(config, **read) if read else config
-
-
 def _read_jobs(
-    sources: Sequence[_Source], tasks: Sequence[Task], config: EvaluationConfig
+    data: DataSource | Sequence[DataSource], names: Sequence[str], config: EvaluationConfig
 ) -> list[_Job]:
     """Choose the tasks of every dataset, and read it as they want it."""
-    chosen = {source.spec.name: _choose_tasks(source.spec, tasks) for source in sources}
+    sources = _list_datasets(data)
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
+    tasks = [find_task(name) for name in names]
+    config = _read_prompt_files(config)
+    chosen = {
+        source.spec.name: [
+            task
+            for task in tasks or [DEFAULT_TASKS[source.spec.dataset_type]]
+            if source.spec.dataset_type in task.dataset_types
+        ]
+        for source in sources
+    }
     used = {task.name for of_dataset in chosen.values() for task in of_dataset}
     if idle := {task.name: task.dataset_types for task in tasks if task.name not in used}:
         wanted = "; ".join(f"{name} ({' or '.join(types)})" for name, types in idle.items())
         raise ValueError(f"None of the datasets has the type that a task takes: {wanted}.")
     if unused := [name for name, of_dataset in chosen.items() if not of_dataset]:
-        names = ", ".join(task.name for task in tasks)
-        raise ValueError(f"None of the tasks {names} suits the datasets {', '.join(unused)}.")
+        raise ValueError(
+            f"None of the tasks {', '.join(names)} suits the datasets {', '.join(unused)}."
+        )
     require(*(need for of_dataset in chosen.values() for task in of_dataset for need in task.needs))
     _refuse_unused(sources, config)
     jobs = []
@@ -218,26 +214,29 @@ def _read_jobs(
         for task in chosen[source.spec.name]:
             how = (task.all_languages, _wants_images(task, source, config))
             if how not in read:
-                read[how] = _read_datasets(source, task, config, cache)
+                read[how] = _read_datasets(source, task, config, cache, require_images=how[1])
             task.check(read[how])
             jobs.append(_Job(task, source.spec.name, read[how]))
     return jobs
 
 
-def _choose_tasks(spec: DatasetSpec, tasks: Sequence[Task]) -> list[Task]:
-    wanted = tasks or [DEFAULT_TASKS[spec.dataset_type]]
-    return [task for task in wanted if spec.dataset_type in task.dataset_types]
+def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
+    """Replace files of class names and templates by their lines."""
+    read: dict[str, Any] = {}
+    for name in ("class_names", "templates"):
+        file = getattr(config, name)
+        if isinstance(file, Path):
+            if not file.is_file():
+                raise ValueError(f"{name}={file} is not a text file. Correct the path.")
+            read[name] = tuple(line.strip() for line in read_lines(file) if line.strip())
+    return replace(config, **read)
 
 
 def _refuse_unused(sources: Sequence[_Source], config: EvaluationConfig) -> None:
     """Raise ValueError for options that only a classification takes, if there is none."""
     types = {source.spec.name: source.spec.dataset_type for source in sources}
-    of_classification = {
-        "class_names": config.class_names is not None,
-        "templates": config.templates is not None,
-        "allow_repeated_class_names": config.allow_repeated_class_names,
-    }
-    given = [f"`{name}`" for name, is_given in of_classification.items() if is_given]
+    names = ("class_names", "templates", "allow_repeated_class_names")
+    given = [f"`{name}`" for name in names if getattr(config, name) not in (None, False)]
     if given and "classification" not in types.values():
         listed = ", ".join(f"{name} ({of_dataset})" for name, of_dataset in types.items())
         raise ValueError(
@@ -254,28 +253,30 @@ def _wants_images(task: Task, source: _Source, config: EvaluationConfig) -> bool
 
 
 def _read_datasets(
-    source: _Source, task: Task, config: EvaluationConfig, cache: ReadingCache
+    source: _Source,
+    task: Task,
+    config: EvaluationConfig,
+    cache: ReadingCache,
+    *,
+    require_images: bool,
 ) -> Datasets:
     shared: dict[str, Any] = {
         "image_dir": source.image_dir,
-        "require_images": _wants_images(task, source, config),
+        "require_images": require_images,
         "ignore_fields": config.ignore_fields,
         "cache": cache,
     }
-    languages: tuple[str | None, ...] = config.languages or (None,)
-    if not config.languages:
-        found = find_languages(source.spec, source.folder, **shared)
-        if task.all_languages:
-            languages = found
-        elif len(found) > 1:
+    languages = config.languages or find_languages(source.spec, source.folder, **shared)
+    if len(languages) > 1 and not task.all_languages:
+        listed = ", ".join(languages)
+        if config.languages:
             raise ValueError(
-                f"{source.spec.name} has several languages ({', '.join(found)}), and {task.name} "
-                f"takes one: languages={found[0]}. The task cross-lingual takes all."
+                f"The task {task.name} takes one language at a time, got {listed}. Run it once for "
+                "each, or take cross-lingual."
             )
-    if not task.all_languages and len(languages) > 1:
         raise ValueError(
-            f"The task {task.name} takes one language at a time, got "
-            f"{', '.join(config.languages)}. Run it once for each, or take cross-lingual."
+            f"{source.spec.name} has several languages ({listed}), and {task.name} takes one: "
+            f"languages={languages[0]}. The task cross-lingual takes all."
         )
     is_classification = source.spec.dataset_type == "classification"
     assert not isinstance(config.class_names, Path) and not isinstance(config.templates, Path)
@@ -293,37 +294,14 @@ def _read_datasets(
             show_progress=config.show_progress,
             **shared,
         )
-        for lang in languages
-    )
-
-
-def _open_model(model: EvaluatedModel, config: EvaluationConfig) -> Encoder:
-    records = None
-    if model.extracted_from is not None:
-        records = load_records(model.extracted_from, require_images=False)
-    return load_encoder(
-        model.source,
-        config,
-        model_type=model.model_type,
-        revision=model.revision,
-        architecture=model.architecture,
-        activation=model.activation,
-        records=records,
-        head=model.head,
+        for lang in languages or (None,)
     )
 
 
 def _require_abilities(description: EncoderDescription, job: _Job) -> None:
-    """Raise ValueError if a model does not encode what a job gives it."""
-    has_images = job.datasets[0].has_images and job.task.needs_images is not False
-    lacking = [
-        side
-        for side, how, is_needed in (
-            ("texts", description.text, True),
-            ("images", description.images, has_images),
-        )
-        if is_needed and how is None
-    ]
+    lacking = [] if description.text is not None else ["texts"]
+    if job.datasets[0].has_images and job.task.needs_images is not False:
+        lacking += [] if description.images is not None else ["images"]
     if lacking:
         raise ValueError(
             f"{description.source} encodes no {' and no '.join(lacking)}, which "
@@ -331,66 +309,27 @@ def _require_abilities(description: EncoderDescription, job: _Job) -> None:
         )
 
 
-def _find_all_finished(
-    output: Path,
-    protocols: Mapping[_Cell, dict[str, Any]],
-    descriptions: Mapping[str, EncoderDescription],
-) -> dict[_Cell, Result | None]:
-    """Find the results that exist; raise ValueError with every reason not to add to them."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; results need a folder. Name another output.")
-    errors: list[str] = []
-    existing: dict[Path, Result] = {}
-    for file in list_result_files(output):
-        try:
-            existing[file] = read_result(file)
-        except ValueError as error:
-            errors.append(str(error))
-    found: dict[_Cell, Result | None] = {}
-    for (model, task, dataset), protocol in protocols.items():
-        file = find_result_file(output, model=model, dataset=dataset, task=task)
-        fingerprint = descriptions[model].fingerprint
-        others = {path: result for path, result in existing.items() if path != file}
-        try:
-            require_one_model(existing, model=model, fingerprint=fingerprint)
-            found[model, task, dataset] = find_finished(file, protocol=protocol)
-            require_comparable(others, task=task, dataset=dataset, protocol=protocol)
-        except ValueError as error:
-            errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(dict.fromkeys(errors)))  # one file may fail in several ways
-    return found
-
-
-def _run(
-    encoder: OnceEncoder, model: str, job: _Job, protocol: dict[str, Any], output: Path
-) -> Result:
+def _run(encoder: OnceEncoder, job: _Job, planned: Result, file: Path) -> Result:
     before = dict(encoder.encoded)
     started = time.monotonic()
     try:
         found = job.task.run(encoder, job.datasets)
     except ValueError as error:
-        raise ValueError(f"{model}, {job.task.name} on {job.dataset}: {error}") from error
+        where = f"{planned.model}, {planned.task} on {planned.dataset}"
+        raise ValueError(f"{where}: {error}") from error
     seconds = time.monotonic() - started
-    encoded = {what: number - before[what] for what, number in encoder.encoded.items()}
     far = encoder.take_far_images()
-    file = find_result_file(output, model=model, dataset=job.dataset, task=job.task.name)
-    description = encoder.describe()
-    result = Result(
-        model=model,
-        task=job.task.name,
-        dataset=job.dataset,
+    description = encoder.description
+    result = replace(
+        planned,
         scores=dict(found.scores),
-        protocol=protocol,
         counts=dict(found.counts),
-        fingerprint=description.fingerprint,
         run={
             **description.run,
             "model": description.source,
-            "encoded": encoded,
+            "encoded": {what: count - before[what] for what, count in encoder.encoded.items()},
             **({} if far is None else {"far_images": far}),
         },
-        versions=list_result_versions(),
         seconds=round(seconds, 2),
     )
     file.parent.mkdir(parents=True, exist_ok=True)

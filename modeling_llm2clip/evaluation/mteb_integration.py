@@ -62,12 +62,7 @@ class FusingWrapper(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     mteb_model_meta: ModelMeta
 
     def encode(self, inputs: Any, **options: Any) -> Any:
-        """Encode what mteb's loader gives; see mteb's `EncoderProtocol`.
-
-        Args:
-            inputs: Batches of texts, of images, or of both.
-            options: Passed on to mteb's wrapper.
-        """
+        """Encode batches of texts, of images, or of both; see mteb's `EncoderProtocol`."""
         if not set(_FUSED) <= set(inputs.dataset.features):
             return super().encode(inputs, **options)
         whole = self.mteb_model_meta
@@ -159,16 +154,7 @@ def _hash_folder(folder: Path) -> str:
 
 
 class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
-    """One direction of a retrieval dataset.
-
-    Args:
-        data: Dataset with its images. Those in tar or Parquet files are read into memory.
-        from_images: Whether images are the queries; else texts are.
-        options: Passed on to mteb's task.
-
-    Raises:
-        ValueError: The dataset has no images, or mteb does not know the code of its language.
-    """
+    """One direction of a retrieval dataset; images in tar or Parquet files are read into memory."""
 
     data_loaded: bool = False  # read and set by mteb too
 
@@ -185,19 +171,31 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
     @cached_property
     def metadata(self) -> TaskMetadata:
         """mteb's description of the task; made again after mteb has unloaded its data."""
-        return _describe_task(self._data, from_images=self._from_images)
+        data = self._data
+        direction = "image-to-text" if self._from_images else "text-to-image"
+        digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
+        return TaskMetadata(
+            name=f"{data.name}-{data.lang}-{digest}-{direction}",
+            description=f"{direction} retrieval on {data.name} ({data.lang}), "
+            f"{counted(len(data.images), 'image')} and {counted(len(data.captions), 'text')}.",
+            type="Any2AnyRetrieval",
+            category="i2t" if self._from_images else "t2i",
+            modalities=["image", "text"],
+            eval_splits=[_SPLIT],
+            eval_langs=[_find_language(data.lang)],
+            main_score=_MAIN_SCORE,
+            dataset={"path": data.name, "revision": digest},
+            bibtex_citation="",
+        )
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
-        """Make queries, corpus and relevance as mteb reads them; nothing is fetched.
-
-        Args:
-            num_proc: Not used.
-            **_: Not used.
-        """
+        """Make queries, corpus and relevance as mteb reads them; nothing is fetched."""
         if self.data_loaded:
             return
         pairs = self._data.correspondence
-        images, texts = _tabulate_images(self._data.images), _tabulate_texts(self._data.captions)
+        captions = list(self._data.captions)
+        texts = Dataset.from_dict({"id": _name_rows("text", len(captions)), "text": captions})
+        images = _tabulate_images(self._data.images)
         if self._from_images:
             split = _make_split(images, texts, pairs.texts_of_images())
         else:
@@ -229,7 +227,15 @@ def make_mteb_tasks(
         ValueError: The name is unknown, the dataset has another type, or `load_dataset` refuses it.
     """
     if isinstance(data, str):
-        data = _load_by_name(data, folder, options)
+        dataset_type = find_dataset(data).dataset_type
+        if dataset_type != "retrieval":
+            raise ValueError(
+                f"{data} is a {dataset_type} dataset; mteb tasks are made of "
+                f"{', '.join(list_mteb_datasets())}."
+            )
+        loaded = load_dataset(data, folder, **options)
+        assert isinstance(loaded, RetrievalDataset)
+        data = loaded
     elif folder is not None or options:
         raise ValueError(
             f"{data.name} was loaded already and takes no folder={folder!r} and no "
@@ -242,38 +248,6 @@ def make_mteb_tasks(
 def list_mteb_datasets() -> list[str]:
     """List the names of the datasets that `make_mteb_tasks` loads: those for retrieval."""
     return [spec.name for spec in list_datasets() if spec.dataset_type == "retrieval"]
-
-
-def _load_by_name(
-    name: str, folder: str | Path | None, options: dict[str, Any]
-) -> RetrievalDataset:
-    dataset_type = find_dataset(name).dataset_type
-    if dataset_type != "retrieval":
-        raise ValueError(
-            f"{name} is a {dataset_type} dataset; mteb tasks are made of "
-            f"{', '.join(list_mteb_datasets())}."
-        )
-    data = load_dataset(name, folder, **options)
-    assert isinstance(data, RetrievalDataset)
-    return data
-
-
-def _describe_task(data: RetrievalDataset, *, from_images: bool) -> TaskMetadata:
-    direction = "image-to-text" if from_images else "text-to-image"
-    digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
-    return TaskMetadata(
-        name=f"{data.name}-{data.lang}-{digest}-{direction}",
-        description=f"{direction} retrieval on {data.name} ({data.lang}), "
-        f"{counted(len(data.images), 'image')} and {counted(len(data.captions), 'text')}.",
-        type="Any2AnyRetrieval",
-        category="i2t" if from_images else "t2i",
-        modalities=["image", "text"],
-        eval_splits=[_SPLIT],
-        eval_langs=[_find_language(data.lang)],
-        main_score=_MAIN_SCORE,
-        dataset={"path": data.name, "revision": digest},
-        bibtex_citation="",
-    )
 
 
 def _find_language(lang: str) -> str:
@@ -301,10 +275,6 @@ def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
         {"id": _name_rows("image", len(rows)), "image": rows},
         features=Features({"id": Value("string"), "image": Image()}),
     )
-
-
-def _tabulate_texts(texts: tuple[str, ...]) -> Dataset:
-    return Dataset.from_dict({"id": _name_rows("text", len(texts)), "text": list(texts)})
 
 
 def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:

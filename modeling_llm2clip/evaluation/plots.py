@@ -73,7 +73,6 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], file: Path) -> None:
 
 
 def require_plot_file(file: Path) -> None:
-    """Raise ValueError for a file that no plot can be written into."""
     if file.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{file} must end in one of {', '.join(_SUFFIXES)}.")
     if not file.parent.is_dir():

@@ -10,8 +10,9 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
@@ -20,7 +21,6 @@ from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_differences, select_comparable
 from .tasks.task_registry import find_task
 
-STYLES = ("text", "markdown")
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 _GAP = 2  # characters between columns
 _MIN_CELL = 20  # characters; narrower cells are hard to read
@@ -32,30 +32,10 @@ _UNITS = ("images", "items", "captions", "classes")
 _SIDES = ("queries", "candidates")
 
 
-class EvaluationResults(Sequence[Result]):
-    """Results of one or several models, printed as a table.
+class EvaluationResults(UserList[Result]):
+    """Results of one or several models, printed as a table; they must be comparable."""
 
-    Args:
-        results: The results, which must be comparable.
-    """
-
-    def __init__(self, results: Iterable[Result]) -> None:
-        self._results = tuple(results)
-
-    @overload
-    def __getitem__(self, index: int) -> Result: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> EvaluationResults: ...
-
-    def __getitem__(self, index: int | slice) -> Result | EvaluationResults:
-        found = self._results[index]
-        return found if isinstance(found, Result) else EvaluationResults(found)
-
-    def __len__(self) -> int:
-        return len(self._results)
-
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return render_results(self, width=find_width())
 
     def _repr_markdown_(self) -> str:
@@ -70,7 +50,7 @@ def find_width() -> int | None:
 def render_results(
     results: Sequence[Result],
     *,
-    style: str = "text",
+    style: Literal["text", "markdown"] = "text",
     width: int | None = None,
     details: bool = False,
 ) -> str:
@@ -80,30 +60,23 @@ def render_results(
     cells are wrapped and its columns put into several blocks. Results that cannot be compared, such
     as those of two models of one name, raise ValueError.
     """
-    if style not in STYLES:
-        raise ValueError(f"style={style!r} must be one of {', '.join(STYLES)}.")
     results = list_comparable(results)
     tables = [*_list_scores(results), *(list_details(results) if details else ())]
-    drawn = [_draw_markdown(t) if style == "markdown" else _draw_text(t, width) for t in tables]
+    drawn = [_draw(table, style, width) for table in tables]
     if any("[" in cell for table in tables for row in table.rows for cell in row):
         drawn.append(f"{textwrap.fill(_NOTE, width or len(_NOTE))}\n")
-    for note in _list_far_images(results):
+    far = {  # once for all tasks
+        f"{result.model} on {result.dataset}": result.run["far_images"]
+        for result in results
+        if "far_images" in result.run
+    }
+    for where, text in far.items():
+        note = f"{where}: {text}"
         drawn.append(f"{textwrap.fill(note, width or len(note))}\n")
     return "\n".join(drawn)
 
 
-def _list_far_images(results: Sequence[Result]) -> list[str]:
-    """List which datasets are unlike what a model was trained on, once for all tasks."""
-    found = {
-        (result.model, result.dataset): result.run["far_images"]
-        for result in results
-        if "far_images" in result.run
-    }
-    return [f"{model} on {dataset}: {text}" for (model, dataset), text in found.items()]
-
-
 def describe_scores(result: Result) -> str:
-    """Describe the scores of a result in one line, with intervals and chance."""
     task = find_task(result.task)
     parts = []
     for title, path in task.headline.items():
@@ -147,7 +120,6 @@ def list_comparable(results: Sequence[Result]) -> list[Result]:
 
 
 def _find_question(result: Result) -> tuple[str, str]:
-    """Return the task, and its title with what is compared with what."""
     return result.task, "; ".join([find_task(result.task).title, *list_sides(result)])
 
 
@@ -234,7 +206,6 @@ def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> f
 
 
 def _format_score(scores: Mapping[str, Any], path: tuple[str, ...]) -> str:
-    """Format a score, with its interval if there is one."""
     value = _find(scores, path)
     *parents, name = path
     interval = parents if name == "value" else [*parents, "intervals", name]
@@ -257,21 +228,18 @@ def _percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-def _draw_markdown(table: Table) -> str:
+def _draw(table: Table, style: str, width: int | None) -> str:
+    title = table.title[0].upper() + table.title[1:]
     lines = [table.heads, *table.rows]
-    heads, *rows = [
-        [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
-    ]
-    drawn = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
-    return f"**{_capitalize(table.title)}**\n\n{drawn}\n"
-
-
-def _draw_text(table: Table, width: int | None) -> str:
-    title = _capitalize(table.title)
-    lines = [table.heads, *table.rows]
-    turned = [list(line) for line in zip(*lines, strict=True)]
+    if style == "markdown":
+        heads, *rows = [
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
+        ]
+        drawn = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+        return f"**{title}**\n\n{drawn}\n"
     if width is None:
         return f"{title}\n\n{_draw_lines(lines)}"
+    turned = [list(line) for line in zip(*lines, strict=True)]
     for shape in (lines, turned):
         drawn = _draw_lines(shape)
         if max(map(len, drawn.splitlines())) <= width:
@@ -304,10 +272,6 @@ def _draw_lines(lines: Sequence[list[str]], cell_width: int | None = None) -> st
     return "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
 
 
-def _capitalize(title: str) -> str:
-    return title[0].upper() + title[1:]
-
-
 class Table(NamedTuple):
     """A table before it is drawn; every row has the length of `heads`."""
 
@@ -318,14 +282,14 @@ class Table(NamedTuple):
 
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
     """Label the dataset of a result: its name, and what it lacks of what was published."""
-    parts = []
-    if (amount := _describe_first_amount(result)) and " of " in amount:
-        parts.append(amount)
-    if any(map(_list_differing_files, list_data(result).values())):
+    data = list_data(result)
+    amounts = [amount for part in data.values() for amount in _list_amounts(part)]
+    parts = [amount for amount in amounts if " of " in amount][:1]
+    if any(map(_list_differing_files, data.values())):
         parts.append("files differ")
     label = f"{result.dataset} ({', '.join(parts)})" if parts else result.dataset
-    is_english = set(list_data(result)) <= {"en", "None"}
-    return label if is_english or not with_languages else f"{label} [{_list_languages(result)}]"
+    is_english = set(data) <= {"en", "None"}
+    return label if is_english or not with_languages else f"{label} [{_list_languages(data)}]"
 
 
 def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
@@ -336,7 +300,6 @@ def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
 
 
 def list_sides(result: Result) -> list[str]:
-    """List what is compared with what, if the task says it."""
     task = result.protocol["task"]
     return [f"{side}: {task[side]}" for side in _SIDES if side in task]
 
@@ -382,13 +345,13 @@ def _describe_model(result: Result) -> list[str]:
     counts = result.counts.get("languages", {"": result.counts}).values()
     truncated = [count.get("texts_truncated") for count in counts]
     num_texts = sum(count["texts"] for count in counts)
-    batch = result.run.get("batch_size")
+    batch, case = result.run.get("batch_size"), text.get("lower_case")
     return [
         model["model_type"],
         _format_prompt(text.get("prompt"), result),
         str(text.get("max_tokens", ABSENT)),
         str(text.get("padding", ABSENT)),
-        _format_case(text.get("lower_case")),
+        {True: "lower", False: "as written", None: ABSENT}.get(case, str(case)),
         ABSENT if None in truncated else f"{sum(truncated)} of {num_texts}",
         _format_images(images),
         # That of texts and of images, once if they are the same.
@@ -401,14 +364,18 @@ def _describe_model(result: Result) -> list[str]:
 
 
 def _describe_data(result: Result) -> list[str]:
-    parts = list(list_data(result).values())
+    data = list_data(result)
+    parts = list(data.values())
+    digests = [str(part["digest"]) for part in parts]
+    if len(digests) > _SHOWN_LANGUAGES:
+        digests = [hash_json(digests)]
     return [
-        _list_languages(result),
+        _list_languages(data),
         ", ".join(dict.fromkeys(str(part.get("split", ABSENT)) for part in parts)),
-        _describe_amounts(list_data(result)),
+        _describe_amounts(data),
         str(sum(int(part["skipped_samples"]) for part in parts)),
         _describe_files(parts),
-        _shorten_digests(result),
+        "+".join(digest[:_SHOWN_OF_DIGEST] for digest in digests),
     ]
 
 
@@ -432,50 +399,26 @@ def _iterate_choices(result: Result) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), written
 
 
-def _list_languages(result: Result) -> str:
-    """List the languages, or say how many there are."""
-    languages = list_data(result)
-    if len(languages) > _SHOWN_LANGUAGES:
-        return f"{len(languages)} languages"
-    return "+".join(languages)
+def _list_languages(data: Mapping[str, Any]) -> str:
+    return f"{len(data)} languages" if len(data) > _SHOWN_LANGUAGES else "+".join(data)
 
 
-def _shorten_digests(result: Result) -> str:
-    """Shorten the digest of each language, or that of all if there are many."""
-    digests = [str(data["digest"]) for data in list_data(result).values()]
-    if len(digests) > _SHOWN_LANGUAGES:
-        digests = [hash_json(digests)]
-    return "+".join(digest[:_SHOWN_OF_DIGEST] for digest in digests)
-
-
-def _describe_amount(data: Mapping[str, Any], units: Iterable[str] = _UNITS) -> str:
-    """Say how much there is, and of how much: `12 of 5,000 images, 60 of 25,000 captions`."""
+def _list_amounts(data: Mapping[str, Any]) -> list[str]:
+    """List how many there are, and of how many: `12 of 5,000 images`, `60 captions`."""
     published = data.get("published") or {}
     amounts = []
-    for unit in units:
-        if unit not in data:
-            continue
-        have, wanted = data[unit], published.get(unit, data[unit])
-        of = "" if have == wanted else f" of {wanted:,}"
-        amounts.append(f"{have:,}{of} {unit}")
-    return ", ".join(amounts)
-
-
-def _describe_first_amount(result: Result) -> str:
-    """Say how many images, items or captions; of the first language that lacks some."""
-    found = []
-    for data in list_data(result).values():
-        units = [unit for unit in _UNITS if unit in data]
-        published = data.get("published") or {}
-        lacking = [unit for unit in units if data[unit] != published.get(unit, data[unit])]
-        found.append(_describe_amount(data, (lacking or units)[:1]))
-    return next((amount for amount in found if " of " in amount), found[0])
+    for unit in _UNITS:
+        if unit in data:
+            have, wanted = data[unit], published.get(unit, data[unit])
+            of = "" if have == wanted else f" of {wanted:,}"
+            amounts.append(f"{have:,}{of} {unit}")
+    return amounts
 
 
 def _describe_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
     amounts = {}
     for lang, data in languages.items():
-        amount = _describe_amount(data) or ABSENT
+        amount = ", ".join(_list_amounts(data)) or ABSENT
         is_captions_only = data.get("with_images") is False
         amounts[lang] = f"{amount}; only captions were read" if is_captions_only else amount
     lang, first = next(iter(amounts.items()))
@@ -484,7 +427,6 @@ def _describe_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
-    """List the files that are not the published ones."""
     return [name for name, state in (data.get("checksums") or {}).items() if state != "published"]
 
 
@@ -508,12 +450,6 @@ def _format_prompt(prompt: Any, result: Result) -> str:
     elif templates:
         parts.append(repr(templates[0]))
     return ", with ".join(parts) or "none"
-
-
-def _format_case(lower_case: Any) -> str:
-    if isinstance(lower_case, bool):
-        return "lower" if lower_case else "as written"
-    return ABSENT if lower_case is None else str(lower_case)
 
 
 def _format_images(images: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _PACKAGES = (
     OWN_PACKAGE, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
+# Fields of an encoder's description that change a score.
+_OF_MODEL = ("model_type", "text", "images", "dtype")
 _SHOWN = 8
 _SHOWN_OF_VALUE = 60  # characters
 _SHOWN_BEFORE = 15  # of what two values have in common
@@ -42,7 +44,7 @@ _SHOWN_BEFORE = 15  # of what two values have in common
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Scores of one task for one model on one dataset.
+    """Scores of one task for one model on one dataset; without scores it is planned.
 
     Attributes:
         model: Name of the model in tables.
@@ -53,37 +55,36 @@ class Result:
         run: Facts that change no score: device, batch size, where the model was, and how many texts
             and images were `encoded`; embeddings of an earlier task are not computed again. For
             images unlike those that the model was trained on, `far_images` says so.
+        versions: Those of Python and of every package that takes part in an embedding.
         seconds: Time to compute the `encoded` embeddings and the scores.
     """
 
     model: str
     task: str
     dataset: str
-    scores: dict[str, Any]
+    scores: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any]
-    counts: dict[str, Any]
+    counts: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, str]
-    run: dict[str, Any]
-    versions: dict[str, str]
-    seconds: float
+    run: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: list_versions(_PACKAGES))
+    seconds: float = 0.0
     format_version: int = FORMAT_VERSION
 
 
-def find_result_file(folder: Path, *, model: str, dataset: str, task: str) -> Path:
-    """Return the file of a result, which need not exist."""
-    return folder / model / f"{dataset}.{task}.json"
+def find_result_file(folder: Path, result: Result) -> Path:
+    return folder / result.model / f"{result.dataset}.{result.task}.json"
 
 
 def build_protocol(
     task: Task, datasets: Sequence[EvaluationDataset], description: EncoderDescription
 ) -> dict[str, Any]:
     """Collect every choice that changes a score, before the model is loaded."""
-    described = description.to_json()
     of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in datasets}
     data = {"languages": of_data} if task.all_languages else next(iter(of_data.values()))
     protocol = {
         "data": data,
-        "model": {name: described[name] for name in ("model_type", "text", "images", "dtype")},
+        "model": {name: getattr(description, name) for name in _OF_MODEL},
         "task": {**task.protocol, **task.describe_data(tuple(datasets))},
     }
     # As it will be read again: tuples become lists.
@@ -102,7 +103,6 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 
 
 def read_result(file: Path) -> Result:
-    """Read one result."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
@@ -116,7 +116,6 @@ def is_result(content: Any) -> bool:
 
 
 def parse_result(content: Any, file: Path) -> Result:
-    """Make a result of a file's content."""
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is not a result of an evaluation. Name another folder.")
     if content["format_version"] != FORMAT_VERSION:
@@ -126,77 +125,73 @@ def parse_result(content: Any, file: Path) -> Result:
         )
     content = {**content}
     digest = content.pop(_DIGEST, None)
-    if set(content) != {field.name for field in fields(Result)} or digest != hash_json(content):
+    if set(content) != {one.name for one in fields(Result)} or digest != hash_json(content):
         raise ValueError(f"{file} was changed after it was written. Delete it and evaluate again.")
     return Result(**content)
 
 
 def list_result_files(folder: Path) -> list[Path]:
-    """List the files of all results in a folder by model, dataset and task."""
     return sorted(folder.glob("*/*.json"))
 
 
 def read_evaluation_results(folder: Path) -> list[Result]:
-    """Read all results in a folder by model, dataset and task."""
     files = list_result_files(folder)
     if not files:
         raise ValueError(f"{folder} has no results. Evaluate something into it first.")
     return [read_result(file) for file in files]
 
 
-def require_one_model(
-    results: Mapping[Path, Result], *, model: str, fingerprint: Mapping[str, str]
-) -> None:
-    """Refuse a name that is already the name of another model."""
-    for file, result in results.items():
-        if result.model == model:
-            then, now = {"fingerprint": result.fingerprint}, {"fingerprint": fingerprint}
-            _require_no_difference(file, "model", then, now)
+def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
+    """Find the results in a folder, by file; raise ValueError with every reason not to add to them.
 
-
-def require_comparable(
-    results: Mapping[Path, Result], *, task: str, dataset: str, protocol: Mapping[str, Any]
-) -> None:
-    """Refuse scores that would be in one column of a table with scores that differ in meaning."""
-    now = select_comparable(protocol)
-    for file, result in results.items():
-        if (result.task, result.dataset) == (task, dataset):
-            then = select_comparable(result.protocol)
-            _require_no_difference(file, "data or in another way", then, now)
-
-
-def find_finished(file: Path, *, protocol: Mapping[str, Any]) -> Result | None:
-    """Return the result that exists already, or None.
-
-    Another version of this package may score otherwise, and is another run. Another version of a
-    package that it calls causes a warning.
+    Refused are a name that is already the name of another model, and scores that would be in one
+    column of a table with scores that differ in meaning. Another version of this package may score
+    otherwise, and is another run. Another version of a package that it calls causes a warning.
     """
-    if not file.is_file():
-        return None
-    found = read_result(file)
-    versions = list_versions(_PACKAGES)
-    _require_no_difference(
-        file,
-        "run",
-        {"protocol": found.protocol, "versions": {OWN_PACKAGE: found.versions.get(OWN_PACKAGE)}},
-        {"protocol": protocol, "versions": {OWN_PACKAGE: versions[OWN_PACKAGE]}},
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; results need a folder. Name another output.")
+    errors: list[str] = []
+    found: dict[Path, Result] = {}
+    for file in list_result_files(folder):
+        try:
+            found[file] = read_result(file)
+        except ValueError as error:
+            errors.append(str(error))
+    for plan in planned:
+        try:
+            for file, result in found.items():
+                if result.model == plan.model:
+                    then, now = ({"fingerprint": one.fingerprint} for one in (result, plan))
+                    _require_no_difference(file, "model", then, now)
+            own = find_result_file(folder, plan)
+            if own in found:
+                _require_same_run(own, found[own], plan)
+            for file, result in found.items():
+                if file != own and (result.task, result.dataset) == (plan.task, plan.dataset):
+                    then, now = map(select_comparable, (result.protocol, plan.protocol))
+                    _require_no_difference(file, "data or in another way", then, now)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))  # one file may fail in several ways
+    return found
+
+
+def _require_same_run(file: Path, found: Result, planned: Result) -> None:
+    then, now = (
+        {"protocol": one.protocol, "versions": {OWN_PACKAGE: one.versions.get(OWN_PACKAGE)}}
+        for one in (found, planned)
     )
-    if differences := list(find_differences(found.versions, versions)):
+    _require_no_difference(file, "run", then, now)
+    if differences := list(find_differences(found.versions, planned.versions)):
         warnings.warn(
             f"{file} is taken as it is, though it was computed with other packages: "
             f"{'; '.join(differences)}. Remove it to have it computed again.",
             stacklevel=2,
         )
-    return found
-
-
-def list_result_versions() -> dict[str, str]:
-    """List the versions of Python and of every package that takes part in an embedding."""
-    return list_versions(_PACKAGES)
 
 
 def write_result(file: Path, result: Result) -> None:
-    """Write one result, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

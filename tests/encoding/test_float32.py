@@ -75,7 +75,7 @@ def test_every_encoder_is_evaluated_without_it(
     if kind != "sentence-transformers":
         encoder.encode_images(images, names=[path.name for path in images])
     assert seen == EXACT
-    assert encoder.describe().run["float32_products"] == "ieee"
+    assert encoder.description.run["float32_products"] == "ieee"
 
 
 def test_a_checkpoint_is_recorded_and_examined_without_it(

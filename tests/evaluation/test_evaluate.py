@@ -182,7 +182,7 @@ def test_a_finished_task_is_not_computed_again(
     run = evaluation._run
 
     def count(*args: Any) -> Result:
-        computed.append(args[2].task.name)
+        computed.append(args[1].task.name)
         return run(*args)
 
     monkeypatch.setattr(evaluation, "_run", count)

@@ -17,7 +17,6 @@ from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDat
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.results import (
     find_differences,
-    find_finished,
     hash_dataset,
     read_evaluation_results,
     read_result,
@@ -61,7 +60,7 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"result\.json is damaged"):
-        find_finished(file, protocol={})
+        read_result(file)
     file.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"not a result of an evaluation"):
         read_result(file)

@@ -146,10 +146,10 @@ def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
     settings = EncoderConfig(device="cpu")
     with pytest.warns(UserWarning, match="named is untrained: random weights"):
         encoder = LLM2CLIPEncoder(untrained, settings, source="named")
-    found = encoder.describe().to_json()
-    assert found["untrained_parts"] == ["text adapter", "projections"]
+    assert encoder.description.run["untrained_parts"] == ["text adapter", "projections"]
     assert len(encoder.encode_texts(CAPTIONS).embeds) == len(CAPTIONS)
-    assert "untrained_parts" not in LLM2CLIPEncoder(good, settings, source="x").describe().to_json()
+    trained = LLM2CLIPEncoder(good, settings, source="x").description
+    assert "untrained_parts" not in trained.run
 
 
 def test_mteb_measures_an_untrained_model_with_a_warning(untrained: Path) -> None:

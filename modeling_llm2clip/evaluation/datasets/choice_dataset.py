@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,7 @@ from ...data.sources.coco import read_coco
 from ...data.sources.json_files import read_json, read_json_lines
 from ...data.sources.parquet import iterate_rows
 from .catalog.caption_readers import COCO_ADVICE, COCO_FILES
-from .dataset_spec import (
-    ChoiceForm,
-    DatasetSpec,
-    DatasetValidator,
-    EvaluationDataset,
-    ReadRequest,
-    find_image,
-)
+from .dataset_spec import ChoiceForm, DatasetReading, EvaluationDataset, find_image
 
 _NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
 _SUGARCREPE_CATEGORIES = (
@@ -29,7 +22,7 @@ _SUGARCREPE_CATEGORIES = (
 _WINOGROUND_IMAGES = ("image_0", "image_1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ChoiceItem:
     """One question of a compositional dataset; its form is that of `ChoiceDataset`.
 
@@ -39,6 +32,8 @@ class ChoiceItem:
             in the other forms the first is true and the second is false.
         images: Two in form `images`, one in form `image`, none in form `text`.
         anchor: In form `text`, another true caption of the same image, in place of the image.
+        image_names: Paths in the folder of images, for a reader that does not give `images`.
+        place: Where it is written, for errors.
     """
 
     name: str
@@ -46,6 +41,8 @@ class ChoiceItem:
     captions: tuple[str, str]
     images: tuple[ImageSource, ...] = ()
     anchor: str | None = None
+    image_names: tuple[str, ...] = ()
+    place: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +57,6 @@ class ChoiceDataset(EvaluationDataset):
     items: tuple[ChoiceItem, ...]
 
     def __post_init__(self) -> None:
-        if self.form not in _NUM_IMAGES:
-            raise ValueError(
-                f"{self.name}: form={self.form!r} must be one of {', '.join(_NUM_IMAGES)}."
-            )
-        if not self.items:
-            raise ValueError(f"{self.name}: there are no items.")
         wanted = (_NUM_IMAGES[self.form], self.form == "text")
         for item in self.items:
             if (len(item.images), item.anchor is not None) != wanted:
@@ -77,106 +68,72 @@ class ChoiceDataset(EvaluationDataset):
 
     @property
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
         return self.form != "text"
 
     def list_content(self) -> list[Any]:
-        """List what its digest covers."""
         return [[item.name, item.captions, item.anchor, list(item.images)] for item in self.items]
 
 
-@dataclass(frozen=True)
-class ChoiceEntry:
-    """A question as the publisher's files have it.
-
-    Images are named by paths in their folder, as many as the form needs, unless the reader knows
-    where they are. `place` is for errors.
-    """
-
-    place: str
-    name: str
-    category: str
-    captions: tuple[str, str]
-    image_names: tuple[str, ...] = ()
-    images: tuple[ImageSource, ...] = ()
-    anchor: str | None = None
-
-
-def build_choice_dataset(
-    spec: DatasetSpec,
-    request: ReadRequest,
-    validator: DatasetValidator,
-) -> ChoiceDataset:
+def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
     """Read every question, check it, and keep the valid ones."""
-    form = spec.form
-    if form != "text" and not request.require_images:
+    spec, form = reading.spec, reading.spec.form
+    if form != "text" and not reading.require_images:
         raise ValueError(
             f"{spec.name} cannot be read without its images. Name their folder, or take a dataset "
             "of texts: sugarcrepe-text."
         )
-    entries = list(spec.read(request, validator))
-    num_lost = validator.count_lost()
-    items = [_check_entry(entry, form, request, validator) for entry in entries]
+    found = list(spec.read(reading))
+    num_lost = reading.count_lost()
+    items = [_check_item(item, reading) for item in found]
     images = (image for item in items if item for image in item.images)
-    unreadable = validator.find_unreadable_images(images, request)
-    skipped = validator.finish(spec, request.lang, {"items": len(entries)})
+    unreadable = reading.find_unreadable_images(images)
+    skipped = reading.finish({"items": len(found)})
     kept = tuple(item for item in items if item and not unreadable & set(item.images))
     if not kept:
-        raise ValueError(
-            f"{validator.source}: no item is left, because each has an error: {skipped}"
-        )
+        raise ValueError(f"{reading.source}: no item is left, because each has an error: {skipped}")
     protocol = {
         "dataset": spec.name,
-        "lang": request.lang,
+        "lang": reading.lang,
         **spec.protocol,
         "form": form,
         "items": len(kept),
-        "published": spec.list_published_counts(request.lang),
+        "published": spec.list_published_counts(reading.lang),
         "skipped": skipped,
         "skipped_samples": num_lost + len(items) - len(kept),
-        **validator.notes,
+        **reading.notes,
     }
     return ChoiceDataset(
-        name=spec.name, form=form, items=kept, lang=request.lang, protocol=protocol
+        name=spec.name, form=form, items=kept, lang=reading.lang, protocol=protocol
     )
 
 
-def _check_entry(
-    entry: ChoiceEntry, form: ChoiceForm, request: ReadRequest, validator: DatasetValidator
-) -> ChoiceItem | None:
+def _check_item(item: ChoiceItem, reading: DatasetReading) -> ChoiceItem | None:
     """Clean the texts and find the images; None if there is an error."""
-    first, second = (clean_text(caption) for caption in entry.captions)
-    anchor = None if entry.anchor is None else clean_text(entry.anchor)
+    first, second = (clean_text(caption) for caption in item.captions)
+    anchor = None if item.anchor is None else clean_text(item.anchor)
     found = []
     if not (first and second) or anchor == "":
         found.append("blank caption")
     elif first == second:
         found.append("the two captions are the same")
-    images = entry.images
-    if form != "text" and not images:
-        image_dir = request.image_dir or request.data_folder
-        candidates = [find_image(image_dir, name) for name in entry.image_names]
+    images = item.images
+    if item.image_names:
+        image_dir = reading.image_dir or reading.data_folder
+        candidates = [find_image(image_dir, name) for name in item.image_names]
         images = tuple(image for image in candidates if image is not None)
-        if not images or len(images) < len(candidates):
+        if len(images) < len(candidates):
             found.append("image missing")
     for error in found:
-        validator.errors.add(error, f"{entry.place}: {' '.join(entry.image_names) or entry.name}")
+        reading.errors.add(error, f"{item.place}: {' '.join(item.image_names) or item.name}")
     if found:
         return None
-    return ChoiceItem(
-        name=entry.name,
-        category=entry.category,
-        captions=(first, second),
-        images=() if form == "text" else images,
-        anchor=anchor,
-    )
+    return replace(item, captions=(first, second), images=images, anchor=anchor)
 
 
-def read_sugarcrepe(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
+def read_sugarcrepe(reading: DatasetReading) -> Iterator[ChoiceItem]:
     """Yield a caption and a hard negative of a COCO image, category after category."""
     for category in _SUGARCREPE_CATEGORIES:
-        file = validator.find_file(
-            request.data_folder,
+        file = reading.find_file(
             f"{category}.json",
             f"data/{category}.json",
             advice="Give the folder `data` of github.com/RAIVNLab/sugar-crepe.",
@@ -191,72 +148,60 @@ def read_sugarcrepe(request: ReadRequest, validator: DatasetValidator) -> Iterat
             if all(isinstance(text, str) for text in texts):
                 image, true, false = map(str, texts)
                 name = f"{category}/{number}"
-                yield ChoiceEntry(place, name, category, (true, false), (image,))
+                yield ChoiceItem(name, category, (true, false), image_names=(image,), place=place)
             else:
-                validator.errors.add("no 'filename', 'caption' and 'negative_caption'", place)
+                reading.errors.add("no 'filename', 'caption' and 'negative_caption'", place)
 
 
-def read_sugarcrepe_text(
-    request: ReadRequest, validator: DatasetValidator
-) -> Iterator[ChoiceEntry]:
+def read_sugarcrepe_text(reading: DatasetReading) -> Iterator[ChoiceItem]:
     """Yield the items with another caption of the image in place of the image.
 
     It is the first one in COCO's own file that is not the true caption itself.
     """
-    file = validator.find_file(request.data_folder, *COCO_FILES, advice=COCO_ADVICE)
+    file = reading.find_file(*COCO_FILES, advice=COCO_ADVICE)
     captions = {
         raw.fields.get("file_name"): raw.fields["captions"]
-        for raw in read_coco(file, validator.errors)
+        for raw in read_coco(file, reading.errors)
     }
-    for entry in read_sugarcrepe(request, validator):
-        true = clean_text(entry.captions[0])
-        others = (clean_text(caption) for caption in captions.get(entry.image_names[0], ()))
+    for item in read_sugarcrepe(reading):
+        true = clean_text(item.captions[0])
+        others = (clean_text(caption) for caption in captions.get(item.image_names[0], ()))
         anchor = next((text for text in others if text and text != true), None)
         if anchor is None:
-            validator.errors.add("no other caption of the image", entry.place)
+            reading.errors.add("no other caption of the image", item.place)
         else:
-            yield ChoiceEntry(
-                entry.place, entry.name, entry.category, entry.captions, anchor=anchor
-            )
+            yield replace(item, image_names=(), anchor=anchor)
 
 
-def read_winoground(request: ReadRequest, validator: DatasetValidator) -> Iterator[ChoiceEntry]:
+def read_winoground(reading: DatasetReading) -> Iterator[ChoiceItem]:
     """Yield the items; their category is the difference between the captions, `collapsed_tag`."""
-    for place, fields in _iterate_winoground(request, validator):
+    for place, fields in _iterate_winoground(reading):
         first, second = (fields.get(name) for name in ("caption_0", "caption_1"))
         found = [fields.get(name) for name in _WINOGROUND_IMAGES]
         images = tuple(image for image in found if isinstance(image, ParquetImage | Path))
         if not isinstance(first, str) or not isinstance(second, str):
-            validator.errors.add("no 'caption_0' and 'caption_1'", place)
+            reading.errors.add("no 'caption_0' and 'caption_1'", place)
         elif len(images) < len(_WINOGROUND_IMAGES):
-            validator.errors.add("image missing", place)
+            reading.errors.add("image missing", place)
         else:
             name, category = str(fields.get("id", place)), str(fields.get("collapsed_tag") or "all")
-            yield ChoiceEntry(place, name, category, (first, second), images=images)
+            yield ChoiceItem(name, category, (first, second), images, place=place)
 
 
-def _iterate_winoground(
-    request: ReadRequest, validator: DatasetValidator
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_winoground(reading: DatasetReading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield items of Parquet files, or of `examples.jsonl` with the unpacked `images.zip`."""
-    if tables := request.list_parquet_files():
-        yield from iterate_rows(tables, request.data_folder, validator.errors)
+    if tables := reading.list_parquet_files():
+        yield from iterate_rows(tables, reading.data_folder, reading.errors)
         return
-    lines = validator.find_file(
-        request.data_folder,
+    lines = reading.find_file(
         "examples.jsonl",
         "data/examples.jsonl",
         advice="Get it from huggingface.co/datasets/facebook/winoground, whose license you accept.",
     )
-    image_dir = request.image_dir or lines.parent / "images"
-    for raw in read_json_lines(lines, validator.errors):
-        images = {
-            name: _find_by_stem(image_dir, raw.fields.get(name)) for name in _WINOGROUND_IMAGES
-        }
+    image_dir = reading.image_dir or lines.parent / "images"
+    for raw in read_json_lines(lines, reading.errors):
+        images = {}
+        for name in _WINOGROUND_IMAGES:  # written without the suffix
+            paths = [image_dir / f"{raw.fields.get(name)}{end}" for end in ("", ".png", ".jpg")]
+            images[name] = next((path for path in paths if path.is_file()), None)
         yield raw.place, {**raw.fields, **images}
-
-
-def _find_by_stem(image_dir: Path, name: Any) -> Path | None:
-    """Find an image whose name is written without its suffix."""
-    candidates = [image_dir / f"{name}{suffix}" for suffix in ("", ".png", ".jpg")]
-    return next((path for path in candidates if path.is_file()), None)

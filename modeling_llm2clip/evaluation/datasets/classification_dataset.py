@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
 from ...data.sources.csv_files import iterate_csv
 from .dataset_spec import (
-    DatasetSpec,
-    DatasetValidator,
+    DatasetReading,
     EvaluationDataset,
-    ReadRequest,
-    find_repeated,
     is_image,
     read_lines,
 )
@@ -48,7 +45,7 @@ class ClassificationDataset(EvaluationDataset):
 
     Attributes:
         labels: One per image: the row of its class in `class_names`.
-        class_names: All different, in more than case, unless `protocol` lists those that are not in
+        class_names: All different, in more than case, but for those that `protocol` lists in
             `repeated_class_names`: images of these tie, and a tie is a wrong answer.
         templates: Prompts with one `{}` for the class name.
     """
@@ -59,38 +56,11 @@ class ClassificationDataset(EvaluationDataset):
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        self._check_images(self.images, self.image_names)
-        if not len(self.images) == len(self.labels) > 0:
-            raise ValueError(
-                f"{self.name}: {len(self.images)} images and {len(self.labels)} labels; there "
-                "must be one label per image, and at least one."
-            )
-        if not (min(self.labels) >= 0 and max(self.labels) < len(self.class_names)):
-            raise ValueError(
-                f"{self.name}: labels from {min(self.labels)} to {max(self.labels)} do not fit "
-                f"{len(self.class_names)} classes, counted from 0."
-            )
-        repeated = find_repeated(self.class_names, normalize=normalize_class_name)
-        if repeated != self.protocol.get("repeated_class_names", []):
-            raise ValueError(
-                f"{self.name}: class names repeat: {repeated[:5]}, so that no prompt can "
-                "distinguish their images. Give each class a name of its own, or list them in "
-                'protocol["repeated_class_names"].'
-            )
-        broken = [text for text in self.templates if text.count("{}") != 1]
-        if broken or not self.templates:
-            raise ValueError(
-                f"{self.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
-            )
-
     @property
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
         return True
 
     def list_content(self) -> list[Any]:
-        """List what its digest covers."""
         return [
             self.image_names, self.labels, self.class_names, self.templates, list(self.images),
         ]  # fmt: skip
@@ -113,55 +83,51 @@ class LabeledImages:
     names_file: Path | None = None
 
 
-def build_classification_dataset(
-    spec: DatasetSpec,
-    request: ReadRequest,
-    validator: DatasetValidator,
-) -> ClassificationDataset:
+def build_classification_dataset(reading: DatasetReading) -> ClassificationDataset:
     """Read the images, name the classes, and keep what has no error.
 
     A class whose name another class also has, perhaps in another case, is an error, because no
-    prompt distinguishes them, unless the request allows it: its images then tie, and count as
+    prompt distinguishes them, unless the reading allows it: its images then tie, and count as
     wrong.
     """
-    _check_request(spec, request)
-    found: LabeledImages = spec.read(request, validator)
-    names = _name_classes(found, request, validator)
-    errors = validator.errors
+    spec = reading.spec
+    templates = _choose_templates(reading)
+    found: LabeledImages = spec.read(reading)
+    names = _name_classes(found, reading)
+    errors = reading.errors
     num_lost = errors.total - sum(errors.counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
     in_use = [key for key in found.class_keys if key in names]
     kept = [item for item in found.images if item[2] in names]
     if len(kept) < len(found.images):
-        validator.notes["images_of_skipped_classes"] = len(found.images) - len(kept)
-    unreadable = validator.find_unreadable_images((file for _, file, _ in kept), request)
+        reading.notes["images_of_skipped_classes"] = len(found.images) - len(kept)
+    unreadable = reading.find_unreadable_images((file for _, file, _ in kept))
     kept = [item for item in kept if item[1] not in unreadable]
-    num_images = len(found.images) + validator.errors.counts.get("image missing", 0)
+    num_images = len(found.images) + reading.errors.counts.get("image missing", 0)
     counts = {"images": num_images, "classes": len(found.class_keys)}
-    skipped = validator.finish(spec, request.lang, counts)
+    skipped = reading.finish(counts)
     if not kept or len(in_use) < 2:
         raise ValueError(
-            f"{validator.source}: {len(kept)} images and {len(in_use)} classes are left: "
+            f"{reading.source}: {len(kept)} images and {len(in_use)} classes are left: "
             f"{skipped}. Give an image and at least two classes, because a single one is always "
             "right."
         )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
-    chosen = spec.templates if request.templates is None else request.templates
     protocol = {
         "dataset": spec.name,
-        "lang": request.lang,
+        "lang": reading.lang,
         **spec.protocol,
         "images": len(kept),
         "classes": len(in_use),
-        "published": spec.list_published_counts(request.lang),
-        "class_names": _describe_names(found, request, class_names),
-        "templates": list(chosen),
-        "templates_from": "dataset" if request.templates is None else "given",
+        "published": spec.list_published_counts(reading.lang),
+        "class_names": _describe_names(found, reading, class_names),
+        "templates": list(templates),
+        "templates_from": "dataset" if reading.templates is None else "given",
         "skipped": skipped,
         "skipped_samples": num_lost + len(found.images) - len(kept),
-        **validator.notes,
+        **reading.notes,
     }
-    if repeated := find_repeated(class_names, normalize=normalize_class_name):
+    if repeated := _find_repeated(class_names):
         protocol["repeated_class_names"] = repeated
     return ClassificationDataset(
         name=spec.name,
@@ -169,13 +135,13 @@ def build_classification_dataset(
         image_names=tuple(name for name, _, _ in kept),
         labels=tuple(label_of[key] for _, _, key in kept),
         class_names=class_names,
-        templates=tuple(chosen),
-        lang=request.lang,
+        templates=templates,
+        lang=reading.lang,
         protocol=protocol,
     )
 
 
-def normalize_class_name(name: str) -> str:
+def _normalize(name: str) -> str:
     """Normalize a name as the least sensitive model reads it: NFC, lower case, single spaces.
 
     CLIP and SigLIP ignore case, so `Cat` and `cat` are one class to them.
@@ -183,12 +149,24 @@ def normalize_class_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).lower().split())
 
 
+def _find_repeated(names: Iterable[str]) -> list[str]:
+    """List the names that distinguish no class, each once, in their order."""
+    seen: set[str] = set()
+    repeated: dict[str, str] = {}
+    for name in names:
+        normalized = _normalize(name)
+        if normalized in seen:
+            repeated.setdefault(normalized, name)
+        seen.add(normalized)
+    return list(repeated.values())
+
+
 def _describe_names(
-    found: LabeledImages, request: ReadRequest, names: tuple[str, ...]
+    found: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
 ) -> dict[str, str]:
     """Say where class names are from, and hash those in use, one per line, by their labels."""
     used = {"names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
-    if request.class_names is not None:
+    if reading.class_names is not None:
         return {"from": "given", **used}
     if found.names_file is None:
         return {"from": "names of the folders", **used}
@@ -196,99 +174,102 @@ def _describe_names(
     return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
 
 
-def _check_request(spec: DatasetSpec, request: ReadRequest) -> None:
-    """Refuse a request that would mix languages, or that wants no images."""
-    if not request.require_images:
+def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
+    """Return the templates; refuse those that would mix languages, or that take no name."""
+    spec = reading.spec
+    if not reading.require_images:
         raise ValueError(f"{spec.name} cannot be read without its images.")
-    if request.lang != "en" and request.templates is None:
+    if reading.lang != "en" and reading.templates is None:
         raise ValueError(
-            f"{spec.name}: the templates of the dataset are English, lang is {request.lang!r}. "
+            f"{spec.name}: the templates of the dataset are English, lang is {reading.lang!r}. "
             "Give templates in that language too."
         )
+    templates = spec.templates if reading.templates is None else tuple(reading.templates)
+    broken = [text for text in templates if text.count("{}") != 1]
+    if broken or not templates:
+        raise ValueError(
+            f"{spec.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
+        )
+    return templates
 
 
-def _name_classes(
-    found: LabeledImages, request: ReadRequest, validator: DatasetValidator
-) -> dict[str, str]:
+def _name_classes(found: LabeledImages, reading: DatasetReading) -> dict[str, str]:
     """Map classes to names, without those that have none or share theirs, which are errors."""
-    given = _find_names(found, request, validator)
+    given = _find_names(found, reading)
     names = {key: given.get(key, "").strip() for key in found.class_keys}
-    counts = Counter(map(normalize_class_name, names.values()))
-    shared = {name for name in names.values() if counts[normalize_class_name(name)] > 1}
+    counts = Counter(map(_normalize, names.values()))
+    shared = {name for name in names.values() if counts[_normalize(name)] > 1}
     for key, name in names.items():
         if not name:
-            validator.errors.add("class without a name", key)
-        elif name in shared and not request.allow_repeated_class_names:
-            validator.errors.add("class name repeated", f"{key}: {name}")
-    if request.allow_repeated_class_names:
+            reading.errors.add("class without a name", key)
+        elif name in shared and not reading.allow_repeated_class_names:
+            reading.errors.add("class name repeated", f"{key}: {name}")
+    if reading.allow_repeated_class_names:
         return {key: name for key, name in names.items() if name}
     return {key: name for key, name in names.items() if name and name not in shared}
 
 
-def _find_names(
-    found: LabeledImages, request: ReadRequest, validator: DatasetValidator
-) -> Mapping[str, str]:
-    """Return the names of the request if it has any, else those of the files."""
-    chosen = found.names if request.class_names is None else request.class_names
-    if isinstance(chosen, tuple):
+def _find_names(found: LabeledImages, reading: DatasetReading) -> Mapping[str, str]:
+    chosen = found.names if reading.class_names is None else reading.class_names
+    if not isinstance(chosen, Mapping):
         if len(chosen) != len(found.class_keys):
             raise ValueError(
-                f"{validator.source}: {len(chosen)} class names for {len(found.class_keys)} "
+                f"{reading.source}: {len(chosen)} class names for {len(found.class_keys)} "
                 "classes. Give one for each, in the order of the class folders, or map classes to "
                 "names."
             )
         return dict(zip(found.class_keys, chosen, strict=True))
     for key in sorted(chosen.keys() - set(found.class_keys)):
-        validator.errors.add("class name for a class that does not exist", key)
+        reading.errors.add("class name for a class that does not exist", key)
     return chosen
 
 
-def read_image_folder(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
+def read_image_folder(reading: DatasetReading) -> LabeledImages:
     """Read a folder of class folders; without a file of names, the folders name the classes."""
-    root = request.image_dir or request.data_folder
-    images, keys = _walk_class_folders(root, validator)
-    file = request.data_folder / _NAMES
+    root = reading.image_dir or reading.data_folder
+    images, keys = _walk_class_folders(root, reading)
+    file = reading.data_folder / _NAMES
     if not file.is_file():
         return LabeledImages(keys, {key: key.replace("_", " ") for key in keys}, images)
-    return LabeledImages(keys, _read_names(validator.note_file(file), validator), images, file)
+    return LabeledImages(keys, _read_names(reading.note_file(file), reading), images, file)
 
 
-def read_imagenet(request: ReadRequest, validator: DatasetValidator) -> LabeledImages:
+def read_imagenet(reading: DatasetReading) -> LabeledImages:
     """Read ImageNet's validation images, in class folders or flat with Kaggle's solution."""
-    folder = request.data_folder
+    folder = reading.data_folder
     names, file = {}, None
-    if request.class_names is None:
-        file = validator.find_file(
-            folder,
+    if reading.class_names is None:
+        file = reading.find_file(
             _NAMES,
             _SYNSETS,
             advice="Give class names (a file with `<synset> <name>` lines), or the publisher's "
             f"{_SYNSETS}.",
         )
-        names = _read_names(file, validator)
+        names = _read_names(file, reading)
     if (folder / _SOLUTION).is_file():
-        return replace(_read_solution(request, validator, names), names_file=file)
-    images, keys = _walk_class_folders(request.image_dir or folder / "val", validator)
+        images, keys = _read_solution(reading, names)
+    else:
+        images, keys = _walk_class_folders(reading.image_dir or folder / "val", reading)
     return LabeledImages(keys, names, images, file)
 
 
 def _walk_class_folders(
-    root: Path, validator: DatasetValidator
+    root: Path, reading: DatasetReading
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     """List every image of the class folders, and the folders' names, both in their order."""
     if not root.is_dir():
         raise ValueError(
-            f"{validator.source}: {root} is not a folder. Give the folder of class folders."
+            f"{reading.source}: {root} is not a folder. Give the folder of class folders."
         )
     folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     if not folders:
         raise ValueError(
-            f"{validator.source}: {root} has no class folders. Put the images of each class into "
+            f"{reading.source}: {root} has no class folders. Put the images of each class into "
             "a folder."
         )
     for file in sorted(path for path in root.iterdir() if path.is_file()):
         if is_image(file) and not file.name.startswith("."):
-            validator.errors.add("image in no class folder", file.name)
+            reading.errors.add("image in no class folder", file.name)
     images: list[tuple[str, Path, str]] = []
     for folder in folders:
         before = len(images)
@@ -299,46 +280,45 @@ def _walk_class_folders(
             if is_image(file):
                 images.append((name, file, folder.name))
             else:
-                validator.errors.add("not an image", name)
+                reading.errors.add("not an image", name)
         if len(images) == before:
-            validator.errors.add("class folder without images", folder.name)
+            reading.errors.add("class folder without images", folder.name)
     return tuple(images), tuple(folder.name for folder in folders)
 
 
-def _read_names(file: Path, validator: DatasetValidator) -> dict[str, str]:
+def _read_names(file: Path, reading: DatasetReading) -> dict[str, str]:
     names: dict[str, str] = {}
     for number, line in enumerate(read_lines(file), start=1):
         key, *rest = line.split(maxsplit=1)[:2] if line.strip() else [""]
         place = f"{file.name} line {number}"
         if not rest:
-            validator.errors.add("line without a class and its name", place)
+            reading.errors.add("line without a class and its name", place)
         elif rest[0].startswith((":", "=", ",")):  # some copies have `<class> : <name>`
-            validator.errors.add("name that begins with a sign", f"{place}: {line}")
+            reading.errors.add("name that begins with a sign", f"{place}: {line}")
         elif key in names:
-            validator.errors.add("class named twice", f"{place}: {key}")
+            reading.errors.add("class named twice", f"{place}: {key}")
         else:
             names[key] = rest[0].partition(",")[0] if file.name == _SYNSETS else rest[0]
     return names
 
 
 def _read_solution(
-    request: ReadRequest, validator: DatasetValidator, names: dict[str, str]
-) -> LabeledImages:
-    image_dir = request.image_dir or request.data_folder / _KAGGLE_IMAGES
+    reading: DatasetReading, names: dict[str, str]
+) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
+    image_dir = reading.image_dir or reading.data_folder / _KAGGLE_IMAGES
     images: list[tuple[str, Path, str]] = []
-    file = validator.note_file(request.data_folder / _SOLUTION)
+    file = reading.note_file(reading.data_folder / _SOLUTION)
     for number, row in iterate_csv(file):
         place = f"{_SOLUTION} line {number}"
         name, label = row.get("ImageId"), row.get("PredictionString", "").split()
         if not name or not label:
-            validator.errors.add("no 'ImageId' and 'PredictionString'", place)
+            reading.errors.add("no 'ImageId' and 'PredictionString'", place)
             continue
         image = image_dir / f"{name}.JPEG"
         if image.is_file():
             images.append((image.name, image, label[0]))
         else:
-            validator.errors.add("image missing", f"{place}: {image.name}")
-    given = request.class_names if isinstance(request.class_names, Mapping) else names
+            reading.errors.add("image missing", f"{place}: {image.name}")
+    given = reading.class_names if isinstance(reading.class_names, Mapping) else names
     # Labels are the positions of the sorted synsets, as in the publisher's list.
-    keys = tuple(sorted({*given, *(label for _, _, label in images)}))
-    return LabeledImages(keys, names, tuple(sorted(images)))
+    return tuple(sorted(images)), tuple(sorted({*given, *(label for _, _, label in images)}))

@@ -25,17 +25,16 @@ from . import choice_dataset, classification_dataset
 from .catalog import caption_readers, custom_folder
 from .catalog.caption_readers import JsonCaptions, ParquetCaptions
 from .dataset_spec import (
+    DatasetReading,
     DatasetSpec,
     DatasetType,
-    DatasetValidator,
     EvaluationDataset,
     ReadingCache,
-    ReadRequest,
 )
 from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
 
 DatasetSource: TypeAlias = str | Path | DatasetSpec | Sequence[CaptionedImage]
-Builder: TypeAlias = Callable[[DatasetSpec, ReadRequest, DatasetValidator], EvaluationDataset]
+Builder: TypeAlias = Callable[[DatasetReading], EvaluationDataset]
 
 READERS: dict[str, Callable[..., Any]] = {
     "json": JsonCaptions,
@@ -59,6 +58,7 @@ _BUILDERS: dict[DatasetType, Builder] = {
     "choice": choice_dataset.build_choice_dataset,
 }
 
+_ON_HUB = "hub:"
 _OWN = "folder"  # what one's own images under another name are read as
 # Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
 _TOO_CLOSE = 0.8
@@ -86,7 +86,6 @@ def _find_reader(described: str | Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _freeze(value: Any) -> Any:
-    """Turn lists into tuples."""
     if isinstance(value, Mapping):
         return {name: _freeze(inner) for name, inner in value.items()}
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
@@ -101,12 +100,10 @@ _SPECS = {
 
 
 def list_datasets() -> list[DatasetSpec]:
-    """List the specs of all datasets by name."""
     return [_SPECS[name] for name in sorted(_SPECS)]
 
 
 def find_dataset(name: str) -> DatasetSpec:
-    """Find the spec of a dataset."""
     if name not in _SPECS:
         raise ValueError(
             f"There is no dataset {name!r}, and no folder of this name. Known: "
@@ -175,25 +172,13 @@ def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
 
 
 def find_languages(
-    source: DatasetSource,
-    folder: str | Path | None = None,
-    *,
-    ignore_fields: Collection[str] = (),
-    image_dir: str | Path | None = None,
-    require_images: bool = True,
-    cache: ReadingCache | None = None,
+    source: DatasetSource, folder: str | Path | None = None, **options: Any
 ) -> tuple[str, ...]:
-    """Find the languages of a dataset: those of its spec, or those of the folder."""
+    """Find the languages of a dataset; the options are those of its reading."""
     spec, folder = resolve_dataset(source, folder)
-    if spec.find_languages is None:
+    if spec.find_languages is None:  # no folder is needed
         return spec.languages
-    request = ReadRequest(
-        folder=_find_folder(spec, folder),
-        image_dir=_find_image_dir(image_dir),
-        ignore_fields=tuple(ignore_fields),
-        require_images=require_images,
-    )
-    return spec.find_languages(request, DatasetValidator(spec.name, cache=cache))
+    return _open(spec, folder, **options).find_languages()
 
 
 def load_dataset(
@@ -258,25 +243,27 @@ def load_dataset(
             f"{spec.name} is a published dataset, whose scores are those of its own images and "
             "captions. Leave allow_distractors out."
         )
-    place = _find_folder(spec, folder, lang=lang)
-    request = ReadRequest(
-        folder=place,
-        image_dir=_find_image_dir(image_dir),
+    reading = _open(
+        spec,
+        folder,
+        image_dir=image_dir,
+        lang=lang,
+        skip_invalid=skip_invalid,
         require_images=require_images,
         check_images=check_images,
-        class_names=_freeze(class_names),
-        templates=None if templates is None else tuple(templates),
+        class_names=class_names,
+        templates=templates,
         allow_repeated_class_names=allow_repeated_class_names,
         allow_distractors=allow_distractors,
-        ignore_fields=tuple(ignore_fields),
+        ignore_fields=ignore_fields,
         show_progress=show_progress,
+        cache=cache or ReadingCache(),
     )
-    name = spec.name if place is None else f"{spec.name} in {place}"
-    validator = DatasetValidator(name, skip_invalid=skip_invalid, cache=cache)
     # Where files are on this machine changes no score, and the protocol is published.
-    validator.notes["source"] = str(folder) if _is_on_hub(folder) else spec.origin
-    request = _choose_language(spec, request, validator, lang)
-    return _BUILDERS[spec.dataset_type](spec, request, validator)
+    is_on_hub = str(folder).startswith(_ON_HUB)
+    reading.notes["source"] = str(folder) if is_on_hub else spec.origin
+    reading.lang = _choose_language(reading, lang)
+    return _BUILDERS[spec.dataset_type](reading)
 
 
 def read_data(
@@ -335,7 +322,7 @@ def _find_folder(
         raise ValueError(
             f"{spec.name} needs a folder with {spec.files}. Get it from {spec.source}."
         )
-    if _is_on_hub(folder):
+    if str(folder).startswith(_ON_HUB):
         return fetch_dataset_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
     if is_remote(str(folder)):
         return str(folder)
@@ -347,29 +334,30 @@ def _find_folder(
     return Path(folder)
 
 
-def _is_on_hub(folder: str | Path | None) -> bool:
-    return str(folder).startswith("hub:")
-
-
-def _find_image_dir(image_dir: str | Path | None) -> Path | None:
+def _open(
+    spec: DatasetSpec,
+    folder: str | Path | None,
+    *,
+    image_dir: str | Path | None = None,
+    lang: str | None = None,
+    **options: Any,
+) -> DatasetReading:
+    place = _find_folder(spec, folder, lang=lang)
     if image_dir is not None and not Path(image_dir).is_dir():
         raise ValueError(
             f"image_dir={str(image_dir)!r} is not a folder. Give the folder of the images."
         )
-    return None if image_dir is None else Path(image_dir)
+    images = None if image_dir is None else Path(image_dir)
+    return DatasetReading(spec=spec, folder=place, image_dir=images, **options)
 
 
-def _choose_language(
-    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator, lang: str | None
-) -> ReadRequest:
-    """Set the language, which may only be left open if there is one."""
-    languages = spec.languages
-    if spec.find_languages is not None:
-        languages = spec.find_languages(request, validator)
+def _choose_language(reading: DatasetReading, lang: str | None) -> str:
+    """Choose the language, which may only be left open if there is one."""
+    name, languages = reading.spec.name, reading.find_languages()
     if lang is None and len(languages) > 1:
-        raise ValueError(f"{spec.name} has several languages. Choose one: {', '.join(languages)}.")
+        raise ValueError(f"{name} has several languages. Choose one: {', '.join(languages)}.")
     # Class names may be given in any language.
-    is_free = request.class_names is not None
+    is_free = reading.class_names is not None
     if languages and lang is not None and lang not in languages and not is_free:
-        raise ValueError(f"{spec.name} has no language {lang!r}. It has {', '.join(languages)}.")
-    return replace(request, lang=lang or (languages or ("en",))[0])
+        raise ValueError(f"{name} has no language {lang!r}. It has {', '.join(languages)}.")
+    return lang or (languages or ("en",))[0]

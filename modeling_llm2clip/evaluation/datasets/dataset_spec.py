@@ -1,4 +1,4 @@
-"""Specs, requests and errors of reading: all that is shared by the types of datasets.
+"""Specs and readings: all that is shared by the types of datasets.
 
 A dataset knows no model. It has a `protocol`: every choice that was made on the way from the
 publisher's files, as JSON values, so that no score is reported without them. Fields that every
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import gzip
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -74,47 +74,6 @@ class EvaluationDataset(ABC):
     def list_content(self) -> list[Any]:
         """List what its digest covers: JSON values in which an image is an `ImageSource`."""
 
-    def _check_images(self, images: tuple[ImageSource, ...], names: tuple[str, ...]) -> None:
-        if images and len(images) != len(names):
-            raise ValueError(f"{self.name}: {len(images)} images and {len(names)} names of images.")
-        if repeated := find_repeated(names):
-            raise ValueError(f"{self.name}: names of images repeat: {repeated[:5]}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadRequest:
-    """Request to read a dataset; `load_dataset` explains each field.
-
-    `folder` is a path, or the URL of one's own data; None for a dataset that needs none.
-    """
-
-    folder: FilePlace | None
-    image_dir: Path | None = None
-    lang: str = "en"
-    require_images: bool = True
-    check_images: bool = True
-    class_names: Mapping[str, str] | tuple[str, ...] | None = None
-    templates: tuple[str, ...] | None = None
-    allow_repeated_class_names: bool = False
-    allow_distractors: bool = False
-    ignore_fields: tuple[str, ...] = ()
-    show_progress: bool = False
-
-    @property
-    def data_folder(self) -> Path:
-        """The folder of a dataset that needs one, on this machine."""
-        assert self.folder is not None
-        if isinstance(self.folder, str):
-            raise ValueError(
-                f"{self.folder} is not on this machine. Only records of your own, in .tar or "
-                ".parquet shards, are read from elsewhere. Copy the folder here."
-            )
-        return self.folder
-
-    def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
-        """List the Parquet files below the folder, by path; `{lang}` is the language."""
-        return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
-
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
@@ -132,8 +91,8 @@ class DatasetSpec:
         source: Where to get it.
         files: What the folder must contain.
         protocol: The choices that the spec makes, reported with every score; one is `split`.
-        read: Yields every `PublishedRecord` of one language, or every `ChoiceEntry`, or returns the
-            `LabeledImages`. Invalid samples go to the validator.
+        read: Yields every `PublishedRecord` of one language, or every `ChoiceItem`, or returns the
+            `LabeledImages`. Invalid samples go to `errors` of the reading.
         counts_of_language: Counts that differ from language to language.
         checksums: Name of a file to its published digest, as `sha256:…` or `md5:…`.
         captions_per_image: How many captions of an image are used, the first ones; None for all.
@@ -141,7 +100,7 @@ class DatasetSpec:
         origin: Where the data is: `files` of a folder that is named, the `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
         takes_distractors: Whether its images may be without captions, and captions without images.
-        templates: Prompts of a classification, for a request that has none.
+        templates: Prompts of a classification, unless others are given.
         form: Form of the choices.
     """
 
@@ -152,14 +111,14 @@ class DatasetSpec:
     source: str
     files: str
     protocol: Mapping[str, Any]
-    read: Callable[[ReadRequest, DatasetValidator], Any]
+    read: Callable[[DatasetReading], Any]
     dataset_type: DatasetType = "retrieval"
     languages: tuple[str, ...] = ("en",)
     counts: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
     counts_of_language: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: _NOTHING)
     checksums: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     captions_per_image: int | None = None
-    find_languages: Callable[[ReadRequest, DatasetValidator], tuple[str, ...]] | None = None
+    find_languages: Callable[[DatasetReading], tuple[str, ...]] | None = None
     origin: Literal["files", "package", "records"] = "files"
     hub_files: str = "*.parquet"
     takes_distractors: bool = False
@@ -167,27 +126,13 @@ class DatasetSpec:
     form: ChoiceForm = "image"
 
     def list_published_counts(self, lang: str) -> dict[str, int]:
-        """List the counts that the publisher gives for one language."""
         return {**self.counts, **self.counts_of_language.get(lang, {})}
 
     def describe(self) -> str:
-        """Describe the dataset in one line."""
         counts = ", ".join(f"{number:,} {what}" for what, number in self.counts.items())
         languages = f"{len(self.languages)} languages" if len(self.languages) > 1 else ""
         facts = "; ".join(fact for fact in (counts, languages) if fact)
         return f"{self.name}: {self.title} ({self.dataset_type}{'; ' + facts if facts else ''})"
-
-
-def find_repeated(names: tuple[str, ...], *, normalize: Callable[[str], str] = str) -> list[str]:
-    """List the names that occur more than once after `normalize`, each once, in their order."""
-    seen: set[str] = set()
-    repeated: dict[str, str] = {}
-    for name in names:
-        normalized = normalize(name)
-        if normalized in seen:
-            repeated.setdefault(normalized, name)
-        seen.add(normalized)
-    return list(repeated.values())
 
 
 def find_image(image_dir: Path, name: str) -> Path | None:
@@ -199,7 +144,6 @@ def find_image(image_dir: Path, name: str) -> Path | None:
 
 
 def is_image(file: Path) -> bool:
-    """Return whether a file is an image by its name."""
     return file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 
@@ -218,29 +162,66 @@ class ReadingCache:
     keeps_indexes: bool = True
 
 
-class DatasetValidator:
-    """Collects the errors of one reading.
+@dataclass(kw_only=True)
+class DatasetReading:
+    """One reading of a dataset: its options, which `load_dataset` explains, and what comes up.
 
     Attributes:
+        folder: A path, or the URL of one's own data; None for a dataset that needs none.
         notes: Further choices and counts for the protocol.
         num_errors_of_yielded: Errors of samples that a reader yielded nevertheless, and further
             errors of a sample that it did not yield. Each of the others is a lost sample, so that
             samples are counted once, whatever is wrong with them.
     """
 
-    def __init__(
-        self, source: str, *, skip_invalid: bool = False, cache: ReadingCache | None = None
-    ) -> None:
-        self.source = source
-        self.skip_invalid = skip_invalid
-        self.errors = ErrorCollector()
-        self.notes: dict[str, Any] = {}
-        self.cache = cache or ReadingCache()
-        self.num_errors_of_yielded = 0
-        self._files: list[Path] = []
+    spec: DatasetSpec
+    folder: FilePlace | None
+    image_dir: Path | None = None
+    lang: str = "en"
+    skip_invalid: bool = False
+    require_images: bool = True
+    check_images: bool = True
+    class_names: Mapping[str, str] | Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    allow_repeated_class_names: bool = False
+    allow_distractors: bool = False
+    ignore_fields: Collection[str] = ()
+    show_progress: bool = False
+    cache: ReadingCache = field(default_factory=ReadingCache)
+    errors: ErrorCollector = field(default_factory=ErrorCollector)
+    notes: dict[str, Any] = field(default_factory=dict)
+    num_errors_of_yielded: int = 0
+    _files: list[Path] = field(default_factory=list)
 
-    def find_file(self, folder: Path, *names: str, advice: str) -> Path:
+    @property
+    def source(self) -> str:
+        """Name and folder, for errors."""
+        return self.spec.name if self.folder is None else f"{self.spec.name} in {self.folder}"
+
+    @property
+    def data_folder(self) -> Path:
+        """The folder of a dataset that needs one, on this machine."""
+        assert self.folder is not None
+        if isinstance(self.folder, str):
+            raise ValueError(
+                f"{self.folder} is not on this machine. Only records of your own, in .tar or "
+                ".parquet shards, are read from elsewhere. Copy the folder here."
+            )
+        return self.folder
+
+    def find_languages(self) -> tuple[str, ...]:
+        """Find the languages: those of the spec, or those of the folder."""
+        if self.spec.find_languages is None:
+            return self.spec.languages
+        return self.spec.find_languages(self)
+
+    def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
+        """List the Parquet files below the folder, by path; `{lang}` is the language."""
+        return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
+
+    def find_file(self, *names: str, advice: str) -> Path:
         """Find the first of several files that exists, and note it for its checksum."""
+        folder = self.data_folder
         for name in names:
             if (folder / name).is_file():
                 return self.note_file(folder / name)
@@ -253,22 +234,19 @@ class DatasetValidator:
         self._files.append(file)
         return file
 
-    def find_unreadable_images(
-        self, images: Iterable[ImageSource | None], request: ReadRequest
-    ) -> set[ImageSource]:
+    def find_unreadable_images(self, images: Iterable[ImageSource | None]) -> set[ImageSource]:
         """Decode images that were not decoded yet; those that cannot be decoded are errors."""
-        if not request.check_images:
+        if not self.check_images:
             return set()
         unchecked = {image: None for image in images if image and image not in self.cache.checked}
-        unreadable = find_unreadable_images(unchecked, show_progress=request.show_progress)
+        unreadable = find_unreadable_images(unchecked, show_progress=self.show_progress)
         for error in unreadable.values():
             self.errors.add("image unreadable", error)
         self.cache.checked.update(image for image in unchecked if image not in unreadable)
         return set(unreadable)
 
-    def _compare_counts(self, found: Mapping[str, int], published: Mapping[str, int]) -> None:
-        """Compare what was found, valid or not, with the publisher's counts."""
-        for what, wanted in published.items():
+    def _compare_counts(self, found: Mapping[str, int]) -> None:
+        for what, wanted in self.spec.list_published_counts(self.lang).items():
             if found[what] == wanted:
                 continue
             if self.skip_invalid:
@@ -282,7 +260,6 @@ class DatasetValidator:
                 )
 
     def _compare_checksums(self, published: Mapping[str, str]) -> None:
-        """Compare the files that were read with their published digests."""
         known = [
             (name, file)
             for file in self._files
@@ -300,14 +277,14 @@ class DatasetValidator:
         """Count the samples that were lost in reading, before any yielded one is checked."""
         return self.errors.total - self.num_errors_of_yielded
 
-    def finish(self, spec: DatasetSpec, lang: str, found: Mapping[str, int]) -> dict[str, int]:
+    def finish(self, found: Mapping[str, int]) -> dict[str, int]:
         """Compare what was found with what was published, then raise the errors.
 
         If invalid samples are to be skipped, the counts of the errors are returned instead. Files
         that could not be read are refused in any case: nothing is known of their samples.
         """
-        self._compare_counts(found, spec.list_published_counts(lang))
-        self._compare_checksums(spec.checksums)
+        self._compare_counts(found)
+        self._compare_checksums(self.spec.checksums)
         unread = [kind for kind in self.errors.counts if kind in READING_ERRORS]
         if self.skip_invalid and unread:
             invalid = [kind for kind in self.errors.counts if kind not in READING_ERRORS]

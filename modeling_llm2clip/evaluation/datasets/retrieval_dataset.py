@@ -11,7 +11,7 @@ from ...data.images.image_sources import ImageSource
 from ...data.records.records import CaptionedImage, clean_text
 from ...data.validation_errors import ErrorCollector
 from ..metrics.correspondence import Correspondence
-from .dataset_spec import DatasetSpec, DatasetValidator, EvaluationDataset, ReadRequest, find_image
+from .dataset_spec import DatasetReading, EvaluationDataset, find_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +31,12 @@ class RetrievalDataset(EvaluationDataset):
     correspondence: Correspondence
     image_group_ids: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        found = (self.correspondence.num_images, self.correspondence.num_texts)
-        wanted = (len(self.image_names), len(self.captions))
-        if found != wanted:
-            raise ValueError(
-                f"{self.name}: the correspondence has {found[0]} images and {found[1]} captions, "
-                f"the dataset has {wanted[0]} and {wanted[1]}."
-            )
-        if self.image_group_ids and len(self.image_group_ids) != len(self.image_names):
-            raise ValueError(
-                f"{self.name}: {len(self.image_group_ids)} group ids and "
-                f"{len(self.image_names)} names of images."
-            )
-        self._check_images(self.images, self.image_names)
-
     @property
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
         return bool(self.images)
 
     @property
     def records(self) -> list[CaptionedImage]:
-        """One record per image, as training takes them."""
         group_ids = self.image_group_ids or self.image_names
         texts = self.correspondence.texts_of_images()
         return [
@@ -84,7 +67,6 @@ class RetrievalDataset(EvaluationDataset):
         return list(groups.values())
 
     def list_content(self) -> list[Any]:
-        """List what its digest covers."""
         pairs = (self.correspondence.image_of_pair, self.correspondence.text_of_pair)
         rows = [of_pair.tolist() for of_pair in pairs]
         return [self.image_names, self.captions, *rows, list(self.images)]
@@ -112,64 +94,55 @@ class PublishedRecord:
 
     @property
     def group(self) -> str:
-        """The group of the image."""
         return self.name if self.group_id is None else self.group_id
 
 
-RecordReader: TypeAlias = Callable[[ReadRequest, DatasetValidator], Iterable[PublishedRecord]]
+RecordReader: TypeAlias = Callable[[DatasetReading], Iterable[PublishedRecord]]
 
 
-def build_retrieval_dataset(
-    spec: DatasetSpec, request: ReadRequest, validator: DatasetValidator
-) -> RetrievalDataset:
+def build_retrieval_dataset(reading: DatasetReading) -> RetrievalDataset:
     """Read every record, check it, and put the valid ones together."""
-    has_images = request.require_images and spec.dataset_type == "retrieval"
+    has_images = reading.require_images and reading.spec.dataset_type == "retrieval"
     records: list[PublishedRecord] = []
     names: set[str] = set()
     errors = ErrorCollector()  # of the checks, apart from those of reading
-    for record in spec.read(request, validator):
-        checked = _check_record(spec, record, errors, request, has_images=has_images)
+    for record in reading.spec.read(reading):
+        checked = _check_record(record, errors, reading, has_images=has_images)
         if checked.name in names:
             errors.add("image repeated", f"{record.place}: {record.name}")
             checked = replace(checked, is_valid=False)
         names.add(checked.name)
         records.append(checked)
-    num_lost = validator.count_lost()
-    validator.errors.extend(errors)
+    num_lost = reading.count_lost()
+    reading.errors.extend(errors)
     num_images = sum(record.has_image for record in records)
     found = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
     images = (record.image for record in records if has_images and record.has_image)
-    unreadable = validator.find_unreadable_images(images, request)
-    skipped = validator.finish(spec, request.lang, found)
+    unreadable = reading.find_unreadable_images(images)
+    skipped = reading.finish(found)
     valid = [
         record
         for record in records
         if record.is_valid and not (record.has_image and record.image in unreadable)
     ]
-    validator.notes["skipped_samples"] = num_lost + len(records) - len(valid)
-    return _assemble(spec, request, validator, valid, skipped)
+    reading.notes["skipped_samples"] = num_lost + len(records) - len(valid)
+    return _assemble(reading, valid, skipped)
 
 
 def _check_record(
-    spec: DatasetSpec,
-    record: PublishedRecord,
-    errors: ErrorCollector,
-    request: ReadRequest,
-    *,
-    has_images: bool,
+    record: PublishedRecord, errors: ErrorCollector, reading: DatasetReading, *, has_images: bool
 ) -> PublishedRecord:
-    """Clean the captions and find the image if images are wanted."""
     found = []
     image = record.image
     if has_images and record.has_image and image is None and record.is_valid:
-        image_dir = request.image_dir or request.folder
+        image_dir = reading.image_dir or reading.folder
         if image_dir is not None and not isinstance(image_dir, str):
             image = find_image(image_dir, record.name)
         if image is None:
             found.append("image missing")
-    wanted = spec.captions_per_image
+    wanted = reading.spec.captions_per_image
     captions = [clean_text(caption) for caption in record.captions[:wanted]]
-    if record.is_valid and not captions and not (request.allow_distractors and record.has_image):
+    if record.is_valid and not captions and not (reading.allow_distractors and record.has_image):
         found.append("no caption")
     if record.is_valid and not all(captions):
         found.append("blank caption")
@@ -186,15 +159,12 @@ def _check_record(
 
 
 def _assemble(
-    spec: DatasetSpec,
-    request: ReadRequest,
-    validator: DatasetValidator,
-    records: list[PublishedRecord],
-    skipped: dict[str, int],
+    reading: DatasetReading, records: list[PublishedRecord], skipped: dict[str, int]
 ) -> RetrievalDataset:
+    spec = reading.spec
     if not records:
         raise ValueError(
-            f"{validator.source}: no image is left, because each has an error: {skipped}"
+            f"{reading.source}: no image is left, because each has an error: {skipped}"
         )
     with_images = [record for record in records if record.has_image]
     texts_of_group: dict[str, list[str]] = {}
@@ -209,27 +179,27 @@ def _assemble(
     correspondence = Correspondence.from_group_ids(
         image_group_ids,
         [group for group, texts in texts_of_group.items() for _ in texts],
-        allows_distractors=request.allow_distractors,
+        allows_distractors=reading.allow_distractors,
     )
     distractors = [len(rows) for rows in correspondence.list_distractors()]
     images = tuple(record.image for record in records if record.image is not None)
     protocol = {
         "dataset": spec.name,
-        "lang": request.lang,
+        "lang": reading.lang,
         **spec.protocol,
         "images": len(with_images),
         "with_images": bool(images),
         "captions": len(captions),
-        "published": spec.list_published_counts(request.lang),
+        "published": spec.list_published_counts(reading.lang),
         "captions_per_image": spec.captions_per_image or "all",
         "captions_of_several_images": _count_shared(texts_of_group),
         "skipped": skipped,
         **(
             {"distractors": dict(zip(("images", "captions"), distractors, strict=True))}
-            if request.allow_distractors
+            if reading.allow_distractors
             else {}
         ),
-        **validator.notes,
+        **reading.notes,
     }
     return RetrievalDataset(
         name=spec.name,
@@ -237,7 +207,7 @@ def _assemble(
         image_names=tuple(record.name for record in with_images),
         captions=tuple(captions),
         correspondence=correspondence,
-        lang=request.lang,
+        lang=reading.lang,
         protocol=protocol,
         image_group_ids=image_group_ids,
     )

@@ -13,14 +13,11 @@ The first line that fits decides, unless a type is given.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
 
-from ..._suggestions import did_you_mean
-from ...configs.evaluation_config import EncoderConfig, ModelType
-from ...data.records.records import CaptionedImage
+from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
+from ...data.sources.json_files import read_json
 from ...model_folders.model_folder import find_model_folder
 from .clip_siglip import FAMILIES, ClipSiglipEncoder
 from .encoder import Encoder
@@ -30,62 +27,54 @@ from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
 
-_BY_FOLDER: dict[str, Callable[..., Encoder]] = {
+_ENCODERS: dict[str, Callable[..., Encoder]] = {
     "llm2clip": LLM2CLIPEncoder,
     "sentence-transformers": SentenceTransformerEncoder,
     "transformers": ClipSiglipEncoder,
+    "open_clip": OpenClipEncoder,
+    "embeddings": StoredEmbeddingsEncoder,
 }
-MODEL_TYPES: tuple[str, ...] = get_args(ModelType)
+# Fields of `EvaluatedModel` that one type of model takes.
+_OPTIONS = {
+    "architecture": "open_clip",
+    "activation": "open_clip",
+    "extracted_from": "embeddings",
+    "head": "embeddings",
+}
 
 
 def load_encoder(
-    source: str | Path,
-    config: EncoderConfig | None = None,
-    *,
-    model_type: str | None = None,
-    revision: str | None = None,
-    architecture: str | None = None,
-    activation: str | None = None,
-    records: Sequence[CaptionedImage] | None = None,
-    head: str | Path | None = None,
+    model: str | Path | EvaluatedModel, config: EncoderConfig | None = None
 ) -> Encoder:
     """Open a model for evaluation; its weights are loaded when they are needed.
 
     The source is a folder, a Hub id, or, of open_clip alone, a weights file with the name of its
-    architecture. Records and head are for stores of `llm2clip extract`; see
-    `StoredEmbeddingsEncoder`.
+    architecture.
     """
     config = config or EncoderConfig()
-    if model_type is not None and model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"model_type={model_type!r} must be one of {', '.join(MODEL_TYPES)}."
-            f"{did_you_mean(model_type, MODEL_TYPES)}"
-        )
+    if not isinstance(model, EvaluatedModel):
+        model = EvaluatedModel(source=str(model))
+    source = model.source
     is_file = Path(source).is_file()
-    path = Path(source) if is_file else find_model_folder(source, revision=revision)
-    model_type = model_type or ("open_clip" if is_file else detect_model_type(path))
+    path = Path(source) if is_file else find_model_folder(source, revision=model.revision)
+    model_type = model.model_type or ("open_clip" if is_file else detect_model_type(path))
     if model_type == "open_clip" and not (is_file or Path(source).is_dir() or find_weights(path)):
         # Older repositories have them in another format only, which nothing else reads. A snapshot
         # is named by its commit, so that configuration and weights are of one.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
     if is_file and model_type != "open_clip":
         raise ValueError(f"{source} is a file; {model_type} takes a folder or a Hub id.")
-    of_files = {"architecture": architecture, "activation": activation}
-    _refuse_unused(model_type, of_files, only_for="open_clip")
-    _refuse_unused(model_type, {"records": records, "head": head}, only_for="embeddings")
-    name = str(source)
-    if model_type in _BY_FOLDER:
-        return _BY_FOLDER[model_type](path, config, source=name)
-    if model_type == "open_clip":
-        return OpenClipEncoder(
-            path, config, source=name, architecture=architecture, activation=activation
-        )
-    head_folder = None if head is None else find_model_folder(head)
-    return StoredEmbeddingsEncoder(path, config, source=name, records=records, head=head_folder)
+    options = {name: getattr(model, name) for name in _OPTIONS if getattr(model, name) is not None}
+    for name in options:
+        if model_type != _OPTIONS[name]:
+            raise ValueError(
+                f"{name} is only for a model of type {_OPTIONS[name]}, and this one has type "
+                f"{model_type}. Leave it out."
+            )
+    return _ENCODERS[model_type](path, config, source=source, **options)
 
 
 def detect_model_type(folder: Path) -> str:
-    """Detect the type of the model in a folder."""
     model_type = _read_model_type(folder)
     if model_type == "llm2clip":
         return "llm2clip"
@@ -100,7 +89,7 @@ def detect_model_type(folder: Path) -> str:
     found = "no config.json" if model_type is None else f"model_type {model_type!r}"
     raise ValueError(
         f"Cannot detect the model type of {folder}, which has {found}. Pass --model-type if it is "
-        f"one of {', '.join(MODEL_TYPES)}."
+        f"one of {', '.join(_ENCODERS)}."
     )
 
 
@@ -108,17 +97,5 @@ def _read_model_type(folder: Path) -> str | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{file} is damaged ({error}). Get it again.") from error
+    content = read_json(file)
     return str(content.get("model_type")) if isinstance(content, dict) else None
-
-
-def _refuse_unused(model_type: str, arguments: dict[str, Any], *, only_for: str) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if given and model_type != only_for:
-        raise ValueError(
-            f"{', '.join(given)} is only for a model of type {only_for}, and this one has type "
-            f"{model_type}. Leave it out."
-        )

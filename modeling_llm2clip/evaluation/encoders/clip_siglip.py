@@ -11,8 +11,6 @@ pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,42 +29,24 @@ from .encoder import (
     describe_activation,
     describe_image_processor,
     describe_run,
-    find_loading_dtype,
     is_uncased,
 )
 
-
-@dataclass(frozen=True)
-class _TextRules:
-    """Form of a family's texts, beyond what its tokenizer does."""
-
-    lower_case: bool
-    padding: str
-    masked: bool
-
-
-_SIGLIP_RULES = _TextRules(lower_case=True, padding="max_length", masked=False)
-_RULES = {
-    "clip": _TextRules(lower_case=False, padding="longest", masked=True),
-    "siglip": _SIGLIP_RULES,
-    "siglip2": _SIGLIP_RULES,
-}
-FAMILIES = tuple(_RULES)
+FAMILIES = ("clip", "siglip", "siglip2")
 
 
 class ClipSiglipEncoder(ModelEncoder):
     """A CLIP, SigLIP or SigLIP2 folder as transformers saves it, of no other `model_type`."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
-        super().__init__(config, source=source)
-        self._folder = folder
+        super().__init__(folder, config, source=source)
         self._config: Any = load_without_code(AutoConfig, folder)
-        if self._config.model_type not in _RULES:
+        if self._config.model_type not in FAMILIES:
             raise ValueError(
                 f"{source} is a {self._config.model_type!r} model; the model type transformers "
                 f"takes {', '.join(FAMILIES)}."
             )
-        self._rules = _RULES[self._config.model_type]
+        self._is_siglip = self._config.model_type != "clip"
         self._processor: Any = load_without_code(AutoProcessor, folder)
 
     @property
@@ -74,10 +54,7 @@ class ClipSiglipEncoder(ModelEncoder):
         return int(self._config.text_config.max_position_embeddings)
 
     def _spell(self, text: str) -> str:
-        return text.lower() if self._rules.lower_case else text
-
-    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:
-        return num_tokens[text]
+        return text.lower() if self._is_siglip else text
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         ids = self._processor.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
@@ -86,12 +63,12 @@ class ClipSiglipEncoder(ModelEncoder):
     def _prepare_texts(self, texts: list[str]) -> dict[str, Tensor]:
         inputs = self._processor.tokenizer(
             texts,
-            padding=self._rules.padding,
+            padding="max_length" if self._is_siglip else "longest",
             truncation=True,
             max_length=self._max_tokens,
             return_tensors="pt",
         )
-        names = ("input_ids", "attention_mask") if self._rules.masked else ("input_ids",)
+        names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
         return self._to_device({name: inputs[name] for name in names})
 
     def _embed_texts(self, prepared: dict[str, Tensor]) -> Tensor:
@@ -110,9 +87,9 @@ class ClipSiglipEncoder(ModelEncoder):
 
     @cached_property
     def _model(self) -> Any:
-        dtype = find_loading_dtype(self._run_config)
+        dtype = choose_dtype(self._run_config, "auto")
         model, info = load_without_code(
-            AutoModel, self._folder, dtype=dtype, output_loading_info=True
+            AutoModel, self._path, dtype=dtype, output_loading_info=True
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -123,9 +100,9 @@ class ClipSiglipEncoder(ModelEncoder):
         return model.to(find_device(self._run_config.device)).eval()
 
     @cached_property
-    def _description(self) -> EncoderDescription:
-        weights = fingerprint_weights(list_weight_files(self._folder))
-        files = hash_model_files(self._folder, ("*.json", "*.txt", "*.model"))
+    def description(self) -> EncoderDescription:
+        weights = fingerprint_weights(list_weight_files(self._path))
+        files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
         return EncoderDescription(
             model_type=self._config.model_type,
             source=self._source,
@@ -133,8 +110,8 @@ class ClipSiglipEncoder(ModelEncoder):
             text={
                 "prompt": None,
                 "max_tokens": self._max_tokens,
-                "padding": self._rules.padding + (", masked" if self._rules.masked else ", seen"),
-                "lower_case": self._rules.lower_case or is_uncased(self._processor.tokenizer),
+                "padding": "max_length, seen" if self._is_siglip else "longest, masked",
+                "lower_case": self._is_siglip or is_uncased(self._processor.tokenizer),
                 "activation": describe_activation(self._config.text_config),
             },
             images={

@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Resampling
 from torch import Tensor
-from tqdm import tqdm
 
 from ...configs.evaluation_config import EncoderConfig
+from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.images.image_sources import open_image
-from ...encoding.batches import encode_distinct, list_keys
+from ...encoding.batches import encode_distinct, list_keys, split_evenly
 from ...encoding.devices import find_device
 from ...image_loading_llm2clip import load_images
+from ...model_folders.model_loading import find_untrained_parts
 from ...processing_llm2clip import check_texts
 
 _ROWS_COPIED_AT_ONCE = 2**16
 # transformers' families name the same things differently; null is what a model does not do.
 _PATCH_FIELDS = ("patch_size", "max_num_patches")
-# How `encoder.load_rgb` opens an image, for every model type. The plain `convert("RGB")` of the
+# How `load_images` opens an image, for every model type. The plain `convert("RGB")` of the
 # papers' code ignores the orientation and drops the transparency.
 OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -54,14 +56,14 @@ class EncoderDescription:
     """Everything that decides an encoder's embeddings, known before its weights are loaded.
 
     Attributes:
-        model_type: One of `auto.MODEL_TYPES`, or the family of a transformers model.
+        model_type: One of `ModelType`, or the family of a transformers model.
         source: Folder, Hub id or file as the user gave it.
         fingerprint: Digests of the weights and of whatever else distinguishes two models.
         text: Prompt, maximum tokens, padding, case; None if it takes no texts.
         images: Resolution, mean, std, resizing, cropping; None if it takes no images.
         dtype: Dtype of the weights as they are run.
-        run: Device, batch size and kind of float32, which change no score in float32.
-        untrained_parts: Parts of a model of this package that have random weights.
+        run: Device, batch size and kind of float32, which change no score in float32; and parts of
+            a model of this package that have random weights.
     """
 
     model_type: str
@@ -71,46 +73,49 @@ class EncoderDescription:
     images: dict[str, Any] | None
     dtype: str
     run: dict[str, Any] = field(default_factory=dict)
-    untrained_parts: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the description as JSON values."""
-        content = asdict(self)
-        untrained = list(content.pop("untrained_parts"))
-        return content | ({"untrained_parts": untrained} if untrained else {})
 
 
-class Encoder(Protocol):
-    """A model under evaluation; its weights are loaded when the first embedding is needed."""
+class Encoder(ABC):
+    """A model under evaluation; its weights are loaded when the first embedding is needed.
 
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings, from files alone if they say it."""
-        ...
+    `source` is what the user gave, and `path` the folder or file that it was found to be.
+    """
 
+    def __init__(self, path: Path, config: EncoderConfig, *, source: str) -> None:
+        self._path = path
+        self._run_config = config
+        self._source = source
+
+    @cached_property
+    @abstractmethod
+    def description(self) -> EncoderDescription:
+        """Everything that decides the embeddings, from files alone if they say it."""
+
+    @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts."""
-        ...
 
+    @abstractmethod
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
         """Encode `ImageSource` addresses or PIL images: (N, D) float32 on the CPU, of any length.
 
         Stored embeddings are found by the names of the images in the dataset.
         """
-        ...
+
+    def take_far_images(self) -> str | None:
+        """Describe the images since the last call, if they are unlike those of the training.
+
+        Only a model of this package knows which these were.
+        """
+        return None
 
 
 def choose_dtype(config: EncoderConfig, saved: str) -> str:
-    """Name the dtype that the weights are run in."""
+    """Name the dtype that the weights are run in; `from_pretrained` calls that of files "auto"."""
     return saved if config.dtype == "saved" else config.dtype
 
 
-def find_loading_dtype(config: EncoderConfig) -> str:
-    """Return what `from_pretrained` takes as `dtype`."""
-    return "auto" if config.dtype == "saved" else config.dtype
-
-
 def describe_run(config: EncoderConfig) -> dict[str, Any]:
-    """Describe how a model is run, for `EncoderDescription.run`."""
     return {
         "device": str(find_device(config.device)),
         "batch_size": _choose_batch_size(config),
@@ -118,28 +123,18 @@ def describe_run(config: EncoderConfig) -> dict[str, Any]:
     }
 
 
+def describe_untrained(config: LLM2CLIPConfig) -> dict[str, Any]:
+    """Name the parts with random weights, for `EncoderDescription.run`."""
+    parts = find_untrained_parts(config)
+    return {"untrained_parts": list(parts)} if parts else {}
+
+
 def _choose_batch_size(config: EncoderConfig) -> int:
     return config.batch_size or (16 if find_device(config.device).type == "cpu" else 128)
 
 
-def load_rgb(images: Sequence[Any]) -> list[Any]:
-    """Open images in the same way for every encoder: upright, on white, as RGB PIL images."""
-    loaded = load_images([open_image(image) for image in images])
-    assert isinstance(loaded, list)
-    return loaded
-
-
-class ModelEncoder(ABC):
+class ModelEncoder(Encoder):
     """Base of the encoders of other packages' models: checks, batches, truncated texts."""
-
-    def __init__(self, config: EncoderConfig, *, source: str) -> None:
-        self._run_config = config
-        self._source = source
-
-    @cached_property
-    @abstractmethod
-    def _description(self) -> EncoderDescription:
-        """Everything that decides the embeddings."""
 
     @property
     @abstractmethod
@@ -150,17 +145,17 @@ class ModelEncoder(ABC):
     def _count_tokens(self, texts: list[str]) -> list[int]:
         """Count the tokens of texts before truncation."""
 
-    @abstractmethod
     def _prepare_texts(self, texts: list[str]) -> Any:
         """Make what `_embed_texts` takes of a batch; runs in threads."""
+        return texts
 
     @abstractmethod
     def _embed_texts(self, prepared: Any) -> Tensor:
         """Encode a batch, (B, D) of any float dtype."""
 
-    @abstractmethod
     def _prepare_images(self, images: list[Any]) -> Any:
         """Make what `_embed_images` takes of a batch of RGB PIL images; runs in threads."""
+        return images
 
     @abstractmethod
     def _embed_images(self, prepared: Any) -> Tensor:
@@ -170,79 +165,62 @@ class ModelEncoder(ABC):
         """Return a text as the tokenizer gets it."""
         return text
 
-    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:  # noqa: ARG002
-        """Return the size of a text: the largest come first, equal ones keep their order."""
-        return 0
-
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
-
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts, truncated at the model's maximum length."""
+        """Encode texts, truncated at the model's maximum length, the longest first."""
         check_texts(list(texts))
         spelled = [self._spell(text) for text in texts]
         distinct = list(dict.fromkeys(spelled))
         limit = self._max_tokens
-        counts = [] if limit is None else self._count_tokens(distinct)
-        num_tokens = dict(zip(distinct, counts, strict=limit is not None))
-        embeds = self._encode_batches(
-            spelled,
-            self._prepare_texts,
-            self._embed_texts,
-            unit="texts",
-            size_of=lambda text: self._measure(text, num_tokens),
+        counts = map(len, distinct) if limit is None else self._count_tokens(distinct)
+        size_of = dict(zip(distinct, counts, strict=True))
+        sizes = [size_of[text] for text in spelled]
+        embeds = self._encode(
+            spelled, self._prepare_texts, self._embed_texts, unit=" texts", sizes=sizes
         )
-        if limit is None:
-            return EncodedTexts(embeds, None)
-        return EncodedTexts(embeds, torch.tensor([num_tokens[text] > limit for text in spelled]))
+        is_truncated = None if limit is None else torch.tensor([size > limit for size in sizes])
+        return EncodedTexts(embeds, is_truncated)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with the model's own image processor."""
-        if not len(images):
-            raise ValueError("Got no images; give at least one.")
-        return self._encode_batches(
-            images,
-            lambda batch: self._prepare_images(load_rgb(batch)),
-            self._embed_images,
-            unit="images",
-            size_of=lambda _: 0,
+        """Encode images with the model's own image processor: upright, on white, as RGB."""
+
+        def prepare(batch: list[Any]) -> Any:
+            return self._prepare_images(list(load_images([open_image(image) for image in batch])))
+
+        images = list(images)
+        return self._encode(
+            images, prepare, self._embed_images, unit=" images", sizes=[0] * len(images)
         )
 
-    def _encode_batches(
+    def _encode(
         self,
-        items: Sequence[Any],
+        items: list[Any],
         prepare: Callable[[list[Any]], Any],
         encode: Callable[[Any], Tensor],
         *,
         unit: str,
-        size_of: Callable[[Any], int],
+        sizes: Sequence[int],
     ) -> Tensor:
-        """Encode every distinct item once, in batches that are prepared ahead, the largest first.
-
-        Returns (N, D) float32 on the CPU; an embedding with NaN or infinity raises ValueError.
-        """
+        """Encode every distinct item once, in batches that are prepared ahead."""
         config = self._run_config
-        items, size = list(items), _choose_batch_size(config)
 
         def plan(rows: Sequence[int]) -> list[list[int]]:
-            places = sorted(range(len(rows)), key=lambda p: size_of(items[rows[p]]), reverse=True)
-            return [places[start : start + size] for start in range(0, len(places), size)]
+            places = sorted(range(len(rows)), key=lambda place: -sizes[rows[place]])
+            parts = split_evenly(len(rows), size=_choose_batch_size(config))
+            return [places[part.start : part.stop] for part in parts]
 
-        total = len(set(list_keys(items)))
-        with tqdm(total=total, unit=f" {unit}", disable=not config.show_progress) as progress:
-            return encode_distinct(
-                items,
-                batches=plan,
-                prepare=prepare,
-                encode=encode,
-                device=find_device(config.device),
-                num_workers=config.num_workers,
-                on_batch=lambda rows, _: progress.update(len(rows)),
-            )
+        return encode_distinct(
+            items,
+            batches=plan,
+            prepare=prepare,
+            encode=encode,
+            device=find_device(config.device),
+            num_workers=config.num_workers,
+            unit=unit,
+            show_progress=config.show_progress,
+        )
 
 
-class OnceEncoder:
+class OnceEncoder(Encoder):
     """Encodes each text and each image once and holds their embeddings; `encoded` counts them."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -252,9 +230,10 @@ class OnceEncoder:
         self._is_truncated: dict[str, bool] = {}
         self._held: list[Any] = []  # images, so that no other gets the `id` of one in memory
 
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._encoder.describe()
+    @property
+    def description(self) -> EncoderDescription:
+        """The description of the encoder within."""
+        return self._encoder.description
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts."""
@@ -285,12 +264,8 @@ class OnceEncoder:
         return self._images.take(wanted)
 
     def take_far_images(self) -> str | None:
-        """Describe the images since the last call, if they are unlike those of the training.
-
-        Only a model of this package knows which these were.
-        """
-        take = getattr(self._encoder, "take_far_images", None)
-        return None if take is None else take()
+        """Ask the encoder, which sees each image once."""
+        return self._encoder.take_far_images()
 
 
 class KnownRows:
@@ -301,7 +276,6 @@ class KnownRows:
         self._blocks: list[Tensor] = []
 
     def list_new(self, inputs: Sequence[Any]) -> list[Any]:
-        """List the different inputs that have no embedding yet."""
         return [item for item in dict.fromkeys(inputs) if item not in self._row_of]
 
     def add(self, inputs: Sequence[Any], embeds: Tensor) -> None:
@@ -330,7 +304,6 @@ class KnownRows:
 
 
 def describe_image_processor(image_processor: Any) -> dict[str, Any]:
-    """Describe how a transformers image processor makes pixel values."""
     fields: dict[str, Any] = image_processor.to_dict()
     resample = fields.get("resample")
     normalizes = fields.get("do_normalize", True)
@@ -362,6 +335,5 @@ def describe_activation(config: Any) -> str:
 
 
 def is_uncased(tokenizer: Any) -> bool:
-    """Return whether texts that differ only in case have the same tokens, as with CLIP's own."""
     mixed, lower = tokenizer(_SAME_BUT_FOR_CASE, verbose=False)["input_ids"]
     return bool(mixed == lower)

@@ -16,18 +16,19 @@ from ...encoding.devices import find_device
 from ...encoding.encode import TorchEncoder
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
-from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
+from ...model_folders.model_loading import warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .encoder import (
     EncodedTexts,
+    Encoder,
     EncoderDescription,
     choose_dtype,
     describe_activation,
     describe_image_processor,
     describe_run,
-    find_loading_dtype,
+    describe_untrained,
     is_uncased,
 )
 
@@ -35,25 +36,18 @@ from .encoder import (
 _TOKENS_PER_TEXT = 64
 
 
-class LLM2CLIPEncoder:
+class LLM2CLIPEncoder(Encoder):
     """A model folder of this package."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
-        self._folder = folder
-        self._run_config = config
-        self._source = source
+        super().__init__(folder, config, source=source)
         self._processor = LLM2CLIPProcessor.from_pretrained(folder)
         self._config = LLM2CLIPConfig.from_pretrained(folder)
         self._training_images = read_training_images(folder)
         self._tally = ImageTally()
         warn_of_untrained(self._config, source)
 
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
-
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts with LLM, text adapter and projection."""
         size = self._run_config.batch_size
         tokens = TokenizedTexts(self._processor, texts)
         embeds = self._model.encode_texts(
@@ -64,7 +58,6 @@ class LLM2CLIPEncoder:
         return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Encode images with vision tower and projection."""
         return self._model.encode_images(
             images,
             batch_size=self._run_config.batch_size,
@@ -74,23 +67,22 @@ class LLM2CLIPEncoder:
         )
 
     def take_far_images(self) -> str | None:
-        """Describe the images since the last call, if they are unlike those of the training."""
         tally, self._tally = self._tally, ImageTally()
         return None if self._training_images is None else self._training_images.describe_far(tally)
 
     @cached_property
     def _model(self) -> TorchEncoder:
         model = LLM2CLIPModel.from_pretrained(
-            self._folder, dtype=find_loading_dtype(self._run_config)
+            self._path, dtype=choose_dtype(self._run_config, "auto")
         )
         device = find_device(self._run_config.device)
         return TorchEncoder(model.to(device).eval(), self._processor)
 
     @cached_property
-    def _description(self) -> EncoderDescription:
+    def description(self) -> EncoderDescription:
         config = self._config
-        text, vision = fingerprint_text(self._folder), fingerprint_vision(self._folder)
-        model = fingerprint_model(self._folder)
+        text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
+        model = fingerprint_model(self._path)
         saved = model.pop("dtype")
         fingerprint = {
             **model,
@@ -122,6 +114,5 @@ class LLM2CLIPEncoder:
                 "activation": describe_activation(config.vision_config),
             },
             dtype=choose_dtype(self._run_config, saved),
-            run=describe_run(self._run_config),
-            untrained_parts=find_untrained_parts(config),
+            run=describe_run(self._run_config) | describe_untrained(config),
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,8 @@ class OpenClipEncoder(ModelEncoder):
         architecture: str | None = None,
         activation: str | None = None,
     ) -> None:
-        super().__init__(config, source=source)
+        super().__init__(path, config, source=source)
         self._open_clip = import_open_clip()
-        self._path = path
         given = {"architecture": architecture, "activation": activation}
         for argument, value in given.items():
             if path.is_dir() and value is not None:
@@ -74,14 +72,29 @@ class OpenClipEncoder(ModelEncoder):
                     f"{source} is a folder, whose {CONFIG_FILE} says how it is run; leave "
                     f"{argument}={value!r} out."
                 )
-        self._weights = path if path.is_file() else _require_weights(path)
+        weights = path if path.is_file() else find_weights(path)
+        if weights is None:
+            raise ValueError(
+                f"{path} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would "
+                "be random. Get the weights."
+            )
+        self._weights = weights
         self._name = f"local-dir:{path}"
         self._pretrained: str | None = None
-        if path.is_file():
-            self._name = self._check_architecture(architecture)
+        if path.is_dir():
+            self._written = _read_config(path)
+        else:
             self._pretrained = str(path)
-        self._written = _read_config(path) if path.is_dir() else self._infer_config(activation)
+            self._name = self._check_architecture(architecture)
+            preprocessing = _find_preprocessing(self._name, source=source)
+            chosen = _find_activation(self._name, given=activation, source=source)
+            model_config = self._open_clip.get_model_config(self._name)
+            self._written = {  # as a folder would have it
+                "model_cfg": {**model_config, "quick_gelu": chosen == "quick_gelu"},
+                "preprocess_cfg": preprocessing,
+            }
         self._tokenizer = self._open_clip.get_tokenizer(self._name)
+        self._is_clips_own = isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
 
     @property
     def _max_tokens(self) -> int:
@@ -107,14 +120,10 @@ class OpenClipEncoder(ModelEncoder):
         return torch.stack([self._transform(image) for image in images])
 
     def _embed_images(self, prepared: Tensor) -> Tensor:
-        dtype = getattr(torch, self._description.dtype)
+        dtype = getattr(torch, self.description.dtype)
         pixels = prepared.to(find_device(self._run_config.device), dtype=dtype)
         embeds: Tensor = self._model.encode_image(pixels)
         return embeds
-
-    @property
-    def _is_clips_own(self) -> bool:
-        return isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
 
     def _check_architecture(self, architecture: str | None) -> str:
         if self._path.suffix not in _WEIGHT_SUFFIXES:
@@ -131,23 +140,13 @@ class OpenClipEncoder(ModelEncoder):
             )
         return architecture
 
-    def _infer_config(self, given: str | None) -> dict[str, Any]:
-        """Write what open_clip knows of an architecture as a folder would have it."""
-        preprocessing = _find_preprocessing(self._name, source=self._source)
-        activation = _find_activation(self._name, given=given, source=self._source)
-        model_config = self._open_clip.get_model_config(self._name)
-        return {
-            "model_cfg": {**model_config, "quick_gelu": activation == "quick_gelu"},
-            "preprocess_cfg": preprocessing,
-        }
-
     @cached_property
     def _model(self) -> Any:
         model = self._open_clip.create_model(
             self._name,
             pretrained=self._pretrained,
             force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
-            precision=_PRECISIONS[self._description.dtype],
+            precision=_PRECISIONS[self.description.dtype],
             device=find_device(self._run_config.device),
             require_pretrained=True,
         )
@@ -170,21 +169,31 @@ class OpenClipEncoder(ModelEncoder):
         return image_transform_v2(self._preprocessing, is_train=False)
 
     @cached_property
-    def _description(self) -> EncoderDescription:
-        fingerprint, saved = self._fingerprint()
-        chosen = self._preprocessing
-        activations = _describe_activations(self._written["model_cfg"])
+    def description(self) -> EncoderDescription:
+        if self._weights.suffix == ".safetensors":
+            found = fingerprint_weights([self._weights])
+        else:
+            found = {"weights": hash_file(self._weights), "dtype": "unknown"}
+        if self._path.is_dir():
+            files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
+        else:
+            files = json.dumps(self._written, sort_keys=True)
+        chosen, model_config = self._preprocessing, self._written["model_cfg"]
+        own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
+        # Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
+        has_own_text = "hf_model_name" in model_config.get("text_cfg", {})
+        has_own_vision = "timm_model_name" in model_config.get("vision_cfg", {})
         return EncoderDescription(
             model_type="open_clip",
             source=self._source,
-            fingerprint=fingerprint,
+            fingerprint={"weights": found["weights"], "files": files},
             text={
                 "prompt": None,
                 "max_tokens": self._max_tokens,
                 "padding": "max_length",
                 "lower_case": True if self._is_clips_own else "as its tokenizer does",
                 "tokenizer": type(self._tokenizer).__name__,
-                "activation": activations["text"],
+                "activation": OF_ITS_TOWER if has_own_text else own,
             },
             images={
                 **OPENING,
@@ -195,23 +204,12 @@ class OpenClipEncoder(ModelEncoder):
                 "mean": list(chosen.mean),
                 "std": list(chosen.std),
                 "scale": 1 / 255,
-                "activation": activations["images"],
+                "activation": OF_ITS_TOWER if has_own_vision else own,
             },
             # What open_clip saves in half precision it still runs in float32 by default.
             dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
-            run={**describe_run(self._run_config), "saved_dtype": saved},
+            run={**describe_run(self._run_config), "saved_dtype": found["dtype"]},
         )
-
-    def _fingerprint(self) -> tuple[dict[str, str], str]:
-        if self._weights.suffix == ".safetensors":
-            found = fingerprint_weights([self._weights])
-        else:
-            found = {"weights": hash_file(self._weights), "dtype": "unknown"}
-        if self._path.is_dir():
-            other = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
-        else:
-            other = json.dumps(self._written, sort_keys=True)
-        return {"weights": found["weights"], "files": other}, found["dtype"]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -228,17 +226,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Find the weights that open_clip itself would load."""
     return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
-
-def _require_weights(folder: Path) -> Path:
-    if found := find_weights(folder):
-        return found
-    raise ValueError(
-        f"{folder} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would be "
-        "random. Get the weights."
-    )
 
 
 def _find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
@@ -294,19 +282,6 @@ def _find_activation(architecture: str, *, given: str | None, source: str) -> st
     )
 
 
-def _describe_activations(model_config: Mapping[str, Any]) -> dict[str, str]:
-    """Name the activation of each tower, by `text` and `images`.
-
-    Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
-    """
-    own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
-    is_foreign = {
-        "text": "hf_model_name" in model_config.get("text_cfg", {}),
-        "images": "timm_model_name" in model_config.get("vision_cfg", {}),
-    }
-    return {side: OF_ITS_TOWER if foreign else own for side, foreign in is_foreign.items()}
-
-
 def _refuse_torchscript(file: Path, *, source: str) -> None:
     """Raise ValueError for a TorchScript archive, as OpenAI published CLIP: it contains code."""
     if not zipfile.is_zipfile(file):
@@ -321,7 +296,6 @@ def _refuse_torchscript(file: Path, *, source: str) -> None:
 
 
 def import_open_clip(need: Need = OPEN_CLIP) -> Any:
-    """Import open_clip."""
     require(need)
     import open_clip
 

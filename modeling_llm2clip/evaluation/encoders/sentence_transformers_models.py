@@ -8,7 +8,6 @@ modules do, such as static embeddings.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,6 @@ from .encoder import (
     describe_activation,
     describe_image_processor,
     describe_run,
-    find_loading_dtype,
     is_uncased,
 )
 
@@ -47,19 +45,10 @@ class SentenceTransformerEncoder(ModelEncoder):
 
     No prompt is added but the model's own default one. Only modules of sentence-transformers
     itself are loaded; code from the folder is never run.
-
-    Args:
-        folder: The folder.
-        config: How the model is run.
-        source: What the user gave.
-
-    Raises:
-        ValueError: sentence-transformers is not installed, or `modules.json` is damaged.
     """
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
-        super().__init__(config, source=source)
-        self._folder = folder
+        super().__init__(folder, config, source=source)
         _import_sentence_transformers()
         first = _list_modules(folder)[:1]
         self._has_readable_files = [module["class"] for module in first] == ["Transformer"]
@@ -68,30 +57,12 @@ class SentenceTransformerEncoder(ModelEncoder):
     def _max_tokens(self) -> int | None:
         return self._facts.max_tokens
 
-    def _measure(self, text: str, num_tokens: Mapping[str, int]) -> int:  # noqa: ARG002
-        return len(text)
-
     def _count_tokens(self, texts: list[str]) -> list[int]:
         whole = [(self._facts.default_prompt or "") + text for text in texts]
         if self._facts.lower_case:
             whole = [text.lower() for text in whole]
         ids = self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
         return [len(row) for row in ids]
-
-    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode images with `encode`, if the model takes them."""
-        if self._facts.images is None:
-            raise ValueError(
-                f"{self._source} is a sentence-transformers model for "
-                f"{', '.join(self._facts.modalities)}; it takes no images. Give it text tasks."
-            )
-        return super().encode_images(images, names=names)
-
-    def _prepare_texts(self, texts: list[str]) -> list[str]:
-        return texts
-
-    def _prepare_images(self, images: list[Any]) -> list[Any]:
-        return images
 
     def _embed_texts(self, prepared: list[Any]) -> Tensor:
         embeddings: Tensor = self._model.encode(
@@ -106,14 +77,14 @@ class SentenceTransformerEncoder(ModelEncoder):
 
     @cached_property
     def _facts(self) -> _SentenceFacts:
-        return _read_files(self._folder) if self._has_readable_files else _ask_model(self._model)
+        return _read_files(self._path) if self._has_readable_files else _ask_model(self._model)
 
     @cached_property
     def _model(self) -> Any:
-        dtype = find_loading_dtype(self._run_config)
-        with naming_code(self._folder):
+        dtype = choose_dtype(self._run_config, "auto")
+        with naming_code(self._path):
             model = _import_sentence_transformers().SentenceTransformer(
-                str(self._folder),
+                str(self._path),
                 device=str(find_device(self._run_config.device)),
                 model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
                 trust_remote_code=False,
@@ -122,9 +93,9 @@ class SentenceTransformerEncoder(ModelEncoder):
         return model.eval()
 
     @cached_property
-    def _description(self) -> EncoderDescription:
-        weights = fingerprint_weights(self._folder.glob("**/*.safetensors"), base=self._folder)
-        files = hash_model_files(self._folder, ("**/*.json", "**/*.txt", "**/*.model"))
+    def description(self) -> EncoderDescription:
+        weights = fingerprint_weights(self._path.glob("**/*.safetensors"), base=self._path)
+        files = hash_model_files(self._path, ("**/*.json", "**/*.txt", "**/*.model"))
         facts = self._facts
         return EncoderDescription(
             model_type="sentence-transformers",
@@ -153,23 +124,13 @@ def _import_sentence_transformers() -> Any:
 
 @dataclass(frozen=True)
 class _SentenceFacts:
-    """Facts that decide the embeddings besides the weights.
-
-    Attributes:
-        modules: Names of their classes, in their order.
-        default_prompt: Prefix of every text; None for none.
-        max_tokens: Longer texts are truncated; None for no limit.
-        modalities: `text`, `image` and others.
-        images: Description of the image processor; None if there is none.
-        tokenizer: For counting tokens, if there is a limit.
-    """
+    """Facts that decide the embeddings besides the weights; a limit of None is none."""
 
     modules: tuple[str, ...]
     default_prompt: str | None
     max_tokens: int | None
     lower_case: bool
     activation: str
-    modalities: tuple[str, ...]
     images: dict[str, Any] | None
     tokenizer: Any
 
@@ -193,6 +154,7 @@ def _read_files(folder: Path) -> _SentenceFacts:
     processor = load_without_code(AutoProcessor, inside)
     config = load_without_code(AutoConfig, inside)
     tokenizer = getattr(processor, "tokenizer", processor)
+    prompts = _read_json(folder / _MODEL_FILE) if (folder / _MODEL_FILE).is_file() else {}
     images = None
     if "image" in modalities:
         images = {
@@ -201,18 +163,16 @@ def _read_files(folder: Path) -> _SentenceFacts:
         }
     return _SentenceFacts(
         modules=tuple(module["class"] for module in modules),
-        default_prompt=_find_prompt(folder),
+        default_prompt=prompts.get("prompts", {}).get(prompts.get("default_prompt_name")),
         max_tokens=_find_limit(written, tokenizer, config),
         lower_case=bool(written.get("do_lower_case")) or is_uncased(tokenizer),
         activation=describe_activation(config.get_text_config()),
-        modalities=modalities,
         images=images,
         tokenizer=tokenizer,
     )
 
 
 def _ask_model(model: Any) -> _SentenceFacts:
-    """Ask a loaded `SentenceTransformer`."""
     limit = model.max_seq_length
     images = None
     if model.supports("image"):
@@ -225,7 +185,6 @@ def _ask_model(model: Any) -> _SentenceFacts:
         max_tokens=int(limit) if limit is not None and limit < _NO_LIMIT else None,
         lower_case=bool(getattr(model[0], "do_lower_case", False)),
         activation=OF_ITS_TOWER,
-        modalities=tuple(map(str, model.modalities)),
         images=images,
         tokenizer=model.tokenizer,
     )
@@ -245,14 +204,6 @@ def _find_limit(written: dict[str, Any], tokenizer: Any, config: Any) -> int | N
         positions = getattr(config, "max_position_embeddings", -1)
         chosen = min(tokenizer.model_max_length, positions if positions != -1 else _NO_LIMIT)
     return int(chosen) if chosen < _NO_LIMIT else None
-
-
-def _find_prompt(folder: Path) -> str | None:
-    if not (folder / _MODEL_FILE).is_file():
-        return None
-    written = _read_json(folder / _MODEL_FILE)
-    prompt: str | None = written.get("prompts", {}).get(written.get("default_prompt_name"))
-    return prompt
 
 
 def _read_json(file: Path) -> Any:

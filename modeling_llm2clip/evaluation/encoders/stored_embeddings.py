@@ -22,6 +22,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
 from ...data.records.data_hashes import hash_texts
+from ...data.records.record_loading import load_records
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import MANIFEST_FILE
@@ -32,14 +33,13 @@ from ...model_folders.fingerprint import (
     fingerprint_vision,
     fingerprint_weights,
 )
+from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_loading import (
-    find_untrained_parts,
     load_partial_model,
     warn_of_untrained,
 )
 from ...modeling_llm2clip import LLM2CLIPModel
-from ...processing_llm2clip import check_texts
-from .encoder import EncodedTexts, EncoderDescription, choose_dtype
+from .encoder import EncodedTexts, Encoder, EncoderDescription, choose_dtype, describe_untrained
 
 _SHOWN = 5
 _ROWS_AT_ONCE = 2**14
@@ -62,12 +62,11 @@ class _Side:
     made_by: dict[str, str]
 
 
-class StoredEmbeddingsEncoder:
+class StoredEmbeddingsEncoder(Encoder):
     """Looks embeddings up.
 
-    Stores need the `records` that they were extracted from, to know which row belongs to what, and
-    for images the `head`: the folder of the model that computed them, whose text adapter and
-    projections are applied.
+    Stores need the data that they were `extracted_from`, to know which row belongs to what, and for
+    images the `head`: the model that computed them, whose text adapter and projections are applied.
     """
 
     def __init__(
@@ -76,23 +75,21 @@ class StoredEmbeddingsEncoder:
         config: EncoderConfig,
         *,
         source: str,
-        records: Sequence[CaptionedImage] | None = None,
-        head: Path | None = None,
+        extracted_from: str | None = None,
+        head: str | None = None,
     ) -> None:
-        self._folder = folder
-        self._run_config = config
-        self._source = source
-        self._head_folder = head
-        self._untrained_parts: tuple[str, ...] = ()
-        if head is not None:
-            head_config = LLM2CLIPConfig.from_pretrained(head)
-            self._untrained_parts = find_untrained_parts(head_config)
-            warn_of_untrained(head_config, head)
+        super().__init__(folder, config, source=source)
+        self._head_folder = None if head is None else find_model_folder(head)
+        self._run: dict[str, Any] = {}
+        if self._head_folder is not None:
+            head_config = LLM2CLIPConfig.from_pretrained(self._head_folder)
+            self._run |= describe_untrained(head_config)
+            warn_of_untrained(head_config, self._head_folder)
         named = {side: side_file(folder, side) for side in SIDES}
         self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
         self._is_store = not self._sides
         if self._is_store:
-            self._sides = _open_stores(folder, records, head)
+            self._sides = _open_stores(folder, extracted_from, self._head_folder)
         if head is not None and not self._is_store:
             raise ValueError(
                 f"{source} has final embeddings; a head is only for stores. Leave it out."
@@ -111,30 +108,17 @@ class StoredEmbeddingsEncoder:
                 f"{source}: the embeddings have widths {widths} and cannot be compared."
             )
 
-    def describe(self) -> EncoderDescription:
-        """Say what decides the embeddings."""
-        return self._description
-
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Look texts up by themselves."""
-        check_texts(list(texts))
         return EncodedTexts(self._look_up("texts", texts, project_captions), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        """Look images up by their names."""
         return self._look_up("images", names, project_images)
 
     def _look_up(
         self, name: str, wanted: Sequence[str], project: Callable[[LLM2CLIPModel, Tensor], Tensor]
     ) -> Tensor:
         """Read, check and project embeddings in pieces, so that they are held once."""
-        side = self._sides.get(name)
-        if side is None:
-            hint = " Stored images need the model's head (--head)." if self._is_store else ""
-            raise ValueError(
-                f"{self._source} has no embeddings of {name}, only of {', '.join(self._sides)}."
-                f"{hint}"
-            )
+        side = self._sides[name]
         lost = [*dict.fromkeys(item for item in wanted if item not in side.row_of)]
         if lost:
             raise ValueError(
@@ -170,7 +154,7 @@ class StoredEmbeddingsEncoder:
         return model
 
     @cached_property
-    def _description(self) -> EncoderDescription:
+    def description(self) -> EncoderDescription:
         fingerprint = {
             f"{side} {name}": value
             for side, found in self._sides.items()
@@ -194,12 +178,11 @@ class StoredEmbeddingsEncoder:
             text=sides.get("texts"),
             images=sides.get("images"),
             dtype="+".join(sorted(dtypes)),
-            untrained_parts=self._untrained_parts,
+            run=self._run,
         )
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Return whether a folder has embeddings that are read here."""
     return any(side_file(folder, side).is_file() for side in SIDES) or bool(_find_stores(folder))
 
 
@@ -221,18 +204,17 @@ def _open_named(file: Path) -> _Side:
     )
 
 
-def _open_stores(
-    folder: Path, records: Sequence[CaptionedImage] | None, head: Path | None
-) -> dict[str, _Side]:
+def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) -> dict[str, _Side]:
     stores = [EmbeddingStore.open(path) for path in _find_stores(folder)]
     if not stores:
         files = " and no ".join(f"{side}.safetensors" for side in SIDES)
         raise ValueError(f"{folder} has no embedding store, no {files}.")
-    if records is None:
+    if extracted_from is None:
         raise ValueError(
             f"{folder} has embedding stores, which do not say which row belongs to which text. "
             "Name the dataset they were extracted from (--extracted-from)."
         )
+    records = load_records(extracted_from, require_images=False)
     sides = {}
     for store in stores:
         if store.manifest.plan.get("data") != hash_texts(records):

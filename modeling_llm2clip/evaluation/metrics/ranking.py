@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, linalg
 
 from ...encoding.float32 import float32_as_such
 from .correspondence import Correspondence, PositiveLists
@@ -57,7 +57,6 @@ class Ranking:
     queries: Tensor | None = None
 
     def select(self, of_rows: Tensor) -> Tensor:
-        """Return what belongs to the queries."""
         return of_rows if self.queries is None else of_rows[self.queries]
 
 
@@ -75,7 +74,10 @@ class RetrievalRanks:
 
 @contextmanager
 def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Set the memory of rankings inside that name none, in 10^6 bytes; it changes no rank."""
+    """Set the working memory of rankings inside, in 10^6 bytes; it changes no rank.
+
+    It is beyond the embeddings and some numbers for each image, text and pair.
+    """
     token = _memory_mb.set(max_memory_mb)
     try:
         yield
@@ -90,15 +92,12 @@ def rank_retrieval(
     correspondence: Correspondence,
     *,
     all_positives: bool = False,
-    max_memory_mb: float | None = None,
-    device: torch.device | str | None = None,
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
     Embeddings are (I, P) and (T, P), of any float dtype and length; a NaN is refused, and zeros
-    score 0 with all. `max_memory_mb` is working memory in 10^6 bytes, beyond the embeddings and
-    some numbers for each image, text and pair. Ranks of all positives, not of the best alone, cost
-    one more comparison of the scores for each further positive.
+    score 0 with all. Ranks of all positives, not of the best alone, cost one more comparison of the
+    scores for each further positive.
 
     The rank of a query's k-th best positive is k plus the number of candidates that are not its
     positives and score as high or higher. Ties count against the model, so that equal embeddings
@@ -111,17 +110,23 @@ def rank_retrieval(
     matrix in float64, whatever the tiles and the device are.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
-    device = torch.device(device) if device is not None else image_embeds.device
-    max_memory_mb = _memory_mb.get() if max_memory_mb is None else max_memory_mb
+    device = image_embeds.device
     shape = choose_tile_shape(
-        image_embeds.shape[1], max_memory_mb=max_memory_mb, device_type=device.type
+        image_embeds.shape[1], max_memory_mb=_memory_mb.get(), device_type=device.type
     )
     images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
     texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
     # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
     # equal scores would swap ranks, and the switches hold for the whole program.
     with torch.autocast(device.type, enabled=False), float32_as_such():
-        scores = _score_pairs(images, texts, correspondence, min(shape.texts, _PAIRS_AT_A_TIME))
+        pairs_at_a_time = min(shape.texts, _PAIRS_AT_A_TIME)
+        rows = zip(
+            correspondence.image_of_pair.split(pairs_at_a_time),
+            correspondence.text_of_pair.split(pairs_at_a_time),
+            strict=True,
+        )
+        cosines = [linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
+        scores = torch.cat(cosines).cpu()  # (num_pairs,) float64
         image_counts, text_counts = (
             _NegativeCounts(
                 positives,
@@ -135,32 +140,9 @@ def rank_retrieval(
         for tile in score_tiles(images, texts, correspondence, shape):
             image_counts.add(tile)
             text_counts.add(tile.transpose())
-    i2t, t2i = (
-        Ranking(
-            num_candidates=num_candidates,
-            num_positives=counts.num_positives,
-            best_ranks=counts.find_best_ranks(),
-            positive_ranks=counts.find_all_ranks() if all_positives else None,
-            queries=counts.queries,
-        )
-        for counts, num_candidates in (
-            (image_counts, len(text_embeds)), (text_counts, len(image_embeds)),
-        )
-    )  # fmt: skip
-    return RetrievalRanks(i2t, t2i)
-
-
-def _score_pairs(
-    images: UnitRows, texts: UnitRows, correspondence: Correspondence, pairs_at_a_time: int
-) -> Tensor:
-    """Compute the cosine of every pair, (num_pairs,) float64 on the CPU."""
-    rows = zip(
-        correspondence.image_of_pair.split(pairs_at_a_time),
-        correspondence.text_of_pair.split(pairs_at_a_time),
-        strict=True,
+    return RetrievalRanks(
+        image_counts.to_ranking(len(text_embeds)), text_counts.to_ranking(len(image_embeds))
     )
-    scores = [torch.linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
-    return torch.cat(scores).cpu()
 
 
 def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
@@ -202,11 +184,18 @@ class _NegativeCounts:
     ) -> None:
         is_query = positives.counts > 0
         levels = positives.counts if all_levels else is_query.long()
-        self.num_positives = positives.counts[is_query]
-        self.queries = None if is_query.all() else is_query.nonzero().flatten()
+        self._is_query = is_query
+        self._num_positives = positives.counts[is_query]
+        self._all_levels = all_levels
         self._num_levels = levels
         self._first = levels.cumsum(0) - levels  # (rows,), position of the first level of a query
-        ordered = _order_levels(positives, scores, all_levels=all_levels)
+        # The scores of the positives of every query, best first; or of the best ones alone.
+        by_pair = scores.cpu()[positives.pairs]
+        queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
+        by_score = by_pair.argsort(descending=True, stable=True)
+        ordered = by_pair[by_score[queries[by_score].argsort(stable=True)]]
+        if not all_levels:
+            ordered = ordered[positives.offsets[:-1][is_query]]
         self._thresholds = (ordered - TIE_TOLERANCE).to(device)
         self._margin = margin
         self._counts = torch.zeros(len(ordered), dtype=torch.int64, device=device)
@@ -223,19 +212,20 @@ class _NegativeCounts:
             if low < high:
                 self._add_level(tile, queries[low:high], best_negatives, level=level)
 
-    def find_all_ranks(self) -> Tensor:
-        """Return the rank of every level, query after query, int64 on the CPU; 1 is best."""
+    def to_ranking(self, num_candidates: int) -> Ranking:
         levels = torch.arange(len(self._counts)) - self._first.repeat_interleave(self._num_levels)
-        return 1 + levels + self._counts.cpu()
-
-    def find_best_ranks(self) -> Tensor:
-        """Return (Q,) int64 on the CPU, the rank of the best positive of each query; 1 is best."""
-        return 1 + self._counts.cpu()[self._first[self._num_levels > 0]]
+        ranks = 1 + levels + self._counts.cpu()
+        return Ranking(
+            num_candidates=num_candidates,
+            num_positives=self._num_positives,
+            best_ranks=ranks[self._first[self._is_query]],
+            positive_ranks=ranks if self._all_levels else None,
+            queries=None if self._is_query.all() else self._is_query.nonzero().flatten(),
+        )
 
     def _add_level(
         self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
     ) -> None:
-        """Count for one level of some queries of a tile."""
         device = tile.scores.device
         rows, places = (queries - tile.query_start).to(device), self._first[queries].to(device)
         lowest = (self._thresholds[places + level] - self._margin).float()
@@ -273,20 +263,10 @@ def _select_rows(scores: Tensor, rows: Tensor) -> Tensor:
 
 
 def _count_above(scores: Tensor, thresholds: Tensor, memory: Tensor) -> Tensor:
-    """Count the scores of every row that reach its threshold."""
     # Ones in float32 are added faster than booleans, and exactly up to 2^24, more than a tile has.
     above = memory.as_strided(scores.shape, scores.stride())
     torch.ge(scores, thresholds, out=above)
     return above.sum(dim=1).long()
-
-
-def _order_levels(positives: PositiveLists, scores: Tensor, *, all_levels: bool) -> Tensor:
-    """Return the scores of the positives of every query, best first; or of the best ones alone."""
-    scores = scores.cpu()[positives.pairs]
-    queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
-    by_score = scores.argsort(descending=True, stable=True)
-    ordered = scores[by_score[queries[by_score].argsort(stable=True)]]
-    return ordered if all_levels else ordered[positives.offsets[:-1][positives.counts > 0]]
 
 
 class TileShape(NamedTuple):
@@ -330,7 +310,7 @@ class UnitRows:
         inverses = []
         for start in range(0, len(embeds), rows_at_a_time):
             rows = embeds[start : start + rows_at_a_time]
-            lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            lengths = linalg.vector_norm(rows, dim=1, dtype=torch.float64)
             if not lengths.isfinite().all():
                 row = start + int((~lengths.isfinite()).long().argmax())
                 raise ValueError(
@@ -348,7 +328,6 @@ class UnitRows:
         return torch.mul(rows, scales, out=buffer[: stop - start])
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return some rows, (n, P) float64."""
         taken = self._embeds[rows.to(self._embeds.device)].to(self.device, torch.float64)
         return taken.mul_(self._inverse_lengths[rows.to(self.device), None])
 

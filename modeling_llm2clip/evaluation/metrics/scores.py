@@ -24,7 +24,6 @@ def hits_at(ranking: Ranking, *, k: int) -> Tensor:
 
     mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
     """
-    _require_rank(k)
     return (ranking.best_ranks <= k).double()
 
 
@@ -33,7 +32,7 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
     """
-    found = (_require_all_ranks(ranking, k) <= k).double()
+    found = (_require_all_ranks(ranking) <= k).double()
     return _sum_by_query(ranking, found) / ranking.num_positives
 
 
@@ -42,7 +41,7 @@ def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
 
     AP@K = 1/R · Σ_{r ≤ K} (positives up to rank r) / r; mAP@K is the mean.
     """
-    ranks = _require_all_ranks(ranking, k)
+    ranks = _require_all_ranks(ranking)
     precisions = torch.where(ranks <= k, _count_up_to(ranking) / ranks.double(), 0.0)
     return _sum_by_query(ranking, precisions) / ranking.num_positives
 
@@ -55,7 +54,7 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
     """
     gained, most = (
         _sum_by_query(ranking, torch.where(ranks <= k, 1 / (ranks.double() + 1).log2(), 0.0))
-        for ranks in (_require_all_ranks(ranking, k), _count_up_to(ranking))
+        for ranks in (_require_all_ranks(ranking), _count_up_to(ranking))
     )
     return gained / most
 
@@ -82,14 +81,7 @@ def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
     return scores
 
 
-def mean_with_interval(
-    values: Tensor,
-    *,
-    clusters: Tensor | None = None,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-    level: float = CONFIDENCE_LEVEL,
-) -> dict[str, float]:
+def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
     """Compute `value`, `low` and `high`: the mean over queries, and its interval by bootstrap.
 
     It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Whole clusters are sampled
@@ -97,27 +89,20 @@ def mean_with_interval(
     itself. The five captions of an image succeed and fail together; sampled one by one they would
     pass for five independent trials, and the interval would be too narrow.
     """
-    if values.ndim != 1 or not len(values) or not values.isfinite().all():
-        raise ValueError(
-            f"values {tuple(values.shape)} must be finite numbers, one for each query."
-        )
-    if not 0 < level < 1 or num_resamples < 1:
-        raise ValueError(
-            f"level={level} must be between 0 and 1, num_resamples={num_resamples} at least 1."
-        )
     if clusters is None:
         clusters = torch.arange(len(values))
-    elif clusters.shape != values.shape:
-        raise ValueError(
-            f"clusters {tuple(clusters.shape)} must name one cluster for each of the "
-            f"{len(values)} values."
-        )
     numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
     sums = torch.zeros(len(sizes), dtype=torch.float64)
     sums.index_add_(0, numbers, values.double().cpu())
-    generator = torch.Generator().manual_seed(seed)
-    means = _resample_means(sums, sizes.double(), num_resamples, generator)
-    return {"value": float(values.double().mean()), **_find_interval(means, level)}
+    of_equal_size = bool((sizes == sizes[0]).all())
+    means = []
+    for count, pieces in _sample_clusters(len(sizes)):
+        total, size = torch.zeros(2, count, dtype=torch.float64)
+        for sampled in pieces:
+            total += sums[sampled].sum(dim=1)
+            size += sizes[0] * sampled.shape[1] if of_equal_size else sizes[sampled].sum(dim=1)
+        means.append(total / size)
+    return {"value": float(values.double().mean()), **_find_interval(means)}
 
 
 def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -133,9 +118,8 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
     for group, ((values, _), rows) in enumerate(zip(groups, parts, strict=True)):
         sums[:, group].index_add_(0, rows, values.double().cpu())
         sizes[:, group] = torch.bincount(rows, minlength=num_clusters)
-    generator = torch.Generator().manual_seed(0)
     means = []
-    for count, pieces in _sample_clusters(num_clusters, NUM_RESAMPLES, generator):
+    for count, pieces in _sample_clusters(num_clusters):
         times = torch.zeros(count * num_clusters, dtype=torch.int64)
         first = torch.arange(count)[:, None] * num_clusters
         for sampled in pieces:
@@ -144,41 +128,24 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
         # A sample may have no image of a small group; then the mean is that of the others.
         means.append((weights @ sums / (weights @ sizes)).nanmean(dim=1))
     value = fmean(float(values.double().mean()) for values, _ in groups)
-    return {"value": value, **_find_interval(torch.cat(means), CONFIDENCE_LEVEL)}
+    return {"value": value, **_find_interval(means)}
 
 
-def _find_interval(means: Tensor, level: float) -> dict[str, float]:
-    tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+def _find_interval(means: list[Tensor]) -> dict[str, float]:
+    tail = (1 - CONFIDENCE_LEVEL) / 2
+    tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(tails).tolist()
     return {"low": low, "high": high}
 
 
-def _resample_means(
-    sums: Tensor, sizes: Tensor, num_resamples: int, generator: torch.Generator
-) -> Tensor:
-    """Return the mean over all queries in each of many samples, (num_resamples,) float64."""
-    num_clusters = len(sizes)
-    of_equal_size = bool((sizes == sizes[0]).all())
-    means = []
-    for count, pieces in _sample_clusters(num_clusters, num_resamples, generator):
-        total, size = torch.zeros(2, count, dtype=torch.float64)
-        for sampled in pieces:
-            total += sums[sampled].sum(dim=1)
-            size += sizes[0] * sampled.shape[1] if of_equal_size else sizes[sampled].sum(dim=1)
-        means.append(total / size)
-    return torch.cat(means)
-
-
-def _sample_clusters(
-    num_clusters: int, num_resamples: int, generator: torch.Generator
-) -> Iterator[tuple[int, Iterator[Tensor]]]:
-    """Sample as many clusters as there are, again and again."""
+def _sample_clusters(num_clusters: int) -> Iterator[tuple[int, Iterator[Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
 
     def sample(count: int) -> Iterator[Tensor]:
         for size in _split(num_clusters, max(1, _CLUSTERS_AT_A_TIME // count)):
             yield torch.randint(num_clusters, (count, size), generator=generator)
 
-    for count in _split(num_resamples, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
+    for count in _split(NUM_RESAMPLES, max(1, _CLUSTERS_AT_A_TIME // num_clusters)):
         yield count, sample(count)
 
 
@@ -186,18 +153,12 @@ def _split(total: int, most: int) -> list[int]:
     return [min(most, total - start) for start in range(0, total, most)]
 
 
-def _require_all_ranks(ranking: Ranking, k: int) -> Tensor:
-    _require_rank(k)
+def _require_all_ranks(ranking: Ranking) -> Tensor:
     if ranking.positive_ranks is None:
         raise ValueError(
             "This score needs the ranks of all positives: rank_retrieval(…, all_positives=True)."
         )
     return ranking.positive_ranks
-
-
-def _require_rank(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1, the first rank.")
 
 
 def _count_up_to(ranking: Ranking) -> Tensor:

@@ -39,10 +39,17 @@ def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
     if dataset.form == "text":
         others = F.normalize(texts.embeds[len(captions) :], dim=-1).unflatten(0, (-1, 1))
     else:
-        others = _encode_images(encoder, dataset)
+        images = [image for item in dataset.items for image in item.images]
+        names = [
+            f"{item.name}/{number}" if len(item.images) > 1 else item.name
+            for item in dataset.items
+            for number in range(len(item.images))
+        ]
+        embeds = F.normalize(encoder.encode_images(images, names=names), dim=-1)
+        others = embeds.unflatten(0, (len(dataset.items), -1))
     answers = compare_choices(caption_embeds, others)
-    images = {image for item in dataset.items for image in item.images}
-    counts = {"items": len(dataset.items), "images": len(images), **count_texts(texts)}
+    num_images = len({image for item in dataset.items for image in item.images})
+    counts = {"items": len(dataset.items), "images": num_images, **count_texts(texts)}
     return TaskScores(_score(dataset, answers), counts)
 
 
@@ -53,27 +60,13 @@ def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
     (N, 1, D) or (N, 2, D) of images or texts.
     """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
+    wrong = scores + TIE_TOLERANCE
     if others.shape[1] == 1:
-        return {"accuracy": _is_nearer(scores[:, 0, 0], scores[:, 0, 1])}
+        return {"accuracy": scores[:, 0, 0] > wrong[:, 0, 1]}
     right = scores.diagonal(dim1=1, dim2=2)  # (N, 2)
-    text = _is_nearer(right, scores.flip(2).diagonal(dim1=1, dim2=2)).all(dim=1)
-    image = _is_nearer(right, scores.flip(1).diagonal(dim1=1, dim2=2)).all(dim=1)
+    text = (right > wrong.flip(2).diagonal(dim1=1, dim2=2)).all(dim=1)
+    image = (right > wrong.flip(1).diagonal(dim1=1, dim2=2)).all(dim=1)
     return {"text": text, "image": image, "group": text & image}
-
-
-def _is_nearer(right: Tensor, wrong: Tensor) -> Tensor:
-    return torch.gt(right, wrong + TIE_TOLERANCE)
-
-
-def _encode_images(encoder: Encoder, dataset: ChoiceDataset) -> Tensor:
-    images = [image for item in dataset.items for image in item.images]
-    names = [
-        f"{item.name}/{number}" if len(item.images) > 1 else item.name
-        for item in dataset.items
-        for number in range(len(item.images))
-    ]
-    embeds = F.normalize(encoder.encode_images(images, names=names), dim=-1)
-    return embeds.reshape(len(dataset.items), -1, embeds.shape[1])
 
 
 def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:

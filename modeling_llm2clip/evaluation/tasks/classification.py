@@ -40,12 +40,14 @@ def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
         )
     labels = torch.tensor(dataset.labels)
     ranks, predicted = rank_classes(images, classes, labels)
-    confusion = count_confusion(labels, predicted, num_classes=len(classes))
+    num_classes = len(classes)
+    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = cells.unflatten(0, (num_classes, num_classes))  # own class, predicted class
     scores = _score(ranks, labels, confusion, dataset.class_names)
     tied = [dataset.class_names[row] for row in find_tied_classes(classes)]
     return TaskScores(
         scores={**scores, "classes_with_tied_embeddings": tied},
-        counts={"images": len(images), "classes": len(classes), **count_texts(texts)},
+        counts={"images": len(images), "classes": num_classes, **count_texts(texts)},
         confusion=(confusion, dataset.class_names),
     )
 
@@ -78,12 +80,6 @@ def find_tied_classes(classes: Tensor) -> list[int]:
         distances = (classes[first].double() - classes[second].double()).norm(dim=1)
         tied.update(first[(first != second) & (distances <= TIE_TOLERANCE)].tolist())
     return sorted(tied)
-
-
-def count_confusion(labels: Tensor, predicted: Tensor, *, num_classes: int) -> Tensor:
-    """Count the images of each class (row) by their predicted class (column)."""
-    cells = labels * num_classes + predicted
-    return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def _score(

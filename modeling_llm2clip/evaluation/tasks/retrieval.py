@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...data.captions.caption_groups import CaptionGroup
 from ..datasets.retrieval_dataset import RetrievalDataset
-from ..encoders.encoder import EncodedTexts, Encoder
+from ..encoders.encoder import Encoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import Ranking, RetrievalRanks, rank_retrieval
 from ..metrics.scores import (
@@ -44,14 +44,10 @@ _Directions: TypeAlias = Mapping[str, tuple[Ranking, Tensor]]
 
 
 def _run_retrieval(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Rank all captions for every image and all images for every caption."""
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
-    texts, images = _encode_dataset(encoder, dataset)
-    scores = _score(_rank_directions(images, texts.embeds, dataset.correspondence))
-    return TaskScores(
-        scores, {"images": len(images), **count_texts(texts), **_count_distractors(dataset)}
-    )
+    directions, counts = _rank(encoder, dataset)
+    return TaskScores(_score(directions), counts)
 
 
 def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
@@ -62,17 +58,13 @@ def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
     hits: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for dataset in datasets:
         assert isinstance(dataset, RetrievalDataset)
-        texts, images = _encode_dataset(encoder, dataset)
-        directions = _rank_directions(images, texts.embeds, dataset.correspondence)
+        directions, counts[dataset.lang] = _rank(encoder, dataset)
         scores[dataset.lang] = _score(directions)
         # An image has the same number in all languages.
         number = torch.tensor([numbers.setdefault(n, len(numbers)) for n in dataset.image_names])
         for name, (ranking, queries) in directions.items():
             for k in _KS:
                 hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[queries]))
-        counts[dataset.lang] = {
-            "images": len(images), **count_texts(texts), **_count_distractors(dataset),
-        }  # fmt: skip
     mean = {direction: _average(scores, direction) for direction in directions}
     for direction, of_mean in mean.items():
         of_mean["intervals"] = {
@@ -86,33 +78,26 @@ def compute_chance(ranking: Ranking) -> float:
     return float((ranking.num_positives.double() / ranking.num_candidates).mean())
 
 
-def _encode_dataset(encoder: Encoder, dataset: RetrievalDataset) -> tuple[EncodedTexts, Tensor]:
-    """Encode a dataset's captions and its images."""
+def _rank(encoder: Encoder, dataset: RetrievalDataset) -> tuple[_Directions, dict[str, Any]]:
+    """Encode a dataset and rank `t2i` and `i2t`; also count its images and texts."""
+    correspondence = dataset.correspondence
     texts = encoder.encode_texts(dataset.captions)
-    return texts, encoder.encode_images(dataset.images, names=dataset.image_names)
-
-
-def _count_distractors(dataset: RetrievalDataset) -> dict[str, int]:
-    """Count images without captions and captions without images, if there may be any."""
-    if not dataset.correspondence.allows_distractors:
-        return {}
-    images, texts = dataset.correspondence.list_distractors()
-    return {"image_distractors": len(images), "text_distractors": len(texts)}
-
-
-def _rank_directions(images: Tensor, texts: Tensor, correspondence: Correspondence) -> _Directions:
-    """Rank `t2i` and `i2t`."""
-    found = rank_retrieval(images, texts, correspondence, all_positives=True)
+    images = encoder.encode_images(dataset.images, names=dataset.image_names)
+    found = rank_retrieval(images, texts.embeds, correspondence, all_positives=True)
     image_of_text = torch.zeros(correspondence.num_texts, dtype=torch.long)
     image_of_text[correspondence.text_of_pair] = correspondence.image_of_pair
-    return {
+    counts: dict[str, Any] = {"images": len(images), **count_texts(texts)}
+    if correspondence.allows_distractors:
+        of_images, of_texts = correspondence.list_distractors()
+        counts |= {"image_distractors": len(of_images), "text_distractors": len(of_texts)}
+    directions = {
         "t2i": (found.t2i, found.t2i.select(image_of_text)),
         "i2t": (found.i2t, found.i2t.select(torch.arange(correspondence.num_images))),
     }
+    return directions, counts
 
 
 def _score(directions: _Directions) -> dict[str, Any]:
-    """Compute all scores of both directions."""
     return {
         name: {
             **summarize(ranking, ks=_KS),
@@ -127,7 +112,6 @@ def _score(directions: _Directions) -> dict[str, Any]:
 
 
 def _average(scores: Mapping[str, Any], direction: str) -> dict[str, Any]:
-    """Average every number of a direction over the languages."""
     of_languages = [of_language[direction] for of_language in scores.values()]
     names = [name for name, value in of_languages[0].items() if isinstance(value, float)]
     return {name: fmean(numbers[name] for numbers in of_languages) for name in names}
@@ -169,7 +153,6 @@ def measure_caption_retrieval(
 
 
 def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
-    """List the first captions of all images, then the second ones."""
     return [group.captions[number] for number in (0, 1) for group in groups]
 
 

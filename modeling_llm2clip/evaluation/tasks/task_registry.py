@@ -22,7 +22,6 @@ DEFAULT_TASKS: dict[DatasetType, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Find a task."""
     if name not in TASKS:
         raise ValueError(
             f"There is no task {name!r}. Known: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"

@@ -36,7 +36,6 @@ _WORD_END = re.compile(r"\s+")
 
 
 def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Score each bucket of lengths, and all texts together."""
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
     if dataset.images:

@@ -25,7 +25,6 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import (
     RetrievalDataset,
 )
-from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 
 COCO = tiny_spec("coco", images=3, captions=15)
 
@@ -132,26 +131,6 @@ def test_reading_only_captions_needs_no_images(tmp_path: Path) -> None:
     assert [group.captions for group in found.group_captions()] == [
         tuple(captions_of(number)) for number in range(3)
     ]
-
-
-def test_a_retrieval_dataset_refuses_a_correspondence_with_other_counts() -> None:
-    good: dict[str, Any] = {
-        "name": "own",
-        "images": (),
-        "image_names": ("a", "b"),
-        "captions": ("one", "two"),
-        "correspondence": Correspondence.from_image_of_text([0, 1], 2),
-        "lang": "en",
-    }
-    RetrievalDataset(**good)
-    with pytest.raises(ValueError, match=r"2 images and 2 captions, the dataset has 2 and 3"):
-        RetrievalDataset(**{**good, "captions": ("one", "two", "three")})
-    with pytest.raises(ValueError, match=r"names of images repeat: \['a'\]"):
-        RetrievalDataset(**{**good, "image_names": ("a", "a")})
-    with pytest.raises(ValueError, match="1 images and 2 names"):
-        RetrievalDataset(**{**good, "images": (Path("a"),)})
-    with pytest.raises(ValueError, match="1 group ids and 2 names"):
-        RetrievalDataset(**{**good, "image_group_ids": ("a",)})
 
 
 def test_the_records_of_a_dataset_are_its_images_with_their_captions(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tiny_encoders import MODEL_TYPES, TEXTS, encode, unit
 from tokenizers import normalizers
 from transformers import AutoModel, AutoProcessor
 
-from modeling_llm2clip.configs.evaluation_config import EncoderConfig
+from modeling_llm2clip.configs.config_fields import make_config
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig, EvaluatedModel
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
 from modeling_llm2clip.evaluation.encoders.encoder import OnceEncoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
@@ -145,7 +147,7 @@ def test_truncated_texts_are_counted_and_the_limit_is_described(
     is_truncated = encoder.encode_texts([LONG_TEXT, *TEXTS, LONG_TEXT]).is_truncated
     assert is_truncated is not None
     assert is_truncated.tolist() == [True, *[False] * len(TEXTS), True]
-    text = encoder.describe().text
+    text = encoder.description.text
     assert text is not None and text["max_tokens"] == max_tokens
 
 
@@ -205,13 +207,13 @@ def test_siglip_reads_lower_case(model_type: str, models: Any) -> None:
     encoder = load_encoder(models(model_type))
     embeds = encoder.encode_texts(["A Red Car", "a red car"]).embeds
     assert torch.equal(embeds[0], embeds[1])
-    text = encoder.describe().text
+    text = encoder.description.text
     assert text is not None and text["lower_case"] is True
 
 
 @every_type
 def test_every_description_has_the_activation(model_type: str, models: Any) -> None:
-    described = load_encoder(models(model_type)).describe()
+    described = load_encoder(models(model_type)).description
     wanted = {
         "llm2clip": "silu", "clip": "quick_gelu", "siglip": "gelu_pytorch_tanh",
         "siglip2": "gelu_pytorch_tanh", "open_clip": "gelu", "sentence-transformers": "silu",
@@ -221,13 +223,13 @@ def test_every_description_has_the_activation(model_type: str, models: Any) -> N
 
 
 def test_whether_clip_is_uncased_is_read_off_its_tokenizer(models: Any, tmp_path: Path) -> None:
-    described = load_encoder(models("clip")).describe().text
+    described = load_encoder(models("clip")).description.text
     assert described and described["lower_case"] is False  # the tiny one keeps uppercase
     processor = AutoProcessor.from_pretrained(models("clip"))
     processor.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     AutoModel.from_pretrained(models("clip")).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    described = load_encoder(tmp_path).describe().text
+    described = load_encoder(tmp_path).description.text
     assert described and described["lower_case"] is True
 
 
@@ -235,9 +237,9 @@ def test_an_argument_for_another_type_is_refused(models: Any) -> None:
     with pytest.raises(
         ValueError, match=r"architecture is only for a model of type open_clip, .* transformers"
     ):
-        load_encoder(models("clip"), architecture="ViT-B-32")
+        load_encoder(EvaluatedModel(source=str(models("clip")), architecture="ViT-B-32"))
     with pytest.raises(ValueError, match=r"model_type='CLIP' must be one of"):
-        load_encoder(models("clip"), model_type="CLIP")
+        make_config(EvaluatedModel, {"source": "x", "model_type": "CLIP"})
 
 
 @every_type
@@ -246,7 +248,7 @@ def test_a_description_needs_no_weights_in_memory(
 ) -> None:
     encoder = load_encoder(models(model_type))
     monkeypatch.setattr(type(encoder), "_model", property(lambda _: pytest.fail("loaded")))
-    described = encoder.describe().to_json()
+    described = asdict(encoder.description)
     assert json.loads(json.dumps(described)) == json.loads(json.dumps(described, allow_nan=False))
     assert len(described["fingerprint"]["weights"]) == 64
     if model_type != "sentence-transformers":
@@ -258,7 +260,7 @@ def test_how_an_image_is_opened_is_described_and_done(
     model_type: str, models: Any, tmp_path: Path
 ) -> None:
     encoder = load_encoder(models(model_type))
-    described = encoder.describe().images or {}
+    described = encoder.description.images or {}
     assert described["orientation"] == "EXIF applied" and described["transparency"] == "on white"
     upright = Image.new("RGBA", (40, 24), (0, 0, 0, 0))
     upright.paste((200, 30, 30, 255), (0, 0, 20, 24))
@@ -277,12 +279,12 @@ def test_the_fingerprint_changes_with_one_weight(models: Any, tmp_path: Path) ->
     model = AutoModel.from_pretrained(models("clip"))
     AutoProcessor.from_pretrained(models("clip")).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    same = load_encoder(tmp_path).describe().fingerprint["weights"]
-    assert same == load_encoder(models("clip")).describe().fingerprint["weights"]
+    same = load_encoder(tmp_path).description.fingerprint["weights"]
+    assert same == load_encoder(models("clip")).description.fingerprint["weights"]
     with torch.no_grad():
         model.text_projection.weight[0, 0] += 1
     model.save_pretrained(tmp_path)
-    assert load_encoder(tmp_path).describe().fingerprint["weights"] != same
+    assert load_encoder(tmp_path).description.fingerprint["weights"] != same
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"batch_size": 0}])

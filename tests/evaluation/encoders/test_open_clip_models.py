@@ -13,6 +13,7 @@ import torch
 from shared_models import ROUNDING
 from tiny_encoders import TEXTS, encode, unit
 
+from modeling_llm2clip.configs.evaluation_config import EvaluatedModel
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.evaluation.encoders.open_clip_models import (
     _find_activation,
@@ -46,15 +47,16 @@ def test_an_open_clip_weights_file_needs_the_name_of_its_architecture(
     with pytest.raises(ValueError, match=r"architecture is None.*'EVA02-B-16'"):
         load_encoder(weights)
     with pytest.raises(ValueError, match=r"is a folder.*leave architecture='EVA02-B-16' out"):
-        load_encoder(folder, architecture="EVA02-B-16")
+        load_encoder(EvaluatedModel(source=str(folder), architecture="EVA02-B-16"))
     written = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     (tmp_path / "tiny-eva.json").write_text(json.dumps(written["model_cfg"]), encoding="utf-8")
     open_clip.add_model_config(tmp_path / "tiny-eva.json")
+    tiny = EvaluatedModel(source=str(weights), architecture="tiny-eva")
     with pytest.raises(ValueError, match=r"0 published models of tiny-eva do not say it either"):
-        load_encoder(weights, architecture="tiny-eva")
+        load_encoder(tiny)
     published = {"tiny-eva": {"tag": written["preprocess_cfg"]}}
     monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", published)
-    found = encode(load_encoder(weights, architecture="tiny-eva"), images)
+    found = encode(load_encoder(tiny), images)
     for own, wanted in zip(found, encode(load_encoder(folder), images), strict=True):
         torch.testing.assert_close(own, wanted)
 
@@ -124,11 +126,13 @@ def test_a_weights_file_is_run_with_the_activation_that_its_description_has(
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     model.eval()
     found = {}
-    for activation in (None, "quick_gelu"):
+    activations: tuple[Any, ...] = (None, "quick_gelu")
+    weights = str(tmp_path / "w.safetensors")
+    for activation in activations:
         encoder = load_encoder(
-            tmp_path / "w.safetensors", architecture="tiny-clip", activation=activation
+            EvaluatedModel(source=weights, architecture="tiny-clip", activation=activation)
         )
-        described = encoder.describe()
+        described = encoder.description
         assert described.text and described.text["activation"] == (activation or "gelu")
         assert described.images and described.images["activation"] == (activation or "gelu")
         found[activation] = unit(encoder.encode_texts(TEXTS).embeds)
@@ -141,11 +145,12 @@ def test_a_weights_file_is_run_with_the_activation_that_its_description_has(
 
 def test_a_torchscript_archive_is_refused_before_its_code_could_run(tmp_path: Path) -> None:
     scripted = torch.jit.script(torch.nn.Linear(2, 2))
-    scripted.save(str(tmp_path / "archive.pt"))
+    archive = str(tmp_path / "archive.pt")
+    scripted.save(archive)
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
     _refuse_torchscript(tmp_path / "weights.pt", source="weights.pt")
     with pytest.raises(ValueError, match=r"archive\.pt is a TorchScript archive.*never run"):
-        load_encoder(tmp_path / "archive.pt", architecture="RN50-quickgelu")
+        load_encoder(EvaluatedModel(source=archive, architecture="RN50-quickgelu"))
 
 
 @pytest.mark.slow
@@ -166,7 +171,7 @@ def test_an_open_clip_repository_of_bin_weights_alone_is_fetched_with_them(
         "from modeling_llm2clip.evaluation.encoders.auto import load_encoder\n"
         "encoder = load_encoder('owner/model')\n"
         "embeds = encoder.encode_texts(['a dog']).embeds\n"
-        "print(encoder.describe().model_type, tuple(embeds.shape))\n"
+        "print(encoder.description.model_type, tuple(embeds.shape))\n"
     )
     with HubServer() as hub:
         repository = hub.create_repository("owner/model")

@@ -13,15 +13,13 @@ from shared_models import ROUNDING
 from tiny_encoders import encode, unit
 from transformers import AutoProcessor
 
+from modeling_llm2clip.configs.evaluation_config import EvaluatedModel
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.evaluation.encoders.sentence_transformers_models import _read_files
 
 
-def test_a_sentence_transformer_without_images_says_so(models: Any, images: list[Path]) -> None:
-    encoder = load_encoder(models("sentence-transformers"))
-    assert encoder.describe().images is None
-    with pytest.raises(ValueError, match=r"takes no images\. Give it text tasks"):
-        encoder.encode_images(images[:1], names=["0.png"])
+def test_a_sentence_transformer_without_images_says_so(models: Any) -> None:
+    assert load_encoder(models("sentence-transformers")).description.images is None
 
 
 def test_our_folder_is_a_sentence_transformer_if_that_is_requested(
@@ -30,10 +28,10 @@ def test_our_folder_is_a_sentence_transformer_if_that_is_requested(
     folder = models("llm2clip")
     as_ours, as_theirs = (
         load_encoder(folder),
-        load_encoder(folder, model_type="sentence-transformers"),
+        load_encoder(EvaluatedModel(source=str(folder), model_type="sentence-transformers")),
     )
     ours, theirs = encode(as_ours, images), encode(as_theirs, images)
-    described = [encoder.describe().images or {} for encoder in (as_ours, as_theirs)]
+    described = [encoder.description.images or {} for encoder in (as_ours, as_theirs)]
     assert described[0]["resize"] == described[1]["resize"] == {"height": 32, "width": 32}
     for found, wanted in zip(theirs, ours, strict=True):
         torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
@@ -48,7 +46,7 @@ def test_files_say_of_a_sentence_transformer_what_it_says_itself(
     loaded = SentenceTransformer(str(models(model_type)), device="cpu")
     found = _read_files(models(model_type))
     assert found.modules == tuple(type(module).__name__ for module in loaded)
-    assert found.modalities == tuple(loaded.modalities)
+    assert (found.images is not None) == ("image" in loaded.modalities)
     assert found.max_tokens == loaded.max_seq_length
     assert found.default_prompt == loaded.prompts.get(loaded.default_prompt_name)
 
@@ -75,7 +73,7 @@ def test_older_files_of_a_sentence_transformer_are_read_as_it_reads_them(
     found = _read_files(folder)
     loaded = SentenceTransformer(str(folder), device="cpu")
     assert found.max_tokens == loaded.max_seq_length == max_tokens
-    assert found.modalities == tuple(loaded.modalities) == ("text",)
+    assert tuple(loaded.modalities) == ("text",) and found.images is None
     assert found.default_prompt == "find: "
     assert found.lower_case is bool(written.get("do_lower_case"))
 
@@ -90,7 +88,7 @@ def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_truncates_
     module = StaticEmbedding(tokenizer, embedding_dim=8)
     SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path))
     encoder = load_encoder(tmp_path)
-    described = encoder.describe().text
+    described = encoder.description.text
     assert described and described["modules"] == ["StaticEmbedding"]
     assert described["max_tokens"] is None
     assert encoder.encode_texts(["a dog and a cat " * 60]).is_truncated is None
@@ -101,7 +99,7 @@ def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: 
     shutil.copytree(models("sentence-transformers"), folder)
     (folder / "sentence_bert_config.json").write_text('{"modality_config": {"audio": {}}}', "utf-8")
     with pytest.raises(ValueError, match=r"\('audio',\) and no texts"):
-        load_encoder(folder).describe()
+        assert load_encoder(folder).description
 
 
 def test_a_damaged_list_of_modules_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from modeling_llm2clip.data.named_embeddings import side_file
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
+from modeling_llm2clip.evaluation.encoders.encoder import Encoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
 
 # float32 stores hold what the model computed; the sums of one text do not change with its batch
@@ -35,6 +36,15 @@ def write_sides(folder: Path, *, width: int = 4, image_width: int = 4) -> Path:
     names = [f"{number}.png" for number in range(3)]
     write_named_embeddings(side_file(folder, "images"), names, torch.ones(3, image_width))
     return folder
+
+
+def open_stores(
+    folder: Path, data: Path, config: EncoderConfig | None = None, *, head: Path | None = None
+) -> Encoder:
+    stores = EvaluatedModel(
+        source=str(folder), extracted_from=str(data), head=None if head is None else str(head)
+    )
+    return load_encoder(stores, config)
 
 
 def test_embeddings_are_found_by_name_in_any_order(tmp_path: Path) -> None:
@@ -56,9 +66,7 @@ def test_a_name_without_an_embedding_is_named(tmp_path: Path) -> None:
 def test_one_side_alone_is_enough_for_its_tasks(tmp_path: Path) -> None:
     write_named_embeddings(side_file(tmp_path, "texts"), TEXTS, torch.eye(len(TEXTS)))
     encoder = load_encoder(tmp_path)
-    assert encoder.describe().images is None
-    with pytest.raises(ValueError, match=r"no embeddings of images, only of texts"):
-        encoder.encode_images([None], names=["0.png"])
+    assert encoder.description.images is None and encoder.description.text is not None
 
 
 def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
@@ -68,10 +76,10 @@ def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_names_of_the_same_embeddings_are_other_embeddings(tmp_path: Path) -> None:
-    before = load_encoder(write_sides(tmp_path)).describe().fingerprint
+    before = load_encoder(write_sides(tmp_path)).description.fingerprint
     names = [f"{(number + 1) % 3}.png" for number in range(3)]
     write_named_embeddings(side_file(tmp_path, "images"), names, torch.ones(3, 4))
-    after = load_encoder(tmp_path).describe().fingerprint
+    after = load_encoder(tmp_path).description.fingerprint
     assert {name for name in before if before[name] != after[name]} == {"images names"}
 
 
@@ -100,7 +108,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_stores_through_their_models_head_are_the_models_embeddings(extracted: Any) -> None:
     root, model, records = extracted
-    stored = load_encoder(root / "stores", records=records, head=model)
+    stored = open_stores(root / "stores", root / "data", head=model)
     ours = load_encoder(model)
     texts = [text for r in records for text in (*r.captions, *r.long_captions)]
     images, names = [r.image for r in records], [r.name for r in records]
@@ -115,13 +123,13 @@ def test_stores_through_their_models_head_are_the_models_embeddings(extracted: A
 
 
 def test_the_head_and_its_dtype_are_described(extracted: Any, tmp_path: Path) -> None:
-    root, model, records = extracted
+    root, model, _ = extracted
     other = Path(shutil.copytree(model, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     config["normalize_text_before_adapter"] = not config["normalize_text_before_adapter"]
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
     described = [
-        load_encoder(root / "stores", settings, records=records, head=head).describe()
+        open_stores(root / "stores", root / "data", settings, head=head).description
         for head, settings in (
             (model, EncoderConfig()),
             (other, EncoderConfig()),
@@ -134,30 +142,33 @@ def test_the_head_and_its_dtype_are_described(extracted: Any, tmp_path: Path) ->
 
 def test_a_caption_store_alone_needs_no_head(extracted: Any) -> None:
     root, _, records = extracted
-    encoder = load_encoder(root / "stores" / "captions", records=records)
+    encoder = open_stores(root / "stores" / "captions", root / "data")
     assert encoder.encode_texts([records[2].captions[1]]).embeds.shape == (1, 32)
-    assert encoder.describe().text == {"stored_as": "stores", "dtype": "float32", "width": 32}
+    assert encoder.description.text == {"stored_as": "stores", "dtype": "float32", "width": 32}
 
 
 def test_stored_images_and_captions_are_not_compared_without_a_head(extracted: Any) -> None:
     # Both towers of this model are 32 wide, so that nothing else would stop it.
-    root, _, records = extracted
-    encoder = load_encoder(root / "stores", records=records)
-    assert encoder.describe().images is None
-    with pytest.raises(ValueError, match=r"no embeddings of images.*need the model's head"):
-        encoder.encode_images([None], names=[records[0].name])
+    root, _, _ = extracted
+    encoder = open_stores(root / "stores", root / "data")
+    assert encoder.description.images is None
     with pytest.raises(ValueError, match=r"images as the tower encodes them.*--head"):
-        load_encoder(root / "stores" / "images", records=records)
+        open_stores(root / "stores" / "images", root / "data")
 
 
-def test_stores_without_their_data_or_with_another_are_refused(extracted: Any) -> None:
-    root, _, records = extracted
+def test_stores_without_their_data_or_with_another_are_refused(
+    extracted: Any, tmp_path: Path
+) -> None:
+    root, _, _ = extracted
+    data = Path(shutil.copytree(root / "data", tmp_path / "data"))
+    lines = (data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    (data / "captions.jsonl").write_text("\n".join(lines[1:]), encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"do not say which row belongs to which text.*--extracted-from"
     ):
         load_encoder(root / "stores" / "captions")
     with pytest.raises(ValueError, match=r"extracted from another dataset.*8 items, here 7"):
-        load_encoder(root / "stores" / "captions", records=records[1:])
+        open_stores(root / "stores" / "captions", data)
 
 
 def test_stores_have_the_scores_of_the_model_that_computed_them(
@@ -179,7 +190,7 @@ def test_stores_have_the_scores_of_the_model_that_computed_them(
 
 
 def test_a_head_that_did_not_compute_the_stores_is_refused(extracted: Any, tmp_path: Path) -> None:
-    root, _, records = extracted
+    root, _, _ = extracted
     other = export_tiny_model(tmp_path / "other", vision="vit", llm="qwen2")
     with pytest.raises(ValueError, match=r"made by another model"):
-        load_encoder(root / "stores", records=records, head=other)
+        open_stores(root / "stores", root / "data", head=other)

@@ -16,6 +16,7 @@ from modeling_llm2clip.evaluation.metrics.ranking import (
     TIE_TOLERANCE,
     choose_tile_shape,
     rank_retrieval,
+    ranking_memory,
 )
 
 ONE_TILE_MB = 256
@@ -68,13 +69,14 @@ def rank_whole_matrix(scores, positive):
     return ranks
 
 
-def require_ranks_of_whole_matrix(images, texts, correspondence, **arguments):
+def require_ranks_of_whole_matrix(images, texts, correspondence, memory_mb=256):
     unit_images, unit_texts = (F.normalize(side.double(), dim=-1) for side in (images, texts))
     scores = unit_images @ unit_texts.T
     positive = torch.zeros(scores.shape, dtype=torch.bool)
     positive[correspondence.image_of_pair, correspondence.text_of_pair] = True
-    ranking = rank_retrieval(images, texts, correspondence, all_positives=True, **arguments)
-    best_alone = rank_retrieval(images, texts, correspondence, **arguments)
+    with ranking_memory(memory_mb):
+        ranking = rank_retrieval(images, texts, correspondence, all_positives=True)
+        best_alone = rank_retrieval(images, texts, correspondence)
     for side, alone, wanted in (
         (ranking.i2t, best_alone.i2t, rank_whole_matrix(scores, positive)),
         (ranking.t2i, best_alone.t2i, rank_whole_matrix(scores.T, positive.T)),
@@ -120,7 +122,7 @@ def test_ranks_equal_brute_force_with_ties_duplicates_and_tiles_of_any_size(
         torch.randint(-highest, highest + 1, (number, 5), generator=generator).float()
         for number in (correspondence.num_images, correspondence.num_texts)
     )
-    require_ranks_of_whole_matrix(images, texts, correspondence, max_memory_mb=memory_mb)
+    require_ranks_of_whole_matrix(images, texts, correspondence, memory_mb)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -159,7 +161,8 @@ def test_equal_embeddings_tie_in_whichever_tiles_they_are(memory_mb):
     texts = torch.randn(30, 200, generator=generator).repeat(3, 1)
     images = texts + 0.01 * torch.randn(90, 200, generator=generator)
     correspondence = Correspondence.from_image_of_text(range(90), 90)
-    ranking = rank_retrieval(images, texts, correspondence, max_memory_mb=memory_mb)
+    with ranking_memory(memory_mb):
+        ranking = rank_retrieval(images, texts, correspondence)
     assert ranking.i2t.best_ranks.tolist() == [3] * 90
 
 
@@ -211,8 +214,8 @@ def test_working_memory_stays_within_what_is_given(dtype, spread):
     )
     correspondence = Correspondence.from_image_of_text(torch.arange(1200) % 600, 600)
     given_mb = 1  # the whole matrix has 2.9 MB, the embeddings in float64 1.8 MB
-    with LiveMemory(images, texts) as memory:
-        rank_retrieval(images, texts, correspondence, all_positives=True, max_memory_mb=given_mb)
+    with ranking_memory(given_mb), LiveMemory(images, texts) as memory:
+        rank_retrieval(images, texts, correspondence, all_positives=True)
     # Well below, because the shape of a tile allows for everything to be held at once.
     assert 0.25 * given_mb * 1e6 < memory.most_bytes < given_mb * 1e6
 
@@ -239,22 +242,23 @@ def test_broken_embeddings_are_refused(change, message):
 
 def test_too_little_memory_is_refused_with_what_it_takes():
     correspondence = Correspondence.from_image_of_text([0], 1)
-    with pytest.raises(ValueError, match=r"4 images and a text of width 64, which takes 0\.0091"):
-        rank_retrieval(torch.ones(1, 64), torch.ones(1, 64), correspondence, max_memory_mb=0.009)
+    message = r"4 images and a text of width 64, which takes 0\.0091"
+    with ranking_memory(0.009), pytest.raises(ValueError, match=message):
+        rank_retrieval(torch.ones(1, 64), torch.ones(1, 64), correspondence)
 
 
 @pytest.mark.gpu
 def test_ranks_of_a_gpu_are_those_of_the_cpu():
     images, texts, correspondence = make_embeddings()
-    found = [
-        list_ranks(
-            rank_retrieval(
-                images, texts, correspondence,
-                all_positives=True, max_memory_mb=SMALL_TILES_MB, device=device,
+    with ranking_memory(SMALL_TILES_MB):
+        found = [
+            list_ranks(
+                rank_retrieval(
+                    images.to(device), texts.to(device), correspondence, all_positives=True
+                )
             )
-        )
-        for device in ("cpu", "cuda")
-    ]  # fmt: skip
+            for device in ("cpu", "cuda")
+        ]
     assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))
 
 

@@ -85,15 +85,15 @@ def test_scores_of_all_positives_are_refused_when_only_the_best_were_ranked(rank
     with pytest.raises(ValueError, match="all_positives=True"):
         recalls_at(best, k=1)
     assert set(summarize(best, ks=[1])) == {"median_rank", "mean_rank", "hit_rate_at_1"}
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
-        hits_at(best, k=0)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
+def test_an_interval_is_that_of_a_loop_over_resampled_clusters(monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 4000)
+    monkeypatch.setattr(metrics, "CONFIDENCE_LEVEL", 0.8)
     values, clusters = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]), torch.tensor([7, 7, 3, 3, 5])
     members = [[0.0], [1.0, 1.0], [1.0, 0.0]]  # in another order: samples are uniform
     samples = torch.randint(3, (4000, 3), generator=generator(1)).tolist()
@@ -101,7 +101,7 @@ def test_an_interval_is_that_of_a_loop_over_resampled_clusters():
     for sample in samples:
         sampled = [value for cluster in sample for value in members[cluster]]
         means.append(sum(sampled) / len(sampled))
-    interval = mean_with_interval(values, clusters=clusters, num_resamples=4000, level=0.8)
+    interval = mean_with_interval(values, clusters=clusters)
     wanted = torch.tensor(means).quantile(torch.tensor([0.1, 0.9])).tolist()
     # The 27 possible means are far apart, so quantiles of 4,000 samples are the same ones.
     assert [interval["low"], interval["high"]] == pytest.approx(wanted, abs=1e-6)
@@ -147,24 +147,6 @@ def test_captions_of_one_image_do_not_count_as_independent():
     assert widths[0] / widths[1] == pytest.approx(math.sqrt(5), rel=0.2)
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_the_same_values_have_the_same_interval():
     values = torch.rand(50, generator=generator(6))
-    assert mean_with_interval(values, seed=1) == mean_with_interval(values, seed=1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"values": torch.tensor([0.0, torch.nan])}, r"values \(2,\) must be finite"),
-        ({"values": torch.tensor([])}, r"values \(0,\) must be finite"),
-        (
-            {"clusters": torch.tensor([1])},
-            r"clusters \(1,\) must name one cluster for each of the 2",
-        ),
-        ({"level": 95.0}, r"level=95.0 must be between 0 and 1"),
-        ({"num_resamples": 0}, r"num_resamples=0 at least 1"),
-    ],
-)
-def test_an_interval_of_nonsense_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mean_with_interval(**{"values": torch.ones(2), **arguments})
+    assert mean_with_interval(values) == mean_with_interval(values)

@@ -19,7 +19,7 @@ from ....data.records.splits import choose_test_rows, split_records
 from ....data.sources.coco import read_coco
 from ....data.sources.json_files import iterate_json_list, read_json, read_json_lines
 from ....data.sources.parquet import read_parquet
-from ..dataset_spec import DatasetValidator, ReadRequest, is_image, read_lines
+from ..dataset_spec import DatasetReading, is_image, read_lines
 from ..retrieval_dataset import PublishedRecord, RecordReader
 
 COCO_FILES = ("captions_val2017.json", "annotations/captions_val2017.json")
@@ -49,7 +49,7 @@ class JsonCaptions:
         items: Field of the list of records, unless the file itself is a list.
         parent: Field of the folder of the image.
         name: The image's name, from `{name}` and `{folder}`, which is that of the file.
-        subfolder: Folder of the images, unless the request names another.
+        subfolder: Folder of the images, unless the reading names another.
         other_splits: Values of `split` besides `test`; empty if there are no splits. A file that
             is a list has only the test split.
         first: How many records are read, of a list that is too large for memory.
@@ -70,31 +70,30 @@ class JsonCaptions:
     min_captions: int = 0
     lacking: str = "no name of an image, or captions that are not texts"
 
-    def __call__(
-        self, request: ReadRequest, validator: DatasetValidator
-    ) -> Iterator[PublishedRecord]:
+    def __call__(self, reading: DatasetReading) -> Iterator[PublishedRecord]:
         """Yield a record per image, in the order of the files."""
-        paths = [path.format(lang=request.lang).split(".") for path in self.captions]
+        paths = [path.format(lang=reading.lang).split(".") for path in self.captions]
         for names in self.files:
-            file = validator.find_file(request.data_folder, *names, advice=self.advice)
+            file = reading.find_file(*names, advice=self.advice)
             folder = "".join(names[0].rpartition("/")[:2])
-            for place, fields in self._iterate(file, validator):
+            for place, fields in self._iterate(file, reading):
                 name = next((fields[field] for field in self.image if fields.get(field)), None)
-                captions = _find_captions(fields, paths)
+                found = [_find_values(fields, path) for path in paths]
+                there = [values for values in found if values != [None]]
+                captions: list[Any] = list(chain(*there)) if there else [None]
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
-                    error = self.lacking.format(lang=request.lang)
-                    validator.errors.add(error, f"{folder}{place}")
+                    error = self.lacking.format(lang=reading.lang)
+                    reading.errors.add(error, f"{folder}{place}")
                 elif len(captions) >= self.min_captions:
                     if parent := fields.get(self.parent):
                         name = f"{parent}/{name}"
                     name = self.name.format(name=name, folder=folder)
-                    image = self._find_image(request, name)
+                    image = self._find_image(reading, name)
                     yield PublishedRecord(f"{folder}{place}", name, tuple(captions), image)
 
     def _iterate(
-        self, file: Path, validator: DatasetValidator
+        self, file: Path, reading: DatasetReading
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the place and the fields of each record of the split."""
         records: Iterator[tuple[str, Mapping[str, Any]]]
         if file.suffix == ".json":
             content = read_json(file) if self.first is None else iterate_json_list(file)
@@ -110,27 +109,19 @@ class JsonCaptions:
             )
         else:
             has_splits = bool(self.other_splits)
-            lines = read_json_lines(file, validator.errors)
+            lines = read_json_lines(file, reading.errors)
             records = ((raw.place, raw.fields) for raw in lines)
         for place, fields in records:
             if not has_splits or fields.get("split") == "test":
                 yield place, fields
             elif fields.get("split") not in self.other_splits:
-                validator.errors.add("no split, or an unknown one", place)
+                reading.errors.add("no split, or an unknown one", place)
 
-    def _find_image(self, request: ReadRequest, name: str) -> Path | None:
-        """Find an image in the publisher's own subfolder."""
-        if not self.subfolder or request.image_dir is not None:
+    def _find_image(self, reading: DatasetReading, name: str) -> Path | None:
+        if not self.subfolder or reading.image_dir is not None:
             return None
-        image = request.data_folder / self.subfolder / name
+        image = reading.data_folder / self.subfolder / name
         return image if image.is_file() else None
-
-
-def _find_captions(fields: Mapping[str, Any], paths: list[list[str]]) -> list[Any]:
-    """List the captions; [None] if there is no field of them."""
-    found = [_find_values(fields, path) for path in paths]
-    there = [values for values in found if values != [None]]
-    return list(chain(*there)) if there else [None]
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
@@ -161,22 +152,20 @@ class ParquetCaptions:
     only: Mapping[str, str] | None = None
     files: str = "**/*.parquet"
 
-    def __call__(
-        self, request: ReadRequest, validator: DatasetValidator
-    ) -> Iterator[PublishedRecord]:
+    def __call__(self, reading: DatasetReading) -> Iterator[PublishedRecord]:
         """Yield a record per row; raise ValueError if there are only files of other languages."""
-        if not request.list_parquet_files():
-            yield from self.otherwise(request, validator)
+        if not reading.list_parquet_files():
+            yield from self.otherwise(reading)
             return
-        found = request.list_parquet_files(self.files)
+        found = reading.list_parquet_files(self.files)
         if not found:
             raise ValueError(
-                f"{validator.source}: no {self.files.format(lang=request.lang)} in "
-                f"{request.folder}. Get the files of this language."
+                f"{reading.source}: no {self.files.format(lang=reading.lang)} in "
+                f"{reading.folder}. Get the files of this language."
             )
-        errors = validator.errors
+        errors = reading.errors
         columns, only = self.columns, self.only
-        for raw in read_parquet(found, request.data_folder, errors, columns=columns, only=only):
+        for raw in read_parquet(found, reading.data_folder, errors, columns=columns, only=only):
             name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
             texts: list[Any] = captions if isinstance(captions, list) else [captions]
             if name is None or not all(isinstance(text, str) for text in texts):
@@ -185,36 +174,37 @@ class ParquetCaptions:
                 yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
 
 
-def read_coco_captions(
-    request: ReadRequest, validator: DatasetValidator
-) -> Iterator[PublishedRecord]:
+def read_coco_captions(reading: DatasetReading) -> Iterator[PublishedRecord]:
     """Yield a record per image of COCO's own caption file, in the order of its `images`."""
-    file = validator.find_file(request.data_folder, *COCO_FILES, advice=COCO_ADVICE)
-    for raw in read_coco(file, validator.errors):
+    file = reading.find_file(*COCO_FILES, advice=COCO_ADVICE)
+    for raw in read_coco(file, reading.errors):
         name = raw.fields.get("file_name", raw.default_name)
         yield PublishedRecord(raw.place, str(name), tuple(raw.fields["captions"]))
 
 
-def read_urban1k(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
+def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
     """Yield a record per name that has a caption or an image, in the order of the numbers.
 
     `caption/17.txt` describes `image/17.jpg`; its first line is the caption.
     """
-    folder = request.data_folder
+    folder = reading.data_folder
     root = next((r for r in (folder, folder / "Urban1k") if (r / "caption").is_dir()), None)
     if root is None:
         raise ValueError(
-            f"{validator.source}: {folder} has no folder 'caption'. Unpack Urban1k.zip from "
+            f"{reading.source}: {folder} has no folder 'caption'. Unpack Urban1k.zip from "
             "huggingface.co/datasets/BeichenZhang/Urban1k and give the folder that contains "
             "'caption' and 'image'."
         )
     captions = {file.stem: file for file in (root / "caption").glob("*.txt")}
     images: dict[str, list[Path]] = {}
-    for file in sorted((request.image_dir or root / "image").glob("*")):
+    for file in sorted((reading.image_dir or root / "image").glob("*")):
         if is_image(file):
             images.setdefault(file.stem, []).append(file)
     num_longer = 0
-    for name in sorted(captions.keys() | images.keys(), key=_number_first):
+    for name in sorted(
+        captions.keys() | images.keys(),
+        key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
+    ):
         place, lines, errors = f"caption/{name}.txt", [], []
         if name in captions:
             try:
@@ -225,28 +215,21 @@ def read_urban1k(request: ReadRequest, validator: DatasetValidator) -> Iterator[
             shown = ", ".join(file.name for file in found)
             errors.append(("several images of one name", f"{place}: {shown}"))
         for error in errors:
-            validator.errors.add(*error)
-        validator.num_errors_of_yielded += len(errors)
+            reading.errors.add(*error)
+        reading.num_errors_of_yielded += len(errors)
         num_longer += any(line.strip() for line in lines[1:])
         image = found[0] if found else None
         yield PublishedRecord(
             place, f"{name}.jpg", tuple(lines[:1]), image=image, is_valid=not errors
         )
-    validator.notes["captions_truncated_to_first_line"] = num_longer
+    reading.notes["captions_truncated_to_first_line"] = num_longer
 
 
-def _number_first(name: str) -> tuple[bool, int, str]:
-    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
-
-
-def read_multi30k(
-    request: ReadRequest, validator: DatasetValidator, *, split: str
-) -> Iterator[PublishedRecord]:
+def read_multi30k(reading: DatasetReading, *, split: str) -> Iterator[PublishedRecord]:
     """Yield a record per image of a split: line n of a language's file describes image n."""
-    of_texts = [f"raw/{split}.{request.lang}.gz", f"raw/{split}.{request.lang}"]
+    of_texts = [f"raw/{split}.{reading.lang}.gz", f"raw/{split}.{reading.lang}"]
     texts, names = (
-        validator.find_file(
-            request.data_folder,
+        reading.find_file(
             *(f"{root}{file}" for root in ("", "data/task1/") for file in files),
             advice="Give the folder `data/task1` of github.com/multi30k/dataset.",
         )
@@ -273,28 +256,24 @@ class _Line(NamedTuple):
     text: str
 
 
-def read_flickr30k_cn(
-    request: ReadRequest, validator: DatasetValidator
-) -> Iterator[PublishedRecord]:
+def read_flickr30k_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
     """Yield the images of the test file, in the order of their first lines."""
-    file = validator.find_file(
-        request.data_folder,
+    file = reading.find_file(
         "flickr30k_cn_test.txt",
         "test/flickr30k_cn_test.txt",
         advice="Get it from the folder `test` of Flickr30k-CNA, zero.so.com/download.html.",
     )
-    for stem, lines in _group_lines(file, validator).items():
+    for stem, lines in _group_lines(file, reading).items():
         errors = list(_find_errors(lines))
         for error, place in errors:
-            validator.errors.add(error, place)
-        validator.num_errors_of_yielded += len(errors)
+            reading.errors.add(error, place)
+        reading.num_errors_of_yielded += len(errors)
         ordered = lines if errors else sorted(lines, key=lambda line: int(line.number))
         captions = tuple(line.text for line in ordered)
         yield PublishedRecord(lines[0].place, f"{stem}.jpg", captions, is_valid=not errors)
 
 
 def _find_errors(lines: Iterable[_Line]) -> Iterator[tuple[str, str]]:
-    """Find captions of one image without a number of their own, or split into words."""
     seen: set[int] = set()
     for line in lines:
         if not line.number.isdecimal():
@@ -307,11 +286,10 @@ def _find_errors(lines: Iterable[_Line]) -> Iterator[tuple[str, str]]:
             yield "caption split into words with parts of speech", line.place
 
 
-def read_coco_cn(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
+def read_coco_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
     """Yield the images of the test split with the captions that people wrote for them."""
     split, file = (
-        validator.find_file(
-            request.data_folder,
+        reading.find_file(
             name,
             f"coco-cn-version1805v1.1/{name}",
             advice="Unpack coco-cn-version1805v1.1.tar.gz of "
@@ -320,14 +298,14 @@ def read_coco_cn(request: ReadRequest, validator: DatasetValidator) -> Iterator[
         for name in ("coco-cn_test.txt", "imageid.human-written-caption.txt")
     )
     wanted = [line.strip() for line in read_lines(split) if line.strip()]
-    grouped = _group_lines(file, validator)
+    grouped = _group_lines(file, reading)
     for number, stem in enumerate(wanted, start=1):
         part = "train2014" if "train2014" in stem else "val2014"
         captions = tuple(line.text for line in grouped.get(stem, ()))
         yield PublishedRecord(f"{split.name} line {number}", f"{part}/{stem}.jpg", captions)
 
 
-def _group_lines(file: Path, validator: DatasetValidator) -> dict[str, list[_Line]]:
+def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
     """Group lines `image#number caption` by image; a type may precede the number.
 
     `1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`, and
@@ -340,31 +318,30 @@ def _group_lines(file: Path, validator: DatasetValidator) -> dict[str, list[_Lin
         label, *text = line.split(maxsplit=1)
         stem, mark, rest = label.partition("#")
         if not mark or not stem:
-            validator.errors.add("no 'image#number' at the start of the line", place)
+            reading.errors.add("no 'image#number' at the start of the line", place)
             continue
         found = _Line(place, rest.rpartition("#")[2], text[0] if text else "")
         lines.setdefault(stem.removesuffix(".jpg"), []).append(found)
     return lines
 
 
-def read_emoji(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:
+def read_emoji(reading: DatasetReading) -> Iterator[PublishedRecord]:
     """Yield one image of each emoji of the test split, with its name in one language."""
-    if "emoji" not in validator.cache.records:
-        validator.cache.records["emoji"] = _choose_emoji()
-    tested, captions = validator.cache.records["emoji"]
-    validator.notes["seed"] = EMOJI_SEED
+    if "emoji" not in reading.cache.records:
+        reading.cache.records["emoji"] = _choose_emoji()
+    tested, captions = reading.cache.records["emoji"]
+    reading.notes["seed"] = EMOJI_SEED
     for record in tested:
         yield PublishedRecord(
             place="captions.jsonl",
             name=record.name,
-            captions=captions[record.name, request.lang],
+            captions=captions[record.name, reading.lang],
             image=record.image,
             group_id=record.group_id,
         )
 
 
 def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[str, ...]]]:
-    """Return the records that test English, and the first caption by image and language."""
     records = load_records(find_example_data() / "emoji")
     english = [record for record in records if record.lang == "en"]
     _, held_out = split_records(english, test_size=NUM_TEST_GROUPS, seed=EMOJI_SEED)

@@ -13,15 +13,14 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from ....data.records.data_hashes import hash_records
 from ....data.records.record_columns import IMAGE_FILE
 from ....data.records.record_loading import CollectedRecords, collect_records
-from ....data.records.record_table import Array, RecordTable
+from ....data.records.record_table import RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import (
     CLEANED_TEXTS,
     OF_DISTRACTORS,
+    DatasetReading,
     DatasetSpec,
-    DatasetValidator,
-    ReadRequest,
     is_image,
 )
 from ..retrieval_dataset import PublishedRecord
@@ -36,82 +35,76 @@ _OWN: dict[str, Any] = {
 _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 
 
-def read_custom_folder(
-    request: ReadRequest, validator: DatasetValidator, *, long: bool = False
-) -> Iterator[PublishedRecord]:
+def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterator[PublishedRecord]:
     """Yield the records of one language, with `captions` or `long_captions`.
 
     Errors of other languages stop the reading too, but nothing of this language is skipped for
     them.
     """
-    collected, num_unused = _collect(request, validator)
+    collected, num_unused = _collect(reading)
     records = collected.records
     if num_unused:
-        validator.notes["images_without_a_record"] = num_unused
+        reading.notes["images_without_a_record"] = num_unused
     if records.skipped:
-        validator.notes["rows_skipped"] = records.skipped
-    validator.errors.extend(collected.stray)
+        reading.notes["rows_skipped"] = records.skipped
+    reading.errors.extend(collected.stray)
     for errors in collected.lost:
-        validator.errors.extend(errors)
-        validator.num_errors_of_yielded += errors.total - 1
+        reading.errors.extend(errors)
+        reading.num_errors_of_yielded += errors.total - 1
     invalid, without_image = set(), set()
     for row, errors in collected.errors_of.items():
         if "no image" in errors.counts:
             without_image.add(row)
-        if request.allow_distractors:
+        if reading.allow_distractors:
             errors = errors.without(*OF_DISTRACTORS)
         if errors.total:
             invalid.add(row)
-        if not validator.skip_invalid or records.read(row, ("lang",)) == (request.lang,):
-            validator.errors.extend(errors)
-            validator.num_errors_of_yielded += errors.total
-    rows = _find_rows(records, request.lang)
+        if not reading.skip_invalid or records.read(row, ("lang",)) == (reading.lang,):
+            reading.errors.extend(errors)
+            reading.num_errors_of_yielded += errors.total
+    batches = records.iterate_columns(("lang",))
+    is_chosen = [np.asarray(pc.equal(batch.column(0), reading.lang)) for batch in batches]
+    rows = np.flatnonzero(np.concatenate([[], *is_chosen]))
     for row, record in zip(rows.tolist(), records.select(rows), strict=True):
         yield _publish(
             record, long=long, is_valid=row not in invalid, has_image=row not in without_image
         )
 
 
-def _find_rows(records: RecordTable, lang: str) -> Array:
-    batches = records.iterate_columns(("lang",))
-    found = [np.asarray(pc.equal(batch.column(0), lang)) for batch in batches]
-    return np.flatnonzero(np.concatenate([[], *found]))
-
-
-def _find_languages(request: ReadRequest, validator: DatasetValidator) -> tuple[str, ...]:
+def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
     """List the languages of a folder by first occurrence; errors are reported later."""
-    collected, _ = _collect(request, validator)
+    collected, _ = _collect(reading)
     batches = collected.records.iterate_columns(("lang",))
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
     if not languages:
         errors = ErrorCollector()
         for found in (collected.stray, *collected.lost):
             errors.extend(found)
-        errors.raise_if_any(str(request.folder))
-        raise ValueError(f"{request.folder} has no records. Each image needs one.")
+        errors.raise_if_any(str(reading.folder))
+        raise ValueError(f"{reading.folder} has no records. Each image needs one.")
     return tuple(languages)
 
 
-def _collect(request: ReadRequest, validator: DatasetValidator) -> tuple[CollectedRecords, int]:
+def _collect(reading: DatasetReading) -> tuple[CollectedRecords, int]:
     """Read the folder once for all languages, and count the images that no record names."""
-    how = (request.folder, request.image_dir, request.require_images, request.ignore_fields)
-    if how not in validator.cache.records:
+    fields = tuple(reading.ignore_fields)
+    how = (reading.folder, reading.image_dir, reading.require_images, fields)
+    if how not in reading.cache.records:
         collected = collect_records(
-            str(request.folder),
-            image_dir=request.image_dir,
-            require_images=request.require_images,
-            ignore_fields=request.ignore_fields,
-            cache=validator.cache.keeps_indexes,
+            str(reading.folder),
+            image_dir=reading.image_dir,
+            require_images=reading.require_images,
+            ignore_fields=reading.ignore_fields,
+            cache=reading.cache.keeps_indexes,
         )
-        num_unused = _count_unused(request, collected.records)
-        validator.cache.records[how] = collected, num_unused
-    found: tuple[CollectedRecords, int] = validator.cache.records[how]
+        num_unused = _count_unused(reading, collected.records)
+        reading.cache.records[how] = collected, num_unused
+    found: tuple[CollectedRecords, int] = reading.cache.records[how]
     return found
 
 
-def _count_unused(request: ReadRequest, records: RecordTable) -> int:
-    """Count the images that no record names, if images are files and wanted."""
-    if not request.require_images:
+def _count_unused(reading: DatasetReading, records: RecordTable) -> int:
+    if not reading.require_images:
         return 0
     used = {
         os.path.normpath(file)
@@ -121,11 +114,11 @@ def _count_unused(request: ReadRequest, records: RecordTable) -> int:
     }
     if not used:
         return 0
-    given = request.data_folder
+    given = reading.data_folder
     folder = given if given.is_dir() else given.parent
     return sum(
         is_image(file) and os.path.normpath(file) not in used
-        for file in (request.image_dir or folder).rglob("*")
+        for file in (reading.image_dir or folder).rglob("*")
     )
 
 
@@ -149,10 +142,10 @@ def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = N
         raise ValueError("Got no records to evaluate on; give at least one.")
     languages = tuple(dict.fromkeys(record.lang for record in records))
 
-    def read(request: ReadRequest, validator: DatasetValidator) -> Iterator[PublishedRecord]:  # noqa: ARG001
-        may_lack_images = request.allow_distractors and request.require_images
+    def read(reading: DatasetReading) -> Iterator[PublishedRecord]:
+        may_lack_images = reading.allow_distractors and reading.require_images
         for record in records:
-            if record.lang == request.lang:
+            if record.lang == reading.lang:
                 has_image = record.image is not None or not may_lack_images
                 yield _publish(record, long=False, is_valid=True, has_image=has_image)
 
