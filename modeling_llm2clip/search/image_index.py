@@ -157,7 +157,7 @@ class ImageIndex:
                 not trained; or the database is of another model or folder, is damaged, or is
                 being written by another process.
         """
-        from .index_building import build_index
+        from .index_update import build_index
 
         database, encoder = build_index(
             model, Path(image_dir), str(path), config or IndexConfig(), report=report

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,23 +38,12 @@ from .vector_table import (
 T = TypeVar("T")
 
 FORMAT_VERSION = 2
+FACTS = ("width", "height", "taken")
+"""Columns that are read from the content of an image: upright pixels, and when it was taken."""
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
 _VALUES_AT_ONCE = 500  # in a filter
 # How soon an open index sees what another process has written.
 _SEEN_AFTER_S = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTally:
-    """The content of an `ImageTally`.
-
-    Attributes:
-        num_images: Images, at least one.
-        total: The sum of their embeddings before the projection, each of unit length.
-    """
-
-    num_images: int
-    total: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +58,9 @@ class About:
         image_dir: Folder of the images.
         width: P of the embeddings.
         ann: The approximate index; None where none was built.
-        tally: The images that were encoded into it, of a model that has a summary of the images
-            that it was trained on; what was removed since is still among them.
+        tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
+            it, of a model that has a summary of the images that it was trained on; what was
+            removed since is still among them.
     """
 
     model: str
@@ -80,22 +69,7 @@ class About:
     image_dir: str
     width: int
     ann: AnnIndex | None = None
-    tally: StoredTally | None = None
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """Properties of an image, beside those of its file, that a search may filter by.
-
-    Attributes:
-        width: Pixels, upright.
-        height: Pixels, upright.
-        taken: When the camera took it, by its clock, from EXIF; None where it does not say.
-    """
-
-    width: int
-    height: int
-    taken: datetime | None
+    tally: Mapping[str, Any] | None = None
 
 
 class IndexDatabase:
@@ -219,33 +193,32 @@ class IndexDatabase:
         for batch in self.iterate(["path", "embedding"]):
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
-    def find_by_digest(
-        self, digests: Sequence[str]
-    ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
-        """Map the SHA-256 of image files to facts and embedding, (P,), of those that are there."""
-        found: dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]] = {}
-        names = ["width", "height", "taken"]
+    def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
+        found: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
-            for batch in self.iterate(["sha256", *names, "embedding"], condition):
-                facts = (ImageFacts(**row) for row in batch.select(names).to_pylist())
-                pairs = zip(facts, _to_matrix(batch["embedding"]), strict=True)
-                found |= dict(zip(batch["sha256"].to_pylist(), pairs, strict=True))
+            for batch in self.iterate(["sha256", *FACTS, "embedding"], condition):
+                rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
+                for digest, row, embed in zip(
+                    batch["sha256"].to_pylist(), rows, embeds, strict=True
+                ):
+                    found[digest] = {**row, "embedding": embed}
         return found
 
-    def write(self, rows: Mapping[str, Sequence[Any]], embeddings: np.ndarray[Any, Any]) -> None:
+    def write(
+        self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any] | None = None
+    ) -> None:
         """Add images, and replace those of the same path, in one commit.
 
-        Rows hold all columns and `stat`; embeddings are (rows, P).
+        Rows hold all columns and `stat`; embeddings are (rows, P). Without embeddings, some columns
+        are replaced of images that are there.
         """
-        flat = pa.array(embeddings.astype(np.float32).ravel())
-        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+        if embeddings is not None:
+            flat = pa.array(embeddings.astype(np.float32).ravel())
+            lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+            rows = {**rows, "embedding": lists}
         with self.changing() as table:
-            table.write({**rows, "embedding": lists}, adds=True)
-
-    def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Replace some columns of files that were touched but not changed."""
-        with self.changing() as table:
-            table.write(rows, adds=False)
+            table.write(rows, adds=embeddings is not None)
 
     def remove(self, paths: Sequence[str]) -> None:
         with self.changing() as table:
@@ -394,12 +367,8 @@ def _read_about(location: str, table: VectorTable) -> About | None:
         )
     try:
         values = json.loads(found["content"][0].as_py())
-        ann, tally = values.pop("ann"), values.pop("tally", None)
-        return About(
-            **values,
-            ann=None if ann is None else AnnIndex(**ann),
-            tally=None if tally is None else StoredTally(**tally),
-        )
+        ann = values.pop("ann")
+        return About(**values, ann=None if ann is None else AnnIndex(**ann))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise IndexUnavailableError(
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_types import require_own_model
 from ..model_folders.training_images import ImageTally
-from .index_database import About, IndexDatabase, StoredTally
+from .index_database import About, IndexDatabase
 
 _WHOLE = "LLM2CLIPModel"
 _MODALITIES: tuple[Literal["text", "image"], ...] = ("text", "image")
@@ -62,10 +62,12 @@ def require_same_model(database: IndexDatabase, source: str | Path, folder: Path
 def restore_tally(about: About) -> ImageTally:
     """Return the tally of the images that were encoded into an index."""
     stored = about.tally
-    return ImageTally(stored.num_images, np.asarray(stored.total)) if stored else ImageTally()
+    if stored is None:
+        return ImageTally()
+    return ImageTally(stored["num_images"], np.asarray(stored["total"]))
 
 
-def store_tally(tally: ImageTally) -> StoredTally | None:
+def store_tally(tally: ImageTally) -> dict[str, Any] | None:
     if not tally.num_images:
         return None
-    return StoredTally(num_images=tally.num_images, total=np.round(tally.total, _DIGITS).tolist())
+    return {"num_images": tally.num_images, "total": np.round(tally.total, _DIGITS).tolist()}

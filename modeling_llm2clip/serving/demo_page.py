@@ -134,13 +134,12 @@ class DemoPage:
             raise _show("Write what to look for, or drop an image.")
         count = min(max(int(top_k or _TOP_K), 1), _MAX_TOP_K)
         condition = (where or "").strip() or None
-        return await self._await(self._search(queries, top_k=count, where=condition))
 
-    async def _search(
-        self, query: list[Input], *, top_k: int, where: str | None
-    ) -> tuple[str, str]:
-        found = await self.service.search([query], top_k=top_k, where=where)
-        return await asyncio.to_thread(self._list_hits, found.results[0])
+        async def find() -> tuple[str, str]:
+            found = await self.service.search([queries], top_k=count, where=condition)
+            return await asyncio.to_thread(self._list_hits, found.results[0])
+
+        return await self._await(find())
 
     async def _await(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait as long as the API would, and show errors of the service on the page."""

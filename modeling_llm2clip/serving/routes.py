@@ -1,4 +1,4 @@
-"""The routes of the API: from requests to the service, and from its results to responses."""
+"""The FastAPI application: requests to the service, its results and errors to responses."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import base64
 import json
 import sys
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
+from .._environment import list_versions
+from ..configs.serve_config import ServeConfig
 from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
-from .service import EmbeddingService, Input
-from .service_results import EmbeddedInputs, ServiceResult
+from .metrics import CONTENT_TYPE, ServerMetrics
+from .request_guard import respond
+from .service import EmbeddedInputs, EmbeddingService, Input, ServiceResult
 
 _PIXEL = (  # a PNG of one red pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ"
@@ -84,6 +90,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _SHOWN = 100  # characters of a name in an error
+_SHOWN_ERRORS = 3
+_PACKAGE = "modeling_llm2clip"
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
@@ -146,6 +154,27 @@ class JsonResponse(JSONResponse):
             content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
         )
         return text.encode("ascii")
+
+
+def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: ServerMetrics) -> FastAPI:
+    """Make the application, with nothing at `/` yet; it closes the service when it ends."""
+
+    @asynccontextmanager
+    async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = _App(
+        title="LLM2CLIP",
+        version=list_versions((_PACKAGE,))[_PACKAGE],
+        description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
+        lifespan=close_at_end,
+        default_response_class=JsonResponse,
+    )
+    app.include_router(make_router(service, ImageInputs(config)))
+    _add_monitoring(app, service, metrics)
+    _add_error_handlers(app)
+    return app
 
 
 def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
@@ -311,3 +340,112 @@ def _make_cohere_response(
             "billed_units": {"input_tokens": found.num_tokens, "images": num_images},
         },
     }
+
+
+def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
+    """Add the routes for load balancers and Prometheus."""
+
+    @app.head("/health", include_in_schema=False)
+    @app.get(
+        "/health", tags=["Operation"], response_model=schemas.Health,
+        responses={503: {"model": schemas.Health, "description": "No model is running."}},
+    )  # fmt: skip
+    async def health() -> Response:
+        """Say whether the server can answer, and which routes work."""
+        encoder = service.encoder
+        num_images, index_error = await service.find_index_error()
+        status = "ok" if index_error is None else "degraded"
+        state = {
+            "status": status if service.is_alive else "failed",
+            "working_routes": _list_working_routes(service, num_images),
+            "model": service.model_name,
+            "modalities": list(encoder.modalities),
+            "embedding_dim": encoder.embedding_dim,
+            "max_text_length": encoder.max_text_length,
+            "num_pending": service.num_pending,
+            "num_images": num_images,
+            "index_error": index_error,
+            "far_images": service.describe_far_images() is not None,
+        }
+        return JsonResponse(state, status_code=200 if service.is_alive else 503)
+
+    @app.get(
+        "/metrics", tags=["Operation"], response_class=Response,
+        responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
+    )  # fmt: skip
+    def show_metrics() -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _list_working_routes(service: EmbeddingService, num_images: int | None) -> list[str]:
+    if not service.is_alive:
+        return []
+    routes = ["/v1/embeddings", "/v2/embed"]
+    if service.encoder.logit_rule is not None:
+        routes.append("/v1/classify")
+    if num_images is not None:
+        routes.append("/v1/search")
+    return routes
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Give every error the shape of OpenAI's."""
+
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: RequestError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
+        if "json" not in request.headers.get("content-type", ""):
+            return respond(
+                RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
+            )
+        found = error.errors()
+        described = "; ".join(map(_describe, found[:_SHOWN_ERRORS]))
+        more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
+        param = _name_field(found[0]) or None
+        return respond(RequestError(400, described + more, param=param, code="invalid_request"))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        response = respond(
+            RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def report_bug(_: Request, error: Exception) -> Response:
+        # The server logs its traceback; the client gets none.
+        return respond(
+            RequestError(500, f"The server failed ({type(error).__name__}); its log has more.")
+        )
+
+
+def _describe(error: dict[str, Any]) -> str:
+    field = _name_field(error)
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def _name_field(error: dict[str, Any]) -> str:
+    """Return the path of a field, without `body` and the tags of unions."""
+    place = [str(part) for part in error["loc"] if part != "body"]
+    place = [part for part in place if not part.startswith("[")]
+    before = [None, *place]
+    return ".".join(n for n, last in zip(place, before, strict=False) if n != last or n.isdigit())
+
+
+class _App(FastAPI):
+    """Omits status 422 from its OpenAPI, because invalid requests get 400, as at OpenAI."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
