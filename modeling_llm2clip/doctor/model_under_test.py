@@ -63,6 +63,13 @@ class ModelUnderTest:
         is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
         return is_whole or any((self.folder / name).is_file() for name in names)
 
+    @property
+    def room(self) -> int:
+        """Number of tokens that a text may have beside the prompt."""
+        config = self.config
+        num_prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+        return int(config.max_text_length) - num_prompt
+
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
         """Tokenize as a user of the bare tokenizer would; ids and mask are (B, L) int64."""
         return self.tokenizer(
@@ -87,17 +94,19 @@ class ModelUnderTest:
             features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
-    @torch.no_grad()
     def encode_images(self, images: Sequence[Any]) -> Tensor:
         """Encode B images, (B, P) float32 of unit length."""
-        batch = self.processor(images=list(images)).to(self.device)
-        return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
+        return self.encode_prepared(self.processor(images=list(images)))
+
+    @torch.no_grad()
+    def encode_prepared(self, batch: Any) -> Tensor:
+        """Encode B images that a processor has prepared, (B, P) float32 of unit length."""
+        features = self.model.get_image_features(**batch.to(self.device))
+        return F.normalize(features.pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
         """Tokenize one text, truncated, and without the prompt unless `enclosed`."""
-        longest = self.config.max_text_length
-        if not enclosed:
-            longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
+        longest = self.config.max_text_length if enclosed else self.room
         ids = self.tokenizer(
             text, add_special_tokens=enclosed, truncation=True, max_length=longest
         )["input_ids"]

@@ -90,7 +90,7 @@ class IndexDatabase:
         location = str(location)
         require_place(location)
         table = _connect(location)
-        return cls(location, table, _require_about(location, table))
+        return cls(location, table, _read_about(location, table))
 
     @classmethod
     def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
@@ -98,16 +98,17 @@ class IndexDatabase:
         location = str(location)
         require_place(location, is_new=True)
         table = _connect(location)
-        found = _read_about(location, table)
-        has_images = IMAGES in table.list_tables()
-        if found is None and has_images:
+        with _explained(location, "read"):
+            tables = table.list_tables()
+        is_new, has_images = ABOUT not in tables, IMAGES in tables
+        if is_new and has_images:
             raise ValueError(
                 f"{location} has a table `{IMAGES}` that llm2clip index did not write. Name a "
                 "new database."
             )
-        about = found or describe()
+        about = describe() if is_new else _read_about(location, table)
         with _explained(location, "written"):
-            if found is None:
+            if is_new:
                 _write_about(table, about)
             if not has_images:
                 table.create(about.width)
@@ -123,10 +124,10 @@ class IndexDatabase:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
                 return
             require_place(self.location)
-            self.about = _require_about(self.location, self._table)
+            self.about = _read_about(self.location, self._table)
             with _explained(self.location, "read"):
                 self._table.reopen()
-            self.about = _require_about(self.location, self._table)
+            self.about = _read_about(self.location, self._table)
             self._looked_at = time.monotonic()
 
     def _read(self, function: Callable[[VectorTable], T]) -> T:
@@ -344,21 +345,13 @@ def _write_about(table: VectorTable, about: About) -> None:
     table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
 
 
-def _require_about(location: str, table: VectorTable) -> About:
-    about = _read_about(location, table)
-    if about is None:
-        raise _refuse(location)
-    return about
-
-
-def _read_about(location: str, table: VectorTable) -> About | None:
-    """Read the `About` of an index; None if there is no index."""
+def _read_about(location: str, table: VectorTable) -> About:
     with _explained(location, "read"):
-        if ABOUT not in table.list_tables():
-            return None
-        found = table.read_about()
+        found = table.read_about() if ABOUT in table.list_tables() else pa.table({})
     if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
-        raise _refuse(location)
+        raise IndexUnavailableError(
+            f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}"
+        )
     version = found["format_version"][0].as_py()
     if version != FORMAT_VERSION:
         raise IndexUnavailableError(
@@ -374,10 +367,6 @@ def _read_about(location: str, table: VectorTable) -> About | None:
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
             "and index the images again."
         ) from error
-
-
-def _refuse(location: str) -> IndexUnavailableError:
-    return IndexUnavailableError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from ..model_folders.model_types import require_own_model
 from ..model_folders.training_images import ImageTally
 from .index_database import About, IndexDatabase
 
-_WHOLE = "LLM2CLIPModel"
-_MODALITIES: tuple[Literal["text", "image"], ...] = ("text", "image")
 _DIGITS = 4  # of a sum of numbers below 1 over all images
 
 
@@ -26,7 +24,7 @@ def find_whole_model(source: str | Path) -> Path:
     require_own_model(source)
     folder = find_model_folder(source)
     config = LLM2CLIPConfig.from_pretrained(folder)
-    if config.architectures not in (None, [_WHOLE]):
+    if config.architectures not in (None, ["LLM2CLIPModel"]):
         raise ValueError(
             f"{folder} holds a {config.architectures[0]}; a search needs a whole model, with both "
             "towers."
@@ -42,7 +40,10 @@ def name_model(source: str | Path) -> str:
 
 def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
     """Return the fingerprints of the text and the image embeddings."""
-    return {modality: fingerprint_embeddings(folder, modality) for modality in _MODALITIES}
+    return {
+        "text": fingerprint_embeddings(folder, "text"),
+        "image": fingerprint_embeddings(folder, "image"),
+    }
 
 
 def hash_file_facts(folder: Path) -> str:

@@ -170,15 +170,14 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
 def _find_font(text: str, *, size: int) -> _Font | None:
     """Return a font of Pillow or matplotlib with every letter of a text, if there is one."""
     letters = {letter for letter in text if not letter.isspace()}
-    return next((font for font in _list_fonts(size) if _has_letters(font, letters)), None)
+    if _has_letters(font := ImageFont.load_default(size), letters):
+        return font
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib import get_data_path
 
-
-def _list_fonts(size: int) -> Iterator[_Font]:
-    yield ImageFont.load_default(size)
-    if find_spec("matplotlib") is not None:
-        from matplotlib import get_data_path
-
-        yield ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+    return font if _has_letters(font, letters) else None
 
 
 def _has_letters(font: _Font, letters: set[str]) -> bool:
@@ -218,7 +217,10 @@ def _write_hit(hit: Hit) -> str:
 
 def _make_hit(image: Path, note: str, folder: Path) -> Hit:
     note += "" if image.exists() else " no longer there"
-    return Hit(path=str(image), image=_inline(image), link=_find_address(image, folder), note=note)
+    buffer = io.BytesIO()
+    _shrink(image, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
+    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Hit(path=str(image), image=address, link=_find_address(image, folder), note=note)
 
 
 def _find_address(file: Path, folder: Path) -> str:
@@ -239,12 +241,6 @@ def _shrink(image: Path, side: int = _SIDE) -> Image.Image:
     return thumbnail
 
 
-def _inline(image: Path) -> str:
-    buffer = io.BytesIO()
-    _shrink(image, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _wrap(text: str, font: _Font, width: int) -> str:
     lines = [""]
     for word in text.split():
@@ -253,16 +249,11 @@ def _wrap(text: str, font: _Font, width: int) -> str:
             lines.append("")
             longer = word
         while font.getlength(longer) > width and len(longer) > 1:  # no whitespace in Japanese
-            fitting = _count_fitting(longer, font, width)
+            lengths = range(2, len(longer) + 1)
+            fitting = 1 + bisect_right(
+                lengths, width, key=lambda length, word=longer: font.getlength(word[:length])
+            )
             lines[-1:] = [longer[:fitting], ""]
             longer = longer[fitting:]
         lines[-1] = longer
     return "\n".join(lines)
-
-
-def _count_fitting(word: str, font: _Font, width: int) -> int:
-    """Return how many letters of a word fit into a line, at least one."""
-    lengths = range(2, len(word) + 1)
-    return 1 + bisect_right(
-        lengths, float(width), key=lambda length: float(font.getlength(word[:length]))
-    )

@@ -204,21 +204,19 @@ class BatchWorker:
             of_job: dict[_Job, list[_Taken]] = {}
             for taken in batch:
                 of_job.setdefault(taken[0], []).append(taken)
-            if len(of_job) == 1:
-                self._fail(lane, batch[0][0], error)
-            else:
+            if len(of_job) > 1:
                 for part in of_job.values():
                     self._run(lane, part)
+                return
+            [job] = of_job
+            with self._changed:
+                if job in lane.jobs:
+                    lane.jobs.remove(job)
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
             return
         for (job, _), embed in zip(batch, embeds, strict=True):
             job.rows.append(embed)
             is_done = len(job.rows) == len(job.inputs)
             if is_done and job.future.set_running_or_notify_cancel():
                 job.future.set_result(np.stack(job.rows))
-
-    def _fail(self, lane: Lane, job: _Job, error: Exception) -> None:
-        with self._changed:
-            if job in lane.jobs:
-                lane.jobs.remove(job)
-        if job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)

@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException
 
 from .._environment import list_versions
 from ..configs.serve_config import ServeConfig
-from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
@@ -102,19 +101,11 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def read_and_handle(request: Request) -> Response:
-            request = _JsonRequest(request.scope, request.receive)
             if "json" in request.headers.get("content-type", "") and await request.body():
-                await request.json()  # which keeps it for FastAPI
+                request._json = read_json(await request.body())  # FastAPI parses it no more
             return await handle(request)
 
         return read_and_handle if self.body_field else handle
-
-
-class _JsonRequest(Request):
-    async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = read_json(await self.body())
-        return self._json
 
 
 def read_json(body: bytes) -> Any:
@@ -258,7 +249,14 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         queries = [[next(inputs) for _ in items] for items in lists]
         found = await service.search(queries, top_k=body.top_k, where=body.where)
         data = [
-            {"object": "search_result", "index": index, "hits": _list_hits(result)}
+            {
+                "object": "search_result",
+                "index": index,
+                "hits": [  # paths are below the folder of the index
+                    {"cosine": cosine, **columns}
+                    for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
+                ],
+            }
             for index, result in enumerate(found.results)
         ]
         return JsonResponse(_make_list(service, data, found))
@@ -316,14 +314,6 @@ def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult)
         "usage": {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens},
         "truncated": found.truncated,
     }
-
-
-def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
-    """Return the cosine and columns of each hit; paths are below the folder of the index."""
-    return [
-        {"cosine": cosine, **columns}
-        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
-    ]
 
 
 def _make_cohere_response(
