@@ -57,7 +57,6 @@ def check_config(tested: ModelUnderTest) -> str:
 
 
 def check_training(tested: ModelUnderTest) -> str:
-    """Warn of parts with random weights."""
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
     return "by its configuration, text adapter and projections are trained"
@@ -141,9 +140,14 @@ def check_remote_code(tested: ModelUnderTest) -> str:
     """Compare the folder's code with the installed package, and the code that its files name."""
     folder = tested.folder
     wanted = {path.name: path for path in list_uploaded_files()}
-    config = _read_json(folder / "config.json")
-    inside = _find_code_inside(folder)
-    brings_code = config.get("auto_map") or inside
+    contents = {"config.json": _read_json(folder / "config.json")}
+    contents |= {n: _read_json(folder / n) for n in _PROCESSOR_FILES if (folder / n).is_file()}
+    inside = [  # below the top level of a file, for a tower or the image processor
+        f"{name} names other code inside: {refs}"
+        for name, content in contents.items()
+        if (refs := list_foreign_code([v for key, v in content.items() if key != "auto_map"]))
+    ]
+    brings_code = contents["config.json"].get("auto_map") or inside
     if not brings_code and not any((folder / name).exists() for name in wanted):
         raise NotApplicableError("the folder brings no code; it needs the installed package")
     missing = sorted(name for name in wanted if not (folder / name).is_file())
@@ -155,11 +159,14 @@ def check_remote_code(tested: ModelUnderTest) -> str:
     errors = [
         f"{what}: {names}" for what, names in (("altered", altered), ("missing", missing)) if names
     ]
-    errors += [
-        error
-        for name, entries in _list_code_entries(folder, config).items()
-        for error in _find_map_errors(name, _read_json(folder / name).get("auto_map"), entries)
-    ] + inside
+    architecture = (contents["config.json"].get("architectures") or [""])[0]
+    model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
+    for name, content in contents.items():
+        entries = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
+        if name == "config.json":
+            entries = {**_CODE_OF_EVERY_FOLDER, **model_class._auto_classes}
+        errors += _find_map_errors(name, content.get("auto_map"), entries)
+    errors += inside
     if errors:
         raise ValueError(
             f"The folder's code is not the installed package's ({'; '.join(errors)}). Others would "
@@ -254,7 +261,6 @@ def check_text_length(tested: ModelUnderTest) -> str:
 
 
 def check_processor(tested: ModelUnderTest) -> str:
-    """Load the processor as AutoProcessor does."""
     if not tested.has_processor_files:
         raise NotApplicableError(f"a {tested.model_class.__name__} was saved without a processor")
     processor = load_without_code(AutoProcessor, tested.folder, local_files_only=True)
@@ -289,31 +295,6 @@ def check_tokenizer_path(tested: ModelUnderTest) -> str:
             "the processor give different embeddings. Save the processor again into the folder."
         )
     return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
-
-
-def _find_code_inside(folder: Path) -> list[str]:
-    """Find code that is named below the top level of a file, for a tower or the image processor."""
-    contents = {
-        name: list(_read_json(folder / name).items())
-        for name in ("config.json", *_PROCESSOR_FILES)
-        if (folder / name).is_file()
-    }
-    found = {
-        name: list_foreign_code([value for key, value in content if key != "auto_map"])
-        for name, content in contents.items()
-    }
-    return [f"{name} names other code inside: {refs}" for name, refs in found.items() if refs]
-
-
-def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """List the `auto_map` that saving writes into each file that a loader reads."""
-    architecture = (config.get("architectures") or [""])[0]
-    model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
-    of_processor = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
-    return {
-        "config.json": {**_CODE_OF_EVERY_FOLDER, **model_class._auto_classes},
-        **{name: of_processor for name in _PROCESSOR_FILES if (folder / name).is_file()},
-    }
 
 
 def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]:

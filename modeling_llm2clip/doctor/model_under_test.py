@@ -30,14 +30,7 @@ SHORT_TEXTS = (
 class ModelUnderTest:
     """A model folder; the loading checks fill in its parts, which stay None where there are none.
 
-    Attributes:
-        folder: The folder.
-        device: Where the model runs.
-        config: Its configuration.
-        model_class: Class that saved it.
-        model: The loaded model.
-        tokenizer: Its tokenizer, as AutoTokenizer loads it.
-        processor: Its processor, as AutoProcessor loads it.
+    `tokenizer` and `processor` are what AutoTokenizer and AutoProcessor load.
     """
 
     folder: Path

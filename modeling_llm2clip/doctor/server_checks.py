@@ -119,7 +119,6 @@ class _Served:
         return served, self.require_equal(served, inputs, where="one at a time", in_sequence=True)
 
     def check_together(self, *batches: Sequence[Any], where: Sequence[str]) -> str:
-        """Send each batch in one request."""
         distances = [
             self.require_equal(self.embed(batch), batch, where=name)
             for batch, name in zip(batches, where, strict=True)
@@ -295,7 +294,6 @@ def _check_batched_images(served: _Served) -> str:
 
 
 def _check_concurrent_inputs(served: _Served) -> str:
-    """Send texts and images at once."""
     known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
     count = served.config.concurrency * _REQUESTS_PER_THREAD
     inputs = [known[row % len(known)] for row in range(count)]

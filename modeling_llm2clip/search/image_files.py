@@ -60,7 +60,7 @@ class ImageFiles:
             (self.closed_folders, "folders that cannot be listed", "Check who may read them."),
         ):
             if paths:
-                lines.append(f"Skipped {len(paths):,} {what}: {_list_some(paths)}. {remedy}")
+                lines.append(f"Skipped {len(paths):,} {what}: {list_some(paths)}. {remedy}")
         return "\n".join(lines)
 
     def _describe_formats(self) -> str:
@@ -68,7 +68,7 @@ class ImageFiles:
         shares = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
         return (
             f"Skipped {counted(len(self.skipped), 'image file')} that Pillow cannot read here "
-            f"({shares}): {_list_some(self.skipped)}. {_describe_remedies(set(counts))}"
+            f"({shares}): {list_some(self.skipped)}. {_describe_remedies(set(counts))}"
         )
 
 
@@ -131,7 +131,7 @@ def records_from_images(
     errors = ErrorCollector()
     if skip_invalid and unnamed:
         count = counted(len(unnamed), "image")
-        report(f"Skipped {count} without a Unicode name: {_list_some(unnamed)}. Rename.")
+        report(f"Skipped {count} without a Unicode name: {list_some(unnamed)}. Rename.")
     elif unnamed:
         for name in unnamed:
             errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
@@ -201,8 +201,8 @@ def _describe_remedies(suffixes: set[str]) -> str:
     return " ".join(remedies)
 
 
-def _list_some(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+def list_some(names: Sequence[object], separator: str = ", ") -> str:
+    return separator.join([*map(str, names[:_SHOWN]), *["…"] * (len(names) > _SHOWN)])
 
 
 def _list(suffixes: set[str]) -> str:

@@ -86,7 +86,6 @@ class IndexDatabase:
 
     @classmethod
     def open(cls, location: str | Path) -> IndexDatabase:
-        """Open a database that `llm2clip index` wrote."""
         location = str(location)
         require_place(location)
         table = _connect(location)
@@ -155,7 +154,6 @@ class IndexDatabase:
 
     @contextmanager
     def changing(self) -> Iterator[VectorTable]:
-        """Yield the table for changes, and explain their errors."""
         with _explained(self.location, "written"):
             yield self._table
 
@@ -285,7 +283,6 @@ class DatabaseProcess(IndexDatabase):
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self) -> DatabaseProcess:
-        """Wait until the database is open."""
         self.about = self._opening.result()
         return self
 

@@ -31,7 +31,7 @@ from ..encoding.devices import find_device
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_encoding import encode_readable_images
-from .image_files import list_images
+from .image_files import list_images, list_some
 from .index_database import FACTS, About, IndexDatabase, join_fingerprints
 from .model_identity import (
     find_whole_model,
@@ -47,7 +47,6 @@ from .query_encoding import QueryEncoder
 # Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
 _NUM_QUERIES = 200
 _COMMITTED_AT_ONCE = 512
-_SHOWN = 8
 _WRITTEN = "was written while it was read. Index again."
 
 Report = Callable[[str], object]
@@ -104,7 +103,6 @@ def build_index(
 
 
 def _open(model: str | Path, folder: Path, place: dict[str, Any], location: str) -> IndexDatabase:
-    """Open the database of this model and folder, or make it."""
     database = IndexDatabase.create(
         location,
         lambda: About(
@@ -172,18 +170,8 @@ def choose_texts(count: int) -> list[str]:
 class FolderUpdate:
     """Writes embeddings of new and changed images, and removes those of images that are gone.
 
-    Attributes:
-        database: The index, which this process may write.
-        image_dir: Its folder.
-        encoder: Its model; the vision tower is loaded if there is anything to encode.
-        config: How images are encoded.
-        tally: Tally that the encoded images are added to.
-        unchanged: Images that were there already.
-        added: New images, copies and renamed ones included.
-        changed: Images of the same path and other content.
-        removed: Images that are no longer in the folder, or can no longer be read.
-        encoded: Images that the model was run on.
-        errors: Path and error of each image that cannot be read.
+    Its counts: copies and renamed images are among those `added`, images that can no longer be read
+    among those `removed`; `encoded` are those that the model was run on.
     """
 
     database: IndexDatabase
@@ -215,8 +203,7 @@ class FolderUpdate:
         )
 
     def describe_errors(self) -> str:
-        """Count and name the images that cannot be read, at least one."""
-        lines = "\n".join([*self.errors.values()][:_SHOWN] + ["…"] * (len(self.errors) > _SHOWN))
+        lines = list_some([*self.errors.values()], "\n")
         return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
 
     def run(self, paths: Sequence[Path]) -> None:

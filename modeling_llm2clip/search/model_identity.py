@@ -39,7 +39,6 @@ def name_model(source: str | Path) -> str:
 
 
 def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the fingerprints of the text and the image embeddings."""
     return {
         "text": fingerprint_embeddings(folder, "text"),
         "image": fingerprint_embeddings(folder, "image"),
@@ -61,7 +60,6 @@ def require_same_model(database: IndexDatabase, source: str | Path, folder: Path
 
 
 def restore_tally(about: About) -> ImageTally:
-    """Return the tally of the images that were encoded into an index."""
     stored = about.tally
     if stored is None:
         return ImageTally()

@@ -91,7 +91,6 @@ class Hit(NamedTuple):
 
 
 def note_rank(rank: int, cosine: float) -> str:
-    """Return rank and cosine as HTML."""
     return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
 
 

@@ -22,7 +22,7 @@ from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
-from .image_files import list_images
+from .image_files import list_images, list_some
 from .image_index import ImageIndex
 from .label_ranking import Tag, average_prompts, rank_labels
 from .model_identity import find_whole_model
@@ -34,18 +34,11 @@ TaggedImage: TypeAlias = tuple[Path, Sequence[Tag]]
 Report: TypeAlias = Callable[[str], object]
 
 _COLUMNS = ("image", "rank", "label", "cosine", "probability")
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class TaggedFolder:
-    """The images of a folder with their labels.
-
-    Attributes:
-        images: Each image, labeled as it is taken from here.
-        num_truncated: Prompts of the labels that are longer than the model reads.
-        max_text_length: Maximum tokens per prompt.
-    """
+    """The images of a folder, labeled as they are taken, and how many prompts were truncated."""
 
     images: Iterator[TaggedImage]
     num_truncated: int
@@ -102,8 +95,7 @@ def _encode(
         )  # fmt: skip
     if encoded.errors:
         find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails
-        shown = "\n".join([*encoded.errors.values()][:_SHOWN])
-        shown += "\n…" if len(encoded.errors) > _SHOWN else ""
+        shown = list_some([*encoded.errors.values()], "\n")
         found = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n{shown}"
         if not config.skip_invalid:
             raise ValueError(

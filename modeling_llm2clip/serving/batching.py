@@ -99,7 +99,6 @@ class Lane:
         return waits_until
 
     def note_batch(self, count: int, seconds: float) -> None:
-        """Count a batch that was just done."""
         self.busy_s += seconds
         self.num_done += count
         self.last_count = count
@@ -132,7 +131,6 @@ class BatchWorker:
 
     @property
     def is_alive(self) -> bool:
-        """True while batches are computed."""
         return self._thread.is_alive()
 
     def estimate_s(self, count: int) -> float:

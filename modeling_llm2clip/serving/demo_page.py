@@ -167,7 +167,6 @@ class DemoPage:
     async def classify(
         self, image: str | None, labels: str | None, template: str | None
     ) -> dict[str, float]:
-        """Return the probability of each label."""
         if image is None:
             raise _show("Drop an image first.")
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
@@ -313,7 +312,6 @@ def _build_page(page: DemoPage) -> gr.Blocks:
 
 
 def _describe(service: EmbeddingService) -> str:
-    """Return a line with the model, its training data, and the number of images."""
     parts = [f"**{_escape(service.model_name)}**"]
     if service.training_data:
         parts.append(f"trained on {_escape(', '.join(service.training_data))}")
@@ -417,5 +415,4 @@ def _require_upload(path: str | Path, folder: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape the special characters of Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)

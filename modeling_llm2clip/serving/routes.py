@@ -27,7 +27,7 @@ from .errors import RequestError
 from .image_inputs import ImageInputs
 from .metrics import CONTENT_TYPE, ServerMetrics
 from .request_guard import respond
-from .service import EmbeddedInputs, EmbeddingService, Input, ServiceResult
+from .service import EmbeddingService, Input, ServiceResult
 
 _PIXEL = (  # a PNG of one red pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ"
@@ -210,12 +210,21 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         found = await service.embed(
             inputs, dimensions=body.output_dimension, truncate=body.truncate == "END"
         )
-        return JsonResponse(_make_cohere_response(inputs, found, body.embedding_types))
+        num_images = sum(not isinstance(one, str) for one in inputs)
+        response = {
+            "id": str(uuid.uuid4()),
+            "response_type": "embeddings_by_type",
+            "embeddings": {form: _encode(found.embeds, form) for form in body.embedding_types},
+            "texts": [one for one in inputs if isinstance(one, str)],
+            "meta": {
+                "api_version": {"version": "2"},
+                "billed_units": {"input_tokens": found.num_tokens, "images": num_images},
+            },
+        }
+        return JsonResponse(response)
 
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
-    """Add the routes for classification and search."""
-
     @router.post("/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ClassifyResponse)
     async def classify(
         body: Annotated[schemas.ClassifyRequest, Body(openapi_examples=_CLASSIFY_EXAMPLES)],
@@ -316,25 +325,7 @@ def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult)
     }
 
 
-def _make_cohere_response(
-    inputs: Sequence[Input], found: EmbeddedInputs, forms: Sequence[str]
-) -> dict[str, Any]:
-    num_images = sum(not isinstance(one, str) for one in inputs)
-    return {
-        "id": str(uuid.uuid4()),
-        "response_type": "embeddings_by_type",
-        "embeddings": {form: _encode(found.embeds, form) for form in forms},
-        "texts": [one for one in inputs if isinstance(one, str)],
-        "meta": {
-            "api_version": {"version": "2"},
-            "billed_units": {"input_tokens": found.num_tokens, "images": num_images},
-        },
-    }
-
-
 def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
-    """Add the routes for load balancers and Prometheus."""
-
     @app.head("/health", include_in_schema=False)
     @app.get(
         "/health", tags=["Operation"], response_model=schemas.Health,
@@ -345,9 +336,12 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
         encoder = service.encoder
         num_images, index_error = await service.find_index_error()
         status = "ok" if index_error is None else "degraded"
+        routes = ["/v1/embeddings", "/v2/embed"]
+        routes += ["/v1/classify"] if encoder.logit_rule is not None else []
+        routes += ["/v1/search"] if num_images is not None else []
         state = {
             "status": status if service.is_alive else "failed",
-            "working_routes": _list_working_routes(service, num_images),
+            "working_routes": routes if service.is_alive else [],
             "model": service.model_name,
             "modalities": list(encoder.modalities),
             "embedding_dim": encoder.embedding_dim,
@@ -366,17 +360,6 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
     def show_metrics() -> Response:
         """Return the metrics for Prometheus."""
         return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-def _list_working_routes(service: EmbeddingService, num_images: int | None) -> list[str]:
-    if not service.is_alive:
-        return []
-    routes = ["/v1/embeddings", "/v2/embed"]
-    if service.encoder.logit_rule is not None:
-        routes.append("/v1/classify")
-    if num_images is not None:
-        routes.append("/v1/search")
-    return routes
 
 
 def _add_error_handlers(app: FastAPI) -> None:
