@@ -109,7 +109,7 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
     for text in SHORT_TEXTS:
-        whole, caption = tested.list_ids(text), tested.list_ids(text, enclosed=False)
+        whole, caption = tested.list_ids(text), tested.list_bare_ids(text)[: tested.room]
         pooled, num_wanted = whole[num_prefix:], len(caption) + num_suffix
         if len(pooled) != num_wanted or pooled[: len(caption)] != caption:
             errors.append(
@@ -280,7 +280,7 @@ def _encode_with_model(tested: ModelUnderTest, prompts: dict[str, str]) -> dict[
         embeddings["images"] = tested.encode_images(render_golden_images())
     num_prefix = len(tested.config.prompt_prefix_ids)
     for name, instruction in prompts.items():
-        num_ids = len(tested.list_ids(instruction, enclosed=False))
+        num_ids = len(tested.list_bare_ids(instruction))
         pooled = tested.pool_by_hand(
             tested.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
         )

@@ -97,13 +97,15 @@ class ModelUnderTest:
         features = self.model.get_image_features(**batch.to(self.device))
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
-    def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
-        """Tokenize one text, truncated, and without the prompt unless `enclosed`."""
-        longest = self.config.max_text_length if enclosed else self.room
-        ids = self.tokenizer(
-            text, add_special_tokens=enclosed, truncation=True, max_length=longest
-        )["input_ids"]
-        return [int(i) for i in ids]
+    def list_ids(self, text: str) -> list[int]:
+        """Tokenize one text with its prompt, truncated."""
+        found = self.tokenizer(text, truncation=True, max_length=self.config.max_text_length)
+        return [int(i) for i in found["input_ids"]]
+
+    def list_bare_ids(self, text: str) -> list[int]:
+        """Tokenize one text without prompt, special tokens and truncation."""
+        found = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
+        return [int(i) for i in found["input_ids"]]
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:

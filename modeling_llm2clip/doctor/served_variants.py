@@ -77,16 +77,9 @@ class TextVariants:
         self.suffix = list(config.prompt_suffix_ids)
         self.limit, self.room = int(config.max_text_length), tested.room
 
-    def list_ids(self, text: str) -> list[int]:
-        """Tokenize a text without prompt, special tokens and truncation."""
-        ids = self.tested.tokenizer(
-            text, add_special_tokens=False, truncation=False, verbose=False
-        )["input_ids"]
-        return [int(i) for i in ids]
-
     def list_variants(self, texts: Sequence[str]) -> list[Variant]:
         """List the errors that change at least one of these texts."""
-        lengths = {len(self.list_ids(text)) for text in texts}
+        lengths = {len(self.tested.list_bare_ids(text)) for text in texts}
         errors = {**self._list_prompts(), **self._list_poolings_and_heads()}
         variants = [Variant(name, self._per_text(embed)) for name, embed in errors.items()]
         wrong = "causal" if self.tested.config.bidirectional else "bidirectional"
@@ -215,7 +208,7 @@ class TextVariants:
         return F.normalize((embeds * weights).sum(0, keepdim=True), dim=-1)
 
     def _per_text(self, embed: Callable[[list[int]], Tensor]) -> Callable[[Sequence[str]], Tensor]:
-        return lambda texts: torch.cat([embed(self.list_ids(text)) for text in texts])
+        return lambda texts: torch.cat([embed(self.tested.list_bare_ids(text)) for text in texts])
 
     def _fit(self, ids: list[int]) -> list[int]:
         return ids[: self.room]

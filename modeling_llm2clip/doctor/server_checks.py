@@ -71,12 +71,12 @@ class _Served:
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
         """Write the longest text of whole words within this number of tokens."""
-        tokens, known = TextVariants(self.tested), _WORDS.split()
+        known = _WORDS.split()
         first %= len(known)
         words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
 
         def count(num_words: int) -> int:
-            return len(tokens.list_ids(" ".join(words[:num_words])))
+            return len(self.tested.list_bare_ids(" ".join(words[:num_words])))
 
         num_words = bisect_right(range(1, len(words) + 1), num_tokens, key=count)
         return " ".join(words[: max(num_words, 1)])

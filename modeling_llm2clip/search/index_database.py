@@ -87,7 +87,6 @@ class IndexDatabase:
     @classmethod
     def open(cls, location: str | Path) -> IndexDatabase:
         location = str(location)
-        require_place(location)
         table = _connect(location)
         return cls(location, table, _read_about(location, table))
 
@@ -95,8 +94,7 @@ class IndexDatabase:
     def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
         """Open a database, or make one without images."""
         location = str(location)
-        require_place(location, is_new=True)
-        table = _connect(location)
+        table = _connect(location, is_new=True)
         with _explained(location, "read"):
             tables = table.list_tables()
         is_new, has_images = ABOUT not in tables, IMAGES in tables
@@ -332,7 +330,8 @@ def require_place(location: str, *, is_new: bool = False) -> None:
         require_database_folder(Path(location), is_new=is_new)
 
 
-def _connect(location: str) -> VectorTable:
+def _connect(location: str, *, is_new: bool = False) -> VectorTable:
+    require_place(location, is_new=is_new)
     with _explained(location, "opened"):
         return open_table(location)
 

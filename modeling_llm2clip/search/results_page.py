@@ -248,11 +248,16 @@ def _wrap(text: str, font: _Font, width: int) -> str:
             lines.append("")
             longer = word
         while font.getlength(longer) > width and len(longer) > 1:  # no whitespace in Japanese
-            lengths = range(2, len(longer) + 1)
-            fitting = 1 + bisect_right(
-                lengths, width, key=lambda length, word=longer: font.getlength(word[:length])
-            )
+            fitting = _count_fitting(longer, font, width)
             lines[-1:] = [longer[:fitting], ""]
             longer = longer[fitting:]
         lines[-1] = longer
     return "\n".join(lines)
+
+
+def _count_fitting(word: str, font: _Font, width: int) -> int:
+    """Return how many letters of a word fit into a line, at least one."""
+    lengths = range(2, len(word) + 1)
+    return 1 + bisect_right(
+        lengths, float(width), key=lambda length: float(font.getlength(word[:length]))
+    )
