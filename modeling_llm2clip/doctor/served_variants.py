@@ -27,6 +27,7 @@ from ..image_loading_llm2clip import load_images
 from .model_under_test import ModelUnderTest
 
 _EmbedIds: TypeAlias = Callable[[list[int]], Tensor]
+_Encode: TypeAlias = Callable[[Sequence[Any]], Tensor]
 
 # What servers and libraries truncate to by default.
 _COMMON_LENGTHS = (16, 32, 64, 77, 128, 256, 512, 1024, 2048)
@@ -63,7 +64,7 @@ class Variant:
     """
 
     name: str
-    compute: Callable[[Sequence[Any]], Tensor]
+    compute: _Encode
     of_batch: bool = False
 
 
@@ -90,7 +91,7 @@ class TextVariants:
             if instruction.strip()
         ]
         for name, change in (*changes, *_list_text_changes(texts)):
-            variants.append(Variant(name, partial(self._encode_changed, change)))
+            variants.append(Variant(name, _encode_changed(self._per_text(self._enclose), change)))
         if len(lengths) > 1:
             variants += self._list_paddings()
         truncations = self._list_truncations(max(lengths)).items()
@@ -120,9 +121,6 @@ class TextVariants:
         ).last_hidden_state
         pooled = pool_tokens(hidden, mask, pooling=self.tested.config.text_pooling)
         return F.normalize(model.project_caption_embeds(pooled), dim=-1).cpu()
-
-    def _encode_changed(self, change: Callable[[str], str], texts: Sequence[str]) -> Tensor:
-        return self._per_text(self._enclose)([change(text) for text in texts])
 
     def _encode_other_direction(self, texts: Sequence[str]) -> Tensor:
         model, bidirectional = self.tested.model, self.tested.config.bidirectional
@@ -248,14 +246,14 @@ class TextVariants:
 def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> Iterator[Variant]:
     """Yield errors in the preparation and encoding of images."""
     for name, change in _IMAGE_ERRORS.items():
-        yield Variant(name, partial(_encode_changed, tested, change))
+        yield Variant(name, _encode_changed(tested.encode_images, change))
     yield Variant("the visual projection is left out", partial(_encode_unprojected, tested))
     yield from _list_pixel_variants(tested)
     for name, change in _list_image_changes(images):
-        yield Variant(name, partial(_encode_changed, tested, change))
+        yield Variant(name, _encode_changed(tested.encode_images, change))
     current = getattr(tested.processor.image_processor, "resample", None)
-    for method in () if current is None else _INTERPOLATIONS:
-        if int(method) != int(current):
+    for method in _INTERPOLATIONS:
+        if current is not None and int(method) != int(current):
             processor = copy.deepcopy(tested.processor)
             processor.image_processor.resample = method
             yield Variant(
@@ -264,10 +262,8 @@ def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> Iterat
             )
 
 
-def _encode_changed(
-    tested: ModelUnderTest, change: Callable[[Image.Image], Image.Image], images: Sequence[Any]
-) -> Tensor:
-    return tested.encode_images([change(image) for image in images])
+def _encode_changed(encode: _Encode, change: Callable[[Any], Any]) -> _Encode:
+    return lambda inputs: encode([change(one) for one in inputs])
 
 
 def _list_pixel_variants(tested: ModelUnderTest) -> Iterator[Variant]:

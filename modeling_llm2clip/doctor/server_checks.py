@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,16 @@ class _Served:
         self, served: Tensor, inputs: Sequence[Any], *, where: str, in_sequence: bool = False
     ) -> float:
         """Raise ValueError with the cause if embeddings differ; return their distance."""
-        list_variants = partial(list_image_variants, self.tested)
-        if isinstance(inputs[0], str):
-            list_variants = TextVariants(self.tested).list_variants
         compared = Comparison(
             served=served,
             wanted=_encode(self.tested, inputs),
             inputs=inputs,
             tolerance=self.tolerance,
-            list_variants=partial(list_variants, inputs),
+            list_variants=lambda: (
+                TextVariants(self.tested).list_variants(inputs)
+                if isinstance(inputs[0], str)
+                else list_image_variants(self.tested, inputs)
+            ),
             encode_in_half=lambda: {
                 name: _encode(tested, inputs) for name, tested in self.in_half_precision.items()
             },

@@ -68,7 +68,7 @@ def build_index(
     if skipped := files.describe_skipped():
         warn(skipped)
     folder = find_whole_model(model)
-    place = {
+    place: dict[str, Any] = {
         "model": name_model(model),
         "model_files": hash_file_facts(folder),
         "image_dir": str(image_dir.resolve()),

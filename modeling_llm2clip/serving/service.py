@@ -37,10 +37,9 @@ from ..search.model_identity import restore_tally
 from ..search.search_results import SearchResult
 from ..search.tag_labels import check_templates, make_labels
 from ..search.vector_table import IndexUnavailableError
-from .batching import BatchWorker, Lane, OnBatch
+from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
 from .errors import RequestError
 from .image_inputs import decode_image
-from .worker_threads import WorkerThreads, await_all_or_none
 
 Input: TypeAlias = str | bytes | Image.Image
 Query: TypeAlias = Input | list[Input]
