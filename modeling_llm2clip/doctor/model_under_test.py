@@ -50,13 +50,6 @@ class ModelUnderTest:
         return hasattr(self.model, "vision_model") and self.processor is not None
 
     @property
-    def has_processor_files(self) -> bool:
-        """True if the folder has a processor, or should; a single tower may lack one."""
-        names = ("processor_config.json", "preprocessor_config.json")
-        is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
-        return is_whole or any((self.folder / name).is_file() for name in names)
-
-    @property
     def room(self) -> int:
         """Number of tokens that a text may have beside the prompt."""
         config = self.config

@@ -18,7 +18,7 @@ from ..configs.search_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import Encoder
-from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
+from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
@@ -76,8 +76,18 @@ def tag_folder(
         )  # fmt: skip
         index = ImageIndex.build(model, image_dir, config.index, index_config, report=report)
         parts = ((paths, torch.tensor(embeds)) for paths, embeds in index.iterate_embeddings())
-    images = tag_images(encoder, parts, labels, prompts, top_k=top_k, threshold=threshold)
-    return TaggedFolder(images, prompts.num_truncated, processor.longest_text)
+
+    @torch.inference_mode()
+    def label_images() -> Iterator[TaggedImage]:
+        label_embeds = average_prompts(encoder.encode_texts(prompts), labels)
+        rule = encoder.logit_rule
+        assert rule is not None  # a whole model has one
+        for paths, embeds in parts:
+            found = rank_labels(embeds, label_embeds, labels, rule=rule, top_k=top_k)
+            for path, tags in zip(paths, found, strict=True):
+                yield path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
+
+    return TaggedFolder(label_images(), prompts.num_truncated, processor.longest_text)
 
 
 def _encode(
@@ -105,26 +115,6 @@ def _encode(
     if not encoded.paths:
         raise ValueError(f"No image of {len(paths)} can be read.")
     return encoded.paths, encoded.embeds
-
-
-@torch.inference_mode()
-def tag_images(
-    encoder: Encoder,
-    parts: Iterable[EmbeddedImages],
-    labels: Sequence[Label],
-    prompts: Sequence[TokenizedText],
-    *,
-    top_k: int,
-    threshold: float | None,
-) -> Iterator[TaggedImage]:
-    """Yield the labels of each image; embeddings are (images, P) of unit length."""
-    label_embeds = average_prompts(encoder.encode_texts(prompts), labels)
-    rule = encoder.logit_rule
-    assert rule is not None  # a whole model has one
-    for paths, embeds in parts:
-        found = rank_labels(embeds, label_embeds, labels, rule=rule, top_k=top_k)
-        for path, tags in zip(paths, found, strict=True):
-            yield path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
