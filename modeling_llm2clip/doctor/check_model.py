@@ -7,7 +7,7 @@ from pathlib import Path
 from .._suggestions import counted
 from ..encoding.devices import find_device
 from ..model_folders.model_folder import find_model_folder
-from . import file_checks, forward_checks, reference_checks, tokenizer_checks
+from . import file_checks, forward_checks
 from .model_report import Check, ModelReport, PlannedCheck, describe_error, run_checks
 from .model_under_test import ModelUnderTest
 
@@ -21,13 +21,13 @@ _PLANNED_CHECKS: tuple[PlannedCheck[ModelUnderTest], ...] = (
     PlannedCheck("recorded files", file_checks.check_recorded_files, ("config", "finite weights")),
     PlannedCheck("weight dtype", file_checks.check_weight_dtypes, ("config",)),
     PlannedCheck("weights", forward_checks.check_loading, ("config",)),
-    PlannedCheck("tokenizer", tokenizer_checks.check_tokenizer, ("config",), _TEXT),
-    PlannedCheck("processor", tokenizer_checks.check_processor, ("config",)),
-    PlannedCheck("padding side", tokenizer_checks.check_padding_side, ("tokenizer",), _TEXT),
-    PlannedCheck("text length", tokenizer_checks.check_text_length, ("tokenizer",), _TEXT),
-    PlannedCheck("prompt", tokenizer_checks.check_prompt, ("tokenizer",), _TEXT),
+    PlannedCheck("tokenizer", file_checks.check_tokenizer, ("config",), _TEXT),
+    PlannedCheck("processor", file_checks.check_processor, ("config",)),
+    PlannedCheck("padding side", file_checks.check_padding_side, ("tokenizer",), _TEXT),
+    PlannedCheck("text length", file_checks.check_text_length, ("tokenizer",), _TEXT),
+    PlannedCheck("prompt", file_checks.check_prompt, ("tokenizer",), _TEXT),
     PlannedCheck(
-        "tokenizer path", tokenizer_checks.check_tokenizer_path, ("tokenizer", "processor"), _TEXT
+        "tokenizer path", file_checks.check_tokenizer_path, ("tokenizer", "processor"), _TEXT
     ),
     PlannedCheck("temperature", forward_checks.check_temperature, ("weights",), _BOTH),
     PlannedCheck("bidirectional", forward_checks.check_attention_direction, ("weights",), _TEXT),
@@ -39,12 +39,12 @@ _PLANNED_CHECKS: tuple[PlannedCheck[ModelUnderTest], ...] = (
     ),
     PlannedCheck(
         "golden embeddings",
-        reference_checks.check_golden_embeddings,
+        forward_checks.check_golden_embeddings,
         ("finite outputs", "processor"),
     ),
     # Last, because it frees the model.
     PlannedCheck(
-        "sentence-transformers", reference_checks.check_sentence_transformers, ("finite outputs",)
+        "sentence-transformers", forward_checks.check_sentence_transformers, ("finite outputs",)
     ),
 )
 _TOWERS_OF: dict[str, set[str | None]] = {

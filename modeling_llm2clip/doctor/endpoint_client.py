@@ -175,7 +175,11 @@ class EndpointClient:
                 with error:
                     if error.code not in (429, 503) or number == _MAX_TRIES:
                         raise _describe_status(url, error) from None
-                time.sleep(_read_wait(error.headers.get("Retry-After"), number))
+                try:
+                    seconds = float(error.headers.get("Retry-After") or "")
+                except ValueError:  # none, or a date
+                    seconds = 0.2 * 2**number
+                time.sleep(min(max(seconds, 0.1), _MAX_WAIT_S))
             except (OSError, http.client.HTTPException) as error:
                 raise _describe_failure(url, error, self.timeout_s) from error
 
@@ -201,14 +205,6 @@ def _read(reply: Any, *, timeout_s: float) -> bytes:
         if time.monotonic() > end:
             raise TimeoutError
     return b"".join(parts)
-
-
-def _read_wait(text: str | None, number: int) -> float:
-    try:
-        seconds = float(text or "")
-    except ValueError:  # none, or a date
-        seconds = 0.2 * 2**number
-    return min(max(seconds, 0.1), _MAX_WAIT_S)
 
 
 def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:

@@ -1,4 +1,4 @@
-"""Checks that read files and need no model: configuration, weight files, uploaded code."""
+"""Checks that need no model: configuration, weight files, uploaded code, tokenizer, processor."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer
 
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import iterate_tensors
-from ..loading_llm2clip import list_foreign_code, list_model_files
+from ..loading_llm2clip import list_foreign_code, list_model_files, load_without_code
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.model_loading import MODEL_CLASSES, describe_untrained
 from ..model_folders.training_images import TRAINING_IMAGES_FILE, read_training_images
 from ..model_folders.weights import open_model_weights
 from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_report import ConcernError, NotApplicableError
-from .model_under_test import ModelUnderTest
+from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 # Files in which AutoProcessor looks for code before it looks in config.json. The first decides; in
 # the others, what another program saved again may not name it.
@@ -56,7 +57,6 @@ def check_config(tested: ModelUnderTest) -> str:
 
 
 def check_training(tested: ModelUnderTest) -> str:
-    """Warn of parts with random weights."""
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
     return "by its configuration, text adapter and projections are trained"
@@ -121,7 +121,8 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
         count += 1
         # One-byte floats have no isfinite of their own.
         wide = tensor.float() if tensor.element_size() == 1 else tensor
-        if not _is_finite(wide):
+        # NaN propagates to the extremes, so that no large tensor is copied.
+        if tensor.numel() and not torch.stack(torch.aminmax(wide)).isfinite().all():
             bad_rows = (~wide.isfinite()).reshape(len(wide) if wide.ndim else 1, -1).any(dim=1)
             row = int(bad_rows.long().argmax())
             errors.append(
@@ -139,9 +140,14 @@ def check_remote_code(tested: ModelUnderTest) -> str:
     """Compare the folder's code with the installed package, and the code that its files name."""
     folder = tested.folder
     wanted = {path.name: path for path in list_uploaded_files()}
-    config = _read_json(folder / "config.json")
-    inside = _find_code_inside(folder)
-    brings_code = config.get("auto_map") or inside
+    contents = {"config.json": _read_json(folder / "config.json")}
+    contents |= {n: _read_json(folder / n) for n in _PROCESSOR_FILES if (folder / n).is_file()}
+    inside = [  # below the top level of a file, for a tower or the image processor
+        f"{name} names other code inside: {refs}"
+        for name, content in contents.items()
+        if (refs := list_foreign_code([v for key, v in content.items() if key != "auto_map"]))
+    ]
+    brings_code = contents["config.json"].get("auto_map") or inside
     if not brings_code and not any((folder / name).exists() for name in wanted):
         raise NotApplicableError("the folder brings no code; it needs the installed package")
     missing = sorted(name for name in wanted if not (folder / name).is_file())
@@ -153,11 +159,14 @@ def check_remote_code(tested: ModelUnderTest) -> str:
     errors = [
         f"{what}: {names}" for what, names in (("altered", altered), ("missing", missing)) if names
     ]
-    errors += [
-        error
-        for name, entries in _list_code_entries(folder, config).items()
-        for error in _find_map_errors(name, _read_json(folder / name).get("auto_map"), entries)
-    ] + inside
+    architecture = (contents["config.json"].get("architectures") or [""])[0]
+    model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
+    for name, content in contents.items():
+        entries = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
+        if name == "config.json":
+            entries = {**_CODE_OF_EVERY_FOLDER, **model_class._auto_classes}
+        errors += _find_map_errors(name, content.get("auto_map"), entries)
+    errors += inside
     if errors:
         raise ValueError(
             f"The folder's code is not the installed package's ({'; '.join(errors)}). Others would "
@@ -174,29 +183,119 @@ def check_recorded_files(tested: ModelUnderTest) -> str:
     return "the files that decide embeddings are those that the folder was written with"
 
 
-def _find_code_inside(folder: Path) -> list[str]:
-    """Find code that is named below the top level of a file, for a tower or the image processor."""
-    contents = {
-        name: list(_read_json(folder / name).items())
-        for name in ("config.json", *_PROCESSOR_FILES)
-        if (folder / name).is_file()
-    }
+def check_tokenizer(tested: ModelUnderTest) -> str:
+    """Load the tokenizer as pipelines do; its ids must fit the LLM's embedding table."""
+    tokenizer = load_without_code(AutoTokenizer, tested.folder, local_files_only=True)
+    rows = tested.config.text_config.vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    errors = []
+    if largest >= rows:
+        errors.append(
+            f"it has ids up to {largest}, the LLM's embedding table only {rows} rows: it belongs "
+            "to another LLM"
+        )
+    if tokenizer.pad_token_id is None:
+        errors.append("it has no padding token, so batches cannot be made")
+    if errors:
+        raise ValueError(f"The saved tokenizer: {'; '.join(errors)}. Restore the original one.")
+    tested.tokenizer = tokenizer
+    return f"{largest + 1} ids fit the {rows} rows, padding is {tokenizer.pad_token!r}"
+
+
+def check_padding_side(tested: ModelUnderTest) -> str:
+    """Require padding on the right, which shifts no position."""
+    side = tested.tokenizer.padding_side
+    if side != "right":
+        raise ValueError(
+            f"The saved tokenizer pads on the {side}, wanted right. Set padding_side in "
+            "tokenizer_config.json to 'right'."
+        )
+    return "the saved tokenizer pads on the right"
+
+
+def check_prompt(tested: ModelUnderTest) -> str:
+    """Require that the saved tokenizer alone strips texts and adds the prompt."""
+    config, tokenizer = tested.config, tested.tokenizer
+    prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+    errors = [
+        error
+        for text in SHORT_TEXTS
+        for error in _find_prompt_errors(text, tested, truncated=False)
+    ]
+    errors += _find_prompt_errors(
+        "a dog on a mat " * config.max_text_length, tested, truncated=True
+    )
+    text = SHORT_TEXTS[0]
+    if tokenizer(f" \n{text}\t ")["input_ids"] != tokenizer(text)["input_ids"]:
+        errors.append("spaces around a text are not stripped, so they change its embedding")
+    ends_special = bool(suffix) and suffix[-1] in tokenizer.all_special_ids
+    if ends_special != config.prompt_suffix_ends_special:
+        errors.append(
+            f"config.prompt_suffix_ends_special is {config.prompt_suffix_ends_special}, but to the "
+            f"tokenizer the last suffix id is {'' if ends_special else 'not '}special; "
+            "sentence-transformers would pool instructions wrongly"
+        )
+    if errors:
+        raise ValueError(
+            f"{'; '.join(errors[:3])}. Restore tokenizer.json, or write the prompt again with "
+            "building.prompts.write_prompt."
+        )
+    return f"{tokenizer.decode(prefix)!r} … {tokenizer.decode(suffix)!r}, also when truncated"
+
+
+def check_text_length(tested: ModelUnderTest) -> str:
+    """Require the same maximum text length in tokenizer, configuration and processor."""
     found = {
-        name: list_foreign_code([value for key, value in content if key != "auto_map"])
-        for name, content in contents.items()
+        "config.max_text_length": tested.config.max_text_length,
+        "tokenizer.model_max_length": tested.tokenizer.model_max_length,
     }
-    return [f"{name} names other code inside: {refs}" for name, refs in found.items() if refs]
+    if tested.processor is not None:
+        found["processor.max_text_length"] = tested.processor.max_text_length
+    if len(set(found.values())) != 1:
+        raise ValueError(
+            "There are different maximum text lengths: "
+            f"{', '.join(f'{name}={value}' for name, value in found.items())}. Where they differ, "
+            "long texts get different embeddings or are refused. Make them equal."
+        )
+    return f"{tested.config.max_text_length} tokens in {len(found)} places"
 
 
-def _list_code_entries(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """List the `auto_map` that saving writes into each file that a loader reads."""
-    architecture = (config.get("architectures") or [""])[0]
-    model_class = MODEL_CLASSES.get(architecture, LLM2CLIPModel)
-    of_processor = {"AutoProcessor": _CODE_OF_EVERY_FOLDER["AutoProcessor"]}
-    return {
-        "config.json": {**_CODE_OF_EVERY_FOLDER, **model_class._auto_classes},
-        **{name: of_processor for name in _PROCESSOR_FILES if (folder / name).is_file()},
-    }
+def check_processor(tested: ModelUnderTest) -> str:
+    is_whole = tested.model_class is LLM2CLIPModel
+    if not is_whole and not any((tested.folder / name).is_file() for name in _PROCESSOR_FILES[:2]):
+        raise NotApplicableError(f"a {tested.model_class.__name__} was saved without a processor")
+    processor = load_without_code(AutoProcessor, tested.folder, local_files_only=True)
+    if not isinstance(processor, LLM2CLIPProcessor):
+        raise ValueError(
+            f"AutoProcessor gives {type(processor).__name__}, wanted LLM2CLIPProcessor. Save the "
+            "processor with save_pretrained into the folder."
+        )
+    tested.processor = processor
+    return f"AutoProcessor loads it, with {type(processor.image_processor).__name__}"
+
+
+def check_tokenizer_path(tested: ModelUnderTest) -> str:
+    """Require the processor's ids from the bare tokenizer, which pipelines use."""
+    if tested.processor is None:
+        raise NotApplicableError("there is no processor to compare with")
+    bare = tested.tokenizer(
+        list(SHORT_TEXTS), padding=True, truncation=True, return_tensors="pt"
+    )  # fmt: skip
+    processed = tested.processor(text=list(SHORT_TEXTS))
+    for name in ("input_ids", "attention_mask"):
+        first, second = bare[name], processed[name]
+        if torch.equal(first, second):
+            continue
+        found = f"shapes {tuple(first.shape)} and {tuple(second.shape)}"
+        if first.shape == second.shape:
+            row, column = (first != second).nonzero()[0].tolist()
+            values = f"{int(first[row, column])} and {int(second[row, column])}"
+            found = f"text {row}, token {column}: {values}"
+        raise ValueError(
+            f"AutoTokenizer and AutoProcessor give different {name} ({found}), so a pipeline and "
+            "the processor give different embeddings. Save the processor again into the folder."
+        )
+    return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
 
 
 def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]:
@@ -215,11 +314,6 @@ def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]
     ]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Check the extremes, which NaN propagates to, so that no large tensor is copied."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}; it is not a saved model.")
@@ -227,3 +321,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, wanted an object.")
     return content
+
+
+def _find_prompt_errors(text: str, tested: ModelUnderTest, *, truncated: bool) -> list[str]:
+    config = tested.config
+    prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+    ids = tested.list_ids(text) if truncated else tested.tokenizer(text, verbose=False)["input_ids"]
+    when = f" truncated to {config.max_text_length} tokens" if truncated else ""
+    shown = f"{text[:24]!r}{when} gives {ids[:12]}…{ids[-4:]}"
+    errors = []
+    if ids[: len(prefix)] != prefix:
+        errors.append(f"{shown}, which does not begin with the prompt {prefix}")
+    if suffix and ids[-len(suffix) :] != suffix:
+        errors.append(f"{shown}, which does not end with the prompt's suffix {suffix}")
+    if truncated and len(ids) != config.max_text_length:
+        errors.append(f"{shown}, which has {len(ids)} tokens")
+    return errors

@@ -1,15 +1,24 @@
-"""Checks that run the model alone: loading, attention, the pooled span, invariances."""
+"""Checks that run the model, alone and beside recorded embeddings and sentence-transformers."""
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..base_llm2clip import SETTINGS_FILE, check_instructions, find_instructions
 from ..building.tower_checks import find_attention_errors, find_causality_errors
 from ..heads_llm2clip import MAX_LOG_SCALE
+from ..loading_llm2clip import naming_code
 from ..model_folders.golden_embeddings import (
+    GOLDEN_FILE,
+    compare_golden,
     find_tolerance,
     measure_distances,
     render_golden_images,
@@ -19,6 +28,8 @@ from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 # Long enough that half-precision sums overflow if they ever do, short enough for one core.
 _MAX_LONG_WORDS = 512
+# All equal for unit embeddings; without a setting sentence-transformers takes the cosine.
+_COSINES = ("cosine", "dot", None)
 
 
 def check_loading(tested: ModelUnderTest) -> str:
@@ -32,14 +43,15 @@ def check_loading(tested: ModelUnderTest) -> str:
 def check_temperature(tested: ModelUnderTest) -> str:
     """Require an inverse temperature in [1, 100]; outside, it is clamped."""
     log_scale = float(tested.model.logit_head.log_scale)
+    temperature = math.exp(min(log_scale, 700.0))  # above, a double overflows
     # float32 rounds ln 100 by up to 5e-7; anything further was not written by a training.
     if not -1e-6 <= log_scale <= MAX_LOG_SCALE + 1e-6:
         raise ValueError(
-            f"The inverse temperature is {_exp(log_scale):.4g}, of the logarithm {log_scale:.4g}; "
+            f"The inverse temperature is {temperature:.4g}, of the logarithm {log_scale:.4g}; "
             "wanted one within [1, 100]. The logits are clamped, so the training diverged or the "
             "value was written by hand."
         )
-    return f"inverse temperature {_exp(log_scale):.2f} is within [1, 100]"
+    return f"inverse temperature {temperature:.2f} is within [1, 100]"
 
 
 def check_attention_direction(tested: ModelUnderTest) -> str:
@@ -97,7 +109,7 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
     for text in SHORT_TEXTS:
-        whole, caption = tested.list_ids(text), tested.list_ids(text, enclosed=False)
+        whole, caption = tested.list_ids(text), tested.list_bare_ids(text)[: tested.room]
         pooled, num_wanted = whole[num_prefix:], len(caption) + num_suffix
         if len(pooled) != num_wanted or pooled[: len(caption)] != caption:
             errors.append(
@@ -142,6 +154,62 @@ def check_padding_invariance(tested: ModelUnderTest) -> str:
     )
 
 
+def check_golden_embeddings(tested: ModelUnderTest) -> str:
+    """Require the embeddings that were recorded when the folder was written."""
+    if not (tested.folder / GOLDEN_FILE).is_file():
+        raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
+    if tested.processor is None:
+        raise NotApplicableError("there is no processor to prepare the recorded inputs with")
+    compared = compare_golden(tested.folder, tested.model, tested.processor)
+    assert compared is not None
+    return compared
+
+
+def check_sentence_transformers(tested: ModelUnderTest) -> str:
+    """Require the model's own embeddings from sentence-transformers; frees the model."""
+    if find_spec("sentence_transformers") is None:
+        raise NotApplicableError(
+            "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"
+        )
+    if not (tested.folder / "modules.json").is_file():
+        raise NotApplicableError(
+            "the folder has no modules.json: sentence-transformers would load it, but not bring "
+            "its embeddings to unit length; save_pretrained of the model writes that file"
+        )
+    if tested.processor is None:
+        raise NotApplicableError(
+            "sentence-transformers loads no model without its processor; save_pretrained of the "
+            "processor adds it"
+        )
+    tolerance, dtype = find_tolerance(tested.model.dtype), tested.model.dtype
+    prompts = _read_instructions(tested)
+    wanted = _encode_with_model(tested, prompts)
+    tested.model = None
+    gc.collect()  # a large LLM does not fit twice
+    found = _encode_with_sentence_transformers(tested, prompts, content=set(wanted))
+    distances = {
+        what: float(measure_distances(found[what], embeddings).max())
+        for what, embeddings in wanted.items()
+        if what in found
+    }
+    if not distances:
+        raise ValueError(
+            f"sentence-transformers offers none of {sorted(wanted)}, which the model encodes. "
+            "Export the folder again."
+        )
+    errors = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]
+    if errors:
+        raise ValueError(
+            f"sentence-transformers gives other embeddings than AutoModel: {', '.join(errors)} "
+            f"(allowed in {dtype}: {tolerance:.0e}). Export the folder again."
+        )
+    left_out = (
+        f"; not offered: {', '.join(set(wanted) - set(found))}" if len(found) < len(wanted) else ""
+    )
+    largest = max(distances.values())
+    return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
+
+
 def _require_equal(
     tested: ModelUnderTest, compared: dict[str, tuple[Tensor, Tensor]], *, advice: str
 ) -> str:
@@ -165,5 +233,83 @@ def _find_bad_rows(embeds: Tensor) -> list[int]:
     return [int(row) for row in (~embeds.isfinite()).any(dim=1).nonzero().flatten()]
 
 
-def _exp(log_scale: float) -> float:
-    return math.exp(min(log_scale, 700.0))  # above, a double overflows
+def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
+    """Return the instructions by which sentence-transformers encodes texts.
+
+    ValueError for settings that lead to other embeddings than AutoModel's.
+    """
+    path = tested.folder / SETTINGS_FILE
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text.strip()}
+    errors = []
+    default = settings.get("default_prompt_name")
+    if default in prompts:
+        errors.append(
+            f"default_prompt_name={default!r} puts an instruction before every text, which "
+            "AutoModel and pipelines do not"
+        )
+    if settings.get("similarity_fn_name") not in _COSINES:
+        errors.append(f"similarity_fn_name={settings['similarity_fn_name']!r} is not the cosine")
+    if errors:
+        raise ValueError(f"{SETTINGS_FILE}: {'; '.join(errors)}. Set null and 'cosine'.")
+    config = tested.config
+    if not tested.encodes_texts:
+        prompts = {}
+    if prompts:
+        check_instructions(
+            tested.tokenizer,
+            prompts,
+            num_suffix=len(config.prompt_suffix_ids),
+            max_text_length=config.max_text_length,
+        )
+    if find_instructions(tested.folder, config.instructions) != config.instructions:
+        raise ValueError(
+            f"config.json has the instructions {config.instructions}, {SETTINGS_FILE} has others: "
+            "a model that is loaded and saved elsewhere would lose these. Make both equal, or save "
+            "the folder again with SentenceTransformer(folder).save_pretrained(folder)."
+        )
+    return prompts
+
+
+@torch.no_grad()
+def _encode_with_model(tested: ModelUnderTest, prompts: dict[str, str]) -> dict[str, Tensor]:
+    embeddings = {}
+    if tested.encodes_texts:
+        embeddings["texts"] = tested.encode_texts(SHORT_TEXTS)
+    if tested.encodes_images:
+        embeddings["images"] = tested.encode_images(render_golden_images())
+    num_prefix = len(tested.config.prompt_prefix_ids)
+    for name, instruction in prompts.items():
+        num_ids = len(tested.list_bare_ids(instruction))
+        pooled = tested.pool_by_hand(
+            tested.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
+        )
+        features = tested.model.project_caption_embeds(pooled)
+        embeddings[f"texts with {name!r}"] = F.normalize(features, dim=-1).cpu()
+    return embeddings
+
+
+def _encode_with_sentence_transformers(
+    tested: ModelUnderTest, prompts: dict[str, str], *, content: set[str]
+) -> dict[str, Tensor]:
+    from sentence_transformers import SentenceTransformer
+
+    with naming_code(tested.folder):
+        encoder = SentenceTransformer(
+            str(tested.folder), device=tested.device, local_files_only=True, trust_remote_code=False
+        )
+
+    def encode(inputs: list[Any], **settings: Any) -> Tensor:
+        embeddings: Tensor = encoder.encode(
+            inputs, convert_to_tensor=True, show_progress_bar=False, **settings
+        )
+        return embeddings.float().cpu()
+
+    found = {}
+    if "texts" in content:
+        found["texts"] = encode(list(SHORT_TEXTS))
+    if "images" in content and "image" in encoder.modalities:
+        found["images"] = encode(list(render_golden_images()))
+    for name in prompts:
+        found[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)
+    return found

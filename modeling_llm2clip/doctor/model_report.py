@@ -68,7 +68,6 @@ class ModelReport:
         return not self.failed
 
     def __str__(self) -> str:
-        """Return one line per check, and a summary."""
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [f"{c.verdict:<8} {c.name:<{width}}  {c.message}" for c in self.checks]
         num_skipped = sum(check.skipped for check in self.checks)

@@ -30,14 +30,7 @@ SHORT_TEXTS = (
 class ModelUnderTest:
     """A model folder; the loading checks fill in its parts, which stay None where there are none.
 
-    Attributes:
-        folder: The folder.
-        device: Where the model runs.
-        config: Its configuration.
-        model_class: Class that saved it.
-        model: The loaded model.
-        tokenizer: Its tokenizer, as AutoTokenizer loads it.
-        processor: Its processor, as AutoProcessor loads it.
+    `tokenizer` and `processor` are what AutoTokenizer and AutoProcessor load.
     """
 
     folder: Path
@@ -57,11 +50,11 @@ class ModelUnderTest:
         return hasattr(self.model, "vision_model") and self.processor is not None
 
     @property
-    def has_processor_files(self) -> bool:
-        """True if the folder has a processor, or should; a single tower may lack one."""
-        names = ("processor_config.json", "preprocessor_config.json")
-        is_whole = self.model_class is None or self.model_class.__name__ == "LLM2CLIPModel"
-        return is_whole or any((self.folder / name).is_file() for name in names)
+    def room(self) -> int:
+        """Number of tokens that a text may have beside the prompt."""
+        config = self.config
+        num_prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
+        return int(config.max_text_length) - num_prompt
 
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
         """Tokenize as a user of the bare tokenizer would; ids and mask are (B, L) int64."""
@@ -87,21 +80,25 @@ class ModelUnderTest:
             features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
-    @torch.no_grad()
     def encode_images(self, images: Sequence[Any]) -> Tensor:
         """Encode B images, (B, P) float32 of unit length."""
-        batch = self.processor(images=list(images)).to(self.device)
-        return F.normalize(self.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
+        return self.encode_prepared(self.processor(images=list(images)))
 
-    def list_ids(self, text: str, *, enclosed: bool = True) -> list[int]:
-        """Tokenize one text, truncated, and without the prompt unless `enclosed`."""
-        longest = self.config.max_text_length
-        if not enclosed:
-            longest -= len(self.config.prompt_prefix_ids) + len(self.config.prompt_suffix_ids)
-        ids = self.tokenizer(
-            text, add_special_tokens=enclosed, truncation=True, max_length=longest
-        )["input_ids"]
-        return [int(i) for i in ids]
+    @torch.no_grad()
+    def encode_prepared(self, batch: Any) -> Tensor:
+        """Encode B images that a processor has prepared, (B, P) float32 of unit length."""
+        features = self.model.get_image_features(**batch.to(self.device))
+        return F.normalize(features.pooler_output, dim=-1).cpu()
+
+    def list_ids(self, text: str) -> list[int]:
+        """Tokenize one text with its prompt, truncated."""
+        found = self.tokenizer(text, truncation=True, max_length=self.config.max_text_length)
+        return [int(i) for i in found["input_ids"]]
+
+    def list_bare_ids(self, text: str) -> list[int]:
+        """Tokenize one text without prompt, special tokens and truncation."""
+        found = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
+        return [int(i) for i in found["input_ids"]]
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: N texts or images, P `projection_dim`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -50,14 +50,15 @@ class Comparison:
         tolerance: Largest harmless distance.
         list_variants: Lists the errors to look for.
         encode_in_half: Returns the model's own embeddings in each half precision.
-        in_sequence: True if each input was sent alone, after the reply to the one before it.
+        in_sequence: True if each input was sent alone, after the reply to the one before it. Then
+            errors within the tolerance of half precision are looked for, too.
     """
 
     served: Tensor
     wanted: Tensor
     inputs: Sequence[Any]
     tolerance: float
-    list_variants: Callable[[], Sequence[Variant]]
+    list_variants: Callable[[], Iterable[Variant]]
     encode_in_half: Callable[[], dict[str, Tensor]]
     in_sequence: bool = False
 
@@ -72,17 +73,12 @@ class Comparison:
         served = F.normalize(self.served, dim=-1) if directions else self.served
         return float(measure_distances(served, self.wanted).max())
 
-    def explain(self, *, thorough: bool = False) -> str | None:
-        """Return one or two sentences on the difference and its cause; None if there is none.
-
-        A thorough search also looks for errors within the tolerance of half precision.
-        """
-        if self.measure() <= self.tolerance:
-            return _find_closer(self) if thorough and self.measure() > _ROUNDING else None
-        for find in (_find_broken, _find_equal_rows, _find_crosstalk, _find_length):
-            if (text := find(self)) is not None:
-                return text
-        return _find_rounded(self) or _find_cause(self)
+    def explain(self) -> str | None:
+        """Return one or two sentences on the difference and its cause; None if there is none."""
+        if (distance := self.measure()) <= self.tolerance:
+            return _find_closer(self) if self.in_sequence and distance > _ROUNDING else None
+        finders = (_find_broken, _find_crosstalk, _find_length, _find_rounded)
+        return next(filter(None, (find(self) for find in finders)), None) or _find_cause(self)
 
     def find_variants(self) -> list[tuple[float, str]]:
         """Compute each variant until one fits; return distances and names, nearest first."""
@@ -124,13 +120,6 @@ class Comparison:
             return float("inf")
         return float(measure_distances(direction, embeds).max())
 
-    def describe_lengths(self) -> str:
-        """Return a clause on lengths other than 1, or an empty string."""
-        lengths = self.served.norm(dim=-1)
-        if float((lengths - 1).abs().max()) <= max(self.tolerance, 1e-3):
-            return ""
-        return f", and lengths are {float(lengths.min()):.3g} to {float(lengths.max()):.3g}, not 1"
-
     def describe_distance(self) -> str:
         if not self.same_width:
             return (
@@ -166,18 +155,20 @@ def _find_rounded(compared: Comparison) -> str | None:
 def _find_cause(compared: Comparison) -> str:
     """Name the variant, or the dtype, that gives these embeddings."""
     found, moved = compared.find_variants(), compared.measure(directions=True)
-    if found and _explains(found[0][0], moved, tolerance=compared.tolerance):
-        distance, name = found[0]
-        return (
-            f"{compared.describe_distance()}: {name} (which gives them within {distance:.1e}"
-            f"{compared.describe_lengths()})."
-        )
+    distance, name = found[0] if found else (float("inf"), "")
+    # In half precision the tolerance may be larger than what an error costs.
+    if distance <= max(_EXPLAINED * min(moved, 2.0), min(compared.tolerance, moved / 2)):
+        lengths, note = compared.served.norm(dim=-1), ""
+        if float((lengths - 1).abs().max()) > max(compared.tolerance, 1e-3):
+            note = f", and lengths are {lengths.min():.3g} to {lengths.max():.3g}, not 1"
+        within = f"which gives them within {distance:.1e}{note}"
+        return f"{compared.describe_distance()}: {name} ({within})."
     if (dtype := _find_half_precision(compared)) is not None:
         return (
             f"{compared.describe_distance()}, as computing in {dtype} moves them here: the server "
             f"computes in less than float32. If it is meant to, give --served-dtype {dtype}."
         )
-    nearest = f"; the nearest: {found[0][1]} (still {found[0][0]:.1e} apart)" if found else ""
+    nearest = f"; the nearest: {name} (still {distance:.1e} apart)" if found else ""
     return f"{compared.describe_distance()}. No known error gives them{nearest}."
 
 
@@ -196,14 +187,6 @@ def _find_half_precision(compared: Comparison) -> str | None:
         if 1 / _AS_MUCH <= ratio <= _AS_MUCH and alike >= _SAME_ERROR:
             return dtype
     return None
-
-
-def _explains(distance: float, moved: float, *, tolerance: float) -> bool:
-    """Return whether a variant that leaves `distance` of `moved` is the cause.
-
-    In half precision the tolerance may be larger than what an error costs.
-    """
-    return distance <= max(_EXPLAINED * min(moved, 2.0), min(tolerance, moved / 2))
 
 
 def _find_closer(compared: Comparison) -> str | None:
@@ -236,18 +219,13 @@ def find_rounding(served: Tensor) -> str | None:
 
 
 def _find_broken(compared: Comparison) -> str | None:
-    served = compared.served
+    """Detect NaN, zeros, and one embedding for all inputs."""
+    served, wanted = compared.served, compared.wanted
     broken = (~served.isfinite()).any(dim=1)
     if broken.any():
         return f"{int(broken.sum())} of {len(served)} embeddings have NaN or infinity."
     if (served.norm(dim=-1) == 0).any():
         return f"{int((served.norm(dim=-1) == 0).sum())} of {len(served)} embeddings are zero."
-    return None
-
-
-def _find_equal_rows(compared: Comparison) -> str | None:
-    """Detect one embedding for all inputs."""
-    served, wanted = compared.served, compared.wanted
     if len(served) < 2 or float((wanted - wanted[:1]).norm(dim=-1).max()) <= compared.tolerance:
         return None
     if float((served - served[:1]).norm(dim=-1).max()) > compared.tolerance:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ..model_folders.golden_embeddings import render_golden_images
@@ -83,7 +83,7 @@ def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
 
 def _render_noise(
     generator: np.random.Generator, width: int, height: int, cells: Sequence[int]
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+) -> NDArray[np.float64]:
     """Add up smooth noise of several grids, the coarse ones stronger; (height, width)."""
     values = np.zeros((height, width))
     for cell in cells:
@@ -94,10 +94,8 @@ def _render_noise(
     return values
 
 
-def _stretch(
-    values: np.ndarray[Any, np.dtype[np.float64]],
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Stretch values to the full range of pixels, and clip the outermost percent."""
     low, high = np.percentile(values, (1, 99))
-    shown: np.ndarray[Any, np.dtype[np.float64]] = (values - low) / (high - low) * 255
+    shown: NDArray[np.float64] = (values - low) / (high - low) * 255
     return shown.clip(0, 255).astype(np.uint8)

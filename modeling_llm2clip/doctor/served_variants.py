@@ -6,9 +6,14 @@ Shapes: N texts or images, D width of the LLM, P `projection_dim`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import html
+import io
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -19,10 +24,10 @@ from torch import Tensor
 from ..base_llm2clip import set_attention_direction
 from ..heads_llm2clip import build_pooling_mask, pool_tokens
 from ..image_loading_llm2clip import load_images
-from .input_changes import list_image_changes, list_text_changes
 from .model_under_test import ModelUnderTest
 
 _EmbedIds: TypeAlias = Callable[[list[int]], Tensor]
+_Encode: TypeAlias = Callable[[Sequence[Any]], Tensor]
 
 # What servers and libraries truncate to by default.
 _COMMON_LENGTHS = (16, 32, 64, 77, 128, 256, 512, 1024, 2048)
@@ -35,6 +40,16 @@ _PIXEL_STATISTICS = {
 _INTERPOLATIONS = tuple(
     Image.Resampling[name] for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")
 )
+# Numbers of characters that gateways and databases cut texts off at.
+_COMMON_CUTS = (
+    64, 80, 100, 128, 140, 200, 250, 255, 256, 280, 300, 400, 500, 512, 768, 800, 1000, 1024, 1500,
+    2000, 2048, 2500, 3000, 4000, 4096, 5000, 8000, 8191, 8192, 10_000, 16_000, 16_384, 32_000,
+    32_768,
+)  # fmt: skip
+_PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "…": "..."})
+_JOINERS = re.compile("[\u200b-\u200d\ufe0e\ufe0f\ufeff]")
+_COMMON_SIDES = (224, 256, 336, 384, 448, 512, 640, 768, 1024)
+_COMMON_QUALITIES = (95, 90, 85, 80, 75, 70, 60, 50)
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Variant:
     """
 
     name: str
-    compute: Callable[[Sequence[Any]], Tensor]
+    compute: _Encode
     of_batch: bool = False
 
 
@@ -61,19 +76,12 @@ class TextVariants:
         config = tested.config
         self.prefix = list(config.prompt_prefix_ids)
         self.suffix = list(config.prompt_suffix_ids)
-        self.limit = int(config.max_text_length)
-
-    def list_ids(self, text: str) -> list[int]:
-        """Tokenize a text without prompt, special tokens and truncation."""
-        ids = self.tested.tokenizer(
-            text, add_special_tokens=False, truncation=False, verbose=False
-        )["input_ids"]
-        return [int(i) for i in ids]
+        self.limit, self.room = int(config.max_text_length), tested.room
 
     def list_variants(self, texts: Sequence[str]) -> list[Variant]:
         """List the errors that change at least one of these texts."""
-        lengths = {len(self.list_ids(text)) for text in texts}
-        errors = {**self._list_prompts(), **self._list_poolings(), **self._list_heads()}
+        lengths = {len(self.tested.list_bare_ids(text)) for text in texts}
+        errors = {**self._list_prompts(), **self._list_poolings_and_heads()}
         variants = [Variant(name, self._per_text(embed)) for name, embed in errors.items()]
         wrong = "causal" if self.tested.config.bidirectional else "bidirectional"
         variants.append(Variant(f"attention is {wrong}", self._encode_other_direction))
@@ -82,8 +90,8 @@ class TextVariants:
             for name, instruction in (self.tested.config.instructions or {}).items()
             if instruction.strip()
         ]
-        for name, change in (*changes, *list_text_changes(list(texts))):
-            variants.append(Variant(name, partial(self._encode_changed, change)))
+        for name, change in (*changes, *_list_text_changes(texts)):
+            variants.append(Variant(name, _encode_changed(self._per_text(self._enclose), change)))
         if len(lengths) > 1:
             variants += self._list_paddings()
         truncations = self._list_truncations(max(lengths)).items()
@@ -113,9 +121,6 @@ class TextVariants:
         ).last_hidden_state
         pooled = pool_tokens(hidden, mask, pooling=self.tested.config.text_pooling)
         return F.normalize(model.project_caption_embeds(pooled), dim=-1).cpu()
-
-    def _encode_changed(self, change: Callable[[str], str], texts: Sequence[str]) -> Tensor:
-        return self._per_text(self._enclose)([change(text) for text in texts])
 
     def _encode_other_direction(self, texts: Sequence[str]) -> Tensor:
         model, bidirectional = self.tested.model, self.tested.config.bidirectional
@@ -151,7 +156,8 @@ class TextVariants:
             )
         return errors
 
-    def _list_poolings(self) -> dict[str, _EmbedIds]:
+    def _list_poolings_and_heads(self) -> dict[str, _EmbedIds]:
+        model = self.tested.model
         if self.tested.config.text_pooling == "mean":
             other, name = "last_token", "last-token pooling instead of the mean"
         else:
@@ -161,11 +167,6 @@ class TextVariants:
             "first-token (CLS) pooling": lambda ids: self._embed(
                 [], [*self.prefix, *self._fit(ids), *self.suffix], first=True
             ),
-        }
-
-    def _list_heads(self) -> dict[str, _EmbedIds]:
-        model = self.tested.model
-        return {
             "the text adapter is left out": partial(self._enclose, head=model.text_projection),
             "text adapter and projection are left out": partial(
                 self._enclose, head=lambda pooled: pooled
@@ -176,11 +177,10 @@ class TextVariants:
     def _list_truncations(self, longest: int) -> dict[str, _EmbedIds]:
         """List other lengths, truncation at the other end, and no truncation."""
         prefix, suffix, embed = self.prefix, self.suffix, self._embed
-        num_prompt = len(prefix) + len(suffix)
-        room = self.limit - num_prompt
+        room, num_prompt = self.room, len(prefix) + len(suffix)
         errors: dict[str, _EmbedIds] = {
             f"texts are truncated to {length} tokens, not to {self.limit}": partial(
-                self._embed_beginning, length - num_prompt
+                self._enclose, room=length - num_prompt
             )
             for length in sorted({*_COMMON_LENGTHS, self.limit // 2, room} - {self.limit})
             if 0 < length - num_prompt < longest
@@ -199,25 +199,22 @@ class TextVariants:
         errors["long texts are split, and their parts averaged"] = self._average_parts
         return errors
 
-    def _embed_beginning(self, num_tokens: int, ids: list[int]) -> Tensor:
-        return self._embed(self.prefix, [*ids[:num_tokens], *self.suffix])
-
     def _average_parts(self, ids: list[int]) -> Tensor:
-        room = self.limit - len(self.prefix) - len(self.suffix)
-        parts = [ids[start : start + room] for start in range(0, len(ids), room)]
+        parts = [ids[start : start + self.room] for start in range(0, len(ids), self.room)]
         weights = torch.tensor([len(part) for part in parts], dtype=torch.float32).unsqueeze(1)
         embeds = torch.cat([self._enclose(part) for part in parts])  # (parts, P)
         return F.normalize((embeds * weights).sum(0, keepdim=True), dim=-1)
 
     def _per_text(self, embed: Callable[[list[int]], Tensor]) -> Callable[[Sequence[str]], Tensor]:
-        return lambda texts: torch.cat([embed(self.list_ids(text)) for text in texts])
+        return lambda texts: torch.cat([embed(self.tested.list_bare_ids(text)) for text in texts])
 
     def _fit(self, ids: list[int]) -> list[int]:
-        return ids[: self.limit - len(self.prefix) - len(self.suffix)]
+        return ids[: self.room]
 
-    def _enclose(self, ids: list[int], **options: Any) -> Tensor:
+    def _enclose(self, ids: list[int], *, room: int | None = None, **options: Any) -> Tensor:
         """Embed a text as the model does, except for the options."""
-        return self._embed(self.prefix, [*self._fit(ids), *self.suffix], **options)
+        kept = ids[: self.room if room is None else room]
+        return self._embed(self.prefix, [*kept, *self.suffix], **options)
 
     @torch.no_grad()
     def _embed(
@@ -246,36 +243,27 @@ class TextVariants:
         return F.normalize(head(embeds).float(), dim=-1).cpu()
 
 
-def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> list[Variant]:
-    """List errors in the preparation and encoding of images."""
+def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> Iterator[Variant]:
+    """Yield errors in the preparation and encoding of images."""
+    for name, change in _IMAGE_ERRORS.items():
+        yield Variant(name, _encode_changed(tested.encode_images, change))
+    yield Variant("the visual projection is left out", partial(_encode_unprojected, tested))
+    yield from _list_pixel_variants(tested)
+    for name, change in _list_image_changes(images):
+        yield Variant(name, _encode_changed(tested.encode_images, change))
     current = getattr(tested.processor.image_processor, "resample", None)
-    methods = [] if current is None else [m for m in _INTERPOLATIONS if int(m) != int(current)]
-    return [
-        *_list_changed(tested, _IMAGE_ERRORS.items()),
-        Variant("the visual projection is left out", partial(_encode_unprojected, tested)),
-        *_list_pixel_variants(tested),
-        *_list_changed(tested, list_image_changes(list(images))),
-        *(
-            Variant(
+    for method in _INTERPOLATIONS:
+        if current is not None and int(method) != int(current):
+            processor = copy.deepcopy(tested.processor)
+            processor.image_processor.resample = method
+            yield Variant(
                 f"images are resized by {method.name.lower()} interpolation",
-                partial(_encode_resampled, tested, method),
+                replace(tested, processor=processor).encode_images,
             )
-            for method in methods
-        ),
-    ]
 
 
-def _list_changed(
-    tested: ModelUnderTest, changes: Iterable[tuple[str, Callable[[Image.Image], Image.Image]]]
-) -> Iterator[Variant]:
-    for name, change in changes:
-        yield Variant(name, partial(_encode_changed, tested, change))
-
-
-def _encode_changed(
-    tested: ModelUnderTest, change: Callable[[Image.Image], Image.Image], images: Sequence[Any]
-) -> Tensor:
-    return tested.encode_images([change(image) for image in images])
+def _encode_changed(encode: _Encode, change: Callable[[Any], Any]) -> _Encode:
+    return lambda inputs: encode([change(one) for one in inputs])
 
 
 def _list_pixel_variants(tested: ModelUnderTest) -> Iterator[Variant]:
@@ -290,7 +278,7 @@ def _list_pixel_variants(tested: ModelUnderTest) -> Iterator[Variant]:
     def encode(change: Callable[[Tensor], Tensor], images: Sequence[Any]) -> Tensor:
         batch = tested.processor(images=list(images))
         batch["pixel_values"] = change(batch["pixel_values"] * own[1] + own[0])
-        return _encode_batch(tested, batch)
+        return tested.encode_prepared(batch)
 
     def normalize(by: Tensor, pixels: Tensor) -> Tensor:
         return (pixels - by[0]) / by[1]
@@ -313,23 +301,9 @@ def _to_tensor(statistics: Sequence[Any]) -> Tensor:
 
 
 @torch.no_grad()
-def _encode_batch(tested: ModelUnderTest, batch: Any) -> Tensor:
-    batch = batch.to(tested.device)
-    return F.normalize(tested.model.get_image_features(**batch).pooler_output, dim=-1).cpu()
-
-
-@torch.no_grad()
 def _encode_unprojected(tested: ModelUnderTest, images: Sequence[Any]) -> Tensor:
     batch = tested.processor(images=list(images)).to(tested.device)
     return F.normalize(tested.model.get_vision_embeds(**batch), dim=-1).cpu()
-
-
-def _encode_resampled(
-    tested: ModelUnderTest, method: Image.Resampling, images: Sequence[Any]
-) -> Tensor:
-    processor = copy.deepcopy(tested.processor)
-    processor.image_processor.resample = method
-    return _encode_batch(tested, processor(images=list(images)))
 
 
 def _crop_square(image: Image.Image) -> Image.Image:
@@ -356,3 +330,78 @@ _IMAGE_ERRORS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "images are cropped to a square where the model stretches them": _crop_square,
     "images are stretched to a square where the model crops them": _stretch_square,
 }
+
+
+_TEXT_CHANGES: dict[str, Callable[[str], str]] = {
+    "texts are lowercased": str.lower,
+    "line breaks are replaced by spaces": lambda text: text.replace("\n", " "),
+    "all line breaks are replaced by spaces": lambda text: re.sub(r"\r\n?|\n", " ", text),
+    "line breaks are removed": lambda text: re.sub(r"[\r\n]", "", text),
+    "line breaks are rewritten as \\n": lambda text: re.sub(r"\r\n?", "\n", text),
+    "whitespace is collapsed": lambda text: " ".join(text.split()),
+    "texts are normalized to NFC": partial(unicodedata.normalize, "NFC"),
+    "texts are normalized to NFKC": partial(unicodedata.normalize, "NFKC"),
+    "texts are normalized to NFD": partial(unicodedata.normalize, "NFD"),
+    "texts are normalized to NFKD": partial(unicodedata.normalize, "NFKD"),
+    "accents are removed": lambda text: "".join(
+        part for part in unicodedata.normalize("NFD", text) if not unicodedata.combining(part)
+    ),
+    "characters outside of ASCII are removed": lambda text: text.encode("ascii", "ignore").decode(),
+    "characters outside of ASCII become question marks": (
+        lambda text: text.encode("ascii", "replace").decode()
+    ),
+    "emoji are removed": lambda text: "".join(
+        part for part in text if unicodedata.category(part) not in ("So", "Sk")
+    ),
+    "invisible joiners are removed": lambda text: _JOINERS.sub("", text),
+    "typographic quotes and dashes are made plain": lambda text: text.translate(_PLAIN),
+    "HTML entities are unescaped": html.unescape,
+    "texts are escaped for HTML": html.escape,
+    "HTML tags are removed": lambda text: re.sub(r"<[^<>]*>", "", text),
+    "punctuation is removed": lambda text: re.sub(r"[^\w\s]", "", text),
+}
+
+
+def _list_text_changes(texts: Sequence[str]) -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Yield the name and function of each change that shows in some of these texts."""
+    for name, change in _TEXT_CHANGES.items():
+        if any(change(text) != text for text in texts):
+            yield name, change
+    longest = max(map(len, texts))
+    for count in _COMMON_CUTS:
+        if count < longest:
+            yield f"texts are truncated to {count:,} characters", itemgetter(slice(count))
+
+
+def _list_image_changes(
+    images: Sequence[Any],
+) -> Iterator[tuple[str, Callable[[Image.Image], Image.Image]]]:
+    """Yield the name and function of each change that shows in some of these images."""
+    largest = max(max(image.size) for image in images)
+    for side in _COMMON_SIDES:
+        if side < largest:
+            for method in _INTERPOLATIONS:
+                yield (
+                    f"images are shrunk to {side} pixels by {method.name.lower()} interpolation",
+                    partial(_shrink, side, method),
+                )
+    for quality in _COMMON_QUALITIES:
+        yield f"images are saved as JPEG of quality {quality}", partial(_save_as_jpeg, quality)
+    yield "images are made gray", lambda image: load_images(image).convert("L").convert("RGB")
+    yield (
+        "images are reduced to 256 colors",
+        lambda image: load_images(image).quantize(256).convert("RGB"),
+    )
+
+
+def _shrink(side: int, method: Image.Resampling, image: Image.Image) -> Image.Image:
+    image = load_images(image).copy()
+    if max(image.size) > side:
+        image.thumbnail((side, side), method, reducing_gap=None)
+    return image
+
+
+def _save_as_jpeg(quality: int, image: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    load_images(image).save(file, format="JPEG", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")

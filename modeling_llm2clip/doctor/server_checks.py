@@ -38,7 +38,7 @@ from .model_report import (
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 from .served_difference import Comparison, find_rounding
 from .served_inputs import EXACT_TEXTS, render_odd_images, render_photographs
-from .served_variants import TextVariants, Variant, list_image_variants
+from .served_variants import TextVariants, list_image_variants
 
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
@@ -69,21 +69,14 @@ class _Served:
             )
         return found
 
-    @property
-    def room(self) -> int:
-        """Number of tokens that a text may have beside the prompt."""
-        config = self.tested.config
-        num_prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
-        return int(config.max_text_length) - num_prompt
-
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
         """Write the longest text of whole words within this number of tokens."""
-        tokens, known = TextVariants(self.tested), _WORDS.split()
+        known = _WORDS.split()
         first %= len(known)
         words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
 
         def count(num_words: int) -> int:
-            return len(tokens.list_ids(" ".join(words[:num_words])))
+            return len(self.tested.list_bare_ids(" ".join(words[:num_words])))
 
         num_words = bisect_right(range(1, len(words) + 1), num_tokens, key=count)
         return " ".join(words[: max(num_words, 1)])
@@ -98,31 +91,25 @@ class _Served:
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             return torch.cat(list(pool.map(self.embed, requests)))
 
-    def compare(
-        self, served: Tensor, inputs: Sequence[Any], *, in_sequence: bool = False
-    ) -> Comparison:
-        def list_variants() -> Sequence[Variant]:
-            if isinstance(inputs[0], str):
-                return TextVariants(self.tested).list_variants(inputs)
-            return list_image_variants(self.tested, inputs)
-
-        def encode_in_half() -> dict[str, Tensor]:
-            models = self.in_half_precision.items()
-            return {name: _encode(tested, inputs) for name, tested in models}
-
-        return Comparison(
+    def require_equal(
+        self, served: Tensor, inputs: Sequence[Any], *, where: str, in_sequence: bool = False
+    ) -> float:
+        """Raise ValueError with the cause if embeddings differ; return their distance."""
+        compared = Comparison(
             served=served,
             wanted=_encode(self.tested, inputs),
             inputs=inputs,
             tolerance=self.tolerance,
-            list_variants=list_variants,
-            encode_in_half=encode_in_half,
+            list_variants=lambda: (
+                TextVariants(self.tested).list_variants(inputs)
+                if isinstance(inputs[0], str)
+                else list_image_variants(self.tested, inputs)
+            ),
+            encode_in_half=lambda: {
+                name: _encode(tested, inputs) for name, tested in self.in_half_precision.items()
+            },
             in_sequence=in_sequence,
         )
-
-    def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> float:
-        """Raise ValueError with the cause if embeddings differ; return their distance."""
-        compared = self.compare(served, inputs)
         if (text := compared.explain()) is not None:
             raise ValueError(f"{where}: {text}")
         return compared.measure()
@@ -130,13 +117,9 @@ class _Served:
     def require_equal_alone(self, inputs: Sequence[Any]) -> tuple[Tensor, float]:
         """Send each input alone, and compare them thoroughly; return embeddings and distance."""
         served = torch.cat([self.embed([one]) for one in inputs])
-        compared = self.compare(served, inputs, in_sequence=True)
-        if (text := compared.explain(thorough=True)) is not None:
-            raise ValueError(f"one at a time: {text}")
-        return served, compared.measure()
+        return served, self.require_equal(served, inputs, where="one at a time", in_sequence=True)
 
     def check_together(self, *batches: Sequence[Any], where: Sequence[str]) -> str:
-        """Send each batch in one request."""
         distances = [
             self.require_equal(self.embed(batch), batch, where=name)
             for batch, name in zip(batches, where, strict=True)
@@ -196,7 +179,7 @@ def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served
 
 def _list_exact_texts(served: _Served) -> list[str]:
     """Texts that servers rewrite, and pairs that a cache keyed by part of a text mixes up."""
-    shared = served.write_text(max(served.room - _TOKENS_OF_ENDS, 1))
+    shared = served.write_text(max(served.tested.room - _TOKENS_OF_ENDS, 1))
     pairs = [*(f"{shared} {end}" for end in _ENDS), *(f"{end} {shared}" for end in _ENDS)]
     return [*EXACT_TEXTS, *pairs]
 
@@ -208,7 +191,7 @@ def _check_batched_texts(served: _Served) -> str:
 
 def _check_mixed_lengths(served: _Served) -> str:
     """Send texts from one token to the limit at once, which shows padding and truncation."""
-    room = served.room
+    room = served.tested.room
     counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
     # Each begins with another word, so that none equals another that is truncated.
     texts = [served.write_text(count, first=number) for number, count in enumerate(counts)]
@@ -312,7 +295,6 @@ def _check_batched_images(served: _Served) -> str:
 
 
 def _check_concurrent_inputs(served: _Served) -> str:
-    """Send texts and images at once."""
     known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
     count = served.config.concurrency * _REQUESTS_PER_THREAD
     inputs = [known[row % len(known)] for row in range(count)]

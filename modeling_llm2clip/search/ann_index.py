@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from .._suggestions import counted
-from .exact_search import find_greatest_cosines, measure_recall
 from .index_database import IndexDatabase
 from .vector_table import AnnIndex
 
@@ -34,6 +33,8 @@ _REFINE_FACTORS = (50, 200)
 # Its partitions fit images of today as long as not many more have come.
 _MOST_GROWTH = 1.25
 _TIMED = 20
+# Two ways to add up a cosine in float32 differ by less.
+_ROUNDING = 1e-5
 
 Report = Callable[[str], object]
 
@@ -129,6 +130,31 @@ def time_search(
         database.search(query, top_k=_TOP_K, ann=ann)
         seconds.append(time.perf_counter() - started)
     return round(1000 * statistics.median(seconds), 2)
+
+
+def find_greatest_cosines(
+    queries: np.ndarray[Any, Any], parts: Iterable[np.ndarray[Any, Any]], *, top_k: int
+) -> np.ndarray[Any, Any]:
+    """Find the greatest cosines of unit embeddings, (Q, top_k) in descending order."""
+    best = np.empty((len(queries), 0), dtype=np.float32)
+    for part in parts:
+        best = np.concatenate([best, queries @ part.T], axis=1)
+        if best.shape[1] > top_k:
+            best = np.partition(best, -top_k, axis=1)[:, -top_k:]
+    return -np.sort(-best, axis=1)
+
+
+def measure_recall(found: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
+    """Measure the share of the nearest images that a search has found.
+
+    An image counts if its cosine is at least the smallest of the exact results, so that images of
+    equal cosines stand for each other.
+    """
+    hits = [
+        min(sum(cosine >= row[-1] - _ROUNDING for cosine in cosines), len(row)) / len(row)
+        for cosines, row in zip(found, greatest, strict=True)
+    ]
+    return float(np.mean(hits))
 
 
 def describe_ann(ann: AnnIndex) -> str:

@@ -29,7 +29,9 @@ def export_faiss(database: IndexDatabase, image_dir: Path, file: Path) -> Path:
     import faiss
 
     names_file = file.with_name(f"{file.name}.json")
-    require_new_files(file)
+    for path in (file, names_file):
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists. Name a new file, or remove it.")
     num_rows = database.count()
     if num_rows == 0:
         raise ValueError(f"{database.location} holds no image. Index a folder into it first.")
@@ -50,13 +52,6 @@ def export_faiss(database: IndexDatabase, image_dir: Path, file: Path) -> Path:
     return names_file
 
 
-def require_new_files(file: Path) -> None:
-    """Raise FileExistsError where a file of the export is there already."""
-    for path in (file, file.with_name(f"{file.name}.json")):
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists. Name a new file, or remove it.")
-
-
 def make_faiss_index(database: IndexDatabase, num_rows: int) -> Any:
     """Make an empty index of FAISS, trained for these images."""
     import faiss
@@ -67,13 +62,9 @@ def make_faiss_index(database: IndexDatabase, num_rows: int) -> Any:
     num_partitions = round(num_rows**0.5)
     kind = f"IVF{num_partitions},SQfp16"
     index: Any = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
-    index.train(_sample(database, num_rows, count=num_partitions * _TRAINED_ON_PER_PARTITION))
+    # About as many embeddings as it needs, from everywhere in the index.
+    step = max(1, num_rows // (num_partitions * _TRAINED_ON_PER_PARTITION))
+    parts = [embeds[::step] for _, embeds in database.iterate_embeddings()]
+    index.train(np.ascontiguousarray(np.concatenate(parts)))
     index.nprobe = max(1, round(_SHARE_VISITED * num_partitions))
     return index
-
-
-def _sample(database: IndexDatabase, num_rows: int, *, count: int) -> np.ndarray[Any, Any]:
-    """Take about so many embeddings from everywhere in the index."""
-    step = max(1, num_rows // count)
-    parts = [embeds[::step] for _, embeds in database.iterate_embeddings()]
-    return np.ascontiguousarray(np.concatenate(parts))

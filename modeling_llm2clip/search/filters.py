@@ -56,7 +56,6 @@ def check_filter(where: str, columns: Iterable[str]) -> None:
 
 
 def explain_filter(where: str, problem: str, columns: Iterable[str]) -> str:
-    """Return what is wrong with a filter, and what is allowed."""
     shown = where if len(where) <= _SHOWN else where[: _SHOWN - 1] + "…"
     return (
         f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}; compare "

@@ -20,7 +20,6 @@ from ..encoding.batches import split_evenly
 from ..encoding.encoder_interface import Encoder
 from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
 from ..model_folders.training_images import ImageTally
-from .index_database import ImageFacts
 
 _EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
@@ -34,7 +33,7 @@ class ReadImages:
     Attributes:
         paths: N files that were encoded, in the order that was given.
         embeds: (N, P) float32 on the CPU, of unit length.
-        facts: Facts of each of them.
+        facts: Width and height in pixels, upright, and when the camera took it, of each of them.
         errors: Error of each file that cannot be read.
         digests: SHA-256 of the bytes that were read, broken and known ones included; without files
             that are not read, as they are gone or no images.
@@ -42,7 +41,7 @@ class ReadImages:
 
     paths: list[Path]
     embeds: Tensor
-    facts: list[ImageFacts]
+    facts: list[dict[str, Any]]
     errors: dict[Path, str]
     digests: dict[Path, str]
 
@@ -87,7 +86,7 @@ class _Reader:
     """Decodes files in threads, and notes what each contains."""
 
     known: Container[str] | None
-    facts: dict[Path, ImageFacts] = field(default_factory=dict)
+    facts: dict[Path, dict[str, Any]] = field(default_factory=dict)
     digests: dict[Path, str] = field(default_factory=dict)
     first_of: dict[str, Path] = field(default_factory=dict)  # the file of a digest to encode
 
@@ -110,7 +109,7 @@ class _Reader:
         with read_image_header(io.BytesIO(content), name=str(path)) as opened:
             taken = find_time_taken(opened)
             image: Image.Image = load_images(opened)
-        self.facts[path] = ImageFacts(image.width, image.height, taken)
+        self.facts[path] = {"width": image.width, "height": image.height, "taken": taken}
         return image
 
     def name_error(self, path: Path, error: ValueError) -> str:

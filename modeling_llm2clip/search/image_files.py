@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -60,15 +60,22 @@ class ImageFiles:
             (self.closed_folders, "folders that cannot be listed", "Check who may read them."),
         ):
             if paths:
-                lines.append(f"Skipped {len(paths):,} {what}: {_list_some(paths)}. {remedy}")
+                lines.append(f"Skipped {len(paths):,} {what}: {list_some(paths)}. {remedy}")
         return "\n".join(lines)
 
     def _describe_formats(self) -> str:
         counts = Counter(map(_suffix, self.skipped))
         shares = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
+        remedies = [
+            f"To read {_list(counts.keys() & suffixes)}: {remedy}."
+            for remedy, suffixes in _REMEDIES.items()
+            if counts.keys() & suffixes
+        ]
+        if others := set(counts).difference(*_REMEDIES.values()):
+            remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
         return (
             f"Skipped {counted(len(self.skipped), 'image file')} that Pillow cannot read here "
-            f"({shares}): {_list_some(self.skipped)}. {_describe_remedies(set(counts))}"
+            f"({shares}): {list_some(self.skipped)}. {' '.join(remedies)}"
         )
 
 
@@ -82,7 +89,26 @@ def list_images(image_dir: str | Path) -> ImageFiles:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder. Give one that holds images.")
     readable = list_readable_suffixes()
-    found = _sort(folder, readable)
+    found = ImageFiles([], [])
+    closed: list[OSError] = []
+    looked_at = readable | OPTIONAL_IMAGE_SUFFIXES | {""}
+    for root, folders, files in os.walk(folder, onerror=closed.append):
+        paths = [Path(root, name) for name in folders]
+        found.linked_folders.extend(path for path in paths if path.is_symlink())
+        for path in (Path(root, name) for name in files):
+            suffix = _suffix(path)
+            if suffix not in looked_at:
+                continue
+            if _is_file(path):
+                if suffix:
+                    (found.readable if suffix in readable else found.skipped).append(path)
+            elif path.is_symlink():
+                found.dangling.append(path)
+    for error in closed:
+        raise_disk_failure(error, error.filename)
+    found.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
+    for paths in vars(found).values():
+        paths.sort()
     if not found.readable:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
         raise ValueError(
@@ -131,7 +157,7 @@ def records_from_images(
     errors = ErrorCollector()
     if skip_invalid and unnamed:
         count = counted(len(unnamed), "image")
-        report(f"Skipped {count} without a Unicode name: {_list_some(unnamed)}. Rename.")
+        report(f"Skipped {count} without a Unicode name: {list_some(unnamed)}. Rename.")
     elif unnamed:
         for name in unnamed:
             errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
@@ -146,30 +172,6 @@ def records_from_images(
         CaptionedImage(image=path, name=name, group_id=name, captions=())
         for path, name in zip(images, names, strict=True)
     )
-
-
-def _sort(folder: Path, readable: Set[str]) -> ImageFiles:
-    found = ImageFiles([], [])
-    closed: list[OSError] = []
-    looked_at = readable | OPTIONAL_IMAGE_SUFFIXES | {""}
-    for root, folders, files in os.walk(folder, onerror=closed.append):
-        paths = [Path(root, name) for name in folders]
-        found.linked_folders.extend(path for path in paths if path.is_symlink())
-        for path in (Path(root, name) for name in files):
-            suffix = _suffix(path)
-            if suffix not in looked_at:
-                continue
-            if _is_file(path):
-                if suffix:
-                    (found.readable if suffix in readable else found.skipped).append(path)
-            elif path.is_symlink():
-                found.dangling.append(path)
-    for error in closed:
-        raise_disk_failure(error, error.filename)
-    found.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
-    for paths in vars(found).values():
-        paths.sort()
-    return found
 
 
 def _is_file(path: Path) -> bool:
@@ -190,19 +192,8 @@ def _suffix(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _describe_remedies(suffixes: set[str]) -> str:
-    remedies = [
-        f"To read {_list(suffixes & of_remedy)}: {remedy}."
-        for remedy, of_remedy in _REMEDIES.items()
-        if suffixes & of_remedy
-    ]
-    if others := suffixes.difference(*_REMEDIES.values()):
-        remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
-    return " ".join(remedies)
-
-
-def _list_some(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+def list_some(names: Sequence[object], separator: str = ", ") -> str:
+    return separator.join([*map(str, names[:_SHOWN]), *["…"] * (len(names) > _SHOWN)])
 
 
 def _list(suffixes: set[str]) -> str:

@@ -157,7 +157,7 @@ class ImageIndex:
                 not trained; or the database is of another model or folder, is damaged, or is
                 being written by another process.
         """
-        from .index_building import build_index
+        from .index_update import build_index
 
         database, encoder = build_index(
             model, Path(image_dir), str(path), config or IndexConfig(), report=report
@@ -288,10 +288,15 @@ class ImageIndex:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
         ann, most = self._choose_ann(where, exact, num_rows), min(top_k, num_rows)
-        found = [
-            self._search_one(one, row, most, where, ann)
-            for one, row in zip(named, embeds, strict=True)
-        ]
+        found = []
+        for one, embedding in zip(named, embeds, strict=True):
+            find = partial(self._database.search, embedding, top_k=most, where=where)
+            rows = find(ann=ann) if most else []
+            if ann is not None and len(rows) < most:  # the visited partitions have no more
+                rows = find()
+            hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
+            columns = [{name: row[name] for name in COLUMNS} for row in rows]
+            found.append(SearchResult(one.name, hits, one.image, columns))
         self._require_same_model()  # it may have been replaced meanwhile
         return found
 
@@ -334,22 +339,6 @@ class ImageIndex:
                 f"and was opened for {opened.model}, which gives other embeddings: "
                 f"{'; '.join(differences)}. Put back an index of that model, or open this one anew."
             )
-
-    def _search_one(
-        self,
-        query: NamedQuery,
-        embedding: np.ndarray[Any, Any],
-        top_k: int,
-        where: str | None,
-        ann: AnnIndex | None,
-    ) -> SearchResult:
-        find = partial(self._database.search, embedding, top_k=top_k, where=where)
-        rows = find(ann=ann) if top_k else []
-        if ann is not None and len(rows) < top_k:  # the partitions that were visited have no more
-            rows = find()
-        hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
-        columns = [{name: row[name] for name in COLUMNS} for row in rows]
-        return SearchResult(query.name, hits, query.image, columns)
 
     def _choose_ann(self, where: str | None, exact: bool, num_rows: int) -> AnnIndex | None:
         """Return the approximate index to use, if any; `num_rows` images pass the filter."""

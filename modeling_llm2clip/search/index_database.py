@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,23 +38,12 @@ from .vector_table import (
 T = TypeVar("T")
 
 FORMAT_VERSION = 2
+FACTS = ("width", "height", "taken")
+"""Columns that are read from the content of an image: upright pixels, and when it was taken."""
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
 _VALUES_AT_ONCE = 500  # in a filter
 # How soon an open index sees what another process has written.
 _SEEN_AFTER_S = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTally:
-    """The content of an `ImageTally`.
-
-    Attributes:
-        num_images: Images, at least one.
-        total: The sum of their embeddings before the projection, each of unit length.
-    """
-
-    num_images: int
-    total: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +58,9 @@ class About:
         image_dir: Folder of the images.
         width: P of the embeddings.
         ann: The approximate index; None where none was built.
-        tally: The images that were encoded into it, of a model that has a summary of the images
-            that it was trained on; what was removed since is still among them.
+        tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
+            it, of a model that has a summary of the images that it was trained on; what was
+            removed since is still among them.
     """
 
     model: str
@@ -80,22 +69,7 @@ class About:
     image_dir: str
     width: int
     ann: AnnIndex | None = None
-    tally: StoredTally | None = None
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """Properties of an image, beside those of its file, that a search may filter by.
-
-    Attributes:
-        width: Pixels, upright.
-        height: Pixels, upright.
-        taken: When the camera took it, by its clock, from EXIF; None where it does not say.
-    """
-
-    width: int
-    height: int
-    taken: datetime | None
+    tally: Mapping[str, Any] | None = None
 
 
 class IndexDatabase:
@@ -112,28 +86,26 @@ class IndexDatabase:
 
     @classmethod
     def open(cls, location: str | Path) -> IndexDatabase:
-        """Open a database that `llm2clip index` wrote."""
         location = str(location)
-        require_place(location)
         table = _connect(location)
-        return cls(location, table, _require_about(location, table))
+        return cls(location, table, _read_about(location, table))
 
     @classmethod
     def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
         """Open a database, or make one without images."""
         location = str(location)
-        require_place(location, is_new=True)
-        table = _connect(location)
-        found = _read_about(location, table)
-        has_images = IMAGES in table.list_tables()
-        if found is None and has_images:
+        table = _connect(location, is_new=True)
+        with _explained(location, "read"):
+            tables = table.list_tables()
+        is_new, has_images = ABOUT not in tables, IMAGES in tables
+        if is_new and has_images:
             raise ValueError(
                 f"{location} has a table `{IMAGES}` that llm2clip index did not write. Name a "
                 "new database."
             )
-        about = found or describe()
+        about = describe() if is_new else _read_about(location, table)
         with _explained(location, "written"):
-            if found is None:
+            if is_new:
                 _write_about(table, about)
             if not has_images:
                 table.create(about.width)
@@ -149,10 +121,10 @@ class IndexDatabase:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
                 return
             require_place(self.location)
-            self.about = _require_about(self.location, self._table)
+            self.about = _read_about(self.location, self._table)
             with _explained(self.location, "read"):
                 self._table.reopen()
-            self.about = _require_about(self.location, self._table)
+            self.about = _read_about(self.location, self._table)
             self._looked_at = time.monotonic()
 
     def _read(self, function: Callable[[VectorTable], T]) -> T:
@@ -180,7 +152,6 @@ class IndexDatabase:
 
     @contextmanager
     def changing(self) -> Iterator[VectorTable]:
-        """Yield the table for changes, and explain their errors."""
         with _explained(self.location, "written"):
             yield self._table
 
@@ -219,33 +190,32 @@ class IndexDatabase:
         for batch in self.iterate(["path", "embedding"]):
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
-    def find_by_digest(
-        self, digests: Sequence[str]
-    ) -> dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]]:
-        """Map the SHA-256 of image files to facts and embedding, (P,), of those that are there."""
-        found: dict[str, tuple[ImageFacts, np.ndarray[Any, Any]]] = {}
-        names = ["width", "height", "taken"]
+    def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
+        found: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
-            for batch in self.iterate(["sha256", *names, "embedding"], condition):
-                facts = (ImageFacts(**row) for row in batch.select(names).to_pylist())
-                pairs = zip(facts, _to_matrix(batch["embedding"]), strict=True)
-                found |= dict(zip(batch["sha256"].to_pylist(), pairs, strict=True))
+            for batch in self.iterate(["sha256", *FACTS, "embedding"], condition):
+                rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
+                for digest, row, embed in zip(
+                    batch["sha256"].to_pylist(), rows, embeds, strict=True
+                ):
+                    found[digest] = {**row, "embedding": embed}
         return found
 
-    def write(self, rows: Mapping[str, Sequence[Any]], embeddings: np.ndarray[Any, Any]) -> None:
+    def write(
+        self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any] | None = None
+    ) -> None:
         """Add images, and replace those of the same path, in one commit.
 
-        Rows hold all columns and `stat`; embeddings are (rows, P).
+        Rows hold all columns and `stat`; embeddings are (rows, P). Without embeddings, some columns
+        are replaced of images that are there.
         """
-        flat = pa.array(embeddings.astype(np.float32).ravel())
-        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+        if embeddings is not None:
+            flat = pa.array(embeddings.astype(np.float32).ravel())
+            lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+            rows = {**rows, "embedding": lists}
         with self.changing() as table:
-            table.write({**rows, "embedding": lists}, adds=True)
-
-    def note_touched(self, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Replace some columns of files that were touched but not changed."""
-        with self.changing() as table:
-            table.write(rows, adds=False)
+            table.write(rows, adds=embeddings is not None)
 
     def remove(self, paths: Sequence[str]) -> None:
         with self.changing() as table:
@@ -311,7 +281,6 @@ class DatabaseProcess(IndexDatabase):
         self._pool.shutdown(cancel_futures=True)
 
     def wait(self) -> DatabaseProcess:
-        """Wait until the database is open."""
         self.about = self._opening.result()
         return self
 
@@ -361,7 +330,8 @@ def require_place(location: str, *, is_new: bool = False) -> None:
         require_database_folder(Path(location), is_new=is_new)
 
 
-def _connect(location: str) -> VectorTable:
+def _connect(location: str, *, is_new: bool = False) -> VectorTable:
+    require_place(location, is_new=is_new)
     with _explained(location, "opened"):
         return open_table(location)
 
@@ -371,21 +341,13 @@ def _write_about(table: VectorTable, about: About) -> None:
     table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
 
 
-def _require_about(location: str, table: VectorTable) -> About:
-    about = _read_about(location, table)
-    if about is None:
-        raise _refuse(location)
-    return about
-
-
-def _read_about(location: str, table: VectorTable) -> About | None:
-    """Read the `About` of an index; None if there is no index."""
+def _read_about(location: str, table: VectorTable) -> About:
     with _explained(location, "read"):
-        if ABOUT not in table.list_tables():
-            return None
-        found = table.read_about()
+        found = table.read_about() if ABOUT in table.list_tables() else pa.table({})
     if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
-        raise _refuse(location)
+        raise IndexUnavailableError(
+            f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}"
+        )
     version = found["format_version"][0].as_py()
     if version != FORMAT_VERSION:
         raise IndexUnavailableError(
@@ -394,21 +356,13 @@ def _read_about(location: str, table: VectorTable) -> About | None:
         )
     try:
         values = json.loads(found["content"][0].as_py())
-        ann, tally = values.pop("ann"), values.pop("tally", None)
-        return About(
-            **values,
-            ann=None if ann is None else AnnIndex(**ann),
-            tally=None if tally is None else StoredTally(**tally),
-        )
+        ann = values.pop("ann")
+        return About(**values, ann=None if ann is None else AnnIndex(**ann))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise IndexUnavailableError(
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
             "and index the images again."
         ) from error
-
-
-def _refuse(location: str) -> IndexUnavailableError:
-    return IndexUnavailableError(f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}")
 
 
 @contextmanager

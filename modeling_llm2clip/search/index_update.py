@@ -1,4 +1,4 @@
-"""Updates an index to match its folder: new, changed and removed images, and nothing else.
+"""Builds the index of a folder, and updates it: new, changed and removed images, and nothing else.
 
 A file whose size and times are those of the last run is not read. One that was touched, renamed or
 copied is read and not encoded, because its content has an embedding already. Images are committed
@@ -7,50 +7,193 @@ some at a time, so that a run that is stopped or killed is continued by the next
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from .._suggestions import counted
 from ..configs.search_config import IndexConfig
+from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.records.record_loading import find_example_data
 from ..data.remote.remote_access import raise_disk_failure
-from ..model_folders.training_images import ImageTally
+from ..encoding.devices import find_device
+from ..model_folders.training_images import ImageTally, describe_far_images
+from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_encoding import encode_readable_images
-from .index_database import ImageFacts, IndexDatabase
+from .image_files import list_images, list_some
+from .index_database import FACTS, About, IndexDatabase, join_fingerprints
+from .model_identity import (
+    find_whole_model,
+    fingerprint_whole_model,
+    hash_file_facts,
+    name_model,
+    require_same_model,
+    restore_tally,
+    store_tally,
+)
 from .query_encoding import QueryEncoder
 
+# Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
+_NUM_QUERIES = 200
 _COMMITTED_AT_ONCE = 512
-_SHOWN = 8
 _WRITTEN = "was written while it was read. Index again."
-_FactsAndEmbedding: TypeAlias = tuple[ImageFacts, np.ndarray[Any, Any]]
+
+Report = Callable[[str], object]
+
+
+def build_index(
+    model: str | Path,
+    image_dir: Path,
+    location: str,
+    config: IndexConfig,
+    *,
+    report: Report | None = None,
+) -> tuple[IndexDatabase, QueryEncoder]:
+    """Index a folder, or update its index; return the database and the encoder of its queries."""
+    find_device(config.device)  # before what takes long
+    files = list_images(image_dir)
+    warn = report or partial(warnings.warn, stacklevel=3)
+    say = report or (lambda _: None)
+    if skipped := files.describe_skipped():
+        warn(skipped)
+    folder = find_whole_model(model)
+    place: dict[str, Any] = {
+        "model": name_model(model),
+        "model_files": hash_file_facts(folder),
+        "image_dir": str(image_dir.resolve()),
+    }
+    database = _open(model, folder, place, location)
+    encoder = QueryEncoder(folder, config.device)
+    tally = restore_tally(database.about)
+
+    def note_place() -> None:
+        """Record where model and images are now, and which images were encoded."""
+        about = replace(database.about, **place, tally=store_tally(tally))
+        if about != database.about:
+            database.write_about(about)
+
+    with database.writing():
+        update = FolderUpdate(database, image_dir, encoder, config, tally)
+        try:
+            update.run(files.readable)
+        except KeyboardInterrupt:
+            note_place()
+            warn(f"What was encoded is in {location}; the same call continues there.")
+            raise
+        say(str(update))
+        if update.errors:
+            warn(update.describe_errors())
+        has_changed = update.added + update.changed + update.removed > 0
+        _update_ann(database, encoder, config, has_changed=has_changed, report=say)
+        note_place()
+    if far := describe_far_images(folder, tally):
+        warn(far)
+    return database, encoder
+
+
+def _open(model: str | Path, folder: Path, place: dict[str, Any], location: str) -> IndexDatabase:
+    database = IndexDatabase.create(
+        location,
+        lambda: About(
+            **place,
+            fingerprint=join_fingerprints(fingerprint_whole_model(folder)),
+            width=LLM2CLIPConfig.from_pretrained(folder).projection_dim,
+        ),
+    )
+    require_same_model(database, model, folder)
+    indexed = database.about.image_dir
+    if indexed != place["image_dir"] and Path(indexed).is_dir() and database.count():
+        raise ValueError(
+            f"{location} is the index of {indexed}, and would lose those images to the ones in "
+            f"{place['image_dir']}. Name a new database, or index a folder that holds both."
+        )
+    return database
+
+
+def _update_ann(
+    database: IndexDatabase,
+    encoder: QueryEncoder,
+    config: IndexConfig,
+    *,
+    has_changed: bool,
+    report: Report,
+) -> None:
+    """Train, tune or drop the approximate index, depending on the number of images."""
+    about = database.about
+    if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
+        if about.ann is not None:
+            with database.changing() as table:
+                table.drop_ann()
+            database.write_about(replace(about, ann=None))
+        return
+    is_used = about.ann is not None and about.ann.is_used
+    trains = needs_training(database) or (config.ann == "always" and not is_used)
+    if not trains and not (is_used and has_changed):
+        return
+    queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
+    if trains or about.ann is None:
+        if about.ann is not None:
+            # Who searches meanwhile must not visit new partitions in the number of the old ones.
+            database.write_about(replace(about, ann=None))
+        always = config.ann == "always"
+        ann = train_ann(
+            database, queries, min_recall=config.min_recall, always=always, report=report
+        )
+    else:
+        ann = tune_ann(database, about.ann, queries, min_recall=config.min_recall)
+        report(describe_ann(ann))
+    database.write_about(replace(about, ann=ann))
+
+
+def choose_texts(count: int) -> list[str]:
+    """Choose different English captions of the example images, the same ones at each call."""
+    captions: set[str] = set()
+    for name in ("photographs", "emoji"):
+        file = find_example_data() / name / "captions.jsonl"
+        lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+        captions |= {line["captions"][0] for line in lines if line["lang"] == "en"}
+    return random.Random(0).sample(sorted(captions), count)
 
 
 @dataclass
-class UpdateCounts:
-    """The effect of an update.
+class FolderUpdate:
+    """Writes embeddings of new and changed images, and removes those of images that are gone.
 
-    Attributes:
-        unchanged: Images that were there already.
-        added: New images, copies and renamed ones included.
-        changed: Images of the same path and other content.
-        removed: Images that are no longer in the folder, or can no longer be read.
-        encoded: Images that the model was run on.
-        errors: Path and error of each image that cannot be read.
+    Its counts: copies and renamed images are among those `added`, images that can no longer be read
+    among those `removed`; `encoded` are those that the model was run on.
     """
 
+    database: IndexDatabase
+    image_dir: Path
+    encoder: QueryEncoder
+    config: IndexConfig
+    tally: ImageTally
     unchanged: int = 0
     added: int = 0
     changed: int = 0
     removed: int = 0
     encoded: int = 0
     errors: dict[Path, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stats: dict[str, os.stat_result] = {}  # by name, the path below the folder
+        self._known = {  # what the index says of each file: `stat`, SHA-256
+            path: (stat, sha256)
+            for batch in self.database.iterate(["path", "stat", "sha256"])
+            for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
+        }
+        self._digests = Counter(sha256 for _, sha256 in self._known.values())  # of all rows
 
     def __str__(self) -> str:
         return (
@@ -59,116 +202,96 @@ class UpdateCounts:
             f"Encoded {self.encoded:,}."
         )
 
-    @property
-    def has_changed(self) -> bool:
-        return self.added + self.changed + self.removed > 0
-
     def describe_errors(self) -> str:
-        """Count and name the images that cannot be read, at least one."""
-        lines = "\n".join([*self.errors.values()][:_SHOWN] + ["…"] * (len(self.errors) > _SHOWN))
+        lines = list_some([*self.errors.values()], "\n")
         return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
 
-
-@dataclass(frozen=True)
-class _KnownFile:
-    stat: str
-    sha256: str
-
-
-@dataclass
-class FolderUpdate:
-    """Writes embeddings of new and changed images, and removes those of images that are gone.
-
-    Attributes:
-        database: The index, which this process may write.
-        image_dir: Its folder.
-        encoder: Its model; the vision tower is loaded if there is anything to encode.
-        config: How images are encoded.
-        tally: Tally that the encoded images are added to.
-        counts: What was done so far, and the images that cannot be read.
-    """
-
-    database: IndexDatabase
-    image_dir: Path
-    encoder: QueryEncoder
-    config: IndexConfig
-    tally: ImageTally
-    counts: UpdateCounts = field(default_factory=UpdateCounts)
-
-    def __post_init__(self) -> None:
-        self._known = {
-            path: _KnownFile(stat, sha256)
-            for batch in self.database.iterate(["path", "stat", "sha256"])
-            for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
-        }
-        self._digests = Counter(file.sha256 for file in self._known.values())  # of all rows
-
-    def run(self, paths: Sequence[Path]) -> UpdateCounts:
+    def run(self, paths: Sequence[Path]) -> None:
         """Update the index for all image files of its folder."""
-        named = self._name(paths)
-        # Before a file is read, so that one that is written meanwhile is noticed.
-        self._stats = self._read_stats(named)
+        for (
+            path
+        ) in paths:  # before a file is read, so that one that is written meanwhile is noticed
+            self._read_stat(path)
         waiting = [
-            (name, named[name])
+            name
             for name, stat in self._stats.items()
-            if name not in self._known or self._known[name].stat != describe_stat(stat)
+            if name not in self._known or self._known[name][0] != describe_stat(stat)
         ]
-        self.counts.unchanged = len(self._stats) - len(waiting)
+        self.unchanged = len(self._stats) - len(waiting)
         with tqdm(
             total=len(waiting), unit=" images", disable=not (self.config.show_progress and waiting)
         ) as progress:
             for start in range(0, len(waiting), _COMMITTED_AT_ONCE):
-                part = dict(waiting[start : start + _COMMITTED_AT_ONCE])
-                self._write_part(part, progress)
+                part = waiting[start : start + _COMMITTED_AT_ONCE]
+                self._write_part({name: self.image_dir / name for name in part}, progress)
                 progress.update(start + len(part) - progress.n)
-        if len(self.counts.errors) == len(paths):
-            raise ValueError(self.counts.describe_errors())
-        unreadable = {self._relative(path) for path in self.counts.errors}
-        gone = [name for name in self._known if name not in named or name in unreadable]
+        if len(self.errors) == len(paths):
+            raise ValueError(self.describe_errors())
+        gone = [
+            name
+            for name in self._known
+            if name not in self._stats or self.image_dir / name in self.errors
+        ]
         self.database.remove(gone)
-        self.counts.removed = len(gone)
+        self.removed = len(gone)
         if waiting or gone:
             with self.database.changing() as table:
                 table.optimize()
-        return self.counts
+
+    def _read_stat(self, path: Path) -> None:
+        """Read size and times of a file, or record an error if it has none, or no Unicode name."""
+        name = path.relative_to(self.image_dir).as_posix()
+        try:
+            name.encode()
+            self._stats[name] = path.stat()
+        except UnicodeEncodeError:
+            self.errors[path] = f"{name!r}: its name is not Unicode. Rename it."
+        except OSError as error:
+            raise_disk_failure(error, path)
+            self.errors[path] = f"{path}: cannot be read ({error.strerror or error})."
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
         digests, found = self._read(part, progress)
-        self._refuse_written(part)
-        kept = [name for name in digests if part[name] not in self.counts.errors]
+        for name, path in part.items():
+            if path not in self.errors and not self._is_same(name, path):
+                self.errors[path] = f"{path}: {_WRITTEN}"
+        kept = [name for name in digests if part[name] not in self.errors]
         touched = [
-            name
-            for name in kept
-            if name in self._known and self._known[name].sha256 == digests[name]
+            name for name in kept if name in self._known and self._known[name][1] == digests[name]
         ]
         if touched:
-            self.database.note_touched(self._describe_files(touched))
-            self.counts.unchanged += len(touched)
+            self.database.write(self._describe_files(touched))
+            self.unchanged += len(touched)
         if written := [name for name in kept if name not in touched]:
             self._write(written, digests, found)
 
+    def _is_same(self, name: str, path: Path) -> bool:
+        """Return False for a file that was written since its size and times were read."""
+        try:
+            return describe_stat(path.stat()) == describe_stat(self._stats[name])
+        except OSError as error:
+            raise_disk_failure(error, path)
+            return False
+
     def _write(
-        self, names: list[str], digests: dict[str, str], found: dict[str, _FactsAndEmbedding]
+        self, names: list[str], digests: dict[str, str], found: dict[str, dict[str, Any]]
     ) -> None:
-        facts = [found[digests[name]][0] for name in names]
+        images = [found[digests[name]] for name in names]
         rows = {
             **self._describe_files(names),
             "sha256": [digests[name] for name in names],
             "bytes": [self._stats[name].st_size for name in names],
-            "width": [fact.width for fact in facts],
-            "height": [fact.height for fact in facts],
-            "taken": [fact.taken for fact in facts],
+            **{column: [image[column] for image in images] for column in FACTS},
         }
-        self.database.write(rows, np.stack([found[digests[name]][1] for name in names]))
-        changed = [self._known[name].sha256 for name in names if name in self._known]
+        self.database.write(rows, np.stack([image["embedding"] for image in images]))
+        changed = [self._known[name][1] for name in names if name in self._known]
         self._digests.update(digests[name] for name in names)
         for digest in changed:
             self._digests[digest] -= 1
             if not self._digests[digest]:
                 del self._digests[digest]
-        num_changed = len(changed)
-        self.counts.changed += num_changed
-        self.counts.added += len(names) - num_changed
+        self.changed += len(changed)
+        self.added += len(names) - len(changed)
 
     def _describe_files(self, names: list[str]) -> dict[str, list[Any]]:
         """Return the columns that depend on the file and not on its content."""
@@ -181,7 +304,7 @@ class FolderUpdate:
 
     def _read(
         self, part: dict[str, Path], progress: tqdm[Any]
-    ) -> tuple[dict[str, str], dict[str, _FactsAndEmbedding]]:
+    ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         """Read each file once; returns digests by name, and facts and embeddings by digest.
 
         What the index does not know by its digest is encoded, of equal files the first.
@@ -195,71 +318,22 @@ class FolderUpdate:
             tally=self.tally,
             known=self._digests,
         )
-        self.counts.encoded += len(read.paths)
-        self.counts.errors |= read.errors
+        self.encoded += len(read.paths)
+        self.errors |= read.errors
         digests = {name: read.digests[path] for name, path in part.items() if path in read.digests}
         found = self.database.find_by_digest(
             [digest for digest in set(digests.values()) if digest in self._digests]
         )
-        rows = zip(read.paths, read.facts, read.embeds.numpy(), strict=True)
-        found |= {read.digests[path]: (facts, row) for path, facts, row in rows}
+        for path, facts, embed in zip(read.paths, read.facts, read.embeds.numpy(), strict=True):
+            found[read.digests[path]] = {**facts, "embedding": embed}
         broken = {read.digests[path]: path for path in read.errors if path in read.digests}
         for name, digest in digests.items():
             if digest in broken:  # and so is every copy of it
                 error = read.errors[broken[digest]]
-                self.counts.errors[part[name]] = error.replace(
-                    str(broken[digest]), str(part[name]), 1
-                )
+                self.errors[part[name]] = error.replace(str(broken[digest]), str(part[name]), 1)
         return digests, found
-
-    def _refuse_written(self, part: dict[str, Path]) -> None:
-        """Record an error for each file that was written while it was read."""
-        for name, path in part.items():
-            if path in self.counts.errors:
-                continue
-            found = _read_stat(path)
-            if isinstance(found, OSError) or describe_stat(found) != describe_stat(
-                self._stats[name]
-            ):
-                self.counts.errors[path] = f"{path}: {_WRITTEN}"
-
-    def _read_stats(self, named: dict[str, Path]) -> dict[str, os.stat_result]:
-        """Read size and times of files, and record an error for each that cannot be read."""
-        stats = {}
-        for name, path in named.items():
-            found = _read_stat(path)
-            if isinstance(found, OSError):
-                self.counts.errors[path] = f"{path}: cannot be read ({found.strerror or found})."
-            else:
-                stats[name] = found
-        return stats
-
-    def _name(self, paths: Sequence[Path]) -> dict[str, Path]:
-        """Name each file by its path below the folder, which must be Unicode."""
-        named = {}
-        for path in paths:
-            name = self._relative(path)
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                self.counts.errors[path] = f"{name!r}: its name is not Unicode. Rename it."
-            else:
-                named[name] = path
-        return named
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.image_dir).as_posix()
 
 
 def describe_stat(stat: os.stat_result) -> str:
     """Return size and times of a file, which change whenever it is written."""
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
-
-
-def _read_stat(path: Path) -> os.stat_result | OSError:
-    """Return size and times of a file, or why it has none; raise if the disk fails."""
-    try:
-        return path.stat()
-    except OSError as error:
-        raise_disk_failure(error, path)
-        return error

@@ -68,7 +68,6 @@ class LanceTable:
         self._table = self._connection.open_table(IMAGES)
 
     def count(self, where: str | None = None) -> int:
-        """Count images; without a filter this reads no file of values."""
         return int(self._table.count_rows(where))
 
     def read(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,8 @@ from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_types import require_own_model
 from ..model_folders.training_images import ImageTally
-from .index_database import About, IndexDatabase, StoredTally
+from .index_database import About, IndexDatabase
 
-_WHOLE = "LLM2CLIPModel"
-_MODALITIES: tuple[Literal["text", "image"], ...] = ("text", "image")
 _DIGITS = 4  # of a sum of numbers below 1 over all images
 
 
@@ -26,7 +24,7 @@ def find_whole_model(source: str | Path) -> Path:
     require_own_model(source)
     folder = find_model_folder(source)
     config = LLM2CLIPConfig.from_pretrained(folder)
-    if config.architectures not in (None, [_WHOLE]):
+    if config.architectures not in (None, ["LLM2CLIPModel"]):
         raise ValueError(
             f"{folder} holds a {config.architectures[0]}; a search needs a whole model, with both "
             "towers."
@@ -41,8 +39,10 @@ def name_model(source: str | Path) -> str:
 
 
 def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the fingerprints of the text and the image embeddings."""
-    return {modality: fingerprint_embeddings(folder, modality) for modality in _MODALITIES}
+    return {
+        "text": fingerprint_embeddings(folder, "text"),
+        "image": fingerprint_embeddings(folder, "image"),
+    }
 
 
 def hash_file_facts(folder: Path) -> str:
@@ -60,12 +60,13 @@ def require_same_model(database: IndexDatabase, source: str | Path, folder: Path
 
 
 def restore_tally(about: About) -> ImageTally:
-    """Return the tally of the images that were encoded into an index."""
     stored = about.tally
-    return ImageTally(stored.num_images, np.asarray(stored.total)) if stored else ImageTally()
+    if stored is None:
+        return ImageTally()
+    return ImageTally(stored["num_images"], np.asarray(stored["total"]))
 
 
-def store_tally(tally: ImageTally) -> StoredTally | None:
+def store_tally(tally: ImageTally) -> dict[str, Any] | None:
     if not tally.num_images:
         return None
-    return StoredTally(num_images=tally.num_images, total=np.round(tally.total, _DIGITS).tolist())
+    return {"num_images": tally.num_images, "total": np.round(tally.total, _DIGITS).tolist()}

@@ -28,13 +28,7 @@ Query: TypeAlias = Part | Sequence[Part]
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """A query and its name.
-
-    Attributes:
-        name: Name of the query in a result.
-        parts: Sentences and images, whose embeddings are averaged.
-        image: File of the first query image, where there is one.
-    """
+    """A query: its name in a result, parts whose embeddings are averaged, the first image file."""
 
     name: str
     parts: tuple[Part, ...]
@@ -138,7 +132,6 @@ class OnnxQueryEncoder(QueryEncoder):
 
     @property
     def max_text_length(self) -> int:
-        """Number of tokens of a sentence that the model reads."""
         return int(self._tokenizer.truncation["max_length"])
 
     @cached_property

@@ -91,7 +91,6 @@ class Hit(NamedTuple):
 
 
 def note_rank(rank: int, cosine: float) -> str:
-    """Return rank and cosine as HTML."""
     return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
 
 
@@ -170,15 +169,14 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
 def _find_font(text: str, *, size: int) -> _Font | None:
     """Return a font of Pillow or matplotlib with every letter of a text, if there is one."""
     letters = {letter for letter in text if not letter.isspace()}
-    return next((font for font in _list_fonts(size) if _has_letters(font, letters)), None)
+    if _has_letters(font := ImageFont.load_default(size), letters):
+        return font
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib import get_data_path
 
-
-def _list_fonts(size: int) -> Iterator[_Font]:
-    yield ImageFont.load_default(size)
-    if find_spec("matplotlib") is not None:
-        from matplotlib import get_data_path
-
-        yield ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+    return font if _has_letters(font, letters) else None
 
 
 def _has_letters(font: _Font, letters: set[str]) -> bool:
@@ -218,7 +216,10 @@ def _write_hit(hit: Hit) -> str:
 
 def _make_hit(image: Path, note: str, folder: Path) -> Hit:
     note += "" if image.exists() else " no longer there"
-    return Hit(path=str(image), image=_inline(image), link=_find_address(image, folder), note=note)
+    buffer = io.BytesIO()
+    _shrink(image, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
+    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Hit(path=str(image), image=address, link=_find_address(image, folder), note=note)
 
 
 def _find_address(file: Path, folder: Path) -> str:
@@ -237,12 +238,6 @@ def _shrink(image: Path, side: int = _SIDE) -> Image.Image:
         return Image.new("RGB", (side, side), _GONE)
     thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
     return thumbnail
-
-
-def _inline(image: Path) -> str:
-    buffer = io.BytesIO()
-    _shrink(image, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _wrap(text: str, font: _Font, width: int) -> str:

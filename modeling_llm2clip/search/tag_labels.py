@@ -52,7 +52,6 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
 
 
 def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> list[Label]:
-    """Make labels from their names, in order."""
     check_templates(templates)
     prompts_of: list[tuple[str, list[str]]] = [(name.strip(), []) for name in names]
     _check(prompts_of)
@@ -60,7 +59,6 @@ def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> 
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise ValueError for templates without exactly one `{}`."""
     broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
     if broken:
         raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")

@@ -46,25 +46,22 @@ def create_app(
         >>> service.close()
     """
     require(*SERVE)
+    from starlette.responses import RedirectResponse
+
     from .metrics import ServerMetrics
     from .request_guard import RequestGuard
-    from .web_app import add_redirect, make_web_app
+    from .routes import make_web_app
 
     config = config or service.config
-    api_key = _read_api_key()
+    api_key = os.environ.get(API_KEY_VARIABLE)
+    if api_key is not None and not api_key.strip():
+        raise ValueError(f"{API_KEY_VARIABLE} is blank. Give a key, or unset it.")
     metrics = ServerMetrics(service)
     app = make_web_app(service, config, metrics)
     routes = frozenset(app.openapi()["paths"])
     if page is None:
-        add_redirect(app)
+        app.add_api_route("/", lambda: RedirectResponse("docs"), include_in_schema=False)
     else:
         page(app, service)
     app.add_middleware(RequestGuard, config=config, metrics=metrics, api_key=api_key, routes=routes)
     return app
-
-
-def _read_api_key() -> str | None:
-    key = os.environ.get(API_KEY_VARIABLE)
-    if key is not None and not key.strip():
-        raise ValueError(f"{API_KEY_VARIABLE} is blank. Give a key, or unset it.")
-    return key

@@ -1,7 +1,7 @@
-"""Dynamic batching: inputs of many requests in one batch, texts and images apart.
+"""The threads of a service: dynamic batching, and threads that prepare inputs.
 
-One thread runs the model. Requests take turns, one input at a time, so that a request of one text
-does not wait for a request of two thousand.
+One thread runs the model, on batches of many requests, texts and images apart. Requests take
+turns, one input at a time, so that a request of one text does not wait for one of two thousand.
 
 Clients that wait for their answers send their next requests together, right after a batch. So the
 next one waits a little for as many inputs: small batches take longer per input.
@@ -9,21 +9,25 @@ next one waits a little for as many inputs: small batches take longer per input.
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..encoding.preparation import use_one_core
+
 Rows: TypeAlias = "NDArray[np.float32]"
 OnBatch: TypeAlias = Callable[[str, int, int, float], object]
 """Called after each batch with its lane's name, inputs, cost and seconds."""
-
+T = TypeVar("T")
 
 # Of the time that the last batch took: the most that waiting for the next one can cost.
 _WAITED_SHARE = 0.05
@@ -99,7 +103,6 @@ class Lane:
         return waits_until
 
     def note_batch(self, count: int, seconds: float) -> None:
-        """Count a batch that was just done."""
         self.busy_s += seconds
         self.num_done += count
         self.last_count = count
@@ -132,7 +135,6 @@ class BatchWorker:
 
     @property
     def is_alive(self) -> bool:
-        """True while batches are computed."""
         return self._thread.is_alive()
 
     def estimate_s(self, count: int) -> float:
@@ -204,11 +206,16 @@ class BatchWorker:
             of_job: dict[_Job, list[_Taken]] = {}
             for taken in batch:
                 of_job.setdefault(taken[0], []).append(taken)
-            if len(of_job) == 1:
-                self._fail(lane, batch[0][0], error)
-            else:
+            if len(of_job) > 1:
                 for part in of_job.values():
                     self._run(lane, part)
+                return
+            [job] = of_job
+            with self._changed:
+                if job in lane.jobs:
+                    lane.jobs.remove(job)
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
             return
         for (job, _), embed in zip(batch, embeds, strict=True):
             job.rows.append(embed)
@@ -216,9 +223,72 @@ class BatchWorker:
             if is_done and job.future.set_running_or_notify_cancel():
                 job.future.set_result(np.stack(job.rows))
 
-    def _fail(self, lane: Lane, job: _Job, error: Exception) -> None:
-        with self._changed:
-            if job in lane.jobs:
-                lane.jobs.remove(job)
-        if job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
+
+class WorkerThreads:
+    """Threads that call functions, in the order in which they came.
+
+    Python joins the threads of a `ThreadPoolExecutor` before it exits, however long what they do
+    takes: one image that is slow to decode would keep a server from stopping. These are daemon
+    threads, so that closing gives up what is still running after a moment.
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._waiting = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Queue a function; once it runs, its future cannot be cancelled."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("The server is stopping.")
+            self._waiting.put((future, function))
+        return future
+
+    def close(self, *, wait_s: float) -> None:
+        """Cancel what waits, and give running functions `wait_s` to finish; may be called again."""
+        with self._lock:
+            self._is_closed = True
+            while not self._waiting.empty():
+                if (job := self._waiting.get()) is not None:
+                    job[0].cancel()
+            for _ in self._threads:
+                self._waiting.put(None)
+        deadline = time.monotonic() + wait_s
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+
+    def _work(self) -> None:
+        use_one_core()
+        while (job := self._waiting.get()) is not None:
+            _call(*job)
+            del job  # while the thread waits, it holds no image
+
+
+def _call(future: Future[Any], function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Await all; the first error cancels the others, whose results nobody wants."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

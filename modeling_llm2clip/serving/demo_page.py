@@ -93,27 +93,22 @@ class Thumbnails:
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise ValueError(f"sha256={sha256!r} is not a digest of 64 hexadecimal digits.")
         file = self._folder / f"{sha256}.jpg"
-        if not file.is_file() and not self._write(image, file):
-            return None
+        if not file.is_file():
+            try:
+                small: Image.Image = load_images(str(image))
+            except ValueError:
+                return None
+            small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+            # A reader sees the whole file or none; several writers write the same bytes.
+            part = file.with_suffix(f".{threading.get_ident()}.part")
+            small.save(part, format="JPEG", quality=_THUMBNAIL_QUALITY)
+            part.replace(file)
         with self._lock:
             self._used[file.name] = None
             self._used.move_to_end(file.name)
             while len(self._used) > self._max_files:
                 (self._folder / self._used.popitem(last=False)[0]).unlink(missing_ok=True)
         return file
-
-    @staticmethod
-    def _write(image: Path, file: Path) -> bool:
-        try:
-            small: Image.Image = load_images(str(image))
-        except ValueError:
-            return False
-        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-        # A reader sees the whole file or none; several writers write the same bytes.
-        part = file.with_suffix(f".{threading.get_ident()}.part")
-        small.save(part, format="JPEG", quality=_THUMBNAIL_QUALITY)
-        part.replace(file)
-        return True
 
 
 class DemoPage:
@@ -134,13 +129,12 @@ class DemoPage:
             raise _show("Write what to look for, or drop an image.")
         count = min(max(int(top_k or _TOP_K), 1), _MAX_TOP_K)
         condition = (where or "").strip() or None
-        return await self._await(self._search(queries, top_k=count, where=condition))
 
-    async def _search(
-        self, query: list[Input], *, top_k: int, where: str | None
-    ) -> tuple[str, str]:
-        found = await self.service.search([query], top_k=top_k, where=where)
-        return await asyncio.to_thread(self._list_hits, found.results[0])
+        async def find() -> tuple[str, str]:
+            found = await self.service.search([queries], top_k=count, where=condition)
+            return await asyncio.to_thread(self._list_hits, found.results[0])
+
+        return await self._await(find())
 
     async def _await(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait as long as the API would, and show errors of the service on the page."""
@@ -173,7 +167,6 @@ class DemoPage:
     async def classify(
         self, image: str | None, labels: str | None, template: str | None
     ) -> dict[str, float]:
-        """Return the probability of each label."""
         if image is None:
             raise _show("Drop an image first.")
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
@@ -192,10 +185,9 @@ class DemoPage:
 def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
     """Add the page to an application at `/`, behind all of its routes."""
     folder = _make_upload_folder()
-    page = _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS)))
     gr.mount_gradio_app(
         app,
-        page,
+        _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS))),
         path="/",
         theme=_make_theme(),
         css=_CSS,
@@ -310,13 +302,16 @@ def _build_page(page: DemoPage) -> gr.Blocks:
             if service.index is None:
                 gr.Markdown("To search images here, start the server with `--index DB`.")
             gr.Markdown(_API.replace("{model!r}", repr(service.model_name)))
-    _take_uploads_alone(blocks)
+    # In a mounted application, Gradio copies any local file or URL that a request names into the
+    # folder that it serves, whatever the component.
+    for block in blocks.blocks.values():
+        block.async_move_resource_to_block_cache = partial(_take_upload, block)
+        block.move_resource_to_block_cache = None  # what examples alone use
     blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
     return blocks
 
 
 def _describe(service: EmbeddingService) -> str:
-    """Return a line with the model, its training data, and the number of images."""
     parts = [f"**{_escape(service.model_name)}**"]
     if service.training_data:
         parts.append(f"trained on {_escape(', '.join(service.training_data))}")
@@ -403,19 +398,8 @@ def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
     return image
 
 
-def _take_uploads_alone(blocks: gr.Blocks) -> None:
-    """Refuse requests that name other files than their uploads, or addresses.
-
-    In a mounted application, Gradio copies any local file or URL that a request names into the
-    folder that it serves, whatever the component.
-    """
-    for block in blocks.blocks.values():
-        block.async_move_resource_to_block_cache = partial(_take_upload, block)
-        block.move_resource_to_block_cache = None  # what examples alone use
-
-
 async def _take_upload(block: Any, path: str | Path | None) -> str | None:
-    """Register an upload or thumbnail, so that Gradio removes it in time."""
+    """Register an upload or thumbnail, so that Gradio removes it in time; refuse other files."""
     if path is None:
         return None
     file = _require_upload(path, block.GRADIO_CACHE)
@@ -431,5 +415,4 @@ def _require_upload(path: str | Path, folder: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape the special characters of Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)

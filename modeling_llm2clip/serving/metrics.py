@@ -47,7 +47,6 @@ class ServerMetrics:
         service.on_batch = self._count_batch
 
     def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _count_batch(self, modality: str, count: int, cost: int, seconds: float) -> None:

@@ -17,8 +17,6 @@ from .._extras import RAY_SERVE, SERVE, require
 from ..configs.config_fields import check_values, make_config
 from ..configs.serve_config import RayServeConfig
 
-_OF_RAY = ("host", "port")
-
 
 def build(options: Mapping[str, Any]) -> Any:
     """Build the application that `serve run` deploys.
@@ -53,7 +51,7 @@ def build(options: Mapping[str, Any]) -> Any:
 
 
 def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
-    if given := [name for name in _OF_RAY if name in options]:
+    if given := [name for name in ("host", "port") if name in options]:
         raise ValueError(
             f"{given}: Ray's proxies listen. Set the address with `serve start --http-host HOST "
             "--http-port PORT`, or under http_options in the file of `serve deploy`."

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
@@ -28,6 +29,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _OPEN_PATHS = ("/health",)  # what load balancers ask without a key
 _API_PREFIXES = ("/v1/", "/v2/")
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CLIENT_LEFT = 499  # nginx' status for it; nobody receives it
 
 
@@ -225,7 +227,22 @@ async def _wait_for_hang_up(receive: Receive) -> None:
 
 
 def respond(error: RequestError) -> Response:
-    return Response(error.to_bytes(), error.status, error.headers, media_type="application/json")
+    """Answer in the shape of OpenAI's errors, from which its client takes the message."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        # A browser asks for Basic, and for nothing if it is not alone; programs send a bearer
+        # token unasked.
+        headers["WWW-Authenticate"] = 'Basic realm="llm2clip"'
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    content = {
+        "message": error.message, "type": _TYPES.get(error.status, kind), "param": error.param,
+        "code": error.code,
+    }  # fmt: skip
+    # ASCII, since a message may quote an unpaired surrogate.
+    body = json.dumps({"error": content}).encode("ascii")
+    return Response(body, error.status, headers, media_type="application/json")
 
 
 async def _refuse(scope: Scope, receive: Receive, answer: _Answer, error: RequestError) -> None:

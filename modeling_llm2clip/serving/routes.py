@@ -1,4 +1,4 @@
-"""The routes of the API: from requests to the service, and from its results to responses."""
+"""The FastAPI application: requests to the service, its results and errors to responses."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import base64
 import json
 import sys
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
-from ..search.search_results import SearchResult
+from .._environment import list_versions
+from ..configs.serve_config import ServeConfig
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
-from .service import EmbeddingService, Input
-from .service_results import EmbeddedInputs, ServiceResult
+from .metrics import CONTENT_TYPE, ServerMetrics
+from .request_guard import respond
+from .service import EmbeddingService, Input, ServiceResult
 
 _PIXEL = (  # a PNG of one red pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ"
@@ -84,6 +89,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _SHOWN = 100  # characters of a name in an error
+_SHOWN_ERRORS = 3
+_PACKAGE = "modeling_llm2clip"
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
@@ -94,19 +101,11 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def read_and_handle(request: Request) -> Response:
-            request = _JsonRequest(request.scope, request.receive)
             if "json" in request.headers.get("content-type", "") and await request.body():
-                await request.json()  # which keeps it for FastAPI
+                request._json = read_json(await request.body())  # FastAPI parses it no more
             return await handle(request)
 
         return read_and_handle if self.body_field else handle
-
-
-class _JsonRequest(Request):
-    async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = read_json(await self.body())
-        return self._json
 
 
 def read_json(body: bytes) -> Any:
@@ -146,6 +145,27 @@ class JsonResponse(JSONResponse):
             content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
         )
         return text.encode("ascii")
+
+
+def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: ServerMetrics) -> FastAPI:
+    """Make the application, with nothing at `/` yet; it closes the service when it ends."""
+
+    @asynccontextmanager
+    async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = _App(
+        title="LLM2CLIP",
+        version=list_versions((_PACKAGE,))[_PACKAGE],
+        description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
+        lifespan=close_at_end,
+        default_response_class=JsonResponse,
+    )
+    app.include_router(make_router(service, ImageInputs(config)))
+    _add_monitoring(app, service, metrics)
+    _add_error_handlers(app)
+    return app
 
 
 def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
@@ -190,12 +210,21 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         found = await service.embed(
             inputs, dimensions=body.output_dimension, truncate=body.truncate == "END"
         )
-        return JsonResponse(_make_cohere_response(inputs, found, body.embedding_types))
+        num_images = sum(not isinstance(one, str) for one in inputs)
+        response = {
+            "id": str(uuid.uuid4()),
+            "response_type": "embeddings_by_type",
+            "embeddings": {form: _encode(found.embeds, form) for form in body.embedding_types},
+            "texts": [one for one in inputs if isinstance(one, str)],
+            "meta": {
+                "api_version": {"version": "2"},
+                "billed_units": {"input_tokens": found.num_tokens, "images": num_images},
+            },
+        }
+        return JsonResponse(response)
 
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
-    """Add the routes for classification and search."""
-
     @router.post("/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ClassifyResponse)
     async def classify(
         body: Annotated[schemas.ClassifyRequest, Body(openapi_examples=_CLASSIFY_EXAMPLES)],
@@ -229,7 +258,14 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         queries = [[next(inputs) for _ in items] for items in lists]
         found = await service.search(queries, top_k=body.top_k, where=body.where)
         data = [
-            {"object": "search_result", "index": index, "hits": _list_hits(result)}
+            {
+                "object": "search_result",
+                "index": index,
+                "hits": [  # paths are below the folder of the index
+                    {"cosine": cosine, **columns}
+                    for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
+                ],
+            }
             for index, result in enumerate(found.results)
         ]
         return JsonResponse(_make_list(service, data, found))
@@ -289,25 +325,100 @@ def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult)
     }
 
 
-def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
-    """Return the cosine and columns of each hit; paths are below the folder of the index."""
-    return [
-        {"cosine": cosine, **columns}
-        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
-    ]
+def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
+    @app.head("/health", include_in_schema=False)
+    @app.get(
+        "/health", tags=["Operation"], response_model=schemas.Health,
+        responses={503: {"model": schemas.Health, "description": "No model is running."}},
+    )  # fmt: skip
+    async def health() -> Response:
+        """Say whether the server can answer, and which routes work."""
+        encoder = service.encoder
+        num_images, index_error = await service.find_index_error()
+        status = "ok" if index_error is None else "degraded"
+        routes = ["/v1/embeddings", "/v2/embed"]
+        routes += ["/v1/classify"] if encoder.logit_rule is not None else []
+        routes += ["/v1/search"] if num_images is not None else []
+        state = {
+            "status": status if service.is_alive else "failed",
+            "working_routes": routes if service.is_alive else [],
+            "model": service.model_name,
+            "modalities": list(encoder.modalities),
+            "embedding_dim": encoder.embedding_dim,
+            "max_text_length": encoder.max_text_length,
+            "num_pending": service.num_pending,
+            "num_images": num_images,
+            "index_error": index_error,
+            "far_images": service.describe_far_images() is not None,
+        }
+        return JsonResponse(state, status_code=200 if service.is_alive else 503)
+
+    @app.get(
+        "/metrics", tags=["Operation"], response_class=Response,
+        responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
+    )  # fmt: skip
+    def show_metrics() -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _make_cohere_response(
-    inputs: Sequence[Input], found: EmbeddedInputs, forms: Sequence[str]
-) -> dict[str, Any]:
-    num_images = sum(not isinstance(one, str) for one in inputs)
-    return {
-        "id": str(uuid.uuid4()),
-        "response_type": "embeddings_by_type",
-        "embeddings": {form: _encode(found.embeds, form) for form in forms},
-        "texts": [one for one in inputs if isinstance(one, str)],
-        "meta": {
-            "api_version": {"version": "2"},
-            "billed_units": {"input_tokens": found.num_tokens, "images": num_images},
-        },
-    }
+def _add_error_handlers(app: FastAPI) -> None:
+    """Give every error the shape of OpenAI's."""
+
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: RequestError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
+        if "json" not in request.headers.get("content-type", ""):
+            return respond(
+                RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
+            )
+        found = error.errors()
+        described = "; ".join(map(_describe, found[:_SHOWN_ERRORS]))
+        more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
+        param = _name_field(found[0]) or None
+        return respond(RequestError(400, described + more, param=param, code="invalid_request"))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        response = respond(
+            RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def report_bug(_: Request, error: Exception) -> Response:
+        # The server logs its traceback; the client gets none.
+        return respond(
+            RequestError(500, f"The server failed ({type(error).__name__}); its log has more.")
+        )
+
+
+def _describe(error: dict[str, Any]) -> str:
+    field = _name_field(error)
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def _name_field(error: dict[str, Any]) -> str:
+    """Return the path of a field, without `body` and the tags of unions."""
+    place = [str(part) for part in error["loc"] if part != "body"]
+    place = [part for part in place if not part.startswith("[")]
+    before = [None, *place]
+    return ".".join(n for n, last in zip(place, before, strict=False) if n != last or n.isdigit())
+
+
+class _App(FastAPI):
+    """Omits status 422 from its OpenAPI, because invalid requests get 400, as at OpenAI."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema

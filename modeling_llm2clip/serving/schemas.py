@@ -11,7 +11,6 @@ A field that is not known is refused, since leaving it out could change what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -84,6 +83,11 @@ Item: TypeAlias = Annotated[
     ),
 ]
 Items: TypeAlias = Annotated[list[Item], Field(min_length=1, max_length=MOST_INPUTS)]
+ItemOrItems: TypeAlias = Annotated[
+    Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")], Discriminator(_tag_list)
+]
+Images: TypeAlias = Annotated[list[ImageText], Field(min_length=1, max_length=MOST_INPUTS)]
+Texts: TypeAlias = Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
 
 
 class ImageUrl(_Strict):
@@ -156,11 +160,11 @@ class _CohereOptions(_Options):
 
 
 class _HasTexts(_Strict):
-    texts: Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    texts: Texts
 
 
 class _HasImages(_Strict):
-    images: Annotated[list[ImageText], Field(min_length=1, max_length=MOST_INPUTS)]
+    images: Images
 
 
 class _HasInputs(_Strict):
@@ -170,9 +174,7 @@ class _HasInputs(_Strict):
 class InputRequest(_OpenAIOptions):
     """OpenAI's request; objects in `input` are texts or images."""
 
-    input: Annotated[
-        Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")], Discriminator(_tag_list)
-    ]
+    input: ItemOrItems
 
 
 def _require_one(messages: list[Message]) -> list[Message]:
@@ -221,10 +223,7 @@ def _one_of(*names: str) -> Discriminator:
     """Choose the request that has exactly one of these fields."""
 
     def find(body: Any) -> str:
-        has: Callable[[str], bool] = (
-            body.__contains__ if isinstance(body, dict) else lambda name: hasattr(body, name)
-        )
-        given = [name for name in names if has(name)]
+        given = [n for n in names if (n in body if isinstance(body, dict) else hasattr(body, n))]
         return f"[{given[0]}]" if len(given) == 1 else ""
 
     return Discriminator(
@@ -253,8 +252,8 @@ CohereRequest: TypeAlias = Annotated[
 class ClassifyRequest(_Options):
     """Images and the labels to choose from."""
 
-    images: Annotated[list[ImageText], Field(min_length=1, max_length=MOST_INPUTS)]
-    candidate_labels: Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    images: Images
+    candidate_labels: Texts
     templates: Annotated[list[Text], Field(min_length=1, max_length=100)] = Field(
         ["{}"], description="Prompts with {} for the label; several are averaged."
     )
@@ -264,15 +263,9 @@ class ClassifyRequest(_Options):
 class SearchRequest(_Options):
     """Texts and images to find images for."""
 
-    queries: Annotated[
-        list[
-            Annotated[
-                Annotated[Item, Tag("[one]")] | Annotated[Items, Tag("[many]")],
-                Discriminator(_tag_list),
-            ]
-        ],
-        Field(min_length=1, max_length=MOST_INPUTS),
-    ] = Field(description="A list among them is one query, by the mean of its embeddings.")
+    queries: Annotated[list[ItemOrItems], Field(min_length=1, max_length=MOST_INPUTS)] = Field(
+        description="A list among them is one query, by the mean of its embeddings."
+    )
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
     where: str | None = Field(
         None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."

@@ -8,10 +8,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -31,18 +31,15 @@ from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
+from ..search.image_index import ImageIndex
 from ..search.label_ranking import Tag, average_prompts, rank_labels
 from ..search.model_identity import restore_tally
+from ..search.search_results import SearchResult
 from ..search.tag_labels import check_templates, make_labels
 from ..search.vector_table import IndexUnavailableError
-from .batching import BatchWorker, Lane, OnBatch
+from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
 from .errors import RequestError
 from .image_inputs import decode_image
-from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages
-from .worker_threads import WorkerThreads, await_all_or_none
-
-if TYPE_CHECKING:
-    from ..search.image_index import ImageIndex
 
 Input: TypeAlias = str | bytes | Image.Image
 Query: TypeAlias = Input | list[Input]
@@ -52,6 +49,53 @@ T = TypeVar("T")
 _LONGEST_RETRY_S = 60
 _TOKENIZED_AT_ONCE = 64  # texts
 _CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceResult:
+    """Facts about the texts of a request, which every result has.
+
+    Attributes:
+        num_tokens: Tokens of all texts as the model read them, prompts included.
+        truncated: Places of truncated texts; of candidate labels with a truncated prompt; or of
+            queries with a truncated text.
+    """
+
+    num_tokens: int
+    truncated: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedInputs(ServiceResult):
+    """Embeddings of the inputs of one request.
+
+    Attributes:
+        embeds: (N, D) float32 of unit length, in the order of the inputs.
+    """
+
+    embeds: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifiedImages(ServiceResult):
+    """Labels of images.
+
+    Attributes:
+        tags: For each image its labels, best first.
+    """
+
+    tags: list[list[Tag]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundImages(ServiceResult):
+    """Images that were found in the index.
+
+    Attributes:
+        results: For each query its images, best first.
+    """
+
+    results: list[SearchResult]
 
 
 class EmbeddingService:
@@ -147,16 +191,13 @@ class EmbeddingService:
             loaded, processor = load_model(model, device=config.device)
             require_trained(loaded, purpose="serving", source=model)
             encoder = TorchEncoder(loaded, processor)
-        if index is not None:
-            from ..search.image_index import ImageIndex  # its packages come with an extra
-
-            images = ImageIndex.open(index, model=source)
+        images = None if index is None else ImageIndex.open(index, model=source)
         folder = find_model_folder(source)
         return cls(
             encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
-            index=None if index is None else images,
+            index=images,
             training_data=read_card_data(folder).training_data,
             training_images=read_training_images(folder),
         )

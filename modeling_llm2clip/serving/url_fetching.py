@@ -62,7 +62,6 @@ class UrlFetcher:
         self._tls = ssl.create_default_context()
 
     async def fetch(self, url: str) -> bytes:
-        """Fetch a URL."""
         try:
             return await asyncio.wait_for(self._follow(url), self._timeout_s)
         except (asyncio.TimeoutError, TimeoutError):

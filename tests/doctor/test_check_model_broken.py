@@ -29,9 +29,9 @@ from breaking import (
 
 from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
 from modeling_llm2clip.doctor.file_checks import check_remote_code
+from modeling_llm2clip.doctor.forward_checks import check_sentence_transformers
 from modeling_llm2clip.doctor.model_report import NotApplicableError
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
-from modeling_llm2clip.doctor.reference_checks import check_sentence_transformers
 from modeling_llm2clip.model_folders.model_loading import text_quantization_config
 
 

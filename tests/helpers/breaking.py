@@ -12,11 +12,10 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from modeling_llm2clip.building.prompts import Prompt, write_prompt
-from modeling_llm2clip.doctor.file_checks import check_config
+from modeling_llm2clip.doctor.file_checks import check_config, check_processor, check_tokenizer
 from modeling_llm2clip.doctor.forward_checks import check_loading
 from modeling_llm2clip.doctor.model_report import Check, ModelReport
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
-from modeling_llm2clip.doctor.tokenizer_checks import check_processor, check_tokenizer
 
 Break = Callable[[Path], None]
 OTHER_TEXTS = (

@@ -19,12 +19,17 @@ from indexes import (
     save_model,
 )
 
-from modeling_llm2clip.search import ann_index, image_index, index_building
-from modeling_llm2clip.search.ann_index import needs_training, search_all, train_ann
-from modeling_llm2clip.search.exact_search import find_greatest_cosines, measure_recall
+from modeling_llm2clip.search import ann_index, image_index, index_update
+from modeling_llm2clip.search.ann_index import (
+    find_greatest_cosines,
+    measure_recall,
+    needs_training,
+    search_all,
+    train_ann,
+)
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_building import choose_texts
 from modeling_llm2clip.search.index_database import IndexDatabase
+from modeling_llm2clip.search.index_update import choose_texts
 from modeling_llm2clip.search.vector_table import AnnIndex
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -203,7 +208,7 @@ def test_from_enough_images_on_one_is_built_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, images = save_model(tmp_path / "model"), save_images(tmp_path / "images", count=6)
-    monkeypatch.setattr(index_building, "FEWEST_ROWS", 6)
+    monkeypatch.setattr(index_update, "FEWEST_ROWS", 6)
     index, report = build(model, images, tmp_path / "index")
     assert index.about.ann is not None and "Approximate index:" in report
     assert "Approximate" not in build(model, images, tmp_path / "index")[1]  # nor tried each time

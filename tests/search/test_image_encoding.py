@@ -18,7 +18,6 @@ from tiny import draw_noise, tiny_model
 from modeling_llm2clip.encoding.encode import TorchEncoder, encode_images
 from modeling_llm2clip.search import image_encoding
 from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
-from modeling_llm2clip.search.index_database import ImageFacts
 
 _TAKEN, _ORIENTATION = 306, 274
 
@@ -105,8 +104,9 @@ def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(
 
 def test_facts_are_of_the_upright_image(paths: list[Path]) -> None:
     found = encode_readable_images(TorchEncoder(*shared_model()), paths)
-    assert found.facts[0] == ImageFacts(56, 40, None)
-    assert found.facts[1] == ImageFacts(40, 56, datetime(2024, 2, 29, 23, 59, 58))
+    assert found.facts[0] == {"width": 56, "height": 40, "taken": None}
+    taken = datetime(2024, 2, 29, 23, 59, 58)
+    assert found.facts[1] == {"width": 40, "height": 56, "taken": taken}
 
 
 def test_where_all_are_broken_there_are_no_embeddings(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def test_more_values_than_a_filter_may_have_are_found_in_parts(tmp_path: Path) -
     found = database.find_by_digest([*names, "not there"])
     assert set(found) == set(names)
     for row in (0, 499, 500, 1199):
-        assert np.array_equal(found[names[row]][1], embeddings[row])
-        assert found[names[row]][0].width == row
+        assert np.array_equal(found[names[row]]["embedding"], embeddings[row])
+        assert found[names[row]]["width"] == row
     database.remove(names[:1100])
     assert database.count() == 100 and database.count("width >= 1150") == 50
     assert database.find_by_digest([]) == {}

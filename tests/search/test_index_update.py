@@ -226,7 +226,7 @@ def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(
         patch.setattr(index_update, "encode_readable_images", stop_at_the_third)
         build(model, images, tmp_path / "index")
     about = IndexDatabase.open(tmp_path / "index").about
-    assert about.tally is not None and about.tally.num_images == 4
+    assert about.tally is not None and about.tally["num_images"] == 4
     require_continued(model, images, tmp_path / "index", monkeypatch)
 
 

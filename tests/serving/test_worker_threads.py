@@ -22,8 +22,8 @@ from tiny import draw_noise
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.serving import service as service_module
+from modeling_llm2clip.serving.batching import WorkerThreads
 from modeling_llm2clip.serving.errors import RequestError
-from modeling_llm2clip.serving.worker_threads import WorkerThreads
 
 PNG = to_png(draw_noise())
 
