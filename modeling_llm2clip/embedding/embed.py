@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from ..model_folders.model_writing import Source, StageSource, open_source
 from ..model_folders.onnx_folder import fingerprint_graph
 from ..model_folders.training_images import ImageTally, describe_far_images
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
 from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
 from .embedding_manifest import EmbeddingManifest
@@ -38,11 +36,10 @@ from .parquet_writer import ParquetWriter
 from .shard_computation import (
     Engine,
     Prepare,
-    ShardJob,
     compute_partition,
     make_shard_worker,
+    open_stops,
     parse_partition,
-    require_engine,
 )
 from .shard_encoding import ShardEncoder, load_shard_encoder
 from .sharded_writer import Array
@@ -109,10 +106,7 @@ def embed(
     records = RecordTable.from_records(data)
     rows = _open_rows(records, config, modality)
     device = choose_device(config.device)
-    require_engine(engine)
-    # Ray ends its actors when it is interrupted; what they wrote stays.
-    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
-    with stops as stop, open_source(source, output) as found:
+    with open_stops(engine) as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
         encoder = load_shard_encoder(found.folder, modality, config, device)
@@ -127,15 +121,17 @@ def embed(
                 skip_invalid=config.skip_invalid,
             )
         make_worker = partial(_make_worker, found.folder, writer, config)
-        job = ShardJob(
+        compute_partition(
+            writer,
+            partial(_prepare_rows, rows, encoder),
+            config,
             name=f"embed {modality}",
             unit=" texts" if modality == "text" else " images",
-            writer=writer,
-            prepare=partial(_prepare_rows, rows, encoder),
+            partition=partition,
+            stop=stop,
             make_worker=make_worker if engine == "ray" else None,
-            config=config,
+            finish=writer.finish,
         )
-        compute_partition(job, partition=partition, stop=stop, finish=writer.finish)
         if modality == "image":
             _report_far(encoder, found.folder, report or _warn)
     return output
