@@ -26,12 +26,8 @@ _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
 def build_position_ids(attention_mask: Tensor) -> Tensor:
     """Build positions that start at each text's first real token, so left padding has no effect.
 
-    Args:
-        attention_mask: (B, L), 1 at real tokens, which are contiguous.
-
-    Returns:
-        (B, L) int64; 0, 1, 2, … for the real tokens. Padding has no larger position, because some
-        LLMs choose their rotary frequencies by the largest one.
+    Returns (B, L) int64. Padding has no larger position than a real token, because some LLMs choose
+    their rotary frequencies by the largest one.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
@@ -45,13 +41,6 @@ def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
 
     Some LLMs take other frequencies for a whole batch once its longest text has more tokens than
     they were first trained with.
-
-    Args:
-        text_config: configuration of the LLM.
-        max_length: maximum number of real tokens per text.
-
-    Raises:
-        ValueError: a text may be that long.
     """
     stated = getattr(text_config, "rope_parameters", None) or {}
     # Some LLMs state them per type of layer.
@@ -78,16 +67,8 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    Args:
-        prompt_length: number of tokens of the instruction when it is tokenized alone, prompt
-            included, as sentence-transformers counts them: without a special token at the end. None
-            or 0 without an instruction.
-        num_prefix: number of tokens of the prompt's prefix.
-        num_suffix: number of tokens of the prompt's suffix.
-        suffix_ends_special: whether the suffix ends with a special token.
-
-    Raises:
-        ValueError: `prompt_length` is shorter than the prompt.
+    `prompt_length` are the tokens of the instruction when it is tokenized alone, prompt included,
+    as sentence-transformers counts them: without a special token at the end. None or 0 for none.
     """
     if not prompt_length:
         return num_prefix
@@ -102,30 +83,13 @@ def count_unpooled(
 
 
 def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
-    """Mark the tokens to pool: all real tokens except for the first `num_unpooled`.
-
-    Args:
-        attention_mask: (B, L), 1 at real tokens.
-        num_unpooled: number of tokens of prompt and instruction before each caption.
-
-    Returns:
-        (B, L) bool.
-    """
+    """Mark the tokens to pool, (B, L) bool: the real ones but for the first `num_unpooled`."""
     real = attention_mask.bool()
     return real & (real.long().cumsum(dim=1) > num_unpooled)
 
 
 def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
-    """Pool the marked tokens in float32: their mean, or the last one.
-
-    Args:
-        hidden_states: (B, L, D) of any float dtype.
-        pooling_mask: (B, L) bool, with at least one True per row.
-        pooling: `"mean"` or `"last_token"`.
-
-    Returns:
-        (B, D) float32.
-    """
+    """Pool the marked tokens, (B, L, D) to (B, D) float32: their mean, or the last one."""
     if pooling == "last_token":
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         last = (positions * pooling_mask).argmax(dim=1)  # (B,)
@@ -147,18 +111,6 @@ def mask_unpadded(
 
     The pad id may be part of the prompt, so a row is padded if it begins or ends with more of them
     than the prompt does.
-
-    Args:
-        input_ids: (B, L).
-        pad_token_id: id of padding; None if it is unknown.
-        prefix_ids: ids of the prompt's prefix.
-        suffix_ids: ids of the prompt's suffix.
-
-    Returns:
-        (B, L) int64, all ones.
-
-    Raises:
-        ValueError: a row starts or ends with padding.
     """
     if pad_token_id is not None and input_ids.ndim == 2:
         is_pad = input_ids == pad_token_id

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,13 +170,11 @@ class _LayerCheck:
 
     def __enter__(self) -> _LayerCheck:
         for number, layer in enumerate(self._layers):
-            hook = self._make_hook(number)
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            self._watch(layer, number)
             for name, part in layer.named_modules():
                 # What has no parts of its own (projections, norms) sees one token at a time.
                 if part is not layer and any(True for _ in part.children()):
-                    hook = self._make_part_hook(f"{name} ({type(part).__name__})")
-                    self._handles.append(part.register_forward_hook(hook, with_kwargs=True))
+                    self._watch(part, f"{name} ({type(part).__name__})")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,41 +185,33 @@ class _LayerCheck:
         """List the layers that look back but not ahead, by number, or that never ran."""
         return [n for n in range(len(self._layers)) if not self._looks_ahead.get(n, False)]
 
-    def _make_hook(self, number: int) -> Any:
-        def compare(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            own = args[0] if args else kwargs["hidden_states"]  # (…, L, D)
-            self._looks_ahead[number] = self._compare(layer, own, args, kwargs, output, own)
-
-        return compare
-
-    def _make_part_hook(self, name: str) -> Any:
-        def compare(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            own = args[0] if args else kwargs.get("hidden_states")
-            if self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output)):
-                return
-            if not self._compare(part, own, args, kwargs, output, None):
-                self.causal_parts[name] = None
-
-        return compare
+    def _watch(self, module: nn.Module, name: int | str) -> None:
+        hook = partial(self._compare, name)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _compare(
-        self,
-        module: nn.Module,
-        own: Any,
-        args: Any,
-        kwargs: dict[str, Any],
-        output: Any,
-        residual: Tensor | None,
-    ) -> bool:
-        """Return whether a module looks ahead, or neither way, as one without attention."""
+        self, name: int | str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note whether a layer or a part of one looks ahead, or neither way, without attention."""
+        own = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
+        is_part = isinstance(name, str)
+        if is_part and (
+            self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output))
+        ):
+            return
+        residual = None if is_part else own
         self._is_running_again = True
         ahead, back = (
             _move_between(output, _run_changed(module, own, args, kwargs, position), residual)
             for position in (_LENGTH - 1, 0)
         )
         self._is_running_again = False
-        is_rounding = residual is None and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
-        return is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
+        is_rounding = is_part and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
+        looks_ahead = is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
+        if isinstance(name, int):
+            self._looks_ahead[name] = looks_ahead
+        elif not looks_ahead:
+            self.causal_parts[name] = None
 
 
 def _run_changed(

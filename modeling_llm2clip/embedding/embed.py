@@ -29,10 +29,15 @@ from ..model_folders.onnx_folder import fingerprint_graph
 from ..model_folders.training_images import ImageTally, describe_far_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.processes import choose_device
-from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
 from .embedding_manifest import EmbeddingManifest
 from .embedding_rows import ImageRows, TextRows
-from .parquet_writer import ParquetWriter
+from .parquet_writer import (
+    ParquetWriter,
+    count_values,
+    measure_ranges,
+    require_same_limits,
+    truncate_embeddings,
+)
 from .shard_computation import (
     Engine,
     Prepare,
@@ -42,7 +47,7 @@ from .shard_computation import (
     parse_partition,
 )
 from .shard_encoding import ShardEncoder, load_shard_encoder
-from .sharded_writer import Array
+from .sharded_writer import Array, begin_or_continue
 
 _SHOWN = 5
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
@@ -112,14 +117,13 @@ def embed(
         encoder = load_shard_encoder(found.folder, modality, config, device)
         planned = _plan_output(found, modality, records, len(rows), encoder, config)
         with PartialState().main_process_first():
-            writer = ParquetWriter.open(
-                output,
-                planned,
-                partial(_add_ranges, planned, encoder, rows, config),
-                rows,
-                model_dim=encoder.dim,
-                skip_invalid=config.skip_invalid,
-            )
+            begin = partial(_add_ranges, planned, encoder, rows, config)
+            begun = begin_or_continue(output, planned, begin)
+            if modality == "image":
+                require_same_limits(output, skip_invalid=config.skip_invalid)
+        writer = ParquetWriter(
+            output, begun, rows, model_dim=encoder.dim, skip_invalid=config.skip_invalid
+        )
         make_worker = partial(_make_worker, found.folder, writer, config)
         compute_partition(
             writer,
@@ -182,7 +186,11 @@ def _plan_output(
     if others := sorted(set(config.columns) - _OF_TEXTS):
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
-        plan["int8_ranges"] = _name_ranges(config)
+        plan["int8_ranges"] = (
+            f"of a sample of {config.calibration_size}"
+            if config.int8_ranges is None
+            else hash_json(_read_ranges(config.int8_ranges).tolist())
+        )
     if config.backend == "onnx":
         fingerprint = fingerprint_graph(model.folder, modality, config.text_weights)
     else:
@@ -264,13 +272,6 @@ def _add_ranges(
                 f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
             )
     return replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
-
-
-def _name_ranges(config: EmbedConfig) -> str:
-    """Identify the int8 ranges that are asked for."""
-    if config.int8_ranges is None:
-        return f"of a sample of {config.calibration_size}"
-    return hash_json(_read_ranges(config.int8_ranges).tolist())
 
 
 def _read_ranges(folder: Path) -> Array:

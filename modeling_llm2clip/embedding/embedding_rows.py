@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..configs.embed_config import EmbeddingColumn
-from ..data.captions.caption_columns import CAPTION_COLUMNS, FlatCaptions, flatten_captions
+from ..data.captions.caption_columns import CAPTION_COLUMNS, flatten_captions
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import count_distinct
 from ..data.records.record_table import RecordTable
@@ -78,15 +78,13 @@ class TextRows:
         parts = []
         for batch, texts, items, numbers in self._iterate(rows, names):
             of_rows = batch.select(wanted).take(pa.array(items))
-            columns = {"id": self._make_ids(of_rows, numbers)}
+            words = map(of_rows.column, ("name", "lang") if self._num_langs > 1 else ("name",))
+            number = pa.array(numbers).cast(pa.string())
+            columns = {"id": pc.binary_join_element_wise(*words, number, _SEPARATOR)}
             for column in self._columns:
                 columns[column] = texts if column == "text" else of_rows.column(column)
             parts.append(pa.table(columns))
         return pa.concat_tables(parts).combine_chunks()
-
-    def _make_ids(self, batch: pa.RecordBatch, numbers: Array) -> pa.Array:
-        words = [batch.column("name"), *([batch.column("lang")] if self._num_langs > 1 else [])]
-        return pc.binary_join_element_wise(*words, pa.array(numbers).cast(pa.string()), _SEPARATOR)
 
     def _iterate(
         self, rows: range, names: Sequence[str]
@@ -100,7 +98,9 @@ class TextRows:
         chosen = self._records.select(np.arange(record, stop or len(self._records)))
         for batch in chosen.iterate_columns(names):
             flat = flatten_captions(batch)
-            items, numbers = _locate(flat)
+            counts = np.diff(flat.ends)
+            items = np.repeat(np.arange(len(counts)), counts)
+            numbers = np.arange(len(items)) - np.repeat(flat.ends[:-1], counts)
             part = slice(skipped, skipped + left)
             yield batch, flat.texts[part], items[part], numbers[part]
             left -= len(items[part])
@@ -188,13 +188,6 @@ def _find_shards(records: RecordTable, rows_per_shard: int) -> tuple[list[tuple[
         starts += zip((num_records + items).tolist(), before.tolist(), strict=True)
         num_records, num_rows = num_records + len(counts), total
     return starts, num_rows
-
-
-def _locate(flat: FlatCaptions) -> tuple[Array, Array]:
-    """Return item and number in the item of each caption, (T,) int64 each."""
-    counts = np.diff(flat.ends)
-    items = np.repeat(np.arange(len(counts)), counts)
-    return items, np.arange(len(items)) - np.repeat(flat.ends[:-1], counts)
 
 
 def _space_evenly(count: int, size: int) -> Array:

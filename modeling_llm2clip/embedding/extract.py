@@ -288,38 +288,24 @@ def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
     return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
 
 
-def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
-    """Number the images of a dataset, by their names; `scratch` is an empty folder."""
-    numbers = TextNumbers(scratch, len(records))
-    for batch in records.iterate_columns(("name", "name_key")):
-        numbers.add(batch.column("name"), np.asarray(batch.column("name_key")))
-    numbers.number()
-    _require_one_image_per_name(records, numbers)
+def list_image_items(records: RecordTable, _scratch: Path) -> StoreItems:
+    """Number the images of a dataset, by the first records of their names."""
+    firsts = records.find_first_rows("name_key")
+    is_first = firsts == np.arange(len(records))
+    again = np.flatnonzero(~is_first)
+    refuse_ambiguous_names(find_ambiguous_names(records, again, firsts[again]))
+    numbers = (np.cumsum(is_first, dtype=firsts.dtype) - 1)[firsts]
 
     def make_batches() -> Iterator[pa.RecordBatch]:
-        for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
+        start = 0
+        for batch in records.iterate_columns(_ITEM_COLUMNS):
+            rows = numbers[start : start + len(batch)]
+            start += len(rows)
             yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
 
-    counts = {"images": len(records), "distinct": numbers.num_distinct}
-    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+    num_distinct = int(is_first.sum())
+    counts = {"images": len(records), "distinct": num_distinct}
+    return StoreItems(num_distinct, len(records), counts, make_batches())
 
 
 LIST_ITEMS = {"text": list_caption_items, "image": list_image_items}
-
-
-def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> None:
-    if numbers.num_distinct == len(records):
-        return
-    first_records = np.empty(numbers.num_distinct, np.int64)
-    start = num_named = 0
-    ambiguous: dict[str, None] = {}
-    for rows in numbers:
-        these = np.arange(start, start + len(rows))
-        new, places = np.unique(rows[rows >= num_named], return_index=True)
-        first_records[new] = these[rows >= num_named][places]
-        num_named += len(new)
-        firsts = first_records[rows]
-        again = these[firsts != these]
-        ambiguous.update(find_ambiguous_names(records, again, firsts[firsts != these]))
-        start += len(rows)
-    refuse_ambiguous_names(ambiguous)

@@ -1,4 +1,7 @@
-"""Writes final embeddings as Parquet files, for vector databases.
+"""Writes final embeddings as Parquet files, for vector databases: truncated, in fewer bits.
+
+int8 and the two binary dtypes are those of sentence-transformers' `quantize_embeddings`, number for
+number. N embeddings, P dimensions of the model, D of what is stored.
 
 The rows of a file are collected in `_unfinished/`. The names of `_manifest.json` and of the records
 beside it begin with an underscore, so that readers of a folder of Parquet pass over them.
@@ -8,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,21 +18,31 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from ..configs.embed_config import EmbeddingDtype
 from ..data.atomic_files import hash_file, list_differences, write_atomically
 from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
 from ..image_loading_llm2clip import ImageLimits, get_image_limits
-from .embedding_dtypes import VALUE_TYPES, convert_embeddings, count_values, truncate_embeddings
 from .embedding_manifest import EmbeddedShard, EmbeddingManifest
 from .embedding_rows import ImageRows, TextRows
-from .sharded_writer import Array, ShardedWriter, ShardWriter, begin_or_continue, publish_first
+from .sharded_writer import Array, ShardedWriter, ShardWriter, publish_first
 
 _UNFINISHED = "_unfinished"
 _LIMITS = "_image_limits.json"
 _SHOWN = 5
+# Type of the values of a stored embedding.
+VALUE_TYPES: dict[EmbeddingDtype, type[np.generic]] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "int8": np.int8,
+    "binary": np.int8,
+    "ubinary": np.uint8,
+}
+_STEPS = 255
+_BITS = 8
 
 
 class ParquetWriter(ShardedWriter[EmbeddingManifest]):
-    """One process's access to an output that is being written; use `ParquetWriter.open`.
+    """One process's access to an output that is being written.
 
     Args:
         folder: Folder of the output.
@@ -56,23 +68,6 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         self.rows = rows
         self._model_dim = model_dim
         self._skip_invalid = skip_invalid
-
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        planned: EmbeddingManifest,
-        begin: Callable[[], EmbeddingManifest],
-        rows: TextRows | ImageRows,
-        *,
-        model_dim: int,
-        skip_invalid: bool,
-    ) -> ParquetWriter:
-        """Begin an output, or continue the same one."""
-        found = begin_or_continue(folder, planned, begin)
-        if isinstance(rows, ImageRows):
-            _require_same_limits(folder / _LIMITS, get_image_limits(), skip_invalid=skip_invalid)
-        return cls(folder, found, rows, model_dim=model_dim, skip_invalid=skip_invalid)
 
     @property
     def collected(self) -> tuple[Path, StoreManifest]:
@@ -141,24 +136,26 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         return sink.getvalue()
 
 
-def _require_same_limits(file: Path, own: ImageLimits, *, skip_invalid: bool) -> None:
+def require_same_limits(folder: Path, *, skip_invalid: bool) -> None:
     """Refuse limits of images by which a run would leave out others than those before it.
 
     As long as no run leaves any out, every image that was encoded was within the limits, and these
     may be raised.
     """
-    publish_first(file, _write_limits(own, skips=skip_invalid))
+    file, own = folder / _LIMITS, get_image_limits()
+    stated = write_sealed({"limits": asdict(own), "skips": skip_invalid}).encode()
+    publish_first(file, stated)
     found = read_sealed(file.read_text(encoding="utf-8"))
     limits = ImageLimits(**found["limits"])
     if limits != own and (found["skips"] or (skip_invalid and not _are_within(limits, own))):
         differences = list_differences(asdict(limits), asdict(own))
         raise ValueError(
-            f"{file.parent} holds embeddings of images within other limits: "
+            f"{folder} holds embeddings of images within other limits: "
             f"{'; '.join(differences)}. Other images would be left out. Give the limits that it "
             "was begun with, or name a new folder."
         )
     if _are_within(limits, own) and (limits != own or skip_invalid > found["skips"]):
-        write_atomically(file, _write_limits(own, skips=skip_invalid))
+        write_atomically(file, stated)
 
 
 def _are_within(limits: ImageLimits, others: ImageLimits) -> bool:
@@ -167,5 +164,56 @@ def _are_within(limits: ImageLimits, others: ImageLimits) -> bool:
     return formats and all(first[name] <= second[name] for name in first)
 
 
-def _write_limits(limits: ImageLimits, *, skips: bool) -> bytes:
-    return write_sealed({"limits": asdict(limits), "skips": skips}).encode()
+def count_values(dim: int, dtype: EmbeddingDtype) -> int:
+    """Return how many values a stored embedding has; binary ones have eight dimensions in one."""
+    if dtype not in ("binary", "ubinary"):
+        return dim
+    if dim % _BITS:
+        raise ValueError(
+            f"dtype={dtype!r} packs eight dimensions into a byte, and {dim} is not a multiple of "
+            f"eight. Give truncate_dim={dim // _BITS * _BITS}, or another dtype."
+        )
+    return dim // _BITS
+
+
+def truncate_embeddings(embeds: Array, dim: int) -> Array:
+    """Keep the first dimensions of (N, P) embeddings, and scale them to unit length again."""
+    if dim == embeds.shape[1]:
+        return embeds
+    kept = embeds[:, :dim]
+    lengths = np.linalg.norm(kept, axis=1, keepdims=True)
+    if not lengths.all():
+        count = int((lengths == 0).sum())
+        raise ValueError(
+            f"{count} embeddings are zero in their first {dim} dimensions, and have no direction "
+            "there. Give a larger truncate_dim."
+        )
+    shortened: Array = (kept / lengths).astype(np.float32)
+    return shortened
+
+
+def measure_ranges(embeds: Array) -> Array:
+    """Measure the int8 ranges of (N, D) embeddings: (2, D) smallest and largest values."""
+    return np.stack([embeds.min(axis=0), embeds.max(axis=0)])
+
+
+def convert_embeddings(
+    embeds: Array, dtype: EmbeddingDtype, *, ranges: Array | None = None
+) -> tuple[Array, int]:
+    """Convert embeddings to the dtype in which they are stored; int8 needs ranges.
+
+    Returns the values, (N, D), and how many were outside the int8 ranges: they became the nearest
+    number.
+    """
+    if dtype == "int8":
+        assert ranges is not None
+        steps = (ranges[1] - ranges[0]) / _STEPS
+        steps = np.where(steps == 0, 1, steps)
+        levels = np.clip((embeds - ranges[0]) / steps, 0, _STEPS).astype(np.int16)
+        outside = (embeds < ranges[0]) | (embeds > ranges[1])
+        return (levels - 128).astype(np.int8), int(outside.sum())
+    if dtype in ("binary", "ubinary"):
+        bits = np.packbits(embeds > 0, axis=-1)
+        # Signed, the byte 0 is -128.
+        return bits if dtype == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8), 0
+    return embeds.astype(VALUE_TYPES[dtype]), 0

@@ -242,7 +242,8 @@ def compute_with_ray(
             **per_actor,
         )
         for row in computed.iter_rows():
-            _raise_error(row)
+            if row["kind"]:  # as if the shard had been computed here
+                raise (OSError if row["kind"] == "OSError" else ValueError)(row["error"])
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines()
         reason = next(filter(_NAMES_AN_ERROR.match, lines), lines[-1])
@@ -287,9 +288,3 @@ class _Actor:
             kind = "OSError" if isinstance(error, OSError) else "ValueError"
             return {"shard": [shard], "kind": [kind], "error": [str(error)]}
         return {"shard": [shard], "kind": [""], "error": [""]}
-
-
-def _raise_error(row: dict[str, Any]) -> None:
-    """Raise the error of a shard, if it has one, as if it had been computed here."""
-    if row["kind"]:
-        raise (OSError if row["kind"] == "OSError" else ValueError)(row["error"])

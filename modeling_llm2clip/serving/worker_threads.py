@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ..encoding.preparation import use_one_core
+from ..encoding.batches import use_one_core
 
 T = TypeVar("T")
 
