@@ -68,14 +68,14 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
-    """Perturb the last token and check that the first one changes, with and without padding.
+def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -> list[str]:
+    """Perturb the last token, with and without padding, and describe what contradicts a direction.
 
-    Each layer is also tested separately, because one bidirectional layer can mask a causal one.
-    Returns the errors in words, none for a tower that is bidirectional on every path.
+    In a bidirectional tower the first token must change, in a causal one no other may. Each layer
+    of a bidirectional one is also tested alone, because it can mask a causal one.
     """
     ids, changed = _make_texts(text_model)
-    layers = _list_layers(text_model)
+    layers = _list_layers(text_model) if bidirectional else nn.ModuleList()
     errors = []
     plain: Tensor | None = None
     for num_pads, name in _PADDINGS:
@@ -83,9 +83,14 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
             before = _run(text_model, ids, num_pads=num_pads)
         plain = before if plain is None else plain
         after = _run(text_model, changed, num_pads=num_pads)
-        moved = _relative(before[0, 0], after[0, 0])
-        if not moved > _LEAST_MOVE:
-            errors.append(f"{name}, the first token does not see the last (moved by {moved:.1e})")
+        moved = list(map(_relative, before[0, :-1], after[0, :-1]))
+        if not bidirectional:
+            if not max(moved) <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
+                errors.append(f"{name}, a token sees a later one (moved by {max(moved):.1e})")
+        elif not moved[0] > _LEAST_MOVE:
+            errors.append(
+                f"{name}, the first token does not see the last (moved by {moved[0]:.1e})"
+            )
         elif causal := check.list_causal():
             errors.append(
                 f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
@@ -96,36 +101,18 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
                 "beside them does, which hides it)"
             )
-        errors += _find_padding_effect(plain, before, name)
-    if not layers:
+        effect = _relative(plain[0], before[0])
+        if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
+            errors.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
+    if bidirectional and not layers:
         errors.append("its layers are not in a list of modules, so none can be tested alone")
-    return errors
-
-
-@torch.no_grad()
-def find_causality_errors(text_model: PreTrainedModel) -> list[str]:
-    """Perturb the last token and check that no other one changes, with and without padding.
-
-    Returns the errors in words.
-    """
-    ids, changed = _make_texts(text_model)
-    errors = []
-    plain: Tensor | None = None
-    for num_pads, name in _PADDINGS:
-        before, after = (_run(text_model, one, num_pads=num_pads) for one in (ids, changed))
-        plain = before if plain is None else plain
-        moved = max(map(_relative, before[0, :-1], after[0, :-1]))
-        if not moved <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
-            errors.append(f"{name}, a token sees a later one (moved by {moved:.1e})")
-        errors += _find_padding_effect(plain, before, name)
     return errors
 
 
 def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
     """Refuse a text tower that is not bidirectional, or not causal, on every path."""
-    find_errors = find_attention_errors if bidirectional else find_causality_errors
     try:
-        errors = find_errors(text_model)
+        errors = find_direction_errors(text_model, bidirectional=bidirectional)
     except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
@@ -144,13 +131,6 @@ def _make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 7) % text_model.config.vocab_size
     return ids, changed
-
-
-def _find_padding_effect(plain: Tensor, padded: Tensor, name: str) -> list[str]:
-    effect = _relative(plain[0], padded[0])
-    if effect <= _MOST_PADDING_EFFECT.get(padded.dtype, 1e-3):
-        return []
-    return [f"{name}, the hidden states differ by {effect:.1e} from those without"]
 
 
 class _LayerCheck:
