@@ -30,9 +30,10 @@ from ..model_folders.training_images import ImageTally, describe_far_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.processes import choose_device
 from .embedding_manifest import EmbeddingManifest
-from .embedding_rows import ImageRows, TextRows
 from .parquet_writer import (
+    ImageRows,
     ParquetWriter,
+    TextRows,
     count_values,
     measure_ranges,
     require_same_limits,

@@ -167,6 +167,7 @@ class SharedStoreWriter(EmbeddingStoreWriter):
     ) -> None:
         super().__init__(folder, manifest)
         self.storage = storage
+        self._places = f"{folder} and {storage.url}"
         self._keep = keep
 
     @classmethod
@@ -248,9 +249,6 @@ class SharedStoreWriter(EmbeddingStoreWriter):
         names = self.storage.list_sizes().keys()
         shards = range(self.manifest.num_shards)
         return {shard for shard in shards if self.manifest.name_record(shard) in names}
-
-    def _name_places(self) -> str:
-        return f"{self.folder} and {self.storage.url}"
 
 
 @dataclass(frozen=True)

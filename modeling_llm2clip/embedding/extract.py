@@ -53,6 +53,7 @@ from .embedding_store_writer import (
 from .shard_computation import (
     Engine,
     Prepare,
+    PreparedShard,
     compute_partition,
     make_shard_worker,
     open_stops,
@@ -214,22 +215,17 @@ def open_shards(
     """Return what prepares the shards of a store that is begun."""
     manifest = writer.manifest
     occurrences = FirstOccurrences(StoreIndex(writer.folder, manifest), manifest.rows_per_shard)
-    read = _read_captions if manifest.content == "caption_embeds" else _read_images
-    return lambda rows: encoder.prepare(read(records, occurrences, rows))
 
+    def prepare(rows: range) -> PreparedShard:
+        if manifest.content == "caption_embeds":
+            return encoder.prepare(list(iterate_first_captions(records, occurrences, rows)))
+        images: list[ImageSource | None] = []
+        for first, items, _ in occurrences.find(rows):
+            # Records in several languages share the row of theirs.
+            images += records.select(first + items).iterate_images()
+        return encoder.prepare(images)
 
-def _read_captions(records: RecordTable, occurrences: FirstOccurrences, rows: range) -> list[str]:
-    return list(iterate_first_captions(records, occurrences, rows))
-
-
-def _read_images(
-    records: RecordTable, occurrences: FirstOccurrences, rows: range
-) -> list[ImageSource | None]:
-    """List the images of a shard; records in several languages share the row of theirs."""
-    images: list[ImageSource | None] = []
-    for first, items, _ in occurrences.find(rows):
-        images += records.select(first + items).iterate_images()
-    return images
+    return prepare
 
 
 def _require_inputs(records: RecordTable, modality: Modality) -> None:
