@@ -173,7 +173,7 @@ class _LayerCheck:
         self, name: int | str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Note whether a layer or a part of one looks ahead, or neither way, without attention."""
-        own = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
+        own: Any = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
         is_part = isinstance(name, str)
         if is_part and (
             self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output))
