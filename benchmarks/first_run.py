@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -43,7 +44,8 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.embedding.extract import make_plan
+from modeling_llm2clip.embedding.extract import LIST_ITEMS, plan_store
+from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -311,11 +313,11 @@ def write_part(
     modality: Modality,
 ) -> None:
     """Write the store that `extract` writes of some records, from one of all of them."""
-    plan = make_plan(
-        folder / MODEL, RecordTable.from_records(records), ExtractConfig(), torch.device("cpu"),
-        modality,
-    )  # fmt: skip
-    writer = EmbeddingStoreWriter.open(folder / STORES[modality], plan.manifest, plan.list_items)
+    table, config, model = RecordTable.from_records(records), ExtractConfig(), folder / MODEL
+    encoder = load_shard_encoder(model, modality, config, torch.device("cpu"))
+    planned = plan_store(model, table, encoder, config, modality)
+    list_items = partial(LIST_ITEMS[modality], table)
+    writer = EmbeddingStoreWriter.open(folder / STORES[modality], planned, list_items)
     wanted = [rows[text] for text in number_rows(records, modality)]
     for shard in writer.list_missing():
         own = writer.manifest.rows_of_shard(shard)

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,20 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
 
     from modeling_llm2clip.configs.extract_config import ExtractConfig
     from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-    from modeling_llm2clip.embedding.extract import make_plan
+    from modeling_llm2clip.embedding.extract import list_caption_items, open_shards, plan_store
+    from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
 
     config = ExtractConfig(device="cpu", max_shard_size="4MB", show_progress=False)
     records = _load(folder, count)
 
     def start(chosen: Any, output: Path) -> float:
         begin = time.perf_counter()
-        plan = make_plan(folder / "model", chosen, config, torch.device("cpu"), "text")
-        writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
-        prepare = plan.open_shards(writer)
+        model = folder / "model"
+        encoder = load_shard_encoder(model, "text", config, torch.device("cpu"))
+        planned = plan_store(model, chosen, encoder, config, "text")
+        list_items = partial(list_caption_items, chosen)
+        writer = EmbeddingStoreWriter.open(output, planned, list_items)
+        prepare = open_shards(writer, chosen, encoder)
         prepare(writer.manifest.rows_of_shard(0))
         return time.perf_counter() - begin
 

@@ -30,7 +30,7 @@ from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
+from modeling_llm2clip.embedding.extract import LIST_ITEMS
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -38,10 +38,6 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 
 SIZES = (100, 200, 400, 800, 1_600)
 MOST_TEST_IMAGES = 300
-LIST_ITEMS: dict[str, Callable[[RecordTable, Path], StoreItems]] = {
-    "text": list_caption_items,
-    "image": list_image_items,
-}
 
 
 def main() -> None:

@@ -16,14 +16,7 @@ PACKAGES = (
 
 
 def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """List the versions of Python and of packages.
-
-    Args:
-        packages: names of distributions.
-
-    Returns:
-        Name → version; "not installed" for an absent package.
-    """
+    """List the versions of Python and of packages; "not installed" for an absent one."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -77,15 +77,7 @@ class MissingExtraError(ImportError):
 
 
 def require(*needs: Need) -> None:
-    """Check that optional packages are installed.
-
-    Args:
-        needs: packages to look for.
-
-    Raises:
-        MissingExtraError: at least one is missing. The message lists each missing package, what
-            needs it, and the extras to install.
-    """
+    """Raise MissingExtraError for packages that are not installed, and name their extras."""
     missing = [need for need in dict.fromkeys(needs) if not is_installed(need.module)]
     if missing:
         listed = "; ".join(f"{need.module} ({need.reason})" for need in missing)
@@ -99,9 +91,6 @@ def is_installed(module: str) -> bool:
     """Tell whether a package can be imported, without the seconds that importing may take.
 
     A folder of the same name in the working directory, such as `datasets`, does not count.
-
-    Args:
-        module: name of a top-level package.
     """
     if module in sys.modules:
         return sys.modules[module] is not None

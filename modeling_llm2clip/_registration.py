@@ -13,7 +13,6 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 _AUTO = "transformers.models.auto"
 _SINGLE_TOWER = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
@@ -51,22 +50,18 @@ def _register_ready_classes() -> None:
             continue
         classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
         if auto_classes == ("AutoImageProcessor",):
-            _register_image_processors(sys.modules[auto_name], *classes)
+            # Known by name, and the default of no configuration.
+            sys.modules[auto_name].AutoImageProcessor.register(
+                classes[0],
+                image_processor_classes=dict(zip(("torchvision", "pil"), classes, strict=True)),
+                exist_ok=True,
+            )
             continue
         ours = classes if len(classes) > 1 else classes[0]
         configuration = import_module(f"{__package__}.configuration_llm2clip")
         key = "llm2clip" if auto_classes == ("AutoConfig",) else configuration.LLM2CLIPConfig
         for auto_class in auto_classes:
             getattr(sys.modules[auto_name], auto_class).register(key, ours, exist_ok=True)
-
-
-def _register_image_processors(auto: Any, torchvision: type, pil: type) -> None:
-    """Make these classes known by name, and the default of no configuration."""
-    auto.AutoImageProcessor.register(
-        torchvision,
-        image_processor_classes={"torchvision": torchvision, "pil": pil},
-        exist_ok=True,
-    )
 
 
 class _RegisteringLoader(Loader):

@@ -10,13 +10,7 @@ from difflib import get_close_matches
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the closest known word.
 
-    Args:
-        word: what the user wrote.
-        known: words that are valid.
-
-    Returns:
-        A sentence that begins with a space, such as " Did you mean --data?", or an empty string if
-        no known word is close.
+    Returns a sentence that begins with a space, such as " Did you mean --data?", or nothing.
     """
     by_lower = {candidate.lower(): candidate for candidate in known}
     word = word.lower()
@@ -28,12 +22,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number and its noun, such as "1 image" and "1,200 images".
-
-    Args:
-        number: How many there are.
-        noun: In the singular; its plural ends in s, or in ies in place of a y after a consonant.
-    """
+    """Write a number and its noun, such as "1 image" and "1,200 images"."""
     if number == 1:
         return f"1 {noun}"
     ends_in_ies = noun.endswith("y") and noun[-2] not in "aeiou"

@@ -40,18 +40,10 @@ from .vision_llm2clip import find_width, has_class_token, require_restored_buffe
 SETTINGS_FILE = "config_sentence_transformers.json"
 _NORMALIZE_FOLDER = "1_Normalize"
 _MODULES = [
-    {
-        "idx": 0,
-        "name": "0",
-        "path": "",
-        "type": "sentence_transformers.models.Transformer",
-    },
-    {
-        "idx": 1,
-        "name": "1",
-        "path": _NORMALIZE_FOLDER,
-        "type": "sentence_transformers.models.Normalize",
-    },
+    {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.{kind}"}
+    for number, (path, kind) in enumerate(
+        (("", "models.Transformer"), (_NORMALIZE_FOLDER, "models.Normalize"))
+    )
 ]
 _MODALITIES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
@@ -66,16 +58,9 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write `modules.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 
-    The last file is left as it is if it already has these instructions, because
-    sentence-transformers or a user may have added other fields.
-
-    Args:
-        folder: the model folder.
-        instructions: name → text that precedes a caption; attended to, not pooled.
-        modalities: `"text"`, `"image"`, or both.
-
-    Raises:
-        ValueError: an existing `config_sentence_transformers.json` is not valid JSON.
+    The last file is left as it is if it already has these instructions (name to text that precedes
+    a caption; attended to, not pooled), because sentence-transformers or a user may have added
+    other fields. `modalities` are `"text"`, `"image"`, or both.
     """
     _write(folder / "modules.json", _MODULES)
     _write(
@@ -104,37 +89,20 @@ def write_sentence_transformers_files(
 
 
 def read_instructions(folder: Path) -> dict[str, str] | None:
-    """Read the instructions of a folder's `config_sentence_transformers.json`.
+    """Read the instructions, text by name, of a folder's `config_sentence_transformers.json`.
 
-    Args:
-        folder: a model folder.
-
-    Returns:
-        Name → text, without blank texts for queries and documents; None if the file is absent.
-
-    Raises:
-        ValueError: the file is not valid JSON.
+    Blank texts for queries and documents are left out; None if the file is absent.
     """
     settings = _read(folder / SETTINGS_FILE)
     return None if settings is None else _without_defaults(settings.get("prompts") or {})
 
 
 def find_instructions(folder: Path, instructions: Mapping[str, str]) -> dict[str, str]:
-    """Choose the instructions to save: the model's, or newer ones in the folder.
+    """Choose the instructions to save, text by name: the model's, or newer ones in the folder.
 
     sentence-transformers writes its configuration, with a user's instructions, just before it saves
     the model to the same folder. So the folder's instructions are newer, and are chosen, if they
     differ from those in its `config.json` or if that file does not exist yet.
-
-    Args:
-        folder: folder that the model is going to be saved to; it may be empty.
-        instructions: the model's instructions.
-
-    Returns:
-        Name → text.
-
-    Raises:
-        ValueError: a file of the folder is not valid JSON.
     """
     written, config = read_instructions(folder), _read(folder / "config.json")
     if written is None:
@@ -154,16 +122,7 @@ def check_instructions(
 
     It tokenizes the instruction alone, and excludes that number of tokens from pooling. If a
     following caption changes the instruction's tokens, the wrong tokens would be pooled.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        instructions: name → text; may be blank.
-        num_suffix: number of tokens of the prompt's suffix.
-        max_text_length: maximum number of tokens per text, prompt included.
-
-    Raises:
-        ValueError: an instruction is not text, its tokens change when a caption follows, or it
-            leaves no room for a caption.
+    `num_suffix` is the number of tokens of the prompt's suffix.
     """
     errors = []
     for name, instruction in instructions.items():
@@ -171,16 +130,16 @@ def check_instructions(
             raise ValueError(f"The instruction {name!r} is {instruction!r}; give a text.")
         if not instruction.strip():
             continue
-        alone = _without_last(tokenizer(instruction, verbose=False)["input_ids"], num_suffix)
+        ids = tokenizer(instruction, verbose=False)["input_ids"]
+        alone = ids[: len(ids) - num_suffix]
         if len(alone) + num_suffix >= max_text_length:
             raise ValueError(
                 f"The instruction {name!r} leaves no room for a caption: with the prompt it has "
                 f"{len(alone) + num_suffix} of {max_text_length} tokens. Shorten it."
             )
         for caption in ("A cat.", "two cats", "7 cats"):
-            with_caption = _without_last(
-                tokenizer(instruction + caption, verbose=False)["input_ids"], num_suffix
-            )
+            ids = tokenizer(instruction + caption, verbose=False)["input_ids"]
+            with_caption = ids[: len(ids) - num_suffix]
             pooled = str(tokenizer.decode(with_caption[len(alone) :])).strip(" ")
             if with_caption[: len(alone)] != alone or pooled != caption:
                 errors.append(f"{name!r}: {instruction!r} before {caption!r} pools {pooled!r}")
@@ -190,10 +149,6 @@ def check_instructions(
             "The tokens of these instructions change when a caption follows: "
             f"{'; '.join(errors)}. End them with ': ' (colon and space)."
         )
-
-
-def _without_last(ids: list[int], count: int) -> list[int]:
-    return ids[: len(ids) - count]
 
 
 def _without_defaults(instructions: Mapping[str, str]) -> dict[str, str]:
@@ -229,14 +184,8 @@ _DICTIONARY_KEYS = ("load_in_4bit", "load_in_8bit")
 def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: bool) -> Any:
     """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
 
-    Args:
-        quantization_config: the caller's configuration, which is not changed. One for another
-            library than bitsandbytes is returned as it is.
-        class_name: name of the class that is loaded, for the error message.
-        has_llm: whether that class has an LLM.
-
-    Raises:
-        ValueError: bitsandbytes is requested, and the class has no LLM.
+    One for another library than bitsandbytes is returned as it is. A class without an LLM is
+    refused.
     """
     config = quantization_config
     if isinstance(config, dict) and any(config.get(key) for key in _DICTIONARY_KEYS):
@@ -260,11 +209,8 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
 def require_restorable(model: nn.Module) -> None:
     """Check that bitsandbytes would load the same weights that it saves.
 
-    Args:
-        model: the model that is going to be saved.
-
-    Raises:
-        ValueError: it was not loaded with its quantization, or has run 4-bit layers on a CPU.
+    It would not if the model was not loaded with its quantization, or has run 4-bit layers on a
+    CPU.
     """
     quantized = {
         name: module
@@ -518,16 +464,18 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                     tower.gradient_checkpointing = enable  # which transformers and peft look for
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings of the LLM."""
-        return self.text_model.get_input_embeddings()  # type: ignore[no-any-return]
+        """Return the token embeddings of the LLM; without one, the patch embeddings."""
+        tower = self.text_model if "text" in self.input_modalities else self.vision_model
+        return tower.get_input_embeddings()  # type: ignore[no-any-return]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings of the LLM.
+        """Replace what `get_input_embeddings` returns.
 
         Args:
             value: the new embedding layer.
         """
-        self.text_model.set_input_embeddings(value)
+        tower = self.text_model if "text" in self.input_modalities else self.vision_model
+        tower.set_input_embeddings(value)
 
     def _add_text_tower(self, text_model: PreTrainedModel | None) -> None:
         config = self.config
@@ -572,15 +520,11 @@ def _require_merged(model: PreTrainedModel) -> None:
 
 
 def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
-    """Make an LLM's attention bidirectional or causal.
+    """Make an LLM's attention bidirectional or causal, in place.
 
     This sets both the configuration and the modules. The configuration alone would leave families
     causal that drop attention arguments; the modules alone would leave eager attention and padded
     batches causal.
-
-    Args:
-        text_model: the LLM, changed in place.
-        bidirectional: whether each token attends to every other, or only to those before it.
     """
     text_model.config.is_causal = not bidirectional
     for module in text_model.modules():
@@ -593,11 +537,8 @@ def settle_frozen(tower: nn.Module) -> None:
 
     In training mode, batch normalization updates its running statistics with every batch, even if
     its weights are frozen. Neither an optimizer nor a LoRA saves these statistics, so the changes
-    would be lost.
-
-    Args:
-        tower: changed in place. Batch normalization without weights of its own stays in training
-            mode only if every parameter of the tower is trained.
+    would be lost. One without weights of its own stays in training mode only if every parameter of
+    the tower is trained.
     """
     parameters = list(tower.parameters())
     if not any(p.requires_grad for p in parameters):

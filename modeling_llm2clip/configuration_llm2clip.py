@@ -255,19 +255,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_text_by_name(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(text, str) for name, text in value.items()
-    )
-
-
-def _is_list_of_ids(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_is_integer(i) and i >= 0 for i in value)
+    if not isinstance(value, Mapping):
+        return value is None
+    return all(isinstance(part, str) for part in (*value.keys(), *value.values()))
 
 
 # Types are never converted: in Python, "false" is true and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
-_IDS = ("a list of token ids", _is_list_of_ids)
+_IDS = (
+    "a list of token ids",
+    lambda ids: isinstance(ids, list | tuple) and all(_is_integer(i) and i >= 0 for i in ids),
+)
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "projection_dim": _INTEGER,
     "text_width": ("an integer or None", lambda value: value is None or _is_integer(value)),
@@ -276,10 +275,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt_suffix_ids": _IDS,
     "prompt_suffix_ends_special": _BOOLEAN,
     "max_text_length": _INTEGER,
-    "instructions": (
-        "a dictionary of strings, or None",
-        lambda value: value is None or _is_text_by_name(value),
-    ),
+    "instructions": ("a dictionary of strings, or None", _is_text_by_name),
     "normalize_text_before_adapter": _BOOLEAN,
     "text_adapter_layers": _INTEGER,
     "text_adapter_expansion": _INTEGER,

@@ -26,12 +26,8 @@ _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
 def build_position_ids(attention_mask: Tensor) -> Tensor:
     """Build positions that start at each text's first real token, so left padding has no effect.
 
-    Args:
-        attention_mask: (B, L), 1 at real tokens, which are contiguous.
-
-    Returns:
-        (B, L) int64; 0, 1, 2, … for the real tokens. Padding has no larger position, because some
-        LLMs choose their rotary frequencies by the largest one.
+    Returns (B, L) int64. Padding has no larger position than a real token, because some LLMs choose
+    their rotary frequencies by the largest one.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
@@ -45,13 +41,6 @@ def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
 
     Some LLMs take other frequencies for a whole batch once its longest text has more tokens than
     they were first trained with.
-
-    Args:
-        text_config: configuration of the LLM.
-        max_length: maximum number of real tokens per text.
-
-    Raises:
-        ValueError: a text may be that long.
     """
     stated = getattr(text_config, "rope_parameters", None) or {}
     # Some LLMs state them per type of layer.
@@ -78,16 +67,8 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    Args:
-        prompt_length: number of tokens of the instruction when it is tokenized alone, prompt
-            included, as sentence-transformers counts them: without a special token at the end. None
-            or 0 without an instruction.
-        num_prefix: number of tokens of the prompt's prefix.
-        num_suffix: number of tokens of the prompt's suffix.
-        suffix_ends_special: whether the suffix ends with a special token.
-
-    Raises:
-        ValueError: `prompt_length` is shorter than the prompt.
+    `prompt_length` are the tokens of the instruction when it is tokenized alone, prompt included,
+    as sentence-transformers counts them: without a special token at the end. None or 0 for none.
     """
     if not prompt_length:
         return num_prefix
@@ -102,30 +83,13 @@ def count_unpooled(
 
 
 def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
-    """Mark the tokens to pool: all real tokens except for the first `num_unpooled`.
-
-    Args:
-        attention_mask: (B, L), 1 at real tokens.
-        num_unpooled: number of tokens of prompt and instruction before each caption.
-
-    Returns:
-        (B, L) bool.
-    """
+    """Mark the tokens to pool, (B, L) bool: the real ones but for the first `num_unpooled`."""
     real = attention_mask.bool()
     return real & (real.long().cumsum(dim=1) > num_unpooled)
 
 
 def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
-    """Pool the marked tokens in float32: their mean, or the last one.
-
-    Args:
-        hidden_states: (B, L, D) of any float dtype.
-        pooling_mask: (B, L) bool, with at least one True per row.
-        pooling: `"mean"` or `"last_token"`.
-
-    Returns:
-        (B, D) float32.
-    """
+    """Pool the marked tokens, (B, L, D) to (B, D) float32: their mean, or the last one."""
     if pooling == "last_token":
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         last = (positions * pooling_mask).argmax(dim=1)  # (B,)
@@ -147,27 +111,15 @@ def mask_unpadded(
 
     The pad id may be part of the prompt, so a row is padded if it begins or ends with more of them
     than the prompt does.
-
-    Args:
-        input_ids: (B, L).
-        pad_token_id: id of padding; None if it is unknown.
-        prefix_ids: ids of the prompt's prefix.
-        suffix_ids: ids of the prompt's suffix.
-
-    Returns:
-        (B, L) int64, all ones.
-
-    Raises:
-        ValueError: a row starts or ends with padding.
     """
     if pad_token_id is not None and input_ids.ndim == 2:
         is_pad = input_ids == pad_token_id
         num_first = _count_first(prefix_ids, pad_token_id)
         num_last = _count_first(suffix_ids[::-1], pad_token_id)
-        padded = _are_all(is_pad[:, : num_first + 1], num_first + 1)
-        padded |= _are_all(is_pad[:, -num_last - 1 :], num_last + 1)
-        _refuse(padded, input_ids, f"have padding (id {pad_token_id}) and no attention_mask; pass "
-                "the attention_mask that the tokenizer returned")  # fmt: skip
+        begins = is_pad[:, : num_first + 1].sum(dim=1) == num_first + 1
+        ends = is_pad[:, -num_last - 1 :].sum(dim=1) == num_last + 1
+        _refuse(begins | ends, input_ids, f"have padding (id {pad_token_id}) and no "
+                "attention_mask; pass the attention_mask that the tokenizer returned")  # fmt: skip
     return torch.ones_like(input_ids)
 
 
@@ -176,40 +128,32 @@ def _count_first(ids: list[int], wanted: int) -> int:
     return next((count for count, i in enumerate(ids) if i != wanted), len(ids))
 
 
-def _are_all(is_pad: Tensor, count: int) -> Tensor:
-    """Tell whether a row has this many tokens, and all are padding."""
-    return is_pad.sum(dim=1) == count
-
-
-def check_token_rows(
+def mask_checked(
     input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
+    attention_mask: Tensor | None,
+    pad_token_id: int | None,
     prefix_ids: list[int],
     suffix_ids: list[int],
     max_length: int,
     vocabulary_size: int,
-    num_unpooled: int = 0,
-) -> None:
-    """Check that token ids can come from the model's own tokenizer.
+    num_unpooled: int,
+) -> Tensor:
+    """Check that token ids can come from the model's own tokenizer, and return their mask.
 
-    Args:
-        input_ids: (B, L) int64, padded on either side.
-        attention_mask: (B, L), 1 at real tokens.
-        prefix_ids: ids of the prompt's prefix, with which every text must begin.
-        suffix_ids: ids of the prompt's suffix, with which every text must end.
-        max_length: maximum number of real tokens per text.
-        vocabulary_size: number of rows of the LLM's embedding table.
-        num_unpooled: number of tokens of prompt and instruction, after which every text must have a
-            token of its own.
-
-    Raises:
-        ValueError: a row is invalid. The message shows the first such row and what to do.
+    Ids and mask are (B, L), padded on either side; without a mask every token must be real. Every
+    text begins with `prefix_ids`, ends with `suffix_ids`, and has a token of its own after the
+    `num_unpooled` of prompt and instruction. ValueError shows the first row that does not. The
+    result is never the given tensor itself, as an operator requires.
     """
-    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+    mask = attention_mask
+    if mask is None:
+        mask = mask_unpadded(
+            input_ids, pad_token_id=pad_token_id, prefix_ids=prefix_ids, suffix_ids=suffix_ids
+        )
+    if input_ids.ndim != 2 or input_ids.shape != mask.shape:
         raise ValueError(
             f"input_ids {tuple(input_ids.shape)} and attention_mask "
-            f"{tuple(attention_mask.shape)} must both have shape (texts, tokens)."
+            f"{tuple(mask.shape)} must both have shape (texts, tokens)."
         )
     if 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give at least one text.")
@@ -218,10 +162,10 @@ def check_token_rows(
             f"input_ids must be integers, got {input_ids.dtype}. Pass precomputed embeddings "
             "to project_caption_embeds instead."
         )
-    lengths = attention_mask.long().sum(dim=1)  # (B,)
-    first_real = attention_mask.long().argmax(dim=1)  # (B,)
-    last_real = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(dim=1)
-    _refuse((last_real - first_real + 1 != lengths) & (lengths > 0), attention_mask,
+    lengths = mask.long().sum(dim=1)  # (B,)
+    first_real = mask.long().argmax(dim=1)  # (B,)
+    last_real = mask.shape[1] - 1 - mask.flip(1).long().argmax(dim=1)
+    _refuse((last_real - first_real + 1 != lengths) & (lengths > 0), mask,
             "have a gap in their attention_mask: real tokens must be contiguous")  # fmt: skip
     _refuse(lengths > max_length, lengths, f"have more than max_text_length={max_length} tokens; "
             f"tokenize with truncation=True and max_length={max_length} at most, or raise "
@@ -239,50 +183,6 @@ def check_token_rows(
     _check_piece(input_ids, first_real, prefix_ids, where="begin with the model's prompt")
     _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
                  where="end with the prompt's suffix")  # fmt: skip
-
-
-def mask_checked(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    pad_token_id: int | None,
-    prefix_ids: list[int],
-    suffix_ids: list[int],
-    max_length: int,
-    vocabulary_size: int,
-    num_unpooled: int,
-) -> Tensor:
-    """Check token ids, and return their mask.
-
-    Args:
-        input_ids: as in `check_token_rows`.
-        attention_mask: as in `check_token_rows`; None if every token is real.
-        pad_token_id: as in `mask_unpadded`.
-        prefix_ids: as in `check_token_rows`.
-        suffix_ids: as in `check_token_rows`.
-        max_length: as in `check_token_rows`.
-        vocabulary_size: as in `check_token_rows`.
-        num_unpooled: as in `check_token_rows`.
-
-    Returns:
-        (B, L), 1 at real tokens; never the given tensor itself, as an operator requires.
-
-    Raises:
-        ValueError: a row is invalid, or is padded and has no mask.
-    """
-    mask = attention_mask
-    if mask is None:
-        mask = mask_unpadded(
-            input_ids, pad_token_id=pad_token_id, prefix_ids=prefix_ids, suffix_ids=suffix_ids
-        )
-    check_token_rows(
-        input_ids,
-        mask,
-        prefix_ids=prefix_ids,
-        suffix_ids=suffix_ids,
-        max_length=max_length,
-        vocabulary_size=vocabulary_size,
-        num_unpooled=num_unpooled,
-    )
     return mask if attention_mask is None else mask.clone()
 
 

@@ -182,16 +182,10 @@ def load_images(
 
 
 def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Copy the pixels of an image channel by channel.
+    """Copy the pixels of an RGB image channel by channel, (3, H, W).
 
     It takes a third of the time of `np.array` and a transposition, of which torch makes another
     copy.
-
-    Args:
-        image: an RGB image.
-
-    Returns:
-        (3, H, W), contiguous.
     """
     pixels = np.empty((len(image.mode), image.height, image.width), np.uint8)
     for channel, name in zip(pixels, image.mode, strict=True):
@@ -286,20 +280,9 @@ def _open_image(path: str, limits: ImageLimits) -> Image.Image:
 
 
 def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
-    """Open an image without decoding it. No other function opens one.
+    """Open an image without decoding it, and refuse it by its header. No other function opens one.
 
-    Args:
-        source: a path or a binary file, as `PIL.Image.open` takes it, or what that returned.
-        name: name of the image in error messages.
-        limits: which images are opened. Default: `get_image_limits()`.
-
-    Returns:
-        The image, which is decoded on first use.
-
-    Raises:
-        ImageTooLargeError: it has more pixels or bytes than the limits allow.
-        ValueError: it is not an image of one of the formats, its header is corrupt, or it is beyond
-            another limit.
+    `source` is a path or a binary file, as `PIL.Image.open` takes it, or what that returned.
     """
     limits = limits or get_image_limits()
     if isinstance(source, Image.Image):
@@ -307,7 +290,9 @@ def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = No
         return source
     Image.init()  # else an unknown name in `formats` is a KeyError
     known = [form for form in limits.formats if form in Image.OPEN]
-    _lift_pillows_limit(limits)
+    # Let Pillow open what the limits allow, unless its maximum was set; it refuses twice that.
+    if Image.MAX_IMAGE_PIXELS == _PILLOWS_OWN and limits.max_megapixels * 1e6 > 2 * _PILLOWS_OWN:
+        Image.MAX_IMAGE_PIXELS = int(limits.max_megapixels * 5e5) + 1
     try:
         _require_few_bytes(_count_bytes(source), name, limits)
         image = Image.open(source, formats=known)
@@ -329,12 +314,6 @@ def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = No
         image.close()
         raise
     return image
-
-
-def _lift_pillows_limit(limits: ImageLimits) -> None:
-    """Let Pillow open what the limits allow, unless its maximum was set; it refuses twice that."""
-    if Image.MAX_IMAGE_PIXELS == _PILLOWS_OWN and limits.max_megapixels * 1e6 > 2 * _PILLOWS_OWN:
-        Image.MAX_IMAGE_PIXELS = int(limits.max_megapixels * 5e5) + 1
 
 
 def _count_bytes(source: Any) -> int:

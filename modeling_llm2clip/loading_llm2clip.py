@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,8 @@ _UNSAVED_NUMBERS = 1 << 28
 def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
     """List the weight files that `from_pretrained` of a model reads.
 
-    Args:
-        source: folder or Hub repository, whose files must be in the cache.
-        options: keyword arguments of `from_pretrained`.
-
-    Returns:
-        The files; none where a state dict or another format was asked for.
-
-    Raises:
-        ValueError: as `list_model_files`.
+    `options` are its keyword arguments; there are none where a state dict or another format was
+    asked for. Files of a repository must be in the cache.
     """
     if source is None or any(options.get(name) for name in _OTHER_WEIGHTS):
         return []
@@ -83,20 +77,10 @@ def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
 
 
 def list_model_files(folder: Path) -> list[Path]:
-    """List the weight files of an LLM2CLIP model, as loading reads them.
+    """List the weight files of an LLM2CLIP model, sorted by name, as loading reads them.
 
-    Whatever hashes, checks, copies or counts a model's weights uses this list.
-
-    Args:
-        folder: model folder.
-
-    Returns:
-        The files, sorted by name.
-
-    Raises:
-        ValueError: there are none, or more than one loader would agree on; see `list_weight_files`.
-            Or the folder holds a LoRA too: transformers would load the base that it names, in place
-            of the folder's own weights.
+    Whatever hashes, checks, copies or counts a model's weights uses this list. A folder that holds
+    a LoRA too is refused: transformers would load the base that it names.
     """
     if (folder / _LORA_CONFIG).is_file():
         raise ValueError(
@@ -108,20 +92,11 @@ def list_model_files(folder: Path) -> list[Path]:
 
 
 def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> list[Path]:
-    """List the weight files that transformers reads of a saved model.
+    """List the weight files that transformers reads of a saved model, sorted by name.
 
-    Args:
-        path: folder as transformers saves it, or a weight file, which is returned as it is.
-        names: file names to look for, in this order: each file, or its index `NAME.index.json`,
-            which lists the files of sharded weights.
-
-    Returns:
-        The files, sorted by name.
-
-    Raises:
-        ValueError: the folder has no such file, or both a file and an index, or shards beside those
-            that are listed; or the index is damaged, or names a file that is missing or in another
-            folder.
+    `path` may be a weight file itself. Of a folder, the first of `names` counts that is there, or
+    its index `NAME.index.json`. Weights that are there twice or not listed, and a damaged index,
+    raise ValueError.
     """
     if path.is_file():
         return [path]
@@ -137,18 +112,14 @@ def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> l
             files = [file] if file.is_file() else _read_index(index)
             _refuse_stray_shards(path, name, files)
             return files
-    raise ValueError(
-        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
-        f"of a saved model, or the weight file itself.{_explain_bin(names)}"
-    )
-
-
-def _explain_bin(names: Sequence[str]) -> str:
-    if not any(name.endswith(".bin") for name in names):
-        return ""
-    return (
+    more = (
         " From a repository on the Hub, .bin files are not fetched: download such a file yourself "
         "and give its folder."
+    )
+    raise ValueError(
+        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
+        f"of a saved model, or the weight file itself."
+        f"{more if any(name.endswith('.bin') for name in names) else ''}"
     )
 
 
@@ -182,11 +153,7 @@ def _refuse_stray_shards(folder: Path, name: str, files: Sequence[Path]) -> None
 
 
 def read_file_state(file: Path) -> tuple[int, ...] | None:
-    """Read what changes in a file that is written again; None if there is no such file.
-
-    Args:
-        file: the file.
-    """
+    """Read what changes in a file that is written again; None if there is no such file."""
     if not file.is_file():
         return None
     state = file.stat()
@@ -197,10 +164,6 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
     """Remove the weight file, or else the index, that the last save did not write.
 
     transformers itself removes shards that a save does not replace.
-
-    Args:
-        folder: model folder that a model was saved to.
-        old_file: state of its weight file before that, from `read_file_state`.
     """
     file, index = folder / WEIGHT_FILE, folder / f"{WEIGHT_FILE}.index.json"
     if file.is_file() and index.is_file():
@@ -208,15 +171,7 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
 
 
 def require_own_names(folder: Path, parts: Sequence[str]) -> None:
-    """Check that the weights of the last save begin with the names of a model's parts.
-
-    Args:
-        folder: model folder that a model was saved to.
-        parts: names of the model's direct submodules.
-
-    Raises:
-        ValueError: transformers renamed weights of one part by the rules of another.
-    """
+    """Check that the weights of the last save begin with the names of a model's parts."""
     files = sorted(folder.glob("model*.safetensors"))  # of variants too, which share their names
     names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
@@ -228,17 +183,9 @@ def require_own_names(folder: Path, parts: Sequence[str]) -> None:
 
 
 def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Read the headers of safetensors files.
+    """Read name, shape and dtype, as safetensors names it, of every tensor in safetensors files.
 
-    Args:
-        files: weight files of one model.
-
-    Returns:
-        Name of each tensor to its shape, and its dtype as safetensors names it.
-
-    Raises:
-        ValueError: a file is damaged, or a name is in two of them, of which transformers would load
-            the last.
+    A name in two of them is refused: transformers would load the last.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
@@ -265,19 +212,14 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
     """Stop the construction of a network that has far more weights than there are in its files.
 
     A configuration may state any number of layers, or any width. Such a network would be built for
-    minutes, and fill the memory, before its weights are found not to fit.
-
-    Args:
-        list_files: lists the weight files; called when the first weight is registered, which is
-            after transformers has downloaded them. If there are none, nothing is bounded.
-
-    Raises:
-        ValueError: the network in the body of the `with` statement is too large.
+    minutes, and fill the memory, before its weights are found not to fit. The files are listed when
+    the first weight is registered, which is after transformers has downloaded them; without any,
+    nothing is bounded.
     """
     bound = _Bound(list_files)
     hooks = (
-        torch_module.register_module_parameter_registration_hook(bound.count_parameter),
-        torch_module.register_module_buffer_registration_hook(bound.count_buffer),
+        torch_module.register_module_parameter_registration_hook(partial(bound.count, False)),
+        torch_module.register_module_buffer_registration_hook(partial(bound.count, True)),
     )
     try:
         yield
@@ -296,26 +238,17 @@ class _Bound:
         self.seen: set[tuple[int, str]] = set()
         self.num_parameters = self.num_numbers = self.num_in_buffers = 0
 
-    def count_parameter(self, module: nn.Module, name: str, value: Tensor | None) -> None:
-        if self._is_new(module, name, value):
-            self.num_parameters += 1
-            self.num_numbers += value.numel()  # type: ignore[union-attr]
-            self._check(module, name, value)
-
-    def count_buffer(self, module: nn.Module, name: str, value: Tensor | None) -> None:
-        if self._is_new(module, name, value):
-            self.num_in_buffers += value.numel()  # type: ignore[union-attr]
-            self._check(module, name, value)
-
-    def _is_new(self, module: nn.Module, name: str, value: Tensor | None) -> bool:
+    def count(self, is_buffer: bool, module: nn.Module, name: str, value: Tensor | None) -> None:
         # Weights are registered again when they are loaded.
         key = (id(module), name)
         if threading.get_ident() != self.thread or value is None or key in self.seen:
-            return False
+            return
         self.seen.add(key)
-        return True
-
-    def _check(self, module: nn.Module, name: str, value: Any) -> None:
+        if is_buffer:
+            self.num_in_buffers += value.numel()
+        else:
+            self.num_parameters += 1
+            self.num_numbers += value.numel()
         if self.limits is None:
             shapes = read_weight_shapes(self.list_files())
             self.limits = (
@@ -342,18 +275,6 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
 
     transformers would ask on the terminal whether to run it. If transformers has a class of its
     own, that class is used.
-
-    Args:
-        loader: class with `from_pretrained`, such as `AutoTokenizer`.
-        source: folder or Hub repository.
-        **settings: further arguments of `from_pretrained`.
-
-    Returns:
-        Whatever the loader returns.
-
-    Raises:
-        ValueError: loading fails without that code; the message names the file that refers to it.
-        Exception: any other error of the loader.
     """
     with naming_code(source, revision=settings.get("revision")):
         return loader.from_pretrained(source, trust_remote_code=False, **settings)
@@ -363,20 +284,16 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
 def naming_code(
     source: Any, *, revision: str | None = None, remedy: str = _REMEDY
 ) -> Iterator[None]:
-    """Explain a loader's error by the custom code that was not run, if the source refers to any.
-
-    Args:
-        source: folder or Hub repository that the body of the `with` statement loads.
-        revision: revision of the repository.
-        remedy: what to do, as the message's last sentence.
-
-    Raises:
-        ValueError: loading failed, and the source refers to custom code.
-    """
+    """Explain a loader's error by the custom code that was not run, if the source refers to any."""
     try:
         yield
     except _LOADING_ERRORS as error:
-        found = find_foreign_code(source, revision=revision)
+        # Of a repository only cached files are read.
+        found = {
+            name: references
+            for name in _NAMING_FILES
+            if (references := list_foreign_code(_read_settings(source, name, revision=revision)))
+        }
         if not found:
             raise
         named = "; ".join(f"{file} names {', '.join(refs)}" for file, refs in found.items())
@@ -386,23 +303,6 @@ def naming_code(
             f"{source} needs custom code, which is never run here: {named}. It cannot be loaded "
             f"without that code{reason}. {remedy}"
         ) from error
-
-
-def find_foreign_code(source: Any, *, revision: str | None = None) -> dict[str, list[str]]:
-    """List references to custom code, other than this package's, in a source's JSON files.
-
-    Args:
-        source: folder or Hub repository; of a repository only cached files are read.
-        revision: revision of the repository.
-
-    Returns:
-        File name → references such as `AutoModel: module.Class`.
-    """
-    found = {
-        name: list_foreign_code(_read_settings(source, name, revision=revision))
-        for name in _NAMING_FILES
-    }
-    return {name: refs for name, refs in found.items() if refs}
 
 
 def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
@@ -417,14 +317,7 @@ def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
 
 
 def list_foreign_code(content: Any) -> list[str]:
-    """List references to custom code, other than this package's, at any depth of JSON content.
-
-    Args:
-        content: parsed JSON of a file such as `config.json`.
-
-    Returns:
-        References such as `AutoModel: module.Class`.
-    """
+    """List references to custom code, other than this package's, at any depth of JSON content."""
     if isinstance(content, list):
         return [ref for value in content for ref in list_foreign_code(value)]
     if not isinstance(content, dict):
@@ -444,14 +337,7 @@ def list_foreign_code(content: Any) -> list[str]:
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a tower with random weights, from a class that transformers has.
 
-    Its configuration may still refer to custom code of the repository it came from, which is never
-    run.
-
-    Args:
-        config: configuration of the tower.
-
-    Raises:
-        ValueError: transformers has no class for this configuration.
+    Code that its configuration refers to is never run.
     """
     # Imported here because it registers the model's classes, whose module imports this one.
     from transformers import AutoModel
@@ -462,13 +348,7 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
 def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:
     """Check that every weight was loaded.
 
-    Args:
-        cls: class that is loaded, for the error message.
-        info: transformers' loading info.
-        allow_misshapen: accept weights of another shape, which keep their initialization.
-
-    Raises:
-        ValueError: weights are missing, unexpected or of another shape.
+    With `allow_misshapen`, weights of another shape keep their initialization.
     """
     mismatched = {} if allow_misshapen else {key[0]: key[1:] for key in info["mismatched_keys"]}
     missing = sorted(set(info["missing_keys"]) - {key[0] for key in info["mismatched_keys"]})

@@ -35,11 +35,11 @@ from .heads_llm2clip import (
     pool_tokens,
 )
 from .packing_llm2clip import (
-    acquire_text_forward_lock,
     is_exported,
     is_traced,
     pool_on_cpu,
     splits_batches,
+    text_forward_lock,
 )
 from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 
@@ -89,23 +89,13 @@ class LLM2CLIPOutput(ModelOutput):
 def find_requested_states(
     config: PreTrainedConfig,
     tower: nn.Module,
-    *,
     output_attentions: bool | None,
     output_hidden_states: bool | None,
 ) -> tuple[str, ...]:
     """Return the names of the arguments that request states from a tower.
 
-    Args:
-        config: configuration of the model. It and the tower's own apply where the caller gave None.
-        tower: the LLM or the vision tower.
-        output_attentions: the caller's argument.
-        output_hidden_states: the caller's argument.
-
-    Returns:
-        Any of "output_attentions" and "output_hidden_states".
-
-    Raises:
-        ValueError: a request selects layers.
+    The configurations of model and tower apply where the caller gave None. ValueError for a request
+    that selects layers.
     """
     given = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
     requested = []
@@ -125,12 +115,7 @@ def find_requested_states(
 
 
 def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, bool]:
-    """Return the requests as keyword arguments, if the tower's forward accepts them.
-
-    Args:
-        tower: the LLM or the vision tower.
-        requested: names of arguments, as `find_requested_states` returns them.
-    """
+    """Return the requests as keyword arguments, if the tower's forward accepts them."""
     parameters = inspect.signature(tower.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: True for name in requested if takes_any or name in parameters}
@@ -139,16 +124,9 @@ def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, boo
 def keep_states(
     output: Any, tower: nn.Module, requested: tuple[str, ...], *, pooled: Tensor
 ) -> BaseModelOutputWithPooling:
-    """Return a tower's output with the requested states and the given pooled embedding.
+    """Return a tower's output with the requested states, and with `pooled`, (B, D) float32.
 
-    Args:
-        output: what the tower returned.
-        tower: the LLM or the vision tower.
-        requested: names of arguments, as `find_requested_states` returns them.
-        pooled: (B, D) float32, which becomes `pooler_output`.
-
-    Raises:
-        ValueError: the tower did not return a requested state, or returned None for some layers.
+    ValueError where the tower did not return a requested state, or None for some layers.
     """
     states = {}
     for name in requested:
@@ -202,10 +180,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 requested states. A compiled model checks the same; an exported graph does not.
         """
         requested = find_requested_states(
-            self.config,
-            self.text_model,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            self.config, self.text_model, output_attentions, output_hidden_states
         )
         output = self._encode_texts(
             input_ids, attention_mask, prompt_length, requested=requested, keep_tokens=True
@@ -263,12 +238,12 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """
         return _to_unit_length(self.project_caption_embeds(caption_embeds))
 
-    def text_forward_lock(self) -> AbstractContextManager[None]:
+    def text_forward_lock(self) -> AbstractContextManager[Any]:
         """Return a context manager that blocks other threads' passes through the LLM.
 
         Hold it while replacing layers of the LLM.
         """
-        return acquire_text_forward_lock()
+        return text_forward_lock
 
     def _encode_texts(
         self,
@@ -331,7 +306,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Run one padded batch through the LLM and pool its output."""
         takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
         inputs = {"position_ids": build_position_ids(attention_mask)} if takes_positions else {}
-        with nullcontext() if is_traced() else acquire_text_forward_lock():
+        with nullcontext() if is_traced() else text_forward_lock:
             output = self.text_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -379,10 +354,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
                 tower as it was loaded does not return the requested states.
         """
         requested = find_requested_states(
-            self.config,
-            self.vision_model,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            self.config, self.vision_model, output_attentions, output_hidden_states
         )
         output = self._encode_images(
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, requested
@@ -694,18 +666,6 @@ class LLM2CLIPVisionModel(_VisionMixin):
         super().__init__(config)
         self._add_vision_tower(vision_model)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the vision tower's patch embeddings, which gradient checkpointing needs."""
-        return self.vision_model.get_input_embeddings()  # type: ignore[no-any-return]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the vision tower's patch embeddings.
-
-        Args:
-            value: the new embedding layer.
-        """
-        self.vision_model.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -47,7 +47,7 @@ _NEEDS_MORE = "needs more than packed attention computes."
 _MOST_DIFFERENCE = 1e-3
 # The attention implementation is a field of the shared configuration, so only one packed pass runs
 # at a time. A plain pass of another thread that meets the packed setting computes what SDPA does.
-_switch = threading.RLock()
+text_forward_lock = threading.RLock()
 _pass = threading.local()  # `longest`: tokens of the longest text while this thread runs a pack
 # LLM → whether packing gives the same numbers; checked before the first use.
 _checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -58,10 +58,6 @@ def splits_batches(text_model: PreTrainedModel, *, packs_in_training: bool) -> b
 
     While the LLM is trained, passes with and without gradients take the same path: gradient caching
     runs both, and dropout must sample the same masks in both.
-
-    Args:
-        text_model: the LLM.
-        packs_in_training: whether packs were requested for training on a CPU.
     """
     if is_traced():
         return False
@@ -86,20 +82,10 @@ def pool_on_cpu(
 ) -> BaseModelOutputWithPooling:
     """Encode and pool texts of unequal length in packs, or in token batches if the LLM needs them.
 
-    Args:
-        text_model: the LLM.
-        input_ids: (B, L) int64, padded on either side.
-        attention_mask: (B, L), 1 at real tokens, which are contiguous.
-        num_unpooled: number of tokens of prompt and instruction before each caption.
-        pooling: `"mean"` or `"last_token"`.
-        width: D, width of the last hidden states.
-        pool_padded: function that encodes and pools a right-padded batch (ids, mask), for LLMs that
-            cannot run packs.
-        keep_tokens: whether to also return the last hidden states.
-
-    Returns:
-        `pooler_output` (B, D) float32. With `keep_tokens` also `last_hidden_state` (B, L, D) in the
-        LLM's dtype, zeros at padding.
+    Ids are (B, L), padded on either side; the real tokens of a row, 1 in the mask, are contiguous.
+    `pool_padded` encodes and pools a right-padded batch (ids, mask), for LLMs that cannot run
+    packs. Returns `pooler_output` (B, D) float32; with `keep_tokens` also `last_hidden_state`
+    (B, L, D) in the LLM's dtype, zeros at padding.
     """
     keep_freed_memory()
     starts = attention_mask.long().argmax(dim=1).tolist()
@@ -132,7 +118,10 @@ def _runs_packs(text_model: PreTrainedModel, longest: int, device: torch.device)
     config = text_model.config
     # Tokens within a window, or within a chunk of this many tokens, attend to each other.
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if any(span and longest > span for span in spans) or not packing_allowed(text_model):
+    if any(span and longest > span for span in spans):
+        return False
+    # Packing may replace the default alone, SDPA. It is _NAME while another thread runs a pack.
+    if config._attn_implementation not in ("sdpa", _NAME):
         return False
     if text_model not in _checked:
         _checked[text_model] = can_pack(text_model, device)
@@ -179,14 +168,9 @@ class PackedTexts:
 
 
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group texts into packs that fit a token budget, longest texts first, equal lengths adjacent.
+    """Group texts into packs of `token_budget` tokens, longest first, equal lengths adjacent.
 
-    Args:
-        lengths: number of tokens per text.
-        token_budget: maximum number of tokens per pack; a longer text gets a pack of its own.
-
-    Returns:
-        Packs of indices into `lengths`, each index once.
+    Returns packs of indices into `lengths`; a longer text gets a pack of its own.
     """
     packs: list[list[int]] = []
     filled = 0
@@ -201,16 +185,11 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
 
 
 def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group texts of similar length into batches that fit a token budget, padding included.
+    """Group texts of similar length into batches of `token_budget` tokens, padding included.
 
-    Args:
-        lengths: number of tokens per text.
-        token_budget: maximum number of tokens per batch, padding included; a longer text gets a
-            batch of its own.
-
-    Returns:
-        Batches of indices into `lengths`, longest texts first, each index once. Padding is at most
-        a tenth of all tokens. In one batch it is at most a tenth of the tokens, or 64 tokens.
+    Returns batches of indices into `lengths`, longest texts first; a longer text gets a batch of
+    its own. Padding is at most a tenth of all tokens. In one batch it is at most a tenth of the
+    tokens, or 64 tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -240,15 +219,8 @@ def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[lis
 def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     """Run one pack of texts through the LLM, bidirectional or causal as configured.
 
-    Args:
-        text_model: the LLM.
-        texts: token ids of each text, (L_i,) int64; texts of equal length must be adjacent.
-
-    Returns:
-        Last hidden states, (sum of L_i, D).
-
-    Raises:
-        ValueError: the attention of this family needs more than packing offers.
+    The ids are (L_i,) int64 per text; texts of equal length must be adjacent. Returns the last
+    hidden states, (sum of L_i, D).
     """
     lengths = [len(text) for text in texts]
     is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
@@ -264,27 +236,13 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def packing_allowed(text_model: PreTrainedModel) -> bool:
-    """Tell whether packing may replace the attention implementation: only the default, SDPA.
-
-    Args:
-        text_model: the LLM.
-    """
-    # It is _NAME while another thread runs a pack.
-    return text_model.config._attn_implementation in ("sdpa", _NAME)
-
-
 @torch.no_grad()  # FSDP reuses weights gathered here in passes with gradients
 def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """Check that three short texts in one pack give the same numbers as each of them alone.
 
-    Args:
-        text_model: the LLM.
-        device: device of the inputs, which an offloaded model does not report.
-
-    Returns:
-        False if this family drops arguments that packing needs, or if its attention computes more
-        than plain scaled dot products. Such a family is run with padding.
+    They do not if this family drops arguments that packing needs, or if its attention computes more
+    than plain scaled dot products. `device` is that of the inputs, which an offloaded model does
+    not report.
     """
     rows = torch.arange(12, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
@@ -292,7 +250,7 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     try:
         # Dropout would make any two passes differ. Other threads may use the model, so its mode
         # stays. What is random in another way fails the check.
-        with plain, _WithoutDropout(), acquire_text_forward_lock():
+        with plain, _WithoutDropout(), text_forward_lock:
             packed = run_packed(text_model, texts)
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
@@ -321,28 +279,10 @@ def attend_packed(
 ) -> tuple[Tensor, None]:
     """Attend within each text of a pack, as an implementation of transformers' interface.
 
-    A plain pass of another thread, which meets this implementation in the shared configuration,
-    attends as SDPA does.
-
-    Args:
-        module: attention layer that calls this.
-        query: (1, heads, T, d).
-        key: (1, key heads, T, d), where key heads divide heads.
-        value: as `key`.
-        attention_mask: must be None.
-        scaling: factor of the dot products; None for d**-0.5.
-        dropout: probability of dropping an attention weight.
-        packed_texts: positions of the texts, as `run_packed` passes them.
-        sliding_window: window in tokens, which no text may exceed.
-        softcap: must be None or 0.
-        s_aux: attention sinks; must be None.
-        **others: further arguments of the interface, which a pack does not use.
-
-    Returns:
-        (1, T, heads, d), and None in place of attention weights.
-
-    Raises:
-        ValueError: the layer needs a mask, soft capping, sinks or a window.
+    Queries are (1, heads, T, d), keys and values (1, key heads, T, d), where key heads divide
+    heads; returns (1, T, heads, d), and None in place of attention weights. ValueError where the
+    layer needs a mask, soft capping, sinks or a window that a text exceeds. A plain pass of another
+    thread, which meets this implementation in the shared configuration, attends as SDPA does.
     """
     if packed_texts is None and not _runs_a_pack():
         more = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
@@ -443,18 +383,11 @@ def is_exported() -> bool:
 
 
 @contextmanager
-def acquire_text_forward_lock() -> Iterator[None]:
-    """Block this package's passes through LLMs in other threads."""
-    with _switch:
-        yield
-
-
-@contextmanager
 def _packed_attention(text_model: PreTrainedModel, *, longest: int) -> Iterator[None]:
     """Switch the LLM to packed attention for one pass."""
     AttentionInterface.register(_NAME, attend_packed)
     AttentionMaskInterface.register(_NAME, _build_mask)
-    with _switch:
+    with text_forward_lock:
         before = text_model.config._attn_implementation
         _pass.longest = longest
         text_model.config._attn_implementation = _NAME

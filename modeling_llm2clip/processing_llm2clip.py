@@ -168,8 +168,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
                 (H, W, 3) or (3, H, W). Arrays are uint8, uint16 (scaled to 8 bits), or floats in
                 [0, 1] with `do_rescale=False`, which are rounded to the 8 bits of all others; a
-                4-dimensional batch is read as a list. See
-                `load_images` for transparency, EXIF rotation and animations.
+                4-dimensional batch is read as a list. See `load_images` for transparency, EXIF
+                rotation and animations.
             text: one caption or a list. By default texts are padded, truncated before the prompt's
                 suffix, and returned as PyTorch tensors.
             on_long_text: `"truncate"`, which counts in `num_truncated_texts`, or `"error"`.
@@ -419,18 +419,9 @@ def _check_length(length: Any, name: str) -> int:
 
 
 def clean_texts(text: Any) -> str | list[str]:
-    """Strip one caption or a list of captions.
+    """Strip one caption or an iterable of captions, each checked by `check_texts`.
 
     Tokenizers strip too, but some have tokens for whitespace, which they keep.
-
-    Args:
-        text: one caption, or an iterable of captions.
-
-    Returns:
-        One string, or a list of strings.
-
-    Raises:
-        ValueError: it is neither, or a caption is blank or not a string. The message names them.
     """
     if isinstance(text, str):
         check_texts(text)
@@ -447,28 +438,14 @@ def clean_texts(text: Any) -> str | list[str]:
 
 
 def clean_list(texts: Any) -> list[str]:
-    """Strip a list of captions, and reject a single string.
-
-    Args:
-        texts: an iterable of captions.
-
-    Raises:
-        ValueError: it is a string or not iterable, or a caption is blank or not a string.
-    """
+    """Strip a list of captions, and reject a single string."""
     if isinstance(texts, str):
         raise ValueError(f"Got one string ({texts[:40]!r}); give a list of captions.")
     return list(clean_texts(texts))
 
 
 def check_texts(text: str | list[str]) -> None:
-    """Check that every caption is a non-blank string.
-
-    Args:
-        text: one caption or a list of captions.
-
-    Raises:
-        ValueError: a caption is blank, not a string or not valid Unicode, or the list is empty.
-    """
+    """Raise ValueError that names captions which are blank, not strings or not valid Unicode."""
     errors = []
     for number, caption in enumerate([text] if isinstance(text, str) else text, start=1):
         if not isinstance(caption, str):

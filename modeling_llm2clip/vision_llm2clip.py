@@ -17,14 +17,7 @@ _POOLING_PARTS = {"head", "pooler", "attn_pool"}
 
 
 def check_pixels(pixel_values: Tensor) -> None:
-    """Check the dtype and number of dimensions of pixels.
-
-    Args:
-        pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
-
-    Raises:
-        ValueError: no image processor returns such a tensor.
-    """
+    """Require floats, (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout."""
     if not pixel_values.is_floating_point() or pixel_values.ndim not in (3, 4):
         raise ValueError(
             "pixel_values must be floating point of shape (B, 3, H, W), or (B, patches, values) "
@@ -38,12 +31,6 @@ def require_restored_buffers(vision_model: nn.Module) -> None:
 
     Tables that follow from the settings, such as the distances of positions, are not saved. A
     network is loaded without computing anything, so each module must compute its tables afterwards.
-
-    Args:
-        vision_model: the vision tower.
-
-    Raises:
-        ValueError: a module has such a table and no method that computes it.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is None:
@@ -69,14 +56,7 @@ def require_restored_buffers(vision_model: nn.Module) -> None:
 
 
 def find_width(vision_model: nn.Module) -> int:
-    """Return the width of a tower's image embedding.
-
-    Args:
-        vision_model: the vision tower.
-
-    Raises:
-        ValueError: neither the configuration nor a timm network states the width.
-    """
+    """Return the width of a tower's image embedding."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
@@ -94,23 +74,12 @@ def find_width(vision_model: nn.Module) -> int:
 
 
 def has_class_token(vision_model: nn.Module) -> bool:
-    """Tell whether the tower has a class token.
-
-    Args:
-        vision_model: the vision tower.
-    """
+    """Tell whether the tower has a class token."""
     return bool(_list_own_tokens(vision_model) & {*_CLASS_TOKENS})
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Return the image size that a tower has positions for.
-
-    Args:
-        vision_model: the vision tower.
-
-    Returns:
-        Height and width in pixels; None if the tower takes any size.
-    """
+    """Return height and width that a tower has positions for; None if it takes any size."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         patches: Any = getattr(timm_model, "patch_embed", None)
@@ -143,9 +112,6 @@ def find_patch_size(vision_model: nn.Module) -> int:
 
     Patches that overlap are merged later: There it is the side that one place of the network's last
     stage covers, as each stage leaves out what its steps do not divide.
-
-    Args:
-        vision_model: the vision tower.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is None:
@@ -164,18 +130,8 @@ def choose_interpolation(
     """Return the tower's argument for interpolation, as images of this size need it.
 
     Some towers would silently give images of another size the positions of other patches.
-
-    Args:
-        vision_model: the vision tower.
-        pixel_values: (B, 3, H, W), or SigLIP2's patches, which have their own positions.
-        wanted: whether positions may be interpolated for another size than the tower's own.
-
-    Returns:
-        Keyword arguments of the tower's forward.
-
-    Raises:
-        ValueError: the tower has no positions for this size, and interpolation is not allowed or
-            not possible; or the size is not a multiple of the patch size.
+    ValueError where a tower has none for this size and interpolation is not `wanted` or not
+    possible, or where the size is not a multiple of the patch size.
     """
     found = (pixel_values.shape[-2], pixel_values.shape[-1])
     own = find_fixed_size(vision_model)
@@ -208,11 +164,7 @@ def _require_interpolation(
 
 
 def count_prefix_tokens(vision_model: nn.Module) -> int:
-    """Count the tokens before a tower's patches: class token, distillation token and registers.
-
-    Args:
-        vision_model: the vision tower.
-    """
+    """Count the tokens before a tower's patches: class token, distillation token and registers."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
@@ -224,16 +176,7 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
 def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
     """Return the hidden states of a tower's patches, without class token and registers.
 
-    Args:
-        vision_model: the vision tower.
-        hidden_states: (B, L, D).
-        pixel_values: (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout.
-
-    Returns:
-        (B, L - prefix, D).
-
-    Raises:
-        ValueError: the remaining tokens do not match the patches of an image of this size.
+    (B, L, D) to (B, L - prefix, D), which must match the patches of an image of this size.
     """
     side = find_patch_size(vision_model)
     if pixel_values.ndim == 3:
@@ -266,20 +209,10 @@ def pool_vision(
     pixel_values: Tensor,
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """Pool a tower's output into one embedding per image.
+    """Pool a tower's output into one embedding per image, (B, D) or (B, D, 1, 1).
 
-    Args:
-        output: what the tower returned.
-        pooling: `"pooler"`, `"cls"`, `"mean"` or `"patch_mean"`, see `LLM2CLIPConfig`.
-        vision_model: the vision tower.
-        pixel_values: the tower's input.
-        patch_mask: (B, L), 0 where a patch is padding.
-
-    Returns:
-        (B, D), or (B, D, 1, 1) for the pooler of a convolutional tower.
-
-    Raises:
-        ValueError: the tower's output does not have what this pooling needs.
+    The latter is the pooler's of a convolutional tower. `patch_mask`, (B, L), is 0 where a patch is
+    padding.
     """
     if pooling == "pooler":
         pooled = getattr(output, "pooler_output", None)

@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.building.vision_towers import image_processor_from_timm
-from modeling_llm2clip.conversion.conversion_plan import make_image_processor
+from modeling_llm2clip.conversion.convert_checkpoint import make_image_processor
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.image_cropping_llm2clip import (
     LLM2CLIPImageProcessor,

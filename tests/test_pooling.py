@@ -13,7 +13,7 @@ from torch import Tensor
 from modeling_llm2clip.heads_llm2clip import (
     build_pooling_mask,
     build_position_ids,
-    check_token_rows,
+    mask_checked,
     mask_checked_in_graph,
     mask_unpadded,
     pool_tokens,
@@ -135,6 +135,10 @@ def test_only_pooled_tokens_receive_gradients(pooling: str) -> None:
         assert torch.equal(moved, mask)
     else:
         assert moved.nonzero().tolist() == [[0, 2], [1, 3]]
+
+
+def check_token_rows(ids: Tensor, mask: Tensor, **rules: Any) -> None:
+    mask_checked(ids, mask, None, num_unpooled=0, **rules)
 
 
 def rows_of(*texts: list[int], side: str = "right") -> tuple[Tensor, Tensor]:

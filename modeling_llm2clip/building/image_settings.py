@@ -29,6 +29,8 @@ MEAN_AND_STD = {
     "half": ([0.5] * 3, [0.5] * 3),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
+# Of a processor whose images keep their shape and become a number of patches (SigLIP2 NaFlex).
+_COUNTS_PATCHES = "max_num_patches"
 
 
 def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
@@ -66,7 +68,7 @@ def set_image_size(
         else:
             reason = f"it has positions for {own[0]} × {own[1]} alone"
             _refuse_size(vision_model, image_size, reason)
-    if not _counts_patches(image_processor):
+    if not hasattr(image_processor, _COUNTS_PATCHES):
         _require_taken(vision_model, image_size)
     return vision_model, _resize_images(image_processor, image_size, patch)
 
@@ -143,7 +145,7 @@ def _interpolate_positions(
 
 
 def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
-    if _counts_patches(image_processor):
+    if hasattr(image_processor, _COUNTS_PATCHES):
         return _change(image_processor, max_num_patches=(image_size // patch) ** 2)
     settings = image_processor.to_dict()
     size = {name: value for name, value in settings["size"].items() if value}
@@ -156,11 +158,6 @@ def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
     if crops:
         changes["crop_size"] = {"height": image_size, "width": image_size}
     return _change(image_processor, **changes)
-
-
-def _counts_patches(image_processor: Any) -> bool:
-    """Return whether images keep their shape and become a number of patches (SigLIP2 NaFlex)."""
-    return hasattr(image_processor, "max_num_patches")
 
 
 def _change(image_processor: Any, **changes: Any) -> Any:

@@ -138,23 +138,19 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     config._name_or_path = "timm/tf_efficientnet_lite0.in1k"
     model = TimmWrapperModel(config)
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    _copy_in_order(cast(torch.nn.Module, model.timm_model), weights)
-    model.save_pretrained(folder)
-
-
-def _copy_in_order(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy weights whose names differ but whose order and shapes are those of the network."""
+    network = cast(torch.nn.Module, model.timm_model)
+    # The names differ; the order, the last part of each name (weight, bias, …) and shapes do not.
     dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
     source = {k: v for k, v in weights.items() if k not in dropped}
     target = network.state_dict()
-    if _list_shapes(source) != _list_shapes(target):
+    found, wanted = (
+        [(name.rsplit(".", 1)[-1], value.shape) for name, value in tensors.items()]
+        for tensors in (source, target)
+    )
+    if found != wanted:
         raise RuntimeError("The EfficientNet-Lite0 weights do not have timm's order and shapes.")
     network.load_state_dict(dict(zip(target, source.values(), strict=True)), strict=True)
-
-
-def _list_shapes(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Size]]:
-    """List the last part of each name (weight, bias, …) and its shape, in order."""
-    return [(name.rsplit(".", 1)[-1], value.shape) for name, value in weights.items()]
+    model.save_pretrained(folder)
 
 
 # What adapters for it call it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,14 +68,14 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
-    """Perturb the last token and check that the first one changes, with and without padding.
+def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -> list[str]:
+    """Perturb the last token, with and without padding, and describe what contradicts a direction.
 
-    Each layer is also tested separately, because one bidirectional layer can mask a causal one.
-    Returns the errors in words, none for a tower that is bidirectional on every path.
+    In a bidirectional tower the first token must change, in a causal one no other may. Each layer
+    of a bidirectional one is also tested alone, because it can mask a causal one.
     """
     ids, changed = _make_texts(text_model)
-    layers = _list_layers(text_model)
+    layers = _list_layers(text_model) if bidirectional else nn.ModuleList()
     errors = []
     plain: Tensor | None = None
     for num_pads, name in _PADDINGS:
@@ -82,9 +83,14 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
             before = _run(text_model, ids, num_pads=num_pads)
         plain = before if plain is None else plain
         after = _run(text_model, changed, num_pads=num_pads)
-        moved = _relative(before[0, 0], after[0, 0])
-        if not moved > _LEAST_MOVE:
-            errors.append(f"{name}, the first token does not see the last (moved by {moved:.1e})")
+        moved = list(map(_relative, before[0, :-1], after[0, :-1]))
+        if not bidirectional:
+            if not max(moved) <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
+                errors.append(f"{name}, a token sees a later one (moved by {max(moved):.1e})")
+        elif not moved[0] > _LEAST_MOVE:
+            errors.append(
+                f"{name}, the first token does not see the last (moved by {moved[0]:.1e})"
+            )
         elif causal := check.list_causal():
             errors.append(
                 f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
@@ -95,36 +101,18 @@ def find_attention_errors(text_model: PreTrainedModel) -> list[str]:
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
                 "beside them does, which hides it)"
             )
-        errors += _find_padding_effect(plain, before, name)
-    if not layers:
+        effect = _relative(plain[0], before[0])
+        if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
+            errors.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
+    if bidirectional and not layers:
         errors.append("its layers are not in a list of modules, so none can be tested alone")
-    return errors
-
-
-@torch.no_grad()
-def find_causality_errors(text_model: PreTrainedModel) -> list[str]:
-    """Perturb the last token and check that no other one changes, with and without padding.
-
-    Returns the errors in words.
-    """
-    ids, changed = _make_texts(text_model)
-    errors = []
-    plain: Tensor | None = None
-    for num_pads, name in _PADDINGS:
-        before, after = (_run(text_model, one, num_pads=num_pads) for one in (ids, changed))
-        plain = before if plain is None else plain
-        moved = max(map(_relative, before[0, :-1], after[0, :-1]))
-        if not moved <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
-            errors.append(f"{name}, a token sees a later one (moved by {moved:.1e})")
-        errors += _find_padding_effect(plain, before, name)
     return errors
 
 
 def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
     """Refuse a text tower that is not bidirectional, or not causal, on every path."""
-    find_errors = find_attention_errors if bidirectional else find_causality_errors
     try:
-        errors = find_errors(text_model)
+        errors = find_direction_errors(text_model, bidirectional=bidirectional)
     except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
@@ -145,13 +133,6 @@ def _make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return ids, changed
 
 
-def _find_padding_effect(plain: Tensor, padded: Tensor, name: str) -> list[str]:
-    effect = _relative(plain[0], padded[0])
-    if effect <= _MOST_PADDING_EFFECT.get(padded.dtype, 1e-3):
-        return []
-    return [f"{name}, the hidden states differ by {effect:.1e} from those without"]
-
-
 class _LayerCheck:
     """While it is open, runs every layer again: with another last token, and another first one.
 
@@ -169,13 +150,11 @@ class _LayerCheck:
 
     def __enter__(self) -> _LayerCheck:
         for number, layer in enumerate(self._layers):
-            hook = self._make_hook(number)
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            self._watch(layer, number)
             for name, part in layer.named_modules():
                 # What has no parts of its own (projections, norms) sees one token at a time.
                 if part is not layer and any(True for _ in part.children()):
-                    hook = self._make_part_hook(f"{name} ({type(part).__name__})")
-                    self._handles.append(part.register_forward_hook(hook, with_kwargs=True))
+                    self._watch(part, f"{name} ({type(part).__name__})")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,41 +165,33 @@ class _LayerCheck:
         """List the layers that look back but not ahead, by number, or that never ran."""
         return [n for n in range(len(self._layers)) if not self._looks_ahead.get(n, False)]
 
-    def _make_hook(self, number: int) -> Any:
-        def compare(layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            own = args[0] if args else kwargs["hidden_states"]  # (…, L, D)
-            self._looks_ahead[number] = self._compare(layer, own, args, kwargs, output, own)
-
-        return compare
-
-    def _make_part_hook(self, name: str) -> Any:
-        def compare(part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            own = args[0] if args else kwargs.get("hidden_states")
-            if self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output)):
-                return
-            if not self._compare(part, own, args, kwargs, output, None):
-                self.causal_parts[name] = None
-
-        return compare
+    def _watch(self, module: nn.Module, name: int | str) -> None:
+        hook = partial(self._compare, name)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def _compare(
-        self,
-        module: nn.Module,
-        own: Any,
-        args: Any,
-        kwargs: dict[str, Any],
-        output: Any,
-        residual: Tensor | None,
-    ) -> bool:
-        """Return whether a module looks ahead, or neither way, as one without attention."""
+        self, name: int | str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note whether a layer or a part of one looks ahead, or neither way, without attention."""
+        own: Any = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
+        is_part = isinstance(name, str)
+        if is_part and (
+            self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output))
+        ):
+            return
+        residual = None if is_part else own
         self._is_running_again = True
         ahead, back = (
             _move_between(output, _run_changed(module, own, args, kwargs, position), residual)
             for position in (_LENGTH - 1, 0)
         )
         self._is_running_again = False
-        is_rounding = residual is None and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
-        return is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
+        is_rounding = is_part and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
+        looks_ahead = is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
+        if isinstance(name, int):
+            self._looks_ahead[name] = looks_ahead
+        elif not looks_ahead:
+            self.causal_parts[name] = None
 
 
 def _run_changed(

@@ -1,20 +1,33 @@
-"""Turns an official checkpoint into a folder that loads everywhere, and proves it."""
+"""Turns an official checkpoint into a folder that loads everywhere, and proves it.
+
+The origin of every weight is settled before any is read or written.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
+from transformers import initialization as init
+from transformers.image_utils import PILImageResampling
 
 from .._environment import list_versions
+from ..building.build_model import configure_model
 from ..building.image_settings import MEAN_AND_STD
+from ..configs.build_config import BuildConfig
 from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
+from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_file
 from ..doctor.check_model import check_model
+from ..heads_llm2clip import MAX_LOG_SCALE
+from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_card import (
     CardData,
@@ -23,11 +36,15 @@ from ..model_folders.model_card import (
     update_card_data,
 )
 from ..model_folders.model_folder import RECORD_FILE
+from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES
 from ..model_folders.model_writing import LazyModel, cast_weights, save_model
+from ..model_folders.weights import LazyTensor
+from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .conversion_plan import ConversionPlan, plan_conversion
 from .layouts import find_layout
+from .layouts.layout import Layout, RenamedWeights, Rule, apply_rules, rename
 from .source_checkpoint import (
+    Checkpoint,
     CheckpointSource,
     LanguageModel,
     LLMSource,
@@ -35,9 +52,53 @@ from .source_checkpoint import (
     find_published_hash,
     open_checkpoint,
     open_language_model,
+    open_llm_weights,
     public_name,
+    require_layout,
     split_revision,
 )
+
+_NOT_ASKED_FOR = "belongs to the tower that was not asked for"
+# Training clamps to ln 100; a checkpoint in half precision holds it rounded up.
+_LARGEST_LOG_SCALE = float(torch.tensor(MAX_LOG_SCALE, dtype=torch.float16)) + 1e-6
+_LLMS_BY_WIDTH = {
+    2048: "Llama-3.2-1B (official: LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned)",
+    4096: "Llama-3-8B and Llama-3.1-8B (official: LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned, or "
+    "the LoRA LLM2CLIP-Llama-3.1-8B on Llama-3.1-8B-Instruct)",
+}
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A model whose weights are still in the files of others.
+
+    Attributes:
+        config: Its configuration.
+        model_class: Class of the whole, the text-only or the vision-only model.
+        tokenizer: Its tokenizer, with the prompt.
+        image_processor: Its image processor.
+        weights: Every weight of the model, by name.
+        dropped: Key of a source that is not needed → reason.
+        files: Every file that weights come from.
+    """
+
+    config: LLM2CLIPConfig
+    model_class: Any
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: LLM2CLIPImageProcessor
+    weights: dict[str, LazyTensor]
+    dropped: dict[str, str]
+    files: list[Path]
+
+
+@dataclass(frozen=True)
+class _AdapterSizes:
+    """Sizes of a text adapter, read off its weights."""
+
+    llm_width: int
+    projection_dim: int
+    num_layers: int
+    expansion: int
 
 
 def convert_checkpoint(
@@ -169,3 +230,202 @@ def _describe_file(path: Path) -> dict[str, Any]:
     checked = published is not None
     size = path.stat().st_size
     return {"name": path.name, "bytes": size, "sha256": found, "as_published": checked}
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    language: LanguageModel,
+    layout: Layout,
+    source_format: SourceFormat,
+    config: ConvertConfig,
+) -> ConversionPlan:
+    """Settle the configuration and the origin of every weight; reads shapes only."""
+    source = str(checkpoint.source.name)
+    require_layout(checkpoint, layout)
+    sizes = _read_adapter_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
+    width = language.config.hidden_size
+    if width != sizes.llm_width:
+        fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
+        raise ValueError(
+            f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but "
+            f"{language.source.name} gives {width}. LLMs of {sizes.llm_width}: {fitting}. Give the "
+            "LLM that the checkpoint was trained with."
+        )
+    model_config, tokenizer = _configure(checkpoint, layout, sizes, language, source_format)
+    vision: Any = model_config.vision_config
+    model_args = getattr(vision, "model_args", None)  # of a network of timm
+    size = int(model_args["img_size"] if model_args else vision.image_size)
+    image_processor = make_image_processor(source_format, size)
+    prefix = layout.llm_prefix
+    inside = {key: t for key, t in checkpoint.tensors.items() if prefix and key.startswith(prefix)}
+    renamed = _rename_checkpoint(checkpoint, layout, leave_out=set(inside), source=source)
+    if not layout.has_projection:
+        width = sizes.projection_dim
+        identity = LazyTensor((width, width), torch.float32, lambda: torch.eye(width))
+        renamed.weights["visual_projection.weight"] = identity
+    files = list(checkpoint.files)
+    if config.components != "vision":
+        stripped = {key.removeprefix(prefix or ""): tensor for key, tensor in inside.items()}
+        dtype = getattr(torch, config.dtype)
+        llm, llm_files = open_llm_weights(language, stripped, dtype=dtype)
+        renamed.weights |= llm.weights
+        renamed.origins |= llm.origins
+        renamed.dropped |= llm.dropped
+        files += llm_files
+    else:
+        renamed.dropped |= dict.fromkeys(inside, _NOT_ASKED_FOR)
+    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
+    weights = _fit(renamed, model_class, model_config, source)
+    return ConversionPlan(
+        model_config, model_class, tokenizer, image_processor, weights, renamed.dropped, files
+    )
+
+
+def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImageProcessor:
+    """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
+
+    Its pixels are those of the official code, which uses torchvision.
+    """
+    if source_format.preprocessing is None:
+        raise ValueError(
+            "Choose the preprocessing that the checkpoint was trained with: 'openai' (the official "
+            "training code gives every tower OpenAI's mean and standard deviation) or 'half' (0.5, "
+            "SigLIP's own). The weights do not say, so it is not guessed."
+        )
+    mean, std = MEAN_AND_STD[source_format.preprocessing]
+    return LLM2CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        resample=PILImageResampling.BICUBIC,
+        image_mean=list(mean),
+        image_std=list(std),
+        do_convert_rgb=True,
+    )
+
+
+def _configure(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    sizes: _AdapterSizes,
+    language: LanguageModel,
+    source_format: SourceFormat,
+) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
+    vision_config = layout.make_vision_config(
+        checkpoint.tensors, source_format, checkpoint.stated_config
+    )
+    vision_config._name_or_path = public_name(checkpoint.source.name)
+    chosen = BuildConfig(
+        prompt=source_format.prompt,
+        prompt_prefix=source_format.prompt_prefix,
+        prompt_suffix=source_format.prompt_suffix,
+        projection_dim=sizes.projection_dim,
+        max_text_length=source_format.max_text_length,
+        text_pooling=source_format.text_pooling,
+        text_adapter_layers=sizes.num_layers,
+        normalize_text_before_adapter=source_format.normalize_text_before_adapter,
+        visual_projection_bias=layout.projection_bias,
+    )
+    config, tokenizer = configure_model(vision_config, language.config, language.tokenizer, chosen)
+    config.text_adapter_expansion = sizes.expansion
+    config.text_adapter_trained = config.projections_trained = True
+    return config, tokenizer
+
+
+def _rename_checkpoint(
+    checkpoint: Checkpoint, layout: Layout, *, leave_out: set[str], source: str
+) -> RenamedWeights:
+    own = {key: value for key, value in checkpoint.tensors.items() if key not in leave_out}
+    rules = [*layout.rules, *_list_adapter_rules(layout.adapter_prefix, own)]
+    renamed = apply_rules(own, rules, layout.drops, source=source)
+    log_scale = float(own["logit_scale"].read()) if "logit_scale" in own else 0.0
+    if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
+        raise ValueError(
+            f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
+            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
+        )
+    return renamed
+
+
+def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[Rule]:
+    """List the rules for the text adapter and the temperature, which all official layouts share.
+
+    The text adapter is `Sequential(block, …, LayerNorm, Linear)`; a block is `Sequential(Linear,
+    GELU, Dropout, Linear)` as `fn`, and a LayerNorm as `ln`.
+    """
+    start, num_layers = re.escape(prefix), _count_blocks(prefix, tensors)
+    part = r"(weight|bias)"
+    return [
+        rename(rf"{start}(\d+)\.fn\.0\.{part}", r"text_adapter.blocks.\1.up.\2"),
+        rename(rf"{start}(\d+)\.fn\.3\.{part}", r"text_adapter.blocks.\1.down.\2"),
+        rename(rf"{start}(\d+)\.ln\.{part}", r"text_adapter.blocks.\1.norm.\2"),
+        rename(rf"{start}{num_layers}\.{part}", r"text_adapter.norm.\1"),
+        rename(rf"{start}{num_layers + 1}\.{part}", r"text_projection.\1"),
+        rename(
+            r"logit_scale",
+            "logit_scale.log_scale",
+            lambda log_scale: log_scale.reshape(1).float().clamp(max=MAX_LOG_SCALE),
+        ),
+    ]
+
+
+def _read_adapter_sizes(
+    prefix: str, tensors: Mapping[str, LazyTensor], *, source: str
+) -> _AdapterSizes:
+    num_layers = _count_blocks(prefix, tensors)
+    last = tensors.get(f"{prefix}{num_layers + 1}.weight")
+    if last is None or not num_layers:
+        raise ValueError(
+            f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
+            "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official "
+            "EVA02 repositories keep it in their .pt file)."
+        )
+    inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
+    return _AdapterSizes(width, last.shape[0], num_layers, inner // width)
+
+
+def _count_blocks(prefix: str, tensors: Mapping[str, LazyTensor]) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.fn\.0\.weight")
+    return sum(1 for key in tensors if pattern.fullmatch(key))
+
+
+def _fit(
+    renamed: RenamedWeights, model_class: Any, config: LLM2CLIPConfig, source: str
+) -> dict[str, LazyTensor]:
+    """Order the weights as the model has them; each must occur once and have its shape."""
+    wanted = _list_shapes(lambda: model_class(config))
+    whole = wanted if model_class is LLM2CLIPModel else _list_shapes(lambda: LLM2CLIPModel(config))
+    for name in sorted(set(renamed.weights) & set(whole) - set(wanted)):
+        del renamed.weights[name]
+        if name in renamed.origins:
+            renamed.dropped[renamed.origins[name]] = _NOT_ASKED_FOR
+    missing = sorted(set(wanted) - set(renamed.weights))
+    unknown = sorted(
+        f"{renamed.origins.get(name, name)} (would be {name})"
+        for name in set(renamed.weights) - set(wanted)
+    )
+    misshapen = sorted(
+        f"{renamed.origins.get(name, name)}: {renamed.weights[name].shape}, {name} is {shape}"
+        for name, shape in wanted.items()
+        if name in renamed.weights and renamed.weights[name].shape != shape
+    )
+    errors = {"missing": missing, "without a place": unknown, "of another shape": misshapen}
+    if any(errors.values()):
+        shown = "".join(
+            f"\n{len(names)} {what}:\n  " + "\n  ".join(names)
+            for what, names in errors.items()
+            if names
+        )
+        raise ValueError(
+            f"{source} does not make a whole {model_class.__name__}, so nothing is converted."
+            f"{shown}\nGive the whole checkpoint, the LLM it was trained with, and its own source "
+            "format."
+        )
+    return {name: renamed.weights[name] for name in wanted}
+
+
+def _list_shapes(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:
+    """List names and shapes of a model's weights, without making them."""
+    # The second: older timm computes numbers from a tensor while it builds; meta tensors have none.
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        model = build()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -18,7 +18,7 @@ from ..configs.align_config import AlignConfig
 from ..configs.train_config import TrainConfig
 from ..data.records.records import CaptionedImage
 from ..data.store.embedding_store import EmbeddingStore
-from ..encoding.encode import encode_images, encode_texts, project_images
+from ..encoding.encode import encode_images, encode_texts, project_stored
 from ..evaluation.results import read_evaluation_results
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_loading import load_model
@@ -105,7 +105,7 @@ def _search_images(
     vision_embeds = store.read([int(store.rows_of(row)[0]) for row in rows]).float()
     paths = [record.path for record in others]
     encoded = encode_images(model, processor, paths, project=False)
-    image_embeds = project_images(model, torch.cat([vision_embeds, encoded]))
+    image_embeds = project_stored(model, torch.cat([vision_embeds, encoded]), "image")
     cosines = encode_texts(model, processor, SENTENCES) @ image_embeds.T
     return rank_images(SENTENCES, cosines, [*(stored[row].path for row in rows), *paths])
 

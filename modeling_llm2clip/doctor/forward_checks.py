@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base_llm2clip import SETTINGS_FILE, check_instructions, find_instructions
-from ..building.tower_checks import find_attention_errors, find_causality_errors
+from ..building.tower_checks import find_direction_errors
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..loading_llm2clip import naming_code
 from ..model_folders.golden_embeddings import (
@@ -70,8 +70,7 @@ def check_attention_direction(tested: ModelUnderTest) -> str:
     ]
     if contrary:
         errors.append(f"{len(contrary)} attention modules go the other way ({contrary[0]}, …)")
-    find_errors = find_attention_errors if config.bidirectional else find_causality_errors
-    errors += find_errors(text_model)
+    errors += find_direction_errors(text_model, bidirectional=config.bidirectional)
     if errors:
         raise ValueError(
             f"{'; '.join(errors)}. Update transformers and this package, or load with another "

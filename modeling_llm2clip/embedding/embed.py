@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,23 +28,27 @@ from ..model_folders.model_writing import Source, StageSource, open_source
 from ..model_folders.onnx_folder import fingerprint_graph
 from ..model_folders.training_images import ImageTally, describe_far_images
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
-from .embedding_dtypes import count_values, measure_ranges, truncate_embeddings
 from .embedding_manifest import EmbeddingManifest
-from .embedding_rows import ImageRows, TextRows
-from .parquet_writer import ParquetWriter
+from .parquet_writer import (
+    ImageRows,
+    ParquetWriter,
+    TextRows,
+    count_values,
+    measure_ranges,
+    require_same_limits,
+    truncate_embeddings,
+)
 from .shard_computation import (
     Engine,
     Prepare,
-    ShardJob,
     compute_partition,
     make_shard_worker,
+    open_stops,
     parse_partition,
-    require_engine,
 )
 from .shard_encoding import ShardEncoder, load_shard_encoder
-from .sharded_writer import Array
+from .sharded_writer import Array, begin_or_continue
 
 _SHOWN = 5
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
@@ -109,33 +112,31 @@ def embed(
     records = RecordTable.from_records(data)
     rows = _open_rows(records, config, modality)
     device = choose_device(config.device)
-    require_engine(engine)
-    # Ray ends its actors when it is interrupted; what they wrote stays.
-    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
-    with stops as stop, open_source(source, output) as found:
+    with open_stops(engine) as stop, open_source(source, output) as found:
         model_config = LLM2CLIPConfig.from_pretrained(found.folder)
         require_trained(model_config, purpose="embed", source=found.name)
         encoder = load_shard_encoder(found.folder, modality, config, device)
         planned = _plan_output(found, modality, records, len(rows), encoder, config)
         with PartialState().main_process_first():
-            writer = ParquetWriter.open(
-                output,
-                planned,
-                partial(_add_ranges, planned, encoder, rows, config),
-                rows,
-                model_dim=encoder.dim,
-                skip_invalid=config.skip_invalid,
-            )
+            begin = partial(_add_ranges, planned, encoder, rows, config)
+            begun = begin_or_continue(output, planned, begin)
+            if modality == "image":
+                require_same_limits(output, skip_invalid=config.skip_invalid)
+        writer = ParquetWriter(
+            output, begun, rows, model_dim=encoder.dim, skip_invalid=config.skip_invalid
+        )
         make_worker = partial(_make_worker, found.folder, writer, config)
-        job = ShardJob(
+        compute_partition(
+            writer,
+            partial(_prepare_rows, rows, encoder),
+            config,
             name=f"embed {modality}",
             unit=" texts" if modality == "text" else " images",
-            writer=writer,
-            prepare=partial(_prepare_rows, rows, encoder),
+            partition=partition,
+            stop=stop,
             make_worker=make_worker if engine == "ray" else None,
-            config=config,
+            finish=writer.finish,
         )
-        compute_partition(job, partition=partition, stop=stop, finish=writer.finish)
         if modality == "image":
             _report_far(encoder, found.folder, report or _warn)
     return output
@@ -186,7 +187,11 @@ def _plan_output(
     if others := sorted(set(config.columns) - _OF_TEXTS):
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
-        plan["int8_ranges"] = _name_ranges(config)
+        plan["int8_ranges"] = (
+            f"of a sample of {config.calibration_size}"
+            if config.int8_ranges is None
+            else hash_json(_read_ranges(config.int8_ranges).tolist())
+        )
     if config.backend == "onnx":
         fingerprint = fingerprint_graph(model.folder, modality, config.text_weights)
     else:
@@ -268,13 +273,6 @@ def _add_ranges(
                 f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
             )
     return replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
-
-
-def _name_ranges(config: EmbedConfig) -> str:
-    """Identify the int8 ranges that are asked for."""
-    if config.int8_ranges is None:
-        return f"of a sample of {config.calibration_size}"
-    return hash_json(_read_ranges(config.int8_ranges).tolist())
 
 
 def _read_ranges(folder: Path) -> Array:

@@ -9,15 +9,12 @@ that was never interrupted, on the same kind of machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-import torch
 from accelerate import PartialState
 
 from .._suggestions import counted
@@ -41,28 +38,27 @@ from ..data.remote.object_storage import ObjectStorage
 from ..data.store.embedding_store import EmbeddingStore
 from ..data.store.store_index import StoreIndex, make_batch
 from ..data.store.store_manifest import STORED_DTYPES, StoreManifest
-from ..encoding.batches import split_evenly
-from ..encoding.encode import TorchEncoder
 from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_writing import Source, open_source
-from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from ..processing_llm2clip import LLM2CLIPProcessor, check_texts
-from ..scheduling.graceful_stop import StopRequest, stop_on_signals
+from ..processing_llm2clip import check_texts
 from ..scheduling.processes import choose_device
-from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from .embedding_store_writer import (
+    EmbeddingStoreWriter,
+    SharedStoreWriter,
+    SharedWork,
+    StoreItems,
+)
 from .shard_computation import (
     Engine,
     Prepare,
     PreparedShard,
-    ShardJob,
     compute_partition,
     make_shard_worker,
+    open_stops,
     parse_partition,
-    require_engine,
 )
-from .shard_encoding import prepare_texts
-from .shared_store_writer import SharedStoreWriter, SharedWork
+from .shard_encoding import ShardEncoder, load_shard_encoder
 
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
@@ -119,32 +115,34 @@ def extract(
     config, output = config or ExtractConfig(), Path(output)
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
-    require_engine(engine)
-    # Ray ends its actors when it is interrupted; what they wrote stays.
-    stops = nullcontext(StopRequest()) if engine == "ray" else stop_on_signals()
-    with stops as stop, open_source(source, output) as found:
-        plan = make_plan(found.folder, table, config, device, modality)
+    with open_stops(engine) as stop, open_source(source, output) as found:
+        _require_inputs(table, modality)
+        encoder = load_shard_encoder(found.folder, modality, config, device)
+        planned = plan_store(found.folder, table, encoder, config, modality)
+        list_items = partial(LIST_ITEMS[modality], table)
         with PartialState().main_process_first():
             if storage is None:
-                writer = EmbeddingStoreWriter.open(output, plan.manifest, plan.list_items)
+                writer = EmbeddingStoreWriter.open(output, planned, list_items)
             else:
-                shared = ObjectStorage(storage)
-                writer = SharedStoreWriter.begin(output, shared, plan.manifest, plan.list_items)
+                writer = SharedStoreWriter.begin(
+                    output, ObjectStorage(storage), planned, list_items
+                )
         make_worker = None
         if engine == "ray":
             model = found.name if storage and isinstance(source, str | Path) else found.folder
             work = SharedWork.describe(writer, table)
             make_worker = partial(_make_worker, model, work, config, modality)
-        job = ShardJob(
+        compute_partition(
+            writer,
+            partial(open_shards, writer, table, encoder),
+            config,
             name=f"extract {modality}",
-            unit=plan.unit,
-            writer=writer,
-            prepare=partial(plan.open_shards, writer),
+            unit=" captions" if modality == "text" else " images",
+            partition=partition,
+            stop=stop,
             make_worker=make_worker,
-            config=config,
+            finish=writer.finish if is_whole else None,
         )
-        finish = writer.finish if is_whole else None
-        compute_partition(job, partition=partition, stop=stop, finish=finish)
     if is_whole:
         EmbeddingStore.open(output)  # a store of an earlier run may have lost files since
     return output
@@ -156,8 +154,8 @@ def _make_worker(
     """Load the tower that is needed, for shards that something else hands out."""
     writer, table = work.open()
     device = choose_device(config.device)
-    plan = make_plan(find_model_folder(model), table, config, device, modality)
-    return make_shard_worker(writer, plan.open_shards(writer))
+    encoder = load_shard_encoder(find_model_folder(model), modality, config, device)
+    return make_shard_worker(writer, open_shards(writer, table, encoder))
 
 
 def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
@@ -210,123 +208,51 @@ def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]
     ]
 
 
-@dataclass(frozen=True)
-class ExtractionPlan:
-    """Which embeddings a store will hold, and how they are computed.
+def open_shards(
+    writer: EmbeddingStoreWriter, records: RecordTable, encoder: ShardEncoder
+) -> Prepare:
+    """Return what prepares the shards of a store that is begun."""
+    manifest = writer.manifest
+    occurrences = FirstOccurrences(StoreIndex(writer.folder, manifest), manifest.rows_per_shard)
 
-    Attributes:
-        manifest: Manifest of a store whose items are not known.
-        list_items: Makes the items; takes an empty folder for temporary files, about as large as
-            all texts.
-        prepare: Reads the inputs of a shard, given where its rows occur first, and its rows.
-        unit: What is counted.
-    """
-
-    manifest: StoreManifest
-    list_items: Callable[[Path], StoreItems]
-    prepare: Callable[[FirstOccurrences, range], PreparedShard]
-    unit: str
-
-    def open_shards(self, writer: EmbeddingStoreWriter) -> Prepare:
-        """Return what prepares the shards of a store that is begun."""
-        index = StoreIndex(writer.folder, writer.manifest)
-        occurrences = FirstOccurrences(index, writer.manifest.rows_per_shard)
-        return lambda rows: self.prepare(occurrences, rows)
-
-
-def make_plan(
-    folder: Path,
-    records: RecordTable,
-    config: ExtractConfig,
-    device: torch.device,
-    modality: Modality,
-) -> ExtractionPlan:
-    """Load the tower that is needed, and plan a store."""
-    plan = _plan_captions if modality == "text" else _plan_images
-    return plan(folder, records, config, device)
-
-
-def _plan_captions(
-    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
-) -> ExtractionPlan:
-    if not any(short.any() or long.any() for short, long in records.iterate_counts()):
-        check_texts([])
-    processor = LLM2CLIPProcessor.from_pretrained(folder)
-    model = LLM2CLIPTextModel.from_pretrained(folder)
-    fingerprint = fingerprint_text(folder)
-    encoder = TorchEncoder(model.to(device), processor)
-    budget = config.token_budget or encoder.token_budget
-    causes = {"data": hash_texts(records), "token_budget": str(budget)}
-
-    def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
-        texts = list(iterate_first_captions(records, occurrences, rows))
-        return prepare_texts(encoder, budget, texts, project=False)
-
-    return ExtractionPlan(
-        _plan_store("caption_embeds", fingerprint, model.config.text_width, config, causes),
-        lambda scratch: list_caption_items(records, scratch),
-        prepare,
-        " captions",
-    )
-
-
-def _plan_images(
-    folder: Path, records: RecordTable, config: ExtractConfig, device: torch.device
-) -> ExtractionPlan:
-    """Plan the embeddings of images; records in several languages share the row of theirs."""
-    require_images(records)
-    processor = LLM2CLIPProcessor.from_pretrained(folder)
-    model = LLM2CLIPVisionModel.from_pretrained(folder)
-    fingerprint = fingerprint_vision(folder)
-    encoder = TorchEncoder(model.to(device), processor)
-    batch_size = config.batch_size or encoder.batch_size
-    causes = {
-        "data": hash_texts(records),
-        "images": hash_image_sizes(records),
-        "batch_size": str(batch_size),
-    }
-
-    def prepare(occurrences: FirstOccurrences, rows: range) -> PreparedShard:
+    def prepare(rows: range) -> PreparedShard:
+        if manifest.content == "caption_embeds":
+            return encoder.prepare(list(iterate_first_captions(records, occurrences, rows)))
         images: list[ImageSource | None] = []
         for first, items, _ in occurrences.find(rows):
+            # Records in several languages share the row of theirs.
             images += records.select(first + items).iterate_images()
-        return PreparedShard(
-            batches=[np.array(places) for places in split_evenly(len(rows), size=batch_size)],
-            encode=lambda batches: (
-                batch.embeds
-                for batch in encoder.iterate_images(
-                    images,
-                    [places.tolist() for places in batches],
-                    project=False,
-                    num_workers=config.num_workers,
-                )
-            ),
-        )
+        return encoder.prepare(images)
 
-    width = model.visual_projection.in_features
-    return ExtractionPlan(
-        _plan_store("vision_embeds", fingerprint, width, config, causes),
-        lambda scratch: list_image_items(records, scratch),
-        prepare,
-        " images",
-    )
+    return prepare
 
 
-def _plan_store(
-    content: str,
-    fingerprint: dict[str, str],
-    dim: int,
+def _require_inputs(records: RecordTable, modality: Modality) -> None:
+    if modality == "image":
+        require_images(records)
+    elif not any(short.any() or long.any() for short, long in records.iterate_counts()):
+        check_texts([])
+
+
+def plan_store(
+    folder: Path,
+    records: RecordTable,
+    encoder: ShardEncoder,
     config: ExtractConfig,
-    causes: dict[str, str],
+    modality: Modality,
 ) -> StoreManifest:
-    row_bytes = dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
+    """Make the manifest of a store whose items are not known."""
+    causes = {"data": hash_texts(records)}
+    if modality == "image":
+        causes["images"] = hash_image_sizes(records)
+    row_bytes = encoder.dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
     return StoreManifest(
-        content=content,
-        fingerprint=fingerprint,
+        content="caption_embeds" if modality == "text" else "vision_embeds",
+        fingerprint=(fingerprint_text if modality == "text" else fingerprint_vision)(folder),
         dtype=config.store_dtype,
-        dim=dim,
+        dim=encoder.dim,
         rows_per_shard=config.count_rows_per_shard(row_bytes),
-        plan=causes,
+        plan={**causes, **encoder.plan},
     )
 
 
@@ -357,35 +283,24 @@ def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
     return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
 
 
-def list_image_items(records: RecordTable, scratch: Path) -> StoreItems:
-    """Number the images of a dataset, by their names; `scratch` is an empty folder."""
-    numbers = TextNumbers(scratch, len(records))
-    for batch in records.iterate_columns(("name", "name_key")):
-        numbers.add(batch.column("name"), np.asarray(batch.column("name_key")))
-    numbers.number()
-    _require_one_image_per_name(records, numbers)
+def list_image_items(records: RecordTable, _scratch: Path) -> StoreItems:
+    """Number the images of a dataset, by the first records of their names."""
+    firsts = records.find_first_rows("name_key")
+    is_first = firsts == np.arange(len(records))
+    again = np.flatnonzero(~is_first)
+    refuse_ambiguous_names(find_ambiguous_names(records, again, firsts[again]))
+    numbers = (np.cumsum(is_first, dtype=firsts.dtype) - 1)[firsts]
 
     def make_batches() -> Iterator[pa.RecordBatch]:
-        for batch, rows in zip(records.iterate_columns(_ITEM_COLUMNS), numbers, strict=True):
+        start = 0
+        for batch in records.iterate_columns(_ITEM_COLUMNS):
+            rows = numbers[start : start + len(batch)]
+            start += len(rows)
             yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
 
-    counts = {"images": len(records), "distinct": numbers.num_distinct}
-    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+    num_distinct = int(is_first.sum())
+    counts = {"images": len(records), "distinct": num_distinct}
+    return StoreItems(num_distinct, len(records), counts, make_batches())
 
 
-def _require_one_image_per_name(records: RecordTable, numbers: TextNumbers) -> None:
-    if numbers.num_distinct == len(records):
-        return
-    first_records = np.empty(numbers.num_distinct, np.int64)
-    start = num_named = 0
-    ambiguous: dict[str, None] = {}
-    for rows in numbers:
-        these = np.arange(start, start + len(rows))
-        new, places = np.unique(rows[rows >= num_named], return_index=True)
-        first_records[new] = these[rows >= num_named][places]
-        num_named += len(new)
-        firsts = first_records[rows]
-        again = these[firsts != these]
-        ambiguous.update(find_ambiguous_names(records, again, firsts[firsts != these]))
-        start += len(rows)
-    refuse_ambiguous_names(ambiguous)
+LIST_ITEMS = {"text": list_caption_items, "image": list_image_items}

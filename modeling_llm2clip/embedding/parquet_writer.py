@@ -1,4 +1,10 @@
-"""Writes final embeddings as Parquet files, for vector databases.
+"""Writes final embeddings as Parquet files, for vector databases: truncated, in fewer bits.
+
+A text is identified by name, language and number of the caption, `beach.jpg#de#0`; the language is
+left out where the dataset has one alone. An image is identified by its name.
+
+int8 and the two binary dtypes are those of sentence-transformers' `quantize_embeddings`, number for
+number. N embeddings, P dimensions of the model, D of what is stored.
 
 The rows of a file are collected in `_unfinished/`. The names of `_manifest.json` and of the records
 beside it begin with an underscore, so that readers of a folder of Parquet pass over them.
@@ -8,29 +14,215 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from ..configs.embed_config import EmbeddingColumn, EmbeddingDtype
 from ..data.atomic_files import hash_file, list_differences, write_atomically
+from ..data.captions.caption_columns import flatten_captions
+from ..data.images.image_sources import ImageSource
+from ..data.key_arrays import count_distinct
+from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
+from ..data.records.shared_images import require_images, select_one_per_image
 from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
 from ..image_loading_llm2clip import ImageLimits, get_image_limits
-from .embedding_dtypes import VALUE_TYPES, convert_embeddings, count_values, truncate_embeddings
 from .embedding_manifest import EmbeddedShard, EmbeddingManifest
-from .embedding_rows import ImageRows, TextRows
-from .sharded_writer import Array, ShardedWriter, ShardWriter, begin_or_continue, publish_first
+from .sharded_writer import Array, ShardedWriter, ShardWriter, publish_first
 
 _UNFINISHED = "_unfinished"
 _LIMITS = "_image_limits.json"
+_SEPARATOR = "#"
 _SHOWN = 5
+# Type of the values of a stored embedding.
+VALUE_TYPES: dict[EmbeddingDtype, type[np.generic]] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "int8": np.int8,
+    "binary": np.int8,
+    "ubinary": np.uint8,
+}
+_STEPS = 255
+_BITS = 8
+
+
+class TextRows:
+    """A row for every caption of a dataset, the short ones of a record before its long ones.
+
+    Args:
+        records: The dataset.
+        columns: Columns beside the id.
+        rows_per_shard: Rows of every shard but the last.
+
+    Raises:
+        ValueError: There are no captions, two records have the same name and language, or a
+            language has the sign that separates the parts of an id.
+    """
+
+    def __init__(
+        self, records: RecordTable, columns: Sequence[EmbeddingColumn], *, rows_per_shard: int
+    ) -> None:
+        self._records = records
+        self._columns = columns
+        self._rows_per_shard = rows_per_shard
+        _require_unique_records(records)
+        self._num_langs = _count_langs(records)
+        self._starts, self._num_rows = _find_shards(records, rows_per_shard)
+        if not self._num_rows:
+            from ..processing_llm2clip import check_texts  # imports torch
+
+            check_texts([])
+
+    def __len__(self) -> int:
+        """Number of captions."""
+        return self._num_rows
+
+    def read_inputs(self, rows: range) -> list[str]:
+        """Read the captions of a shard."""
+        parts = (texts.to_pylist() for _, texts, _, _ in self._iterate(rows, CAPTION_COLUMNS))
+        return [text for part in parts for text in part]
+
+    def sample(self, size: int) -> list[str]:
+        """Read one caption of each of some records, evenly spaced, a short one or a long one."""
+        chosen = _space_evenly(len(self._records), size)
+        sampled = []
+        for number, record in enumerate(self._records.select(chosen)):
+            texts = (*record.captions, *record.long_captions)
+            sampled += [texts[number % len(texts)]] if texts else []
+        return sampled
+
+    def read(self, rows: range) -> pa.Table:
+        """Read `id` and the columns of a shard."""
+        wanted = [*dict.fromkeys(("name", "lang", *self._columns))]
+        wanted = [column for column in wanted if column != "text"]
+        names = [*dict.fromkeys((*wanted, *CAPTION_COLUMNS))]
+        parts = []
+        for batch, texts, items, numbers in self._iterate(rows, names):
+            of_rows = batch.select(wanted).take(pa.array(items))
+            words = map(of_rows.column, ("name", "lang") if self._num_langs > 1 else ("name",))
+            number = pa.array(numbers).cast(pa.string())
+            columns = {"id": pc.binary_join_element_wise(*words, number, _SEPARATOR)}
+            for column in self._columns:
+                columns[column] = texts if column == "text" else of_rows.column(column)
+            parts.append(pa.table(columns))
+        return pa.concat_tables(parts).combine_chunks()
+
+    def _iterate(
+        self, rows: range, names: Sequence[str]
+    ) -> Iterator[tuple[pa.RecordBatch, pa.Array, Array, Array]]:
+        """Yield records, the captions of a shard in them, and item and number of each caption."""
+        shard = rows.start // self._rows_per_shard
+        record, skipped = self._starts[shard]
+        left = len(rows)
+        # The records after the last one of this shard are those of the next.
+        stop = self._starts[shard + 1][0] + 1 if shard + 1 < len(self._starts) else None
+        chosen = self._records.select(np.arange(record, stop or len(self._records)))
+        for batch in chosen.iterate_columns(names):
+            flat = flatten_captions(batch)
+            counts = np.diff(flat.ends)
+            items = np.repeat(np.arange(len(counts)), counts)
+            numbers = np.arange(len(items)) - np.repeat(flat.ends[:-1], counts)
+            part = slice(skipped, skipped + left)
+            yield batch, flat.texts[part], items[part], numbers[part]
+            left -= len(items[part])
+            skipped = max(0, skipped - len(items))
+            if not left:
+                return
+
+
+class ImageRows:
+    """A row for every image of a dataset; records in several languages share one.
+
+    Args:
+        records: The dataset, with images.
+        columns: Columns beside the id; those of the first record of an image.
+
+    Raises:
+        ValueError: There are no images, a record has none, or a name is that of two images.
+    """
+
+    def __init__(self, records: RecordTable, columns: Sequence[EmbeddingColumn]) -> None:
+        require_images(records)
+        self._records = select_one_per_image(records)
+        self._columns = columns
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._records)
+
+    def read_inputs(self, rows: range) -> list[ImageSource]:
+        """List the addresses of the images of a shard."""
+        return self._list_images(np.asarray(rows))
+
+    def sample(self, size: int) -> list[ImageSource]:
+        """List the addresses of some images, evenly spaced."""
+        return self._list_images(_space_evenly(len(self._records), size))
+
+    def read(self, rows: range) -> pa.Table:
+        """Read `id` and the columns of a shard."""
+        names = list(dict.fromkeys(("name", *self._columns)))
+        table = pa.Table.from_batches(
+            self._records.select(np.asarray(rows)).iterate_columns(names)
+        ).combine_chunks()
+        chosen = [table.column(name) for name in ("name", *self._columns)]
+        return pa.table(chosen, names=["id", *self._columns])
+
+    def _list_images(self, rows: Array) -> list[ImageSource]:
+        images = self._records.select(rows).iterate_images()
+        return [image for image in images if image is not None]  # all have one
+
+
+def _require_unique_records(records: RecordTable) -> None:
+    """Names and languages of a source are unique; those of records in memory may not be."""
+    num_keys = count_distinct(partial(records.iterate_numbers, "key"), len(records))
+    if num_keys < len(records):
+        raise ValueError(
+            f"{len(records) - num_keys} records have the name and language of another one, so that "
+            "an id would mean several texts. Put all captions of an image in one language into one "
+            "record."
+        )
+
+
+def _count_langs(records: RecordTable) -> int:
+    langs: set[str] = set()
+    for batch in records.iterate_columns(("lang",)):
+        langs.update(batch.column(0).unique().to_pylist())
+    if wrong := sorted(lang for lang in langs if _SEPARATOR in lang):
+        raise ValueError(
+            f"lang={wrong[0]!r} has a {_SEPARATOR}, which separates the parts of an id. Give a "
+            "language as BCP 47 writes it, such as en or zh-Hans."
+        )
+    return len(langs)
+
+
+def _find_shards(records: RecordTable, rows_per_shard: int) -> tuple[list[tuple[int, int]], int]:
+    """Find the record in which each shard begins, and how many of its captions are before it."""
+    starts: list[tuple[int, int]] = []
+    num_records = num_rows = 0
+    for short, long in records.iterate_counts():
+        counts = short.astype(np.int64) + long
+        ends = num_rows + np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else num_rows
+        firsts = np.arange(len(starts) * rows_per_shard, total, rows_per_shard)
+        items = np.searchsorted(ends, firsts, side="right")
+        before = firsts - (ends[items] - counts[items])
+        starts += zip((num_records + items).tolist(), before.tolist(), strict=True)
+        num_records, num_rows = num_records + len(counts), total
+    return starts, num_rows
+
+
+def _space_evenly(count: int, size: int) -> Array:
+    return np.linspace(0, count - 1, min(size, count)).round().astype(np.int64)
 
 
 class ParquetWriter(ShardedWriter[EmbeddingManifest]):
-    """One process's access to an output that is being written; use `ParquetWriter.open`.
+    """One process's access to an output that is being written.
 
     Args:
         folder: Folder of the output.
@@ -56,23 +248,6 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         self.rows = rows
         self._model_dim = model_dim
         self._skip_invalid = skip_invalid
-
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        planned: EmbeddingManifest,
-        begin: Callable[[], EmbeddingManifest],
-        rows: TextRows | ImageRows,
-        *,
-        model_dim: int,
-        skip_invalid: bool,
-    ) -> ParquetWriter:
-        """Begin an output, or continue the same one."""
-        found = begin_or_continue(folder, planned, begin)
-        if isinstance(rows, ImageRows):
-            _require_same_limits(folder / _LIMITS, get_image_limits(), skip_invalid=skip_invalid)
-        return cls(folder, found, rows, model_dim=model_dim, skip_invalid=skip_invalid)
 
     @property
     def collected(self) -> tuple[Path, StoreManifest]:
@@ -141,24 +316,26 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         return sink.getvalue()
 
 
-def _require_same_limits(file: Path, own: ImageLimits, *, skip_invalid: bool) -> None:
+def require_same_limits(folder: Path, *, skip_invalid: bool) -> None:
     """Refuse limits of images by which a run would leave out others than those before it.
 
     As long as no run leaves any out, every image that was encoded was within the limits, and these
     may be raised.
     """
-    publish_first(file, _write_limits(own, skips=skip_invalid))
+    file, own = folder / _LIMITS, get_image_limits()
+    stated = write_sealed({"limits": asdict(own), "skips": skip_invalid}).encode()
+    publish_first(file, stated)
     found = read_sealed(file.read_text(encoding="utf-8"))
     limits = ImageLimits(**found["limits"])
     if limits != own and (found["skips"] or (skip_invalid and not _are_within(limits, own))):
         differences = list_differences(asdict(limits), asdict(own))
         raise ValueError(
-            f"{file.parent} holds embeddings of images within other limits: "
+            f"{folder} holds embeddings of images within other limits: "
             f"{'; '.join(differences)}. Other images would be left out. Give the limits that it "
             "was begun with, or name a new folder."
         )
     if _are_within(limits, own) and (limits != own or skip_invalid > found["skips"]):
-        write_atomically(file, _write_limits(own, skips=skip_invalid))
+        write_atomically(file, stated)
 
 
 def _are_within(limits: ImageLimits, others: ImageLimits) -> bool:
@@ -167,5 +344,56 @@ def _are_within(limits: ImageLimits, others: ImageLimits) -> bool:
     return formats and all(first[name] <= second[name] for name in first)
 
 
-def _write_limits(limits: ImageLimits, *, skips: bool) -> bytes:
-    return write_sealed({"limits": asdict(limits), "skips": skips}).encode()
+def count_values(dim: int, dtype: EmbeddingDtype) -> int:
+    """Return how many values a stored embedding has; binary ones have eight dimensions in one."""
+    if dtype not in ("binary", "ubinary"):
+        return dim
+    if dim % _BITS:
+        raise ValueError(
+            f"dtype={dtype!r} packs eight dimensions into a byte, and {dim} is not a multiple of "
+            f"eight. Give truncate_dim={dim // _BITS * _BITS}, or another dtype."
+        )
+    return dim // _BITS
+
+
+def truncate_embeddings(embeds: Array, dim: int) -> Array:
+    """Keep the first dimensions of (N, P) embeddings, and scale them to unit length again."""
+    if dim == embeds.shape[1]:
+        return embeds
+    kept = embeds[:, :dim]
+    lengths = np.linalg.norm(kept, axis=1, keepdims=True)
+    if not lengths.all():
+        count = int((lengths == 0).sum())
+        raise ValueError(
+            f"{count} embeddings are zero in their first {dim} dimensions, and have no direction "
+            "there. Give a larger truncate_dim."
+        )
+    shortened: Array = (kept / lengths).astype(np.float32)
+    return shortened
+
+
+def measure_ranges(embeds: Array) -> Array:
+    """Measure the int8 ranges of (N, D) embeddings: (2, D) smallest and largest values."""
+    return np.stack([embeds.min(axis=0), embeds.max(axis=0)])
+
+
+def convert_embeddings(
+    embeds: Array, dtype: EmbeddingDtype, *, ranges: Array | None = None
+) -> tuple[Array, int]:
+    """Convert embeddings to the dtype in which they are stored; int8 needs ranges.
+
+    Returns the values, (N, D), and how many were outside the int8 ranges: they became the nearest
+    number.
+    """
+    if dtype == "int8":
+        assert ranges is not None
+        steps = (ranges[1] - ranges[0]) / _STEPS
+        steps = np.where(steps == 0, 1, steps)
+        levels = np.clip((embeds - ranges[0]) / steps, 0, _STEPS).astype(np.int16)
+        outside = (embeds < ranges[0]) | (embeds > ranges[1])
+        return (levels - 128).astype(np.int8), int(outside.sum())
+    if dtype in ("binary", "ubinary"):
+        bits = np.packbits(embeds > 0, axis=-1)
+        # Signed, the byte 0 is -128.
+        return bits if dtype == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8), 0
+    return embeds.astype(VALUE_TYPES[dtype]), 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..configs.embed_config import EmbedConfig
+from ..configs.extract_config import ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..data.records.records import Modality
 from ..encoding.batches import split_evenly
@@ -36,10 +37,10 @@ _SHOWN = 8
 
 @dataclass
 class ShardEncoder:
-    """A loaded tower that computes final embeddings.
+    """A loaded tower, which computes final embeddings for `embed`, and its own for `extract`.
 
     Attributes:
-        dim: Dimensions of an embedding, P.
+        dim: Dimensions of an embedding.
         plan: What of the encoding decides the bytes.
         prepare: Divides texts or addresses of images into batches.
         tally: Images that were encoded so far; empty where a graph encodes them.
@@ -51,7 +52,7 @@ class ShardEncoder:
     tally: ImageTally = field(default_factory=ImageTally)
 
     def encode_sample(self, inputs: list[Any]) -> Array:
-        """Encode some inputs, (N, P) float32; images that cannot be decoded are left out."""
+        """Encode some inputs, (N, dim) float32; images that cannot be decoded are left out."""
         prepared = self.prepare(inputs)
         embeds = np.zeros((len(inputs), self.dim), np.float32)
         encoded = prepared.encode(prepared.batches)
@@ -62,15 +63,25 @@ class ShardEncoder:
 
 
 def load_shard_encoder(
-    folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
+    folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig, device: torch.device
 ) -> ShardEncoder:
     """Load the tower that is needed, or open its graph."""
-    encoder = _load_encoder(folder, modality, config, device)
-    plan = {"backend": "onnx"} if config.backend == "onnx" else {}
+    plan: dict[str, str] = {}
+    project = isinstance(config, EmbedConfig)
+    if isinstance(config, EmbedConfig) and config.backend == "onnx":
+        weights, plan = config.text_weights, {"backend": "onnx"}
+        encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
+        dim = encoder.embedding_dim
+    else:
+        kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
+        model = kind.from_pretrained(folder).to(device)
+        encoder = TorchEncoder(model, LLM2CLIPProcessor.from_pretrained(folder))
+        head = model.text_projection if modality == "text" else model.visual_projection
+        dim = encoder.embedding_dim if project else head.in_features
     if modality == "text":
         budget = config.token_budget or encoder.token_budget
         plan = {"token_budget": str(budget), **plan}
-        return ShardEncoder(encoder.embedding_dim, plan, partial(prepare_texts, encoder, budget))
+        return ShardEncoder(dim, plan, partial(_prepare_texts, encoder, budget, project))
 
     batch_size = config.batch_size or encoder.batch_size
 
@@ -79,23 +90,12 @@ def load_shard_encoder(
         encode = partial(_encode_images, encoder, shards.tally, images, config)
         return PreparedShard(places, encode)
 
-    plan = {"batch_size": str(batch_size), **plan}
-    shards = ShardEncoder(encoder.embedding_dim, plan, prepare)
+    shards = ShardEncoder(dim, {"batch_size": str(batch_size), **plan}, prepare)
     return shards
 
 
-def _load_encoder(
-    folder: Path, modality: Modality, config: EmbedConfig, device: torch.device
-) -> Encoder:
-    if config.backend == "onnx":
-        return load_onnx_encoder(folder, weights=config.text_weights, modalities=(modality,))
-    kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-    model = kind.from_pretrained(folder).to(device)
-    return TorchEncoder(model, LLM2CLIPProcessor.from_pretrained(folder))
-
-
-def prepare_texts(
-    encoder: Encoder, token_budget: int, texts: list[str], *, project: bool = True
+def _prepare_texts(
+    encoder: Encoder, token_budget: int, project: bool, texts: list[str]
 ) -> PreparedShard:
     """Tokenize the texts of a shard and divide them into batches; each text is encoded once."""
     numbers: dict[str, int] = {}
@@ -122,15 +122,19 @@ def _encode_images(
     encoder: Encoder,
     tally: ImageTally,
     images: list[ImageSource],
-    config: EmbedConfig,
+    config: EmbedConfig | ExtractConfig,
     batches: Sequence[Array],
 ) -> Iterator[Tensor]:
     """Encode images, which threads decode; with `skip_invalid`, broken ones become zeros."""
-    plan = [places.tolist() for places in batches]
+    plan, num_workers = [places.tolist() for places in batches], config.num_workers
+    if isinstance(config, ExtractConfig):  # which leaves no image out
+        found = encoder.iterate_images(images, plan, project=False, num_workers=num_workers)
+        yield from (batch.embeds for batch in found)
+        return
     encoded = encoder.iterate_images(
         images,
         plan,
-        num_workers=config.num_workers,
+        num_workers=num_workers,
         open_image=decode_image,
         on_error=lambda _, error: str(error),
     )

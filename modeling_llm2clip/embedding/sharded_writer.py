@@ -258,6 +258,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     def __init__(self, folder: Path, manifest: _Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._places = str(folder)  # of shards, in messages
 
     @property
     @abstractmethod
@@ -323,7 +324,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
             if errors := list_errors(self.check_file, shards):
                 raise ValueError(
                     f"{self.folder}: {len(errors)} damaged files: {'; '.join(errors[:_SHOWN])}. "
-                    f"Delete these and the .json files beside them in {self._name_places()}, and "
+                    f"Delete these and the .json files beside them in {self._places}, and "
                     f"{manifest.COMMAND} again, which computes them anew."
                 )
             manifest = self.complete_manifest(manifest, shards)
@@ -363,9 +364,6 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     def _has_file(self, record: Any) -> bool:
         file: Path = self.folder / record.file
         return file.is_file() and file.stat().st_size == record.bytes
-
-    def _name_places(self) -> str:
-        return str(self.folder)
 
     def _publish(self, manifest: ShardedManifest) -> None:
         file = self.folder / manifest.FILE

@@ -6,21 +6,26 @@ N texts or images, B those of a batch, D width of an embedding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, NamedTuple, TypeAlias
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
-from .preparation import prepare_batches
 from .tokenized_texts import TokenizedText
 
+Batch = TypeVar("Batch")
+Prepared = TypeVar("Prepared")
 OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
 """Called after each batch with the rows of its inputs and what the model gave for them, (B, D).
 
@@ -28,6 +33,7 @@ A row is the first of equal inputs. The embeddings are those before the projecti
 embeddings where a graph projects.
 """
 
+_MOST_WORKERS = 8
 _PIXELS_AT_ONCE = 2**22
 _SHOWN = 5  # inputs that an error names
 
@@ -118,6 +124,60 @@ def iterate_batches(
             embeds = encode(batch).float().cpu()
             require_finite(embeds, rows, inputs)
             yield rows, embeds
+
+
+def default_num_workers() -> int:
+    """Return the number of threads or processes that decode images, where none is given.
+
+    It is one per core, at most 8; the processes of a launch share the cores of their machine.
+    """
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // num_processes))
+
+
+def use_one_core() -> None:
+    """Compute on one core in this thread.
+
+    Otherwise each thread would have torch start a team of one thread per core, and with more of
+    these than cores OpenMP lets them all sleep between two operations: a forward pass of a vision
+    tower then takes a third longer.
+    """
+    torch.get_num_threads()  # sets what the next line lowers, once in a thread
+    threadpool_limits(limits=1, user_api="openmp")
+
+
+def prepare_batches(
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Prepared],
+    *,
+    device: torch.device,
+    num_workers: int | None,
+) -> Generator[Prepared]:
+    """Prepare batches in threads, a few of them ahead and no more: all would fill the memory.
+
+    `num_workers` threads, for None `default_num_workers`, prepare one batch each, and this thread a
+    batch that is alone. A GPU computes while they work. A CPU does not: forward passes and decoding
+    would want the same cores, and a forward pass waits for the slowest of its own. There they take
+    turns. Close the generator to end the threads before its end.
+    """
+    remaining = iter(batches)
+    first = list(islice(remaining, 2))
+    if len(first) < 2:
+        yield from map(prepare, first)
+        return
+    remaining = chain(first, remaining)
+    num_workers = default_num_workers() if num_workers is None else num_workers
+    with ThreadPoolExecutor(num_workers, initializer=use_one_core) as pool:
+        if device.type == "cpu":
+            while together := list(islice(remaining, num_workers)):
+                yield from list(pool.map(prepare, together))
+        running: deque[Future[Prepared]] = deque()
+        for batch in remaining:
+            running.append(pool.submit(prepare, batch))
+            if len(running) > num_workers + 1:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def pad_ids(processor: LLM2CLIPProcessor, texts: Sequence[TokenizedText]) -> dict[str, Tensor]:

@@ -20,10 +20,13 @@ def find_device(name: str | None = "auto") -> torch.device:
     """
     import torch
 
-    launched = _is_launched()
+    # The variable that accelerate looks at, too.
+    launched = int(os.environ.get("LOCAL_RANK", "-1")) >= 0
+    # `accelerate launch` was given `--cpu`, or its configuration says so.
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if name is None or name == "auto":
         name = list_devices()[0]
-        if _is_launched_on_the_cpu() or (launched and name == "mps"):  # one device for several
+        if on_cpu or (launched and name == "mps"):  # one device for several
             name = "cpu"
     if launched and name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
@@ -70,13 +73,3 @@ def describe_device(device: torch.device) -> str:
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
-
-
-def _is_launched_on_the_cpu() -> bool:
-    """True if `accelerate launch` was given `--cpu`, or its configuration says so."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-
-
-def _is_launched() -> bool:
-    # The variable that accelerate looks at, too.
-    return int(os.environ.get("LOCAL_RANK", "-1")) >= 0

@@ -131,17 +131,15 @@ def encode_images(
     )
 
 
-def project_captions(model: LLM2CLIPModel | LLM2CLIPTextModel, caption_embeds: Tensor) -> Tensor:
-    """Map stored caption embeddings, (N, D) on any device, into the space of texts and images.
+def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
+    """Map stored embeddings of captions or images, (N, D), into the space of both.
 
-    Raises ValueError for another width than that of the model's LLM, and for NaN or infinity.
+    They may be on any device. Raises ValueError for another width than the tower's, and for NaN or
+    infinity.
     """
-    return _project_stored(model, "text", caption_embeds)
-
-
-def project_images(model: LLM2CLIPModel | LLM2CLIPVisionModel, vision_embeds: Tensor) -> Tensor:
-    """Map stored image embeddings, as `project_captions` those of captions."""
-    return _project_stored(model, "image", vision_embeds)
+    projected = _project(model, modality, embeds)
+    require_finite(projected, range(len(projected)))
+    return projected
 
 
 class TorchEncoder(Encoder):
@@ -251,12 +249,6 @@ def _project(model: Any, modality: str, embeds: Tensor) -> Tensor:
     with _require_eval_mode(model), float32_as_such():
         parts = embeds.split(_PROJECTED_AT_ONCE)
         return torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
-
-
-def _project_stored(model: Model, modality: str, embeds: Tensor) -> Tensor:
-    projected = _project(model, modality, embeds)
-    require_finite(projected, range(len(projected)))
-    return projected
 
 
 @contextmanager

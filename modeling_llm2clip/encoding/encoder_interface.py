@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ from .batches import (
     encode_distinct,
     iterate_batches,
     pad_ids,
+    prepare_batches,
     prepare_images,
     require_finite,
     split_evenly,
 )
 from .float32 import float32_as_such
-from .preparation import prepare_batches
 from .tokenized_texts import TokenizedText, TokenizedTexts
 
 
@@ -107,9 +107,10 @@ class Encoder(ABC):
     ) -> Tensor:
         """Encode texts, tokenized already or not; see the function `encode_texts`."""
         self._require("text", project=project)
-        tokens: list[TokenizedText] = list(
-            texts if _are_tokenized(texts) else TokenizedTexts(self.processor, texts)  # type: ignore[arg-type]
-        )
+        first = texts[0] if isinstance(texts, list) and texts else None
+        if not isinstance(texts, TokenizedTexts) and not isinstance(first, TokenizedText):
+            texts = TokenizedTexts(self.processor, cast(Iterable[str], texts))
+        tokens = list(cast(Iterable[TokenizedText], texts))
         budget = self.token_budget if token_budget is None else token_budget
         if budget < 1:
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
@@ -230,8 +231,3 @@ class Encoder(ABC):
             raise ValueError(
                 "An ONNX graph projects, and gives no embeddings from before. Use the torch model."
             )
-
-
-def _are_tokenized(texts: Any) -> TypeGuard[Sequence[TokenizedText]]:
-    first = texts[0] if isinstance(texts, list) and texts else None
-    return isinstance(texts, TokenizedTexts) or isinstance(first, TokenizedText)

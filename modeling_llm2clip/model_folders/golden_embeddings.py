@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import serialize_tensors
-from ..encoding.encode import encode_images, encode_texts, project_captions
+from ..encoding.encode import encode_images, encode_texts, project_stored
 from ..encoding.float32 import float32_as_such
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .fingerprint import VISION_ENTRY, hash_deciding_files
@@ -73,7 +73,7 @@ def compute_golden(
     """
     embeddings = {}
     if caption_embeds is not None:
-        embeddings["text_embeds"] = project_captions(model, caption_embeds)
+        embeddings["text_embeds"] = project_stored(model, caption_embeds, "text")
     elif hasattr(model, "text_model"):
         embeddings["text_embeds"] = encode_texts(model, processor, texts)
     if hasattr(model, "vision_model"):

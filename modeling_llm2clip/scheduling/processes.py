@@ -27,14 +27,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def join_processes(*, cpu: bool | None = None) -> PartialState:
+def join_processes(*, cpu: bool) -> PartialState:
     """Join this process to the others of `accelerate launch` or `torchrun`, if there are any.
 
     On a machine without a GPU, accelerate treats the processes of a launcher as separate runs of
     one process, unless the CPU is asked for.
     """
-    stays_on_cpu = find_device().type == "cpu" if cpu is None else cpu
-    state = PartialState(cpu=stays_on_cpu, timeout=LONGEST_WAIT)
+    state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
     require_all_processes(state.num_processes)
     refuse_lone_launch(state.num_processes)
     warn_of_idle_gpus(state.device, state.num_processes)

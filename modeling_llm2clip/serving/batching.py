@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..encoding.preparation import use_one_core
+from ..encoding.batches import use_one_core
 
 Rows: TypeAlias = "NDArray[np.float32]"
 OnBatch: TypeAlias = Callable[[str, int, int, float], object]

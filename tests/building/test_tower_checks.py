@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.tower_checks import (
-    find_attention_errors,
-    find_causality_errors,
+    find_direction_errors,
     require_direction,
 )
 from modeling_llm2clip.configs.build_config import BuildConfig
@@ -66,7 +65,7 @@ def build_decoder(family: str, extras: dict[str, Any]) -> PreTrainedModel:
 
 @pytest.mark.parametrize("llm", LLM_FAMILIES)
 def test_a_causal_decoder_is_refused_with_and_without_padding(llm: str) -> None:
-    errors = find_attention_errors(tiny_llm(llm))
+    errors = find_direction_errors(tiny_llm(llm), bidirectional=True)
     assert len(errors) == 2
     assert "without padding" in errors[0] and "with padding" in errors[1]
     with pytest.raises(ValueError, match=rf"'{llm}' family cannot be .*{BLIND}.*bidirectional=Fal"):
@@ -79,7 +78,7 @@ def test_a_decoder_passes_once_its_direction_is_set(llm: str) -> None:
     set_attention_direction(model, bidirectional=True)
     require_direction(model, bidirectional=True)
     set_attention_direction(model, bidirectional=False)
-    assert len(find_attention_errors(model)) == 2
+    assert len(find_direction_errors(model, bidirectional=True)) == 2
 
 
 @pytest.mark.parametrize("family", FORGETFUL)
@@ -137,7 +136,7 @@ def test_an_encoder_that_does_not_stay_causal_is_bidirectional_on_every_path(nam
     encoder = build_decoder(family, extras)
     arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
     model, _ = join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
-    assert find_attention_errors(model.text_model) == []
+    assert find_direction_errors(model.text_model, bidirectional=True) == []
 
 
 @pytest.mark.parametrize("llm", LLM_FAMILIES)
@@ -148,7 +147,7 @@ def test_decoders_pass_as_causal_until_their_direction_is_changed(
     model = tiny_llm(llm).to(dtype)
     require_direction(model, bidirectional=False)
     set_attention_direction(model, bidirectional=True)
-    errors = find_causality_errors(model)
+    errors = find_direction_errors(model, bidirectional=False)
     assert "without padding" in errors[0] and "with padding" in errors[1]
 
 
@@ -199,7 +198,7 @@ def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None
         ValueError, match=f"{num_causal} of its 4 layers do not look ahead .*: numb"
     ):
         require_direction(model, bidirectional=True)
-    errors = find_attention_errors(model)
+    errors = find_direction_errors(model, bidirectional=True)
     assert [error.split(",")[0] for error in errors] == ["without padding", "with padding"]
 
 
@@ -247,7 +246,7 @@ def test_one_layer_that_turned_causal_is_found_by_its_number() -> None:
     model = tiny_llm()
     set_attention_direction(model, bidirectional=True)
     model.layers[1].self_attn.register_forward_pre_hook(mask_the_future, with_kwargs=True)
-    errors = find_attention_errors(model)
+    errors = find_direction_errors(model, bidirectional=True)
     assert len(errors) == 2
     assert all("1 of its 2 layers do not look ahead (the first: number 1)" in f for f in errors)
 
@@ -285,11 +284,11 @@ class LeakyPadding(torch.nn.Module):
 def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
     # The second layer mixes no positions, which is not an error.
     model = LeakyPadding(Mixing(), torch.nn.Linear(8, 8))
-    errors = find_attention_errors(model)  # type: ignore[arg-type]
+    errors = find_direction_errors(model, bidirectional=True)  # type: ignore[arg-type]
     assert len(errors) == 1
     assert errors[0].startswith("with padding, the hidden states differ by")
 
 
 def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:
-    errors = find_attention_errors(LeakyPadding(Mixing()))  # type: ignore[arg-type]
+    errors = find_direction_errors(LeakyPadding(Mixing()), bidirectional=True)  # type: ignore[arg-type]
     assert errors[-1].startswith("its layers are not in a list of modules")

@@ -22,11 +22,10 @@ from tiny import tiny_model
 from transformers import TrainerControl, TrainerState
 
 from modeling_llm2clip._library_warnings import hide_known_warnings
-from modeling_llm2clip.configs.encoding_config import EncodingConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from modeling_llm2clip.embedding.shard_computation import ShardJob, count_earlier, open_bar
+from modeling_llm2clip.embedding.shard_computation import count_earlier, open_bar
 from modeling_llm2clip.encoding import batches as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
@@ -169,8 +168,8 @@ def test_a_continued_store_counts_the_rows_that_are_left(tmp_path: Path) -> None
     with writer.open_shard(0, [np.arange(2)]) as shard:
         shard.write(torch.zeros(2, 2))
         shard.seal()
-    job = ShardJob("extract text", " captions", writer, None, None, EncodingConfig())  # type: ignore[arg-type]
-    with closing(open_bar(job, range(3), writer.list_missing(), shown=True)) as bar:
+    missing = writer.list_missing()
+    with closing(open_bar(writer, range(3), missing, "extract", " captions", shown=True)) as bar:
         assert (bar.total, bar.n, bar.initial) == (5, 2, 2)
         count_earlier(bar, 1)  # a shard that was interrupted
         bar.update(1)

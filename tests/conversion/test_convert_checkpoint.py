@@ -35,7 +35,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, make_image_processor
+from modeling_llm2clip.conversion.convert_checkpoint import ConversionPlan, make_image_processor
 from modeling_llm2clip.conversion.source_checkpoint import LLMSource
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images

@@ -20,7 +20,6 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.embed_config import EmbeddingColumn
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
-from modeling_llm2clip.embedding import embed as stage
 from modeling_llm2clip.embedding.embed import describe_embeddings, embed
 from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
@@ -48,7 +47,7 @@ def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
     folder = tmp_path / "texts"
     num_stops = 0
     for _ in range(100):
-        stop_after_one(monkeypatch, stage, partial(len, written))
+        stop_after_one(monkeypatch, partial(len, written))
         try:
             embed_texts(model, records, folder)
         except StageInterrupt as error:
@@ -155,7 +154,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
 ) -> None:
     folder = tmp_path / "texts"
     with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one(patch, stage, lambda: len(list(folder.glob("*.parquet"))))
+        stop_after_one(patch, lambda: len(list(folder.glob("*.parquet"))))
         embed_texts(model, records, folder)
     there = set(folder.glob("*.parquet"))
     with largest_file(1500), pytest.raises(OSError, match=r"No room to write shard \d of 4"):

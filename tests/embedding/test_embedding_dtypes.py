@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sentence_transformers.util import quantize_embeddings
 
-from modeling_llm2clip.embedding.embedding_dtypes import (
+from modeling_llm2clip.embedding.parquet_writer import (
     Array,
     convert_embeddings,
     count_values,
@@ -29,10 +29,10 @@ def test_the_numbers_are_those_of_sentence_transformers(
 ) -> None:
     sample, embeds = draw_embeddings(100), draw_embeddings(300, seed=1)
     ranges = measure_ranges(sample)
-    found = convert_embeddings(embeds, dtype, ranges=ranges)
+    found, _ = convert_embeddings(embeds, dtype, ranges=ranges)
     expected = quantize_embeddings(embeds, dtype, ranges=ranges)
-    assert found.values.dtype == expected.dtype
-    np.testing.assert_array_equal(found.values, expected)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_values_outside_the_ranges_are_clipped_and_counted() -> None:
@@ -58,8 +58,8 @@ def test_int8_is_within_half_a_step_of_what_was_computed() -> None:
 
 def test_float16_is_rounded_and_float32_stays() -> None:
     embeds = draw_embeddings(5)
-    assert (convert_embeddings(embeds, "float32").values == embeds).all()
-    rounded = convert_embeddings(embeds, "float16").values
+    assert (convert_embeddings(embeds, "float32")[0] == embeds).all()
+    rounded = convert_embeddings(embeds, "float16")[0]
     assert rounded.dtype == np.float16
     np.testing.assert_allclose(rounded, embeds, atol=2**-12)  # 11 bits of mantissa below 1
 

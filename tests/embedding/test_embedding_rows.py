@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.embedding.embedding_rows import ImageRows, TextRows
+from modeling_llm2clip.embedding.parquet_writer import ImageRows, TextRows
 
 
 def make_record(number: int, num_short: int, num_long: int, lang: str = "en") -> CaptionedImage:

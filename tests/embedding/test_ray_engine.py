@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from modeling_llm2clip.embedding import ray_engine
-from modeling_llm2clip.embedding.ray_engine import compute_with_ray
+from modeling_llm2clip.embedding.shard_computation import _Actor, compute_with_ray
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits, get_image_limits
 
 pytest.importorskip("ray")
@@ -44,5 +43,5 @@ def test_an_actor_has_the_limits_of_images_of_the_process_that_started_it(
     """Its node may be another machine, which does not have that process's environment."""
     monkeypatch.setenv(LIMITS_VARIABLE, "{}")
     limits = ImageLimits(max_megapixels=7)
-    ray_engine._Actor(lambda: lambda _: None, torch.get_num_threads(), limits)
+    _Actor(lambda: lambda _: None, torch.get_num_threads(), limits)
     assert get_image_limits() == limits

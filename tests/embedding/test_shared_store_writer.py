@@ -25,8 +25,8 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.remote.object_storage import ObjectStorage
 from modeling_llm2clip.data.remote.remote_access import LostFileError, RetryPolicy
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.embedding.embedding_store_writer import SharedStoreWriter, SharedWork
 from modeling_llm2clip.embedding.extract import extract, merge_store
-from modeling_llm2clip.embedding.shared_store_writer import SharedStoreWriter, SharedWork
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")

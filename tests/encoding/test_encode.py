@@ -25,8 +25,7 @@ from modeling_llm2clip.encoding.encode import (
     TorchEncoder,
     encode_images,
     encode_texts,
-    project_captions,
-    project_images,
+    project_stored,
 )
 from modeling_llm2clip.encoding.tokenized_texts import TokenizedTexts
 
@@ -39,8 +38,8 @@ ENCODINGS: dict[str, Callable[[Any, Any], Any]] = {
     "prepared images": lambda model, processor: TorchEncoder(model, processor).encode_images(
         [processor(images=draw_noise())]
     ),
-    "stored captions": lambda model, _: project_captions(model, torch.ones(1, 32)),
-    "stored images": lambda model, _: project_images(model, torch.ones(1, 32)),
+    "stored captions": lambda model, _: project_stored(model, torch.ones(1, 32), "text"),
+    "stored images": lambda model, _: project_stored(model, torch.ones(1, 32), "image"),
     "batches of texts": lambda model, processor: next(
         TorchEncoder(model, processor).iterate_texts(
             TokenizedTexts(processor, CAPTIONS), [[0, 1, 2]], project=False
@@ -201,10 +200,14 @@ def test_projected_equals_stored_and_projected_later_bit_for_bit() -> None:
     model, processor = shared_model()
     images = [draw_noise(seed=seed) for seed in range(3)]
     captions = encode_texts(model, processor, CAPTIONS, project=False)
-    assert torch.equal(encode_texts(model, processor, CAPTIONS), project_captions(model, captions))
+    assert torch.equal(
+        encode_texts(model, processor, CAPTIONS), project_stored(model, captions, "text")
+    )
     vision = encode_images(model, processor, images, project=False)
-    assert torch.equal(encode_images(model, processor, images), project_images(model, vision))
-    assert project_images(model, vision[:0]).shape == (0, model.config.projection_dim)
+    assert torch.equal(
+        encode_images(model, processor, images), project_stored(model, vision, "image")
+    )
+    assert project_stored(model, vision[:0], "image").shape == (0, model.config.projection_dim)
 
 
 def test_a_text_only_and_a_vision_only_model_encode_as_the_whole_one(tmp_path: Path) -> None:
@@ -342,7 +345,7 @@ def test_broken_embeddings_are_an_error_that_names_their_inputs() -> None:
     with torch.no_grad():
         model.visual_projection.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"1 of 1 inputs: number 1\. Run it in float32"):
-        project_images(model, torch.ones(1, model.visual_projection.in_features))
+        project_stored(model, torch.ones(1, model.visual_projection.in_features), "image")
 
 
 def test_any_iterable_of_texts_is_taken_and_one_string_refused() -> None:

@@ -16,8 +16,11 @@ from transformers import CLIPConfig
 
 from modeling_llm2clip.configs.export_config import ConvertConfig
 from modeling_llm2clip.configs.source_format import SourceFormat
-from modeling_llm2clip.conversion.conversion_plan import ConversionPlan, plan_conversion
-from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
+from modeling_llm2clip.conversion.convert_checkpoint import (
+    ConversionPlan,
+    convert_checkpoint,
+    plan_conversion,
+)
 from modeling_llm2clip.conversion.layouts import LAYOUTS, find_layout
 from modeling_llm2clip.conversion.source_checkpoint import (
     CheckpointSource,

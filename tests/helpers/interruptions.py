@@ -7,11 +7,11 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from modeling_llm2clip.embedding import shard_computation
 from modeling_llm2clip.embedding.sharded_writer import ShardWriter
 from modeling_llm2clip.scheduling.graceful_stop import StopRequest
 
@@ -28,11 +28,10 @@ class StopAfter(StopRequest):
         return signal.SIGTERM if self.count() > self.before else None
 
 
-def stop_after_one(
-    monkeypatch: pytest.MonkeyPatch, stage: ModuleType, count: Callable[[], int]
-) -> None:
-    """Let the runs of a stage be asked to stop as soon as there is one more of something."""
-    monkeypatch.setattr(stage, "stop_on_signals", lambda: nullcontext(StopAfter(count)))
+def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
+    """Let runs of `extract` and `embed` be asked to stop once there is one more of something."""
+    stopping = lambda: nullcontext(StopAfter(count))  # noqa: E731
+    monkeypatch.setattr(shard_computation, "stop_on_signals", stopping)
 
 
 @contextmanager

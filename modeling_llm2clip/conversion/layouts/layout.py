@@ -63,19 +63,6 @@ class RenamedWeights:
     origins: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 
-    def add(
-        self, targets: Mapping[str, Make | None], key: str, tensor: LazyTensor, source: str
-    ) -> None:
-        """Add the weights that a rule makes of one key."""
-        for name, make in targets.items():
-            if name in self.weights:
-                raise ValueError(
-                    f"{source}: {self.origins[name]} and {key} would both become {name}. The file "
-                    "is a mixture of two layouts; remove the keys that are not the model's."
-                )
-            self.weights[name] = tensor if make is None else tensor.then(make)
-            self.origins[name] = key
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -137,16 +124,22 @@ def apply_rules(
     unaccounted = []
     for key, tensor in tensors.items():
         reason = next((drop.reason for drop in drops if re.fullmatch(drop.pattern, key)), None)
-        found = ((match, rule) for rule in rules if (match := re.fullmatch(rule.pattern, key)))
-        match, rule = next(found, (None, None))
         if reason is not None:
             result.dropped[key] = reason
-        elif match is None or rule is None:
+            continue
+        found = ((match, rule) for rule in rules if (match := re.fullmatch(rule.pattern, key)))
+        match, rule = next(found, (None, None))
+        if match is None or rule is None:
             unaccounted.append(f"{key} {tensor.shape}")
-        else:
-            result.add(
-                {match.expand(name): make for name, make in rule.targets}, key, tensor, source
-            )
+            continue
+        for name, make in ((match.expand(target), make) for target, make in rule.targets):
+            if name in result.weights:
+                raise ValueError(
+                    f"{source}: {result.origins[name]} and {key} would both become {name}. The "
+                    "file is a mixture of two layouts; remove the keys that are not the model's."
+                )
+            result.weights[name] = tensor if make is None else tensor.then(make)
+            result.origins[name] = key
     if unaccounted:
         listed = "\n  ".join(sorted(unaccounted))
         raise ValueError(

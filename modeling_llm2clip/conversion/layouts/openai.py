@@ -8,7 +8,6 @@ from ...configs.source_format import SourceFormat
 from .layout import Layout, Rule, count_blocks, count_heads, rename, square_side
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from .layout import Make, Tensors
@@ -18,18 +17,13 @@ _INTO = r"vision_model.encoder.layers.\1."
 _PART = r"(weight|bias)"
 
 
-def _third(number: int) -> Make:
-    def take(stacked: Tensor) -> Tensor:
-        return stacked.chunk(3, dim=0)[number]
-
-    return take
-
-
 def _split(part: str) -> Rule:
-    targets = (rf"{_INTO}self_attn.{name}_proj.{part}" for name in "qkv")
+    def take(number: int) -> Make:
+        return lambda stacked: stacked.chunk(3, dim=0)[number]
+
     return Rule(
         rf"{_BLOCK}attn\.in_proj_{part}",
-        tuple((target, _third(number)) for number, target in enumerate(targets)),
+        tuple((rf"{_INTO}self_attn.{name}_proj.{part}", take(n)) for n, name in enumerate("qkv")),
     )
 
 

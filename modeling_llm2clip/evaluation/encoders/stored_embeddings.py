@@ -26,7 +26,7 @@ from ...data.records.record_loading import load_records
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import MANIFEST_FILE
-from ...encoding.encode import project_captions, project_images
+from ...encoding.encode import project_stored
 from ...model_folders.fingerprint import (
     fingerprint_model,
     fingerprint_text,
@@ -109,14 +109,12 @@ class StoredEmbeddingsEncoder(Encoder):
             )
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        return EncodedTexts(self._look_up("texts", texts, project_captions), None)
+        return EncodedTexts(self._look_up("texts", texts, "text"), None)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        return self._look_up("images", names, project_images)
+        return self._look_up("images", names, "image")
 
-    def _look_up(
-        self, name: str, wanted: Sequence[str], project: Callable[[LLM2CLIPModel, Tensor], Tensor]
-    ) -> Tensor:
+    def _look_up(self, name: str, wanted: Sequence[str], modality: str) -> Tensor:
         """Read, check and project embeddings in pieces, so that they are held once."""
         side = self._sides[name]
         lost = [*dict.fromkeys(item for item in wanted if item not in side.row_of)]
@@ -136,7 +134,7 @@ class StoredEmbeddingsEncoder(Encoder):
                     f"{self._source}: NaN or infinity in the embeddings of {name} {shown}."
                 )
             if self._head is not None:
-                embeds = project(self._head, embeds)
+                embeds = project_stored(self._head, embeds, modality)
             if found is None:
                 found = embeds.new_empty(len(wanted), embeds.shape[1])
             found[start : start + len(names)] = embeds

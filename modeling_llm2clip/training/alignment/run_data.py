@@ -29,7 +29,7 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
 from ...data.streams.stream_report import StreamReport
 from ...data.streams.stream_run import hash_shards
-from ...encoding.preparation import default_num_workers
+from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample, keep_batch
 from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream

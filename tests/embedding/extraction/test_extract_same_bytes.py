@@ -27,7 +27,6 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
-from modeling_llm2clip.embedding import extract as stage
 from modeling_llm2clip.embedding.extract import extract, merge_store
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt, stop_on_signals
 
@@ -94,7 +93,7 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     num_stops = 0
     for _ in range(200):
         count = partial(count_records, folder) if thing == "shard" else partial(len, written)
-        stop_after_one(monkeypatch, stage, count)
+        stop_after_one(monkeypatch, count)
         try:
             extract_captions(model, records, folder)
         except StageInterrupt as error:
@@ -284,7 +283,7 @@ def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
 ) -> None:
     folder = tmp_path / "store"
     with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one(patch, stage, partial(count_records, folder))
+        stop_after_one(patch, partial(count_records, folder))
         extract_captions(model, records, folder)
     with largest_file(1000), pytest.raises(OSError, match="No room to write shard 1 of"):
         extract_captions(model, records, folder)

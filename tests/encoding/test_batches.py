@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from modeling_llm2clip.encoding.preparation import default_num_workers, prepare_batches
+from modeling_llm2clip.encoding.batches import default_num_workers, prepare_batches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SOON = 30  # seconds
