@@ -7,9 +7,7 @@ loaded on first use, so importing the package is fast.
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._registration import register_auto_classes
@@ -78,15 +76,69 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Module by public name: the imports above, which transformers too reads off its own sources.
-_SOURCE = Path(__file__).read_text(encoding="utf-8")
-_HOME = {
-    name: module
-    for module, names in re.findall(
-        r"^    from \.([a-z]\S+) import (\w.*|\([^)]*\))$", _SOURCE, re.M
-    )
-    for name in re.findall(r"\w+", names)
+_HOMES = {
+    "building.build_model": ("build_model", "join_towers"),
+    "configs.align_config": ("AlignConfig",),
+    "configs.build_config": ("BuildConfig",),
+    "configs.data_config": ("DataConfig",),
+    "configs.embed_config": ("EmbedConfig",),
+    "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
+    "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
+    "configs.extract_config": ("ExtractConfig",),
+    "configs.finetune_config": ("FinetuneConfig",),
+    "configs.search_config": ("IndexConfig", "TagConfig"),
+    "configs.serve_config": ("RayServeConfig", "ServeConfig"),
+    "configs.server_check_config": ("ServerCheckConfig",),
+    "configs.source_format": ("SourceFormat",),
+    "configs.train_config": ("TrainConfig",),
+    "configuration_llm2clip": ("LLM2CLIPConfig",),
+    "conversion.convert_checkpoint": ("convert_checkpoint",),
+    "conversion.source_checkpoint": ("CheckpointSource", "LLMSource"),
+    "data.captions.caption_joins": ("join_captions",),
+    "data.records.dataset_objects": ("records_from_dataset",),
+    "data.store.embedding_store": ("EmbeddingStore",),
+    "data.records.record_loading": ("load_records",),
+    "data.streams.dataset_streams": ("stream_dataset",),
+    "data.streams.record_streams": ("stream_records",),
+    "data.records.record_table": ("RecordTable",),
+    "data.records.records": ("CaptionedImage",),
+    "data.records.splits": ("split_records",),
+    "data.validation_errors": ("DataValidationError",),
+    "doctor.check_model": ("check_model",),
+    "doctor.server_checks": ("check_server",),
+    "encoding.encode": ("encode_images", "encode_texts"),
+    "evaluation.datasets.dataset_registry": ("load_dataset",),
+    "evaluation.evaluate": ("evaluate",),
+    "image_loading_llm2clip": (
+        "ImageLimits",
+        "get_image_limits",
+        "load_images",
+        "set_image_limits",
+    ),
+    "model_folders.model_loading": ("load_model",),
+    "model_folders.onnx_folder": ("load_onnx_encoder",),
+    "modeling_llm2clip": (
+        "LLM2CLIPModel",
+        "LLM2CLIPOutput",
+        "LLM2CLIPTextModel",
+        "LLM2CLIPVisionModel",
+    ),
+    "processing_llm2clip": ("LLM2CLIPProcessor",),
+    "publishing.export_model": ("export_model",),
+    "publishing.push_to_hub": ("push_to_hub",),
+    "recipes.train": ("train",),
+    "embedding.embed": ("embed",),
+    "search.image_files": ("records_from_images",),
+    "search.image_index": ("ImageIndex",),
+    "serving.app": ("create_app",),
+    "serving.service": ("EmbeddingService",),
+    "training.alignment.align": ("align",),
+    "embedding.extract": ("extract", "merge_store"),
+    "training.finetuning.finetune_llm": ("finetune_llm",),
+    "scheduling.graceful_stop": ("StageInterrupt",),
+    "training.losses.loss": ("LossInputs",),
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 
