@@ -42,7 +42,6 @@ from ...model_folders.model_writing import (
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
-from ..distributed import is_sharded
 from ..losses.loss import Loss, has_trained_parameters, identify_loss, load_loss
 from ..run_folder import (
     add_results,
@@ -52,7 +51,12 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps
+from ..trainer_mixins import (
+    computes_in_bfloat16,
+    count_warmup_steps,
+    is_sharded,
+    raise_if_stopped,
+)
 from .align_checks import (
     check_align,
     check_batch,
@@ -66,7 +70,6 @@ from .alignment_fit import (
     collect_weights,
     is_refitted,
     load_chosen,
-    raise_if_stopped,
     refit,
 )
 from .alignment_model import LOSS, AlignmentModel

@@ -16,7 +16,7 @@ from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
-from ..distributed import refuse_fsdp_for_lora
+from ..trainer_mixins import refuse_fsdp_for_lora
 
 _NAMES_SHOWN = 5
 _MOST_READ = 100

@@ -24,7 +24,6 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
 from ...scheduling.graceful_stop import StopRequest
-from ..distributed import is_sharded
 from ..losses.loss import Loss
 from ..run_folder import (
     METRICS_FILE,
@@ -34,7 +33,13 @@ from ..run_folder import (
     list_trained,
     require_finite,
 )
-from ..trainer_mixins import JsonLinesCallback, StopCallback, show_progress
+from ..trainer_mixins import (
+    JsonLinesCallback,
+    StopCallback,
+    is_sharded,
+    raise_if_stopped,
+    show_progress,
+)
 from .alignment_model import LOSS, AlignmentModel
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
 from .best_weights import (
@@ -147,20 +152,6 @@ class AlignmentFit:
         dataset, items = self.data.dataset, self.data.items
         return TrainingObjective(
             dataset, items, size=length.batch_size, seed=self.config.seed, output=output, name=name
-        )
-
-
-def raise_if_stopped(
-    trainer: AlignmentTrainer, output: Path, stop: StopRequest, *, of: str = ""
-) -> None:
-    """Raise StageInterrupt if a signal stopped a fit before its last step."""
-    state = trainer.state
-    if state.global_step < state.max_steps:
-        stop.raise_interrupt(
-            f"Stopped after step {state.global_step} of {state.max_steps}{of}; the checkpoint is "
-            f"in {output}.",
-            resume=True,
-            is_main_process=trainer.args.should_save,
         )
 
 

@@ -23,17 +23,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
-from ..distributed import training_arguments_on
 from ..losses.loss import LossInputs
-from ..run_folder import CHECKPOINTS, list_trained
+from ..run_folder import list_trained
 from ..trainer_mixins import (
-    FiniteGradientMixin,
     LogLastStepCallback,
     ResumedMetricsMixin,
     TrainedCheckpointMixin,
-    choose_reports,
-    computes_in_bfloat16,
     count_warmup_steps,
+    training_arguments_on,
 )
 from .alignment_model import AlignmentModel
 from .best_weights import BestWeightsCallback
@@ -61,24 +58,18 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
     Batch size, number of steps and learning rate depend on the data and on where the projections
     start: see `RunLength`.
     """
-    device = choose_device(config.device)
     arguments = training_arguments_on(
-        device,
+        choose_device(config.device),
         TrainingArguments,
-        output_dir=str(output / CHECKPOINTS),
+        output,
+        config,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite stops the run
-        save_strategy="steps",
-        save_steps=config.save_steps,
         remove_unused_columns=False,
         label_names=[],
-        ddp_find_unused_parameters=False,  # these are frozen: see `freeze_unused`
-        report_to=choose_reports(config.report_to),
-        seed=config.seed,
     )
     require_all_processes(arguments.world_size)
     return arguments
@@ -161,7 +152,7 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
+class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
     """Trains an `AlignmentModel` whose trained parts are chosen.
 
     To the Trainer the whole run is one epoch.
