@@ -251,7 +251,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
         self._numbers: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -265,17 +265,14 @@ class ProgressCallback(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         self._numbers |= describe_numbers(given.get("logs") or {})
-        if self._bar is not None:
-            self._bar.set_postfix(self._numbers, refresh=False)
+        self._bar.set_postfix(self._numbers, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def raise_if_stopped(trainer: Trainer, output: Path, stop: StopRequest, *, of: str = "") -> None:

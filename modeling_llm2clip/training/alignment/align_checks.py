@@ -112,13 +112,11 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
 def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
-    errors = []
+    errors = []  # of what `check_options` allows
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps (--max-steps)")
     if has_image_store:
         errors.append("a stream brings its images: leave the image_store out")
-    if config.projection_init == "cca":
-        errors.append("projection_init=cca needs both stores: leave it out")
     if config.refit:
         errors.append("a stream is not read twice: leave refit out")
     if errors:

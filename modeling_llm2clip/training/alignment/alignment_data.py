@@ -151,9 +151,13 @@ class AlignmentDataset(Dataset[Any]):
         times = times or InputTimes()
         with times.measure("tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(items, numbers)
-        with times.measure("decode" if self.image_store is None else "read"):
-            images = self._read_images(items)
-        return {**captions, **images}
+        if self.image_store is not None:
+            with times.measure("read"):
+                embeds = self._read_stored(self.image_store, self.image_rows(items), items)
+            return {**captions, "vision_embeds": embeds}
+        with times.measure("decode"):
+            images = [open_image(image) for image in self.records.select(items).iterate_images()]
+            return {**captions, **self.processor(images=images)}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
         """Return rows of captions in their store."""
@@ -176,13 +180,6 @@ class AlignmentDataset(Dataset[Any]):
             for (short, long), number in zip(captions, numbers.tolist(), strict=True)
         ]
         return dict(self.processor(text=texts))
-
-    def _read_images(self, items: Array) -> dict[str, Tensor]:
-        if self.image_store is not None:
-            rows = self.image_rows(items)
-            return {"vision_embeds": self._read_stored(self.image_store, rows, items)}
-        images = [open_image(image) for image in self.records.select(items).iterate_images()]
-        return dict(self.processor(images=images))
 
     def _read_stored(self, store: EmbeddingStore, rows: Array, items: Array) -> Tensor:
         return require_directions(
@@ -253,7 +250,12 @@ class AlignmentStream:
                 captions = dict(self.processor(text=texts))
             else:
                 rows = self.caption_store.rows_at(self._find_items(records, keys, counts), numbers)
-                captions = {"caption_embeds": self._read_stored(rows, records)}
+                embeds = require_directions(
+                    self.caption_store.read(rows),
+                    self.caption_store,
+                    lambda zeros: [(records[n].name, records[n].lang) for n in zeros.tolist()],
+                )
+                captions = {"caption_embeds": embeds}
         with times.measure("decode"):
             images = dict(self.processor(images=[sample.image for sample in samples]))
         times.add("decode", sum(sample.seconds for sample in samples))
@@ -268,14 +270,6 @@ class AlignmentStream:
     def find_group_names(self, group_ids: Tensor) -> list[str]:
         """Name groups by their hashes: a stream is not read again for the sake of an error."""
         return [f"(hash {group_id})" for group_id in group_ids.tolist()]
-
-    def _read_stored(self, rows: Array, records: Sequence[CaptionedImage]) -> Tensor:
-        assert self.caption_store is not None
-        return require_directions(
-            self.caption_store.read(rows),
-            self.caption_store,
-            lambda zeros: [(records[row].name, records[row].lang) for row in zeros.tolist()],
-        )
 
     def _find_items(self, records: Sequence[CaptionedImage], keys: Array, counts: Array) -> Array:
         """Find records in the store by name and language."""
@@ -304,8 +298,3 @@ def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
 
 def _look_up(numbers: Array | None, items: Array) -> Array:
     return items if numbers is None else numbers[items]
-
-
-def keep_batch(batch: Any) -> Any:
-    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled."""
-    return batch

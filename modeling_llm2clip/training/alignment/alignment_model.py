@@ -5,11 +5,7 @@ B images and captions, D width of the LLM, D' of the vision tower, P `projection
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,7 +13,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...model_folders.model_loading import PartialModel
 from ..losses.loss import Loss, LossInputs
 
-_TOWERS = ("text_model", "vision_model")
+TOWERS = ("text_model", "vision_model")
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
 
@@ -86,7 +82,7 @@ class AlignmentModel(PartialModel):
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name.split(".")[0] not in (*_TOWERS, LOSS)
+            if name.split(".")[0] not in (*TOWERS, LOSS)
         }
 
     def train(self, mode: bool = True) -> AlignmentModel:
@@ -106,20 +102,3 @@ class AlignmentModel(PartialModel):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
-
-    def train_heads_only(self) -> None:
-        """Freeze the towers; text adapter, projections and temperature become float32."""
-        for name, part in self.named_children():
-            if name in _TOWERS:
-                part.requires_grad_(False)
-            elif name != LOSS:
-                part.float().requires_grad_(True)
-
-    def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
-        """Give weights the names of a folder; transformers renames some on loading."""
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            self.save_pretrained(folder, state_dict=state)
-            named: dict[str, Tensor] = {}
-            for file in sorted(Path(folder).glob("*.safetensors")):
-                named |= load_file(file)
-        return named

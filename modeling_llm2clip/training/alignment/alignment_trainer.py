@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,8 @@ from ..trainer_mixins import (
 )
 from .alignment_model import AlignmentModel
 from .best_weights import BestWeightsCallback
+from .held_out import embed_batches
 from .input_times import InputTimesCallback
-from .projection_init import ProjectionInit
 from .run_data import RunData
 from .trained_parts import find_learning_rates, split_by_decay
 
@@ -47,7 +48,6 @@ _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
 _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
-_RATIO_BEFORE_ADAPTER = 0.25
 # Adam's first steps move every weight by the whole learning rate, whatever its gradient.
 _MIN_WARMUP_STEPS = 20
 
@@ -118,20 +118,6 @@ class RunLength:
         return self.num_steps if self.last_step is None else self.last_step
 
 
-def plan_length(
-    config: AlignConfig, start: ProjectionInit, *, num_items: int | None, batch_size: int
-) -> RunLength:
-    """Find the numbers of a run."""
-    num_steps = count_steps(config, num_items, batch_size)
-    return RunLength(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        learning_rate=config.learning_rate or start.default_learning_rate,
-        # A new adapter is the identity, and joins when the projections have settled.
-        adapter_begin=round(_RATIO_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
-    )
-
-
 def warm_up_then_cosine(
     num_steps: int, *, warmup_steps: float, begin: int = 0
 ) -> Callable[[int], float]:
@@ -175,7 +161,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
-        training_arguments.ignore_data_skip = not data.can_skip
+        training_arguments.ignore_data_skip = data.num_items is None  # a stream goes on by itself
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
@@ -281,6 +267,12 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def embed(self, batches: Iterable[dict[str, Tensor]]) -> LossInputs:
+        """Encode batches by the model that is trained, as `embed_batches` does."""
+        model = self.model_wrapped if self.is_fsdp_enabled else self.alignment_model
+        context = nullcontext if self.data.is_stored else self.compute_loss_context_manager
+        return embed_batches(model, batches, self.args.device, context)
 
     def collect_trained(self) -> dict[str, Tensor]:
         """Collect every weight that training changes, unsharded, by its name while training.

@@ -30,15 +30,13 @@ from ...data.streams.stream_report import StreamReport
 from ...data.streams.stream_run import hash_shards
 from ...encoding.preparation import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample, keep_batch
-from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream
+from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
+from .held_out import HeldOutImages, choose_held_out, hold_out_of_stream
 from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 
 class RecordData:
     """Records of an index, in random batches of the items that are trained on."""
-
-    can_skip = True
 
     def __init__(
         self,
@@ -47,16 +45,12 @@ class RecordData:
         config: AlignConfig,
         *,
         held_out: HeldOutImages | None = None,
-        num_held_out: int = 0,
-        num_shared_captions: int = 0,
     ) -> None:
         self.dataset = dataset
         self.source = dataset
         self.items = items
         self.num_items = len(items)
         self.held_out = held_out
-        self.num_held_out = num_held_out
-        self.num_shared_captions = num_shared_captions
         self.is_stored = dataset.is_stored
         self.reads_images = dataset.image_store is None
         self.processor = dataset.processor
@@ -94,7 +88,7 @@ class RecordData:
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
-            collate_fn=keep_batch,
+            collate_fn=dict,  # the dataset returns whole batches
             num_workers=count_workers(self._config, arguments, decodes=self.reads_images),
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self._config.seed),
@@ -117,11 +111,9 @@ class RecordData:
 class StreamData:
     """A stream of records, epoch after epoch."""
 
-    can_skip = False
     is_stored = False
     reads_images = True
-    num_items = None  # its length is not known,
-    num_shared_captions = None  # nor are its captions
+    num_items = None  # which is not known
 
     def __init__(
         self,
@@ -129,12 +121,10 @@ class StreamData:
         config: AlignConfig,
         *,
         held_out: HeldOutImages | None = None,
-        num_held_out: int = 0,
     ) -> None:
         self.source = source
         self.processor = source.processor
         self.held_out = held_out
-        self.num_held_out = num_held_out
         self._config = config
         self._epoch = 0
         self._is_resumed = False
@@ -263,14 +253,8 @@ def open_records(
         seed=config.seed,
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
-    return RecordData(
-        dataset,
-        items,
-        config,
-        held_out=HeldOutImages(dataset, held_items) if len(held_items) else None,
-        num_held_out=len(held_items),
-        num_shared_captions=count_shared_captions(dataset.records, held_items),
-    )
+    held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
+    return RecordData(dataset, items, config, held_out=held_out)
 
 
 def open_stream(
@@ -297,7 +281,7 @@ def open_stream(
     if held:
         measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)
         held_out = HeldOutImages(measured, np.arange(len(held)))
-    return StreamData(source, config, held_out=held_out, num_held_out=len(held))
+    return StreamData(source, config, held_out=held_out)
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:

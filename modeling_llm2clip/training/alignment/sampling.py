@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Array: TypeAlias = np.ndarray[Any, Any]
+from ...data.key_arrays import Array
 
 NOISE_SAMPLING = "65536 quantiles"
 """Name of the method of `sample_normal`, for the record of a run."""

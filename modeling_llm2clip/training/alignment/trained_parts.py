@@ -13,7 +13,7 @@ from ...configs.align_config import AlignConfig
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..run_folder import list_trained
 from ..trainer_mixins import find_without_gradient, recompute_activations, require_gradients
-from .alignment_model import LOSS, AlignmentModel
+from .alignment_model import LOSS, TOWERS, AlignmentModel
 
 _LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
@@ -22,9 +22,14 @@ _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
     """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
 
-    Returns peft's wrapper of each tower that got a LoRA, by name, for `merge_loras`.
+    Text adapter, projections and temperature are trained in float32. Returns peft's wrapper of each
+    tower that got a LoRA, by name, for `merge_loras`.
     """
-    model.train_heads_only()
+    for name, part in model.named_children():
+        if name in TOWERS:
+            part.requires_grad_(False)
+        elif name != LOSS:
+            part.float().requires_grad_(True)
     adapted: dict[str, Any] = {}
     if config.vision_training == "full":
         model.vision_model.float().requires_grad_(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -226,23 +226,18 @@ def _open_scratch(output: Path) -> Iterator[Path]:
 
     There it is on the disk that has room for the run; `/tmp` may be in memory.
     """
-    folder = output.absolute().parent
-    while not folder.is_dir():
-        folder = folder.parent
-    state, made = PartialState(), list[TemporaryDirectory[str]]()
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    with ExitStack() as stack:
 
-    def make() -> str:
-        for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
-            shutil.rmtree(left)
-        made.append(TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder))
-        return made[0].name
+        def make() -> str:
+            for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
+                shutil.rmtree(left)
+            return stack.enter_context(
+                TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
+            )
 
-    try:
         yield Path(run_once_per_machine(make))
-        state.wait_for_everyone()  # before the folder is deleted
-    finally:
-        for temporary in made:
-            temporary.cleanup()
+        PartialState().wait_for_everyone()  # before the folder is deleted
 
 
 def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig) -> dict[str, Any]:
