@@ -25,8 +25,8 @@ from tqdm import tqdm
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.image_loading_llm2clip import load_images
+from modeling_llm2clip.training.alignment.alignment_model import split_by_decay
 from modeling_llm2clip.training.alignment.alignment_trainer import warm_up_then_cosine
-from modeling_llm2clip.training.alignment.trained_parts import split_by_decay
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
 

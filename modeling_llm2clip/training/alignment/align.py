@@ -72,7 +72,13 @@ from .align_checks import (
     check_processes,
     check_stream,
 )
-from .alignment_model import LOSS, AlignmentModel
+from .alignment_model import (
+    LOSS,
+    AlignmentModel,
+    choose_trained_parts,
+    freeze_unused,
+    merge_loras,
+)
 from .alignment_report import (
     make_card_results,
     make_caution,
@@ -96,7 +102,6 @@ from .best_weights import (
 from .held_out import embed_batches
 from .projection_init import ProjectionInit, init_projections, repeat_init
 from .run_data import RecordData, RunData, open_records, open_stream
-from .trained_parts import choose_trained_parts, freeze_unused, merge_loras
 
 MODEL_FOLDER = "model"
 REFIT_FOLDER = "refit"

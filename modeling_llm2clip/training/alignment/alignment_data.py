@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from .sampling import sample_captions, sample_normal
 _NAMES_SHOWN = 5
 
 
+@dataclass(eq=False)
 class AlignmentDataset(Dataset[Any]):
     """Records of a dataset, each an image and its captions; returns whole batches.
 
@@ -46,40 +48,32 @@ class AlignmentDataset(Dataset[Any]):
     captions are compared by number alone.
     """
 
-    def __init__(
-        self,
-        records: Sequence[CaptionedImage],
-        processor: LLM2CLIPProcessor,
-        *,
-        caption_store: EmbeddingStore | None = None,
-        image_store: EmbeddingStore | None = None,
-        long_caption_ratio: float = 0.5,
-        image_noise: float = 0.0,
-        caption_noise: float = 0.0,
-        seed: int = 0,
-        is_part: bool = False,
-    ) -> None:
-        self.records = RecordTable.from_records(records)
-        self.processor = processor
-        self.caption_store = caption_store
-        self.image_store = image_store
-        self.long_caption_ratio = long_caption_ratio
-        self.image_noise = image_noise
-        self.caption_noise = caption_noise
-        self.seed = seed
+    data: InitVar[Sequence[CaptionedImage]]
+    processor: LLM2CLIPProcessor
+    _: KW_ONLY
+    caption_store: EmbeddingStore | None = None
+    image_store: EmbeddingStore | None = None
+    long_caption_ratio: float = 0.5
+    image_noise: float = 0.0
+    caption_noise: float = 0.0
+    seed: int = 0
+    is_part: InitVar[bool] = False
+
+    def __post_init__(self, data: Sequence[CaptionedImage], is_part: bool) -> None:
+        self.records = RecordTable.from_records(data)
         # Number of each record in a store; None if the numbers are the same.
         self._caption_items: Array | None = None
         self._image_items: Array | None = None
-        if caption_store is not None:
-            self._caption_items = pair_items(self.records, caption_store, is_part=is_part)
-            require_same_counts(self.records, caption_store, self._caption_items)
+        if self.caption_store is not None:
+            self._caption_items = pair_items(self.records, self.caption_store, is_part=is_part)
+            require_same_counts(self.records, self.caption_store, self._caption_items)
             if not is_part:
-                require_same_texts(self.records, caption_store, self._caption_items)
-        if image_store is None:
+                require_same_texts(self.records, self.caption_store, self._caption_items)
+        if self.image_store is None:
             require_images(self.records)
         else:
-            self._image_items = pair_items(self.records, image_store)
-            require_same_images(self.records, image_store, self._image_items)
+            self._image_items = pair_items(self.records, self.image_store)
+            require_same_images(self.records, self.image_store, self._image_items)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -202,31 +196,26 @@ def decode_sample(record: CaptionedImage) -> DecodedSample:
     return DecodedSample(record, image, time.perf_counter() - begin)
 
 
+@dataclass(eq=False)
 class AlignmentStream:
     """Makes batches of a stream's records, as `AlignmentDataset` does of an index.
 
     The caption store may have other records, too.
     """
 
-    def __init__(
-        self,
-        stream: RecordStream,
-        processor: LLM2CLIPProcessor,
-        *,
-        caption_store: EmbeddingStore | None = None,
-        long_caption_ratio: float = 0.5,
-        seed: int = 0,
-    ) -> None:
-        self.stream = stream
-        self.processor = processor
-        self.caption_store = caption_store
-        self.long_caption_ratio = long_caption_ratio
-        self.seed = seed
-        if caption_store is not None:
-            keys = caption_store.keys
+    stream: RecordStream
+    processor: LLM2CLIPProcessor
+    _: KW_ONLY
+    caption_store: EmbeddingStore | None = None
+    long_caption_ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.caption_store is not None:
+            keys = self.caption_store.keys
             self._order = np.argsort(keys)
             self._keys = keys[self._order]
-            self._counts = caption_store.count_rows()
+            self._counts = self.caption_store.count_rows()
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
         """Make the batch of some records."""

@@ -203,7 +203,11 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         f"The lowest held-out loss chose {_name_weights(notes, results['steps'])}.",
     ]
     if (after.t2i_r1 + after.i2t_r1) < (before.t2i_r1 + before.i2t_r1):
-        lines.append(LOWER if _is_within(after, before) else CLEARLY_LOWER)
+        is_within = (
+            after.t2i_r1 >= before.find_interval(before.t2i_r1)[0]
+            and after.i2t_r1 >= before.find_interval(before.i2t_r1)[0]
+        )
+        lines.append(LOWER if is_within else CLEARLY_LOWER)
     if "refit" in results:
         lines.append(
             "Then all of it was fitted once more on all images: the scores above are of the model "
@@ -240,14 +244,6 @@ def _describe_start(start: Mapping[str, Any]) -> str:
             f"{cca['text_shrinkage']:g} for texts and {cca['image_shrinkage']:g} for images"
         )
     return "the model's projections" if start["is_trained"] else "random projections"
-
-
-def _is_within(scores: HeldOutScores, others: HeldOutScores) -> bool:
-    """Return whether both R@1 are not below the intervals of others."""
-    return (
-        scores.t2i_r1 >= others.find_interval(others.t2i_r1)[0]
-        and scores.i2t_r1 >= others.find_interval(others.i2t_r1)[0]
-    )
 
 
 def _show(scores: HeldOutScores) -> str:

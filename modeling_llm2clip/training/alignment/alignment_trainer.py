@@ -33,12 +33,11 @@ from ..trainer_mixins import (
     count_warmup_steps,
     training_arguments_on,
 )
-from .alignment_model import AlignmentModel
+from .alignment_model import AlignmentModel, find_learning_rates, split_by_decay
 from .best_weights import BestWeightsCallback
 from .held_out import embed_batches
 from .input_times import InputTimesCallback
 from .run_data import RunData
-from .trained_parts import find_learning_rates, split_by_decay
 
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8

@@ -6,7 +6,8 @@ number of workers or processes, samples the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 
 import numpy as np
@@ -21,6 +22,7 @@ NOISE_SAMPLING = "65536 quantiles"
 _ROWS_AT_ONCE = 64
 
 
+@dataclass(eq=False)
 class ResumableBatchSampler(Sampler[Array]):
     """The batches of a whole run, as one process sees them: (B, 2), epoch and item of each sample.
 
@@ -28,22 +30,13 @@ class ResumableBatchSampler(Sampler[Array]):
     batch.
     """
 
-    def __init__(
-        self,
-        items: Sequence[int] | Array,
-        *,
-        batch_size: int,
-        num_steps: int,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.items = np.asarray(items)
-        self.batch_size = batch_size
-        self.num_steps = num_steps
-        self.seed = seed
-        self.rank = rank
-        self.num_processes = num_processes
+    items: Array
+    _: KW_ONLY
+    batch_size: int
+    num_steps: int
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
 
     @property
     def steps_per_epoch(self) -> int:

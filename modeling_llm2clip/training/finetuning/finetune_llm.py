@@ -139,8 +139,12 @@ def finetune_llm(
     choose_reports(config.report_to)
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as found:
-        if config.merge:
-            _require_whole_model(found)
+        types = LLM2CLIPConfig.from_pretrained(found.folder).architectures
+        if config.merge and types != ["LLM2CLIPModel"]:
+            raise ValueError(
+                f"{found.name} is {types}, and merging writes a whole model. Give the whole model, "
+                "or merge=False, which writes the LoRA alone."
+            )
         # Gone before there is a model: a run that is killed after that is never continued.
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
@@ -348,16 +352,6 @@ def _find_nearest(
             add_results(output, hard_negatives=report)
     state.wait_for_everyone()
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
-
-
-def _require_whole_model(source: StageSource) -> None:
-    """Raise ValueError for a text-only model, which cannot be written with the LoRA merged."""
-    found = LLM2CLIPConfig.from_pretrained(source.folder).architectures
-    if found != ["LLM2CLIPModel"]:
-        raise ValueError(
-            f"{source.name} is {found}, and merging writes a whole model. Give the whole model, or "
-            "merge=False, which writes the LoRA alone."
-        )
 
 
 def _write_merged(
