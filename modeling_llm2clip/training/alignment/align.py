@@ -232,7 +232,6 @@ class _Fit:
     callbacks: Sequence[TrainerCallback] = ()
 
     def find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to continue from, or None to begin."""
         return find_last_checkpoint(self.output) if self.resume else None
 
     def load(self) -> tuple[AlignmentModel, dict[str, Any]]:

@@ -85,7 +85,6 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
 
 
 def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
-    """Refuse a batch that is larger than the data."""
     if num_records < batch_size:
         raise ValueError(
             f"{num_records} records to train on ({num_held_out} are held out) are too few for a "
@@ -252,7 +251,6 @@ def _check_group_ids(records: RecordTable) -> None:
 
 
 def _find_torn(records: RecordTable) -> Array:
-    """Find the records of images that have several group ids."""
     first = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
     parts, start = [], 0
     for keys in records.iterate_numbers("group_key"):
@@ -270,7 +268,6 @@ def _lacks_image(records: RecordTable) -> Array:
 
 
 def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
-    """Return the records in the order of a store."""
     return records if items is None else records.select(np.argsort(items))
 
 

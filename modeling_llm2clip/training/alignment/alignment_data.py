@@ -111,7 +111,6 @@ class AlignmentDataset(Dataset[Any]):
 
     @property
     def is_stored(self) -> bool:
-        """True where both embeddings are stored, so that no tower runs."""
         return self.caption_store is not None and self.image_store is not None
 
     @property
@@ -141,7 +140,6 @@ class AlignmentDataset(Dataset[Any]):
     def read_pairs(
         self, items: Array, numbers: Array, times: InputTimes | None = None
     ) -> dict[str, Tensor]:
-        """Read items, each with one of its captions."""
         times = times or InputTimes()
         with times.measure("tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(items, numbers)
@@ -154,12 +152,10 @@ class AlignmentDataset(Dataset[Any]):
             return {**captions, **self.processor(images=images)}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
-        """Return rows of captions in their store."""
         assert self.caption_store is not None
         return self.caption_store.rows_at(_look_up(self._caption_items, items), numbers)
 
     def image_rows(self, items: Array) -> Array:
-        """Return rows of images in their store."""
         assert self.image_store is not None
         stored = _look_up(self._image_items, items)
         return self.image_store.rows_at(stored, np.zeros_like(stored))
@@ -218,7 +214,6 @@ class AlignmentStream:
             self._counts = self.caption_store.count_rows()
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
-        """Make the batch of some records."""
         records = [sample.record for sample in samples]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
         counts = np.array([(len(r.captions), len(r.long_captions)) for r in records]).T
@@ -261,7 +256,6 @@ class AlignmentStream:
         return [f"(hash {group_id})" for group_id in group_ids.tolist()]
 
     def _find_items(self, records: Sequence[CaptionedImage], keys: Array, counts: Array) -> Array:
-        """Find records in the store by name and language."""
         assert self.caption_store is not None
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         items: Array = self._order[places]

@@ -262,7 +262,6 @@ def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
 def find_learning_rates(
     model: AlignmentModel, config: AlignConfig, *, learning_rate: float
 ) -> dict[str, float]:
-    """Find the peak learning rate of each trained parameter."""
     rates = {name: learning_rate for name, p in model.named_parameters() if p.requires_grad}
     if config.vision_training == "full":
         factors = scale_by_layer(model.vision_model, config.layer_decay)

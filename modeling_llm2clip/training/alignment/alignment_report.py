@@ -87,7 +87,6 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
 
 
 def describe_alignment(output: Path) -> list[str]:
-    """Describe a finished run in lines for a terminal."""
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
@@ -116,7 +115,6 @@ def make_caution(results: Mapping[str, Any]) -> str | None:
 
 
 def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tuple[CardResult, ...]:
-    """Make the held-out scores as a model card has them."""
     scores = _read_best(results)
     if scores is None:
         return ()

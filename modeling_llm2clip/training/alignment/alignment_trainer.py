@@ -113,7 +113,6 @@ class RunLength:
 
     @property
     def num_trained(self) -> int:
-        """Steps that are trained."""
         return self.num_steps if self.last_step is None else self.last_step
 
 
@@ -208,7 +207,6 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the state that each process has of its own."""
         super()._save_rng_state(output_dir)
         self.data.save(Path(output_dir))
 
@@ -218,11 +216,9 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         keep_scores_in_float32(self.accelerator, self.alignment_model)
 
     def get_train_dataloader(self) -> Any:
-        """Make the loader of this process's batches of the whole run."""
         return self._loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for a batch."""
         return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -292,7 +288,6 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, LossInputs]:
-        """Compute the loss of a batch of this process."""
         loss, outputs = model(**inputs)
         self._inverse_temperature = outputs.logits.scale.detach()
         if not loss.isfinite():

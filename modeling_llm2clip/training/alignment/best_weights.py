@@ -39,7 +39,6 @@ _EPOCH = -1
 
 
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every weight that training changes, by its name while training."""
     names = list_trained(model)
     return {
         name: parameter.detach().clone()
@@ -63,7 +62,8 @@ class BestWeightsCallback(TrainerCallback):
 
     It evaluates before the run, every few steps and at the end. The best weights are written to
     `best.safetensors` in the run's folder; those of the start count, so that a run never ends with
-    worse weights than it started from.
+    worse weights than it started from. `best_step` is 0 for these, and `best_share` is how far the
+    best weights are on the way from the start to those of their step.
 
     Args:
         images: The held-out images.
@@ -72,10 +72,6 @@ class BestWeightsCallback(TrainerCallback):
         patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
         patience_begin: Steps before which the run never stops.
         start: Weights at the start by name, if weights between them and trained ones are tried.
-
-    Attributes:
-        best_step: Step of the best weights; 0 for the start.
-        best_share: Their share of the way from the start to the weights of that step.
     """
 
     def __init__(
@@ -129,7 +125,6 @@ class BestWeightsCallback(TrainerCallback):
         self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
 
     def as_record(self) -> dict[str, Any]:
-        """Return the scores of the start and of the best weights, and which ones these are."""
         assert self.before is not None and self.best is not None
         return {
             "before": asdict(self.before),

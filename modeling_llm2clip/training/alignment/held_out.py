@@ -142,7 +142,6 @@ def count_shared_captions(records: RecordTable, held_out: Array) -> int:
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:
-    """Count the groups of images that a run holds out."""
     if not ratio:
         return 0
     minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
@@ -241,7 +240,6 @@ class HeldOutImages:
             }
 
     def score(self, loss: Loss, inputs: LossInputs) -> HeldOutScores:
-        """Compare the embeddings of all pairs."""
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(

@@ -29,12 +29,10 @@ class InputTimes:
         self.seconds = torch.zeros(len(_PARTS), dtype=torch.float64)
 
     def add(self, part: str, seconds: float) -> None:
-        """Add seconds to a part."""
         self.seconds[_PARTS.index(part)] += seconds
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the seconds that the context takes to a part."""
         begin = time.perf_counter()
         yield
         self.add(part, time.perf_counter() - begin)

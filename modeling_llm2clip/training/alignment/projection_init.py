@@ -56,13 +56,11 @@ class ProjectionInit:
 
     @property
     def default_learning_rate(self) -> float:
-        """Peak learning rate that suits this start."""
         return _RATE_FROM_TRAINED if self.is_trained else _RATE_FROM_RANDOM
 
 
 @torch.no_grad()
 def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
-    """Choose where the projections start, and set them in place."""
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init

@@ -58,12 +58,10 @@ class RecordData:
         self._steps_per_epoch = 1
 
     def with_held_out(self) -> RecordData:
-        """Return the same data, of which nothing is held out."""
         items = np.arange(len(self.dataset), dtype=np.int32)
         return RecordData(self.dataset, items, self._config)
 
     def identify(self) -> dict[str, Any]:
-        """Identify the data for the record of a run."""
         records = self.dataset.records
         return {
             "num_records": len(records),
@@ -132,7 +130,6 @@ class StreamData:
         self._ended: list[StreamReport] = []  # of the epochs before
 
     def identify(self) -> dict[str, Any]:
-        """Identify the data for the record of a run."""
         digest = hash_shards(self.source.stream.reader.shards)
         return {"num_records": None, "data": digest, "images": None}
 
@@ -241,7 +238,6 @@ def open_records(
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
 ) -> RecordData:
-    """Prepare records of an index."""
     dataset = AlignmentDataset(
         records,
         processor,

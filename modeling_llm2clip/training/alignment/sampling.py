@@ -40,7 +40,6 @@ class ResumableBatchSampler(Sampler[Array]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass over the items."""
         return len(self.items) // self.batch_size
 
     def __len__(self) -> int:

@@ -110,7 +110,6 @@ def prepare_data(
 
 
 def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
-    """Count the groups that a run measures on, and does not train on."""
     if config.num_held_out is not None:
         return config.num_held_out
     return min(_MAX_HELD_OUT, max(2, num_groups // 5))

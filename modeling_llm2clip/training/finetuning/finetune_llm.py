@@ -139,12 +139,13 @@ def finetune_llm(
     choose_reports(config.report_to)
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as found:
-        types = LLM2CLIPConfig.from_pretrained(found.folder).architectures
-        if config.merge and types != ["LLM2CLIPModel"]:
-            raise ValueError(
-                f"{found.name} is {types}, and merging writes a whole model. Give the whole model, "
-                "or merge=False, which writes the LoRA alone."
-            )
+        if config.merge:
+            types = LLM2CLIPConfig.from_pretrained(found.folder).architectures
+            if types != ["LLM2CLIPModel"]:
+                raise ValueError(
+                    f"{found.name} is {types}, and merging writes a whole model. Give the whole "
+                    "model, or merge=False, which writes the LoRA alone."
+                )
         # Gone before there is a model: a run that is killed after that is never continued.
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
@@ -177,7 +178,6 @@ def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) 
 
 
 def describe_finetuning(output: Path) -> list[str]:
-    """Describe a finished run in lines for a terminal."""
     record = read_run_record(output)
     results, inputs = record["results"], record["inputs"]
     lines = []

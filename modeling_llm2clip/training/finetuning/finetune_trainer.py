@@ -75,10 +75,7 @@ _LEAVE_BASE_UNCHANGED = (*PLAIN_STARTS, "orthogonal", "eva")
 class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is typed in part
     """Tokens to unprojected caption embeddings, as a module of sentence-transformers.
 
-    Args:
-        model: Its LLM gets the LoRA layers in place; all else is frozen.
-        processor: The model's own, with its prompt.
-        lora: Shape of the LoRA.
+    The LLM gets the LoRA layers in place; all else is frozen.
     """
 
     save_in_root = True  # so that a checkpoint is a folder of a LoRA
@@ -100,12 +97,10 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     @property
     def adapted(self) -> PeftModel:
-        """The LLM in peft's wrapper."""
         return self._adapted[0]
 
     @property
     def trained_weights(self) -> dict[str, Tensor]:
-        """The LoRA's matrices, by name."""
         return {n: p.detach() for n, p in self.adapted.named_parameters() if p.requires_grad}
 
     @property
@@ -121,7 +116,6 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         return dict(self.processor(text=list(inputs)))
 
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Encode tokenized captions."""
         features["sentence_embedding"] = self.llm2clip.get_caption_embeds(
             features["input_ids"], features.get("attention_mask")
         )
@@ -138,7 +132,6 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         _save_lora(self.adapted, output_path)
 
     def load_lora(self, folder: Path) -> None:
-        """Load the weights of a saved LoRA."""
         require_same_meaning(folder, self.adapted.peft_config["default"])
         _require_same_base(folder, str(self.llm2clip.text_model.config._name_or_path or ""))
         weights = load_file(folder / LORA_WEIGHTS)
@@ -161,7 +154,6 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
 
 def make_lora_config(config: FinetuneConfig) -> LoraConfig:
-    """Make peft's configuration of the LoRA."""
     targets = list(config.lora_target_modules)
     return LoraConfig(
         r=config.lora_rank,
@@ -266,7 +258,6 @@ class FinetuneTrainer(
         self.encoder.load_lora(Path(checkpoint_path))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a step."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -305,7 +296,6 @@ def make_trainer(
     config: FinetuneConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneTrainer:
-    """Make the trainer of a run."""
     device = encoder.llm2clip.device
     wrapped = SentenceTransformer(modules=[encoder], device=str(device))
     num_steps, steps_per_epoch = count_run_steps(data, config)

@@ -166,7 +166,6 @@ class _ClusteredIndex:
         }
 
     def search(self, embeddings: Array, rows: Array, top_k: int) -> Iterator[Array]:
-        """Yield the nearest rows of some rows, (M, top_k) at a time."""
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             tile = rows[start : start + _ROWS_AT_ONCE]
             with _all_threads():

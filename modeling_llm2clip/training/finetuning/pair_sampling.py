@@ -106,7 +106,6 @@ def list_text_columns(table: Dataset) -> list[str]:
 
 
 def list_key_columns(table: Dataset) -> list[str]:
-    """List the columns of the texts' keys, in the order of the texts."""
     return [name + KEY_SUFFIX for name in list_text_columns(table)]
 
 
@@ -125,7 +124,6 @@ class MappedColumn:
         self._stops = np.cumsum([len(piece) for piece in self.pieces])
 
     def read(self, rows: Array) -> Array:
-        """Read rows."""
         found = np.empty(len(rows), np.int64)
         numbers = np.searchsorted(self._stops, rows, side="right")
         order = np.argsort(numbers, kind="stable")
@@ -185,17 +183,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 
     It holds 4 bytes a row, the shuffled order; groups and keys of texts are read from the table.
 
-    Args:
-        dataset: Table of `pair_tables`.
-        batch_size: Rows per batch of one process.
-        nearest: (groups, K) integers, the nearest groups of each group, for hard batches: a row is
-            then followed by a row of each of `num_hard_negatives` random ones of them, as long as
-            these have rows left in this shuffle.
-        num_hard_negatives: How many groups follow; 0 samples at random.
-        **options: As `DefaultBatchSampler` takes them.
-
-    Raises:
-        ValueError: There are too few different groups for one batch.
+    With `nearest`, (groups, K) integers, batches are hard: a row is followed by a row of each of
+    `num_hard_negatives` random ones of its group's nearest groups that have rows left.
     """
 
     def __init__(
@@ -307,13 +296,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
     Only batches of the first table, which is that of captions, are hard ones.
 
     Yields the batches of the whole run, so that a resumed run skips the first ones. A table that is
-    used up starts again, in a new order.
-
-    Args:
-        *args: As `MultiDatasetDefaultBatchSampler` takes them.
-        weights: Batches of each table per batch of the first.
-        num_steps: Batches of the run, of all processes together.
-        **kwargs: As `MultiDatasetDefaultBatchSampler` takes them.
+    used up starts again, in a new order. Steps count batches of all processes together.
     """
 
     def __init__(self, *args: Any, weights: Sequence[float], num_steps: int, **kwargs: Any) -> None:
