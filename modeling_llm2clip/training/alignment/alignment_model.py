@@ -5,7 +5,6 @@ B images and captions, D width of the LLM, D' of the vision tower, P `projection
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -268,21 +267,6 @@ def find_learning_rates(
         rate = config.vision_learning_rate or learning_rate
         rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
     return rates
-
-
-def split_by_decay(
-    parameters: Iterable[nn.Parameter], weight_decay: float, **options: Any
-) -> list[dict[str, Any]]:
-    """Split parameters into groups of an optimizer: matrices decay, and nothing else does.
-
-    Norms, biases and the temperature do not decay (arXiv:2103.00020).
-    """
-    listed = list(parameters)
-    groups = [
-        {"params": [p for p in listed if p.ndim > 1], "weight_decay": weight_decay, **options},
-        {"params": [p for p in listed if p.ndim <= 1], "weight_decay": 0.0, **options},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _add_lora(tower: nn.Module, targets: str | list[str], *, rank: int, alpha: int) -> Any:

@@ -33,7 +33,7 @@ from ..trainer_mixins import (
     count_warmup_steps,
     training_arguments_on,
 )
-from .alignment_model import AlignmentModel, find_learning_rates, split_by_decay
+from .alignment_model import AlignmentModel, find_learning_rates
 from .best_weights import BestWeightsCallback
 from .held_out import embed_batches
 from .input_times import InputTimesCallback
@@ -175,7 +175,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=getattr(data.source, "stream", data.source),
+            train_dataset=getattr(data.dataset, "stream", data.dataset),
             callbacks=[
                 ClampTemperatureCallback(),
                 LogLastStepCallback(),
@@ -222,20 +222,26 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by when they begin, by learning rate, and by whether they decay."""
+        """Group parameters by when they begin, by learning rate, and by whether they decay.
+
+        Norms, biases and the temperature do not decay (arXiv:2103.00020).
+        """
         if self.optimizer is None:
-            grouped: dict[tuple[int, float], list[nn.Parameter]] = {}
+            grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
                 if parameter.requires_grad:
                     name = _WRAPPERS.sub("", name)
                     begin = self.length.adapter_begin if name.startswith(_ADAPTER) else 0
-                    grouped.setdefault((begin, self._rates[name]), []).append(parameter)
+                    key = (begin, -self._rates[name], parameter.ndim <= 1)
+                    grouped.setdefault(key, []).append(parameter)
             groups = [
-                group
-                for begin, rate in sorted(grouped, key=lambda key: (key[0], -key[1]))
-                for group in split_by_decay(
-                    grouped[begin, rate], self.config.weight_decay, lr=rate, begin=begin
-                )
+                {
+                    "params": grouped[key],
+                    "weight_decay": 0.0 if key[2] else self.config.weight_decay,
+                    "lr": -key[1],
+                    "begin": key[0],
+                }
+                for key in sorted(grouped)
             ]
             self.optimizer = torch.optim.AdamW(groups, lr=self.length.learning_rate, betas=_BETAS)
         return self.optimizer
@@ -303,7 +309,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
     def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         shown = group_ids[broken] if broken.any() else group_ids
-        names = self.data.source.find_group_names(shown[:_GROUPS_SHOWN].cpu())
+        names = self.data.dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (

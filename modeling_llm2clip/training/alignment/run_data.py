@@ -47,7 +47,6 @@ class RecordData:
         held_out: HeldOutImages | None = None,
     ) -> None:
         self.dataset = dataset
-        self.source = dataset
         self.items = items
         self.num_items = len(items)
         self.held_out = held_out
@@ -115,13 +114,13 @@ class StreamData:
 
     def __init__(
         self,
-        source: AlignmentStream,
+        dataset: AlignmentStream,
         config: AlignConfig,
         *,
         held_out: HeldOutImages | None = None,
     ) -> None:
-        self.source = source
-        self.processor = source.processor
+        self.dataset = dataset
+        self.processor = dataset.processor
         self.held_out = held_out
         self._config = config
         self._epoch = 0
@@ -130,7 +129,7 @@ class StreamData:
         self._ended: list[StreamReport] = []  # of the epochs before
 
     def identify(self) -> dict[str, Any]:
-        digest = hash_shards(self.source.stream.reader.shards)
+        digest = hash_shards(self.dataset.stream.reader.shards)
         return {"num_records": None, "data": digest, "images": None}
 
     def make_loader(
@@ -143,9 +142,9 @@ class StreamData:
         """Become an endless iterable of this process's batches."""
         self._process, self._num_processes = arguments.process_index, arguments.world_size
         self._loader = make_loader(
-            self.source.stream,
+            self.dataset.stream,
             batch_size=batch_size // arguments.world_size,
-            collate=self.source.collate,
+            collate=self.dataset.collate,
             prepare=decode_sample,
             num_workers=count_workers(self._config, arguments, decodes=True),
             drop_last=True,
@@ -155,7 +154,7 @@ class StreamData:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            self.source.stream.set_epoch(self._epoch)
+            self.dataset.stream.set_epoch(self._epoch)
             num_batches = int(self._is_resumed)  # the epoch may have ended with the checkpoint
             self._is_resumed = False
             for batch in self._loader:
@@ -266,7 +265,7 @@ def open_stream(
     own = stream.for_process(
         state.process_index, state.num_processes, seed=config.seed, excluded_groups=groups
     )
-    source = AlignmentStream(
+    dataset = AlignmentStream(
         own,
         processor,
         caption_store=caption_store,
@@ -277,7 +276,7 @@ def open_stream(
     if held:
         measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)
         held_out = HeldOutImages(measured, np.arange(len(held)))
-    return StreamData(source, config, held_out=held_out)
+    return StreamData(dataset, config, held_out=held_out)
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:
