@@ -329,11 +329,6 @@ class _Choice:
     step: int
     share: float
 
-    @property
-    def is_source(self) -> bool:
-        """True where the best weights are those of the model that the run began with."""
-        return self.step == 0 and self.start.cca is None
-
 
 def _choose(
     fit: _Fit, inputs: dict[str, Any], stop: StopRequest
@@ -373,13 +368,13 @@ def _choose(
         objective.record_end()
     if best is None:
         choice = _Choice(start, length, length.num_trained, 1.0)
-    else:
-        choice = _Choice(start, length, best.best_step, best.best_share)
+        return choice, _collect_weights(trainer, adapted, output)
+    choice = _Choice(start, length, best.best_step, best.best_share)
+    is_source = best.best_step == 0 and start.cca is None  # nothing was better
     is_refitted = fit.data.is_stored if config.refit is None else config.refit
-    if best is not None and is_refitted and not choice.is_source:
+    if is_refitted and not is_source:
         return choice, None
-    best_weights = None if best is None else load_file(best.file)
-    return choice, _collect_weights(trainer, adapted, output, best=best_weights)
+    return choice, _collect_weights(trainer, adapted, output, best=load_file(best.file))
 
 
 def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tuple[int, int]:
