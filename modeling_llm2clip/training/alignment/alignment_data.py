@@ -6,7 +6,8 @@ The records come from an index, or from a stream.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple
 
@@ -31,10 +32,34 @@ from .align_checks import (
     require_same_images,
     require_same_texts,
 )
-from .input_times import INPUT_SECONDS, InputTimes
 from .sampling import sample_captions, sample_normal
 
+INPUT_SECONDS = "input_seconds"
+"""Name in a batch of the seconds that its parts took where it was made."""
+_PARTS = ("read", "decode", "tokenize")
 _NAMES_SHOWN = 5
+
+
+class InputTimes:
+    """Seconds of the parts of making a batch, perhaps in another process."""
+
+    def __init__(self) -> None:
+        self.seconds = torch.zeros(len(_PARTS), dtype=torch.float64)
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[_PARTS.index(part)] += seconds
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.add(part, time.perf_counter() - begin)
+
+    def describe(self) -> str:
+        """Describe the parts by their shares, such as "decode 91%, tokenize 9%"."""
+        total = float(self.seconds.sum())
+        parts = zip(_PARTS, self.seconds.tolist(), strict=True)
+        return ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts if seconds)
 
 
 @dataclass(eq=False)
@@ -81,7 +106,7 @@ class AlignmentDataset(Dataset[Any]):
     def __getitems__(self, samples: Array) -> dict[str, Tensor]:
         """Return the batch of (B, 2) epochs and items.
 
-        Beside the inputs of the model it has what `input_times` shows, by `INPUT_SECONDS`.
+        Beside the inputs of the model it has the seconds that its parts took, by `INPUT_SECONDS`.
         """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -33,12 +36,14 @@ from ..trainer_mixins import (
     count_warmup_steps,
     training_arguments_on,
 )
+from .alignment_data import INPUT_SECONDS, InputTimes
 from .alignment_model import AlignmentModel, find_learning_rates
 from .best_weights import BestWeightsCallback
 from .held_out import embed_batches
-from .input_times import InputTimesCallback
 from .run_data import RunData
 
+_SECONDS_BEFORE_FIRST_LINE = 10.0
+_FACTOR_TO_NEXT_LINE = 2.0
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
 _ADAPTER = "text_adapter."
@@ -334,6 +339,50 @@ class ClampTemperatureCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         given["model"].logit_head.clamp()
+
+
+class InputTimesCallback(TrainerCallback):
+    """Writes lines to stderr at ends of epochs, each after twice the time, and one at the end.
+
+    So a run of ten minutes has about six of them, and one of a day 13. Each is about the time since
+    the one before, and says what share of it the process waited for batches: a GPU is never waited
+    for.
+    """
+
+    def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
+        self._epoch_at = epoch_at
+        self._shown = shown
+        self._epoch = 0
+        self._begin = self._last = time.perf_counter()
+        self._due = _SECONDS_BEFORE_FIRST_LINE
+        self._waited = 0.0
+        self._made = InputTimes()
+
+    def take(self, read: Callable[[], Any]) -> Any:
+        """Wait for the batches that a Trainer reads, and take out how long making them took."""
+        begin = time.perf_counter()
+        found = read()
+        self._waited += time.perf_counter() - begin
+        for batch in found[0]:
+            self._made.seconds += batch.pop(INPUT_SECONDS)
+        return found
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        now = time.perf_counter()
+        is_last = state.global_step >= state.max_steps
+        epoch = int(self._epoch_at(state.global_step))
+        if not is_last and (epoch == self._epoch or now - self._begin < self._due):
+            return
+        share = self._waited / (now - self._last)
+        if self._shown:
+            tqdm.write(
+                f"step {state.global_step}: input {share:.0%} of the time "
+                f"({self._made.describe()}), training {1 - share:.0%}",
+                file=sys.stderr,
+            )
+        self._epoch, self._last, self._waited = epoch, now, 0.0
+        self._due = _FACTOR_TO_NEXT_LINE * (now - self._begin)
+        self._made.seconds.zero_()
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:

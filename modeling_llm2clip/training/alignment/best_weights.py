@@ -25,9 +25,8 @@ from transformers import TrainerCallback
 from ...data.atomic_files import write_atomically
 from ...data.records.record_table import Array
 from ..run_folder import add_results, list_trained, read_results
-from .alignment_data import AlignmentDataset
+from .alignment_data import INPUT_SECONDS, AlignmentDataset
 from .held_out import HeldOutImages, HeldOutScores, fit_temperature
-from .input_times import INPUT_SECONDS
 from .sampling import mix
 
 BEST_FILE = "best.safetensors"
