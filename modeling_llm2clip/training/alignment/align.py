@@ -34,7 +34,6 @@ from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card import CardResult
 from ...model_folders.model_writing import (
     Source,
-    StageSource,
     open_source,
     require_intact,
     save_trained_model,
@@ -188,22 +187,17 @@ def align(
             if isinstance(data, RecordStream)
             else open_records(data, processor, config, captions, images)
         )
+        fit = _Fit(found.folder, run_data, output, config, loss, resume, callbacks)
         inputs = {
-            **_identify(
-                found,
-                run_data,
-                {"text": text, "vision": vision},
-                {"caption_store": captions, "image_store": images},
-            ),
-            "loss_class": identify_loss(loss),
-            "num_processes": PartialState().num_processes,
-            "is_sharded": is_sharded(),
-            "in_bfloat16": computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
+            "source": found.name,
+            "fingerprint": {"text": text, "vision": vision, "all": fingerprint_model(found.folder)},
+            "caption_store": _identify_store(captions),
+            "image_store": _identify_store(images),
+            **_identify(fit, on_gpu=device.type == "cuda"),
         }
         require_same_run(output, config, inputs, resume=resume)
         if PartialState().is_main_process:  # now, not after hours of training
             require_intact(found.folder, with_llm=config.text_training != "stored")
-        fit = _Fit(found.folder, run_data, output, config, loss, resume, callbacks)
         with float32_as_such(), stop_on_signals() as stop:
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
@@ -555,24 +549,19 @@ def _write_model(fit: _Fit, trained: dict[str, Tensor], data_name: str | None) -
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 
 
-def _identify(
-    source: StageSource,
-    data: RunData,
-    fingerprints: dict[str, dict[str, str]],
-    stores: dict[str, EmbeddingStore | None],
-) -> dict[str, Any]:
-    """Identify what the numbers of a run depend on beside its options.
-
-    A store is identified by its folder and its manifest, which has the hash of every file.
-    """
+def _identify(fit: _Fit, *, on_gpu: bool) -> dict[str, Any]:
+    """Identify what the numbers of a run depend on beside its options, model and stores."""
     return {
-        "source": source.name,
-        "fingerprint": {**fingerprints, "all": fingerprint_model(source.folder)},
-        **{
-            name: store
-            if store is None
-            else {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}
-            for name, store in stores.items()
-        },
-        **data.identify(),
+        **fit.data.identify(),
+        "loss_class": identify_loss(fit.loss),
+        "num_processes": PartialState().num_processes,
+        "is_sharded": is_sharded(),
+        "in_bfloat16": computes_in_bfloat16(fit.config.precision, on_gpu=on_gpu),
     }
+
+
+def _identify_store(store: EmbeddingStore | None) -> dict[str, str] | None:
+    """Identify a store by its folder and its manifest, which has the hash of every file."""
+    if store is None:
+        return None
+    return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}
