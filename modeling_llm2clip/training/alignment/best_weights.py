@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def set_between(
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
 
 
+@dataclass(eq=False)
 class BestWeightsCallback(TrainerCallback):
     """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
 
@@ -73,28 +74,22 @@ class BestWeightsCallback(TrainerCallback):
         start: Weights at the start by name, if weights between them and trained ones are tried.
     """
 
-    def __init__(
-        self,
-        images: HeldOutImages,
-        output: Path,
-        *,
-        eval_steps: int,
-        patience: int,
-        patience_begin: int,
-        start: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.images = images
-        self.file = output / BEST_FILE
-        self.eval_steps = eval_steps
-        self.patience = patience
-        self.patience_begin = patience_begin
+    images: HeldOutImages
+    output: Path
+    _: KW_ONLY
+    eval_steps: int
+    patience: int
+    patience_begin: int
+    start: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.file = self.output / BEST_FILE
         self.before: HeldOutScores | None = None
         self.best: HeldOutScores | None = None
         self.best_step = 0
         self.best_share = 1.0
         self.has_stopped_early = False
         self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
-        self._start = start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self.before is None:
@@ -147,14 +142,14 @@ class BestWeightsCallback(TrainerCallback):
             }
         )
         self._compare(scores, step=step, share=1.0)
-        if self._start is None:
+        if self.start is None:
             return
         model = self.trainer.alignment_model
         trained = copy_trained(model)
         for share in _SHARES:
-            set_between(model, self._start, trained, share)
+            set_between(model, self.start, trained, share)
             self._compare(self._measure(), step=step, share=share)
-        set_between(model, self._start, trained, 1.0)
+        set_between(model, self.start, trained, 1.0)
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
         """Keep the weights that the model has now if they have the lowest loss so far."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -35,30 +36,25 @@ from .held_out import HeldOutImages, choose_held_out, hold_out_of_stream
 from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 
+@dataclass(eq=False)
 class RecordData:
     """Records of an index, in random batches of the items that are trained on."""
 
-    def __init__(
-        self,
-        dataset: AlignmentDataset,
-        items: Array,
-        config: AlignConfig,
-        *,
-        held_out: HeldOutImages | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.items = items
-        self.num_items = len(items)
-        self.held_out = held_out
-        self.is_stored = dataset.is_stored
-        self.reads_images = dataset.image_store is None
-        self.processor = dataset.processor
-        self._config = config
+    dataset: AlignmentDataset
+    items: Array
+    config: AlignConfig
+    held_out: HeldOutImages | None = None
+
+    def __post_init__(self) -> None:
+        self.num_items = len(self.items)
+        self.is_stored = self.dataset.is_stored
+        self.reads_images = self.dataset.image_store is None
+        self.processor = self.dataset.processor
         self._steps_per_epoch = 1
 
     def with_held_out(self) -> RecordData:
         items = np.arange(len(self.dataset), dtype=np.int32)
-        return RecordData(self.dataset, items, self._config)
+        return RecordData(self.dataset, items, self.config)
 
     def identify(self) -> dict[str, Any]:
         records = self.dataset.records
@@ -77,7 +73,7 @@ class RecordData:
             self.items,
             batch_size=batch_size,
             num_steps=num_steps,
-            seed=self._config.seed,
+            seed=self.config.seed,
             rank=arguments.process_index,
             num_processes=arguments.world_size,
         )
@@ -86,9 +82,9 @@ class RecordData:
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
             collate_fn=dict,  # the dataset returns whole batches
-            num_workers=count_workers(self._config, arguments, decodes=self.reads_images),
+            num_workers=count_workers(self.config, arguments, decodes=self.reads_images),
             pin_memory=arguments.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self._config.seed),
+            generator=torch.Generator().manual_seed(self.config.seed),
         )
 
     def epoch_at(self, step: int) -> float:
@@ -105,6 +101,7 @@ class RecordData:
         """Report nothing: records of an index are checked before the run."""
 
 
+@dataclass(eq=False)
 class StreamData:
     """A stream of records, epoch after epoch."""
 
@@ -112,17 +109,12 @@ class StreamData:
     reads_images = True
     num_items = None  # which is not known
 
-    def __init__(
-        self,
-        dataset: AlignmentStream,
-        config: AlignConfig,
-        *,
-        held_out: HeldOutImages | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.processor = dataset.processor
-        self.held_out = held_out
-        self._config = config
+    dataset: AlignmentStream
+    config: AlignConfig
+    held_out: HeldOutImages | None = None
+
+    def __post_init__(self) -> None:
+        self.processor = self.dataset.processor
         self._epoch = 0
         self._is_resumed = False
         self._resumed_state: Any = None  # of the loader, until it has given a batch
@@ -146,7 +138,7 @@ class StreamData:
             batch_size=batch_size // arguments.world_size,
             collate=self.dataset.collate,
             prepare=decode_sample,
-            num_workers=count_workers(self._config, arguments, decodes=True),
+            num_workers=count_workers(self.config, arguments, decodes=True),
             drop_last=True,
             pin_memory=arguments.device.type == "cuda",
         )
