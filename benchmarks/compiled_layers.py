@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.training.alignment.trained_parts import find_layers
+from modeling_llm2clip.training.alignment.alignment_model import find_layers
 
 _Forward: TypeAlias = Callable[..., Any]
 

@@ -26,7 +26,6 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.training.alignment.alignment_trainer import warm_up_then_cosine
-from modeling_llm2clip.training.alignment.trained_parts import split_by_decay
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
 
@@ -122,9 +121,11 @@ def _descend(
     losses: Iterable[Tensor], parameters: Sequence[nn.Parameter], arguments: OrdinaryClipConfig
 ) -> list[float]:
     """Take a step of AdamW down each loss; return them."""
-    optimizer = torch.optim.AdamW(
-        split_by_decay(parameters, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98)
-    )
+    groups = [  # as `align` does: matrices decay, and nothing else
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, warm_up_then_cosine(arguments.steps, warmup_steps=0.1)
     )

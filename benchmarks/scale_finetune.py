@@ -91,14 +91,14 @@ def start_once(number: int, folder: Path) -> dict[str, Any]:
     # Once for a few: imports and arenas of memory that do not depend on the number.
     scratch = folder / "few"
     scratch.mkdir()
-    count_truncated(processor, _prepare(records[:5000], config, scratch).data)
+    count_truncated(processor, _prepare(records[:5000], config, scratch)[0])
     scratch = folder / "pairs"
     scratch.mkdir()
     with _PeakMemory() as memory:
         begin = time.perf_counter()
-        prepared = _prepare(records, config, scratch)
+        prepared, _ = _prepare(records, config, scratch)
         planned = time.perf_counter()
-        counts = count_truncated(processor, prepared.data)
+        counts = count_truncated(processor, prepared)
         counted = time.perf_counter()
     return {
         "seconds_planned": round(planned - begin, 1),

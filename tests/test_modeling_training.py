@@ -21,7 +21,7 @@ from tiny import tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from modeling_llm2clip.heads_llm2clip import LogitHead, contrastive_loss
-from modeling_llm2clip.training.alignment.trained_parts import find_layers
+from modeling_llm2clip.training.alignment.alignment_model import find_layers
 from modeling_llm2clip.training.trainer_mixins import recompute_activations
 
 # Loss and gradients

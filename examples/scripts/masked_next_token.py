@@ -29,8 +29,8 @@ from transformers import (
 
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.training.distributed import keep_to_one_gpu
-from modeling_llm2clip.training.finetuning.lora_encoder import name_base_without_path
+from modeling_llm2clip.training.finetuning.finetune_trainer import name_base_without_path
+from modeling_llm2clip.training.trainer_mixins import keep_to_one_gpu
 
 
 class MaskedNextTokenTrainer(Trainer):

@@ -59,7 +59,6 @@ def write_run_record(
 
 
 def add_results(folder: Path, **results: Any) -> None:
-    """Add numbers to the results of a run."""
     record = _read(folder)
     _write(folder, {**record, "results": {**record.get("results", {}), **results}})
 
@@ -71,7 +70,6 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """Read all of `run.json`."""
     file = folder / RUN_FILE
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -179,7 +177,6 @@ def mark_complete(output: Path, step: int) -> None:
 
 
 def find_last_checkpoint(output: Path) -> Path | None:
-    """Return the last complete checkpoint of a run, or None."""
     folders = (output / CHECKPOINTS).glob("checkpoint-*")
     complete = [folder for folder in folders if (folder / _COMPLETE).is_file()]
     return max(complete, key=_step_of, default=None)

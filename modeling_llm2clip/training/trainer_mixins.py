@@ -1,4 +1,4 @@
-"""Additions of both training stages to a transformers Trainer: mixins, callbacks, precision.
+"""Additions of both training stages to a Trainer: arguments, processes, mixins, callbacks.
 
 A mixin precedes the Trainer among the bases of a class.
 """
@@ -12,26 +12,28 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from ..configs.training_config import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
-from .run_folder import list_trained, mark_complete, require_finite
+from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Result = TypeVar("Result")
 
 _WEIGHTS = "trained.safetensors"
 _NAMES_SHOWN = 5
@@ -49,14 +51,86 @@ _OF_WHOLE_RUN = re.compile("train_loss|train_.*_per_second")
 _PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1"}
 
 
-class FiniteGradientMixin:
-    """Stops a Trainer before a step whose gradient is not finite.
+def run_once_per_machine(function: Callable[[], Result]) -> Result:
+    """Call a function on one process of each machine; all get its result, or raise its error."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    result: tuple[Any, Exception | None] = (None, None)
+    if state.is_local_main_process:
+        try:
+            result = (function(), None)
+        except Exception as error:
+            result = (None, error)
+    results: list[Any] = [None] * state.num_processes
+    dist.all_gather_object(results, result)
+    for _, raised in results:
+        if raised is not None:
+            raise raised
+    return results[state.process_index - state.local_process_index][0]  # type: ignore[no-any-return]
 
-    Such a step would make every weight NaN, since the gradient is clipped as a whole.
+
+def keep_to_one_gpu(arguments: TrainingArguments) -> None:
+    """Make a Trainer use one GPU per process, and never torch's DataParallel.
+
+    DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
+    the precision of the run.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
+
+def is_sharded() -> bool:
+    """Return whether `accelerate launch` was given a configuration for FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")  # type: ignore[no-any-return]
+
+
+def refuse_fsdp_for_lora() -> None:
+    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into."""
+    if is_sharded():
+        raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+
+
+def training_arguments_on(
+    device: torch.device,
+    arguments_class: type[Arguments],
+    output: Path,
+    config: TrainingConfig,
+    **options: Any,
+) -> Arguments:
+    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
+    arguments = arguments_class(
+        use_cpu=device.type == "cpu",
+        output_dir=str(output / CHECKPOINTS),
+        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        ddp_find_unused_parameters=False,  # what gets no gradient is frozen, or refused
+        report_to=choose_reports(config.report_to),
+        seed=config.seed,
+        **options,
+    )
+    state = PartialState()
+    if state.num_processes == 1:
+        state.device = device
+        arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
+        arguments._n_gpu = int(device.type != "cpu")
+    keep_to_one_gpu(arguments)
+    return arguments
+
+
+class CheckpointMarkMixin:
+    """Marks a checkpoint when all of it is written, and stops before a gradient that is not finite.
+
+    A step with it would make every weight NaN, since the gradient is clipped as a whole.
     """
 
     state: Any
     args: Any
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        if self.args.should_save:
+            mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
@@ -91,18 +165,6 @@ class ResumedMetricsMixin:
                 name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)
             }
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-class CheckpointMarkMixin:
-    """Marks a checkpoint of a Trainer when all of it is written."""
-
-    state: Any
-    args: Any
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        if self.args.should_save:
-            mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
 
 class TrainedCheckpointMixin(CheckpointMarkMixin):
@@ -189,7 +251,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
         self._numbers: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -203,17 +265,26 @@ class ProgressCallback(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         self._numbers |= describe_numbers(given.get("logs") or {})
-        if self._bar is not None:
-            self._bar.set_postfix(self._numbers, refresh=False)
+        self._bar.set_postfix(self._numbers, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
+
+
+def raise_if_stopped(trainer: Trainer, output: Path, stop: StopRequest, *, of: str = "") -> None:
+    """Raise StageInterrupt if a signal, or a callback of the user, ended a run before its end."""
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        stop.raise_interrupt(
+            f"Stopped after step {state.global_step} of {state.max_steps}{of}; the checkpoint is "
+            f"in {output}.",
+            resume=True,
+            is_main_process=trainer.args.should_save,
+        )
 
 
 def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from modeling_llm2clip.embedding.shard_computation import count_earlier, open_ba
 from modeling_llm2clip.encoding import batches as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
-from modeling_llm2clip.training.finetuning.lora_encoder import (
+from modeling_llm2clip.training.finetuning.finetune_trainer import (
     CaptionEncoder,
     make_lora_config,
     write_lora,

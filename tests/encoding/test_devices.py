@@ -23,7 +23,7 @@ from modeling_llm2clip.encoding.devices import (
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.scheduling.processes import choose_device
-from modeling_llm2clip.training.distributed import training_arguments_on
+from modeling_llm2clip.training.trainer_mixins import training_arguments_on
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_the_trainer_runs_on_the_device_that_was_named(tmp_path: Path) -> None:
     # "meta" takes the place of a GPU that is not the first, which transformers would never choose.
     device = torch.device("meta")
     try:
-        arguments = training_arguments_on(device, TrainingArguments, output_dir=str(tmp_path))
+        arguments = training_arguments_on(device, TrainingArguments, tmp_path, AlignConfig())
         trainer = Trainer(model=nn.Linear(2, 2), args=arguments)
         assert arguments.device == trainer.accelerator.device == PartialState().device == device
         assert next(trainer.model.parameters()).device == device
@@ -158,7 +158,7 @@ def test_the_trainer_runs_on_the_device_that_was_named(tmp_path: Path) -> None:
 def test_the_trainer_stays_on_the_cpu_where_that_was_named(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     try:
-        arguments = training_arguments_on(cpu, TrainingArguments, output_dir=str(tmp_path))
+        arguments = training_arguments_on(cpu, TrainingArguments, tmp_path, AlignConfig())
         assert arguments.use_cpu and arguments.device == cpu and arguments.n_gpu == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -18,9 +18,11 @@ from torch.distributed.nn.functional import all_gather
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_model import (
+    AlignmentModel,
+    choose_trained_parts,
+)
 from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperatureCallback
-from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss, gather_with_gradient
 from modeling_llm2clip.training.losses.loss import LossInputs
 

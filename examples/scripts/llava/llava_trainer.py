@@ -31,7 +31,6 @@ from modeling_llm2clip.model_folders.atomic_folder import (
 )
 from modeling_llm2clip.scheduling.graceful_stop import stop_on_signals
 from modeling_llm2clip.scheduling.processes import join_processes, require_all_processes
-from modeling_llm2clip.training.distributed import is_sharded, keep_to_one_gpu
 from modeling_llm2clip.training.run_folder import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -42,12 +41,13 @@ from modeling_llm2clip.training.run_folder import (
     write_run_record,
 )
 from modeling_llm2clip.training.trainer_mixins import (
-    FiniteGradientMixin,
     JsonLinesCallback,
     StopCallback,
     TrainedCheckpointMixin,
     choose_reports,
     computes_in_bfloat16,
+    is_sharded,
+    keep_to_one_gpu,
 )
 
 _WARMUP_RATIO = 0.03  # as the decay, arXiv:2310.03744, appendix
@@ -91,7 +91,7 @@ class LlavaConfig(Config):
     """Seed of everything random."""
 
 
-class LlavaTrainer(FiniteGradientMixin, TrainedCheckpointMixin, Trainer):
+class LlavaTrainer(TrainedCheckpointMixin, Trainer):
     """transformers' Trainer; stops at a loss or gradient that is not finite.
 
     Its checkpoints hold only what is trained.

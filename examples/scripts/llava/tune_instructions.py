@@ -21,7 +21,7 @@ from llava_model import load_llava, require_possible_lora, train_projector_and_l
 from llava_trainer import LlavaConfig
 from transformers import LlavaProcessor
 
-from modeling_llm2clip.training.distributed import is_sharded
+from modeling_llm2clip.training.trainer_mixins import is_sharded
 
 
 def main() -> int:

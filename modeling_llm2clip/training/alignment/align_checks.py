@@ -16,7 +16,7 @@ from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
-from ..distributed import refuse_fsdp_for_lora
+from ..trainer_mixins import refuse_fsdp_for_lora
 
 _NAMES_SHOWN = 5
 _MOST_READ = 100
@@ -85,7 +85,6 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
 
 
 def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
-    """Refuse a batch that is larger than the data."""
     if num_records < batch_size:
         raise ValueError(
             f"{num_records} records to train on ({num_held_out} are held out) are too few for a "
@@ -112,13 +111,11 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
 def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
-    errors = []
+    errors = []  # of what `check_options` allows
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps (--max-steps)")
     if has_image_store:
         errors.append("a stream brings its images: leave the image_store out")
-    if config.projection_init == "cca":
-        errors.append("projection_init=cca needs both stores: leave it out")
     if config.refit:
         errors.append("a stream is not read twice: leave refit out")
     if errors:
@@ -254,7 +251,6 @@ def _check_group_ids(records: RecordTable) -> None:
 
 
 def _find_torn(records: RecordTable) -> Array:
-    """Find the records of images that have several group ids."""
     first = find_first_rows(partial(records.iterate_numbers, "name_key"), len(records))
     parts, start = [], 0
     for keys in records.iterate_numbers("group_key"):
@@ -272,7 +268,6 @@ def _lacks_image(records: RecordTable) -> Array:
 
 
 def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
-    """Return the records in the order of a store."""
     return records if items is None else records.select(np.argsort(items))
 
 

@@ -6,7 +6,9 @@ The records come from an index, or from a stream.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,12 +32,37 @@ from .align_checks import (
     require_same_images,
     require_same_texts,
 )
-from .input_times import INPUT_SECONDS, InputTimes
 from .sampling import sample_captions, sample_normal
 
+INPUT_SECONDS = "input_seconds"
+"""Name in a batch of the seconds that its parts took where it was made."""
+_PARTS = ("read", "decode", "tokenize")
 _NAMES_SHOWN = 5
 
 
+class InputTimes:
+    """Seconds of the parts of making a batch, perhaps in another process."""
+
+    def __init__(self) -> None:
+        self.seconds = torch.zeros(len(_PARTS), dtype=torch.float64)
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[_PARTS.index(part)] += seconds
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.add(part, time.perf_counter() - begin)
+
+    def describe(self) -> str:
+        """Describe the parts by their shares, such as "decode 91%, tokenize 9%"."""
+        total = float(self.seconds.sum())
+        parts = zip(_PARTS, self.seconds.tolist(), strict=True)
+        return ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in parts if seconds)
+
+
+@dataclass(eq=False)
 class AlignmentDataset(Dataset[Any]):
     """Records of a dataset, each an image and its captions; returns whole batches.
 
@@ -46,40 +73,32 @@ class AlignmentDataset(Dataset[Any]):
     captions are compared by number alone.
     """
 
-    def __init__(
-        self,
-        records: Sequence[CaptionedImage],
-        processor: LLM2CLIPProcessor,
-        *,
-        caption_store: EmbeddingStore | None = None,
-        image_store: EmbeddingStore | None = None,
-        long_caption_ratio: float = 0.5,
-        image_noise: float = 0.0,
-        caption_noise: float = 0.0,
-        seed: int = 0,
-        is_part: bool = False,
-    ) -> None:
-        self.records = RecordTable.from_records(records)
-        self.processor = processor
-        self.caption_store = caption_store
-        self.image_store = image_store
-        self.long_caption_ratio = long_caption_ratio
-        self.image_noise = image_noise
-        self.caption_noise = caption_noise
-        self.seed = seed
+    data: InitVar[Sequence[CaptionedImage]]
+    processor: LLM2CLIPProcessor
+    _: KW_ONLY
+    caption_store: EmbeddingStore | None = None
+    image_store: EmbeddingStore | None = None
+    long_caption_ratio: float = 0.5
+    image_noise: float = 0.0
+    caption_noise: float = 0.0
+    seed: int = 0
+    is_part: InitVar[bool] = False
+
+    def __post_init__(self, data: Sequence[CaptionedImage], is_part: bool) -> None:
+        self.records = RecordTable.from_records(data)
         # Number of each record in a store; None if the numbers are the same.
         self._caption_items: Array | None = None
         self._image_items: Array | None = None
-        if caption_store is not None:
-            self._caption_items = pair_items(self.records, caption_store, is_part=is_part)
-            require_same_counts(self.records, caption_store, self._caption_items)
+        if self.caption_store is not None:
+            self._caption_items = pair_items(self.records, self.caption_store, is_part=is_part)
+            require_same_counts(self.records, self.caption_store, self._caption_items)
             if not is_part:
-                require_same_texts(self.records, caption_store, self._caption_items)
-        if image_store is None:
+                require_same_texts(self.records, self.caption_store, self._caption_items)
+        if self.image_store is None:
             require_images(self.records)
         else:
-            self._image_items = pair_items(self.records, image_store)
-            require_same_images(self.records, image_store, self._image_items)
+            self._image_items = pair_items(self.records, self.image_store)
+            require_same_images(self.records, self.image_store, self._image_items)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -87,7 +106,7 @@ class AlignmentDataset(Dataset[Any]):
     def __getitems__(self, samples: Array) -> dict[str, Tensor]:
         """Return the batch of (B, 2) epochs and items.
 
-        Beside the inputs of the model it has what `input_times` shows, by `INPUT_SECONDS`.
+        Beside the inputs of the model it has the seconds that its parts took, by `INPUT_SECONDS`.
         """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(
@@ -117,7 +136,6 @@ class AlignmentDataset(Dataset[Any]):
 
     @property
     def is_stored(self) -> bool:
-        """True where both embeddings are stored, so that no tower runs."""
         return self.caption_store is not None and self.image_store is not None
 
     @property
@@ -147,21 +165,22 @@ class AlignmentDataset(Dataset[Any]):
     def read_pairs(
         self, items: Array, numbers: Array, times: InputTimes | None = None
     ) -> dict[str, Tensor]:
-        """Read items, each with one of its captions."""
         times = times or InputTimes()
         with times.measure("tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(items, numbers)
-        with times.measure("decode" if self.image_store is None else "read"):
-            images = self._read_images(items)
-        return {**captions, **images}
+        if self.image_store is not None:
+            with times.measure("read"):
+                embeds = self._read_stored(self.image_store, self.image_rows(items), items)
+            return {**captions, "vision_embeds": embeds}
+        with times.measure("decode"):
+            images = [open_image(image) for image in self.records.select(items).iterate_images()]
+            return {**captions, **self.processor(images=images)}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
-        """Return rows of captions in their store."""
         assert self.caption_store is not None
         return self.caption_store.rows_at(_look_up(self._caption_items, items), numbers)
 
     def image_rows(self, items: Array) -> Array:
-        """Return rows of images in their store."""
         assert self.image_store is not None
         stored = _look_up(self._image_items, items)
         return self.image_store.rows_at(stored, np.zeros_like(stored))
@@ -176,13 +195,6 @@ class AlignmentDataset(Dataset[Any]):
             for (short, long), number in zip(captions, numbers.tolist(), strict=True)
         ]
         return dict(self.processor(text=texts))
-
-    def _read_images(self, items: Array) -> dict[str, Tensor]:
-        if self.image_store is not None:
-            rows = self.image_rows(items)
-            return {"vision_embeds": self._read_stored(self.image_store, rows, items)}
-        images = [open_image(image) for image in self.records.select(items).iterate_images()]
-        return dict(self.processor(images=images))
 
     def _read_stored(self, store: EmbeddingStore, rows: Array, items: Array) -> Tensor:
         return require_directions(
@@ -205,34 +217,28 @@ def decode_sample(record: CaptionedImage) -> DecodedSample:
     return DecodedSample(record, image, time.perf_counter() - begin)
 
 
+@dataclass(eq=False)
 class AlignmentStream:
     """Makes batches of a stream's records, as `AlignmentDataset` does of an index.
 
     The caption store may have other records, too.
     """
 
-    def __init__(
-        self,
-        stream: RecordStream,
-        processor: LLM2CLIPProcessor,
-        *,
-        caption_store: EmbeddingStore | None = None,
-        long_caption_ratio: float = 0.5,
-        seed: int = 0,
-    ) -> None:
-        self.stream = stream
-        self.processor = processor
-        self.caption_store = caption_store
-        self.long_caption_ratio = long_caption_ratio
-        self.seed = seed
-        if caption_store is not None:
-            keys = caption_store.keys
+    stream: RecordStream
+    processor: LLM2CLIPProcessor
+    _: KW_ONLY
+    caption_store: EmbeddingStore | None = None
+    long_caption_ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.caption_store is not None:
+            keys = self.caption_store.keys
             self._order = np.argsort(keys)
             self._keys = keys[self._order]
-            self._counts = caption_store.count_rows()
+            self._counts = self.caption_store.count_rows()
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
-        """Make the batch of some records."""
         records = [sample.record for sample in samples]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
         counts = np.array([(len(r.captions), len(r.long_captions)) for r in records]).T
@@ -253,7 +259,12 @@ class AlignmentStream:
                 captions = dict(self.processor(text=texts))
             else:
                 rows = self.caption_store.rows_at(self._find_items(records, keys, counts), numbers)
-                captions = {"caption_embeds": self._read_stored(rows, records)}
+                embeds = require_directions(
+                    self.caption_store.read(rows),
+                    self.caption_store,
+                    lambda zeros: [(records[n].name, records[n].lang) for n in zeros.tolist()],
+                )
+                captions = {"caption_embeds": embeds}
         with times.measure("decode"):
             images = dict(self.processor(images=[sample.image for sample in samples]))
         times.add("decode", sum(sample.seconds for sample in samples))
@@ -269,16 +280,7 @@ class AlignmentStream:
         """Name groups by their hashes: a stream is not read again for the sake of an error."""
         return [f"(hash {group_id})" for group_id in group_ids.tolist()]
 
-    def _read_stored(self, rows: Array, records: Sequence[CaptionedImage]) -> Tensor:
-        assert self.caption_store is not None
-        return require_directions(
-            self.caption_store.read(rows),
-            self.caption_store,
-            lambda zeros: [(records[row].name, records[row].lang) for row in zeros.tolist()],
-        )
-
     def _find_items(self, records: Sequence[CaptionedImage], keys: Array, counts: Array) -> Array:
-        """Find records in the store by name and language."""
         assert self.caption_store is not None
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         items: Array = self._order[places]
@@ -304,8 +306,3 @@ def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
 
 def _look_up(numbers: Array | None, items: Array) -> Array:
     return items if numbers is None else numbers[items]
-
-
-def keep_batch(batch: Any) -> Any:
-    """Collate nothing: the dataset returns whole batches. A function, so that it can be pickled."""
-    return batch

@@ -1,23 +1,28 @@
-"""The module that is trained: a model without the towers that are not run.
+"""The module that is trained: a model without the towers that are not run; its parts and rates.
 
 B images and captions, D width of the LLM, D' of the vision tower, P `projection_dim`.
 """
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...model_folders.model_loading import PartialModel
+from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs
+from ..run_folder import list_trained
+from ..trainer_mixins import find_without_gradient, recompute_activations, require_gradients
 
 _TOWERS = ("text_model", "vision_model")
+_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
+_ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
 
@@ -107,19 +112,165 @@ class AlignmentModel(PartialModel):
                 module.eval()
         return self
 
-    def train_heads_only(self) -> None:
-        """Freeze the towers; text adapter, projections and temperature become float32."""
-        for name, part in self.named_children():
-            if name in _TOWERS:
-                part.requires_grad_(False)
-            elif name != LOSS:
-                part.float().requires_grad_(True)
 
-    def name_as_saved(self, state: dict[str, Tensor], scratch: Path) -> dict[str, Tensor]:
-        """Give weights the names of a folder; transformers renames some on loading."""
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            self.save_pretrained(folder, state_dict=state)
-            named: dict[str, Tensor] = {}
-            for file in sorted(Path(folder).glob("*.safetensors")):
-                named |= load_file(file)
-        return named
+def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
+    """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
+
+    Text adapter, projections and temperature are trained in float32. Returns peft's wrapper of each
+    tower that got a LoRA, by name, for `merge_loras`.
+    """
+    for name, part in model.named_children():
+        if name in _TOWERS:
+            part.requires_grad_(False)
+        elif name != LOSS:
+            part.float().requires_grad_(True)
+    adapted: dict[str, Any] = {}
+    if config.vision_training == "full":
+        model.vision_model.float().requires_grad_(True)
+        if config.layer_decay < 1:
+            find_layers(model.vision_model)
+    elif config.vision_training == "lora":
+        adapted["vision_model"] = _add_lora(
+            model.vision_model,
+            find_attention_linears(model.vision_model),
+            rank=config.vision_lora_rank,
+            alpha=config.vision_lora_alpha,
+        )
+    if config.text_training == "lora":
+        adapted["text_model"] = _add_lora(
+            model.text_model, "all-linear", rank=config.lora_rank, alpha=config.lora_alpha
+        )
+    model.trains_vision = config.vision_training != "frozen"
+    model.trains_text = config.text_training == "lora"
+    if config.gradient_checkpointing:
+        for tower, trains in (
+            (model.vision_model, model.trains_vision),
+            (model.text_model, model.trains_text),
+        ):
+            if trains:
+                recompute_activations(tower)
+    return adapted
+
+
+def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig) -> None:
+    """Run a pair forward and backward, and freeze in place what of a whole tower has no gradient.
+
+    A tower may have weights that its pooling never uses: they stay as they are, and count as such.
+    """
+    found = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    without = [name for name in found if not name.startswith(f"{LOSS}.")]
+    for tower, training, remedy in (
+        ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
+        ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),
+    ):
+        if training == "lora":
+            require_gradients(
+                [name for name in without if name.startswith(f"{tower}.")],
+                cause=f"{tower.removesuffix('_model')}_training=lora",
+                remedy=f"Choose {remedy}.",
+            )
+    for name in without:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
+    """Add up what the model makes of two pairs; random embeddings stand for towers at rest."""
+    inputs: dict[str, Any] = {}
+    if model.trains_vision:
+        colors = [(200, 120, 40), (20, 90, 160)]
+        inputs |= processor(images=[Image.new("RGB", (64, 48), color) for color in colors])
+    else:
+        inputs["vision_embeds"] = torch.rand(2, model.visual_projection.in_features)
+    if model.trains_text:
+        inputs |= processor(text=["a dog", "two red apples on a wooden table"])
+    else:
+        inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
+    _, outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+    summed = (outputs.image_embeds, outputs.text_embeds, *outputs.logits)
+    return torch.stack([output.float().sum() for output in summed]).sum()
+
+
+def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:
+    """Merge the LoRAs in place, and return all weights that differ from the folder's."""
+    names = {name for name in list_trained(model) if ".lora_" not in name}
+    for tower, wrapper in adapted.items():
+        setattr(model, tower, wrapper.merge_and_unload())
+        names |= {f"{tower}.{name}" for name in getattr(model, tower).state_dict()}
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def find_attention_linears(tower: nn.Module) -> list[str]:
+    """List the linear layers in a vision transformer's attention by name."""
+    modules = dict(tower.named_modules())
+    # torch's own attention reads the weights itself, so that a layer in their place is never run.
+    fused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    names = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and _ATTENTION_NAMES & set(name.split(".")[:-1])
+        and not (fused and name.startswith(fused))
+    ]
+    if not names:
+        raise ValueError(
+            f"{type(tower).__name__} has no linear layers in an attention, which a LoRA needs. "
+            "Choose vision_training=frozen or vision_training=full."
+        )
+    return names
+
+
+def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
+    """Find the name and the list of a tower's layers, the lowest first."""
+    found = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and name.split(".")[-1] in _LAYER_LISTS
+        and len(module) > 1
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
+            "its layers cannot be treated one by one. Set layer_decay to 1."
+        )
+    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
+    """Compute the factor of the learning rate of each parameter of a tower.
+
+    Parameters before the layers (patches, positions) learn slowest, those after them at the full
+    rate; of L layers, layer i (from 0) at `decay ** (L - i)`.
+    """
+    names = [name for name, _ in tower.named_parameters()]
+    if decay == 1:
+        return dict.fromkeys(names, 1.0)
+    prefix, layers = find_layers(tower)
+    num_layers = sum(1 for _ in layers.children())
+    numbers = {name: number for number, (name, _) in enumerate(layers.named_children())}
+    depths, depth = {}, 0
+    for name in names:
+        if name.startswith(f"{prefix}."):
+            depth = numbers[name[len(prefix) + 1 :].split(".")[0]] + 1
+        elif depth:  # after the layers: parameters are listed in the order they were built
+            depth = num_layers + 1
+        depths[name] = depth
+    return {name: decay ** (num_layers + 1 - depth) for name, depth in depths.items()}
+
+
+def find_learning_rates(
+    model: AlignmentModel, config: AlignConfig, *, learning_rate: float
+) -> dict[str, float]:
+    rates = {name: learning_rate for name, p in model.named_parameters() if p.requires_grad}
+    if config.vision_training == "full":
+        factors = scale_by_layer(model.vision_model, config.layer_decay)
+        rate = config.vision_learning_rate or learning_rate
+        rates |= {f"vision_model.{name}": rate * factor for name, factor in factors.items()}
+    return rates
+
+
+def _add_lora(tower: nn.Module, targets: str | list[str], *, rank: int, alpha: int) -> Any:
+    from peft import LoraConfig, get_peft_model  # needed for LoRA alone
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    return get_peft_model(tower, config)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -23,25 +27,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
-from ..distributed import training_arguments_on
 from ..losses.loss import LossInputs
-from ..run_folder import CHECKPOINTS, list_trained
+from ..run_folder import list_trained
 from ..trainer_mixins import (
-    FiniteGradientMixin,
     LogLastStepCallback,
     ResumedMetricsMixin,
     TrainedCheckpointMixin,
-    choose_reports,
-    computes_in_bfloat16,
     count_warmup_steps,
+    training_arguments_on,
 )
-from .alignment_model import AlignmentModel
+from .alignment_data import INPUT_SECONDS, InputTimes
+from .alignment_model import AlignmentModel, find_learning_rates
 from .best_weights import BestWeightsCallback
-from .input_times import InputTimesCallback
-from .projection_init import ProjectionInit
+from .held_out import embed_batches
 from .run_data import RunData
-from .trained_parts import find_learning_rates, split_by_decay
 
+_SECONDS_BEFORE_FIRST_LINE = 10.0
+_FACTOR_TO_NEXT_LINE = 2.0
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _GROUPS_SHOWN = 8
 _ADAPTER = "text_adapter."
@@ -50,7 +52,6 @@ _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
 _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
-_RATIO_BEFORE_ADAPTER = 0.25
 # Adam's first steps move every weight by the whole learning rate, whatever its gradient.
 _MIN_WARMUP_STEPS = 20
 
@@ -61,24 +62,18 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
     Batch size, number of steps and learning rate depend on the data and on where the projections
     start: see `RunLength`.
     """
-    device = choose_device(config.device)
     arguments = training_arguments_on(
-        device,
+        choose_device(config.device),
         TrainingArguments,
-        output_dir=str(output / CHECKPOINTS),
+        output,
+        config,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite stops the run
-        save_strategy="steps",
-        save_steps=config.save_steps,
         remove_unused_columns=False,
         label_names=[],
-        ddp_find_unused_parameters=False,  # these are frozen: see `freeze_unused`
-        report_to=choose_reports(config.report_to),
-        seed=config.seed,
     )
     require_all_processes(arguments.world_size)
     return arguments
@@ -123,22 +118,7 @@ class RunLength:
 
     @property
     def num_trained(self) -> int:
-        """Steps that are trained."""
         return self.num_steps if self.last_step is None else self.last_step
-
-
-def plan_length(
-    config: AlignConfig, start: ProjectionInit, *, num_items: int | None, batch_size: int
-) -> RunLength:
-    """Find the numbers of a run."""
-    num_steps = count_steps(config, num_items, batch_size)
-    return RunLength(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        learning_rate=config.learning_rate or start.default_learning_rate,
-        # A new adapter is the identity, and joins when the projections have settled.
-        adapter_begin=round(_RATIO_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
-    )
 
 
 def warm_up_then_cosine(
@@ -161,7 +141,7 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
+class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
     """Trains an `AlignmentModel` whose trained parts are chosen.
 
     To the Trainer the whole run is one epoch.
@@ -184,7 +164,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
-        training_arguments.ignore_data_skip = not data.can_skip
+        training_arguments.ignore_data_skip = data.num_items is None  # a stream goes on by itself
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
@@ -200,7 +180,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=getattr(data.source, "stream", data.source),
+            train_dataset=getattr(data.dataset, "stream", data.dataset),
             callbacks=[
                 ClampTemperatureCallback(),
                 LogLastStepCallback(),
@@ -232,7 +212,6 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the state that each process has of its own."""
         super()._save_rng_state(output_dir)
         self.data.save(Path(output_dir))
 
@@ -242,28 +221,32 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         keep_scores_in_float32(self.accelerator, self.alignment_model)
 
     def get_train_dataloader(self) -> Any:
-        """Make the loader of this process's batches of the whole run."""
         return self._loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for a batch."""
         return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by when they begin, by learning rate, and by whether they decay."""
+        """Group parameters by when they begin, by learning rate, and by whether they decay.
+
+        Norms, biases and the temperature do not decay (arXiv:2103.00020).
+        """
         if self.optimizer is None:
-            grouped: dict[tuple[int, float], list[nn.Parameter]] = {}
+            grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
                 if parameter.requires_grad:
                     name = _WRAPPERS.sub("", name)
                     begin = self.length.adapter_begin if name.startswith(_ADAPTER) else 0
-                    grouped.setdefault((begin, self._rates[name]), []).append(parameter)
+                    key = (begin, -self._rates[name], parameter.ndim <= 1)
+                    grouped.setdefault(key, []).append(parameter)
             groups = [
-                group
-                for begin, rate in sorted(grouped, key=lambda key: (key[0], -key[1]))
-                for group in split_by_decay(
-                    grouped[begin, rate], self.config.weight_decay, lr=rate, begin=begin
-                )
+                {
+                    "params": grouped[key],
+                    "weight_decay": 0.0 if key[2] else self.config.weight_decay,
+                    "lr": -key[1],
+                    "begin": key[0],
+                }
+                for key in sorted(grouped)
             ]
             self.optimizer = torch.optim.AdamW(groups, lr=self.length.learning_rate, betas=_BETAS)
         return self.optimizer
@@ -291,6 +274,12 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def embed(self, batches: Iterable[dict[str, Tensor]]) -> LossInputs:
+        """Encode batches by the model that is trained, as `embed_batches` does."""
+        model = self.model_wrapped if self.is_fsdp_enabled else self.alignment_model
+        context = nullcontext if self.data.is_stored else self.compute_loss_context_manager
+        return embed_batches(model, batches, self.args.device, context)
+
     def collect_trained(self) -> dict[str, Tensor]:
         """Collect every weight that training changes, unsharded, by its name while training.
 
@@ -310,7 +299,6 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, LossInputs]:
-        """Compute the loss of a batch of this process."""
         loss, outputs = model(**inputs)
         self._inverse_temperature = outputs.logits.scale.detach()
         if not loss.isfinite():
@@ -326,7 +314,7 @@ class AlignmentTrainer(FiniteGradientMixin, ResumedMetricsMixin, TrainedCheckpoi
     def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
         """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
         shown = group_ids[broken] if broken.any() else group_ids
-        names = self.data.source.find_group_names(shown[:_GROUPS_SHOWN].cpu())
+        names = self.data.dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
         listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
         if broken.any():
             return (
@@ -351,6 +339,50 @@ class ClampTemperatureCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         given["model"].logit_head.clamp()
+
+
+class InputTimesCallback(TrainerCallback):
+    """Writes lines to stderr at ends of epochs, each after twice the time, and one at the end.
+
+    So a run of ten minutes has about six of them, and one of a day 13. Each is about the time since
+    the one before, and says what share of it the process waited for batches: a GPU is never waited
+    for.
+    """
+
+    def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
+        self._epoch_at = epoch_at
+        self._shown = shown
+        self._epoch = 0
+        self._begin = self._last = time.perf_counter()
+        self._due = _SECONDS_BEFORE_FIRST_LINE
+        self._waited = 0.0
+        self._made = InputTimes()
+
+    def take(self, read: Callable[[], Any]) -> Any:
+        """Wait for the batches that a Trainer reads, and take out how long making them took."""
+        begin = time.perf_counter()
+        found = read()
+        self._waited += time.perf_counter() - begin
+        for batch in found[0]:
+            self._made.seconds += batch.pop(INPUT_SECONDS)
+        return found
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        now = time.perf_counter()
+        is_last = state.global_step >= state.max_steps
+        epoch = int(self._epoch_at(state.global_step))
+        if not is_last and (epoch == self._epoch or now - self._begin < self._due):
+            return
+        share = self._waited / (now - self._last)
+        if self._shown:
+            tqdm.write(
+                f"step {state.global_step}: input {share:.0%} of the time "
+                f"({self._made.describe()}), training {1 - share:.0%}",
+                file=sys.stderr,
+            )
+        self._epoch, self._last, self._waited = epoch, now, 0.0
+        self._due = _FACTOR_TO_NEXT_LINE * (now - self._begin)
+        self._made.seconds.zero_()
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:

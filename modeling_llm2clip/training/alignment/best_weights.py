@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,26 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...data.atomic_files import write_atomically
 from ...data.records.record_table import Array
 from ..run_folder import add_results, list_trained, read_results
-from .alignment_data import AlignmentDataset
-from .held_out import HeldOutImages, HeldOutScores, embed_batches, fit_temperature
-from .input_times import INPUT_SECONDS
+from .alignment_data import INPUT_SECONDS, AlignmentDataset
+from .held_out import HeldOutImages, HeldOutScores, fit_temperature
 from .sampling import mix
 
 BEST_FILE = "best.safetensors"
 # Tried beside all of the way from the start to the trained weights.
-SHARES = (0.25, 0.5, 0.75)
+_SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
 # Epoch of the captions and the noise of a batch that is measured: no step of a run has it.
 _EPOCH = -1
 
 
-def find_model(
-    trainer: Any, *, is_stored: bool
-) -> tuple[nn.Module, torch.device, Callable[[], AbstractContextManager[Any]]]:
-    """Find the model that a Trainer trains, its device, and the context of its forward pass."""
-    model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.alignment_model
-    context = nullcontext if is_stored else trainer.compute_loss_context_manager
-    return model, trainer.args.device, context
-
-
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every weight that training changes, by its name while training."""
     names = list_trained(model)
     return {
         name: parameter.detach().clone()
@@ -67,12 +56,14 @@ def set_between(
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
 
 
+@dataclass(eq=False)
 class BestWeightsCallback(TrainerCallback):
     """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
 
     It evaluates before the run, every few steps and at the end. The best weights are written to
     `best.safetensors` in the run's folder; those of the start count, so that a run never ends with
-    worse weights than it started from.
+    worse weights than it started from. `best_step` is 0 for these, and `best_share` is how far the
+    best weights are on the way from the start to those of their step.
 
     Args:
         images: The held-out images.
@@ -80,53 +71,29 @@ class BestWeightsCallback(TrainerCallback):
         eval_steps: Steps between two evaluations.
         patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
         patience_begin: Steps before which the run never stops.
-        shares: Shares of the way from the start to the trained weights that are tried beside all
-            of it.
-        start: Trained weights by name, as they are at the start; needed for shares.
-
-    Attributes:
-        before: Scores at the start.
-        best: Scores of the best weights.
-        best_step: Step of the best weights; 0 for the start.
-        best_share: Their share of the way from the start to the weights of that step.
-        has_stopped_early: Whether patience ran out.
-        trainer: The trainer that calls back; set by it.
+        start: Weights at the start by name, if weights between them and trained ones are tried.
     """
 
-    def __init__(
-        self,
-        images: HeldOutImages,
-        output: Path,
-        *,
-        eval_steps: int,
-        patience: int,
-        patience_begin: int,
-        shares: Sequence[float] = (),
-        start: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.images = images
-        self.output = output
-        self.eval_steps = eval_steps
-        self.patience = patience
-        self.patience_begin = patience_begin
-        self.shares = shares
+    images: HeldOutImages
+    output: Path
+    _: KW_ONLY
+    eval_steps: int
+    patience: int
+    patience_begin: int
+    start: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.file = self.output / BEST_FILE
         self.before: HeldOutScores | None = None
         self.best: HeldOutScores | None = None
         self.best_step = 0
         self.best_share = 1.0
         self.has_stopped_early = False
         self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
-        self._start = start or {}
-
-    @property
-    def file(self) -> Path:
-        """File of the best weights."""
-        return self.output / BEST_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self.before is None:
-            assert self.trainer is not None
-            self.before = self._measure(self.trainer)
+            self.before = self._measure()
             self._compare(self.before, step=state.global_step, share=1.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -152,18 +119,13 @@ class BestWeightsCallback(TrainerCallback):
         self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
 
     def as_record(self) -> dict[str, Any]:
-        """Return the scores of the start and of the best weights, and which ones these are."""
         assert self.before is not None and self.best is not None
         return {
-            "before": self.before.as_record(),
-            "best": self.best.as_record(),
+            "before": asdict(self.before),
+            "best": asdict(self.best),
             "best_step": self.best_step,
             "best_share": self.best_share,
         }
-
-    def load_best(self) -> dict[str, Tensor]:
-        """Return the best weights by their names while training, on the CPU."""
-        return load_file(self.file)
 
     def _is_out_of_patience(self, step: int) -> bool:
         waited = (step - max(self.best_step, self.patience_begin)) // self.eval_steps
@@ -171,8 +133,7 @@ class BestWeightsCallback(TrainerCallback):
 
     def _evaluate(self, *, step: int) -> None:
         """Measure the weights, and those between them and the start; keep the best."""
-        assert self.trainer is not None
-        scores = self._measure(self.trainer)
+        scores = self._measure()
         self.trainer.log(
             {
                 "held_out_loss": scores.loss,
@@ -181,28 +142,28 @@ class BestWeightsCallback(TrainerCallback):
             }
         )
         self._compare(scores, step=step, share=1.0)
-        if not self.shares:
+        if self.start is None:
             return
         model = self.trainer.alignment_model
         trained = copy_trained(model)
-        for share in self.shares:
-            set_between(model, self._start, trained, share)
-            self._compare(self._measure(self.trainer), step=step, share=share)
-        set_between(model, self._start, trained, 1.0)
+        for share in _SHARES:
+            set_between(model, self.start, trained, share)
+            self._compare(self._measure(), step=step, share=share)
+        set_between(model, self.start, trained, 1.0)
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
         """Keep the weights that the model has now if they have the lowest loss so far."""
         if self.best is None or scores.loss < self.best.loss:
             self.best, self.best_step, self.best_share = scores, step, share
-            assert self.trainer is not None
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
                 metadata = {_METADATA: json.dumps(self.as_record())}
                 write_atomically(self.file, save(weights, metadata=metadata))
 
-    def _measure(self, trainer: Any) -> HeldOutScores:
-        inputs = self.images.embed(*find_model(trainer, is_stored=self.images.dataset.is_stored))
+    def _measure(self) -> HeldOutScores:
+        trainer = self.trainer
+        inputs = trainer.embed(self.images.iterate_batches())
         found: list[Any] = [self.images.score(trainer.alignment_model.loss, inputs)]
         # Other hardware may round differently; all processes must keep and stop alike.
         broadcast_object_list(found)
@@ -218,29 +179,14 @@ class BestWeightsCallback(TrainerCallback):
 class TrainingObjective(TrainerCallback):
     """Measures the loss of a batch as it is trained on, noise included, at the best temperature.
 
-    Args:
-        dataset: Holds the images.
-        items: Its items that are trained on.
-        size: Images of the batch.
-        seed: Of the choice of images.
-        output: Folder whose `run.json` gets both losses.
-        name: Name of them there.
-
-    Attributes:
-        trainer: The trainer that calls back; set before the run.
+    The batch has `size` of the items, and `run.json` in the output gets both losses by a name.
     """
 
     def __init__(
-        self,
-        dataset: AlignmentDataset,
-        items: Array,
-        *,
-        size: int,
-        seed: int,
-        output: Path,
-        name: str,
+        self, dataset: AlignmentDataset, items: Array, *, size: int, output: Path, name: str
     ) -> None:
-        chosen = np.sort(items[np.argsort(mix(seed, items), kind="stable")[:size]])
+        order = np.argsort(mix(dataset.seed, items), kind="stable")
+        chosen = np.sort(items[order[:size]])
         self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
         self._dataset = dataset
         self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
@@ -256,17 +202,14 @@ class TrainingObjective(TrainerCallback):
         self._record(after=self._measure())
 
     def _measure(self) -> float:
-        assert self.trainer is not None
         batch = self._dataset.__getitems__(self._samples)
         del batch[INPUT_SECONDS]
-        model, device, context = find_model(self.trainer, is_stored=self._dataset.is_stored)
-        inputs = embed_batches(model, [batch], device, context)
+        inputs = self.trainer.embed([batch])
         found = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
         broadcast_object_list(found)
         return found[0]
 
     def _record(self, **losses: float) -> None:
-        assert self.trainer is not None
         if self.trainer.args.should_save:
             earlier = read_results(self._output).get(self._name, {})
             add_results(self._output, **{self._name: {**earlier, **losses}})

@@ -6,8 +6,8 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,6 @@ _TEMPERATURE_STEPS = 16
 # A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
-
-# Makes the context of a forward pass.
-MakeContext = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,6 @@ class HeldOutScores:
         center = score + square / (2 * count)
         spread = _NORMAL_QUANTILE * (score * (1 - score) / count + square / (4 * count**2)) ** 0.5
         return (center - spread) / (1 + square / count), (center + spread) / (1 + square / count)
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the fields as JSON holds them."""
-        return asdict(self)
 
 
 def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:
@@ -149,7 +142,6 @@ def count_shared_captions(records: RecordTable, held_out: Array) -> int:
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:
-    """Count the groups of images that a run holds out."""
     if not ratio:
         return 0
     minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
@@ -175,14 +167,14 @@ def hold_out_of_stream(
     for number in range(len(stream.reader.shards)):
         found = stream.read_shard(number)
         if wanted is None:
-            in_first = len({record.group_id for record in found})
-            wanted = count_held_out(in_first * len(stream.reader.shards), ratio)
+            total = len({record.group_id for record in found}) * len(stream.reader.shards)
+            wanted = count_held_out(total, ratio)
             if wanted < 2:
                 raise ValueError(
-                    f"The stream has about {in_first * len(stream.reader.shards)} groups, too few "
-                    "to hold out two of them. Give more images, or held_out_ratio=0."
+                    f"The stream has about {total} groups, too few to hold out two of them. Give "
+                    "more images, or held_out_ratio=0."
                 )
-            require_negatives(in_first * len(stream.reader.shards) - wanted, wanted)
+            require_negatives(total - wanted, wanted)
         for record in found:
             group = record.group_id
             if group in broken:
@@ -190,33 +182,25 @@ def hold_out_of_stream(
             if group not in groups and len(groups) >= wanted:
                 others.add(group)
                 continue
-            if _can_be_decoded(record):
-                groups[group] = None
-                records.append(record)
-            else:
+            try:
+                decode_sample(record)
+            except ValueError:
                 broken.add(group)
                 groups.pop(group, None)
+            else:
+                groups[group] = None
+                records.append(record)
         if len(groups) >= wanted and len(others) > 1:
             break
     else:
         require_negatives(len(others), len(groups))
     held = [record for record in records if record.group_id in groups]
-    return [_write_image(record, folder, n) for n, record in enumerate(held)], frozenset(groups)
-
-
-def _can_be_decoded(record: CaptionedImage) -> bool:
-    try:
-        decode_sample(record)
-    except ValueError:
-        return False
-    return True
-
-
-def _write_image(record: CaptionedImage, folder: Path, number: int) -> CaptionedImage:
-    assert record.image is not None
-    file = folder / f"{number:05d}"
-    file.write_bytes(record.image.read_bytes())
-    return replace(record, image=file)
+    for number, record in enumerate(held):
+        assert record.image is not None
+        file = folder / f"{number:05d}"
+        file.write_bytes(record.image.read_bytes())
+        held[number] = replace(record, image=file)
+    return held, frozenset(groups)
 
 
 class HeldOutImages:
@@ -228,10 +212,10 @@ class HeldOutImages:
 
     def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
         self.dataset = dataset
-        chosen = np.asarray(items)
-        short, long = dataset.records.count_texts(chosen)
+        self.items = np.asarray(items)
+        short, long = dataset.records.count_texts(self.items)
         counts = short + long if dataset.image_store else np.ones_like(short)
-        self._items, self._numbers = list_pairs(counts, chosen)
+        self._items, self._numbers = list_pairs(counts, self.items)
         self.group_ids = dataset.read_group_ids(self._items)
         self._text_keys = dataset.read_text_keys(self._items, self._numbers)
         # An image is represented by the row of its first caption, in whichever language.
@@ -245,26 +229,17 @@ class HeldOutImages:
         ids = np.unique(self.group_ids.numpy()).astype("<i8")
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
-    def embed(
-        self, model: nn.Module, device: torch.device, make_context: MakeContext
-    ) -> LossInputs:
-        """Encode every pair in evaluation mode; see `embed_batches`."""
-        parts = (
-            slice(start, start + _ROWS_PER_BATCH)
-            for start in range(0, len(self._items), _ROWS_PER_BATCH)
-        )
-        batches = (
-            {
-                **self.dataset.read_pairs(self._items[p], self._numbers[p]),
-                "group_ids": self.group_ids[p],
-                "text_keys": self._text_keys[p],
+    def iterate_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Yield every pair, some hundred at a time, for `embed_batches`."""
+        for start in range(0, len(self._items), _ROWS_PER_BATCH):
+            rows = slice(start, start + _ROWS_PER_BATCH)
+            yield {
+                **self.dataset.read_pairs(self._items[rows], self._numbers[rows]),
+                "group_ids": self.group_ids[rows],
+                "text_keys": self._text_keys[rows],
             }
-            for p in parts
-        )
-        return embed_batches(model, batches, device, make_context)
 
     def score(self, loss: Loss, inputs: LossInputs) -> HeldOutScores:
-        """Compare the embeddings of all pairs."""
         of_image = self.group_ids[self.image_rows].tolist()
         of_text = self.group_ids.tolist()
         ranking = rank_retrieval(
@@ -289,7 +264,7 @@ def embed_batches(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     device: torch.device,
-    make_context: MakeContext,
+    make_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> LossInputs:
     """Encode the pairs of some batches in evaluation mode, by an `AlignmentModel`, wrapped or not.
 

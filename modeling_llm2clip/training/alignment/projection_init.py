@@ -7,9 +7,7 @@ cross-validation. Two sides with a thousand elements each take seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
-from ...data.records.record_table import Array
 from ...modeling_llm2clip import LLM2CLIPModel
-from .alignment_data import AlignmentDataset, list_pairs
+from .alignment_data import list_pairs
 from .alignment_model import AlignmentModel
-from .held_out import HeldOutImages, fit_temperature
+from .held_out import HeldOutImages, embed_batches, fit_temperature
 from .run_data import RecordData, RunData
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
@@ -59,16 +56,11 @@ class ProjectionInit:
 
     @property
     def default_learning_rate(self) -> float:
-        """Peak learning rate that suits this start."""
         return _RATE_FROM_TRAINED if self.is_trained else _RATE_FROM_RANDOM
 
 
-def init_projections(
-    model: AlignmentModel,
-    data: RunData,
-    config: AlignConfig,
-) -> ProjectionInit:
-    """Choose where the projections start, and set them in place."""
+@torch.no_grad()
+def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
@@ -92,19 +84,20 @@ def init_projections(
     log_scale = loss = None
     if held_out is not None:
         log_scale, loss = _fit_temperature(model, held_out)
-        _set_temperature(model, log_scale)
+        model.logit_head.log_scale.fill_(log_scale)
     if loss is not None and loss_before is not None and loss_before <= loss:
         model.load_state_dict(before, strict=False)
         return unchanged
     return ProjectionInit(
         "cca",
-        _describe(fitted),
+        fitted,
         is_trained=True,
         has_new_adapter=not model.config.text_adapter_trained,
         log_scale=log_scale,
     )
 
 
+@torch.no_grad()
 def repeat_init(
     model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit
 ) -> ProjectionInit:
@@ -114,8 +107,8 @@ def repeat_init(
     shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])
     fitted = _fit_cca(model, data, config, shrinkages)
     if chosen.log_scale is not None:
-        _set_temperature(model, chosen.log_scale)
-    return replace(chosen, cca=_describe(fitted))
+        model.logit_head.log_scale.fill_(chosen.log_scale)
+    return replace(chosen, cca=fitted)
 
 
 def _fit_cca(
@@ -123,62 +116,33 @@ def _fit_cca(
     data: RunData,
     config: AlignConfig,
     shrinkages: tuple[float, float] | None = None,
-) -> FittedCCA:
+) -> dict[str, Any]:
+    """Fit captions and their images, of very many a random sample."""
     assert isinstance(data, RecordData)  # a stream is not stored
-    *pairs, text_keys = _pair_embeddings(data.dataset, data.items, config.seed)
-    return init_projections_by_cca(model, *pairs, text_keys=text_keys, shrinkages=shrinkages)
-
-
-def _set_temperature(model: AlignmentModel, log_scale: float) -> None:
-    with torch.no_grad():
-        model.logit_head.log_scale.fill_(log_scale)
-
-
-def _describe(fitted: FittedCCA) -> dict[str, Any]:
-    return {name: value for name, value in asdict(fitted).items() if value is not None}
-
-
-def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
-    """Find the temperature that suits the held-out pairs best, and their loss at it."""
-    return fit_temperature(model.loss, held_out.embed(model, model.device, nullcontext))
-
-
-def _pair_embeddings(
-    dataset: AlignmentDataset, items: Sequence[int] | Array, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read captions, their images, groups and text keys; a random sample of very many pairs."""
-    generator = torch.Generator().manual_seed(seed)
+    dataset, generator = data.dataset, torch.Generator().manual_seed(config.seed)
     # Every item has at least one caption, so that more items are not needed.
-    sampled = torch.randperm(len(items), generator=generator)[:_MAX_PAIRS].numpy()
-    chosen = np.asarray(items)[sampled]
+    sampled = torch.randperm(data.num_items, generator=generator)[:_MAX_PAIRS].numpy()
+    chosen = data.items[sampled]
     short, long = dataset.records.count_texts(chosen)
     ends = np.cumsum(short + long)
     num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # the one that reaches the limit, too
     pairs, numbers = list_pairs((short + long)[:num_items], chosen[:num_items])
     embeds = dataset.read_pairs(pairs, numbers)
-    return (
+    return init_projections_by_cca(
+        model,
         embeds["caption_embeds"],
         embeds["vision_embeds"],
         dataset.read_group_ids(pairs),
-        dataset.read_text_keys(pairs, numbers),
+        text_keys=dataset.read_text_keys(pairs, numbers),
+        shrinkages=shrinkages,
     )
 
 
-@dataclass(frozen=True)
-class FittedCCA:
-    """The record of a canonical correlation.
-
-    Attributes:
-        text_shrinkage: Added to every variance of the texts, as a share of the mean variance.
-        image_shrinkage: Added to every variance of the images, likewise.
-        mean_reciprocal_rank: Mean over the cross-validation; None where both shrinkages were given.
-        num_pairs: Pairs of a caption and an image that it was fitted on.
-    """
-
-    text_shrinkage: float
-    image_shrinkage: float
-    mean_reciprocal_rank: float | None
-    num_pairs: int
+def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
+    """Find the temperature that suits the held-out pairs best, and their loss at it."""
+    return fit_temperature(
+        model.loss, embed_batches(model, held_out.iterate_batches(), model.device)
+    )
 
 
 @torch.no_grad()
@@ -190,12 +154,14 @@ def init_projections_by_cca(
     *,
     text_keys: Tensor | None = None,
     shrinkages: tuple[float, float] | None = None,
-) -> FittedCCA:
+) -> dict[str, Any]:
     """Set both projections in place, of which the image projection needs a bias.
 
     Rows of embeddings, (N, D) and (N, D') float32, belong to each other. Pairs of one group are
     never each other's negatives, and cross-validation never separates them; nor are pairs with
-    equal text keys negatives. Shrinkages that are not given are chosen by cross-validation.
+    equal text keys negatives. Shrinkages, shares of the mean variance that are added to every
+    variance of the texts and of the images, are chosen by it if they are not given. Returned is the
+    record of the fit.
 
     The blocks of a text adapter that was not trained become the identity; a trained one stays, and
     the projections are fitted to its output. Each projection gets the scale of an ordinary
@@ -208,11 +174,8 @@ def init_projections_by_cca(
             "visual_projection_bias=True, or choose projection_init=model."
         )
     num_groups = len(groups.unique())
-    if not len(caption_embeds) == len(vision_embeds) == len(groups) or num_groups < 2:
-        raise ValueError(
-            f"{len(caption_embeds)} captions, {len(vision_embeds)} images and {len(groups)} group "
-            f"numbers of {num_groups} groups: CCA needs equally many, of at least two groups."
-        )
+    if num_groups < 2:
+        raise ValueError(f"{len(groups)} pairs of {num_groups} groups: CCA needs two at least.")
     for name, embeds in (("captions", caption_embeds), ("images", vision_embeds)):
         if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
             raise ValueError(
@@ -243,7 +206,9 @@ def init_projections_by_cca(
         strict=True,
     ):
         _fill(projection, (side.directions @ rotated).T, side.mean)
-    return FittedCCA(*shrinkages, rank, len(text))
+    record = {"text_shrinkage": shrinkages[0], "image_shrinkage": shrinkages[1]}
+    measured = {} if rank is None else {"mean_reciprocal_rank": rank}
+    return {**record, **measured, "num_pairs": len(text)}
 
 
 def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:

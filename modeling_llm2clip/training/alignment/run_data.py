@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,46 +31,32 @@ from ...data.streams.stream_report import StreamReport
 from ...data.streams.stream_run import hash_shards
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample, keep_batch
-from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream
+from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
+from .held_out import HeldOutImages, choose_held_out, hold_out_of_stream
 from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 
+@dataclass(eq=False)
 class RecordData:
     """Records of an index, in random batches of the items that are trained on."""
 
-    can_skip = True
+    dataset: AlignmentDataset
+    items: Array
+    config: AlignConfig
+    held_out: HeldOutImages | None = None
 
-    def __init__(
-        self,
-        dataset: AlignmentDataset,
-        items: Array,
-        config: AlignConfig,
-        *,
-        held_out: HeldOutImages | None = None,
-        num_held_out: int = 0,
-        num_shared_captions: int = 0,
-    ) -> None:
-        self.dataset = dataset
-        self.source = dataset
-        self.items = items
-        self.num_items = len(items)
-        self.held_out = held_out
-        self.num_held_out = num_held_out
-        self.num_shared_captions = num_shared_captions
-        self.is_stored = dataset.is_stored
-        self.reads_images = dataset.image_store is None
-        self.processor = dataset.processor
-        self._config = config
+    def __post_init__(self) -> None:
+        self.num_items = len(self.items)
+        self.is_stored = self.dataset.is_stored
+        self.reads_images = self.dataset.image_store is None
+        self.processor = self.dataset.processor
         self._steps_per_epoch = 1
 
     def with_held_out(self) -> RecordData:
-        """Return the same data, of which nothing is held out."""
         items = np.arange(len(self.dataset), dtype=np.int32)
-        return RecordData(self.dataset, items, self._config)
+        return RecordData(self.dataset, items, self.config)
 
     def identify(self) -> dict[str, Any]:
-        """Identify the data for the record of a run."""
         records = self.dataset.records
         return {
             "num_records": len(records),
@@ -87,7 +73,7 @@ class RecordData:
             self.items,
             batch_size=batch_size,
             num_steps=num_steps,
-            seed=self._config.seed,
+            seed=self.config.seed,
             rank=arguments.process_index,
             num_processes=arguments.world_size,
         )
@@ -95,10 +81,10 @@ class RecordData:
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
-            collate_fn=keep_batch,
-            num_workers=count_workers(self._config, arguments, decodes=self.reads_images),
+            collate_fn=dict,  # the dataset returns whole batches
+            num_workers=count_workers(self.config, arguments, decodes=self.reads_images),
             pin_memory=arguments.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self._config.seed),
+            generator=torch.Generator().manual_seed(self.config.seed),
         )
 
     def epoch_at(self, step: int) -> float:
@@ -115,36 +101,27 @@ class RecordData:
         """Report nothing: records of an index are checked before the run."""
 
 
+@dataclass(eq=False)
 class StreamData:
     """A stream of records, epoch after epoch."""
 
-    can_skip = False
     is_stored = False
     reads_images = True
-    num_items = None  # its length is not known,
-    num_shared_captions = None  # nor are its captions
+    num_items = None  # which is not known
 
-    def __init__(
-        self,
-        source: AlignmentStream,
-        config: AlignConfig,
-        *,
-        held_out: HeldOutImages | None = None,
-        num_held_out: int = 0,
-    ) -> None:
-        self.source = source
-        self.processor = source.processor
-        self.held_out = held_out
-        self.num_held_out = num_held_out
-        self._config = config
+    dataset: AlignmentStream
+    config: AlignConfig
+    held_out: HeldOutImages | None = None
+
+    def __post_init__(self) -> None:
+        self.processor = self.dataset.processor
         self._epoch = 0
         self._is_resumed = False
         self._resumed_state: Any = None  # of the loader, until it has given a batch
         self._ended: list[StreamReport] = []  # of the epochs before
 
     def identify(self) -> dict[str, Any]:
-        """Identify the data for the record of a run."""
-        digest = hash_shards(self.source.stream.reader.shards)
+        digest = hash_shards(self.dataset.stream.reader.shards)
         return {"num_records": None, "data": digest, "images": None}
 
     def make_loader(
@@ -157,11 +134,11 @@ class StreamData:
         """Become an endless iterable of this process's batches."""
         self._process, self._num_processes = arguments.process_index, arguments.world_size
         self._loader = make_loader(
-            self.source.stream,
+            self.dataset.stream,
             batch_size=batch_size // arguments.world_size,
-            collate=self.source.collate,
+            collate=self.dataset.collate,
             prepare=decode_sample,
-            num_workers=count_workers(self._config, arguments, decodes=True),
+            num_workers=count_workers(self.config, arguments, decodes=True),
             drop_last=True,
             pin_memory=arguments.device.type == "cuda",
         )
@@ -169,7 +146,7 @@ class StreamData:
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            self.source.stream.set_epoch(self._epoch)
+            self.dataset.stream.set_epoch(self._epoch)
             num_batches = int(self._is_resumed)  # the epoch may have ended with the checkpoint
             self._is_resumed = False
             for batch in self._loader:
@@ -252,7 +229,6 @@ def open_records(
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
 ) -> RecordData:
-    """Prepare records of an index."""
     dataset = AlignmentDataset(
         records,
         processor,
@@ -264,14 +240,8 @@ def open_records(
         seed=config.seed,
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
-    return RecordData(
-        dataset,
-        items,
-        config,
-        held_out=HeldOutImages(dataset, held_items) if len(held_items) else None,
-        num_held_out=len(held_items),
-        num_shared_captions=count_shared_captions(dataset.records, held_items),
-    )
+    held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
+    return RecordData(dataset, items, config, held_out=held_out)
 
 
 def open_stream(
@@ -291,7 +261,7 @@ def open_stream(
         seed=config.seed,
         excluded_groups=groups,
     )
-    source = AlignmentStream(
+    dataset = AlignmentStream(
         own,
         processor,
         caption_store=caption_store,
@@ -302,7 +272,7 @@ def open_stream(
     if held:
         measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)
         held_out = HeldOutImages(measured, np.arange(len(held)))
-    return StreamData(source, config, held_out=held_out, num_held_out=len(held))
+    return StreamData(dataset, config, held_out=held_out)
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:

@@ -6,22 +6,23 @@ number of workers or processes, samples the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Array: TypeAlias = np.ndarray[Any, Any]
+from ...data.key_arrays import Array
 
 NOISE_SAMPLING = "65536 quantiles"
 """Name of the method of `sample_normal`, for the record of a run."""
 _ROWS_AT_ONCE = 64
 
 
+@dataclass(eq=False)
 class ResumableBatchSampler(Sampler[Array]):
     """The batches of a whole run, as one process sees them: (B, 2), epoch and item of each sample.
 
@@ -29,26 +30,16 @@ class ResumableBatchSampler(Sampler[Array]):
     batch.
     """
 
-    def __init__(
-        self,
-        items: Sequence[int] | Array,
-        *,
-        batch_size: int,
-        num_steps: int,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.items = np.asarray(items)
-        self.batch_size = batch_size
-        self.num_steps = num_steps
-        self.seed = seed
-        self.rank = rank
-        self.num_processes = num_processes
+    items: Array
+    _: KW_ONLY
+    batch_size: int
+    num_steps: int
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass over the items."""
         return len(self.items) // self.batch_size
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -17,15 +17,15 @@ from tqdm import tqdm
 from ...configs.finetune_config import FinetuneConfig
 from ...data.captions.caption_groups import CaptionGroup, CaptionGroups
 from ...data.captions.text_pairs import read_text_pairs
-from ...data.key_arrays import count_distinct
+from ...data.key_arrays import Array, count_distinct
 from ...data.records.record_columns import hash_text
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...processing_llm2clip import LLM2CLIPProcessor
-from ..distributed import run_once_per_machine
-from .pair_sampling import NoDuplicateGroupsBatchSampler
-from .pair_tables import (
+from ..trainer_mixins import run_once_per_machine
+from .pair_sampling import (
     GROUP_COLUMN,
     KEY_SUFFIX,
+    NoDuplicateGroupsBatchSampler,
     iterate_numbers,
     list_key_columns,
     list_text_columns,
@@ -33,8 +33,6 @@ from .pair_tables import (
     write_caption_pairs,
     write_text_pairs,
 )
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 _MAX_HELD_OUT = 1000
 _CAPTIONS = "captions"
@@ -48,7 +46,7 @@ class FinetuneData:
     """Texts that are trained on, and groups that are measured on.
 
     Attributes:
-        tables: Text pairs, as `pair_tables` has them: captions first, then others.
+        tables: Text pairs, as `pair_sampling` has them: captions first, then others.
         weights: Batches of each table per batch of the first.
         num_trained: Number of groups whose captions are in the first table.
         num_first_pairs: Rows of the first table that have each caption at least once.
@@ -112,7 +110,6 @@ def prepare_data(
 
 
 def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
-    """Count the groups that a run measures on, and does not train on."""
     if config.num_held_out is not None:
         return config.num_held_out
     return min(_MAX_HELD_OUT, max(2, num_groups // 5))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_file
 from ...data.captions.caption_groups import CaptionGroup, group_captions, skip_single_captions
+from ...data.key_arrays import Array
 from ...data.records.data_hashes import hash_records
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
@@ -48,7 +49,6 @@ from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
-from ..distributed import refuse_fsdp_for_lora, run_once_per_machine
 from ..run_folder import (
     add_results,
     discard_later_steps,
@@ -67,14 +67,23 @@ from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
     find_without_gradient,
+    raise_if_stopped,
     recompute_activations,
+    refuse_fsdp_for_lora,
     require_gradients,
+    run_once_per_machine,
     show_progress,
 )
 from .finetune_data import FinetuneData, count_truncated, prepare_data
-from .finetune_trainer import count_run_steps, make_trainer
-from .lora_encoder import CaptionEncoder, make_lora_config, require_same_meaning, write_lora
-from .nearest_groups import Array, require_search, write_nearest_groups
+from .finetune_trainer import (
+    CaptionEncoder,
+    count_run_steps,
+    make_lora_config,
+    make_trainer,
+    require_same_meaning,
+    write_lora,
+)
+from .nearest_groups import require_search, write_nearest_groups
 
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
@@ -131,20 +140,33 @@ def finetune_llm(
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as found:
         if config.merge:
-            _require_whole_model(found)
+            types = LLM2CLIPConfig.from_pretrained(found.folder).architectures
+            if types != ["LLM2CLIPModel"]:
+                raise ValueError(
+                    f"{found.name} is {types}, and merging writes a whole model. Give the whole "
+                    "model, or merge=False, which writes the LoRA alone."
+                )
         # Gone before there is a model: a run that is killed after that is never continued.
         with _open_scratch(output) as scratch:
-            plan = _plan(found, data, output, config, scratch, resume=resume)
+            records = RecordTable.from_records(data)
+            prepared, decided = _prepare(records, config, scratch)
+            inputs = {**_identify(found, records, config), **decided}
+            require_same_run(output, config, inputs, resume=resume)
+            if config.init_lora is not None:
+                base_weights = inputs["fingerprint"]["weights"]
+                require_base_weights(config.init_lora / LORA_WEIGHTS, base_weights)
             processor = LLM2CLIPProcessor.from_pretrained(found.folder)
             model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
             require_golden(found.folder, model.eval(), processor)
             if config.precision == "float32":
                 model.float()  # a folder in half precision would be computed in it
-            _train(model, processor, plan, callbacks)
-            del model  # the merged one takes its place in memory
+            encoder = _make_encoder(model, processor, config)
+            last = find_last_checkpoint(output) if resume else None
+            _train(encoder, prepared, output, config, inputs, last, callbacks)
+            del model, encoder  # the merged one takes its place in memory
         state = PartialState()
         if config.merge and state.is_main_process:
-            _write_merged(found.folder, output, plan.data.held_out, device)
+            _write_merged(found.folder, output, prepared.held_out, device)
         state.wait_for_everyone()
     return model_folder if config.merge else output / LORA_FOLDER
 
@@ -156,7 +178,6 @@ def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) 
 
 
 def describe_finetuning(output: Path) -> list[str]:
-    """Describe a finished run in lines for a terminal."""
     record = read_run_record(output)
     results, inputs = record["results"], record["inputs"]
     lines = []
@@ -183,46 +204,15 @@ def describe_finetuning(output: Path) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A run that has passed every check that needs no LLM."""
-
-    output: Path
-    config: FinetuneConfig
-    resume: bool
-    inputs: dict[str, Any]
-    data: FinetuneData
-
-
-def _plan(
-    source: StageSource,
-    records: Sequence[CaptionedImage],
-    output: Path,
-    config: FinetuneConfig,
-    scratch: Path,
-    *,
-    resume: bool,
-) -> _Plan:
-    """Check and prepare everything that needs no LLM."""
-    table = RecordTable.from_records(records)
-    data, decided = _prepare(table, config, scratch)
-    inputs = {**_identify(source, table, config), **decided}
-    require_same_run(output, config, inputs, resume=resume)
-    if config.init_lora is not None:
-        file = config.init_lora / LORA_WEIGHTS
-        require_base_weights(file, inputs["fingerprint"]["weights"])
-    return _Plan(output, config, resume, inputs, data)
-
-
 def _prepare(
     records: RecordTable, config: FinetuneConfig, scratch: Path
 ) -> tuple[FinetuneData, dict[str, Any]]:
     """Check and prepare what needs no model; returns the data, and parts of the run's record."""
-    num_skipped = 0
-    if config.skip_single_captions:
-        groups, num_skipped = skip_single_captions(records)
-    else:
-        groups = group_captions(records)
+    groups, num_skipped = (
+        skip_single_captions(records)
+        if config.skip_single_captions
+        else (group_captions(records), 0)
+    )
     data = prepare_data(groups, config.text_pairs, config, scratch)
     if config.num_hard_negatives:
         require_search(data.num_trained)
@@ -240,23 +230,18 @@ def _open_scratch(output: Path) -> Iterator[Path]:
 
     There it is on the disk that has room for the run; `/tmp` may be in memory.
     """
-    folder = output.absolute().parent
-    while not folder.is_dir():
-        folder = folder.parent
-    state, made = PartialState(), list[TemporaryDirectory[str]]()
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    with ExitStack() as stack:
 
-    def make() -> str:
-        for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
-            shutil.rmtree(left)
-        made.append(TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder))
-        return made[0].name
+        def make() -> str:
+            for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
+                shutil.rmtree(left)
+            return stack.enter_context(
+                TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
+            )
 
-    try:
         yield Path(run_once_per_machine(make))
-        state.wait_for_everyone()  # before the folder is deleted
-    finally:
-        for temporary in made:
-            temporary.cleanup()
+        PartialState().wait_for_everyone()  # before the folder is deleted
 
 
 def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig) -> dict[str, Any]:
@@ -276,50 +261,50 @@ def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig)
 
 
 def _train(
-    model: LLM2CLIPTextModel,
-    processor: LLM2CLIPProcessor,
-    plan: _Plan,
+    encoder: CaptionEncoder,
+    data: FinetuneData,
+    output: Path,
+    config: FinetuneConfig,
+    inputs: dict[str, Any],
+    last: Path | None,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
-    """Train the LoRA and write it to `output/lora`."""
-    output, config, data = plan.output, plan.config, plan.data
+    """Train the LoRA, perhaps from the last checkpoint, and write it to `output/lora`."""
     state = PartialState()
     counts = dict(data.counts)
     if state.is_main_process:
-        counts |= count_truncated(processor, data, show_progress=True)
-    encoder = _make_encoder(model, processor, config)
+        counts |= count_truncated(encoder.processor, data, show_progress=True)
     require_gradients(
-        find_without_gradient(model, encoder.sum_of_two),
+        find_without_gradient(encoder.llm2clip, encoder.sum_of_two),
         cause=f"lora_target_modules={' '.join(config.lora_target_modules)}",
         remedy="Name all other layers as the target_modules of the LoRA (--lora-target-modules).",
     )
-    last = find_last_checkpoint(output) if plan.resume else None
     state.wait_for_everyone()  # every process has checked the folder before it is filled
     if state.is_main_process:
         if last is None:
-            write_run_record(output, config, plan.inputs, model=model)
+            write_run_record(output, config, inputs, model=encoder.llm2clip)
         discard_later_steps(output, last)
     with stop_on_signals() as stop:
-        before = _measure_before(encoder, data, output, resumed=last is not None)
+        if last is None:
+            before = measure_caption_retrieval(encoder.encode, data.held_out)
+            if state.is_main_process:
+                add_results(output, cra_before=before)
+        else:
+            before = read_results(output)["cra_before"]
         nearest = _find_nearest(encoder, data, output, config, resumed=last is not None)
         trainer = make_trainer(encoder, data, nearest, output, config, callbacks)
         show_progress(trainer, "finetune-llm")
         trainer.add_callback(StopCallback(stop))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    step, num_steps = trainer.state.global_step, trainer.args.max_steps
-    if step < num_steps:  # a callback of the user may have stopped the run, too
-        stop.raise_interrupt(
-            f"Stopped after step {step} of {num_steps}; the checkpoint is in {output}.",
-            resume=True,
-            is_main_process=state.is_main_process,
-        )
+    raise_if_stopped(trainer, output, stop)
+    step = trainer.state.global_step
     require_finite(encoder.trained_weights, step=step)
     if state.is_main_process:
         write_lora(
             encoder,
             output / LORA_FOLDER,
             dtype=getattr(torch, config.lora_dtype),
-            base_weights=plan.inputs["fingerprint"]["weights"],
+            base_weights=inputs["fingerprint"]["weights"],
         )
     state.wait_for_everyone()
     encoder.load_lora(output / LORA_FOLDER)  # as it is written, in its dtype
@@ -340,18 +325,6 @@ def _make_encoder(
     if config.gradient_checkpointing:
         recompute_activations(model.text_model)
     return encoder
-
-
-def _measure_before(
-    encoder: CaptionEncoder, data: FinetuneData, output: Path, *, resumed: bool
-) -> float:
-    """Measure the accuracy before training; a resumed run takes what it measured the first time."""
-    if resumed:
-        return float(read_results(output)["cra_before"])
-    before = measure_caption_retrieval(encoder.encode, data.held_out)
-    if PartialState().is_main_process:
-        add_results(output, cra_before=before)
-    return before
 
 
 def _find_nearest(
@@ -379,16 +352,6 @@ def _find_nearest(
             add_results(output, hard_negatives=report)
     state.wait_for_everyone()
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
-
-
-def _require_whole_model(source: StageSource) -> None:
-    """Raise ValueError for a text-only model, which cannot be written with the LoRA merged."""
-    found = LLM2CLIPConfig.from_pretrained(source.folder).architectures
-    if found != ["LLM2CLIPModel"]:
-        raise ValueError(
-            f"{source.name} is {found}, and merging writes a whole model. Give the whole model, or "
-            "merge=False, which writes the LoRA alone."
-        )
 
 
 def _write_merged(

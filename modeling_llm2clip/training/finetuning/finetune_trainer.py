@@ -1,7 +1,11 @@
-"""sentence-transformers' trainer with our checkpoints, and its loss and evaluator."""
+"""The LLM with a LoRA as a module of sentence-transformers, its trainer, and the LoRA's files.
+
+The module exists only during training; what is written is the LoRA.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -19,27 +25,30 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from torch import nn
+from sentence_transformers.sentence_transformer.modules import Module
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ...building.lora_merging import BASE_WEIGHTS, PLAIN_STARTS, is_same_base
 from ...configs.finetune_config import FinetuneConfig
 from ...data.captions.caption_groups import CaptionGroup
+from ...data.key_arrays import Array
+from ...data.safetensors_files import serialize_tensors
+from ...encoding.encode import encode_texts
 from ...evaluation.tasks.retrieval import measure_caption_retrieval
-from ..distributed import training_arguments_on
-from ..run_folder import CHECKPOINTS, METRICS_FILE, require_finite
+from ...model_folders.model_folder import LORA_CONFIG, LORA_WEIGHTS
+from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
+from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
+from ..run_folder import METRICS_FILE, require_finite
 from ..trainer_mixins import (
     CheckpointMarkMixin,
-    FiniteGradientMixin,
     JsonLinesCallback,
     LogLastStepCallback,
     ResumedMetricsMixin,
-    choose_reports,
-    computes_in_bfloat16,
     count_warmup_steps,
+    training_arguments_on,
 )
 from .finetune_data import FinetuneData
-from .lora_encoder import CaptionEncoder
-from .nearest_groups import Array
 from .pair_sampling import (
     NoDuplicateGroupsBatchSampler,
     PairCollator,
@@ -54,10 +63,173 @@ _DIRECTIONS = {
     "symmetric": (("query_to_doc", "doc_to_query"), "per_direction"),
     "all": (("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"), "joint"),
 }
+# Options of a LoRA that its weights do not show and that change what they do.
+_MEANING = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
+    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
+)  # fmt: skip
+# Other ways to begin take a part out of the base, which was not taken out of ours.
+_LEAVE_BASE_UNCHANGED = (*PLAIN_STARTS, "orthogonal", "eva")
+
+
+class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is typed in part
+    """Tokens to unprojected caption embeddings, as a module of sentence-transformers.
+
+    The LLM gets the LoRA layers in place; all else is frozen.
+    """
+
+    save_in_root = True  # so that a checkpoint is a folder of a LoRA
+
+    def __init__(
+        self,
+        model: LLM2CLIPModel | LLM2CLIPTextModel,
+        processor: LLM2CLIPProcessor,
+        lora: LoraConfig,
+    ) -> None:
+        super().__init__()
+        self.llm2clip = model.requires_grad_(False)
+        self.llm2clip.packs_in_training = True
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        # The wrapper changes the LLM in place. It alone can write a LoRA; in a list, it is no
+        # second path to the same parameters.
+        self._adapted: list[PeftModel] = [get_peft_model(model.text_model, lora)]
+
+    @property
+    def adapted(self) -> PeftModel:
+        return self._adapted[0]
+
+    @property
+    def trained_weights(self) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in self.adapted.named_parameters() if p.requires_grad}
+
+    @property
+    def modalities(self) -> list[str]:
+        """Texts alone, as sentence-transformers asks."""
+        return ["text"]
+
+    def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> Any:
+        """Tokenize captions with the model's prompt."""
+        if prompt:
+            raise ValueError(f"Captions are trained on without an instruction, got {prompt!r}.")
+        check_texts(list(inputs))
+        return dict(self.processor(text=list(inputs)))
+
+    def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        features["sentence_embedding"] = self.llm2clip.get_caption_embeds(
+            features["input_ids"], features.get("attention_mask")
+        )
+        return features
+
+    def sum_of_two(self) -> Tensor:
+        """Add up the embeddings of two texts: a number that depends on everything trained."""
+        features = self.preprocess(["a dog", "two red apples on a wooden table"])
+        placed = {name: value.to(self.llm2clip.device) for name, value in features.items()}
+        return self.forward(placed)["sentence_embedding"].sum()
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Write the LoRA alone."""
+        _save_lora(self.adapted, output_path)
+
+    def load_lora(self, folder: Path) -> None:
+        require_same_meaning(folder, self.adapted.peft_config["default"])
+        _require_same_base(folder, str(self.llm2clip.text_model.config._name_or_path or ""))
+        weights = load_file(folder / LORA_WEIGHTS)
+        result = set_peft_model_state_dict(self.adapted, weights)
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"{folder} does not fit this LLM and LoRA: missing {missing[:5]}, unexpected "
+                f"{result.unexpected_keys[:5]}."
+            )
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """Encode many captions without gradients, in evaluation mode."""
+        was_training = self.llm2clip.training
+        self.llm2clip.eval()  # type: ignore[no-untyped-call]
+        try:
+            return encode_texts(self.llm2clip, self.processor, captions, project=False)
+        finally:
+            self.llm2clip.train(was_training)
+
+
+def make_lora_config(config: FinetuneConfig) -> LoraConfig:
+    targets = list(config.lora_target_modules)
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type="FEATURE_EXTRACTION",
+    )
+
+
+def write_lora(
+    encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype, base_weights: str | None
+) -> None:
+    """Write the LoRA as peft loads it."""
+    name_base_without_path(encoder.adapted)
+    _save_lora(encoder.adapted, str(folder))
+    file = folder / LORA_WEIGHTS
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
+    file.write_bytes(serialize_tensors(weights, {"format": "pt", **known}))
+    file.chmod(0o644)  # peft writes for its owner alone
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+
+
+def _save_lora(adapted: PeftModel, folder: str) -> None:
+    """Write a LoRA; by default, peft asks the Hub whether the vocabulary has changed."""
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    file = Path(folder) / LORA_CONFIG
+    config = json.loads(file.read_text("utf-8"))
+    # peft writes a set of names, whose order differs between processes.
+    config["target_modules"] = sorted(config["target_modules"])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def name_base_without_path(adapted: PeftModel) -> None:
+    """Replace the path of the base model by its last part, since a LoRA may be published."""
+    config = adapted.peft_config["default"]
+    base = Path(str(config.base_model_name_or_path))
+    if base.exists():
+        config.base_model_name_or_path = base.name
+
+
+def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
+    """Require that a LoRA's weights give the same embeddings under this run's options.
+
+    With other options they would load without an error.
+    """
+    for name in (LORA_CONFIG, LORA_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}. Give the folder of a LoRA.")
+    saved = LoraConfig.from_pretrained(str(folder))
+    pairs = {name: (getattr(saved, name, None), getattr(wanted, name, None)) for name in _MEANING}
+    errors = [
+        f"{name}={found!r}, in this run {here!r}"
+        for name, (found, here) in pairs.items()
+        if (found or None) != (here or None)  # however nothing is written
+    ]
+    if saved.init_lora_weights not in _LEAVE_BASE_UNCHANGED:
+        errors.append(f"init_lora_weights={saved.init_lora_weights!r}, which changes its base")
+    if errors:
+        raise ValueError(
+            f"{folder} has {'; '.join(errors)}. Give this run the same lora_rank and lora_alpha; "
+            "other differences are not supported."
+        )
+
+
+def _require_same_base(folder: Path, base: str) -> None:
+    stated = str(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
+    if stated and base and not is_same_base(stated, base):  # both have a name to compare
+        raise ValueError(
+            f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Begin from a LoRA of "
+            "this LLM, or leave init_lora out."
+        )
 
 
 class FinetuneTrainer(
-    FiniteGradientMixin,
     ResumedMetricsMixin,
     CheckpointMarkMixin,
     SentenceTransformerTrainer,  # type: ignore[misc]
@@ -86,7 +258,6 @@ class FinetuneTrainer(
         self.encoder.load_lora(Path(checkpoint_path))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Make a step."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -125,20 +296,19 @@ def make_trainer(
     config: FinetuneConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneTrainer:
-    """Make the trainer of a run."""
     device = encoder.llm2clip.device
     wrapped = SentenceTransformer(modules=[encoder], device=str(device))
     num_steps, steps_per_epoch = count_run_steps(data, config)
     arguments = training_arguments_on(
         device,
         SentenceTransformerTrainingArguments,
-        output_dir=str(output / CHECKPOINTS),
+        output,
+        config,
         max_steps=num_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         learning_rate=config.learning_rate,
         warmup_steps=count_warmup_steps(config.warmup_steps, num_steps),
         lr_scheduler_type="cosine",
-        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
         batch_sampler=partial(
             NoDuplicateGroupsBatchSampler,
             nearest=nearest,
@@ -149,13 +319,8 @@ def make_trainer(
         ),
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
-        save_strategy="steps",
-        save_steps=config.save_steps,
         logging_steps=config.logging_steps or (1 if num_steps < _SHORT_RUN else 10),
         dataloader_drop_last=True,
-        ddp_find_unused_parameters=False,
-        report_to=choose_reports(config.report_to),
-        seed=config.seed,
     )
     trainer = FinetuneTrainer(
         model=wrapped,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._extras import ANN, require
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from ...data.key_arrays import Array
 
 EXACT_UP_TO = 20_000
 WANTED_RECALL = 0.95
@@ -167,7 +166,6 @@ class _ClusteredIndex:
         }
 
     def search(self, embeddings: Array, rows: Array, top_k: int) -> Iterator[Array]:
-        """Yield the nearest rows of some rows, (M, top_k) at a time."""
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             tile = rows[start : start + _ROWS_AT_ONCE]
             with _all_threads():

@@ -1,13 +1,25 @@
-"""Batches of text pairs without false negatives."""
+"""Tables of text pairs in files that are mapped, and batches of them without false negatives.
+
+| column | content |
+| --- | --- |
+| `group` | integer that pairs of the same meaning share; of captions, the number of their group |
+| `anchor`, `positive`, `negative_1`, … | texts |
+| `anchor_key`, `positive_key`, `negative_1_key`, … | 64-bit keys of the texts |
+
+The sampler compares integers. Equal keys of different texts only make a row wait for another batch.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -19,19 +31,133 @@ from sentence_transformers.sentence_transformer.data_collator import (
     SentenceTransformerDataCollator,
 )
 
-from ...data.key_arrays import sort_rows
-from .pair_tables import (
-    GROUP_COLUMN,
-    KEY_SUFFIX,
-    MappedColumn,
-    list_key_columns,
-)
+from ...data.captions.caption_groups import CaptionGroups
+from ...data.captions.text_pairs import TextPair
+from ...data.key_arrays import Array, is_among, sort_rows
+from ...data.records.record_columns import hash_text
 
-Array: TypeAlias = np.ndarray[Any, Any]
 # Number, group and text keys of a row.
 _Row: TypeAlias = tuple[int, int, tuple[int, ...]]
 
-_ROWS_READ_AT_ONCE = 2**14
+GROUP_COLUMN = "group"
+KEY_SUFFIX = "_key"
+_PAIRS_AT_ONCE = 2**14
+
+
+def write_caption_pairs(
+    groups: CaptionGroups, file: Path, *, seed: int, num_pairings: int = 1
+) -> None:
+    """Split each group's captions into pairs at random, and write them."""
+    generator = random.Random(seed)
+    schema = _make_schema(num_negatives=0)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for _ in range(num_pairings):
+            number = 0
+            for batch in groups.iterate_batches():
+                sides = _sample_pairs(batch.counts, generator).T
+                owners = number + np.repeat(np.arange(len(batch.counts)), (batch.counts + 1) // 2)
+                number += len(batch.counts)
+                texts = [batch.take_texts(numbers) for numbers in sides]
+                columns = [pa.array(owners, pa.int64()), *texts, *map(pa.array, batch.keys[sides])]
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def write_text_pairs(
+    pairs: Iterable[TextPair], file: Path, *, left_out: Array | None = None
+) -> tuple[int, int]:
+    """Write text pairs without those that have a text that is left out.
+
+    A different text with the same 64-bit key leaves its pair out too: one pair in a billion for
+    ten million texts that are left out and a thousand pairs.
+    """
+    remaining = iter(pairs)
+    num_written, num_left_out = 0, 0
+    left_out = np.empty(0, np.int64) if left_out is None else left_out
+    some = list(islice(remaining, _PAIRS_AT_ONCE))
+    schema = _make_schema(num_negatives=len(some[0].negatives) if some else 0)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while some:
+            keys = np.array([[hash_text(text) for text in pair.texts] for pair in some], np.int64)
+            kept = (~is_among(keys.ravel(), left_out)).reshape(keys.shape).all(axis=1)
+            groups = [hash_text(pair.group_id) for pair in some]
+            columns = [groups, *zip(*(pair.texts for pair in some), strict=True), *keys.T]
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+            batch = pa.RecordBatch.from_arrays(arrays, schema=schema).filter(pa.array(kept))
+            if batch.num_rows:
+                writer.write_batch(batch)
+            num_written += batch.num_rows
+            num_left_out += len(some) - batch.num_rows
+            some = list(islice(remaining, _PAIRS_AT_ONCE))
+    return num_written, num_left_out
+
+
+def open_table(file: Path) -> Dataset:
+    """Map a table, which takes no memory of its own."""
+    return Dataset.from_file(str(file))
+
+
+def list_text_columns(table: Dataset) -> list[str]:
+    """List the columns of texts: anchor, positive, negative_1, …."""
+    return [
+        name
+        for name in table.column_names
+        if name != GROUP_COLUMN and not name.endswith(KEY_SUFFIX)
+    ]
+
+
+def list_key_columns(table: Dataset) -> list[str]:
+    return [name + KEY_SUFFIX for name in list_text_columns(table)]
+
+
+def iterate_numbers(table: Dataset, name: str) -> Iterator[Array]:
+    """Yield a column of integers in pieces, as they are mapped."""
+    assert table._indices is None, "rows of this table were selected"
+    for chunk in table.data.column(name).chunks:
+        yield np.asarray(chunk)
+
+
+class MappedColumn:
+    """A column of integers of a table, whose rows are read as they are asked for."""
+
+    def __init__(self, table: Dataset, name: str) -> None:
+        self.pieces = list(iterate_numbers(table, name))
+        self._stops = np.cumsum([len(piece) for piece in self.pieces])
+
+    def read(self, rows: Array) -> Array:
+        found = np.empty(len(rows), np.int64)
+        numbers = np.searchsorted(self._stops, rows, side="right")
+        order = np.argsort(numbers, kind="stable")
+        starts = np.searchsorted(numbers[order], np.arange(len(self.pieces) + 1))
+        for number in np.unique(numbers).tolist():
+            places = order[starts[number] : starts[number + 1]]
+            piece = self.pieces[number]
+            found[places] = piece[rows[places] - (self._stops[number] - len(piece))]
+        return found
+
+
+def _make_schema(*, num_negatives: int) -> pa.Schema:
+    texts = ["anchor", "positive", *(f"negative_{n + 1}" for n in range(num_negatives))]
+    return pa.schema(
+        [
+            (GROUP_COLUMN, pa.int64()),
+            *((name, pa.string()) for name in texts),
+            *((name + KEY_SUFFIX, pa.int64()) for name in texts),
+        ]
+    )
+
+
+def _sample_pairs(counts: Array, generator: random.Random) -> Array:
+    """Pair captions of the same group, (P, 2) int64 numbers of captions of the batch."""
+    numbers: list[int] = []
+    start = 0
+    for size in counts.tolist():
+        order = list(range(start, start + size))
+        generator.shuffle(order)
+        if size % 2:
+            order.append(order[generator.randrange(size - 1)])
+        numbers += order
+        start += size
+    return np.array(numbers, np.int64).reshape(-1, 2)
 
 
 class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
@@ -57,17 +183,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 
     It holds 4 bytes a row, the shuffled order; groups and keys of texts are read from the table.
 
-    Args:
-        dataset: Table of `pair_tables`.
-        batch_size: Rows per batch of one process.
-        nearest: (groups, K) integers, the nearest groups of each group, for hard batches: a row is
-            then followed by a row of each of `num_hard_negatives` random ones of them, as long as
-            these have rows left in this shuffle.
-        num_hard_negatives: How many groups follow; 0 samples at random.
-        **options: As `DefaultBatchSampler` takes them.
-
-    Raises:
-        ValueError: There are too few different groups for one batch.
+    With `nearest`, (groups, K) integers, batches are hard: a row is followed by a row of each of
+    `num_hard_negatives` random ones of its group's nearest groups that have rows left.
     """
 
     def __init__(
@@ -113,11 +230,11 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         while True:
             shuffled = _shuffle(self.num_rows, generator)
             if not self.num_hard_negatives:
-                for start in range(0, len(shuffled), _ROWS_READ_AT_ONCE):
-                    yield from self._read(shuffled[start : start + _ROWS_READ_AT_ONCE])
+                for start in range(0, len(shuffled), _PAIRS_AT_ONCE):
+                    yield from self._read(shuffled[start : start + _PAIRS_AT_ONCE])
                 continue
             ordered = self._order_by_nearest(shuffled, generator)
-            while rows := list(islice(ordered, _ROWS_READ_AT_ONCE)):
+            while rows := list(islice(ordered, _PAIRS_AT_ONCE)):
                 yield from self._read(np.array(rows))
 
     def _read(self, rows: Array) -> Iterator[_Row]:
@@ -179,13 +296,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
     Only batches of the first table, which is that of captions, are hard ones.
 
     Yields the batches of the whole run, so that a resumed run skips the first ones. A table that is
-    used up starts again, in a new order.
-
-    Args:
-        *args: As `MultiDatasetDefaultBatchSampler` takes them.
-        weights: Batches of each table per batch of the first.
-        num_steps: Batches of the run, of all processes together.
-        **kwargs: As `MultiDatasetDefaultBatchSampler` takes them.
+    used up starts again, in a new order. Steps count batches of all processes together.
     """
 
     def __init__(self, *args: Any, weights: Sequence[float], num_steps: int, **kwargs: Any) -> None:

@@ -41,7 +41,6 @@ class ContrastiveLoss(nn.Module):
         self.chunk_size = chunk_size
 
     def extra_repr(self) -> str:
-        """Show the setting."""
         return f"chunk_size={self.chunk_size}"
 
     def forward(self, inputs: LossInputs) -> Tensor:

@@ -104,8 +104,3 @@ def identify_loss(loss: Loss) -> str:
     name = type(loss).__qualname__
     settings = loss.extra_repr() if isinstance(loss, nn.Module) else ""
     return f"{name}({settings})" if settings else name
-
-
-def has_trained_parameters(loss: Loss) -> bool:
-    """Return whether a loss has parameters that are trained with the model."""
-    return isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.held_out import embed_batches
 from modeling_llm2clip.training.alignment.run_data import open_records
 from modeling_llm2clip.training.losses.loss import load_loss
 
@@ -194,7 +194,7 @@ def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
     held_out = data.held_out
     assert held_out is not None
     written = AlignmentModel.from_pretrained(run.model, with_llm=False, with_vision_tower=True)
-    inputs = held_out.embed(written, torch.device("cpu"), nullcontext)
+    inputs = embed_batches(written, held_out.iterate_batches(), torch.device("cpu"))
     scores = held_out.score(load_loss("contrastive"), inputs)
     assert run.after == scores
     assert run.results["held_out"]["in_training"]["loss"] != scores.loss

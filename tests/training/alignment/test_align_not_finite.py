@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, read_losses
@@ -50,7 +51,9 @@ def test_a_loss_that_is_not_finite_names_the_pairs_that_broke_it(
 
     store = prepared.caption_store
     store.__class__ = Broken
-    first = next(iter(ResumableBatchSampler(range(NUM_RECORDS), batch_size=8, num_steps=1, seed=0)))
+    first = next(
+        iter(ResumableBatchSampler(np.arange(NUM_RECORDS), batch_size=8, num_steps=1, seed=0))
+    )
     group_ids = [prepared.records[first[row][1]].group_id for row in (2, 5)]
     message = f"2 of 8 pairs have embeddings that are not finite, with the group_ids {group_ids}."
     with pytest.raises(FloatingPointError, match=re.escape(message)):

@@ -17,8 +17,10 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
-from modeling_llm2clip.training.alignment.trained_parts import choose_trained_parts
+from modeling_llm2clip.training.alignment.alignment_model import (
+    AlignmentModel,
+    choose_trained_parts,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -320,7 +320,7 @@ def test_a_choice_that_looks_worse_than_the_start_is_explained(
     before = HeldOutScores(3.0, 0.45, 0.5, 0.0125, 0.0125, 80, 90)
     best = dataclasses.replace(before, loss=2.9, t2i_r1=t2i_r1)
     held_out = run.results["held_out"]
-    scores = {"before": before.as_record(), "best": best.as_record()}
+    scores = {"before": dataclasses.asdict(before), "best": dataclasses.asdict(best)}
     add_results(run.output, held_out={**held_out, **scores})
     lines = describe_alignment(run.output)
     assert [shown for shown in lines if shown in (LOWER, CLEARLY_LOWER)] == ([line] if line else [])

@@ -11,12 +11,9 @@ import torch
 from aligning import Prepared
 from transformers import TrainerControl, TrainerState
 
-from modeling_llm2clip.training.alignment import input_times
-from modeling_llm2clip.training.alignment.input_times import (
-    INPUT_SECONDS,
-    InputTimes,
-    InputTimesCallback,
-)
+from modeling_llm2clip.training.alignment import alignment_data, alignment_trainer
+from modeling_llm2clip.training.alignment.alignment_data import INPUT_SECONDS, InputTimes
+from modeling_llm2clip.training.alignment.alignment_trainer import InputTimesCallback
 
 ARGUMENTS: Any = None
 
@@ -26,7 +23,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(input_times, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        for module in (alignment_data, alignment_trainer):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
 def read_lines(text: str) -> list[str]:
@@ -86,8 +84,8 @@ def test_a_run_says_once_an_epoch_what_bounds_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(input_times, "_SECONDS_BEFORE_FIRST_LINE", 0.0)
-    monkeypatch.setattr(input_times, "_FACTOR_TO_NEXT_LINE", 0.0)
+    monkeypatch.setattr(alignment_trainer, "_SECONDS_BEFORE_FIRST_LINE", 0.0)
+    monkeypatch.setattr(alignment_trainer, "_FACTOR_TO_NEXT_LINE", 0.0)
     prepared.align_stored(tmp_path / "run", max_steps=7, global_batch_size=4, refit=False)
     shown = capsys.readouterr()
     lines = [line for line in (shown.out + shown.err).splitlines() if "input" in line]

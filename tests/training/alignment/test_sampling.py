@@ -80,7 +80,7 @@ def test_numbers_are_mixed_as_splitmix_does() -> None:
 
 
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
-    batches = list(ResumableBatchSampler(range(12), batch_size=4, num_steps=6, seed=0))
+    batches = list(ResumableBatchSampler(np.arange(12), batch_size=4, num_steps=6, seed=0))
     epochs = [np.concatenate(half) for half in (batches[:3], batches[3:])]
     for number, pairs in enumerate(epochs):
         assert set(pairs[:, 0].tolist()) == {number}
@@ -91,10 +91,12 @@ def test_every_epoch_shows_every_image_once_in_another_order() -> None:
 def test_processes_share_the_batches_of_one() -> None:
     settings: dict[str, Any] = {"batch_size": 4, "num_steps": 5, "seed": 0}
     shares = [
-        ResumableBatchSampler(range(10), rank=rank, num_processes=2, **settings)
+        ResumableBatchSampler(np.arange(10), rank=rank, num_processes=2, **settings)
         for rank in range(2)
     ]
-    for whole, *parts in zip(ResumableBatchSampler(range(10), **settings), *shares, strict=True):
+    for whole, *parts in zip(
+        ResumableBatchSampler(np.arange(10), **settings), *shares, strict=True
+    ):
         assert whole.tolist() == np.concatenate(parts).tolist()
 
 

@@ -24,15 +24,8 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
-from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
-from modeling_llm2clip.training.alignment.alignment_trainer import (
-    AlignmentTrainer,
-    RunLength,
-    make_training_arguments,
-    warm_up_then_cosine,
-)
-from modeling_llm2clip.training.alignment.run_data import RecordData
-from modeling_llm2clip.training.alignment.trained_parts import (
+from modeling_llm2clip.training.alignment.alignment_model import (
+    AlignmentModel,
     choose_trained_parts,
     find_attention_linears,
     find_layers,
@@ -40,6 +33,13 @@ from modeling_llm2clip.training.alignment.trained_parts import (
     merge_loras,
     scale_by_layer,
 )
+from modeling_llm2clip.training.alignment.alignment_trainer import (
+    AlignmentTrainer,
+    RunLength,
+    make_training_arguments,
+    warm_up_then_cosine,
+)
+from modeling_llm2clip.training.alignment.run_data import RecordData
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.run_folder import count_parameters
 

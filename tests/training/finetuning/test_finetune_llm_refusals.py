@@ -133,7 +133,7 @@ def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path
     whole = save_model(*tiny_model(), tmp_path / "whole")
     text_only = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_plan", lambda *_, **__: pytest.fail("the run was planned"))
+        patch.setattr(stage, "_prepare", lambda *_, **__: pytest.fail("the run was planned"))
         config = replace(SHORT, merge=True)
         with pytest.raises(ValueError, match=r"LLM2CLIPTextModel.*merging writes a whole"):
             finetune_llm(text_only, RECORDS, tmp_path / "run", config)

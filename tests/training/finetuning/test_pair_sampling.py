@@ -16,14 +16,12 @@ from modeling_llm2clip.data.captions.text_pairs import TextPair
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
-from modeling_llm2clip.training.finetuning import pair_tables
+from modeling_llm2clip.training.finetuning import pair_sampling
 from modeling_llm2clip.training.finetuning.pair_sampling import (
+    MappedColumn,
     NoDuplicateGroupsBatchSampler,
     WeightedBatchSampler,
     count_steps,
-)
-from modeling_llm2clip.training.finetuning.pair_tables import (
-    MappedColumn,
     open_table,
     write_caption_pairs,
     write_text_pairs,
@@ -83,7 +81,7 @@ def test_pairs_are_those_of_pythons_shuffle_of_each_group(tmp_path):
 
 
 def test_a_pair_with_a_left_out_text_is_excluded_wherever_it_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pair_tables, "_PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(pair_sampling, "_PAIRS_AT_ONCE", 3)
     kept = TextPair("q", "q", "p", ("n",))
     pairs = [
         kept,
@@ -100,7 +98,7 @@ def test_a_pair_with_a_left_out_text_is_excluded_wherever_it_has_it(tmp_path, mo
 
 
 def test_rows_of_a_mapped_column_are_those_of_the_whole_column(tmp_path, monkeypatch):
-    monkeypatch.setattr(pair_tables, "_PAIRS_AT_ONCE", 4)
+    monkeypatch.setattr(pair_sampling, "_PAIRS_AT_ONCE", 4)
     pairs = [TextPair(f"q{n}", f"q{n}", f"p{n}") for n in range(18)]
     write_text_pairs(pairs, tmp_path / "pairs")
     table = open_table(tmp_path / "pairs")
