@@ -14,8 +14,7 @@ from ..configs.export_config import CardConfig, ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..conversion.layouts import LAYOUTS, require_options
 from .command import Changes, Repeated, command
-from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
-from .options import use_device
+from .options import list_needs_of_towers, use_device
 
 _LLM2VEC = "llm2vec"
 # What an LLM2Vec folder does not say itself.
@@ -128,11 +127,7 @@ def _build(
     folder: str, output: Path, source: SourceConfig, changes: dict[str, Any], config: ConvertConfig
 ) -> int:
     """Build an untrained model on an LLM2Vec folder."""
-    require(
-        *(list_needs_of_model(source.vision_model) if source.vision_model else ()),
-        *(list_needs_of_llm(source.text_model) if source.text_model else ()),
-        *list_needs_of_lora(folder),
-    )
+    require(*list_needs_of_towers(source.vision_model, source.text_model, folder))
     if source.vision_model is None:
         raise ValueError("An LLM2Vec folder becomes the text tower of a new model: give "
                          "--vision-model.")  # fmt: skip

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import FAISS, list_needs_of_index, require
+from .._extras import FAISS, list_needs_of_index
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import IndexConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import report, require_image_folder, use_device, use_image_limits
+from .options import report, require_image_folder, require_model, use_device, use_image_limits
 
 
 @command(
@@ -41,14 +40,10 @@ def index(
         limits: Which images are decoded.
         config: How the images are encoded, and when an approximate index is built.
     """
-    needs = [*list_needs_of_index(db), *list_needs_of_model(model)]
-    require(*needs, *([FAISS] if faiss is not None else []))
-    from ..model_folders.model_types import require_own_model
-
+    require_model(model, *list_needs_of_index(db), *([FAISS] if faiss is not None else []))
     if faiss is not None:
         _require_new(faiss)
     require_image_folder(images)
-    require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.image_index import ImageIndex

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from .._extras import ONNX_RUNTIME, PAGE, SERVE, list_needs_of_index, require
 from ..configs.serve_config import ServeConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import use_device
+from .options import require_model, use_device
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,14 +42,13 @@ def serve(
         page: Show a page at / to search and classify with.
         config: How requests are batched, and what is refused.
     """
-    is_onnx = config.backend == "onnx"
-    optional = [*([PAGE] if page else []), *list_needs_of_index(index)]
-    require(*SERVE, *optional, *([ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)))
-    from ..model_folders.model_types import require_own_model
+    needs = [*SERVE, *([PAGE] if page else []), *list_needs_of_index(index)]
+    if config.backend == "onnx":
+        require(*needs, ONNX_RUNTIME)
+    else:
+        require_model(model, *needs)
     from ..serving.run_server import bind_socket, run_server
 
-    if not is_onnx:
-        require_own_model(model)
     if index is not None:
         from ..search.image_index import ImageIndex
 

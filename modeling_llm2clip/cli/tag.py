@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
-from .._extras import list_needs_of_index, require
+from .._extras import list_needs_of_index
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.search_config import TagConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import report, report_truncated, require_image_folder, use_device, use_image_limits
+from .options import (
+    report,
+    report_truncated,
+    require_image_folder,
+    require_model,
+    use_device,
+    use_image_limits,
+)
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -57,14 +63,12 @@ def tag(
         limits: Which images are decoded.
         config: How the folder is encoded, and where its embeddings are kept.
     """
-    require(*list_needs_of_model(model), *list_needs_of_index(config.index))
-    from ..model_folders.model_types import require_own_model
+    require_model(model, *list_needs_of_index(config.index))
     from ..search.tag_labels import read_labels
 
     found = read_labels(labels, templates=list(template))
     _check_output(output)  # before what takes long
     require_image_folder(image_dir)
-    require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.tag_images import tag_folder

@@ -20,8 +20,7 @@ from ..encoding.devices import find_device
 from ..loading_llm2clip import build_tower
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .model_folder import find_model_folder
-from .model_types import require_own_model
+from .model_folder import find_model_folder, require_own_model
 
 Quantization = Literal["4bit", "8bit"]
 MODEL_CLASSES: dict[str, Any] = {

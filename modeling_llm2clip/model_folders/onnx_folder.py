@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._extras import ONNX_RUNTIME, require
 from ..configs.encoding_config import TextWeights
-from .model_folder import find_model_folder
-from .model_types import ONNX_RECORD, read_json_object
+from .model_folder import ONNX_RECORD, find_model_folder, read_json_object
 
 if TYPE_CHECKING:
     from ..encoding.onnx_encoding import OnnxEncoder

@@ -30,8 +30,8 @@ from ..model_folders.atomic_folder import atomic_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
 from ..model_folders.model_card import CardData, read_card_data, update_card_data
+from ..model_folders.model_folder import ONNX_RECORD, read_json_object
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
-from ..model_folders.model_types import ONNX_RECORD, read_json_object
 from ..model_folders.model_writing import require_inside
 from ..model_folders.onnx_folder import (
     DTYPES,
