@@ -17,6 +17,7 @@ from .command import Changes, Repeated, command
 from .options import list_needs_of_towers, use_device
 
 _LLM2VEC = "llm2vec"
+_NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components")
 # What an LLM2Vec folder does not say itself.
 _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
 if TYPE_CHECKING:
@@ -152,16 +153,9 @@ def _build(
 
 def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: ConvertConfig) -> None:
     """Raise ValueError for options that an LLM2Vec folder decides itself."""
-    of_source = {
-        "file": source.file,
-        "revision": source.revision,
-        "text_revision": source.text_revision,
-        "llm_lora": source.llm_lora,
-        "components": config.components != "full",
-    }
-    given = [name for name, value in of_source.items() if value]
-    given += [name for name in changes if name not in _CHANGES_OF_LLM2VEC]
-    if given:
+    chosen = (*source.list_given(), *config.list_given())
+    given = [name for name in chosen if name in _NOT_FOR_LLM2VEC]
+    if given := [*given, *(name for name in changes if name not in _CHANGES_OF_LLM2VEC)]:
         raise ValueError(
             f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}: the "
             "folder says how texts are pooled and how long they may be, the vision tower how "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from .._extras import ONNX_EXPORT, require
@@ -95,11 +95,7 @@ def _export_onnx(
 
 def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
     """Raise ValueError for options that a plain vision tower has no place for."""
-    unused = [
-        field.name
-        for field in fields(config)
-        if field.name not in _OF_VISION_TOWER and getattr(config, field.name) != field.default
-    ]
+    unused = [name for name in config.list_given() if name not in _OF_VISION_TOWER]
     if unused := [*unused, *(["dry_run"] if dry_run else [])]:
         named = ", ".join(f"`{name}`" for name in unused)
         raise ValueError(f"--components vision-tower has no use for {named}. Leave it out.")

@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     from ..data.records.records import Modality
     from ..data.streams.record_streams import RecordStream
 
-# Options that a modality has no use for, with their defaults; a command may lack some.
-_FOREIGN: dict[str, dict[str, object]] = {
-    "text": {"batch_size": None, "num_workers": None, "skip_invalid": False},
-    "image": {"token_budget": None},
-}
+# Options that a modality has no use for.
+_FOREIGN = {"text": ("batch_size", "num_workers", "skip_invalid"), "image": ("token_budget",)}
 _TIMM_TYPE = "timm_wrapper"  # transformers' name for every network of timm
 # A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
 # and `accelerate launch --cpu` sets them for every process.
@@ -242,9 +239,7 @@ def use_image_limits(config: ImageLimitsConfig) -> None:
 
 def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
     """Raise ValueError for options that a modality has no use for."""
-    foreign = _FOREIGN[modality]
-    given = [name for name, default in foreign.items() if getattr(config, name, default) != default]
-    if given:
+    if given := [name for name in config.list_given() if name in _FOREIGN[modality]]:
         other = "text" if modality == "image" else "image"
         raise ValueError(
             f"{', '.join(given)}: for --modality {other} alone. Leave it out, or choose that."

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 # What all of torch, NumPy and transformers take.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once: every construction asks for one
 # pydantic's types of errors → what is wanted.
 _WANTED = {
     "greater_than_equal": "at least {ge}",
@@ -116,6 +116,10 @@ class Config:
         """Yield a sentence for each contradiction between fields that are fine by themselves."""
         yield from ()
 
+    def list_given(self) -> list[str]:
+        """List the options that differ from their defaults."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: object) -> CoreSchema:
         """Let a section of another config be a mapping."""
@@ -194,14 +198,13 @@ def _check(
         raise ValueError(" ".join(_describe(one, known) for one in error.errors())) from None
 
 
+@cache  # every construction asks for one
 def _find_adapter(config_type: type[Config]) -> TypeAdapter[Any]:
-    if config_type not in _ADAPTERS:
-        hints = get_type_hints(config_type, include_extras=True)
-        none = dataclasses.MISSING
-        optional = [field.name for field in dataclasses.fields(config_type)
-                    if (field.default, field.default_factory) != (none, none)]  # fmt: skip
-        _ADAPTERS[config_type] = _make_adapter(config_type.__name__, hints, optional)
-    return _ADAPTERS[config_type]
+    hints = get_type_hints(config_type, include_extras=True)
+    none = dataclasses.MISSING
+    optional = [field.name for field in dataclasses.fields(config_type)
+                if (field.default, field.default_factory) != (none, none)]  # fmt: skip
+    return _make_adapter(config_type.__name__, hints, optional)
 
 
 def _make_adapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -94,9 +94,8 @@ class ExportConfig(WeightsConfig):
 
     def _find_conflicts_of_onnx(self) -> Iterator[str]:
         """Yield a sentence for each option that ONNX has no use for, or that only ONNX has."""
-        given = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         refused = _NOT_FOR_ONNX if self.onnx else _FOR_ONNX
-        if names := ", ".join(f"`{name}`" for name in given if name in refused):
+        if names := ", ".join(f"`{name}`" for name in self.list_given() if name in refused):
             yield f"{names}: not with onnx=True." if self.onnx else f"{names}: only with onnx=True."
         if self.onnx and self.components == "vision-tower":
             yield (
@@ -119,7 +118,6 @@ class ConvertConfig(WeightsConfig):
     """Maximum size of a weight file; the conversion takes twice as much memory."""
 
 
-_DEFAULTS = {field.name: field.default for field in fields(ExportConfig)}
 _FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
 # A graph is float32 and computed on the CPU; its card is a short one.
 _NOT_FOR_ONNX = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -42,10 +42,6 @@ class ServerCheckConfig(DeviceConfig):
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for options of an endpoint without one."""
-        given = [
-            field.name
-            for field in fields(self)
-            if field.name not in ("server", "device") and getattr(self, field.name) != field.default
-        ]
+        given = [name for name in self.list_given() if name not in ("server", "device")]
         if self.server is None and given:
             yield f"{', '.join(f'`{name}`' for name in given)} needs `server`. Give its address."

@@ -65,12 +65,16 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, stage, config in self._list_shared():
+            shared = {name: getattr(self, name)}
+            object.__setattr__(self, stage, dataclasses.replace(config, **shared))
+
+    def _list_shared(self) -> Iterator[tuple[str, str, Config]]:
+        """Yield each option that is given once, with the stages that have it and their options."""
         for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
-            value = getattr(self, name)
             for stage in stages:
-                config: Config | None = getattr(self, stage)
-                if config is not None:
-                    object.__setattr__(self, stage, dataclasses.replace(config, **{name: value}))
+                if (config := getattr(self, stage)) is not None:
+                    yield name, stage, config
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each device, seed or output that a stage gives for itself."""
@@ -85,10 +89,7 @@ class TrainConfig(DataConfig):
             yield "export.onnx=True: export the finished model with llm2clip export --onnx."
         if self.evaluate.output != EvaluationConfig().output:
             yield f"evaluate.output={self.evaluate.output}: results are written under output."
-        for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
-            shared = getattr(self, name)
-            for stage in stages:
-                config: Config | None = getattr(self, stage)
-                own = shared if config is None else getattr(config, name)
-                if own not in (shared, type(self).__dataclass_fields__[name].default):
-                    yield f"{stage}.{name}={own} differs from {name}={shared}. Give it once."
+        for name, stage, config in self._list_shared():
+            shared, own = getattr(self, name), getattr(config, name)
+            if own != shared and name in config.list_given():
+                yield f"{stage}.{name}={own} differs from {name}={shared}. Give it once."
