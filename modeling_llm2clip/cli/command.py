@@ -204,7 +204,7 @@ def command(*, group: str, examples: Sequence[str]) -> Callable[[Callable[..., A
     return lambda function: Command(function, group, tuple(examples))
 
 
-def describe_error(error: CycloptsError) -> str:
+def _describe_error(error: CycloptsError) -> str:
     """Return one line for an error of cyclopts."""
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.keyword or error.argument.name
@@ -254,7 +254,7 @@ def _convert_all(given: Iterable[Argument]) -> tuple[list[Any], dict[str, Any], 
         try:
             value = argument.convert()
         except CycloptsError as error:
-            errors.append(describe_error(error))
+            errors.append(_describe_error(error))
             continue
         if argument.is_var_positional():
             positional += value
@@ -287,6 +287,7 @@ _ALL_FLAGS = Parameter(
 )
 
 
+@dataclass(frozen=True)
 class CommandLine:
     """A program of several commands.
 
@@ -294,20 +295,16 @@ class CommandLine:
     lines.
     """
 
-    def __init__(
-        self,
-        program: str,
-        commands: Sequence[Command],
-        *,
-        description: str,
-        version: str,
-        examples: Sequence[str],
-    ) -> None:
-        self.program = program
-        self.commands = {command.name: command for command in commands}
-        self.description = description
-        self.version = version
-        self.examples = tuple(examples)
+    program: str
+    listed: Sequence[Command]
+    description: str
+    version: str
+    examples: Sequence[str]
+
+    @cached_property
+    def commands(self) -> dict[str, Command]:
+        """The commands by their names."""
+        return {command.name: command for command in self.listed}
 
     def parse(self, words: Sequence[str]) -> partial[int | None]:
         """Read a command line, without the name of the program."""
@@ -315,7 +312,7 @@ class CommandLine:
         try:
             return self._parse_with(chosen, words)
         except (UsageError, CycloptsError) as error:
-            message = describe_error(error) if isinstance(error, CycloptsError) else str(error)
+            message = _describe_error(error) if isinstance(error, CycloptsError) else str(error)
             example = (chosen or self).examples[0]
             raise UsageError(f"{message} For example: {example}") from None
 
@@ -324,7 +321,12 @@ class CommandLine:
         return self.commands.get(words[0]) if words else None
 
     def _parse_with(self, chosen: Command | None, words: Sequence[str]) -> partial[int | None]:
-        words = _prepare(chosen, words) if chosen else self._require_words(words)
+        if chosen:
+            words = _prepare(chosen, words)
+        elif not words:
+            raise UsageError(f"Name a command, one of {', '.join(self.commands)}.")
+        elif words[0].startswith("-") and words[0] not in _FLAGS_OF_PROGRAM:
+            raise UsageError(f"Unknown flag {words[0]}.{did_you_mean(words[0], _FLAGS_OF_PROGRAM)}")
         try:
             # A console keeps the width that the terminal has when it is made.
             run, bound, _ = self._make_app(chosen).parse_args(
@@ -337,14 +339,6 @@ class CommandLine:
                 raise UsageError(f"Unexpected arguments: {unused}.") from None
             return chosen.bind(split.arguments)
         return partial(run, *bound.args, **bound.kwargs)  # prints the help
-
-    def _require_words(self, words: Sequence[str]) -> Sequence[str]:
-        """Return the words, unless there are none or they begin with an unknown flag."""
-        if not words:
-            raise UsageError(f"Name a command, one of {', '.join(self.commands)}.")
-        if words[0].startswith("-") and words[0] not in _FLAGS_OF_PROGRAM:
-            raise UsageError(f"Unknown flag {words[0]}.{did_you_mean(words[0], _FLAGS_OF_PROGRAM)}")
-        return words
 
     def _make_app(self, chosen: Command | None) -> App:
         """Make the parser; of all commands but one nothing but the summary is looked at."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from .._extras import TIMM_TOWER, require
 from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
-from ..configs.export_config import CardConfig, ConvertConfig
+from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..conversion.layouts import LAYOUTS, require_options
 from .command import Changes, Repeated, command
@@ -140,12 +140,11 @@ def _build(
         device=str(use_device(config.device)),
     )
     building.require_prompt()
-    card = CardConfig(**{field.name: getattr(config, field.name) for field in fields(CardConfig)})
 
     from ..conversion.llm2vec import build_from_llm2vec
 
     build_from_llm2vec(
-        source.vision_model, Path(folder), output, building, base=source.text_model, card=card
+        source.vision_model, Path(folder), output, building, base=source.text_model, card=config
     )
     print(f"Wrote {output}. Text adapter and projections are random: align it before use.")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..configs.server_check_config import ServerCheckConfig
+from ..configs.serve_config import ServerCheckConfig
 from .command import command
 from .options import require_model, use_device
 

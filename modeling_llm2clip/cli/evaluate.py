@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,12 +143,8 @@ def _require_extras(
     of_models: ModelsConfig,
 ) -> None:
     """Raise MissingExtraError for what models and tasks need, before anything is read."""
-    needs = [PLOTS] if plot is not None else []
-    needs += [CLIP_TOKENS] if "length" in tasks else []
-    require(*needs)
-    for number, source in enumerate(models):
-        types = of_models.model_type
-        model_type = types[number % len(types)] if types else None
+    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
+    for source, model_type in zip(models, cycle(of_models.model_type or [None]), strict=False):
         revision = of_models.revision
         require(*list_needs_of_evaluated(source, model_type=model_type, revision=revision))
 

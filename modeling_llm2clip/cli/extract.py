@@ -7,7 +7,7 @@ from typing import Literal
 
 from .._extras import RAY
 from ..configs.data_config import DataConfig, ImageLimitsConfig
-from ..configs.extract_config import ExtractConfig
+from ..configs.encoding_config import ExtractConfig
 from .command import command
 from .options import (
     read_captioned_images,

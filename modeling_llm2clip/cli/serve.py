@@ -5,19 +5,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from .._extras import ONNX_RUNTIME, PAGE, SERVE, list_needs_of_index, require
 from ..configs.serve_config import ServeConfig
 from .command import command
 from .options import require_model, use_device
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from ..serving.service import EmbeddingService
 
 
 @command(
@@ -62,15 +55,11 @@ def serve(
         service = EmbeddingService.open(model, config, index=index)
         if far := service.describe_far_images():
             print(f"{index}: {far}", file=sys.stderr)
-        app = create_app(service, page=_find_page() if page else None)
+        if page:
+            from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
+        app = create_app(service, page=add_demo_page if page else None)
         run_server(app, bound, config, on_start=partial(_report_start, service.model_name, page))
     return 0
-
-
-def _find_page() -> Callable[[FastAPI, EmbeddingService], object]:
-    from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
-
-    return add_demo_page
 
 
 def _warn_if_open(host: str, variable: str) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 # What all of torch, NumPy and transformers take.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once: every construction asks for one
 # pydantic's types of errors → what is wanted.
 _WANTED = {
     "greater_than_equal": "at least {ge}",
@@ -198,13 +198,14 @@ def _check(
         raise ValueError(" ".join(_describe(one, known) for one in error.errors())) from None
 
 
-@cache  # every construction asks for one
 def _find_adapter(config_type: type[Config]) -> TypeAdapter[Any]:
-    hints = get_type_hints(config_type, include_extras=True)
-    none = dataclasses.MISSING
-    optional = [field.name for field in dataclasses.fields(config_type)
-                if (field.default, field.default_factory) != (none, none)]  # fmt: skip
-    return _make_adapter(config_type.__name__, hints, optional)
+    if config_type not in _ADAPTERS:
+        hints = get_type_hints(config_type, include_extras=True)
+        none = dataclasses.MISSING
+        optional = [field.name for field in dataclasses.fields(config_type)
+                    if (field.default, field.default_factory) != (none, none)]  # fmt: skip
+        _ADAPTERS[config_type] = _make_adapter(config_type.__name__, hints, optional)
+    return _ADAPTERS[config_type]
 
 
 def _make_adapter(

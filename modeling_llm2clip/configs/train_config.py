@@ -14,9 +14,9 @@ from .align_config import AlignConfig
 from .build_config import BuildConfig
 from .config_fields import Config, Device, Seed
 from .data_config import DataConfig
+from .encoding_config import ExtractConfig
 from .evaluation_config import EvaluationConfig
 from .export_config import ExportConfig
-from .extract_config import ExtractConfig
 from .finetune_config import FinetuneConfig
 
 _WITH_SEED = ("build", "finetune", "align")

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 
 from .._suggestions import counted
-from ..configs.extract_config import ExtractConfig
+from ..configs.encoding_config import ExtractConfig
 from ..data.captions.caption_columns import (
     CAPTION_COLUMNS,
     FirstOccurrences,

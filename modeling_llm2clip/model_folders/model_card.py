@@ -287,7 +287,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         summary=f"An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)). "
         f"{Template(_SUMMARIES[sides]).substitute(dim=config.projection_dim)}"
         + (f"\n\n**{card.caution}**" if card.caution else ""),
-        parts=_format_rows(_describe_parts(folder, config, counts)),
+        parts=format_rows(_describe_parts(folder, config, counts)),
         snippet="\n".join(
             [_SNIPPETS[side] for side in sides]
             + (["print(model.similarity(images, captions))"] if len(sides) == 2 else [])
@@ -298,7 +298,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         training=", ".join(card.training_data) or "Not recorded.",
         scores=_describe_scores(card),
         license=_describe_license(card),
-        origins=_format_rows(_describe_origins(origins, card)),
+        origins=format_rows(_describe_origins(origins, card)),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
@@ -375,7 +375,7 @@ def _describe_scores(card: CardData) -> str:
         for name, value in result.scores.items()
     ]
     head = "| task | data | score | value |\n| --- | --- | --- | --- |"
-    return f"{head}\n{_format_rows(rows)}"
+    return f"{head}\n{format_rows(rows)}"
 
 
 def _describe_license(card: CardData) -> str:
@@ -404,6 +404,7 @@ def _shorten(count: int) -> str:
     return str(count)
 
 
-def _format_rows(rows: Sequence[tuple[str, ...]]) -> str:
+def format_rows(rows: Sequence[tuple[str, ...]]) -> str:
+    """Format rows of a table in Markdown."""
     escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

@@ -128,9 +128,8 @@ class PartialModel(LLM2CLIPModel):
 
 
 def load_partial_model(
-    source: str | Path,
+    folder: Path,
     *,
-    revision: str | None = None,
     with_llm: bool = False,
     with_vision_tower: bool = False,
     device: str = "cpu",
@@ -139,7 +138,6 @@ def load_partial_model(
 
     `to_text_embeds` and `to_image_embeds` work without towers.
     """
-    folder = find_model_folder(source, revision=revision)
     model: PartialModel = PartialModel.from_pretrained(
         folder, local_files_only=True, with_llm=with_llm, with_vision_tower=with_vision_tower
     )

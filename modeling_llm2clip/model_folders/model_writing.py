@@ -151,8 +151,6 @@ def save_trained_model(
     training_data: Sequence[str] = (),
     text_adapter_trained: bool = True,
     projections_trained: bool = True,
-    results: Sequence[CardResult] = (),
-    caution: str | None = None,
     measure: Callable[[Path], tuple[Sequence[CardResult], str | None]] | None = None,
 ) -> Path:
     """Write a model folder anew with some of its weights replaced.
@@ -163,7 +161,7 @@ def save_trained_model(
     embeddings of it, none are recorded.
 
     Trained weights get the dtype that they had in the source. `measure` is called with the complete
-    folder before it is renamed; it returns results and caution in place of those given.
+    folder before it is renamed, and returns results and caution for its card.
     """
     require_new_folder(Path(folder))
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
@@ -177,7 +175,7 @@ def save_trained_model(
     model.config.projections_trained = projections_trained
     stated = read_card_data(source)
     data = dict.fromkeys((*stated.training_data, *training_data))
-    card = replace(stated, results=tuple(results), caution=caution, training_data=tuple(data))
+    card = replace(stated, results=(), caution=None, training_data=tuple(data))
 
     def measure_and_state(unfinished: Path) -> None:
         if measure is not None:

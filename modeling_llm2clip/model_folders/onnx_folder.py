@@ -36,12 +36,6 @@ def data_file(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}_data")
 
 
-def describe_head(model: Any) -> dict[str, float | None]:
-    """Describe for the record what turns cosines into logits; None for a single tower."""
-    head = getattr(model, "logit_head", None)
-    return {"logit_scale": None if head is None else round(float(head.plain_rule().scale), 6)}
-
-
 def read_onnx_record(folder: Path) -> dict[str, Any]:
     """Read what was exported."""
     file = folder / ONNX_RECORD

@@ -133,7 +133,6 @@ def load_check_inputs(data: str | None) -> CheckInputs:
 
 def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     """Compare a float32 text graph with the model, and with its golden embeddings."""
-    limit = find_tolerance(torch.float32)
     wanted = reference.text_embeds
     texts = reference.inputs.texts
     found = encoder.encode_texts(texts)
@@ -142,8 +141,8 @@ def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     one_by_one = torch.cat([encoder.encode_texts([texts[row]]) for row in alone])
     return {
         "texts": len(texts),
-        "max_distance": _compare("texts", found, wanted, limit),
-        "max_distance_alone": _compare("single texts", one_by_one, wanted[alone], limit),
+        "max_distance": _compare("texts", found, wanted),
+        "max_distance_alone": _compare("single texts", one_by_one, wanted[alone]),
         "min_cosine": _round(measure_cosines(found, wanted).min()),
         **reference.compare_golden("text", encoder.encode_texts),
     }
@@ -151,15 +150,14 @@ def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
 
 def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) -> dict[str, Any]:
     """Compare a vision graph with the model, and with its golden embeddings."""
-    limit = find_tolerance(torch.float32)
     wanted = reference.image_embeds[:NUM_IMAGES]
     images = list(reference.inputs.images[:NUM_IMAGES])
     found = encoder.encode_images(images)
     alone = encoder.encode_images(images[:1])
     figures = {
         "images": len(images),
-        "max_distance": _compare("images", found, wanted, limit),
-        "max_distance_alone": _compare("a single image", alone, wanted[:1], limit),
+        "max_distance": _compare("images", found, wanted),
+        "max_distance_alone": _compare("a single image", alone, wanted[:1]),
     }
     if any_size:
         figures["max_distance_at_other_sizes"] = _check_other_sizes(encoder, reference, images[:2])
@@ -221,9 +219,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     if text_graph is not None:
         found = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.stem, folder)
         wanted = encoder.encode_texts(GOLDEN_TEXTS)
-        _compare(
-            "the script's texts", torch.from_numpy(found), wanted, find_tolerance(torch.float32)
-        )
+        _compare("the script's texts", torch.from_numpy(found), wanted)
     if "image" not in encoder.modalities:
         return None
     images = render_golden_images()
@@ -260,12 +256,13 @@ def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[
         other = pixels.repeat(*repeats)
         wanted = model.to_image_embeds(model.get_vision_embeds(other))
         what = f"images of {other.shape[2]} × {other.shape[3]} pixels"
-        limit = find_tolerance(torch.float32)
-        largest = max(largest, _compare(what, encoder.encode_pixels(other), wanted, limit))
+        largest = max(largest, _compare(what, encoder.encode_pixels(other), wanted))
     return largest
 
 
-def _compare(what: str, found: Tensor, wanted: Tensor, limit: float) -> float:
+def _compare(
+    what: str, found: Tensor, wanted: Tensor, limit: float = find_tolerance(torch.float32)
+) -> float:
     """Return the largest distance of two rows, or raise ValueError if it is above the limit."""
     distances = measure_distances(found, wanted)
     largest = float(distances.max())

@@ -345,8 +345,6 @@ def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str |
         trained,
         fit.output / MODEL_FOLDER,
         training_data=[] if data_name is None else [data_name],
-        results=make_card_results(results, data_name),
-        caution=make_caution(results),
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
         measure=partial(_measure_written, fit, data_name),
