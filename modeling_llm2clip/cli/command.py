@@ -100,7 +100,6 @@ class Command:
 
     @cached_property
     def arguments(self) -> list[Argument]:
-        """All arguments and flags."""
         arguments = _list_leaves(self.app.assemble_argument_collection())
         names = [argument.name for argument in arguments]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -205,7 +204,6 @@ def command(*, group: str, examples: Sequence[str]) -> Callable[[Callable[..., A
 
 
 def _describe_error(error: CycloptsError) -> str:
-    """Return one line for an error of cyclopts."""
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.keyword or error.argument.name
         return f"{name} needs a value; one that begins with a hyphen is given as {name}=VALUE."
@@ -303,7 +301,6 @@ class CommandLine:
 
     @cached_property
     def commands(self) -> dict[str, Command]:
-        """The commands by their names."""
         return {command.name: command for command in self.listed}
 
     def parse(self, words: Sequence[str]) -> partial[int | None]:

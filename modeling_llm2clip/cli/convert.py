@@ -127,7 +127,6 @@ def convert(
 def _build(
     folder: str, output: Path, source: SourceConfig, changes: dict[str, Any], config: ConvertConfig
 ) -> int:
-    """Build an untrained model on an LLM2Vec folder."""
     require(*list_needs_of_towers(source.vision_model, source.text_model, folder))
     if source.vision_model is None:
         raise ValueError("An LLM2Vec folder becomes the text tower of a new model: give "

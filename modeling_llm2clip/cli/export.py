@@ -94,7 +94,6 @@ def _export_onnx(
 
 
 def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
-    """Raise ValueError for options that a plain vision tower has no place for."""
     unused = [name for name in config.list_given() if name not in _OF_VISION_TOWER]
     if unused := [*unused, *(["dry_run"] if dry_run else [])]:
         named = ", ".join(f"`{name}`" for name in unused)
@@ -102,7 +101,6 @@ def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
 
 
 def _list_files(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
-    """Print what would be written, after the same checks."""
     from ..publishing.export_model import plan_export
     from ..publishing.push_to_hub import describe_files
 

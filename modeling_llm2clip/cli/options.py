@@ -80,7 +80,6 @@ def list_needs_of_towers(
 def list_needs_of_evaluated(
     source: str, *, model_type: str | None, revision: str | None
 ) -> Iterator[Need]:
-    """List what a model of any type that can be evaluated needs."""
     if not Path(source).exists() and "=" in source:
         source = source.partition("=")[2]
     if model_type is None:
@@ -163,7 +162,6 @@ def is_streamed(data: str, streaming: StreamConfig) -> bool:
 def stream_captioned_images(
     data: str, reading: DataConfig, streaming: StreamConfig
 ) -> RecordStream:
-    """Open a stream of shards."""
     from ..data.streams.record_streams import stream_records
 
     if reading.image_dir is not None or reading.check_images or reading.captions_from is not None:
@@ -210,7 +208,6 @@ def read_captioned_images(
 
 
 def require_image_folder(image_dir: Path) -> None:
-    """Raise ValueError where there is no folder of images, before anything is imported."""
     if not image_dir.is_dir():
         raise ValueError(f"{image_dir}: no such folder. Give one that holds images.")
 
@@ -221,7 +218,6 @@ def report(text: str) -> None:
 
 
 def report_truncated(count: int, total: int, what: str, *, longest: int) -> None:
-    """Report how many texts are longer than the model reads."""
     if count:
         report(
             f"Truncated {count:,} of {total:,} {what} to the {longest} tokens that the model reads."
@@ -255,14 +251,12 @@ def suggest_align(model: str, data: str, store: Path, *, modality: str) -> str:
 
 
 def wants_no_bars(run: Callable[[], object]) -> bool:
-    """Tell whether a command is run with `--no-show-progress`."""
     configs = run.keywords.values() if isinstance(run, partial) else ()
     return any(getattr(config, "show_progress", True) is False for config in configs)
 
 
 @contextmanager
 def library_bars_hidden() -> Iterator[None]:
-    """Hide the bars of transformers and huggingface_hub, and show them again afterwards."""
     from transformers.utils import logging
 
     were_shown = logging.is_progress_bar_enabled()

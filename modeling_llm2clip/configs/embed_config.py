@@ -55,9 +55,8 @@ class EmbedConfig(EncodingConfig, BackendConfig):
     calibration_size: Annotated[int, Interval(ge=1)] = 1024
     """Records of the sample that int8 ranges are measured on."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for a column given twice, and for ranges that nothing uses."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if len(set(self.columns)) < len(self.columns):
             yield f"columns={self.columns} names a column twice. Name each once."
         if self.int8_ranges is not None and self.dtype != "int8":

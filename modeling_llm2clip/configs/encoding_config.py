@@ -40,9 +40,8 @@ class BackendConfig(DeviceConfig):
     """With `backend` onnx, weights of the language model's linear layers. Default: the most exact
     ones in the folder."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each option that the backend has no use for."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.backend == "torch" and self.text_weights is not None:
             yield f"text_weights={self.text_weights} needs backend='onnx'."
         if self.backend == "onnx" and self.device not in ("auto", "cpu"):

@@ -42,8 +42,7 @@ class CardConfig(Config):
     """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card,
     where the weights stay the same."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for a license without its name and address, or for these alone."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.license == "other" and not (self.license_name and self.license_link):
             yield "license=other needs license_name and license_link."
         if self.license != "other" and (self.license_name or self.license_link):
@@ -83,9 +82,8 @@ class ExportConfig(WeightsConfig):
     """Largest loss of text to image R@1 that int4 weights may cost, as a share: 0.02 for two
     points."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for options that exclude each other."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.handler and self.components == "vision-tower":
             yield "handler=True serves models of this package, not components=vision-tower."
         if self.space and self.components != "full":

@@ -60,9 +60,8 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
         """Return the limits of images by their names; a download ends with its request."""
         return {**super().list_limits(), "max_download_s": self.timeout_s}
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each network that cannot be read or is never used."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.image_networks and not self.image_urls:
             yield "image_networks needs image_urls=True."
         if self.max_image_mb > self.max_request_mb and not self.image_urls:
@@ -103,9 +102,8 @@ class RayServeConfig(ServeConfig):
     num_gpus: Annotated[float, Interval(ge=0)] = 0
     """GPUs that Ray reserves per replica."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.min_replicas > self.max_replicas:
             yield f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}."
 
@@ -137,8 +135,7 @@ class ServerCheckConfig(DeviceConfig):
     concurrency: Annotated[int, Interval(ge=1, le=256)] = 8
     """Requests in flight at once in the check for cross-talk."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for options of an endpoint without one."""
+    def _find_conflicts(self) -> Iterator[str]:
         given = [name for name in self.list_given() if name not in ("server", "device")]
         if self.server is None and given:
             yield f"{', '.join(f'`{name}`' for name in given)} needs `server`. Give its address."

@@ -76,8 +76,7 @@ class TrainConfig(DataConfig):
                 if (config := getattr(self, stage)) is not None:
                     yield name, stage, config
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each device, seed or output that a stage gives for itself."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.finetune is not None and not self.finetune.merge:
             yield "finetune.merge=False leaves no model for the next stages. Leave it out."
         if self.export is not None and self.export.components != "full":

@@ -62,14 +62,9 @@ _SNIPPETS = {
 
 @dataclass(frozen=True)
 class CardResult:
-    """The scores of one evaluation.
+    """The scores of one evaluation, by name; the dataset's name has its language.
 
-    Attributes:
-        task: Task, such as `"retrieval"`.
-        dataset: Dataset, with its language where it has several.
-        scores: Name of a measure → value.
-        fingerprint: Fingerprint of the measured model, where it is known; a card does not keep it.
-        dtype: Dtype that the model was measured in; a card does not keep it.
+    A card does not keep fingerprint and dtype of the measured model.
     """
 
     task: str
@@ -83,19 +78,9 @@ class CardResult:
 class CardData:
     """The statements of a card about a model.
 
-    Attributes:
-        license: License of the weights: an identifier of the Hub, such as `"apache-2.0"`, or
-            `"other"`.
-        license_name: Name of a license that the Hub has no identifier for.
-        license_link: Address of it.
-        vision_license: License of the vision tower, as its own card has it.
-        text_license: License of the language model, likewise.
-        training_data: Names or Hub ids of the datasets of the alignment.
-        results: Results measured with these very weights.
-        caution: A warning that a user must see first, for example that the model is near chance.
-
-    Raises:
-        ValueError: `license` is not an identifier, or `"other"` without name and link.
+    `license` is an identifier of the Hub, or "other" with name and address of another one; the
+    towers have those of their own cards. `results` were measured with these very weights. `caution`
+    is a warning that a user must see first, for example that the model is near chance.
     """
 
     license: str | None = None
@@ -121,7 +106,6 @@ class CardData:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Fields of the card's metadata, without the results."""
         stated = {**vars(self), "training_data": list(self.training_data) or None}
         return {n: value for n, value in stated.items() if n != "results" and value is not None}
 
@@ -142,7 +126,6 @@ class CardData:
 
 
 def read_card_data(folder: Path) -> CardData:
-    """Read what the card of a folder states; nothing where there is no card."""
     path = folder / "README.md"
     if not path.is_file():
         return CardData()
@@ -193,7 +176,6 @@ def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None)
 
 
 def require_license(card: CardData, source: str | Path) -> None:
-    """Refuse to publish a model without a license."""
     if card.license is None:
         raise ValueError(
             f"{source} states no license, and nothing is published without one. State it with "
@@ -405,6 +387,5 @@ def _shorten(count: int) -> str:
 
 
 def format_rows(rows: Sequence[tuple[str, ...]]) -> str:
-    """Format rows of a table in Markdown."""
     escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

@@ -113,7 +113,6 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def list_uploaded_files() -> list[Path]:
-    """List the package's files that are copied beside the weights, as remote code."""
     package = Path(__file__).parents[1]
     return sorted(path for path in package.glob("*.py") if not path.name.startswith("_"))
 
@@ -230,16 +229,9 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """The content of a folder or Hub repository.
+    """The content of a folder or Hub repository, and a sentence with the command that takes it."""
 
-    Attributes:
-        content: `"llm2clip"`, `"onnx"`, `"official"`, `"clip"`, `"vision"`, `"text"`, `"lora"`,
-            `"store"`, `"sentence-transformers"`, `"above"` (the parent folder of models), or
-            `"other"`.
-        advice: A sentence with the content and the command that takes it; empty for `"llm2clip"`.
-    """
-
-    content: str
+    content: str  # in a word; "above" is the parent folder of models
     advice: str = ""
 
 
@@ -270,7 +262,6 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
 
 
 def holds_graphs(source: str | Path | None) -> bool:
-    """Return whether a model is a local folder of ONNX graphs."""
     return source is not None and (Path(source) / ONNX_RECORD).is_file()
 
 

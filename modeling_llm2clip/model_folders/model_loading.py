@@ -166,7 +166,6 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
 
 
 def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
-    """List the parts that still have their initial random weights."""
     has_text = config.architectures != ["LLM2CLIPVisionModel"]
     return (
         *(["text adapter"] if has_text and not config.text_adapter_trained else []),

@@ -27,7 +27,6 @@ _TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
 def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") -> Path:
-    """Return where a graph is, or would be."""
     return folder / GRAPHS / f"{_TOWERS[modality]}{SUFFIXES[weights]}.onnx"
 
 
@@ -37,7 +36,6 @@ def data_file(graph: Path) -> Path:
 
 
 def read_onnx_record(folder: Path) -> dict[str, Any]:
-    """Read what was exported."""
     file = folder / ONNX_RECORD
     found = read_json_object(file) if file.is_file() else None
     if found is None:
@@ -49,7 +47,6 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
 
 
 def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return a local folder of ONNX graphs, or download that of a Hub repository."""
     only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
     folder = find_model_folder(source, revision=revision, only=only)
     read_onnx_record(folder)
@@ -149,7 +146,6 @@ def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) 
 
 
 def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
-    """Open a graph for ONNX Runtime on the CPU."""
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 

@@ -45,13 +45,9 @@ MIN_COSINE_OF_SCRIPT = 0.999
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """The texts and images that graphs are checked on.
+    """The captions and images that graphs are checked on, one of each record of `data`.
 
-    Attributes:
-        captions: One of each record.
-        texts: The captions, and texts of several of them, up to beyond the model's maximum.
-        images: Image of each record.
-        data: Source of the records, for the record of the export.
+    `texts` are the captions, and texts of several of them, up to beyond the model's maximum.
     """
 
     captions: Sequence[str]
@@ -62,14 +58,9 @@ class CheckInputs:
 
 @dataclass
 class Reference:
-    """The model itself, and its embeddings of the check's inputs; each is computed once.
+    """The model in float32 on the CPU, and its embeddings of the check's inputs.
 
-    Attributes:
-        model: The model, in float32 on the CPU.
-        processor: Its processor.
-        inputs: Texts and images.
-        folder: Its folder, which may have golden embeddings.
-        dtype: Dtype in which it was saved, and these computed.
+    The folder may have golden embeddings, which were computed in `dtype`.
     """
 
     model: Any
@@ -185,7 +176,6 @@ def compare_rounded_texts(
 
 
 def require_near_texts(figures: Mapping[str, Any]) -> None:
-    """Refuse 8-bit weights with which a text is too far from the model's own embedding."""
     if low := figures["texts_below_0.999"]:
         raise ValueError(
             f"8-bit weights change this model too much: {low} of {figures['texts']} texts have a "
@@ -196,7 +186,6 @@ def require_near_texts(figures: Mapping[str, Any]) -> None:
 
 
 def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss: float) -> None:
-    """Refuse 4-bit weights that cost more recall than accepted."""
     before, after = figures["recall_at_1_of_the_model"], figures["recall_at_1"]
     loss = round(before - after, 6)
     if loss > max_loss:

@@ -267,7 +267,6 @@ class _OnnxWriter:
         }
 
     def write_other_files(self, *, name: str) -> None:
-        """Write processor, configuration, golden embeddings, script, record and card."""
         reference, folder = self.reference, self.folder
         reference.processor.save_pretrained(folder)
         _name_prompt_tokens(folder / "tokenizer.json")
@@ -347,7 +346,6 @@ def _name(file: Path) -> str:
 
 
 def _measure_mb(file: Path) -> float:
-    """Return the size of a graph with its weights, in 10^6 bytes."""
     files = [part for part in (file, data_file(file)) if part.is_file()]
     return round(sum(part.stat().st_size for part in files) / 1e6, 1)
 
@@ -417,7 +415,6 @@ def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: s
 
 
 def describe_check(check: dict[str, Any]) -> str:
-    """Describe the check of a graph in a few words."""
     kind = "text" if "texts" in check else "image"
     count = counted(check[f"{kind}s"], kind)
     if "max_distance" in check:

@@ -73,16 +73,9 @@ class RecipePaths:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a recipe.
+    """One stage of a recipe; its FLOPs are 0 where they do not matter.
 
-    Attributes:
-        name: As in the command line.
-        size: What it works on.
-        output: What it writes.
-        state: Whether it is finished or was stopped; an evaluation is repeated, and keeps results
-            that are finished.
-        flops: Floating-point operations; 0 where they do not matter.
-        num_bytes: What it writes to the disk.
+    An evaluation is repeated, and keeps results that are finished.
     """
 
     name: str
@@ -95,14 +88,9 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """The stages of a recipe; printing it shows a line per stage.
+    """The stages of a recipe, and the numbers of images to train on and to evaluate on.
 
-    Attributes:
-        output: Folder of everything that is written.
-        stages: In order.
-        num_images: Images to train on, and to evaluate on.
-        device: Where the stages run.
-        flops_per_second: What this device is expected to reach.
+    Printing it shows a line per stage.
     """
 
     output: Path
@@ -112,7 +100,6 @@ class RecipePlan:
     flops_per_second: float
 
     def __str__(self) -> str:
-        """Return the plan as a table and two sentences."""
         rows = [
             (
                 stage.name,
@@ -178,13 +165,11 @@ def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
 
 
 def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
-    """List what is evaluated on: the held-out records, if there are any, and further datasets."""
     held_out = [make_records_spec(test, name="held-out")] if test else []
     return [*held_out, *config.eval_datasets]
 
 
 def show_seconds(seconds: float) -> str:
-    """Show a duration in its largest unit."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -192,7 +177,6 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Show a size in its largest unit of 1,000."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
@@ -206,20 +190,13 @@ def _show(show: Callable[[float], str], number: float) -> str:
 
 @dataclass(frozen=True)
 class TowerSize:
-    """Numbers of a tower.
-
-    Attributes:
-        num_parameters: Number of weights.
-        width: Width of its embeddings.
-        tokens_per_image: Patches of an image, or what a convolutional network is about worth.
-    """
+    """Numbers of a tower; a convolutional network counts as about as many tokens as it is worth."""
 
     num_parameters: float = math.nan
     width: float = math.nan
     tokens_per_image: int = _DEFAULT_TOKENS_PER_IMAGE
 
     def __str__(self) -> str:
-        """Return the number of weights in millions or billions."""
         if math.isnan(self.num_parameters):
             return "?"
         if self.num_parameters < 1e9:
@@ -417,7 +394,6 @@ def is_complete(folder: Path) -> bool:
 
 
 def is_complete_store(store: Path) -> bool:
-    """Tell whether a store has all its shards."""
     return (store / MANIFEST_FILE).is_file() and StoreManifest.read(store).complete
 
 

@@ -252,7 +252,6 @@ class _Recipe:
         self.is_main_process = PartialState().is_main_process
 
     def run(self) -> Path:
-        """Do every stage that is not finished."""
         model = self._finetune(self._build())
         model = self._export(self._align(model))
         self._check_model(model)
