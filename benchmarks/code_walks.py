@@ -163,7 +163,7 @@ def _walk_caption(tracer: CallTracer) -> None:
 
 
 def _walk_image(tracer: CallTracer) -> None:
-    from modeling_llm2clip.configs.search_config import IndexConfig
+    from modeling_llm2clip.configs.encoding_config import IndexConfig
     from modeling_llm2clip.search.image_index import ImageIndex
 
     model = _save_model()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .._extras import ONNX_RUNTIME, RAY, require
 from ..configs.data_config import DataConfig, ImageLimitsConfig
-from ..configs.embed_config import EmbedConfig
+from ..configs.encoding_config import EmbedConfig
 from .command import command
 from .options import (
     read_captioned_images,

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from .._extras import list_needs_of_index
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
-from ..configs.search_config import TagConfig
+from ..configs.encoding_config import TagConfig
 from .command import command
 from .options import (
     report,

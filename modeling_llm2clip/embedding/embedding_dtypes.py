@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..configs.embed_config import EmbeddingDtype
+from ..configs.encoding_config import EmbeddingDtype
 
 Array: TypeAlias = np.ndarray[Any, Any]
 # Type of the values of a stored embedding.

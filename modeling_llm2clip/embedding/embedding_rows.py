@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from ..configs.embed_config import EmbeddingColumn
+from ..configs.encoding_config import EmbeddingColumn
 from ..data.captions.caption_columns import CAPTION_COLUMNS, FlatCaptions, flatten_captions
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import count_distinct

@@ -40,6 +40,7 @@ _SUMMARIES = {
     ("vision",): "The vision-only model, which projects into a space of $dim dimensions.",
     ("text",): "The text-only model, which projects into a space of $dim dimensions.",
 }
+_OPTIONS = ("license_name", "license_link", "vision_license", "text_license", "training_data")
 _PIPELINES = {
     ("vision", "text"): "zero-shot-image-classification",
     ("vision",): "image-feature-extraction",
@@ -153,11 +154,9 @@ def update_card_data(
 
     Results replace the card's; None keeps those.
     """
-    names = ("license_name", "license_link", "vision_license", "text_license")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in names}
-    changes["training_data"] = config.training_data or None
-    changes["results"] = None if results is None else tuple(results)
-    given = {name: value for name, value in changes.items() if value is not None}
+    given = {name: getattr(config, name) for name in config.list_given() if name in _OPTIONS}
+    if results is not None:
+        given["results"] = tuple(results)
     return relicense(card, config.license, **given)
 
 

@@ -102,7 +102,7 @@ def train(
     """
     config, split, inputs = _check(config, records)
     is_main_process = PartialState().is_main_process
-    say: Report = report if is_main_process else _be_silent
+    say = report if is_main_process else lambda _: None  # another process reports
     say(str(plan_recipe(config, split)))
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
     if is_main_process:
@@ -370,7 +370,3 @@ def _build_towers(config: TrainConfig, folder: Path) -> None:
 
 def _name_data(data: str) -> str:
     return "embedded emoji" if data == EMBEDDED else Path(data).resolve().name
-
-
-def _be_silent(_: str) -> None:
-    """Report nothing: another process does."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..configs.search_config import IndexConfig
+from ..configs.encoding_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.records.record_loading import find_example_data
 from ..encoding.devices import find_device

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .._suggestions import counted
-from ..configs.search_config import IndexConfig
+from ..configs.encoding_config import IndexConfig
 from ..data.remote.remote_access import raise_disk_failure
 from ..model_folders.training_images import ImageTally
 from .image_encoding import encode_readable_images
