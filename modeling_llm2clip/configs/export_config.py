@@ -50,19 +50,13 @@ class CardConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsConfig(CardConfig, DeviceConfig):
-    """Which weights are written, and in which dtype."""
+class ExportConfig(CardConfig, DeviceConfig):
+    """Options of `export_model`."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: as they are."""
     max_shard_size: ShardSize = "50GB"
     """Maximum size of a weight file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(WeightsConfig):
-    """Options of `export_model`."""
-
     components: Literal["full", "text", "vision", "vision-tower"] = "full"
     """The whole model; the text-only or vision-only model; or the vision tower as a plain model of
     transformers, for LLaVA and the like."""
@@ -105,15 +99,15 @@ class ExportConfig(WeightsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig(WeightsConfig):
+class ConvertConfig(CardConfig, DeviceConfig):
     """Options of `convert_checkpoint`."""
 
-    components: Literal["full", "text", "vision"] = "full"
-    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of all weights but the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"
     """Maximum size of a weight file; the conversion takes twice as much memory."""
+    components: Literal["full", "text", "vision"] = "full"
+    """The whole model, or the text-only or vision-only model."""
 
 
 _FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
