@@ -64,6 +64,12 @@ def embed(
         limits: Which images are decoded.
         config: How embeddings are computed and stored.
     """
+    from ..embedding.embedding_manifest import EmbeddingManifest
+
+    refuse_foreign_options(config, modality)
+    if config.skip_invalid and reading.check_images:
+        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
+    EmbeddingManifest.require_folder(output)
     needs = [RAY] if engine == "ray" else []
     if config.backend == "onnx":
         require(*needs, ONNX_RUNTIME)
@@ -72,12 +78,6 @@ def embed(
         model = str(find_onnx_folder(model))
     else:
         require_model(model, *needs)
-    from ..embedding.embedding_manifest import EmbeddingManifest
-
-    refuse_foreign_options(config, modality)
-    if config.skip_invalid and reading.check_images:
-        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give one.")
-    EmbeddingManifest.require_folder(output)
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)
