@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # Options that a modality has no use for.
 _FOREIGN = {"text": ("batch_size", "num_workers", "skip_invalid"), "image": ("token_budget",)}
-_TIMM_TYPE = "timm_wrapper"  # transformers' name for every network of timm
 # A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
 # and `accelerate launch --cpu` sets them for every process.
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -60,8 +59,8 @@ def list_needs_of_model(
     """List what a vision tower, or a model that has one, needs."""
     config = _fetch_json(source, "config.json", revision) or {}
     tower = config.get("vision_config") or config
-    # What timm itself publishes has no model type.
-    if tower.get("model_type") == _TIMM_TYPE or "pretrained_cfg" in tower:
+    # transformers' name for every network of timm; what timm itself publishes has no model type.
+    if tower.get("model_type") == "timm_wrapper" or "pretrained_cfg" in tower:
         yield TIMM_TOWER if extra is None else TIMM_TOWER._replace(extra=extra)
 
 
