@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._extras import LORA
+from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from .command import command
 from .options import (
     is_streamed,
+    list_needs_of_model,
     read_captioned_images,
     require_data,
-    require_model,
     stream_captioned_images,
     use_device,
     use_image_limits,
@@ -66,8 +66,9 @@ def align(
         config: What is trained, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
-    require_model(model, *([LORA] if uses_lora else []), extra="train")
+    require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
+    from ..model_folders.model_folder import require_own_model
     from ..training.run_folder import require_fresh_or_resumed
 
     folder = output / "model"
@@ -75,6 +76,7 @@ def align(
     clear_leftovers(folder)
     require_new_folder(folder)
     require_fresh_or_resumed(output, resume=resume)
+    require_own_model(model)
     streamed = is_streamed(data, streaming)
     if not streamed:
         require_data(data, reading)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import CAPTION_TUNING
+from .._extras import CAPTION_TUNING, require
 from ..configs.data_config import DataConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
-from .options import read_captioned_images, require_data, require_model, use_device
+from .options import list_needs_of_model, read_captioned_images, require_data, use_device
 
 
 @command(group="Train", examples=("llm2clip finetune-llm my-model my-images tuned",))
@@ -35,8 +35,9 @@ def finetune_llm(
         config: How the LLM is trained.
         resume: Continue a run that was stopped.
     """
-    require_model(model, *CAPTION_TUNING, extra="train")
+    require(*CAPTION_TUNING, *list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
+    from ..model_folders.model_folder import require_own_model
     from ..training.run_folder import require_fresh_or_resumed
 
     merged = output / "model"
@@ -44,6 +45,7 @@ def finetune_llm(
         clear_leftovers(merged)
         require_new_folder(merged)
     require_fresh_or_resumed(output, resume=resume)
+    require_own_model(model)
     require_data(data, reading)
     use_device(config.device)
 
