@@ -61,8 +61,8 @@ def extract(
         limits: Which images are decoded.
         config: How embeddings are computed and stored.
     """
-    require_model(model, *([RAY] if engine == "ray" else []), extra="train")
     refuse_foreign_options(config, modality)
+    require_model(model, *([RAY] if engine == "ray" else []), extra="train")
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)

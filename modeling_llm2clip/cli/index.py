@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import FAISS, list_needs_of_index
+from .._extras import FAISS, list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import IndexConfig
 from .command import command
-from .options import report, require_image_folder, require_model, use_device, use_image_limits
+from .options import list_needs_of_model, report, require_image_folder, use_device, use_image_limits
 
 
 @command(
@@ -40,10 +40,14 @@ def index(
         limits: Which images are decoded.
         config: How the images are encoded, and when an approximate index is built.
     """
-    require_model(model, *list_needs_of_index(db), *([FAISS] if faiss is not None else []))
+    needs = [*list_needs_of_index(db), *list_needs_of_model(model)]
+    require(*needs, *([FAISS] if faiss is not None else []))
+    from ..model_folders.model_folder import require_own_model
+
     if faiss is not None:
         _require_new(faiss)
     require_image_folder(images)
+    require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.image_index import ImageIndex

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
-from .._extras import list_needs_of_index
+from .._extras import list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import TagConfig
 from .command import command
 from .options import (
+    list_needs_of_model,
     report,
     report_truncated,
     require_image_folder,
-    require_model,
     use_device,
     use_image_limits,
 )
@@ -63,12 +63,14 @@ def tag(
         limits: Which images are decoded.
         config: How the folder is encoded, and where its embeddings are kept.
     """
-    require_model(model, *list_needs_of_index(config.index))
+    require(*list_needs_of_model(model), *list_needs_of_index(config.index))
+    from ..model_folders.model_folder import require_own_model
     from ..search.tag_labels import read_labels
 
     found = read_labels(labels, templates=list(template))
     _check_output(output)  # before what takes long
     require_image_folder(image_dir)
+    require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.tag_images import tag_folder
