@@ -149,7 +149,7 @@ def walk_here(checkout: str, name: str) -> None:
 
 
 def _walk_caption(tracer: CallTracer) -> None:
-    from modeling_llm2clip.configs.extract_config import ExtractConfig
+    from modeling_llm2clip.configs.encoding_config import ExtractConfig
 
     model = _save_model()
     config = ExtractConfig(device="cpu", show_progress=False)
@@ -163,7 +163,7 @@ def _walk_caption(tracer: CallTracer) -> None:
 
 
 def _walk_image(tracer: CallTracer) -> None:
-    from modeling_llm2clip.configs.search_config import IndexConfig
+    from modeling_llm2clip.configs.encoding_config import IndexConfig
     from modeling_llm2clip.search.image_index import ImageIndex
 
     model = _save_model()

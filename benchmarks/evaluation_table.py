@@ -47,7 +47,7 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluationConfig,
 )
 from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.demo.demo_data import split_emoji
+from modeling_llm2clip.demo.run_demo import split_emoji
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.report import render_results
 from modeling_llm2clip.evaluation.results import Result

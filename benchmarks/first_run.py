@@ -38,7 +38,7 @@ import torch
 from provenance import describe_run
 from torch import Tensor
 
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality

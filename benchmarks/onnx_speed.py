@@ -92,7 +92,7 @@ def _parse() -> argparse.Namespace:
 
 def _write_held_out(folder: Path) -> Path:
     """Write the emoji that the demo's model was not trained on, as a source of records."""
-    from modeling_llm2clip.demo.demo_data import split_emoji
+    from modeling_llm2clip.demo.run_demo import split_emoji
     from modeling_llm2clip.evaluation.datasets.catalog.caption_readers import EMOJI_SEED
 
     folder.mkdir()

@@ -68,7 +68,7 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
     """Plan a store of captions, and tokenize its first shard."""
     import torch
 
-    from modeling_llm2clip.configs.extract_config import ExtractConfig
+    from modeling_llm2clip.configs.encoding_config import ExtractConfig
     from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
     from modeling_llm2clip.embedding.extract import list_caption_items, open_shards, plan_store
     from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder

@@ -36,7 +36,7 @@ import pyarrow as pa
 import torch
 from provenance import describe_run, write_result
 
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_index import SCHEMA

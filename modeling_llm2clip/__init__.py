@@ -17,14 +17,11 @@ if TYPE_CHECKING:
     from .configs.align_config import AlignConfig
     from .configs.build_config import BuildConfig
     from .configs.data_config import DataConfig
-    from .configs.embed_config import EmbedConfig
+    from .configs.encoding_config import EmbedConfig, ExtractConfig, IndexConfig, TagConfig
     from .configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
     from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
-    from .configs.extract_config import ExtractConfig
     from .configs.finetune_config import FinetuneConfig
-    from .configs.search_config import IndexConfig, TagConfig
-    from .configs.serve_config import RayServeConfig, ServeConfig
-    from .configs.server_check_config import ServerCheckConfig
+    from .configs.serve_config import RayServeConfig, ServeConfig, ServerCheckConfig
     from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
@@ -81,14 +78,11 @@ _HOMES = {
     "configs.align_config": ("AlignConfig",),
     "configs.build_config": ("BuildConfig",),
     "configs.data_config": ("DataConfig",),
-    "configs.embed_config": ("EmbedConfig",),
     "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
     "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
-    "configs.extract_config": ("ExtractConfig",),
+    "configs.encoding_config": ("EmbedConfig", "ExtractConfig", "IndexConfig", "TagConfig"),
     "configs.finetune_config": ("FinetuneConfig",),
-    "configs.search_config": ("IndexConfig", "TagConfig"),
-    "configs.serve_config": ("RayServeConfig", "ServeConfig"),
-    "configs.server_check_config": ("ServerCheckConfig",),
+    "configs.serve_config": ("RayServeConfig", "ServeConfig", "ServerCheckConfig"),
     "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),

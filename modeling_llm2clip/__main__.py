@@ -14,7 +14,7 @@ from ._extras import MissingExtraError
 from ._library_warnings import hide_known_warnings
 from .cli.align import align
 from .cli.build import build
-from .cli.command import Command, UsageError
+from .cli.command import Command, CommandLine, UsageError
 from .cli.convert import convert
 from .cli.demo import demo
 from .cli.doctor import doctor
@@ -24,10 +24,9 @@ from .cli.evaluate import evaluate
 from .cli.export import export
 from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
-from .cli.flags import CommandLine
 from .cli.index import index
-from .cli.library_settings import bound_spinning, library_bars_hidden, wants_no_bars
 from .cli.merge_store import merge_store
+from .cli.options import bound_spinning, library_bars_hidden, wants_no_bars
 from .cli.push import push
 from .cli.search import search
 from .cli.serve import serve

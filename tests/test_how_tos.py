@@ -21,7 +21,7 @@ from published_datasets import (
 )
 
 import modeling_llm2clip
-from modeling_llm2clip.cli.flags import CommandLine
+from modeling_llm2clip.cli.command import CommandLine
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     READERS,
     load_dataset,

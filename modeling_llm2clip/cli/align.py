@@ -10,9 +10,9 @@ from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from .command import command
-from .extras import list_needs_of_model
 from .options import (
     is_streamed,
+    list_needs_of_model,
     read_captioned_images,
     require_data,
     stream_captioned_images,
@@ -68,7 +68,7 @@ def align(
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
-    from ..model_folders.model_types import require_own_model
+    from ..model_folders.model_folder import require_own_model
     from ..training.run_folder import require_fresh_or_resumed
 
     folder = output / "model"

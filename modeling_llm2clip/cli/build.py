@@ -9,8 +9,7 @@ from .._extras import DEMO, require
 from ..configs.build_config import EMBEDDED, BuildConfig
 from ..configs.export_config import CardConfig
 from .command import command
-from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
-from .options import use_device
+from .options import list_needs_of_towers, use_device
 
 # A model given in place of the other tower: (argument, modality) → what it is.
 _SWAPPED = {
@@ -48,8 +47,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         from ..building.pretrained_towers import fetch_embedded
 
         vision_model, text_model, config = fetch_embedded(vision_model, text_model, config)
-    require(*list_needs_of_llm(text_model), *list_needs_of_lora(config.lora))
-    require(*list_needs_of_model(vision_model))
+    require(*list_needs_of_towers(vision_model, text_model, config.lora))
     config.require_prompt()
     _require_order(vision_model, text_model)
     require_sources(vision=vision_model, text=text_model, lora=config.lora)
@@ -69,7 +67,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
 
 def _require_order(vision_model: str, text_model: str) -> None:
     """Raise ValueError for a tower in the other's place, judged by its `config.json`."""
-    from ..model_folders.model_types import find_model_type
+    from ..model_folders.model_folder import find_model_type
 
     for place, source in (("VISION_MODEL", vision_model), ("TEXT_MODEL", text_model)):
         found = find_model_type(source)

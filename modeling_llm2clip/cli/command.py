@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from cyclopts import App, Argument, CycloptsError, Group, MissingArgumentError, Parameter
+from cyclopts.help import HelpPanel
+from rich.console import Console, ConsoleOptions
+from rich.table import Table
+from rich.text import Text
 
+from .._suggestions import did_you_mean
 from ..configs.config_fields import Config, DeviceConfig, check_values, read_yaml
 
+_FLAGS_OF_PROGRAM = ("--help", "-h", "--version")
 _FILE = "options_file"
 _FILE_HELP = (
     "YAML file of options, named like the flags but with underscores; flags override it. "
@@ -94,7 +100,6 @@ class Command:
 
     @cached_property
     def arguments(self) -> list[Argument]:
-        """All arguments and flags."""
         arguments = _list_leaves(self.app.assemble_argument_collection())
         names = [argument.name for argument in arguments]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -137,29 +142,24 @@ class Command:
         """Make the call of the function out of the words that each argument got."""
         given = [argument for argument in _list_leaves(split) if argument.has_tokens]
         positional, values, errors = _convert_all(given)
+        hints = {name: flag.field_info.annotation for name, flag in self.flags.items()}
         if (file := values.pop(_FILE, None)) is not None:
-            values = self._read_file(file) | values
+            try:
+                values = check_values(hints, read_yaml(file)) | values
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--config {file}: {error}") from None
         names = {*values, *(argument.field_info.name for argument in given)}
         errors += [f"{argument.name} is missing." for argument in self.arguments
                    if argument.required and argument.field_info.name not in names]  # fmt: skip
         keywords: dict[str, Any] = {}
         try:
-            values = check_values(self._hint_flags(), values)
+            values = check_values(hints, values)
             keywords = {} if errors else self._fill_configs(values)
         except ValueError as error:
             errors.append(str(error))
         if errors:
             raise UsageError(self.name_flags(" ".join(errors)))
         return partial(self.function, *positional, **keywords)
-
-    def _hint_flags(self) -> dict[str, Any]:
-        return {name: flag.field_info.annotation for name, flag in self.flags.items()}
-
-    def _read_file(self, file: Path) -> dict[str, Any]:
-        try:
-            return check_values(self._hint_flags(), read_yaml(file))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--config {file}: {error}") from None
 
     def _fill_configs(self, values: dict[str, Any]) -> dict[str, Any]:
         """Put the values of flags into the configs and changes that they are of."""
@@ -203,8 +203,7 @@ def command(*, group: str, examples: Sequence[str]) -> Callable[[Callable[..., A
     return lambda function: Command(function, group, tuple(examples))
 
 
-def describe_error(error: CycloptsError) -> str:
-    """Return one line for an error of cyclopts."""
+def _describe_error(error: CycloptsError) -> str:
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.keyword or error.argument.name
         return f"{name} needs a value; one that begins with a hyphen is given as {name}=VALUE."
@@ -253,7 +252,7 @@ def _convert_all(given: Iterable[Argument]) -> tuple[list[Any], dict[str, Any], 
         try:
             value = argument.convert()
         except CycloptsError as error:
-            errors.append(describe_error(error))
+            errors.append(_describe_error(error))
             continue
         if argument.is_var_positional():
             positional += value
@@ -284,3 +283,149 @@ _ALL_FLAGS = Parameter(
     negative_none=(),
     show_default=_show_default,
 )
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A program of several commands.
+
+    Its help lists the commands in their order, between `description` and `examples` of command
+    lines.
+    """
+
+    program: str
+    listed: Sequence[Command]
+    description: str
+    version: str
+    examples: Sequence[str]
+
+    @cached_property
+    def commands(self) -> dict[str, Command]:
+        return {command.name: command for command in self.listed}
+
+    def parse(self, words: Sequence[str]) -> partial[int | None]:
+        """Read a command line, without the name of the program."""
+        chosen = self.find_command(words)
+        try:
+            return self._parse_with(chosen, words)
+        except (UsageError, CycloptsError) as error:
+            message = _describe_error(error) if isinstance(error, CycloptsError) else str(error)
+            example = (chosen or self).examples[0]
+            raise UsageError(f"{message} For example: {example}") from None
+
+    def find_command(self, words: Sequence[str]) -> Command | None:
+        """Return the command that a command line is for; None for `--help` and the like."""
+        return self.commands.get(words[0]) if words else None
+
+    def _parse_with(self, chosen: Command | None, words: Sequence[str]) -> partial[int | None]:
+        if chosen:
+            words = _prepare(chosen, words)
+        elif not words:
+            raise UsageError(f"Name a command, one of {', '.join(self.commands)}.")
+        elif words[0].startswith("-") and words[0] not in _FLAGS_OF_PROGRAM:
+            raise UsageError(f"Unknown flag {words[0]}.{did_you_mean(words[0], _FLAGS_OF_PROGRAM)}")
+        try:
+            # A console keeps the width that the terminal has when it is made.
+            run, bound, _ = self._make_app(chosen).parse_args(
+                words, console=Console(), exit_on_error=False, print_error=False
+            )
+        except LineSplit as split:
+            assert chosen is not None
+            if split.unused_tokens:
+                unused = " ".join(split.unused_tokens)
+                raise UsageError(f"Unexpected arguments: {unused}.") from None
+            return chosen.bind(split.arguments)
+        return partial(run, *bound.args, **bound.kwargs)  # prints the help
+
+    def _make_app(self, chosen: Command | None) -> App:
+        """Make the parser; of all commands but one nothing but the summary is looked at."""
+        root = App(
+            name=self.program,
+            help=self.description,
+            help_epilogue=_show_examples(self.examples),
+            help_format="plaintext",
+            help_formatter=_HelpFormatter(),
+            help_flags=_FLAGS_OF_PROGRAM[:2],
+            version=self.version,
+            version_flags=_FLAGS_OF_PROGRAM[2:],
+        )
+        root["--help"].group = root["--version"].group = Group("Options", sort_key=99)
+        names = dict.fromkeys(command.group for command in self.commands.values())
+        groups = {name: Group(name, sort_key=number) for number, name in enumerate(names)}
+        for number, command in enumerate(self.commands.values()):
+            app = command.app if command is chosen else App(name=command.name)
+            app.help = command.summary if command is not chosen else None
+            app.help_epilogue = _show_examples(command.examples)
+            app.help_formatter = _HelpFormatter(command)
+            app.group = groups[command.group]
+            app.sort_key = number
+            root.command(app)
+        return root
+
+
+def _prepare(command: Command, words: Sequence[str]) -> list[str]:
+    """Refuse unknown flags, and join a value that begins with a hyphen to its flag.
+
+    It is done before the parser could miss an argument because of a misspelled flag.
+    """
+    known = {*_FLAGS_OF_PROGRAM[:2], *(name for a in command.arguments for name in a.names)}
+    prepared: list[str] = []
+    for number, word in enumerate(words):
+        name = word.partition("=")[0].replace("_", "-")
+        if word == "--":
+            return [*prepared, *words[number:]]
+        if word.startswith("-") and " " in name and prepared and prepared[-1] in known:
+            prepared[-1] += f"={word}"
+            continue
+        if name.startswith("--") and " " not in name and name not in known:
+            raise UsageError(f"Unknown flag {name}.{did_you_mean(name, sorted(known))}")
+        prepared.append(word)
+    return prepared
+
+
+def _show_examples(examples: Sequence[str]) -> str:
+    return "\n  ".join(("Examples:" if len(examples) > 1 else "Example:", *examples))
+
+
+class _HelpFormatter:
+    """Prints each group of the help as a title, then names and descriptions in two columns."""
+
+    def __init__(self, command: Command | None = None) -> None:
+        self.command = command
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        if not panel.entries:
+            return
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for entry in panel.entries:
+            names = [*entry.positive_names, *entry.positive_shorts, entry.metavar]
+            if entry.negative_names:
+                names = [f"--[no-]{name[2:]}" for name in entry.positive_names]
+            label = entry.positional_label or " ".join(filter(None, names))
+            shown = console.render(entry.description or "", options.update(width=100_000))
+            words = "".join(segment.text for segment in shown).split()
+            words += [f"[default: {entry.default}]"] if entry.default is not None else []
+            words += [f"[choices: {', '.join(entry.choices)}]"] if entry.choices else []
+            text = " ".join(words)
+            text = self.command.name_flags(text) if self.command else text
+            table.add_row(Text(f"  {label}", style="cyclopts.name"), Text(text))
+        console.print(Text(f"{panel.title}:", style="bold"))
+        console.print(table)
+        console.print()
+
+    def render_usage(
+        self,
+        console: Console,
+        options: ConsoleOptions,  # noqa: ARG002
+        usage: Any,
+    ) -> None:
+        """Print the line that shows how the command is called."""
+        if usage:
+            shown = str(usage)
+            if self.command:
+                for argument in self.command.arguments:
+                    if argument.is_var_positional():
+                        shown = shown.replace("[ARGS...]", f"[{argument.name.upper()}...]")
+            console.print(Text(f"Usage: {shown}"))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from .._extras import TIMM_TOWER, require
 from ..configs.build_config import BuildConfig
 from ..configs.config_fields import Config
-from ..configs.export_config import CardConfig, ConvertConfig
+from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..conversion.layouts import LAYOUTS, require_options
 from .command import Changes, Repeated, command
-from .extras import list_needs_of_llm, list_needs_of_lora, list_needs_of_model
-from .options import use_device
+from .options import list_needs_of_towers, use_device
 
 _LLM2VEC = "llm2vec"
+_NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components")
 # What an LLM2Vec folder does not say itself.
 _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
 if TYPE_CHECKING:
@@ -127,12 +127,7 @@ def convert(
 def _build(
     folder: str, output: Path, source: SourceConfig, changes: dict[str, Any], config: ConvertConfig
 ) -> int:
-    """Build an untrained model on an LLM2Vec folder."""
-    require(
-        *(list_needs_of_model(source.vision_model) if source.vision_model else ()),
-        *(list_needs_of_llm(source.text_model) if source.text_model else ()),
-        *list_needs_of_lora(folder),
-    )
+    require(*list_needs_of_towers(source.vision_model, source.text_model, folder))
     if source.vision_model is None:
         raise ValueError("An LLM2Vec folder becomes the text tower of a new model: give "
                          "--vision-model.")  # fmt: skip
@@ -144,12 +139,11 @@ def _build(
         device=str(use_device(config.device)),
     )
     building.require_prompt()
-    card = CardConfig(**{field.name: getattr(config, field.name) for field in fields(CardConfig)})
 
     from ..conversion.llm2vec import build_from_llm2vec
 
     build_from_llm2vec(
-        source.vision_model, Path(folder), output, building, base=source.text_model, card=card
+        source.vision_model, Path(folder), output, building, base=source.text_model, card=config
     )
     print(f"Wrote {output}. Text adapter and projections are random: align it before use.")
     return 0
@@ -157,16 +151,9 @@ def _build(
 
 def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: ConvertConfig) -> None:
     """Raise ValueError for options that an LLM2Vec folder decides itself."""
-    of_source = {
-        "file": source.file,
-        "revision": source.revision,
-        "text_revision": source.text_revision,
-        "llm_lora": source.llm_lora,
-        "components": config.components != "full",
-    }
-    given = [name for name, value in of_source.items() if value]
-    given += [name for name in changes if name not in _CHANGES_OF_LLM2VEC]
-    if given:
+    chosen = (*source.list_given(), *config.list_given())
+    given = [name for name in chosen if name in _NOT_FOR_LLM2VEC]
+    if given := [*given, *(name for name in changes if name not in _CHANGES_OF_LLM2VEC)]:
         raise ValueError(
             f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}. The "
             "folder sets the pooling and length of texts, the vision tower sets how images are "

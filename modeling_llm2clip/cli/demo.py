@@ -63,7 +63,6 @@ def demo(
 
 
 def _describe(report: dict[str, Any]) -> str:
-    """The scores in a few lines; `report.json` has every number."""
     t2i, i2t, chance = (
         f"{report[name]:.1%}" for name in ("unseen_t2i_r1", "unseen_i2t_r1", "chance_r1")
     )

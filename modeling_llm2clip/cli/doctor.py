@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .._extras import require
-from ..configs.server_check_config import ServerCheckConfig
+from ..configs.serve_config import ServerCheckConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import use_device
+from .options import require_model, use_device
 
 
 @command(
@@ -28,10 +26,7 @@ def doctor(model: str, /, *, config: ServerCheckConfig, revision: str | None = N
         config: Where the model runs, and which endpoint to check.
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
     """
-    require(*list_needs_of_model(model, revision=revision))
-    from ..model_folders.model_types import require_own_model
-
-    require_own_model(model, revision=revision)
+    require_model(model, revision=revision)
     device = str(use_device(config.device))
     if config.server is None:
         from ..doctor.check_model import check_model

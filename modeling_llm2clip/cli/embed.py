@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from .._extras import ONNX_RUNTIME, RAY, require
 from ..configs.data_config import DataConfig, ImageLimitsConfig
-from ..configs.embed_config import EmbedConfig
+from ..configs.encoding_config import EmbedConfig
 from .command import command
-from .extras import list_needs_of_model
 from .options import (
     read_captioned_images,
     refuse_foreign_options,
     report,
     require_data,
+    require_model,
     use_device,
     use_image_limits,
 )
@@ -64,22 +64,20 @@ def embed(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
-    is_onnx = config.backend == "onnx"
-    needs = [ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)
-    require(*needs, *([RAY] if engine == "ray" else []))
     from ..embedding.embedding_manifest import EmbeddingManifest
-    from ..model_folders.model_types import require_own_model
 
     refuse_foreign_options(config, modality)
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
     EmbeddingManifest.require_folder(output)
-    if is_onnx:
+    needs = [RAY] if engine == "ray" else []
+    if config.backend == "onnx":
+        require(*needs, ONNX_RUNTIME)
         from ..model_folders.onnx_folder import find_onnx_folder
 
         model = str(find_onnx_folder(model))
     else:
-        require_own_model(model)
+        require_model(model, *needs)
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)
@@ -118,24 +116,18 @@ def _read_records(
     *,
     is_checked: bool,
 ) -> RecordTable:
+    """Read the data; or a folder of images alone, of which options on captions say nothing."""
     from ..data.records.source_files import is_source
 
-    if modality == "image" and Path(data).is_dir() and not is_source(Path(data)):
-        return _read_image_folder(data, reading, config, check_images=not is_checked)
-    return read_captioned_images(
-        data,
-        reading,
-        require_images=modality == "image",
-        resume=is_checked,
-        modality=modality,
-        show_progress=config.show_progress,
-    )
-
-
-def _read_image_folder(
-    data: str, reading: DataConfig, config: EmbedConfig, *, check_images: bool
-) -> RecordTable:
-    """Read a folder of images without captions, for which options on captions are refused."""
+    if modality == "text" or not Path(data).is_dir() or is_source(Path(data)):
+        return read_captioned_images(
+            data,
+            reading,
+            require_images=modality == "image",
+            resume=is_checked,
+            modality=modality,
+            show_progress=config.show_progress,
+        )
     from ..search.image_files import records_from_images
 
     if reading.captions_from is not None or reading.image_dir is not None:
@@ -143,11 +135,9 @@ def _read_image_folder(
             f"{data} has images and no captions. Leave out --captions-from and --image-dir, or "
             "give data that list the images."
         )
-    if reading.check_images is not None:
-        check_images = reading.check_images
     return records_from_images(
         data,
-        check_images=check_images,
+        check_images=not is_checked if reading.check_images is None else reading.check_images,
         skip_invalid=config.skip_invalid,
         show_progress=config.show_progress,
         report=report,

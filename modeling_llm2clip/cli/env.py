@@ -37,7 +37,6 @@ def env() -> int:
 
 
 def _find_attention() -> str:
-    """Return the attention implementation that transformers chooses for a decoder here."""
     from transformers import LlamaConfig, LlamaModel
     from transformers.utils import is_flash_attn_2_available
 

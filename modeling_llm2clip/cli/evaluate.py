@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
-from ..configs.config_fields import Config, make_config
+from ..configs.config_fields import Config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.evaluation_config import (
     EvaluatedDataset,
@@ -18,15 +19,14 @@ from ..configs.evaluation_config import (
     ModelType,
 )
 from .command import command
-from .extras import list_needs_of_evaluated
-from .options import use_device, use_image_limits
+from .options import list_needs_of_evaluated, use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
 
 # What models and embeddings without a config.json of transformers have.
 _OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "images.safetensors")
-_FLAGS_OF_FILES = ("architecture", "activation")
+_OF_FILES = ("architecture", "activation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +143,8 @@ def _require_extras(
     of_models: ModelsConfig,
 ) -> None:
     """Raise MissingExtraError for what models and tasks need, before anything is read."""
-    needs = [PLOTS] if plot is not None else []
-    needs += [CLIP_TOKENS] if "length" in tasks else []
-    require(*needs)
-    for number, source in enumerate(models):
-        types = of_models.model_type
-        model_type = types[number % len(types)] if types else None
+    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
+    for source, model_type in zip(models, cycle(of_models.model_type or [None]), strict=False):
         revision = of_models.revision
         require(*list_needs_of_evaluated(source, model_type=model_type, revision=revision))
 
@@ -157,8 +153,7 @@ def _require_models(
     models: Sequence[str], datasets: Sequence[str], of_models: ModelsConfig
 ) -> None:
     """Raise ValueError for models that cannot be evaluated, before anything is imported."""
-    from ..model_folders.model_folder import is_hub_id, require_there
-    from ..model_folders.model_types import find_model_type
+    from ..model_folders.model_folder import find_model_type, is_hub_id, require_there
 
     if not datasets:
         raise ValueError("Evaluation needs at least one model and one dataset (--datasets).")
@@ -210,36 +205,21 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
 
 
 def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[EvaluatedModel]:
-    types: Sequence[ModelType | None] = of_models.model_type or (None,)
-    if len(types) not in (1, len(models)):
-        raise ValueError(
-            f"--model-type has {len(types)} values for {len(models)} models; give one, or one for "
-            "each."
-        )
-    types = [*types] * len(models) if len(types) == 1 else types
     named = [_read_model(text) for text in models]
-    sources = [source for _, source in named]
-    of_files = {name: _spread(of_models, name, sources) for name in _FLAGS_OF_FILES}
-    chosen = [
-        make_config(
-            EvaluatedModel,
-            {
-                "source": source,
-                "name": name,
-                "model_type": model_type,
-                **_choose_flags(of_models, source, model_type),
-                **{flag: values[number] for flag, values in of_files.items()},
-            },
-        )
-        for number, ((name, source), model_type) in enumerate(zip(named, types, strict=True))
-    ]
+    files = [number for number, (_, source) in enumerate(named) if Path(source).is_file()]
+    types = _spread(of_models, "model_type", range(len(named)), "models")
+    of_files = {name: _spread(of_models, name, files, "weights files") for name in _OF_FILES}
+    chosen = []
+    for number, (name, source) in enumerate(named):
+        flags = _choose_flags(of_models, source, types.get(number))
+        flags |= {flag: values.get(number) for flag, values in of_files.items()}
+        model = EvaluatedModel(source=source, name=name, model_type=types.get(number), **flags)
+        chosen.append(model)
     _refuse_unused_flags(of_models, chosen)
     return chosen
 
 
-def _choose_flags(
-    of_models: ModelsConfig, source: str, model_type: str | None
-) -> dict[str, str | None]:
+def _choose_flags(of_models: ModelsConfig, source: str, model_type: str | None) -> dict[str, Any]:
     """The flags that suit one model; what a mixture of models is given is for some of them."""
     from ..evaluation.encoders.auto import detect_model_type
 
@@ -254,17 +234,15 @@ def _choose_flags(
     return {name: getattr(of_models, name) for name, is_for_it in suits.items() if is_for_it}
 
 
-def _spread(of_models: ModelsConfig, name: str, sources: Sequence[str]) -> Sequence[str | None]:
-    """The value of a flag of weights files for each source: one for all files, or one for each."""
+def _spread(of_models: ModelsConfig, name: str, models: Sequence[int], what: str) -> dict[int, Any]:
+    """Give each of some models its value of a flag, which has one for all or one for each."""
     values = getattr(of_models, name)
-    files = [number for number, source in enumerate(sources) if Path(source).is_file()]
-    if len(values) not in (0, 1) and len(values) != len(files):
+    if len(values) not in (0, 1, len(models)):
         raise ValueError(
-            f"--{name} has {len(values)} values for {len(files)} weights files; give one, or one "
-            "for each, in their order."
+            f"--{name.replace('_', '-')} has {len(values)} values for {len(models)} {what}; give "
+            "one, or one for each, in their order."
         )
-    of_file = dict(zip(files, values * len(files) if len(values) == 1 else values, strict=False))
-    return [of_file.get(number) for number in range(len(sources))]
+    return dict(zip(models, values * len(models) if len(values) == 1 else values, strict=False))
 
 
 def _refuse_unused_flags(of_models: ModelsConfig, models: Sequence[EvaluatedModel]) -> None:
@@ -275,10 +253,9 @@ def _refuse_unused_flags(of_models: ModelsConfig, models: Sequence[EvaluatedMode
         "head": "a folder of embeddings",
         "extracted_from": "a folder of embeddings",
     }
-    defaults = {field.name: field.default for field in fields(of_models)}
     for name, what in wanted.items():
         is_used = any(getattr(model, name) is not None for model in models)
-        if getattr(of_models, name) != defaults[name] and not is_used:
+        if getattr(of_models, name) and not is_used:
             raise ValueError(
                 f"`{name}` is for {what}, and none of the models is one: "
                 f"{[model.source for model in models]}. Leave it out."

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from .._extras import ONNX_EXPORT, require
 from ..configs.export_config import ExportConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import use_device
+from .options import list_needs_of_model, use_device
 
 _OF_VISION_TOWER = {"components", "license", "device"}
 
@@ -42,7 +41,7 @@ def export(
     """
     require(*list_needs_of_model(model, revision=revision))
     from ..model_folders.atomic_folder import require_new_folder
-    from ..model_folders.model_types import require_own_model
+    from ..model_folders.model_folder import require_own_model
 
     is_tower = config.components == "vision-tower"
     if is_tower:
@@ -97,19 +96,13 @@ def _export_onnx(
 
 
 def _refuse_unused(config: ExportConfig, *, dry_run: bool) -> None:
-    """Raise ValueError for options that a plain vision tower has no place for."""
-    unused = [
-        field.name
-        for field in fields(config)
-        if field.name not in _OF_VISION_TOWER and getattr(config, field.name) != field.default
-    ]
+    unused = [name for name in config.list_given() if name not in _OF_VISION_TOWER]
     if unused := [*unused, *(["dry_run"] if dry_run else [])]:
         named = ", ".join(f"`{name}`" for name in unused)
         raise ValueError(f"--components vision-tower has no use for {named}. Leave it out.")
 
 
 def _list_files(model: str, output: Path, config: ExportConfig, revision: str | None) -> int:
-    """Print what would be written, after the same checks."""
     from ..publishing.export_model import plan_export
     from ..publishing.push_to_hub import describe_files
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .._extras import RAY, require
+from .._extras import RAY
 from ..configs.data_config import DataConfig, ImageLimitsConfig
-from ..configs.extract_config import ExtractConfig
+from ..configs.encoding_config import ExtractConfig
 from .command import command
-from .extras import list_needs_of_model
 from .options import (
     read_captioned_images,
     refuse_foreign_options,
     require_data,
+    require_model,
     suggest_align,
     use_device,
     use_image_limits,
@@ -61,12 +61,8 @@ def extract(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
-    needs = list_needs_of_model(model, extra="train")
-    require(*needs, *([RAY] if engine == "ray" else []))
-    from ..model_folders.model_types import require_own_model
-
     refuse_foreign_options(config, modality)
-    require_own_model(model)
+    require_model(model, *([RAY] if engine == "ray" else []), extra="train")
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)

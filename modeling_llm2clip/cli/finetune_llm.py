@@ -8,8 +8,7 @@ from .._extras import CAPTION_TUNING, require
 from ..configs.data_config import DataConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import read_captioned_images, require_data, use_device
+from .options import list_needs_of_model, read_captioned_images, require_data, use_device
 
 
 @command(group="Train", examples=("llm2clip finetune-llm my-model my-images tuned",))
@@ -36,10 +35,9 @@ def finetune_llm(
         config: How to train the LLM.
         resume: Continue an interrupted run.
     """
-    require(*CAPTION_TUNING)
-    require(*list_needs_of_model(model, extra="train"))
+    require(*CAPTION_TUNING, *list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
-    from ..model_folders.model_types import require_own_model
+    from ..model_folders.model_folder import require_own_model
     from ..training.run_folder import require_fresh_or_resumed
 
     merged = output / "model"

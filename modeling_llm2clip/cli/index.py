@@ -7,10 +7,9 @@ from pathlib import Path
 from .._extras import FAISS, list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
-from ..configs.search_config import IndexConfig
+from ..configs.encoding_config import IndexConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import report, require_image_folder, use_device, use_image_limits
+from .options import list_needs_of_model, report, require_image_folder, use_device, use_image_limits
 
 
 @command(
@@ -43,7 +42,7 @@ def index(
     """
     needs = [*list_needs_of_index(db), *list_needs_of_model(model)]
     require(*needs, *([FAISS] if faiss is not None else []))
-    from ..model_folders.model_types import require_own_model
+    from ..model_folders.model_folder import require_own_model
 
     if faiss is not None:
         _require_new(faiss)

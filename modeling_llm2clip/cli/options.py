@@ -1,17 +1,26 @@
-"""Options that several commands share, and what they do; reports to stderr.
+"""Steps that several commands share: what they need, check and report, and settings of libraries.
+
+Optional packages are named before anything else: only file names and `config.json` are read, and
+neither torch nor transformers is imported. Needs that cannot be detected in this way, such as those
+of a model that is not downloaded yet, are reported with the same words where they first arise.
 
 The results of `index`, `search` and `tag` go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .._extras import GGUF, LORA, OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM_TOWER, Need, require
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from ..configs.encoding_config import EncodingConfig
 
@@ -22,11 +31,96 @@ if TYPE_CHECKING:
     from ..data.records.records import Modality
     from ..data.streams.record_streams import RecordStream
 
-# Options that a modality has no use for, with their defaults; a command may lack some.
-_FOREIGN: dict[str, dict[str, object]] = {
-    "text": {"batch_size": None, "num_workers": None, "skip_invalid": False},
-    "image": {"token_budget": None},
-}
+# Options that a modality has no use for.
+_FOREIGN = {"text": ("batch_size", "num_workers", "skip_invalid"), "image": ("token_budget",)}
+# A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
+# and `accelerate launch --cpu` sets them for every process.
+_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# Rounds of GNU OpenMP, which PyTorch's wheels for Linux use: a few microseconds. Its default is
+# milliseconds, in which a thread that waits takes a core from the one that computes, wherever there
+# are fewer free cores than threads. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) are slower
+# on an idle machine. benchmarks/busy_machine.py compares all three.
+_SPIN_COUNT = 10_000
+
+
+def require_model(
+    source: str | Path, *needs: Need, revision: str | None = None, extra: str | None = None
+) -> None:
+    """Raise an error for packages that are missing, and for what is not an LLM2CLIP model."""
+    require(*needs, *list_needs_of_model(source, revision=revision, extra=extra))
+    from ..model_folders.model_folder import require_own_model
+
+    require_own_model(source, revision=revision)
+
+
+def list_needs_of_model(
+    source: str | Path, *, revision: str | None = None, extra: str | None = None
+) -> Iterator[Need]:
+    """List what a vision tower, or a model that has one, needs."""
+    config = _fetch_json(source, "config.json", revision) or {}
+    tower = config.get("vision_config") or config
+    # transformers' name for every network of timm; what timm itself publishes has no model type.
+    if tower.get("model_type") == "timm_wrapper" or "pretrained_cfg" in tower:
+        yield TIMM_TOWER if extra is None else TIMM_TOWER._replace(extra=extra)
+
+
+def list_needs_of_towers(
+    vision: str | None, text: str | None, lora: str | Path | None
+) -> Iterator[Need]:
+    """List what towers and merging a LoRA need; a folder without a LoRA needs nothing."""
+    if vision is not None:
+        yield from list_needs_of_model(vision)
+    if text is not None and Path(text).suffix == ".gguf":
+        yield GGUF
+    if lora is not None and (not Path(lora).is_dir() or _find(lora, "adapter_config.json")):
+        yield LORA
+
+
+def list_needs_of_evaluated(
+    source: str, *, model_type: str | None, revision: str | None
+) -> Iterator[Need]:
+    if not Path(source).exists() and "=" in source:
+        source = source.partition("=")[2]
+    if model_type is None:
+        model_type = _guess_model_type(source, revision)
+    if model_type == "open_clip":
+        yield OPEN_CLIP
+    elif model_type == "sentence-transformers":
+        yield SENTENCE_TRANSFORMERS
+    else:
+        yield from list_needs_of_model(source, revision=revision)
+
+
+def _guess_model_type(source: str, revision: str | None) -> str | None:
+    """Guess the model type where it needs an extra; `detect_model_type` has the last word."""
+    if Path(source).is_file():
+        return "open_clip"
+    config = _fetch_json(source, "config.json", revision)
+    if (config or {}).get("model_type") == "llm2clip":
+        return None
+    if _find(source, "modules.json", revision) is not None:
+        return "sentence-transformers"
+    if config is None and _find(source, "open_clip_config.json", revision) is not None:
+        return "open_clip"
+    return None
+
+
+def _fetch_json(source: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
+    file = _find(source, name, revision)
+    if file is None:
+        return None
+    from ..model_folders.model_folder import read_json_object  # imports huggingface_hub
+
+    return read_json_object(file)
+
+
+def _find(source: str | Path, name: str, revision: str | None = None) -> Path | None:
+    if Path(source).exists():
+        file = Path(source) / name
+        return file if file.is_file() else None
+    from ..model_folders.model_folder import fetch_hub_file, is_hub_id  # imports huggingface_hub
+
+    return fetch_hub_file(source, name, revision=revision) if is_hub_id(source) else None
 
 
 def use_device(name: str) -> torch.device:
@@ -67,7 +161,6 @@ def is_streamed(data: str, streaming: StreamConfig) -> bool:
 def stream_captioned_images(
     data: str, reading: DataConfig, streaming: StreamConfig
 ) -> RecordStream:
-    """Open a stream of shards."""
     from ..data.streams.record_streams import stream_records
 
     if reading.image_dir is not None or reading.check_images or reading.captions_from is not None:
@@ -114,7 +207,6 @@ def read_captioned_images(
 
 
 def require_image_folder(image_dir: Path) -> None:
-    """Raise ValueError where there is no folder of images, before anything is imported."""
     if not image_dir.is_dir():
         raise ValueError(f"{image_dir}: no such folder. Give one that holds images.")
 
@@ -125,7 +217,6 @@ def report(text: str) -> None:
 
 
 def report_truncated(count: int, total: int, what: str, *, longest: int) -> None:
-    """Report how many texts are longer than the model reads."""
     if count:
         report(
             f"Truncated {count:,} of {total:,} {what} to the {longest} tokens that the model reads."
@@ -143,9 +234,7 @@ def use_image_limits(config: ImageLimitsConfig) -> None:
 
 def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
     """Raise ValueError for options that a modality has no use for."""
-    foreign = _FOREIGN[modality]
-    given = [name for name, default in foreign.items() if getattr(config, name, default) != default]
-    if given:
+    if given := [name for name in config.list_given() if name in _FOREIGN[modality]]:
         other = "text" if modality == "image" else "image"
         raise ValueError(
             f"{', '.join(given)}: only for --modality {other}. Leave it out, or choose that."
@@ -158,3 +247,30 @@ def suggest_align(model: str, data: str, store: Path, *, modality: str) -> str:
     words = ["llm2clip", "align", model, data, "aligned"]
     words += ["--caption-store", stores["text"], "--image-store", stores["image"]]
     return shlex.join(words)
+
+
+def wants_no_bars(run: Callable[[], object]) -> bool:
+    configs = run.keywords.values() if isinstance(run, partial) else ()
+    return any(getattr(config, "show_progress", True) is False for config in configs)
+
+
+@contextmanager
+def library_bars_hidden() -> Iterator[None]:
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep waiting threads from spinning for long, unless the user chose, or torch is loaded.
+
+    OpenMP reads its settings when torch loads it. Child processes inherit them.
+    """
+    if "torch" not in sys.modules and not any(name in environment for name in _CHOICES):
+        environment["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import require
 from ..configs.config_fields import DeviceConfig
 from ..configs.export_config import License
 from .command import command
-from .extras import list_needs_of_model
-from .options import use_device
+from .options import require_model, use_device
 
 
 @command(
@@ -49,10 +47,7 @@ def push(
         dry_run: Check the folder, and list files and sizes; upload nothing.
         config: Where the model runs while it is checked.
     """
-    require(*list_needs_of_model(folder))
-    from ..model_folders.model_types import require_own_model
-
-    require_own_model(folder)
+    require_model(folder)
     device = str(use_device(config.device))
     from ..publishing.push_to_hub import (
         check_publishable,

@@ -81,7 +81,7 @@ def search(
         from ..search.index_database import require_place
 
         require_place(db)
-    from ..model_folders.model_types import holds_graphs
+    from ..model_folders.model_folder import holds_graphs
     from ..search.image_index import ImageIndex
     from ..search.results_page import render_search_results
 

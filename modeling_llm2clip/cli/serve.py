@@ -5,20 +5,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from .._extras import ONNX_RUNTIME, PAGE, SERVE, list_needs_of_index, require
 from ..configs.serve_config import ServeConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import use_device
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from ..serving.service import EmbeddingService
+from .options import require_model, use_device
 
 
 @command(
@@ -43,14 +35,13 @@ def serve(
         page: Show a page at / to search and classify images.
         config: How to batch requests, and what to refuse.
     """
-    is_onnx = config.backend == "onnx"
-    optional = [*([PAGE] if page else []), *list_needs_of_index(index)]
-    require(*SERVE, *optional, *([ONNX_RUNTIME] if is_onnx else list_needs_of_model(model)))
-    from ..model_folders.model_types import require_own_model
+    needs = [*SERVE, *([PAGE] if page else []), *list_needs_of_index(index)]
+    if config.backend == "onnx":
+        require(*needs, ONNX_RUNTIME)
+    else:
+        require_model(model, *needs)
     from ..serving.run_server import bind_socket, run_server
 
-    if not is_onnx:
-        require_own_model(model)
     if index is not None:
         from ..search.image_index import ImageIndex
 
@@ -64,15 +55,11 @@ def serve(
         service = EmbeddingService.open(model, config, index=index)
         if far := service.describe_far_images():
             print(f"{index}: {far}", file=sys.stderr)
-        app = create_app(service, page=_find_page() if page else None)
+        if page:
+            from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
+        app = create_app(service, page=add_demo_page if page else None)
         run_server(app, bound, config, on_start=partial(_report_start, service.model_name, page))
     return 0
-
-
-def _find_page() -> Callable[[FastAPI, EmbeddingService], object]:
-    from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
-
-    return add_demo_page
 
 
 def _warn_if_open(host: str, variable: str) -> None:

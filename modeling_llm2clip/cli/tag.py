@@ -12,10 +12,16 @@ from annotated_types import Interval
 from .._extras import list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
-from ..configs.search_config import TagConfig
+from ..configs.encoding_config import TagConfig
 from .command import command
-from .extras import list_needs_of_model
-from .options import report, report_truncated, require_image_folder, use_device, use_image_limits
+from .options import (
+    list_needs_of_model,
+    report,
+    report_truncated,
+    require_image_folder,
+    use_device,
+    use_image_limits,
+)
 
 if TYPE_CHECKING:
     from ..search.tag_images import TaggedImage
@@ -58,7 +64,7 @@ def tag(
         config: How to encode the folder, and where to store its embeddings.
     """
     require(*list_needs_of_model(model), *list_needs_of_index(config.index))
-    from ..model_folders.model_types import require_own_model
+    from ..model_folders.model_folder import require_own_model
     from ..search.tag_labels import read_labels
 
     found = read_labels(labels, templates=list(template))

@@ -5,18 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import CAPTION_TUNING, DEMO, require
+from ..configs.build_config import EMBEDDED
 from ..configs.config_fields import read_config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.train_config import TrainConfig
 from .command import command
-from .extras import (
-    list_needs_of_llm,
-    list_needs_of_lora,
-    list_needs_of_model,
-)
-from .options import require_data, use_device, use_image_limits
-
-_EMBEDDED = "embedded"
+from .options import list_needs_of_towers, require_data, use_device, use_image_limits
 
 
 @command(
@@ -37,11 +31,8 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
     towers = (config.vision_model, config.text_model)
     if "/" in (folder := _find_folder(config.data)):  # before the Hub is asked for the towers
         require_data(folder, config)
-    require(*(DEMO if _EMBEDDED in towers else ()))
-    require(*CAPTION_TUNING)
-    require(*list_needs_of_llm(config.text_model), *list_needs_of_lora(config.build.lora))
-    if config.vision_model != _EMBEDDED:
-        require(*list_needs_of_model(config.vision_model))
+    require(*(DEMO if EMBEDDED in towers else ()))
+    require(*CAPTION_TUNING, *list_needs_of_towers(*towers, config.build.lora))
     use_image_limits(limits)
     use_device(config.device)
     if dry_run:

@@ -83,9 +83,8 @@ class AlignConfig(TrainingConfig):
     logging_steps: Annotated[int, Interval(ge=1)] = 10
     """Steps between lines of metrics."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each choice that leaves nothing to do."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.max_steps == 0 and self.projection_init == "model":
             yield "max_steps=0 with projection_init=model writes the model as it is. Train it."
         if self.refit and not self.held_out_ratio:

@@ -78,8 +78,7 @@ class BuildConfig(DeviceConfig):
     seed: Seed = 0
     """Seed of the text adapter and the projections, which are initialized at random."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence where a prompt is chosen twice."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
             yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
 

@@ -109,12 +109,16 @@ class Config:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, value in check_fields(type(self), given).items():
             object.__setattr__(self, name, value)
-        if conflicts := list(self.find_conflicts()):
+        if conflicts := list(self._find_conflicts()):
             raise ValueError(" ".join(conflicts))
 
-    def find_conflicts(self) -> Iterator[str]:
+    def _find_conflicts(self) -> Iterator[str]:
         """Yield a sentence for each contradiction between fields that are fine by themselves."""
         yield from ()
+
+    def list_given(self) -> list[str]:
+        """List the options that differ from their defaults."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: object) -> CoreSchema:
@@ -285,7 +289,6 @@ class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as in the base class
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct it, unless a key is there twice."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for number, key in enumerate(keys):
             if key in keys[:number]:

@@ -1,17 +1,34 @@
-"""Options of encoding texts and images."""
+"""Options of encoding texts and images: to extract, embed, index and tag them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig
+from .config_fields import DeviceConfig, ShardSize
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
+EmbeddingDtype: TypeAlias = Literal["float32", "float16", "int8", "binary", "ubinary"]
+EmbeddingColumn: TypeAlias = Literal[
+    "text",
+    "name",
+    "group_id",
+    "lang",
+    "captions",
+    "long_captions",
+    "keywords",
+    "url",
+    "place",
+    "image_file",
+]
+_MOST_ROWS_PER_SHARD = 2**16
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +54,96 @@ class BackendConfig(DeviceConfig):
     """With `backend` onnx, weights of the language model's linear layers. Default: the most precise
     in the folder."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each option that the backend has no use for."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.backend == "torch" and self.text_weights is not None:
             yield f"text_weights={self.text_weights} needs backend='onnx'."
         if self.backend == "onnx" and self.device not in ("auto", "cpu"):
             yield f"device={self.device}: backend='onnx' runs on the CPU. Leave the device out."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(EncodingConfig):
+    """Options of `extract`: computing and storing embeddings.
+
+    An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`
+    and `token_budget`.
+    """
+
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Dtype of the stored embeddings; values that it cannot hold are refused, never clipped."""
+    max_shard_size: ShardSize = "512MB"
+    """Maximum size of a file of the store, such as 512MB or 1GiB, and at most 65,536 embeddings. An
+    interrupted run continues within a file of any size."""
+    token_budget: Annotated[int, Interval(ge=1)] | None = None
+    """Maximum number of tokens per batch of captions, padding included. Default: by device."""
+
+    def count_rows_per_shard(self, row_bytes: int) -> int:
+        """Return how many embeddings a file of the store has.
+
+        Args:
+            row_bytes: Bytes of one stored embedding.
+        """
+        number, unit = re.findall(r"\d+|\D+", self.max_shard_size)
+        size = int(number) * _UNITS[unit]
+        return min(max(1, size // row_bytes), _MOST_ROWS_PER_SHARD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(EncodingConfig, BackendConfig):
+    """Options of `embed`: the encoding, and the content of its files.
+
+    An interrupted output continues only with the same options, except for `device`, `num_workers`,
+    `skip_invalid` and `show_progress`. If images were left out, the image limits must stay the
+    same too.
+    """
+
+    dtype: EmbeddingDtype = "float32"
+    """Dtype of the embeddings: float32, float16, int8 (a step of 1/255 of each dimension's range),
+    or one bit per dimension as binary (int8) or ubinary (uint8)."""
+    truncate_dim: Annotated[int, Interval(ge=1)] | None = None
+    """Number of dimensions to keep from the first on; the embeddings are scaled to unit length
+    again. Default: all."""
+    columns: tuple[EmbeddingColumn, ...] = ()
+    """Columns besides id and embedding: text, name, group_id, lang, captions, long_captions,
+    keywords, url, place, image_file. Default: none."""
+    rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
+    """Embeddings per file."""
+    token_budget: Annotated[int, Interval(ge=1)] | None = None
+    """Maximum number of tokens per batch of texts, padding included. Default: by device."""
+    skip_invalid: bool = False
+    """Skip images that cannot be decoded and report their number, instead of stopping."""
+    int8_ranges: Path | None = None
+    """Output of an earlier `embed` whose int8 ranges to use, so that both fit into one index.
+    Default: the ranges of a sample."""
+    calibration_size: Annotated[int, Interval(ge=1)] = 1024
+    """Number of records in the sample that measures int8 ranges."""
+
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
+        if len(set(self.columns)) < len(self.columns):
+            yield f"columns={self.columns} names a column twice. Name each once."
+        if self.int8_ranges is not None and self.dtype != "int8":
+            yield f"int8_ranges={self.int8_ranges} needs dtype='int8', not {self.dtype!r}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig(EncodingConfig):
+    """Options of `index`: the encoding, and the approximate index."""
+
+    ann: Literal["auto", "always", "never"] = "auto"
+    """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
+    comparing with every image and reaches the required recall."""
+    min_recall: Annotated[float, Interval(gt=0, le=1)] = 0.97
+    """Required recall@10 of the approximate index, compared with an exact search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagConfig(EncodingConfig):
+    """Options of `tag`: encoding a folder of images."""
+
+    index: str | None = None
+    """Database of the images' embeddings, updated as by `llm2clip index`, so that the next call
+    encodes only new images. Default: none, and all images are encoded."""
+    skip_invalid: bool = False
+    """Skip images that cannot be read and report their number, instead of stopping."""

@@ -101,8 +101,7 @@ class EvaluationConfig(EncoderConfig):
     max_memory_mb: Annotated[float, Interval(gt=0)] = 256.0
     """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.skip_invalid and not (self.check_images or self.captions_only):
             yield (
                 "skip_invalid=True needs check_images=True: a broken image would be found while a "

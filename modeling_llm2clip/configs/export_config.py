@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,8 +42,7 @@ class CardConfig(Config):
     """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card, if
     the weights stay the same."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for a license without its name and address, or for these alone."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.license == "other" and not (self.license_name and self.license_link):
             yield "license=other needs license_name and license_link."
         if self.license != "other" and (self.license_name or self.license_link):
@@ -51,19 +50,13 @@ class CardConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsConfig(CardConfig, DeviceConfig):
-    """Which weights are written, and in which dtype."""
+class ExportConfig(CardConfig, DeviceConfig):
+    """Options of `export_model`."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: unchanged."""
     max_shard_size: ShardSize = "50GB"
     """Maximum size of a weight file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(WeightsConfig):
-    """Options of `export_model`."""
-
     components: Literal["full", "text", "vision", "vision-tower"] = "full"
     """The whole model, the text-only or vision-only model, or the vision tower as a plain model of
     transformers, for LLaVA and similar models."""
@@ -81,9 +74,8 @@ class ExportConfig(WeightsConfig):
     max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Largest loss of text to image R@1 with int4 weights, as a share: 0.02 for two points."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for options that exclude each other."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.handler and self.components == "vision-tower":
             yield "handler=True serves models of this package, not components=vision-tower."
         if self.space and self.components != "full":
@@ -92,9 +84,8 @@ class ExportConfig(WeightsConfig):
 
     def _find_conflicts_of_onnx(self) -> Iterator[str]:
         """Yield a sentence for each option that ONNX has no use for, or that only ONNX has."""
-        given = [name for name, default in _DEFAULTS.items() if getattr(self, name) != default]
         refused = _NOT_FOR_ONNX if self.onnx else _FOR_ONNX
-        if names := ", ".join(f"`{name}`" for name in given if name in refused):
+        if names := ", ".join(f"`{name}`" for name in self.list_given() if name in refused):
             yield f"{names}: not with onnx=True." if self.onnx else f"{names}: only with onnx=True."
         if self.onnx and self.components == "vision-tower":
             yield (
@@ -106,18 +97,17 @@ class ExportConfig(WeightsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig(WeightsConfig):
+class ConvertConfig(CardConfig, DeviceConfig):
     """Options of `convert_checkpoint`."""
 
-    components: Literal["full", "text", "vision"] = "full"
-    """The whole model, or the text-only or vision-only model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of all weights except the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"
     """Maximum size of a weight file; the conversion needs twice as much memory."""
+    components: Literal["full", "text", "vision"] = "full"
+    """The whole model, or the text-only or vision-only model."""
 
 
-_DEFAULTS = {field.name: field.default for field in fields(ExportConfig)}
 _FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
 # A graph is float32 and computed on the CPU; its card is a short one.
 _NOT_FOR_ONNX = (

@@ -63,8 +63,7 @@ class FinetuneConfig(TrainingConfig):
     eval_steps: Annotated[int, Interval(ge=0)] = 0
     """Steps between measurements; 0 measures only before and after the run."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if not self.lora_target_modules:
             yield "lora_target_modules is empty. Name linear layers, or all-linear."

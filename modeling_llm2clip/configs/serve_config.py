@@ -1,18 +1,20 @@
-"""Options of serving a model over HTTP."""
+"""Options of serving a model over HTTP, and of comparing an endpoint with its folder."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from .config_fields import DeviceConfig, Matches
 from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
 Port = Annotated[int, Interval(ge=0, le=65535)]
+ServerSchema = Literal["openai", "chat", "cohere", "jina"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,8 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
         """Return the limits of images by their names; a download ends with its request."""
         return {**super().list_limits(), "max_download_s": self.timeout_s}
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each network that cannot be read or is never used."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.image_networks and not self.image_urls:
             yield "image_networks needs image_urls=True."
         if self.max_image_mb > self.max_request_mb and not self.image_urls:
@@ -103,8 +104,40 @@ class RayServeConfig(ServeConfig):
     num_gpus: Annotated[float, Interval(ge=0)] = 0
     """GPUs that Ray reserves per replica."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction."""
-        yield from super().find_conflicts()
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.min_replicas > self.max_replicas:
             yield f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerCheckConfig(DeviceConfig):
+    """Options of `check_server`: the endpoint, and the requests that it gets."""
+
+    server: (
+        Annotated[str, Matches(pattern=r"https?://.+", wanted="an http or https address")] | None
+    ) = None
+    """Endpoint to compare with the folder, e.g. http://127.0.0.1:8000; an address without a path
+    gets the path of `schema`. Default: check only the folder."""
+    schema: ServerSchema = "openai"
+    """Request format of the server: openai is for texts only (`input`); chat (`messages` with
+    `image_url`), cohere (`texts`, `images`) and jina (`input` of objects) also take images."""
+    model_name: str | None = None
+    """Name of the model in requests. Default: the only model in the server's /v1/models, or else
+    the folder's name."""
+    served_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype that the server should compute in, which sets the tolerance. Default: the dtype of the
+    folder's weights."""
+    api_key_env: Annotated[
+        str, Matches(pattern=r"[A-Za-z_]\w*", wanted="the name of an environment variable")
+    ] = "LLM2CLIP_API_KEY"
+    """Environment variable with the API key, which is sent as a bearer token if set."""
+    timeout_s: Annotated[float, Interval(gt=0, le=3600)] = 60.0
+    """Seconds that one request may take."""
+    concurrency: Annotated[int, Interval(ge=1, le=256)] = 8
+    """Number of concurrent requests in the check for cross-talk."""
+
+    def _find_conflicts(self) -> Iterator[str]:
+        given = [name for name in self.list_given() if name not in ("server", "device")]
+        if self.server is None and given:
+            yield f"{', '.join(f'`{name}`' for name in given)} needs `server`. Give its address."

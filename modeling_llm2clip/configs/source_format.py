@@ -44,7 +44,6 @@ class SourceFormat(Config):
     rope_reference_size: Annotated[int, Interval(ge=1)] = 16
     """Side, in patches, that EVA02's rotary positions are scaled to."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence where a prompt is chosen twice."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
             yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."

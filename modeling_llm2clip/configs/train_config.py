@@ -14,9 +14,9 @@ from .align_config import AlignConfig
 from .build_config import BuildConfig
 from .config_fields import Config, Device, Seed
 from .data_config import DataConfig
+from .encoding_config import ExtractConfig
 from .evaluation_config import EvaluationConfig
 from .export_config import ExportConfig
-from .extract_config import ExtractConfig
 from .finetune_config import FinetuneConfig
 
 _WITH_SEED = ("build", "finetune", "align")
@@ -65,15 +65,18 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
-            value = getattr(self, name)
-            for stage in stages:
-                config: Config | None = getattr(self, stage)
-                if config is not None:
-                    object.__setattr__(self, stage, dataclasses.replace(config, **{name: value}))
+        for name, stage, config in self._list_shared():
+            shared = {name: getattr(self, name)}
+            object.__setattr__(self, stage, dataclasses.replace(config, **shared))
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each device, seed or output that a stage gives for itself."""
+    def _list_shared(self) -> Iterator[tuple[str, str, Config]]:
+        """Yield each option that is given once, with the stages that have it and their options."""
+        for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
+            for stage in stages:
+                if (config := getattr(self, stage)) is not None:
+                    yield name, stage, config
+
+    def _find_conflicts(self) -> Iterator[str]:
         if self.finetune is not None and not self.finetune.merge:
             yield "finetune.merge=False leaves no model for the next stages. Leave it out."
         if self.export is not None and self.export.components != "full":
@@ -85,10 +88,7 @@ class TrainConfig(DataConfig):
             yield "export.onnx=True: export the finished model with llm2clip export --onnx."
         if self.evaluate.output != EvaluationConfig().output:
             yield f"evaluate.output={self.evaluate.output}: results are written under output."
-        for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
-            shared = getattr(self, name)
-            for stage in stages:
-                config: Config | None = getattr(self, stage)
-                own = shared if config is None else getattr(config, name)
-                if own not in (shared, type(self).__dataclass_fields__[name].default):
-                    yield f"{stage}.{name}={own} differs from {name}={shared}. Give it once."
+        for name, stage, config in self._list_shared():
+            shared, own = getattr(self, name), getattr(config, name)
+            if own != shared and name in config.list_given():
+                yield f"{stage}.{name}={own} differs from {name}={shared}. Give it once."

@@ -40,7 +40,6 @@ class TrainingConfig(DeviceConfig):
     seed: Seed = 0
     """Seed of all random numbers."""
 
-    def find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for a warm-up that is neither a share nor a number of steps."""
+    def _find_conflicts(self) -> Iterator[str]:
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             yield f"warmup_steps={self.warmup_steps} must be a share below 1 or an integer."

@@ -6,7 +6,9 @@ import json
 import platform
 import resource
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from .._environment import list_versions
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
 from ..configs.align_config import AlignConfig
 from ..configs.train_config import TrainConfig
+from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.records import CaptionedImage
+from ..data.records.splits import choose_test_rows, split_records
 from ..data.store.embedding_store import EmbeddingStore
 from ..encoding.encode import encode_images, encode_texts, project_stored
+from ..evaluation.datasets.catalog.caption_readers import EMOJI_SEED, NUM_TEST_GROUPS
 from ..evaluation.results import read_evaluation_results
 from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_loading import load_model
@@ -27,7 +32,6 @@ from ..recipes.recipe_plan import RecipePaths
 from ..recipes.train import train
 from ..search.results_page import write_results_page, write_results_sheet
 from ..search.search_results import SearchResult, rank_images
-from .demo_data import load_photographs, split_emoji
 
 SENTENCES = (
     "a slice of pizza",
@@ -39,6 +43,30 @@ SENTENCES = (
     "a cat",
     "a house with a garden",
 )
+
+
+def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """Split the embedded emoji into records to train on and one record per held-out emoji.
+
+    Warns when the test part is not the evaluation dataset `emoji`.
+    """
+    if seed != EMOJI_SEED:
+        warnings.warn(
+            f"Seed {seed} trains on emoji that the evaluation dataset `emoji` tests: it is the "
+            f"test split of seed {EMOJI_SEED}. Do not evaluate this model on it.",
+            stacklevel=2,
+        )
+    records = [r for r in load_records(find_example_data() / "emoji") if r.lang == "en"]
+    train, held_out = split_records(records, test_size=NUM_TEST_GROUPS, seed=seed)
+    rows = choose_test_rows(held_out, {record.group_id for record in held_out})
+    test = [replace(held_out[row], captions=held_out[row].captions[:1]) for row in rows]
+    return [replace(record, captions=_list_texts(record)) for record in train], test
+
+
+def _list_texts(record: CaptionedImage) -> tuple[str, ...]:
+    """Return the captions, and once more the first one with the image's keywords behind it."""
+    named = f"{record.captions[0]}: {', '.join(record.keywords)}"
+    return (*record.captions, named) if record.keywords else record.captions
 
 
 def make_demo_config(
@@ -66,7 +94,7 @@ def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) ->
     started = time.monotonic()
     folder = train(config, records=(train_records, test_records), report=report)
     scores = _read_scores(RecipePaths(config.output).evaluation)
-    others = [*test_records, *load_photographs()]
+    others = [*test_records, *load_records(find_example_data() / "photographs")]
     _show(_search_images(folder, config, train_records, others), config.output, scores)
     written = {
         "seconds_after_download": round(time.monotonic() - started, 1),

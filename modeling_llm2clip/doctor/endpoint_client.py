@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..configs.server_check_config import ServerCheckConfig, ServerSchema
+from ..configs.serve_config import ServerCheckConfig, ServerSchema
 
 _PATHS: dict[ServerSchema, tuple[str, ...]] = {
     "openai": ("/v1/embeddings",),

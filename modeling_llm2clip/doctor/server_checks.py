@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..configs.server_check_config import ServerCheckConfig
+from ..configs.serve_config import ServerCheckConfig
 from ..encoding.encode import encode_images, encode_texts
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,

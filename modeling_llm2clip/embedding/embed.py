@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from .._suggestions import counted
-from ..configs.embed_config import EmbedConfig
+from ..configs.encoding_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
 from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_texts

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..configs.embed_config import EmbeddingDtype
+from ..configs.encoding_config import EmbeddingDtype
 from ..data.records.records import Modality
 from ..data.store.store_manifest import ShardedManifest
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from accelerate import PartialState
 
 from .._suggestions import counted
-from ..configs.extract_config import ExtractConfig
+from ..configs.encoding_config import ExtractConfig
 from ..data.captions.caption_columns import (
     FirstOccurrences,
     flatten_captions,

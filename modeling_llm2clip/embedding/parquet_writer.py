@@ -24,7 +24,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..configs.embed_config import EmbeddingColumn, EmbeddingDtype
+from ..configs.encoding_config import EmbeddingColumn, EmbeddingDtype
 from ..data.atomic_files import hash_file, list_differences, write_atomically
 from ..data.captions.caption_columns import flatten_captions
 from ..data.images.image_sources import ImageSource

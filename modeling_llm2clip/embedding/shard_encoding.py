@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..configs.embed_config import EmbedConfig
-from ..configs.extract_config import ExtractConfig
+from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..data.records.records import Modality
 from ..encoding.batches import split_evenly

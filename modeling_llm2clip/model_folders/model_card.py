@@ -40,6 +40,7 @@ _SUMMARIES = {
     ("vision",): "The vision-only model, which projects into a space of $dim dimensions.",
     ("text",): "The text-only model, which projects into a space of $dim dimensions.",
 }
+_OPTIONS = ("license_name", "license_link", "vision_license", "text_license", "training_data")
 _PIPELINES = {
     ("vision", "text"): "zero-shot-image-classification",
     ("vision",): "image-feature-extraction",
@@ -62,14 +63,9 @@ _SNIPPETS = {
 
 @dataclass(frozen=True)
 class CardResult:
-    """The scores of one evaluation.
+    """The scores of one evaluation, by name; the dataset's name has its language.
 
-    Attributes:
-        task: Task, such as `"retrieval"`.
-        dataset: Dataset, with its language where it has several.
-        scores: Name of a measure → value.
-        fingerprint: Fingerprint of the measured model, where it is known; a card does not keep it.
-        dtype: Dtype that the model was measured in; a card does not keep it.
+    A card does not keep fingerprint and dtype of the measured model.
     """
 
     task: str
@@ -83,19 +79,9 @@ class CardResult:
 class CardData:
     """The statements of a card about a model.
 
-    Attributes:
-        license: License of the weights: an identifier of the Hub, such as `"apache-2.0"`, or
-            `"other"`.
-        license_name: Name of a license that the Hub has no identifier for.
-        license_link: Address of it.
-        vision_license: License of the vision tower, as its own card has it.
-        text_license: License of the language model, likewise.
-        training_data: Names or Hub ids of the datasets of the alignment.
-        results: Results measured with these very weights.
-        caution: A warning that a user must see first, for example that the model is near chance.
-
-    Raises:
-        ValueError: `license` is not an identifier, or `"other"` without name and link.
+    `license` is an identifier of the Hub, or "other" with name and address of another one; the
+    towers have those of their own cards. `results` were measured with these very weights. `caution`
+    is a warning that a user must see first, for example that the model is near chance.
     """
 
     license: str | None = None
@@ -121,7 +107,6 @@ class CardData:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Fields of the card's metadata, without the results."""
         stated = {**vars(self), "training_data": list(self.training_data) or None}
         return {n: value for n, value in stated.items() if n != "results" and value is not None}
 
@@ -142,7 +127,6 @@ class CardData:
 
 
 def read_card_data(folder: Path) -> CardData:
-    """Read what the card of a folder states; nothing where there is no card."""
     path = folder / "README.md"
     if not path.is_file():
         return CardData()
@@ -170,11 +154,9 @@ def update_card_data(
 
     Results replace the card's; None keeps those.
     """
-    names = ("license_name", "license_link", "vision_license", "text_license")
-    changes: dict[str, Any] = {name: getattr(config, name) for name in names}
-    changes["training_data"] = config.training_data or None
-    changes["results"] = None if results is None else tuple(results)
-    given = {name: value for name, value in changes.items() if value is not None}
+    given = {name: getattr(config, name) for name in config.list_given() if name in _OPTIONS}
+    if results is not None:
+        given["results"] = tuple(results)
     return relicense(card, config.license, **given)
 
 
@@ -193,7 +175,6 @@ def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None)
 
 
 def require_license(card: CardData, source: str | Path) -> None:
-    """Refuse to publish a model without a license."""
     if card.license is None:
         raise ValueError(
             f"{source} states no license, and nothing is published without one. State it with "
@@ -287,7 +268,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         summary=f"An LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)). "
         f"{Template(_SUMMARIES[sides]).substitute(dim=config.projection_dim)}"
         + (f"\n\n**{card.caution}**" if card.caution else ""),
-        parts=_format_rows(_describe_parts(folder, config, counts)),
+        parts=format_rows(_describe_parts(folder, config, counts)),
         snippet="\n".join(
             [_SNIPPETS[side] for side in sides]
             + (["print(model.similarity(images, captions))"] if len(sides) == 2 else [])
@@ -298,7 +279,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         training=", ".join(card.training_data) or "Not recorded.",
         scores=_describe_scores(card),
         license=_describe_license(card),
-        origins=_format_rows(_describe_origins(origins, card)),
+        origins=format_rows(_describe_origins(origins, card)),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
@@ -375,7 +356,7 @@ def _describe_scores(card: CardData) -> str:
         for name, value in result.scores.items()
     ]
     head = "| task | data | score | value |\n| --- | --- | --- | --- |"
-    return f"{head}\n{_format_rows(rows)}"
+    return f"{head}\n{format_rows(rows)}"
 
 
 def _describe_license(card: CardData) -> str:
@@ -404,6 +385,6 @@ def _shorten(count: int) -> str:
     return str(count)
 
 
-def _format_rows(rows: Sequence[tuple[str, ...]]) -> str:
+def format_rows(rows: Sequence[tuple[str, ...]]) -> str:
     escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)

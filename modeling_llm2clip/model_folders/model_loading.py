@@ -20,8 +20,7 @@ from ..encoding.devices import find_device
 from ..loading_llm2clip import build_tower
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .model_folder import find_model_folder
-from .model_types import require_own_model
+from .model_folder import find_model_folder, require_own_model
 
 Quantization = Literal["4bit", "8bit"]
 MODEL_CLASSES: dict[str, Any] = {
@@ -129,9 +128,8 @@ class PartialModel(LLM2CLIPModel):
 
 
 def load_partial_model(
-    source: str | Path,
+    folder: Path,
     *,
-    revision: str | None = None,
     with_llm: bool = False,
     with_vision_tower: bool = False,
     device: str = "cpu",
@@ -140,7 +138,6 @@ def load_partial_model(
 
     `to_text_embeds` and `to_image_embeds` work without towers.
     """
-    folder = find_model_folder(source, revision=revision)
     model: PartialModel = PartialModel.from_pretrained(
         folder, local_files_only=True, with_llm=with_llm, with_vision_tower=with_vision_tower
     )
@@ -169,7 +166,6 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
 
 
 def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
-    """List the parts that still have their initial random weights."""
     has_text = config.architectures != ["LLM2CLIPVisionModel"]
     return (
         *(["text adapter"] if has_text and not config.text_adapter_trained else []),

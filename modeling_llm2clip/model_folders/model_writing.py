@@ -55,14 +55,10 @@ Source: TypeAlias = str | Path | LoadedModel
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model whose weights are read, or computed, while they are written.
+    """A model whose weights are read, or computed, while they are written, in their dtypes.
 
-    Attributes:
-        model_class: Class of the whole, the text-only or the vision-only model.
-        config: Its configuration.
-        weights: Every weight of the model, by name, in the dtype in which it is written.
-        golden_source: Folder of a model with the same LLM, whose recorded caption embeddings are
-            taken over, so that the LLM is not loaded; None to run the whole model.
+    `golden_source` is the folder of a model with the same LLM, whose recorded caption embeddings
+    are taken over; without it the LLM is loaded to record them.
     """
 
     model_class: Any
@@ -151,8 +147,6 @@ def save_trained_model(
     training_data: Sequence[str] = (),
     text_adapter_trained: bool = True,
     projections_trained: bool = True,
-    results: Sequence[CardResult] = (),
-    caution: str | None = None,
     measure: Callable[[Path], tuple[Sequence[CardResult], str | None]] | None = None,
 ) -> Path:
     """Write a model folder anew with some of its weights replaced.
@@ -163,7 +157,7 @@ def save_trained_model(
     embeddings of it, none are recorded.
 
     Trained weights get the dtype that they had in the source. `measure` is called with the complete
-    folder before it is renamed; it returns results and caution in place of those given.
+    folder before it is renamed, and returns results and caution for its card.
     """
     require_new_folder(Path(folder))
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
@@ -177,7 +171,7 @@ def save_trained_model(
     model.config.projections_trained = projections_trained
     stated = read_card_data(source)
     data = dict.fromkeys((*stated.training_data, *training_data))
-    card = replace(stated, results=tuple(results), caution=caution, training_data=tuple(data))
+    card = replace(stated, results=(), caution=None, training_data=tuple(data))
 
     def measure_and_state(unfinished: Path) -> None:
         if measure is not None:
@@ -228,7 +222,6 @@ def require_as_written(folder: Path, *, device: str) -> None:
 
 
 def open_model(source: Path) -> LazyModel:
-    """Open a model folder without reading its weights."""
     config = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
     return LazyModel(find_model_class(source), config, open_model_weights(source))
 
@@ -333,12 +326,7 @@ def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, dev
 
 @dataclass(frozen=True)
 class StageSource:
-    """The model that a stage works on.
-
-    Attributes:
-        folder: Its folder.
-        name: What the user gave, for records and messages.
-    """
+    """The folder of the model that a stage works on, and what the user gave for it."""
 
     folder: Path
     name: str

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._extras import ONNX_RUNTIME, require
 from ..configs.encoding_config import TextWeights
-from .model_folder import find_model_folder
-from .model_types import ONNX_RECORD, read_json_object
+from .model_folder import ONNX_RECORD, find_model_folder, read_json_object
 
 if TYPE_CHECKING:
     from ..encoding.onnx_encoding import OnnxEncoder
@@ -28,7 +27,6 @@ _TOWERS = {"text": "text_model", "image": "vision_model"}
 
 
 def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") -> Path:
-    """Return where a graph is, or would be."""
     return folder / GRAPHS / f"{_TOWERS[modality]}{SUFFIXES[weights]}.onnx"
 
 
@@ -37,14 +35,7 @@ def data_file(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}_data")
 
 
-def describe_head(model: Any) -> dict[str, float | None]:
-    """Describe for the record what turns cosines into logits; None for a single tower."""
-    head = getattr(model, "logit_head", None)
-    return {"logit_scale": None if head is None else round(float(head.plain_rule().scale), 6)}
-
-
 def read_onnx_record(folder: Path) -> dict[str, Any]:
-    """Read what was exported."""
     file = folder / ONNX_RECORD
     found = read_json_object(file) if file.is_file() else None
     if found is None:
@@ -56,7 +47,6 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
 
 
 def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return a local folder of ONNX graphs, or download that of a Hub repository."""
     only = None if Path(source).is_dir() else ["*.json", "*.jinja", f"{GRAPHS}/*"]
     folder = find_model_folder(source, revision=revision, only=only)
     read_onnx_record(folder)
@@ -156,7 +146,6 @@ def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) 
 
 
 def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
-    """Open a graph for ONNX Runtime on the CPU."""
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 

@@ -44,15 +44,11 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """The images of one dataset.
+    """The images of one dataset, by a sample of `num_measured` of them.
 
-    Attributes:
-        name: Name of the dataset.
-        num_images: Number of its images.
-        num_measured: Number of images in the sample that the summary is computed from.
-        spread: Variance of the sample, summed over the dimensions.
-        own_distance: Distance of one part of the sample from the clusters of the other.
-        clusters: (K, D) float32, the means of clusters of at least three images.
+    `spread` is the sample's variance, summed over the dimensions; `own_distance` is that of one
+    part of it from the clusters of the other; `clusters` (K, D) float32 are means of at least three
+    images.
     """
 
     name: str
@@ -84,11 +80,9 @@ def summarize_images(
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The summary of all images that a model was trained on.
+    """The summary of all images that a model was trained on, in the order of its trainings.
 
-    Attributes:
-        datasets: One or several, in the order of their trainings.
-        not_summarized: Names of data that earlier weights of the vision tower were trained on.
+    Earlier weights of the vision tower were trained on data that are `not_summarized`.
     """
 
     datasets: tuple[DatasetSummary, ...]
@@ -96,7 +90,6 @@ class TrainingImages:
 
     @property
     def width(self) -> int:
-        """D of the tower that the summary belongs to."""
         return int(self.datasets[0].clusters.shape[1])
 
     def add(self, dataset: DatasetSummary) -> TrainingImages:
@@ -110,7 +103,6 @@ class TrainingImages:
         return TrainingImages((*others, dataset), self.not_summarized)
 
     def list_names(self) -> tuple[str, ...]:
-        """List the names of all data, each once."""
         return tuple(dict.fromkeys((*self.not_summarized, *(data.name for data in self.datasets))))
 
     def measure(self, tally: ImageTally) -> float | None:
@@ -134,7 +126,6 @@ class TrainingImages:
 
     @property
     def threshold(self) -> float:
-        """Distance above which images are far."""
         return max(_FAR, *(_TIMES_OWN * dataset.own_distance for dataset in self.datasets))
 
     def describe_far(self, tally: ImageTally) -> str | None:
@@ -158,12 +149,7 @@ class TrainingImages:
 
 @dataclass
 class ImageTally:
-    """Adds up the images of a run, batch by batch.
-
-    Attributes:
-        num_images: Number of images so far.
-        total: (D,) float64, the sum of their embeddings of unit length; zero before the first.
-    """
+    """Adds up the images of a run; `total` (D,) float64 is of embeddings of unit length."""
 
     num_images: int = 0
     total: Array = field(default_factory=lambda: np.zeros(()))
@@ -174,14 +160,12 @@ class ImageTally:
             self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
 
     def join(self, other: ImageTally) -> None:
-        """Add the images of another tally."""
         if other.num_images:
             self.total = self.total + other.total
             self.num_images += other.num_images
 
 
 def read_training_images(folder: Path) -> TrainingImages | None:
-    """Read the summary of a model folder; None where there is none, so that nothing is known."""
     file = folder / TRAINING_IMAGES_FILE
     if not file.is_file():
         return None

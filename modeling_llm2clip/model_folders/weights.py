@@ -46,13 +46,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of known shape and dtype that is read, or computed, on demand.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
-        read: Reads or computes it.
-    """
+    """A tensor of known shape and dtype that is read, or computed, on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -60,12 +54,10 @@ class LazyTensor:
 
     @property
     def num_elements(self) -> int:
-        """Number of elements."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Size in bytes."""
         return self.num_elements * self.dtype.itemsize
 
     def then(self, make: Callable[[Tensor], Tensor]) -> LazyTensor:
@@ -78,7 +70,6 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
-        """Wrap a tensor that is in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
@@ -92,12 +83,10 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
 
 
 def open_model_weights(folder: Path) -> dict[str, LazyTensor]:
-    """Open the weights of an LLM2CLIP model."""
     return open_weight_files(list_model_files(folder))
 
 
 def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
-    """Open the weight files of one model."""
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         if file.suffix == ".safetensors":
@@ -135,7 +124,6 @@ def plan_shards(
 def write_weights(
     weights: Mapping[str, LazyTensor], folder: Path, *, max_shard_size: int | str
 ) -> None:
-    """Write `model.safetensors`, or numbered shards and their index; memory holds one file."""
     shards = plan_shards(weights, max_shard_size=max_shard_size)
     for file, names in shards.items():
         _write_shard({name: weights[name] for name in names}, folder / file)
@@ -149,7 +137,6 @@ def write_weights(
 
 
 def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:
-    """Refuse to write weights for which the disk has no room."""
     needed = sum(tensor.num_bytes for tensor in weights.values()) + _OTHER_FILES_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:

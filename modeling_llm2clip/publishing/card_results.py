@@ -115,10 +115,8 @@ def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield path and value of every score, without None, lists and details."""
     if isinstance(scores, dict):
         if _INTERVAL <= set(scores):
-            scores = {
-                "": scores["value"],
-                **{k: v for k, v in scores.items() if k not in _INTERVAL},
-            }
+            others = {name: score for name, score in scores.items() if name not in _INTERVAL}
+            scores = {"": scores["value"], **others}
         for name, value in scores.items():
             if name not in _DETAILS:
                 yield from _iterate_scores(value, f"{path}.{name}".strip("."))

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
+from .._extras import is_installed
 from ..base_llm2clip import read_instructions
 from ..building.vision_towers import forget_code
 from ..configs.export_config import ExportConfig
@@ -183,16 +184,9 @@ def plan_export(
     hosting = render_hosting_files(
         config, LLM2CLIPConfig.from_pretrained(folder), name=Path(output).name
     )
-    files = {
-        **{
-            path: num_bytes
-            for path, num_bytes in list_own_files(folder).items()
-            if not _WEIGHTS.fullmatch(path)
-        },
-        **{path: len(content.encode()) for path, content in hosting.items()},
-        **_plan_weights(folder, config),
-    }
-    return dict(sorted(files.items()))
+    files = {path: n for path, n in list_own_files(folder).items() if not _WEIGHTS.fullmatch(path)}
+    files |= {path: len(content.encode()) for path, content in hosting.items()}
+    return dict(sorted({**files, **_plan_weights(folder, config)}.items()))
 
 
 def _plan_weights(folder: Path, config: ExportConfig) -> dict[str, int]:
@@ -233,8 +227,9 @@ def render_hosting_files(
         files["space/requirements.txt"] = _render_requirements(
             {**needed, "pillow": ">=12,<13"} if is_later else needed
         )
+        gradio = _find_version("gradio") if is_installed("gradio") else _GRADIO
         files["space/README.md"] = _SPACE_CARD.format(
-            name=name, title=json.dumps(name), gradio=_find_version("gradio", default=_GRADIO)
+            name=name, title=json.dumps(name), gradio=gradio
         )
     return files
 
@@ -243,14 +238,9 @@ def _render_requirements(needed: Mapping[str, str]) -> str:
     return "".join(f"{package}{needed[package]}\n" for package in sorted(needed))
 
 
-def _find_version(name: str, *, default: str | None = None) -> str:
+def _find_version(name: str) -> str:
     """Return the installed version, without what names a build, such as `+cpu`."""
-    try:
-        return version(name).partition("+")[0]
-    except PackageNotFoundError:
-        if default is None:
-            raise
-        return default
+    return version(name).partition("+")[0]
 
 
 def export_vision_tower(folder: Path, output: str | Path, *, license: str | None = None) -> Path:

@@ -45,13 +45,9 @@ MIN_COSINE_OF_SCRIPT = 0.999
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """The texts and images that graphs are checked on.
+    """The captions and images that graphs are checked on, one of each record of `data`.
 
-    Attributes:
-        captions: One of each record.
-        texts: The captions, and texts of several of them, up to beyond the model's maximum.
-        images: Image of each record.
-        data: Source of the records, for the record of the export.
+    `texts` are the captions, and texts of several of them, up to beyond the model's maximum.
     """
 
     captions: Sequence[str]
@@ -62,14 +58,9 @@ class CheckInputs:
 
 @dataclass
 class Reference:
-    """The model itself, and its embeddings of the check's inputs; each is computed once.
+    """The model in float32 on the CPU, and its embeddings of the check's inputs.
 
-    Attributes:
-        model: The model, in float32 on the CPU.
-        processor: Its processor.
-        inputs: Texts and images.
-        folder: Its folder, which may have golden embeddings.
-        dtype: Dtype in which it was saved, and these computed.
+    The folder may have golden embeddings, which were computed in `dtype`.
     """
 
     model: Any
@@ -133,7 +124,6 @@ def load_check_inputs(data: str | None) -> CheckInputs:
 
 def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     """Compare a float32 text graph with the model, and with its golden embeddings."""
-    limit = find_tolerance(torch.float32)
     wanted = reference.text_embeds
     texts = reference.inputs.texts
     found = encoder.encode_texts(texts)
@@ -142,8 +132,8 @@ def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     one_by_one = torch.cat([encoder.encode_texts([texts[row]]) for row in alone])
     return {
         "texts": len(texts),
-        "max_distance": _compare("texts", found, wanted, limit),
-        "max_distance_alone": _compare("single texts", one_by_one, wanted[alone], limit),
+        "max_distance": _compare("texts", found, wanted),
+        "max_distance_alone": _compare("single texts", one_by_one, wanted[alone]),
         "min_cosine": _round(measure_cosines(found, wanted).min()),
         **reference.compare_golden("text", encoder.encode_texts),
     }
@@ -151,15 +141,14 @@ def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
 
 def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) -> dict[str, Any]:
     """Compare a vision graph with the model, and with its golden embeddings."""
-    limit = find_tolerance(torch.float32)
     wanted = reference.image_embeds[:NUM_IMAGES]
     images = list(reference.inputs.images[:NUM_IMAGES])
     found = encoder.encode_images(images)
     alone = encoder.encode_images(images[:1])
     figures = {
         "images": len(images),
-        "max_distance": _compare("images", found, wanted, limit),
-        "max_distance_alone": _compare("a single image", alone, wanted[:1], limit),
+        "max_distance": _compare("images", found, wanted),
+        "max_distance_alone": _compare("a single image", alone, wanted[:1]),
     }
     if any_size:
         figures["max_distance_at_other_sizes"] = _check_other_sizes(encoder, reference, images[:2])
@@ -187,7 +176,6 @@ def compare_rounded_texts(
 
 
 def require_near_texts(figures: Mapping[str, Any]) -> None:
-    """Refuse 8-bit weights with which a text is too far from the model's own embedding."""
     if low := figures["texts_below_0.999"]:
         raise ValueError(
             f"8-bit weights change this model too much: {low} of {figures['texts']} texts have a "
@@ -198,7 +186,6 @@ def require_near_texts(figures: Mapping[str, Any]) -> None:
 
 
 def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss: float) -> None:
-    """Refuse 4-bit weights that cost more recall than accepted."""
     before, after = figures["recall_at_1_of_the_model"], figures["recall_at_1"]
     loss = round(before - after, 6)
     if loss > max_loss:
@@ -221,9 +208,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     if text_graph is not None:
         found = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.stem, folder)
         wanted = encoder.encode_texts(GOLDEN_TEXTS)
-        _compare(
-            "the script's texts", torch.from_numpy(found), wanted, find_tolerance(torch.float32)
-        )
+        _compare("the script's texts", torch.from_numpy(found), wanted)
     if "image" not in encoder.modalities:
         return None
     images = render_golden_images()
@@ -258,12 +243,13 @@ def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[
         other = pixels.repeat(*repeats)
         wanted = model.to_image_embeds(model.get_vision_embeds(other))
         what = f"images of {other.shape[2]} × {other.shape[3]} pixels"
-        limit = find_tolerance(torch.float32)
-        largest = max(largest, _compare(what, encoder.encode_pixels(other), wanted, limit))
+        largest = max(largest, _compare(what, encoder.encode_pixels(other), wanted))
     return largest
 
 
-def _compare(what: str, found: Tensor, wanted: Tensor, limit: float) -> float:
+def _compare(
+    what: str, found: Tensor, wanted: Tensor, limit: float = find_tolerance(torch.float32)
+) -> float:
     """Return the largest distance of two rows, or raise ValueError if it is above the limit."""
     distances = measure_distances(found, wanted)
     largest = float(distances.max())

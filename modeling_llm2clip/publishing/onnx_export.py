@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +28,14 @@ from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.atomic_folder import atomic_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
-from ..model_folders.model_card import CardData, read_card_data, update_card_data
+from ..model_folders.model_card import CardData, format_rows, read_card_data, update_card_data
+from ..model_folders.model_folder import ONNX_RECORD, read_json_object
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
-from ..model_folders.model_types import ONNX_RECORD, read_json_object
 from ..model_folders.model_writing import require_inside
 from ..model_folders.onnx_folder import (
     DTYPES,
     GRAPHS,
     data_file,
-    describe_head,
     graph_file,
     open_session,
 )
@@ -95,12 +93,12 @@ def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
     _require_parts(folder, config)
     with atomic_folder(Path(output)) as unfinished:
         (unfinished / GRAPHS).mkdir()
-        writer = _OnnxWriter.open(folder, unfinished, config)
+        writer = _OnnxWriter(folder, unfinished, config)
         if "text" in _list_modalities(config):
-            writer.write_text_graphs(config)
+            writer.write_text_graphs()
         if "image" in _list_modalities(config):
             writer.write_image_graph()
-        writer.write_other_files(config, name=Path(output).name)
+        writer.write_other_files(name=Path(output).name)
     return Path(output)
 
 
@@ -144,19 +142,13 @@ def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
     )
 
 
-@dataclass
 class _OnnxWriter:
     """Writes graphs into an unfinished folder, and keeps the record of them."""
 
-    folder: Path
-    reference: Reference
-    graphs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # Versions of ONNX's operators and of its file format.
-    versions: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, source: Path, folder: Path, config: ExportConfig) -> _OnnxWriter:
-        """Load the model, and the inputs of its check."""
+    def __init__(self, source: Path, folder: Path, config: ExportConfig) -> None:
+        self.folder, self.config = folder, config
+        self.graphs: dict[str, dict[str, Any]] = {}
+        self.versions: dict[str, int] = {}  # of ONNX's operators and of its file format
         model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
         if "int4" in config.onnx_weights:  # recall is measured on both towers
             model_class = find_model_class(source)
@@ -166,9 +158,9 @@ class _OnnxWriter:
         dtype = stated if isinstance(stated, torch.dtype) else torch.float32
         require_golden(source, model.eval(), processor, dtype=dtype)
         inputs = load_check_inputs(config.onnx_data)
-        return cls(folder, Reference(model, processor, inputs, source, dtype))
+        self.reference = Reference(model, processor, inputs, source, dtype)
 
-    def write_text_graphs(self, config: ExportConfig) -> None:
+    def write_text_graphs(self) -> None:
         """Write the text tower in float32, check it, and round it as often as asked."""
         file = graph_file(self.folder, "text")
         texts = self.reference.inputs.texts
@@ -177,22 +169,21 @@ class _OnnxWriter:
         graph = write_text_graph(self.reference.model, inputs, file)
         figures = check_texts(self._encoder(text=file), self.reference)
         self._record(graph, file, figures)
-        for weights in (name for name in config.onnx_weights if name != "float32"):
-            self._write_rounded(file, weights, config)
-        if "float32" not in config.onnx_weights:
+        for weights in (name for name in self.config.onnx_weights if name != "float32"):
+            self._write_rounded(file, weights)
+        if "float32" not in self.config.onnx_weights:
             for unwanted in (file, data_file(file)):
                 unwanted.unlink(missing_ok=True)
             del self.graphs[_name(file)]
 
-    def _write_rounded(self, source: Path, weights: TextWeights, config: ExportConfig) -> None:
+    def _write_rounded(self, source: Path, weights: TextWeights) -> None:
         file = graph_file(self.folder, "text", weights)
         if weights == "int8":
             described = self._write_eight_bits(source, file)
         else:
             described = self._round(source, file, bits=4)
-            require_recall(
-                described["check"], self.reference.inputs, max_loss=config.max_recall_loss
-            )
+            max_loss = self.config.max_recall_loss
+            require_recall(described["check"], self.reference.inputs, max_loss=max_loss)
         self.graphs[_name(file)] = {
             **self.graphs[_name(source)],
             **described,
@@ -275,8 +266,7 @@ class _OnnxWriter:
             "check": figures,
         }
 
-    def write_other_files(self, config: ExportConfig, *, name: str) -> None:
-        """Write processor, configuration, golden embeddings, script, record and card."""
+    def write_other_files(self, *, name: str) -> None:
         reference, folder = self.reference, self.folder
         reference.processor.save_pretrained(folder)
         _name_prompt_tokens(folder / "tokenizer.json")
@@ -286,16 +276,17 @@ class _OnnxWriter:
             require_inside(reference.folder, [reference.folder / GOLDEN_FILE])
             shutil.copyfile(reference.folder / GOLDEN_FILE, folder / GOLDEN_FILE)
         script = self._write_script()
+        head = getattr(reference.model, "logit_head", None)  # a single tower has none
         record = {
             "format": _RECORD_FORMAT,
             **self.versions,
             "graphs": self.graphs,
-            **describe_head(reference.model),
+            "logit_scale": None if head is None else round(float(head.plain_rule().scale), 6),
             "script": script,
             "checked_on": reference.inputs.data,
             "source": {
                 modality: fingerprint_embeddings(reference.folder, modality)
-                for modality in _list_modalities(config)
+                for modality in _list_modalities(self.config)
             },
             "versions": {
                 package: version(package)
@@ -303,7 +294,7 @@ class _OnnxWriter:
             },
         }
         (folder / ONNX_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        card = update_card_data(read_card_data(reference.folder), config)
+        card = update_card_data(read_card_data(reference.folder), self.config)
         _write_card(folder, card, record, name=name)
 
     def _write_script(self) -> str | None:
@@ -355,7 +346,6 @@ def _name(file: Path) -> str:
 
 
 def _measure_mb(file: Path) -> float:
-    """Return the size of a graph with its weights, in 10^6 bytes."""
     files = [part for part in (file, data_file(file)) if part.is_file()]
     return round(sum(part.stat().st_size for part in files) / 1e6, 1)
 
@@ -409,14 +399,13 @@ def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: s
         pipeline_tag="feature-extraction",
         tags=["llm2clip", "onnx"],
     )
-    rows = [["graph", "weights", "size", "checked"], ["---"] * 4]
+    rows: list[tuple[str, ...]] = [("graph", "weights", "size", "checked"), ("---",) * 4]
     for file, about in record["graphs"].items():
         checked = describe_check(about["check"])
-        rows.append([f"`{file}`", about["weights"], f"{about['size_mb']} MB", checked])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append((f"`{file}`", about["weights"], f"{about['size_mb']} MB", checked))
     body = _CARD.format(
         title=name,
-        files=table,
+        files=format_rows(rows),
         script=_SCRIPT_USE if record["script"] is None else "",
         record=ONNX_RECORD,
         opset=record["opset"],
@@ -426,7 +415,6 @@ def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: s
 
 
 def describe_check(check: dict[str, Any]) -> str:
-    """Describe the check of a graph in a few words."""
     kind = "text" if "texts" in check else "image"
     count = counted(check[f"{kind}s"], kind)
     if "max_distance" in check:

@@ -135,7 +135,6 @@ def write_image_graph(
 
 
 def name_vision_tower(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> str:
-    """Name a vision tower in errors."""
     config: Any = model.vision_model.config
     architecture = getattr(config, "architecture", None)  # timm's name of the network
     return f"vision tower {architecture or config.model_type!r}"

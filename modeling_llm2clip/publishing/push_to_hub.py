@@ -182,7 +182,6 @@ def check_publishable(
 
 
 def require_healthy(folder: Path, *, device: str = "auto") -> None:
-    """Refuse a folder in which `check_model` finds an error."""
     report = check_model(folder, device=device)
     if not report.healthy:
         failed = "; ".join(f"{check.name}: {check.message}" for check in report.failed)
@@ -193,7 +192,6 @@ def require_healthy(folder: Path, *, device: str = "auto") -> None:
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuse a name that is not like `owner/name`."""
     if not _HUB_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id={repo_id!r} must be 'owner/name'.")
     validate_repo_id(repo_id)

@@ -1,35 +1,48 @@
-"""The plan of `train`: stages in order, with sizes, an estimate, and which are finished."""
+"""The plan of `train`: stages in order, with sizes, an estimate, and which are finished.
+
+Sizes of towers are read from their files without loading them. NaN is a number that is unknown.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.errors import NotASafetensorsRepoError
 from tabulate import tabulate
 
 from .._suggestions import counted
-from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, SMOLLM2
-from ..configs.config_fields import read_config
+from ..building.pretrained_towers import (
+    EFFICIENTNET,
+    EMBEDDED,
+    SMOLLM2,
+    PretrainedTower,
+    find_tower,
+)
 from ..configs.train_config import TrainConfig
 from ..data.captions.caption_groups import count_groups
 from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import split_records
+from ..data.safetensors_files import read_shapes
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from ..data.store.store_shards import CHECKSUM_BYTES
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
+from ..model_folders.model_folder import explain_missing, fetch_hub_file, is_hub_id
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
 from ..training.alignment.held_out import count_held_out
 from ..training.finetuning.finetune_data import count_held_out as count_tuning_held_out
 from ..training.run_folder import RUN_FILE, read_results
 from ..training.trainer_mixins import computes_in_bfloat16
-from .tower_sizes import TowerSize, measure_tower
 
 Split: TypeAlias = tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]
 State: TypeAlias = Literal["to do", "stopped", "finished", "repeated"]
@@ -40,86 +53,44 @@ _PROMPT_TOKENS = 10
 _NUM_CHECKPOINTS = 2
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ADAM_BYTES = 12  # of a trained weight: itself and two moments in float32
+# Where the configuration says neither image nor patch size, as of a convolutional network.
+_DEFAULT_TOKENS_PER_IMAGE = 200
+_VISION_PREFIX = "vision_model."
 
 
-@dataclass(frozen=True)
 class RecipePaths:
-    """Where `train` writes.
+    """Where `train` writes below its output."""
 
-    Attributes:
-        output: Folder of everything.
-    """
-
-    output: Path
-
-    @property
-    def built(self) -> Path:
-        """The untrained model."""
-        return self.output / "built"
-
-    @property
-    def fine_tuned(self) -> Path:
-        """Run of stage 1; the model is in its `model`."""
-        return self.output / "fine-tuned"
-
-    @property
-    def captions(self) -> Path:
-        """Store of caption embeddings."""
-        return self.output / "captions"
-
-    @property
-    def images(self) -> Path:
-        """Store of image embeddings."""
-        return self.output / "images"
-
-    @property
-    def aligned(self) -> Path:
-        """Run of stage 3; the model is in its `model`."""
-        return self.output / "aligned"
-
-    @property
-    def exported(self) -> Path:
-        """The exported model."""
-        return self.output / "model"
-
-    @property
-    def evaluation(self) -> Path:
-        """Results of the evaluation."""
-        return self.output / "evaluation"
+    def __init__(self, output: Path) -> None:
+        self.built = output / "built"
+        self.fine_tuned = output / "fine-tuned"  # a run, with the model in `model`
+        self.captions = output / "captions"
+        self.images = output / "images"
+        self.aligned = output / "aligned"  # as `fine_tuned`
+        self.exported = output / "model"
+        self.evaluation = output / "evaluation"
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a recipe.
+    """One stage of a recipe; its FLOPs are 0 where they do not matter.
 
-    Attributes:
-        name: As in the command line.
-        size: What it works on.
-        output: What it writes.
-        state: Whether it is finished or was stopped; an evaluation is repeated, and keeps results
-            that are finished.
-        flops: Floating-point operations; 0 where they do not matter, None where they are unknown.
-        num_bytes: What it writes to the disk; None where that is unknown.
+    An evaluation is repeated, and keeps results that are finished.
     """
 
     name: str
     size: str
     output: Path
     state: State
-    flops: float | None = 0.0
-    num_bytes: int | None = 0
+    flops: float = 0.0
+    num_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """The stages of a recipe; printing it shows a line per stage.
+    """The stages of a recipe, and the numbers of images to train on and to evaluate on.
 
-    Attributes:
-        output: Folder of everything that is written.
-        stages: In order.
-        num_images: Images to train on, and to evaluate on.
-        device: Where the stages run.
-        flops_per_second: What this device is expected to reach.
+    Printing it shows a line per stage.
     """
 
     output: Path
@@ -129,48 +100,37 @@ class RecipePlan:
     flops_per_second: float
 
     def __str__(self) -> str:
-        """Return the plan as a table and two sentences."""
         rows = [
-            (s.name, s.size, s.state, self._show_time(s), self._show_disk(s), self._name(s))
-            for s in self.stages
+            (
+                stage.name,
+                stage.size,
+                stage.state,
+                _show(
+                    show_seconds,
+                    stage.flops / self.flops_per_second * (stage.state != "finished"),
+                ),
+                _show(show_bytes, stage.num_bytes),
+                stage.output.relative_to(self.output),
+            )
+            for stage in self.stages
         ]
         heads = ("stage", "size", "state", "time", "disk", "output")
         left = [stage for stage in self.stages if stage.state != "finished"]
-        seconds = sum(stage.flops or 0 for stage in left) / self.flops_per_second
-        num_bytes = sum(stage.num_bytes or 0 for stage in left)
-        is_open = any(stage.flops is None for stage in left)
+        seconds = sum(stage.flops for stage in left) / self.flops_per_second
+        is_open = math.isnan(seconds)
         time_left = "a time" if is_open else f"about {show_seconds(seconds)}"
-        least = "at least " if any(stage.num_bytes is None for stage in left) else ""
+        known = [stage.num_bytes for stage in left if not math.isnan(stage.num_bytes)]
+        least = "at least " if len(known) < len(left) else ""
         later = " that is known once the towers are downloaded (?)" if is_open else ""
         return (
             f"{counted(self.num_images[0], 'image')} to train on, {self.num_images[1]:,} to "
             "evaluate on. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: {time_left} on {self.device}{later} and {least}{show_bytes(num_bytes)}. "
+            f"Left: {time_left} on {self.device}{later} and {least}{show_bytes(sum(known))}. "
             "Estimated from the speed of a matrix product just now; loading, decoding of images "
             "and evaluation come on top."
         )
-
-    def _name(self, stage: PlannedStage) -> str:
-        return str(stage.output.relative_to(self.output))
-
-    def _show_time(self, stage: PlannedStage) -> str:
-        if stage.flops is None:
-            return "?"
-        if stage.state == "finished" or not stage.flops:
-            return ""
-        return show_seconds(stage.flops / self.flops_per_second)
-
-    def _show_disk(self, stage: PlannedStage) -> str:
-        if stage.num_bytes is None:
-            return "?"
-        return show_bytes(stage.num_bytes) if stage.num_bytes else ""
-
-
-def load_recipe(config: TrainConfig | str | Path) -> TrainConfig:
-    """Read a recipe, if it is not read yet."""
-    return config if isinstance(config, TrainConfig) else read_config(config, TrainConfig)
 
 
 def read_split(config: TrainConfig) -> Split:
@@ -185,24 +145,17 @@ def read_split(config: TrainConfig) -> Split:
     return split_records(records, test_size=config.test_size, seed=config.seed)
 
 
-def plan_recipe(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
-    """Plan what `train` will do with a recipe; writes nothing and loads no model.
-
-    Examples:
-        >>> print(plan_recipe("recipe.yaml"))  # doctest: +SKIP
-    """
-    config = load_recipe(config)
+def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
+    """Plan what `train` will do with a recipe; writes nothing and loads no model."""
     device = find_device(config.device)
-    train, test = read_split(config) if records is None else records
     in_bfloat16 = computes_in_bfloat16(config.align.precision, on_gpu=device.type == "cuda")
-    planner = _Planner(config, train, test)
+    speed = _measure_speed(device, torch.bfloat16 if in_bfloat16 else torch.float32)
     return RecipePlan(
         output=config.output,
-        stages=tuple(planner.list_stages()),
-        num_images=(_count_images(train), _count_images(test)),
+        stages=tuple(_Planner(config, *split).list_stages()),
+        num_images=(_count_images(split[0]), _count_images(split[1])),
         device=str(device),
-        flops_per_second=_UTILIZATION
-        * _measure_speed(device, torch.bfloat16 if in_bfloat16 else torch.float32),
+        flops_per_second=_UTILIZATION * speed,
     )
 
 
@@ -212,13 +165,11 @@ def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
 
 
 def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
-    """List what is evaluated on: the held-out records, if there are any, and further datasets."""
     held_out = [make_records_spec(test, name="held-out")] if test else []
     return [*held_out, *config.eval_datasets]
 
 
 def show_seconds(seconds: float) -> str:
-    """Show a duration in its largest unit."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -226,11 +177,68 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Show a size in its largest unit of 1,000."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 1e3:.0f} KB"
+
+
+def _show(show: Callable[[float], str], number: float) -> str:
+    """Show an estimate; nothing for 0."""
+    return "?" if math.isnan(number) else show(number) if number else ""
+
+
+@dataclass(frozen=True)
+class TowerSize:
+    """Numbers of a tower; a convolutional network counts as about as many tokens as it is worth."""
+
+    num_parameters: float = math.nan
+    width: float = math.nan
+    tokens_per_image: int = _DEFAULT_TOKENS_PER_IMAGE
+
+    def __str__(self) -> str:
+        if math.isnan(self.num_parameters):
+            return "?"
+        if self.num_parameters < 1e9:
+            return f"{self.num_parameters / 1e6:,.0f}M"
+        return f"{self.num_parameters / 1e9:,.1f}B"
+
+
+def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
+    """Read the size of a tower from its configuration and the headers of its weight files."""
+    folder = find_tower(embedded) if source == EMBEDDED else Path(source)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+        return _read_config(folder / "config.json", _count_parameters(shapes))
+    if folder.exists() or not is_hub_id(source) or explain_missing(source):
+        return TowerSize()
+    try:
+        files_metadata = get_safetensors_metadata(source).files_metadata.values()
+        tensors = {name: info for file in files_metadata for name, info in file.tensors.items()}
+        num_parameters = _count_parameters({name: info.shape for name, info in tensors.items()})
+    except (OSError, ValueError, NotASafetensorsRepoError):  # no Hub, no such repository or files
+        num_parameters = math.nan
+    return _read_config(fetch_hub_file(source, "config.json"), num_parameters)
+
+
+def _count_parameters(shapes: Mapping[str, Sequence[int]]) -> float:
+    """Count weights by name; of a dual encoder only those of its vision tower."""
+    of_tower = {name: shape for name, shape in shapes.items() if name.startswith(_VISION_PREFIX)}
+    return sum(map(math.prod, (of_tower or shapes).values())) or math.nan
+
+
+def _read_config(file: Path | None, num_parameters: float) -> TowerSize:
+    config: dict[str, Any] = {}
+    if file is not None and file.is_file():
+        config = json.loads(file.read_text("utf-8"))
+    config = {**config, **(config.get("vision_config") or {})}
+    width = config.get("hidden_size") or config.get("num_features")
+    image, patch = config.get("image_size"), config.get("patch_size")
+    tokens = _DEFAULT_TOKENS_PER_IMAGE
+    if isinstance(image, int) and isinstance(patch, int):
+        tokens = (image // patch) ** 2 + 1
+    return TowerSize(num_parameters, width if isinstance(width, int) else math.nan, tokens)
 
 
 class _Planner:
@@ -270,7 +278,7 @@ class _Planner:
             stages.append(
                 PlannedStage("export", size, final, _find_state(final), num_bytes=num_bytes)
             )
-        is_healthy = read_results(paths.output).get("is_healthy")
+        is_healthy = read_results(config.output).get("is_healthy")
         state: State = "finished" if is_healthy else "to do"
         stages.append(PlannedStage("doctor", "every check", final, state))
         if self.test or config.eval_datasets:
@@ -302,14 +310,14 @@ class _Planner:
             1, round(config.num_train_epochs * (num_pairs // batch_size))
         )
         recomputes = config.gradient_checkpointing or config.mini_batch_size is not None
-        per_token = self._flops_per_token(self.text, passes=3 if recomputes else 2)
+        per_token = _count_flops_per_token(self.text, passes=3 if recomputes else 2)
         tokens_per_text = self.num_tokens / max(1, self.num_texts)
         return PlannedStage(
             "finetune-llm",
             f"{counted(num_steps, 'step')} of {counted(batch_size, 'pair')}",
             self.paths.fine_tuned / "model",
             _find_state(self.paths.fine_tuned / "model", run=self.paths.fine_tuned),
-            flops=_times(per_token, 2 * batch_size * num_steps * tokens_per_text),
+            flops=per_token * 2 * batch_size * num_steps * tokens_per_text,
             num_bytes=self._count_model_bytes(self.config.build.dtype),
         )
 
@@ -323,10 +331,8 @@ class _Planner:
             counted(num_rows, "caption" if modality == "text" else "image"),
             store,
             _find_store_state(store),
-            flops=_times(self._flops_per_token(tower, passes=1), tokens),
-            num_bytes=None
-            if tower.width is None
-            else num_rows * (tower.width * width + CHECKSUM_BYTES),
+            flops=_count_flops_per_token(tower, passes=1) * tokens,
+            num_bytes=num_rows * (tower.width * width + CHECKSUM_BYTES),
         )
 
     def _plan_alignment(self) -> PlannedStage:
@@ -337,22 +343,19 @@ class _Planner:
         batch_size = choose_batch_size(config, num_items, 1)
         num_steps = count_steps(config, num_items, batch_size)
         num_shown = batch_size * num_steps * (2 if config.refit else 1)
-        flops: float | None = 0.0
+        flops = 0.0
         if trained != "frozen":
             passes = (3 if trained == "full" else 2) + config.gradient_checkpointing
-            per_image = self._flops_per_token(self.vision, passes=passes)
-            flops = _times(per_image, num_shown * self.vision.tokens_per_image)
-        if config.text_training != "stored" and flops is not None:
+            per_token = _count_flops_per_token(self.vision, passes=passes)
+            flops += per_token * num_shown * self.vision.tokens_per_image
+        if config.text_training != "stored":
             is_frozen = config.text_training == "frozen-online"
             passes = 1 if is_frozen else 2 + config.gradient_checkpointing
-            per_token = self._flops_per_token(self.text, passes=passes)
-            tokens = num_shown * self.num_tokens / max(1, self.num_texts)
-            online = _times(per_token, tokens)
-            flops = None if online is None else flops + online
+            per_token = _count_flops_per_token(self.text, passes=passes)
+            flops += per_token * num_shown * self.num_tokens / max(1, self.num_texts)
         num_bytes = self._count_model_bytes(self.config.build.dtype)
-        if num_bytes is not None and trained == "full":
-            checkpoints = _NUM_CHECKPOINTS * _ADAM_BYTES * (self.vision.num_parameters or 0)
-            num_bytes += checkpoints
+        if trained == "full":
+            num_bytes += _NUM_CHECKPOINTS * _ADAM_BYTES * self.vision.num_parameters
         return PlannedStage(
             "align",
             f"{counted(num_steps, 'step')} of {counted(batch_size, 'image')}, vision tower "
@@ -363,23 +366,18 @@ class _Planner:
             num_bytes=num_bytes,
         )
 
-    def _flops_per_token(self, tower: TowerSize, *, passes: int) -> float | None:
-        """Two operations per weight and pass.
-
-        Passes are forward, backward, the gradients of the weights if they are trained themselves,
-        and forward again where activations are recomputed.
-        """
-        return None if tower.num_parameters is None else 2.0 * passes * tower.num_parameters
-
-    def _count_model_bytes(self, dtype: str | None) -> int | None:
-        counts = (self.text.num_parameters, self.vision.num_parameters)
-        if None in counts:
-            return None
-        return sum(count or 0 for count in counts) * _BYTES[dtype or self.config.build.dtype]
+    def _count_model_bytes(self, dtype: str | None) -> float:
+        num_parameters = self.text.num_parameters + self.vision.num_parameters
+        return num_parameters * _BYTES[dtype or self.config.build.dtype]
 
 
-def _times(first: float | None, second: float) -> float | None:
-    return None if first is None else first * second
+def _count_flops_per_token(tower: TowerSize, *, passes: int) -> float:
+    """Count two operations per weight and pass.
+
+    Passes are forward, backward, the gradients of the weights if they are trained themselves,
+    and forward again where activations are recomputed.
+    """
+    return 2.0 * passes * tower.num_parameters
 
 
 def _count_images(records: Sequence[CaptionedImage]) -> int:
@@ -396,7 +394,6 @@ def is_complete(folder: Path) -> bool:
 
 
 def is_complete_store(store: Path) -> bool:
-    """Tell whether a store has all its shards."""
     return (store / MANIFEST_FILE).is_file() and StoreManifest.read(store).complete
 
 

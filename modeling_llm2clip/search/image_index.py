@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
-from ..configs.search_config import IndexConfig
+from ..configs.encoding_config import IndexConfig
 from ..data.atomic_files import list_differences
-from ..model_folders.model_types import holds_graphs
+from ..model_folders.model_folder import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
 from .index_database import About, IndexDatabase
 from .query_encoding import (

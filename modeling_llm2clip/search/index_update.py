@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .._suggestions import counted
-from ..configs.search_config import IndexConfig
+from ..configs.encoding_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.records.record_loading import find_example_data
 from ..data.remote.remote_access import raise_disk_failure

@@ -10,9 +10,8 @@ import numpy as np
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
 from ..model_folders.fingerprint import fingerprint_embeddings
-from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_folder import find_model_folder, require_own_model
 from ..model_folders.model_loading import require_trained
-from ..model_folders.model_types import require_own_model
 from ..model_folders.training_images import ImageTally
 from .index_database import About, IndexDatabase
 

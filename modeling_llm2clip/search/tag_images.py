@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._suggestions import counted
-from ..configs.search_config import IndexConfig, TagConfig
+from ..configs.encoding_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import Encoder

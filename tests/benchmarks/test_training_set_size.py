@@ -14,7 +14,7 @@ from aligning import prepare
 from benchmarks.render_tables import _render_training_set_size
 from modeling_llm2clip import EmbeddingStore, align, extract
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import Modality
 

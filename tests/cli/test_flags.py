@@ -12,8 +12,14 @@ from typing import Annotated, Any, Literal
 import pytest
 from annotated_types import Interval
 
-from modeling_llm2clip.cli.command import Changes, Command, Repeated, UsageError, command
-from modeling_llm2clip.cli.flags import CommandLine
+from modeling_llm2clip.cli.command import (
+    Changes,
+    Command,
+    CommandLine,
+    Repeated,
+    UsageError,
+    command,
+)
 from modeling_llm2clip.configs.config_fields import Config, DeviceConfig
 
 
@@ -302,7 +308,7 @@ def test_two_parameters_cannot_give_one_flag() -> None:
 
 def test_the_parser_imports_nothing_costly() -> None:
     code = (
-        "import sys, modeling_llm2clip.cli.flags\n"
+        "import sys, modeling_llm2clip.cli.command\n"
         "print({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llm2clip.cli.library_settings import bound_spinning
+from modeling_llm2clip.cli.options import bound_spinning
 
 ROOT = Path(__file__).parents[2]
 

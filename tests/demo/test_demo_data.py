@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from modeling_llm2clip.demo.demo_data import split_emoji
+from modeling_llm2clip.demo.run_demo import split_emoji
 
 
 @pytest.mark.slow

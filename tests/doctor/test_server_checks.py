@@ -36,7 +36,7 @@ from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.configs.server_check_config import ServerCheckConfig
+from modeling_llm2clip.configs.serve_config import ServerCheckConfig
 from modeling_llm2clip.doctor import server_checks
 from modeling_llm2clip.doctor.endpoint_client import (
     EndpointClient,

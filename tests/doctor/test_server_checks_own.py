@@ -10,8 +10,7 @@ import pytest
 from served_apps import run_app
 from tiny_folders import export_tiny_model
 
-from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.configs.server_check_config import ServerCheckConfig
+from modeling_llm2clip.configs.serve_config import ServeConfig, ServerCheckConfig
 from modeling_llm2clip.doctor.server_checks import check_server
 from modeling_llm2clip.serving.app import create_app
 from modeling_llm2clip.serving.service import EmbeddingService

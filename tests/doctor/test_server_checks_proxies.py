@@ -34,7 +34,7 @@ from proxies import (
 )
 from tiny import tiny_model
 
-from modeling_llm2clip.configs.server_check_config import ServerCheckConfig
+from modeling_llm2clip.configs.serve_config import ServerCheckConfig
 from modeling_llm2clip.doctor import server_checks
 from modeling_llm2clip.doctor.served_inputs import EXACT_TEXTS, render_photographs
 from modeling_llm2clip.doctor.server_checks import check_server

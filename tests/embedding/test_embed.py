@@ -19,7 +19,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.embed_config import EmbedConfig
+from modeling_llm2clip.configs.encoding_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.embedding.embed import describe_embeddings, embed

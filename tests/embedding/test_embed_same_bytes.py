@@ -17,7 +17,7 @@ from launches import require_same_bytes_when_killed, run_python, run_with_ray
 from made_up_records import write_captions
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.embed_config import EmbeddingColumn
+from modeling_llm2clip.configs.encoding_config import EmbeddingColumn
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.embedding.embed import describe_embeddings, embed

@@ -16,7 +16,7 @@ from shared_models import ROUNDING
 from tiny import draw_noise
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.embed_config import EmbedConfig
+from modeling_llm2clip.configs.encoding_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import Modality
 from modeling_llm2clip.embedding.embed import embed

@@ -18,7 +18,7 @@ from tiny import tiny_model
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable

@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from made_up_records import make_records
 
-from modeling_llm2clip.configs.embed_config import EmbedConfig
+from modeling_llm2clip.configs.encoding_config import EmbedConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.embedding.embed import embed
 

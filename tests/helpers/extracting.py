@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.embedding.extract import extract
 

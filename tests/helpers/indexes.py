@@ -10,7 +10,7 @@ import numpy as np
 from shared_models import shared_model
 from tiny import draw_noise, tiny_model
 
-from modeling_llm2clip.configs.search_config import IndexConfig
+from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.index_database import About, IndexDatabase
 

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from modeling_llm2clip.cli.extras import list_needs_of_model
+from modeling_llm2clip.cli.options import list_needs_of_model
 from modeling_llm2clip.model_folders import model_folder
 from modeling_llm2clip.model_folders.model_folder import (
     explain_missing,
     fetch_hub_file,
     find_model_folder,
+    find_model_type,
     is_hub_id,
+    require_own_model,
     require_sources,
 )
-from modeling_llm2clip.model_folders.model_types import find_model_type, require_own_model
 
 
 @pytest.fixture

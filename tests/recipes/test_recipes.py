@@ -15,8 +15,8 @@ from modeling_llm2clip.configs.config_fields import read_config
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.evaluation.datasets.dataset_registry import resolve_dataset
-from modeling_llm2clip.recipes.recipe_checks import check_recipe
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe
+from modeling_llm2clip.recipes.train import check_recipe
 
 FILES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 RECORDS = [
@@ -66,7 +66,7 @@ def test_there_is_a_recipe_for_each_run() -> None:
 @pytest.mark.usefixtures("own_cache")
 def test_a_recipe_plans_without_a_network(file: Path) -> None:
     config = read_config(file, TrainConfig)
-    plan = plan_recipe(config, records=(RECORDS, []))
+    plan = plan_recipe(config, (RECORDS, []))
     names = [stage.name for stage in plan.stages]
     assert names[0] == "build" and {"extract text", "align", "export", "doctor"} <= set(names)
     assert ("finetune-llm" in names) == (config.text_model != EMBEDDED)

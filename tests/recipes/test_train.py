@@ -25,7 +25,6 @@ from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card import read_card_data
-from modeling_llm2clip.recipes import recipe_checks
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
@@ -212,8 +211,8 @@ def test_towers_that_were_replaced_are_refused(
 
     monkeypatch.setattr(stages, "build_model", stop)
     if sampled:
-        monkeypatch.setattr(recipe_checks, "_WHOLE_BYTES", 0)
-        monkeypatch.setattr(recipe_checks, "_BLOCK_BYTES", 64)
+        monkeypatch.setattr("modeling_llm2clip.recipes.train._WHOLE_BYTES", 0)
+        monkeypatch.setattr("modeling_llm2clip.recipes.train._BLOCK_BYTES", 64)
     with pytest.raises(RuntimeError, match="stopped"):
         train(config, report=lambda _: None)
     folder = Path(config.vision_model if place == "vision" else config.text_model)
@@ -415,7 +414,7 @@ def test_sigterm_stops_in_good_order_and_the_same_call_continues(
     ):  # fmt: skip
         train(config, report=lambda _: None)
     assert caught.value.signal == signal.SIGTERM
-    states = {stage.name: stage.state for stage in plan_recipe(config).stages}
+    states = {stage.name: stage.state for stage in plan_recipe(config, read_split(config)).stages}
     assert states["build"] == "finished"
     assert states["finetune-llm" if is_first else "align"] == "stopped"
     continued = run(config)

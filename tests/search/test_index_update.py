@@ -232,7 +232,7 @@ def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(
 
 KILLED = """
 import os, sys
-from modeling_llm2clip.configs.search_config import IndexConfig
+from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.search import index_update
 from modeling_llm2clip.search.image_index import ImageIndex
 index_update._COMMITTED_AT_ONCE = 2

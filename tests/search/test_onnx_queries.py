@@ -18,7 +18,7 @@ from tokenizing import note_tokenized
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding import encode_onnx
-from modeling_llm2clip.model_folders.model_types import ONNX_RECORD
+from modeling_llm2clip.model_folders.model_folder import ONNX_RECORD
 from modeling_llm2clip.search.image_index import ImageIndex
 
 _WITHOUT_TORCH = """

@@ -17,7 +17,7 @@ from tiny import draw_noise
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import ImageIndex
-from modeling_llm2clip.configs.search_config import IndexConfig
+from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.app import create_app
 from modeling_llm2clip.serving.service import EmbeddingService

@@ -16,7 +16,7 @@ from tiny import draw_noise, tiny_model
 from tuning import GROUPS, SHORT, tune
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model

@@ -23,7 +23,7 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.cli.options import is_streamed
 from modeling_llm2clip.configs.data_config import StreamConfig
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
 from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.data_hashes import describe_images, hash_image_sizes

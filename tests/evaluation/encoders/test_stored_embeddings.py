@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from tiny_encoders import TEXTS, save_tiny_images, write_named_embeddings
 from tiny_folders import export_tiny_model
 
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.configs.evaluation_config import (
     EncoderConfig,
     EvaluatedModel,
     EvaluationConfig,
 )
-from modeling_llm2clip.configs.extract_config import ExtractConfig
 from modeling_llm2clip.data.named_embeddings import side_file
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.embedding.extract import extract

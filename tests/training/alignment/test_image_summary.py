@@ -16,7 +16,7 @@ from launches import run_python
 from tiny import draw_noise
 
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.configs.extract_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modeling_llm2clip.demo.demo_data import split_emoji
+from modeling_llm2clip.demo.run_demo import split_emoji
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_languages,
     load_dataset,
