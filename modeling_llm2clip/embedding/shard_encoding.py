@@ -73,8 +73,9 @@ def load_shard_encoder(
         dim = encoder.embedding_dim
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
+        processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
         model = kind.from_pretrained(folder).to(device)
-        encoder = TorchEncoder(model, LLM2CLIPProcessor.from_pretrained(folder))
+        encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
         dim = encoder.embedding_dim if project else head.in_features
     if modality == "text":

@@ -178,6 +178,7 @@ def write_named_embeddings(
 ) -> None:
     """Write embeddings and their names as others do, valid or not."""
     metadata = {**notes, "names": json.dumps(list(names))}
+    file.parent.mkdir(exist_ok=True)
     save_file({"embeddings": embeddings.contiguous()}, file, metadata=metadata)
 
 

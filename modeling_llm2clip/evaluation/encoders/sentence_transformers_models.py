@@ -124,7 +124,7 @@ def _import_sentence_transformers() -> Any:
 
 @dataclass(frozen=True)
 class _SentenceFacts:
-    """Facts that decide the embeddings besides the weights; a limit of None is none."""
+    """Facts that decide the embeddings besides the weights. None means no limit."""
 
     modules: tuple[str, ...]
     default_prompt: str | None
