@@ -43,26 +43,26 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3200,
-    "building": 1420,
-    "cli": 1940,
-    "configs": 780,
-    "conversion": 1050,
-    "data": 6140,
-    "demo": 140,
-    "doctor": 2030,
-    "embedding": 1750,
-    "encoding": 790,
-    "evaluation": 4990,
-    "model_folders": 1870,
-    "publishing": 1590,
-    "recipes": 670,
+    ".": 3100,
+    "building": 1400,
+    "cli": 1840,
+    "configs": 760,
+    "conversion": 1030,
+    "data": 5780,
+    "demo": 130,
+    "doctor": 1920,
+    "embedding": 1640,
+    "encoding": 760,
+    "evaluation": 4580,
+    "model_folders": 1860,
+    "publishing": 1570,
+    "recipes": 620,
     "scheduling": 110,
-    "search": 2270,
-    "serving": 2155,
-    "training": 4680,
+    "search": 2130,
+    "serving": 2080,
+    "training": 4410,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 309, 8970
+MOST_FILES, MOST_DOCSTRING_LINES = 272, 7700
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

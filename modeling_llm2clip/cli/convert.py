@@ -17,7 +17,7 @@ from .command import Changes, Repeated, command
 from .options import list_needs_of_towers, use_device
 
 _LLM2VEC = "llm2vec"
-_NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components")
+_NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components", "max_shard_size")
 # What an LLM2Vec folder does not say itself.
 _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
 if TYPE_CHECKING:
@@ -157,6 +157,6 @@ def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: Conver
         raise ValueError(
             f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}. The "
             "folder sets the pooling and length of texts, the vision tower sets how images are "
-            "prepared, and the whole model is written. Leave them out. For another revision, "
-            "download it and give its folder."
+            "prepared, and the whole model is written, in files of the usual size. Leave them out. "
+            "For another revision, download it and give its folder."
         )

@@ -133,6 +133,7 @@ def test_a_license_that_is_none_is_refused_before_a_source_is_opened(
         ["--components", "text"],
         ["--revision", "main"],
         ["--file", "a.pt"],
+        ["--max-shard-size", "1MB"],
         ["--text-revision", "main"],
         ["--llm-lora", "a/lora"],
         ["--activation", "gelu"],
