@@ -19,7 +19,7 @@ from .options import require_model, use_device
 def doctor(model: str, /, *, config: ServerCheckConfig, revision: str | None = None) -> int:
     """Checks a model folder, or an endpoint that serves it.
 
-    The exit code is 0 if all checks pass, and 1 otherwise.
+    The exit code is 0 if no check fails, and 1 otherwise.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.

@@ -253,9 +253,10 @@ def _refuse_unused_flags(of_models: ModelsConfig, models: Sequence[EvaluatedMode
         "head": "a folder of embeddings",
         "extracted_from": "a folder of embeddings",
     }
+    given = of_models.list_given()
     for name, what in wanted.items():
         is_used = any(getattr(model, name) is not None for model in models)
-        if getattr(of_models, name) and not is_used:
+        if name in given and not is_used:
             raise ValueError(
                 f"`{name}` is for {what}, and none of the models is one: "
                 f"{[model.source for model in models]}. Leave it out."

@@ -35,7 +35,8 @@ def finetune_llm(
         config: How to train the LLM.
         resume: Continue an interrupted run.
     """
-    require(*CAPTION_TUNING, *list_needs_of_model(model, extra="train"))
+    require(*CAPTION_TUNING)  # before the Hub is asked what the model needs
+    require(*list_needs_of_model(model, extra="train"))
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_folder import require_own_model
     from ..training.run_folder import require_fresh_or_resumed

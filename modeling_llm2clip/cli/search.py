@@ -59,7 +59,7 @@ def search(
         image: Query image, instead of a sentence or in addition to it; repeatable. Default: none.
         combine: Join all sentences and images into one query by the mean of their embeddings.
         top_k: Images per query.
-        where: SQL filter that compares path, sha256, bytes, modified, width, height and taken.
+        where: Comparisons of path, sha256, bytes, modified, width, height and taken, as in SQL.
             Default: none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.

@@ -20,7 +20,7 @@ from .options import list_needs_of_towers, require_data, use_device, use_image_l
 def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) -> int:
     """Runs all stages from one YAML file, or continues an interrupted run.
 
-    The stages build, fine-tune, extract, align, export, doctor and evaluate have a folder each.
+    Build, fine-tune, extract, align, export and evaluate have a folder each.
 
     Args:
         recipe: YAML file; see docs/train.md.
@@ -32,7 +32,8 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
     if "/" in (folder := _find_folder(config.data)):  # before the Hub is asked for the towers
         require_data(folder, config)
     require(*(DEMO if EMBEDDED in towers else ()))
-    require(*CAPTION_TUNING, *list_needs_of_towers(*towers, config.build.lora))
+    require(*CAPTION_TUNING)  # before the Hub is asked what the towers need
+    require(*list_needs_of_towers(*towers, config.build.lora))
     use_image_limits(limits)
     use_device(config.device)
     if dry_run:

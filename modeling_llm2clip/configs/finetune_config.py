@@ -21,7 +21,7 @@ class FinetuneConfig(TrainingConfig):
     learning_rate: Annotated[float, Interval(gt=0)] = 2e-4
     """Peak learning rate."""
     save_steps: Annotated[int, Interval(ge=1)] = 100
-    """Steps between checkpoints, in addition to the last step."""
+    """Steps between checkpoints; the last step has one too."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: 1 in runs below 200 steps, else 10."""
     per_device_train_batch_size: Annotated[int, Interval(ge=2)] = 64

@@ -55,7 +55,7 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     image_urls: bool = False
     """Fetch images from http and https URLs; data URLs always work."""
     image_networks: tuple[str, ...] = ()
-    """Private networks from which images may be fetched, such as 10.1.0.0/16. Default: none."""
+    """Networks that are not public but may be fetched from, such as 10.1.0.0/16. Default: none."""
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits of images by their names; a download ends with its request."""

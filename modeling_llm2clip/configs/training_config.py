@@ -31,7 +31,7 @@ class TrainingConfig(DeviceConfig):
     in which each weight is stored. Trained weights stay float32. float32 also computes towers
     stored in half precision in float32."""
     save_steps: Annotated[int, Interval(ge=1)] = 500
-    """Steps between checkpoints, in addition to the last step."""
+    """Steps between checkpoints; the last step has one too."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: by stage."""
     report_to: tuple[str, ...] | None = None

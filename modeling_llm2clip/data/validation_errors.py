@@ -126,7 +126,7 @@ class ErrorCollector:
     def without(self, *kinds: str) -> ErrorCollector:
         """Return a collector of the other errors."""
         kept = Counter({kind: n for kind, n in self.counts.items() if kind not in kinds})
-        return ErrorCollector(kept, {kind: self.places[kind] for kind in kept})
+        return ErrorCollector(kept, {kind: [*self.places[kind]] for kind in kept})
 
     @property
     def total(self) -> int:

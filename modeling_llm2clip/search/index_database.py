@@ -356,7 +356,9 @@ def _read_about(location: str, table: VectorTable) -> About:
         )
     try:
         values = json.loads(found["content"][0].as_py())
-        ann = values.pop("ann")
+        ann, tally = values.pop("ann"), values.get("tally")
+        if tally is not None and tally.keys() != {"num_images", "total"}:
+            raise ValueError(f"tally has {sorted(tally)}")
         return About(**values, ann=None if ann is None else AnnIndex(**ann))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise IndexUnavailableError(

@@ -101,11 +101,15 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def read_and_handle(request: Request) -> Response:
-            if "json" in request.headers.get("content-type", "") and await request.body():
+            if _says_json(request) and await request.body():
                 request._json = read_json(await request.body())  # FastAPI parses it no more
             return await handle(request)
 
         return read_and_handle if self.body_field else handle
+
+
+def _says_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "").lower()
 
 
 def read_json(body: bytes) -> Any:
@@ -371,7 +375,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
-        if "json" not in request.headers.get("content-type", ""):
+        if not _says_json(request):
             return respond(
                 RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
             )

@@ -276,7 +276,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def raise_if_stopped(trainer: Trainer, output: Path, stop: StopRequest, *, of: str = "") -> None:
-    """Raise StageInterrupt if a signal, or a callback of the user, ended a run before its end."""
+    """Raise StageInterrupt if a signal ended a run before its last step."""
     state = trainer.state
     if state.global_step < state.max_steps:
         stop.raise_interrupt(

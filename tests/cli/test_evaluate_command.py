@@ -67,6 +67,7 @@ def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]
             ["o/m", "--datasets", "emoji", "--architecture", "ViT-B-32"],
             "is for a weights file, and none",
         ),
+        (["o/m", "--datasets", "emoji", "--head", ""], "is for a folder of embeddings, and none"),
         (
             ["o/m", "--datasets", "emoji", "--templates", __file__],
             "--templates is only for classif",

@@ -21,6 +21,7 @@ from tiny import draw_noise
 from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPVisionModel
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.search.index_database import IndexDatabase
 from modeling_llm2clip.search.vector_table import AnnIndex
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
@@ -275,6 +276,16 @@ def test_a_damaged_database_is_an_error_that_says_so(
             file.write_bytes(b"" if how == "emptied" else b"rubbish" * 100)
     with pytest.raises(ValueError, match=r"index (cannot be|is damaged|is not a database)"):
         ImageIndex.open(folder).search(make_embeddings(1, width=len_of(place)))
+
+
+def test_a_damaged_summary_of_encoded_images_is_an_error_that_says_so(
+    place: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(place / "index", tmp_path / "index")
+    database = IndexDatabase.open(folder)
+    database.write_about(dataclasses.replace(database.about, tally={"num": 3}))
+    with pytest.raises(ValueError, match=r"is damaged: .*tally has \['num'\]"):
+        ImageIndex.open(folder)
 
 
 def len_of(place: Path) -> int:

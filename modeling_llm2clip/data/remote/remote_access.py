@@ -66,14 +66,14 @@ def try_request(
     is_first: bool = False,
 ) -> T:
     """Make a request, again and again if it fails in a way that may pass."""
-    for attempt in range(policy.attempts):
+    for attempt in range(max(policy.attempts, 1)):
         try:
             return request()
         except (*_BUGS, AccessError, LostFileError):
             raise
         except Exception as error:
             kind, reason = sort_failure(error), describe(error)
-            is_last = attempt == policy.attempts - 1
+            is_last = attempt + 1 >= policy.attempts
             if kind == "denied":
                 raise AccessError(
                     f"{url}: access denied ({reason}). Check the credentials, whether they have "

@@ -153,8 +153,9 @@ def _read_parquet(
     first: int,
     on_columns: Callable[[ShardColumns], None] | None,
 ) -> Iterator[StreamedSample]:
+    source = file.open_seekable()  # a full disk, while a file is copied, is no broken shard
     try:
-        with closing(file.open_seekable()) as source, pq.ParquetFile(source) as opened:
+        with closing(source), pq.ParquetFile(source) as opened:
             columns = _find_columns(opened, name)
             if on_columns is not None and columns is not None:
                 on_columns(columns)

@@ -307,6 +307,7 @@ def _read_solution(
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     image_dir = reading.image_dir or reading.data_folder / _KAGGLE_IMAGES
     images: list[tuple[str, Path, str]] = []
+    seen: set[str] = set()
     file = reading.note_file(reading.data_folder / _SOLUTION)
     for number, row in iterate_csv(file):
         place = f"{_SOLUTION} line {number}"
@@ -315,10 +316,13 @@ def _read_solution(
             reading.errors.add("no 'ImageId' and 'PredictionString'", place)
             continue
         image = image_dir / f"{name}.JPEG"
-        if image.is_file():
+        if name in seen:
+            reading.errors.add("image repeated", f"{place}: {image.name}")
+        elif image.is_file():
             images.append((image.name, image, label[0]))
         else:
             reading.errors.add("image missing", f"{place}: {image.name}")
+        seen.add(name)
     given = reading.class_names if isinstance(reading.class_names, Mapping) else names
     # Labels are the positions of the sorted synsets, as in the publisher's list.
     return tuple(sorted(images)), tuple(sorted({*given, *(label for _, _, label in images)}))

@@ -79,21 +79,22 @@ class StoredEmbeddingsEncoder(Encoder):
         head: str | None = None,
     ) -> None:
         super().__init__(folder, config, source=source)
+        named = {side: side_file(folder, side) for side in SIDES}
+        self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
+        self._is_store = not self._sides
+        for name, given in (("a head", head), ("extracted_from", extracted_from)):
+            if given is not None and not self._is_store:
+                raise ValueError(
+                    f"{source} has final embeddings; {name} is only for stores. Leave it out."
+                )
         self._head_folder = None if head is None else find_model_folder(head)
         self._run: dict[str, Any] = {}
         if self._head_folder is not None:
             head_config = LLM2CLIPConfig.from_pretrained(self._head_folder)
             self._run |= describe_untrained(head_config)
             warn_of_untrained(head_config, self._head_folder)
-        named = {side: side_file(folder, side) for side in SIDES}
-        self._sides = {side: _open_named(file) for side, file in named.items() if file.is_file()}
-        self._is_store = not self._sides
         if self._is_store:
             self._sides = _open_stores(folder, extracted_from, self._head_folder)
-        if head is not None and not self._is_store:
-            raise ValueError(
-                f"{source} has final embeddings; a head is only for stores. Leave it out."
-            )
         if self._is_store and head is None:
             # Widths may be equal by chance, and the products would mean nothing.
             self._sides = {side: v for side, v in self._sides.items() if side == "texts"}

@@ -31,6 +31,7 @@ class PositiveLists:
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
+        """Return the positives of one query."""
         return self.members[int(self.offsets[query]) : int(self.offsets[query + 1])]
 
 
@@ -53,19 +54,28 @@ class Correspondence:
     allows_distractors: bool = False
 
     def __post_init__(self) -> None:
+        image, text = self.image_of_pair, self.text_of_pair
+        if image.shape != text.shape or image.ndim != 1:
+            raise ValueError(
+                f"image_of_pair {tuple(image.shape)} and text_of_pair {tuple(text.shape)} must be "
+                "two lists of equal length, with one number for each pair."
+            )
+        for name, rows in (("image_of_pair", image), ("text_of_pair", text)):
+            if rows.dtype != torch.int64:
+                raise ValueError(f"{name} is {rows.dtype}; row numbers must be torch.int64.")
         errors = [
-            *_find_errors("image", self.image_of_pair, self.num_images),
-            *_find_errors("text", self.text_of_pair, self.num_texts),
+            *_find_errors("image", image, self.num_images),
+            *_find_errors("text", text, self.num_texts),
         ]
-        if not errors and not len(self.image_of_pair):
+        if not errors and not len(image):
             errors = ["no image has a text"]
         if not errors and not self.allows_distractors:
-            sides = zip(("image", "text"), ("text", "image"), self.list_distractors(), strict=True)
             errors = [
-                f"{len(rows)} {side}s have no {other}: rows {_name_some(rows.tolist())}"
-                for side, other, rows in sides
-                if len(rows)
+                *_find_lonely("image", image, self.num_images, other="text"),
+                *_find_lonely("text", text, self.num_texts, other="image"),
             ]
+        # Numbers out of range would make two pairs look like one.
+        errors = errors or self._find_repeated_pairs()
         if errors:
             raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
 
@@ -83,7 +93,20 @@ class Correspondence:
             torch.tensor([number_of.setdefault(g, len(number_of)) for g in ids], dtype=torch.int64)
             for ids in (image_group_ids, text_group_ids)
         )
-        of_group = _list_positives(texts, torch.arange(len(texts)), len(number_of))
+        groups = [*number_of]
+        of_group = _list_positives(texts, torch.arange(len(texts)), len(groups))
+        num_images = torch.bincount(images, minlength=len(groups))
+        lonely = [
+            (side, [groups[number] for number in (counts == 0).nonzero().flatten().tolist()])
+            for side, counts in (("images", of_group.counts), ("texts", num_images))
+        ]
+        errors = [
+            f"{len(found)} group ids occur only among the {side}: {_name_some(found)}"
+            for side, found in lonely
+            if found
+        ]
+        if errors and not allows_distractors:
+            raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
         # Images by group; each with all texts of its group.
         by_group = images.argsort(stable=True)
         counts = of_group.counts[images[by_group]]
@@ -103,6 +126,7 @@ class Correspondence:
 
     @property
     def num_pairs(self) -> int:
+        """Number of pairs of an image and a text."""
         return len(self.image_of_pair)
 
     def list_distractors(self) -> tuple[Tensor, Tensor]:
@@ -123,6 +147,13 @@ class Correspondence:
         """List the images of every text: the positives of t2i retrieval."""
         return _list_positives(self.text_of_pair, self.image_of_pair, self.num_texts)
 
+    def _find_repeated_pairs(self) -> list[str]:
+        codes = self.image_of_pair * self.num_texts + self.text_of_pair
+        distinct, counts = codes.unique(return_counts=True)
+        repeated = distinct[counts > 1].tolist()
+        named = [divmod(code, self.num_texts) for code in repeated]
+        return [f"{len(named)} pairs occur twice: {_name_some(named)}"] if named else []
+
 
 def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> PositiveLists:
     by_member = members.argsort(stable=True)
@@ -140,6 +171,11 @@ def _find_errors(side: str, rows: Tensor, num_rows: int) -> list[str]:
         named = _name_some(outside.unique().tolist())
         return [f"{side} rows outside 0 … {num_rows - 1}: {named}"]
     return []
+
+
+def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
+    lonely = (torch.bincount(rows, minlength=num_rows) == 0).nonzero().flatten().tolist()
+    return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
 
 
 def _name_some(names: Sequence[object]) -> str:

@@ -69,6 +69,13 @@ def test_one_side_alone_is_enough_for_its_tasks(tmp_path: Path) -> None:
     assert encoder.description.images is None and encoder.description.text is not None
 
 
+@pytest.mark.parametrize("option", ["head", "extracted_from"])
+def test_final_embeddings_need_nothing_else(tmp_path: Path, option: str) -> None:
+    model = EvaluatedModel(source=str(write_sides(tmp_path / "sides")), **{option: str(tmp_path)})
+    with pytest.raises(ValueError, match=r"final embeddings; .* only for stores"):
+        load_encoder(model)
+
+
 def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
     write_sides(tmp_path, width=4, image_width=6)
     with pytest.raises(ValueError, match=r"widths \{'texts': 4, 'images': 6\}"):

@@ -106,3 +106,10 @@ def test_a_missing_image_of_kaggles_list_is_not_a_wrong_count(tmp_path: Path) ->
     (folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "ILSVRC2012_val_1.JPEG").unlink()
     spec = tiny_spec("imagenet", images=2, classes=3)
     assert errors_of(spec, folder) == {"image missing": 1}
+
+
+def test_an_image_that_kaggles_list_has_twice_is_an_error(tmp_path: Path) -> None:
+    folder = write_imagenet_of_kaggle(tmp_path / "imagenet")
+    lines = (folder / "LOC_val_solution.csv").read_text().splitlines()
+    (folder / "LOC_val_solution.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    assert errors_of(tiny_spec("imagenet", images=2, classes=3), folder) == {"image repeated": 1}
