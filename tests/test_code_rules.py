@@ -45,7 +45,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 3100,
     "building": 1400,
-    "cli": 1840,
+    "cli": 1860,
     "configs": 760,
     "conversion": 1030,
     "data": 5780,
@@ -53,13 +53,13 @@ BUDGETS = {
     "doctor": 1920,
     "embedding": 1640,
     "encoding": 760,
-    "evaluation": 4580,
+    "evaluation": 4620,
     "model_folders": 1860,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
     "search": 2130,
-    "serving": 2080,
+    "serving": 2090,
     "training": 4410,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 272, 7700

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .._extras import ONNX_EXPORT, require
+from ..configs.data_config import ImageLimitsConfig
 from ..configs.export_config import ExportConfig
 from .command import command
-from .options import list_needs_of_model, use_device
+from .options import list_needs_of_model, use_device, use_image_limits
 
 _OF_VISION_TOWER = {"components", "license", "device"}
 
@@ -26,6 +27,7 @@ def export(
     output: Path,
     /,
     *,
+    limits: ImageLimitsConfig,
     config: ExportConfig,
     revision: str | None = None,
     dry_run: bool = False,
@@ -35,6 +37,7 @@ def export(
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         output: Folder to write.
+        limits: Which images of `onnx_data` are decoded.
         config: What to write.
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
         dry_run: Check the model, and list files and sizes; write nothing.
@@ -46,6 +49,10 @@ def export(
     is_tower = config.components == "vision-tower"
     if is_tower:
         _refuse_unused(config, dry_run=dry_run)
+    if limits.list_given() and not config.onnx:
+        named = ", ".join(f"`{name}`" for name in limits.list_given())
+        raise ValueError(f"{named} is for --onnx, which reads images. Leave it out.")
+    use_image_limits(limits)
     require_new_folder(output)
     require_own_model(model, revision=revision)
     if config.onnx:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import CAPTION_TUNING, require
-from ..configs.data_config import DataConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
-from .options import list_needs_of_model, read_captioned_images, require_data, use_device
+from .options import (
+    list_needs_of_model,
+    read_captioned_images,
+    require_data,
+    use_device,
+    use_image_limits,
+)
 
 
 @command(group="Train", examples=("llm2clip finetune-llm my-model my-images tuned",))
@@ -19,6 +25,7 @@ def finetune_llm(
     /,
     *,
     reading: DataConfig,
+    limits: ImageLimitsConfig,
     config: FinetuneConfig,
     resume: bool = False,
 ) -> int:
@@ -32,6 +39,7 @@ def finetune_llm(
             *.json, or shards at URLs.
         output: Folder to write.
         reading: How the data are read.
+        limits: Which images are decoded, with --check-images.
         config: How to train the LLM.
         resume: Continue an interrupted run.
     """
@@ -48,6 +56,7 @@ def finetune_llm(
     require_fresh_or_resumed(output, resume=resume)
     require_own_model(model)
     require_data(data, reading)
+    use_image_limits(limits)
     use_device(config.device)
 
     from accelerate import PartialState

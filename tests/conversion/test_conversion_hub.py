@@ -44,7 +44,7 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
             "--license", "mit",
         ]  # fmt: skip
         push = [*command[:3], "push", str(tmp_path / "model"), "me/model"]
-        for words, shown in ((command, "healthy"), (push, "Published ")):
+        for words, shown in ((command, "All checks passed"), (push, "Published ")):
             done = subprocess.run(
                 words, cwd=ROOT, env=hub.environment(tmp_path / "cache"), capture_output=True,
                 text=True, check=False, timeout=300,

@@ -207,7 +207,7 @@ def _note_skipped(output: Path, dataset: ConversationDataset) -> None:
     """Record and report what is skipped."""
     add_results(output, skipped_by_tokens=dataset.skipped)
     if dataset.skipped:
-        print(f"Skipped, by what its tokens showed: {dataset.skipped}.")
+        print(f"Skipped, by what its tokens showed: {dict(dataset.skipped)}.")
 
 
 def _note_truncated(metrics: Path, dataset: ConversationDataset) -> None:
