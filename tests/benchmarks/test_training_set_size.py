@@ -27,6 +27,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_path: Path) -> None:
     import training_set_size as script
 

@@ -105,6 +105,7 @@ def read_health(url: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_the_server_says_it_of_its_index(root: Path, tmp_path: Path) -> None:
     for images in ("noise", "like"):
         assert run("index", root / "model", root / images, tmp_path / images) == 0
@@ -129,6 +130,7 @@ def test_the_server_says_it_of_the_images_that_it_embedded_once_they_are_enough(
     service.close()
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_keeps_the_note(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

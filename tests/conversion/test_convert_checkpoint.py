@@ -110,6 +110,7 @@ def test_embeddings_and_logits_are_those_of_the_official_code(converted, family)
     assert max(differences.values()) <= MOST_DIFFERENCE, differences
 
 
+@pytest.mark.slow
 @every_family
 def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
     converted, family, tmp_path
@@ -201,6 +202,7 @@ def test_a_merged_lora_gives_the_embeddings_of_the_official_loading(tmp_path) ->
     assert float((found - wanted).abs().max()) <= MOST_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
     converted, tmp_path
 ) -> None:

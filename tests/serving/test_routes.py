@@ -222,7 +222,7 @@ def test_a_body_that_cannot_be_read_is_refused_with_the_reason(
         assert answer["error"]["param"] == param
 
 
-def test_the_media_type_of_json_may_be_written_in_capitals(url: str) -> None:
+def test_the_media_type_of_json_may_be_upper_case(url: str) -> None:
     name = {"Content-Type": "application/JSON"}
     status, answer, _ = send(f"{url}/v1/embeddings", b'{"input": "a", "input": "b"}', **name)
     assert status == 400 and "key 'input' twice" in answer["error"]["message"]

@@ -153,7 +153,7 @@ def _read_parquet(
     first: int,
     on_columns: Callable[[ShardColumns], None] | None,
 ) -> Iterator[StreamedSample]:
-    source = file.open_seekable()  # a full disk, while a file is copied, is no broken shard
+    source = file.open_seekable()  # outside, since a full disk ends the run
     try:
         with closing(source), pq.ParquetFile(source) as opened:
             columns = _find_columns(opened, name)

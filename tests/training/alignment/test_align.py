@@ -175,6 +175,7 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision_training", ["frozen", "lora"])
 def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
     vision_training: Any, tmp_path: Path

@@ -31,6 +31,7 @@ from modeling_llm2clip.training.losses.loss import LossInputs
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     prepared.align(tmp_path / "run")

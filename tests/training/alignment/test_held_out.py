@@ -308,6 +308,7 @@ def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_pa
     assert f"Wrote {run.model} with the weights of the start." in describe_alignment(run.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("t2i_r1", "line"),
     # Wilson's interval of 45 % of 80 images is 34.6 to 55.9 %.

@@ -248,6 +248,7 @@ def measured(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_the_accuracy_after_is_that_of_the_merged_folder_in_its_own_dtype(
     in_half, tmp_path, measured
 ):
