@@ -208,9 +208,8 @@ class FolderUpdate:
 
     def run(self, paths: Sequence[Path]) -> None:
         """Update the index for all image files of its folder."""
-        for (
-            path
-        ) in paths:  # before a file is read, so that one that is written meanwhile is noticed
+        # Before any file is read, so that one that is written meanwhile is noticed.
+        for path in paths:
             self._read_stat(path)
         waiting = [
             name
