@@ -6,6 +6,8 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from packaging.version import Version
+from sentence_transformers import __version__ as sentence_transformers_version
 from sentence_transformers.util import quantize_embeddings
 
 from modeling_llm2clip.embedding.parquet_writer import (
@@ -27,6 +29,8 @@ def draw_embeddings(count: int, dim: int = 48, *, seed: int = 0) -> Array:
 def test_the_numbers_are_those_of_sentence_transformers(
     dtype: Literal["int8", "binary", "ubinary"],
 ) -> None:
+    if dtype == "int8" and Version(sentence_transformers_version) < Version("6.0"):
+        pytest.skip("there, a value outside the ranges becomes one at the other end")
     sample, embeds = draw_embeddings(100), draw_embeddings(300, seed=1)
     ranges = measure_ranges(sample)
     found, _ = convert_embeddings(embeds, dtype, ranges=ranges)
