@@ -74,7 +74,9 @@ def main() -> None:
         }
     frame = describe_run("torch", "transformers", "lancedb", note=arguments.note)
     before = read_commit(arguments.before)
-    write_result(arguments.output, frame | {"before": before, "tasks": found})
+    write_result(
+        arguments.output, frame | {"before": before, "rounds": arguments.rounds, "tasks": found}
+    )
 
 
 def prepare(folder: Path) -> dict[str, str]:

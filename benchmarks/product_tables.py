@@ -342,8 +342,30 @@ def _render_busy_machine(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_command_pairs(report: dict[str, Any]) -> str:
+    heads = ("", "CPU s before", "CPU s after", "after / before", "seconds", "peak MB")
+    rows = [
+        [
+            name,
+            *(f"{task[when]['cpu_s']:.2f}" for when in ("before", "after")),
+            f"{task['cpu_share']:.2f}",
+            *(f"{task['before'][key]:.{d}f} → {task['after'][key]:.{d}f}" for key, d in _SHOWN),
+        ]
+        for name, task in report["tasks"].items()
+    ]
+    note = (
+        f"Commits {report['before']} and {report['commit']}; medians of {report['rounds']} rounds, "
+        f"in turns. {report['hardware']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+# Of the pairs: what is shown of both, with its decimals.
+_SHOWN = (("seconds", 2), ("peak_mb", 0))
+
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,
+    "command_pairs": _render_command_pairs,
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,
     "readme_image": _render_readme_image,
