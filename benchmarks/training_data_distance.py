@@ -46,7 +46,7 @@ from modeling_llm2clip.model_folders.training_images import (
 )
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.alignment_report import choose_first_part, sample_images
+from modeling_llm2clip.training.alignment.image_summary import choose_first_part, sample_images
 
 NUM_SETS = 500
 SET_ASIDE = 1 / 3

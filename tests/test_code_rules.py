@@ -60,9 +60,9 @@ BUDGETS = {
     "scheduling": 110,
     "search": 2130,
     "serving": 2090,
-    "training": 4410,
+    "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 272, 7700
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7700
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

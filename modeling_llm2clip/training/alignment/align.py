@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback
 
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -43,26 +42,18 @@ from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
 from ..losses.loss import Loss, identify_loss, load_loss
 from ..run_folder import (
-    METRICS_FILE,
     add_results,
-    discard_later_steps,
-    find_last_checkpoint,
-    list_trained,
     lock_run,
     read_results,
-    require_finite,
     require_fresh_or_resumed,
     require_same_run,
     write_run_record,
 )
 from ..trainer_mixins import (
-    JsonLinesCallback,
-    StopCallback,
     computes_in_bfloat16,
     count_warmup_steps,
     is_sharded,
     raise_if_stopped,
-    show_progress,
 )
 from .align_checks import (
     check_align,
@@ -71,18 +62,16 @@ from .align_checks import (
     check_processes,
     check_stream,
 )
+from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
 from .alignment_model import (
     LOSS,
     AlignmentModel,
-    choose_trained_parts,
-    freeze_unused,
     merge_loras,
 )
 from .alignment_report import (
     make_card_results,
     make_caution,
     note_held_out,
-    write_image_summary,
 )
 from .alignment_trainer import (
     AlignmentTrainer,
@@ -94,16 +83,14 @@ from .alignment_trainer import (
 from .best_weights import (
     BEST_FILE,
     BestWeightsCallback,
-    TrainingObjective,
     copy_trained,
-    set_between,
 )
 from .held_out import embed_batches
+from .image_summary import write_image_summary
 from .projection_init import ProjectionInit, init_projections, repeat_init
-from .run_data import RecordData, RunData, open_records, open_stream
+from .run_data import RunData, open_records, open_stream
 
 MODEL_FOLDER = "model"
-REFIT_FOLDER = "refit"
 _NUM_EVALUATIONS = 20
 _RATIO_BEFORE_ADAPTER = 0.25
 
@@ -187,7 +174,7 @@ def align(
             if isinstance(data, RecordStream)
             else open_records(data, processor, config, captions, images)
         )
-        fit = _Fit(found.folder, run_data, output, config, loss, resume, callbacks)
+        fit = AlignmentFit(found.folder, run_data, output, config, loss, resume, callbacks)
         inputs = {
             "source": found.name,
             "fingerprint": {"text": text, "vision": vision, "all": fingerprint_model(found.folder)},
@@ -202,105 +189,11 @@ def align(
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
                 gc.collect()  # a Trainer holds itself, and with it the first model
-                trained = _refit(fit, choice, stop)
+                trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
             _write_model(fit, trained, data_name)
         PartialState().wait_for_everyone()
     return output / MODEL_FOLDER
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """One fit of a model: to the data without held-out images, which choose, or to all of them.
-
-    Each has its own model, copy of the loss's parameters, Trainer, metrics and checkpoints, so that
-    either can be resumed.
-    """
-
-    source: Path
-    data: RunData
-    output: Path
-    config: AlignConfig
-    loss: Loss
-    resume: bool
-    callbacks: Sequence[TrainerCallback] = ()
-
-    def find_checkpoint(self) -> Path | None:
-        return find_last_checkpoint(self.output) if self.resume else None
-
-    def load(self) -> tuple[AlignmentModel, dict[str, Any]]:
-        """Load the model with its trained parts chosen, on the CPU."""
-        set_seed(self.config.seed)
-        model = self.load_parts(self.source)
-        if self.config.precision == "float32":
-            model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
-        return model, choose_trained_parts(model, self.config)
-
-    def load_parts(self, folder: Path) -> AlignmentModel:
-        """Load the parts of a model that the fit needs, with the loss as it was given."""
-        model: AlignmentModel = AlignmentModel.from_pretrained(
-            folder,
-            with_llm=self.config.text_training != "stored",
-            with_vision_tower=self.data.reads_images,
-        )
-        model.loss = deepcopy(self.loss)
-        return model
-
-    def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
-        """Move a model to where it is trained, once its start is set."""
-        if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
-            model.to(device)
-        freeze_unused(model, self.data.processor, self.config)
-
-    def train(
-        self,
-        model: AlignmentModel,
-        arguments: TrainingArguments,
-        length: RunLength,
-        stop: StopRequest,
-        *,
-        name: str = "align",
-        best_weights: BestWeightsCallback | None = None,
-        objective: TrainingObjective | None = None,
-    ) -> AlignmentTrainer:
-        """Train a model that is ready, from the last checkpoint if there is one."""
-        checkpoint, state = self.find_checkpoint(), PartialState()
-        if state.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            discard_later_steps(self.output, checkpoint)
-        state.wait_for_everyone()
-        callbacks = [
-            JsonLinesCallback(self.output / METRICS_FILE),
-            StopCallback(stop),
-            *([objective] if objective else []),
-            *self.callbacks,
-        ]
-        trainer = AlignmentTrainer(
-            model,
-            self.data,
-            config=self.config,
-            length=length,
-            training_arguments=arguments,
-            callbacks=callbacks,
-            best_weights=best_weights,
-        )
-        if objective is not None:
-            objective.trainer = trainer
-        show_progress(trainer, name)
-        trainer.run(checkpoint)
-        return trainer
-
-    def make_objective(
-        self, length: RunLength, output: Path, name: str
-    ) -> TrainingObjective | None:
-        """Make the callback that measures the loss of a training batch.
-
-        None for a stream, which is not read twice, and where no step is trained.
-        """
-        if not length.num_trained or not isinstance(self.data, RecordData):
-            return None
-        dataset, items = self.data.dataset, self.data.items
-        return TrainingObjective(dataset, items, size=length.batch_size, output=output, name=name)
 
 
 def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
@@ -314,19 +207,9 @@ def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The weights that held-out images chose: a step (0 for the start), and how far towards it."""
-
-    start: ProjectionInit
-    length: RunLength
-    step: int
-    share: float
-
-
 def _choose(
-    fit: _Fit, inputs: dict[str, Any], stop: StopRequest
-) -> tuple[_Choice, dict[str, Tensor] | None]:
+    fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest
+) -> tuple[Choice, dict[str, Tensor] | None]:
     """Train, choose on held-out images, and record how the run ended.
 
     The weights are None where they are fitted once more on all images.
@@ -361,14 +244,14 @@ def _choose(
     if objective is not None:
         objective.record_end()
     if best is None:
-        choice = _Choice(start, length, length.num_trained, 1.0)
-        return choice, _collect_weights(trainer, adapted, output)
-    choice = _Choice(start, length, best.best_step, best.best_share)
+        choice = Choice(start, length, length.num_trained, 1.0)
+        return choice, collect_weights(trainer, adapted, output)
+    choice = Choice(start, length, best.best_step, best.best_share)
     is_source = best.best_step == 0 and start.cca is None  # nothing was better
     is_refitted = fit.data.is_stored if config.refit is None else config.refit
     if is_refitted and not is_source:
         return choice, None
-    return choice, _collect_weights(trainer, adapted, output, best=load_file(best.file))
+    return choice, collect_weights(trainer, adapted, output, best=load_file(best.file))
 
 
 def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tuple[int, int]:
@@ -384,7 +267,7 @@ def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tup
 
 
 def _make_best_weights(
-    fit: _Fit, length: RunLength, start: ProjectionInit, model: AlignmentModel
+    fit: AlignmentFit, length: RunLength, start: ProjectionInit, model: AlignmentModel
 ) -> BestWeightsCallback | None:
     """Make what evaluates on held-out images; None without any.
 
@@ -439,72 +322,8 @@ def _record_end(
     )
 
 
-def _refit(fit: _Fit, choice: _Choice, stop: StopRequest) -> dict[str, Tensor]:
-    """Fit everything once more on all images, and return the weights as `_collect_weights` does.
-
-    It repeats what held-out images chose: shrinkages, temperature of the start, number of steps,
-    batch size and the share of the way from the start. The images that chose are trained on, too,
-    so that no score of the model that is written can be measured on them: those of the choice
-    estimate it.
-    """
-    assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
-    again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
-    length = replace(choice.length, last_step=choice.step)
-    arguments = make_training_arguments(again.output, again.config)
-    model, adapted = again.load()
-    # Repeated when resumed, too: weights between start and end need the start.
-    start = repeat_init(model, again.data, again.config, choice.start)
-    again.make_ready(model, length, arguments.device)
-    before = copy_trained(model) if choice.share < 1 else {}
-    objective = again.make_objective(length, fit.output, "refit_objective")
-    trainer = again.train(
-        model, arguments, length, stop, name="align, all images", objective=objective
-    )
-    raise_if_stopped(trainer, again.output, stop, of=" of the fit on all images")
-    if before:
-        set_between(model, before, copy_trained(model), choice.share)
-    if objective is not None:
-        objective.record_end()
-    if arguments.should_save:
-        num_records = again.data.num_items
-        add_results(
-            fit.output,
-            refit={"start": asdict(start), "steps": choice.step, "num_records": num_records},
-        )
-    return _collect_weights(trainer, adapted, fit.output)
-
-
-def _collect_weights(
-    trainer: AlignmentTrainer,
-    adapted: dict[str, Any],
-    scratch: Path,
-    *,
-    best: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Collect the weights that differ from the source's, by their names in its folder.
-
-    They are on the CPU, with LoRAs merged; empty in all but the main process.
-    """
-    model = trainer.alignment_model
-    if trainer.is_fsdp_enabled:
-        state = best or trainer.collect_trained()
-    else:
-        if best:
-            assert set(best) == list_trained(model)
-            model.load_state_dict(best, strict=False)
-        state = merge_loras(model, adapted)
-    require_finite(state, step=trainer.state.global_step)
-    state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
-    if not trainer.args.should_save:
-        return {}
-    with TemporaryDirectory(dir=scratch) as folder:  # transformers renames some on loading
-        model.save_pretrained(folder, state_dict={name: v.cpu() for name, v in state.items()})
-        files = sorted(Path(folder).glob("*.safetensors"))
-        return {name: value for file in files for name, value in load_file(file).items()}
-
-
 def _measure_written(
-    fit: _Fit, data_name: str | None, folder: Path
+    fit: AlignmentFit, data_name: str | None, folder: Path
 ) -> tuple[Sequence[CardResult], str | None]:
     """Measure a written folder; in half precision, trained weights are rounded there.
 
@@ -535,7 +354,7 @@ def _measure_written(
     return make_card_results(results, data_name), make_caution(results)
 
 
-def _write_model(fit: _Fit, trained: dict[str, Tensor], data_name: str | None) -> None:
+def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None) -> None:
     results = read_results(fit.output)
     folder = save_trained_model(
         fit.source,
@@ -549,7 +368,7 @@ def _write_model(fit: _Fit, trained: dict[str, Tensor], data_name: str | None) -
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
 
 
-def _identify(fit: _Fit, *, on_gpu: bool) -> dict[str, Any]:
+def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
     """Identify what the numbers of a run depend on beside its options, model and stores."""
     return {
         **fit.data.identify(),

@@ -33,7 +33,7 @@ from modeling_llm2clip.model_folders.training_images import (
 )
 from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.alignment_report import count_images, sample_images
+from modeling_llm2clip.training.alignment.image_summary import count_images, sample_images
 
 FEW_STEPS: dict[str, Any] = {"max_steps": 4, "global_batch_size": 16, "eval_steps": 2}
 

@@ -1,0 +1,224 @@
+"""One fit of a model to its data: to those without held-out images, which choose, or to all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from ...configs.align_config import AlignConfig
+from ...scheduling.graceful_stop import StopRequest
+from ..losses.loss import Loss
+from ..run_folder import (
+    METRICS_FILE,
+    add_results,
+    discard_later_steps,
+    find_last_checkpoint,
+    list_trained,
+    require_finite,
+)
+from ..trainer_mixins import (
+    JsonLinesCallback,
+    StopCallback,
+    is_sharded,
+    raise_if_stopped,
+    show_progress,
+)
+from .alignment_model import (
+    LOSS,
+    AlignmentModel,
+    choose_trained_parts,
+    freeze_unused,
+    merge_loras,
+)
+from .alignment_trainer import (
+    AlignmentTrainer,
+    RunLength,
+    make_training_arguments,
+)
+from .best_weights import (
+    BestWeightsCallback,
+    TrainingObjective,
+    copy_trained,
+    set_between,
+)
+from .projection_init import ProjectionInit, repeat_init
+from .run_data import RecordData, RunData
+
+REFIT_FOLDER = "refit"
+
+
+@dataclass(frozen=True)
+class AlignmentFit:
+    """One fit of a model: to the data without held-out images, which choose, or to all of them.
+
+    Each has its own model, copy of the loss's parameters, Trainer, metrics and checkpoints, so that
+    either can be resumed.
+    """
+
+    source: Path
+    data: RunData
+    output: Path
+    config: AlignConfig
+    loss: Loss
+    resume: bool
+    callbacks: Sequence[TrainerCallback] = ()
+
+    def find_checkpoint(self) -> Path | None:
+        return find_last_checkpoint(self.output) if self.resume else None
+
+    def load(self) -> tuple[AlignmentModel, dict[str, Any]]:
+        """Load the model with its trained parts chosen, on the CPU."""
+        set_seed(self.config.seed)
+        model = self.load_parts(self.source)
+        if self.config.precision == "float32":
+            model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
+        return model, choose_trained_parts(model, self.config)
+
+    def load_parts(self, folder: Path) -> AlignmentModel:
+        """Load the parts of a model that the fit needs, with the loss as it was given."""
+        model: AlignmentModel = AlignmentModel.from_pretrained(
+            folder,
+            with_llm=self.config.text_training != "stored",
+            with_vision_tower=self.data.reads_images,
+        )
+        model.loss = deepcopy(self.loss)
+        return model
+
+    def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
+        """Move a model to where it is trained, once its start is set."""
+        if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
+            model.to(device)
+        freeze_unused(model, self.data.processor, self.config)
+
+    def train(
+        self,
+        model: AlignmentModel,
+        arguments: TrainingArguments,
+        length: RunLength,
+        stop: StopRequest,
+        *,
+        name: str = "align",
+        best_weights: BestWeightsCallback | None = None,
+        objective: TrainingObjective | None = None,
+    ) -> AlignmentTrainer:
+        """Train a model that is ready, from the last checkpoint if there is one."""
+        checkpoint, state = self.find_checkpoint(), PartialState()
+        if state.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            discard_later_steps(self.output, checkpoint)
+        state.wait_for_everyone()
+        callbacks = [
+            JsonLinesCallback(self.output / METRICS_FILE),
+            StopCallback(stop),
+            *([objective] if objective else []),
+            *self.callbacks,
+        ]
+        trainer = AlignmentTrainer(
+            model,
+            self.data,
+            config=self.config,
+            length=length,
+            training_arguments=arguments,
+            callbacks=callbacks,
+            best_weights=best_weights,
+        )
+        if objective is not None:
+            objective.trainer = trainer
+        show_progress(trainer, name)
+        trainer.run(checkpoint)
+        return trainer
+
+    def make_objective(
+        self, length: RunLength, output: Path, name: str
+    ) -> TrainingObjective | None:
+        """Make the callback that measures the loss of a training batch.
+
+        None for a stream, which is not read twice, and where no step is trained.
+        """
+        if not length.num_trained or not isinstance(self.data, RecordData):
+            return None
+        dataset, items = self.data.dataset, self.data.items
+        return TrainingObjective(dataset, items, size=length.batch_size, output=output, name=name)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weights that held-out images chose: a step (0 for the start), and how far towards it."""
+
+    start: ProjectionInit
+    length: RunLength
+    step: int
+    share: float
+
+
+def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Tensor]:
+    """Fit everything once more on all images, and return the weights as `collect_weights` does.
+
+    It repeats what held-out images chose: shrinkages, temperature of the start, number of steps,
+    batch size and the share of the way from the start. The images that chose are trained on, too,
+    so that no score of the model that is written can be measured on them: those of the choice
+    estimate it.
+    """
+    assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
+    again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
+    length = replace(choice.length, last_step=choice.step)
+    arguments = make_training_arguments(again.output, again.config)
+    model, adapted = again.load()
+    # Repeated when resumed, too: weights between start and end need the start.
+    start = repeat_init(model, again.data, again.config, choice.start)
+    again.make_ready(model, length, arguments.device)
+    before = copy_trained(model) if choice.share < 1 else {}
+    objective = again.make_objective(length, fit.output, "refit_objective")
+    trainer = again.train(
+        model, arguments, length, stop, name="align, all images", objective=objective
+    )
+    raise_if_stopped(trainer, again.output, stop, of=" of the fit on all images")
+    if before:
+        set_between(model, before, copy_trained(model), choice.share)
+    if objective is not None:
+        objective.record_end()
+    if arguments.should_save:
+        num_records = again.data.num_items
+        add_results(
+            fit.output,
+            refit={"start": asdict(start), "steps": choice.step, "num_records": num_records},
+        )
+    return collect_weights(trainer, adapted, fit.output)
+
+
+def collect_weights(
+    trainer: AlignmentTrainer,
+    adapted: dict[str, Any],
+    scratch: Path,
+    *,
+    best: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Collect the weights that differ from the source's, by their names in its folder.
+
+    They are on the CPU, with LoRAs merged; empty in all but the main process.
+    """
+    model = trainer.alignment_model
+    if trainer.is_fsdp_enabled:
+        state = best or trainer.collect_trained()
+    else:
+        if best:
+            assert set(best) == list_trained(model)
+            model.load_state_dict(best, strict=False)
+        state = merge_loras(model, adapted)
+    require_finite(state, step=trainer.state.global_step)
+    state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
+    if not trainer.args.should_save:
+        return {}
+    with TemporaryDirectory(dir=scratch) as folder:  # transformers renames some on loading
+        model.save_pretrained(folder, state_dict={name: v.cpu() for name, v in state.items()})
+        files = sorted(Path(folder).glob("*.safetensors"))
+        return {name: value for file in files for name, value in load_file(file).items()}

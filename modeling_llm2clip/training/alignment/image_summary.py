@@ -1,0 +1,120 @@
+"""Summarizes the images of an alignment for the folder of its model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...configs.align_config import AlignConfig
+from ...data.key_arrays import count_distinct
+from ...data.records.record_table import Array, RecordTable
+from ...encoding.encode import encode_images
+from ...model_folders.fingerprint import fingerprint_vision
+from ...model_folders.training_images import (
+    FEWEST_JUDGED,
+    TRAINING_IMAGES_FILE,
+    DatasetSummary,
+    TrainingImages,
+    read_training_images,
+    summarize_images,
+    write_training_images,
+)
+from ...modeling_llm2clip import LLM2CLIPVisionModel
+from ...scheduling.processes import choose_device
+from .run_data import RecordData, RunData
+from .sampling import mix
+
+# Of so many images 128 clusters and their spread are known well enough.
+_STORED_SAMPLE = 4_096
+# Each costs a pass of the vision tower.
+_ENCODED_SAMPLE = 1_024
+_OF_ORDER, _OF_PARTS = 0, 1  # what the keys of images and groups are mixed with
+_UNNAMED = "unnamed data"
+
+
+def write_image_summary(
+    source: Path, folder: Path, data: RunData, config: AlignConfig, *, name: str | None
+) -> dict[str, Any] | None:
+    """Write which images a model was trained on, beside those that its source was trained on.
+
+    They are those of the dataset, held-out ones included; of a stream, whose images are gone by
+    then, the held-out ones. A seeded sample of them is read from the image store, or encoded by
+    the model that was written.
+    """
+    known = read_training_images(source)
+    is_same_tower = config.vision_training == "frozen" or (
+        fingerprint_vision(source) == fingerprint_vision(folder)
+    )
+    new = _summarize(folder, data, config, name=name or _UNNAMED)
+    if new is None:
+        if not is_same_tower:  # what is known of other weights would be wrong for these
+            (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
+        return None
+    if known is None or not is_same_tower:
+        earlier = () if known is None else known.list_names()
+        summary = TrainingImages((new,), not_summarized=earlier)
+    else:
+        summary = known.add(new)
+    write_training_images(folder, summary)
+    return {"name": new.name, "num_images": new.num_images, "num_measured": new.num_measured}
+
+
+def _summarize(
+    folder: Path, data: RunData, config: AlignConfig, *, name: str
+) -> DatasetSummary | None:
+    if isinstance(data, RecordData):
+        dataset = data.dataset
+    elif data.held_out is not None:
+        dataset = data.held_out.dataset
+    else:
+        return None
+    is_stored = dataset.image_store is not None
+    items = sample_images(dataset.records, _STORED_SAMPLE if is_stored else _ENCODED_SAMPLE)
+    is_first_part = choose_first_part(dataset.records, items)
+    if min(is_first_part.sum(), (~is_first_part).sum()) < FEWEST_JUDGED:
+        return None
+    if dataset.image_store is not None:
+        vision_embeds = dataset.image_store.read(dataset.image_rows(items))
+    else:
+        model = LLM2CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()
+        model.to(choose_device(config.device))
+        images = list(dataset.records.select(items).iterate_images())
+        vision_embeds = encode_images(model, dataset.processor, images, project=False)
+    return summarize_images(
+        vision_embeds,
+        is_first_part,
+        name=name,
+        num_images=count_images(dataset.records),
+    )
+
+
+def sample_images(records: RecordTable, size: int) -> Array:
+    """Sample different images: the same ones in the same order, whatever the order of the records.
+
+    Memory does not grow with the number of records.
+    """
+    chosen, items = np.empty(0, np.uint64), np.empty(0, np.int64)
+    start = 0
+    for keys in records.iterate_numbers("name_key"):
+        rows = np.arange(start, start + len(keys))
+        start += len(keys)
+        chosen, firsts = np.unique(
+            np.concatenate([chosen, mix(_OF_ORDER, keys)]), return_index=True
+        )
+        chosen, items = chosen[:size], np.concatenate([items, rows])[firsts[:size]]
+    return items
+
+
+def choose_first_part(records: RecordTable, items: Array) -> Array:
+    """Choose about half of the groups of some images, whatever the order of the records."""
+    groups = mix(_OF_PARTS, records.read_numbers("group_key", items))
+    chosen: Array = groups % np.uint64(2) == 0
+    return chosen
+
+
+def count_images(records: RecordTable) -> int:
+    """Count the different images of a dataset, whatever the languages of their captions."""
+    return count_distinct(partial(records.iterate_numbers, "name_key"), len(records))
