@@ -49,8 +49,8 @@ def export(
     is_tower = config.components == "vision-tower"
     if is_tower:
         _refuse_unused(config, dry_run=dry_run)
-    if limits.list_given() and not config.onnx:
-        named = ", ".join(f"`{name}`" for name in limits.list_given())
+    if (given := limits.list_given()) and not config.onnx:
+        named = ", ".join(f"`{name}`" for name in given)
         raise ValueError(f"{named} is for --onnx, which reads images. Leave it out.")
     use_image_limits(limits)
     require_new_folder(output)

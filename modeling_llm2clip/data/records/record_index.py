@@ -181,7 +181,7 @@ def _read(
     # A server that does not say how long a file is, is taken to have a long one.
     num_bytes = sum(math.inf if state is None else state[1] for state in states)
     parts = job.source.split()
-    is_small = num_bytes <= _LEAST_BYTES_FOR_PROCESSES
+    num_processes = min(len(parts), os.cpu_count() or 1)
     shown = show_progress and len(parts) > 1
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
 
@@ -190,15 +190,22 @@ def _read(
                 yield from job.read(part, errors)
                 progress.update()
 
-        if is_small or min(len(parts), os.cpu_count() or 1) == 1:
+        if num_processes == 1 or num_bytes <= _LEAST_BYTES_FOR_PROCESSES:
             yield from make_batches(read_here())
             return
         with tempfile.TemporaryDirectory(_PARTS, f"{file.name}.", file.parent) as folder:
-            yield from rebatch(_read_in_processes(job, parts, errors, Path(folder), progress))
+            yield from rebatch(
+                _read_in_processes(job, parts, errors, Path(folder), num_processes, progress)
+            )
 
 
 def _read_in_processes(
-    job: IndexJob, parts: Sequence[SourcePart], errors: ErrorCollector, folder: Path, progress: Any
+    job: IndexJob,
+    parts: Sequence[SourcePart],
+    errors: ErrorCollector,
+    folder: Path,
+    num_processes: int,
+    progress: Any,
 ) -> Iterator[pa.RecordBatch]:
     """Read parts in processes that write into an empty folder; yield the batches in their order.
 
@@ -208,7 +215,7 @@ def _read_in_processes(
 
     job = replace(job, source=replace(job.source, files=[]))  # a part has its file
     # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
-    pool = ProcessPoolExecutor(min(len(parts), os.cpu_count() or 1), initializer=gc.disable)
+    pool = ProcessPoolExecutor(num_processes, initializer=gc.disable)
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
         written = pool.map(_write_part, repeat(job), parts, files)
