@@ -14,20 +14,17 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from provenance import describe_run, read_commit, write_result
+from provenance import describe_run, read_commit, run_process, write_result
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "examples" / "data" / "emoji"
 NUM_IMAGES, NUM_RECORDS = 300, 100_000
 
-IMPORT = "import modeling_llm2clip"
 LOAD_TABLE = """
 from modeling_llm2clip import load_records
 load_records("{texts}", modality="text", cache=False)
@@ -40,8 +37,6 @@ rows = np.random.default_rng(0).integers(0, 100, (1000, 64))
 for of_batch in rows: store.read(of_batch)
 """
 TASKS: dict[str, list[str]] = {
-    "import": ["-c", IMPORT],
-    "--help": ["--help"],
     "record table of 100,000 texts": ["-c", LOAD_TABLE],
     "64,000 random reads of a store": ["-c", READ_STORE],
     "extract 900 captions": ["extract", "{model}", "{data}", "out", "--modality", "text"],
@@ -121,7 +116,7 @@ def write_data(folder: Path, texts: Path) -> None:
 def measure(task: list[str], places: dict[str, str], before: Path, rounds: int) -> dict[str, Any]:
     """Run a task in turns."""
     found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-    words = [word.format(**places) if word != IMPORT else word for word in task]
+    words = [word.format(**places) for word in task]
     for number in range(rounds):
         turns = [("before", before), ("after", ROOT)]
         for name, checkout in turns if number % 2 else reversed(turns):
@@ -141,19 +136,17 @@ def run(checkout: Path, words: list[str], folder: Path) -> dict[str, float]:
     """Run one task, and return seconds, CPU seconds and peak memory."""
     command = words if words[0] == "-c" else ["-m", "modeling_llm2clip", *words]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    started = time.perf_counter()
     with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(
+        usage = run_process(
             [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=log
         )
-        _, status, used = os.wait4(process.pid, 0)
-        if status:
+        if usage.exit_code:
             log.seek(0)
             raise SystemExit(f"{checkout}: {words} failed:\n{log.read()}")
     return {
-        "seconds": time.perf_counter() - started,
-        "cpu_s": used.ru_utime + used.ru_stime,
-        "peak_mb": used.ru_maxrss / 1024,
+        "seconds": usage.seconds,
+        "cpu_s": usage.cpu_seconds,
+        "peak_mb": usage.peak_bytes / 2**20,
     }
 
 

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import describe_run, write_result
+from provenance import describe_run, run_process, write_result
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaModel
 
@@ -173,17 +170,13 @@ def _convert(checkpoint: Path, llm: Path, output: Path, dtype: str) -> dict[str,
     command = [sys.executable, "-m", "modeling_llm2clip", "convert", str(checkpoint), str(output)]
     command += ["--source-format", "openai", "--text-model", str(llm), "--dtype", dtype]
     root = Path(__file__).resolve().parent.parent
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=root)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(
-            f"The conversion failed with exit code {os.waitstatus_to_exitcode(status)}."
-        )
+    usage = run_process(command, cwd=root)
+    if usage.exit_code:
+        raise SystemExit(f"The conversion failed with exit code {usage.exit_code}.")
     return {
-        "seconds": round(time.perf_counter() - started, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "seconds": round(usage.seconds, 1),
+        "cpu_seconds": round(usage.cpu_seconds, 1),
+        "peak_rss_gb": round(usage.peak_bytes / 1e9, 2),
     }
 
 

@@ -349,7 +349,8 @@ def _render_command_pairs(report: dict[str, Any]) -> str:
             name,
             *(f"{task[when]['cpu_s']:.2f}" for when in ("before", "after")),
             f"{task['cpu_share']:.2f}",
-            *(f"{task['before'][key]:.{d}f} → {task['after'][key]:.{d}f}" for key, d in _SHOWN),
+            "{:.2f} → {:.2f}".format(*(task[when]["seconds"] for when in ("before", "after"))),
+            "{:.0f} → {:.0f}".format(*(task[when]["peak_mb"] for when in ("before", "after"))),
         ]
         for name, task in report["tasks"].items()
     ]
@@ -359,9 +360,6 @@ def _render_command_pairs(report: dict[str, Any]) -> str:
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
-
-# Of the pairs: what is shown of both, with its decimals.
-_SHOWN = (("seconds", 2), ("peak_mb", 0))
 
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,

@@ -7,10 +7,11 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -51,6 +52,31 @@ def read_peak_bytes(*, of_children: bool = False) -> int:
     """Return the highest resident memory of this process so far, or of those that it waited for."""
     who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
     return resource.getrusage(who).ru_maxrss * 1024
+
+
+class ProcessUsage(NamedTuple):
+    """Exit code and use of a process; its peak is never below that of the one that started it."""
+
+    exit_code: int
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def run_process(command: Sequence[str], **options: Any) -> ProcessUsage:
+    """Run a process to its end, and measure it.
+
+    Args:
+        command: The program and its arguments.
+        options: Further arguments of `subprocess.Popen`.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(command, **options)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)  # there is nothing left to wait for
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return ProcessUsage(process.returncode, seconds, cpu_seconds, usage.ru_maxrss * 1024)
 
 
 def read_commit(checkout: Path | None = None) -> str:
