@@ -24,6 +24,7 @@ from modeling_llm2clip.serving.service import EmbeddingService
 ONNX = ServeConfig(backend="onnx")
 
 
+@pytest.mark.slow
 def test_onnx_and_torch_give_the_same_embeddings_labels_and_token_counts() -> None:
     inputs = [*MIXED_TEXTS, *(to_png(draw_noise(seed=seed)) for seed in range(3))]
     found = []
