@@ -50,7 +50,7 @@ BUDGETS = {
     "conversion": 1030,
     "data": 5780,
     "demo": 130,
-    "doctor": 1920,
+    "doctor": 1930,
     "embedding": 1640,
     "encoding": 760,
     "evaluation": 4620,

@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw
 
 from ..model_folders.golden_embeddings import render_golden_images
 
-# Each has something that libraries and gateways rewrite: line breaks, several spaces, ligatures and
-# other compatibility characters, accents in two characters and in one, emoji, typographic quotes,
-# markup, and a pair that differs in case alone.
+# Each has something that libraries and gateways rewrite: line breaks, several spaces, no-break and
+# zero-width ones, ligatures and other compatibility characters, accents in two characters and in
+# one, emoji, typographic quotes, markup, and a pair that differs in case alone.
 EXACT_TEXTS = (
     "Two lines:\na red dog,\n\nand a cat.",
     "A list\r\nof two\tcolumns  and   spaces",
+    "10\u00a0km to Tokyo,\u3000by a red\u200btrain",
     "The ﬁrst oﬃce of №5, ½ price, ５ m²",
     "Cafe\u0301 con leche, man\u0303ana",
     "Ångström, naïve façade, São Paulo",

@@ -339,6 +339,11 @@ _TEXT_CHANGES: dict[str, Callable[[str], str]] = {
     "line breaks are removed": lambda text: re.sub(r"[\r\n]", "", text),
     "line breaks are rewritten as \\n": lambda text: re.sub(r"\r\n?", "\n", text),
     "whitespace is collapsed": lambda text: " ".join(text.split()),
+    "no-break spaces are replaced by plain ones": lambda text: text.replace("\u00a0", " "),
+    "Unicode spaces are replaced by plain ones": partial(re.sub, r"[^\S\t-\r]", " "),
+    "Unicode spaces, zero-width ones too, are replaced by plain ones": (
+        partial(re.sub, r"[^\S\t-\r]|\u200b", " ")
+    ),
     "texts are normalized to NFC": partial(unicodedata.normalize, "NFC"),
     "texts are normalized to NFKC": partial(unicodedata.normalize, "NFKC"),
     "texts are normalized to NFD": partial(unicodedata.normalize, "NFD"),

@@ -87,6 +87,20 @@ TEXTS = {
         change_texts(lambda text: re.sub(r"\s+", " ", text).strip()), "exact texts",
         "whitespace is collapsed",
     ),
+    "no-break spaces": Case(
+        change_texts(lambda text: " ".join(text.split("\N{NO-BREAK SPACE}"))), "exact texts",
+        ": no-break spaces are replaced by plain ones",
+    ),
+    "space separators": Case(
+        change_texts(
+            lambda text: "".join(" " if unicodedata.category(c) == "Zs" else c for c in text)
+        ),
+        "exact texts", ": Unicode spaces are replaced by plain ones",
+    ),
+    "all kinds of spaces": Case(
+        change_texts(lambda text: re.sub("[\u00a0\u2000-\u200b\u202f\u3000]", " ", text)),
+        "exact texts", "Unicode spaces, zero-width ones too, are replaced by plain ones",
+    ),
     "accents": Case(change_texts(strip_marks), "texts", "accents are removed"),
     "lowercased": Case(change_texts(str.lower), "texts", "texts are lowercased"),
     "case-folded": Case(change_texts(str.casefold), "texts", "texts are lowercased"),
@@ -269,3 +283,4 @@ def test_the_inputs_are_the_same_each_time_and_have_what_servers_rewrite() -> No
     for form in ("NFC", "NFD", "NFKC"):
         assert unicodedata.normalize(form, text) != text
     assert "\n" in text and "\r\n" in text and "  " in text and "\u200d" in text
+    assert "\u00a0" in text and "\u200b" in text and "\u3000" in text
