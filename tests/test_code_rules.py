@@ -48,21 +48,21 @@ BUDGETS = {
     "cli": 1860,
     "configs": 760,
     "conversion": 1030,
-    "data": 5780,
+    "data": 5800,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
     "encoding": 760,
     "evaluation": 4620,
-    "model_folders": 1860,
+    "model_folders": 1850,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
-    "search": 2130,
+    "search": 2140,
     "serving": 2090,
     "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7700
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7710
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -61,7 +61,10 @@ def extract(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
+    from ..data.store.store_manifest import StoreManifest
+
     refuse_foreign_options(config, modality)
+    StoreManifest.require_folder(output)
     require_model(model, *([RAY] if engine == "ray" else []), extra="train")
     require_data(data, reading)
     use_image_limits(limits)

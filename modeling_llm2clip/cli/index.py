@@ -45,7 +45,9 @@ def index(
     from ..model_folders.model_folder import require_own_model
 
     if faiss is not None:
-        _require_new(faiss)
+        from ..search.faiss_export import require_new_files
+
+        require_new_files(faiss)
     require_image_folder(images)
     require_own_model(model)
     use_image_limits(limits)
@@ -58,9 +60,3 @@ def index(
         paths = built.export_faiss(faiss)
         report(f"Wrote {faiss} for FAISS, and the paths of its ids to {paths}.")
     return 0
-
-
-def _require_new(file: Path) -> None:
-    for path in (file, file.with_name(f"{file.name}.json")):
-        if path.exists():
-            raise FileExistsError(f"{path} exists. Name a new file, or remove it.")

@@ -142,10 +142,12 @@ def _require_database(db: str, queries: Sequence[str]) -> None:
 
 
 def _require_page_folder(folder: Path) -> None:
-    """Refuse a folder with files that an earlier search did not write."""
+    """Refuse a folder that cannot be written, or has files that no earlier search wrote."""
+    from ..data.atomic_files import require_writable
     from ..model_folders.atomic_folder import require_new_folder
 
-    if not (folder.is_dir() and all(path.name in _PAGE_FILES for path in folder.iterdir())):
+    require_writable(folder)
+    if any(path.name not in _PAGE_FILES for path in folder.glob("*")):
         require_new_folder(folder)
 
 

@@ -13,6 +13,7 @@ from .._extras import list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import TagConfig
+from ..data.atomic_files import require_new_file
 from .command import command
 from .options import (
     list_needs_of_model,
@@ -67,16 +68,14 @@ def tag(
     from ..model_folders.model_folder import require_own_model
     from ..search.tag_labels import read_labels
 
-    found = read_labels(labels, templates=list(template))
     _check_output(output)  # before what takes long
+    found = read_labels(labels, templates=list(template))
     require_image_folder(image_dir)
     require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.tag_images import tag_folder
 
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
     tagged = tag_folder(
         model, image_dir, found, top_k=top_k, threshold=threshold, config=config, report=report
     )
@@ -91,8 +90,7 @@ def _check_output(output: Path | None) -> None:
         return
     if output.suffix not in _SUFFIXES:
         raise ValueError(f"--output {output} must end in {' or '.join(_SUFFIXES)}.")
-    if output.exists():
-        raise FileExistsError(f"{output} exists. Name a new file, or remove it.")
+    require_new_file(output)
 
 
 def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: float | None) -> None:
@@ -101,6 +99,7 @@ def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: flo
     if output is None:
         num_images, num_untagged = write_tags(tagged, sys.stdout, ".csv")
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = output.with_name(f".{output.name}.tmp")
         try:
             with unfinished.open("w", encoding="utf-8", newline="") as file:

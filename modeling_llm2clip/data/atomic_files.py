@@ -57,6 +57,29 @@ def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
         raise OSError(error.errno, message, str(folder)) from error
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before the work for it is done."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(
+            f"{folder} cannot be written: {place} is not a folder. Name another folder."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: this process may not write into {place}. Name another "
+            "folder, or change its permissions."
+        )
+
+
+def require_new_file(file: Path) -> None:
+    """Refuse a file that exists, or whose folder cannot be made or written."""
+    require_writable(file.parent)
+    if os.path.lexists(file):
+        raise FileExistsError(f"{file} exists. Name a new file, or remove it.")
+
+
 def write_atomically(file: Path, content: bytes) -> None:
     """Write a file that is complete or absent, even after a power failure.
 

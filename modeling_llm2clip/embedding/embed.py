@@ -97,7 +97,8 @@ def embed(
             `truncate_dim` does not fit it; or `output` has embeddings of another model, prompt,
             dataset or option, with both values, or damaged files.
         FileExistsError: `output` holds other files.
-        OSError: The disk is full; what is written stays.
+        OSError: `output` cannot be written, before anything is read; the disk is full, and what is
+            written stays.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a batch.
         RuntimeError: An actor of Ray failed again and again.
 

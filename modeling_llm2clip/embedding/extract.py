@@ -101,7 +101,9 @@ def extract(
         ValueError: No captions or images, or broken ones; or `output` or `storage` is a store of
             another model, prompt, dataset or option, with both values; or there is no such
             partition.
-        OSError: The disk is full, or the storage cannot be reached; what is written stays.
+        FileExistsError: `output` holds other files.
+        OSError: `output` cannot be written, before anything is read; the disk is full, or the
+            storage cannot be reached, and what is written stays.
         StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
         RuntimeError: An actor of Ray failed again and again.
 
@@ -113,6 +115,7 @@ def extract(
         raise ValueError(f"modality={modality!r} must be text or image.")
     is_whole = parse_partition(partition) == (1, 1)
     config, output = config or ExtractConfig(), Path(output)
+    StoreManifest.require_folder(output)
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
     with open_stops(engine) as stop, open_source(source, output) as found:

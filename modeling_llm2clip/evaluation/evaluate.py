@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from .._extras import PLOTS, is_installed, require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
+from ..data.atomic_files import require_writable
 from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
@@ -65,6 +66,7 @@ def evaluate(
         ValueError: Before any model is loaded: a task suits no dataset, a model's type cannot be
             detected, a model takes no images and a task has them, or the output folder has results
             of another run.
+        OSError: `config.output` cannot be written, before anything is read.
         MissingExtraError: An optional package is not installed.
 
     Examples:
@@ -77,6 +79,8 @@ def evaluate(
     config = config or EvaluationConfig()
     find_device(config.device)  # raises for one that does not exist, before anything is read
     chosen = _list_models(models)
+    for model in chosen:
+        require_writable(config.output / model.name)
     jobs = _read_jobs(data, tasks, config)
     encoders = {model.name: load_encoder(model, config) for model in chosen}
     descriptions = {name: encoder.description for name, encoder in encoders.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._extras import PLOTS, require
+from ..data.atomic_files import require_writable
 from .report import label_dataset, list_comparable, list_sides
 from .results import Result
 from .tasks.text_length import CLIP_TEXT_TOKENS
@@ -77,6 +78,7 @@ def require_plot_file(file: Path) -> None:
         raise ValueError(f"{file} must end in one of {', '.join(_SUFFIXES)}.")
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is not a folder. Make it, or name the plot elsewhere.")
+    require_writable(file.parent)
 
 
 def _import_pyplot() -> Any:

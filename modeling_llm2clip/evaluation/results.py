@@ -148,8 +148,6 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     column of a table with scores that differ in meaning. Another version of this package may score
     otherwise, and is another run. Another version of a package that it calls causes a warning.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; results need a folder. Name another output.")
     errors: list[str] = []
     found: dict[Path, Result] = {}
     for file in list_result_files(folder):

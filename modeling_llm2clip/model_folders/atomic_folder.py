@@ -9,7 +9,6 @@ file system has no `flock`, nothing is claimed and nothing is cleared.
 from __future__ import annotations
 
 import glob
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..data.atomic_files import lock_file
+from ..data.atomic_files import lock_file, require_writable
 
 _CLAIM = ".llm2clip-is-writing"
 
@@ -50,22 +49,6 @@ def require_new_folder(folder: Path) -> None:
     require_writable(folder.parent)  # a temporary folder there gets the name at the end
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, before the work for it is done."""
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(
-            f"{folder} cannot be written: {place} is not a folder. Name another folder."
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{folder} cannot be written: this process may not write into {place}. Name another "
-            "folder, or change its permissions."
-        )
 
 
 def clear_leftovers(folder: Path) -> None:

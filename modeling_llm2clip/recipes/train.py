@@ -23,7 +23,7 @@ from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
-from ..data.atomic_files import hash_file, hash_json
+from ..data.atomic_files import hash_file, hash_json, require_writable
 from ..data.records.data_hashes import hash_image_sizes, hash_records
 from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
@@ -32,7 +32,6 @@ from ..embedding.extract import describe_extraction, extract
 from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
-from ..model_folders.atomic_folder import require_writable
 from ..model_folders.model_folder import LORA_WEIGHTS, require_sources
 from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .._extras import FAISS, require
-from ..data.atomic_files import write_atomically
+from ..data.atomic_files import require_new_file, write_atomically
 from .ann_index import FEWEST_ROWS
 from .index_database import IndexDatabase
 
@@ -25,13 +24,10 @@ def export_faiss(database: IndexDatabase, image_dir: Path, file: Path) -> Path:
     Below 20,000 images it is an exact index (`IndexFlatIP`); from there on it has partitions and
     half-precision embeddings (`IVF…,SQfp16`), of which a query visits an eighth.
     """
+    names_file = require_new_files(file)
     require(FAISS)
     import faiss
 
-    names_file = file.with_name(f"{file.name}.json")
-    for path in (file, names_file):
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists. Name a new file, or remove it.")
     num_rows = database.count()
     if num_rows == 0:
         raise ValueError(f"{database.location} holds no image. Index a folder into it first.")
@@ -49,6 +45,14 @@ def export_faiss(database: IndexDatabase, image_dir: Path, file: Path) -> Path:
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+    return names_file
+
+
+def require_new_files(file: Path) -> Path:
+    """Require that an index and the file of its paths can be written; return the latter."""
+    names_file = file.with_name(f"{file.name}.json")
+    require_new_file(file)
+    require_new_file(names_file)
     return names_file
 
 

@@ -156,6 +156,7 @@ class ImageIndex:
             ValueError: There is no such device, no image, or none that can be read; the model is
                 not trained; or the database is of another model or folder, is damaged, or is
                 being written by another process.
+            OSError: The database cannot be written, before anything is read.
         """
         from .index_update import build_index
 

@@ -32,7 +32,7 @@ from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_encoding import encode_readable_images
 from .image_files import list_images, list_some
-from .index_database import FACTS, About, IndexDatabase, join_fingerprints
+from .index_database import FACTS, About, IndexDatabase, join_fingerprints, require_place
 from .model_identity import (
     find_whole_model,
     fingerprint_whole_model,
@@ -62,6 +62,7 @@ def build_index(
 ) -> tuple[IndexDatabase, QueryEncoder]:
     """Index a folder, or update its index; return the database and the encoder of its queries."""
     find_device(config.device)  # before what takes long
+    require_place(location, is_new=True)
     files = list_images(image_dir)
     warn = report or partial(warnings.warn, stacklevel=3)
     say = report or (lambda _: None)

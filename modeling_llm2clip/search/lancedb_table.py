@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
+from ..data.atomic_files import require_writable
 from .vector_table import (
     ABOUT,
     COLUMNS,
@@ -138,11 +139,12 @@ class LanceTable:
 def require_database_folder(folder: Path, *, is_new: bool = False) -> None:
     """Raise IndexUnavailableError for a path that is not a database, naming what it is.
 
-    With `is_new`, it may be missing, empty, or an unfinished database.
+    With `is_new`, it may be missing, empty, or an unfinished database, and must be writable.
     """
     files = folder.iterdir() if folder.is_dir() else iter(())
     has_others = any(file.suffix != ".lance" and file.name != LOCK for file in files)
     if is_new and not folder.is_file() and not has_others:
+        require_writable(folder)
         return
     if not folder.exists():
         raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")

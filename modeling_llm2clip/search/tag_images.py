@@ -24,6 +24,7 @@ from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
 from .image_files import list_images, list_some
 from .image_index import ImageIndex
+from .index_database import require_place
 from .label_ranking import Tag, average_prompts, rank_labels
 from .model_identity import find_whole_model
 from .tag_labels import Label
@@ -56,6 +57,8 @@ def tag_folder(
     report: Report,
 ) -> TaggedFolder:
     """Label the images of a folder, in order, as they are taken from the result."""
+    if config.index is not None:
+        require_place(config.index, is_new=True)
     files = list_images(image_dir)
     if skipped := files.describe_skipped():
         report(skipped)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
-from ..data.atomic_files import is_unfinished, lock_unless_held, write_atomically
-from ..model_folders.atomic_folder import require_writable
+from ..data.atomic_files import is_unfinished, lock_unless_held, require_writable, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

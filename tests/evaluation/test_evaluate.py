@@ -452,7 +452,7 @@ def test_an_output_that_cannot_take_the_results_is_refused_first(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(ValueError, match="taken is a file; results need a folder"):
+    with pytest.raises(NotADirectoryError, match=r"taken is not a folder\. Name another folder"):
         evaluate(**arguments(tmp_path / "taken", data, sources("clip")))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.json").write_text("[]")

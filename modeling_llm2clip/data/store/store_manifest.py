@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..atomic_files import hash_json, is_unfinished
+from ..atomic_files import hash_json, is_unfinished, require_writable
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
@@ -104,12 +104,10 @@ class ShardedManifest:
 
     @classmethod
     def require_folder(cls, folder: Path) -> None:
-        """Require a folder that is new, empty, or holds such an output already."""
-        if not folder.exists():
-            return
-        if not folder.is_dir():
-            raise FileExistsError(f"{folder} is a file. Name a new folder.")
-        names = {file.name for file in folder.iterdir() if not is_unfinished(file)}
+        """Require a folder that is new, empty, or holds such an output; and to be written."""
+        if not (cls.is_begun(folder) and cls.read(folder).complete):
+            require_writable(folder)
+        names = {file.name for file in folder.glob("*") if not is_unfinished(file)}
         others = sorted(names - {*cls.BEFORE})
         if others and not cls.is_begun(folder):  # another process may just have begun
             raise FileExistsError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from extracting import EXACT, extract_captions
 from interruptions import read_bytes, refusing_for
+from read_only import read_only
 from stores import list_complete_shards
 from tiny import tiny_model
 
@@ -147,6 +148,16 @@ def test_a_loaded_pair_gives_the_store_of_its_folder(
     folder = extract(loaded, records, tmp_path / "store", EXACT, modality="text")
     assert read_bytes(folder) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
+    model: Path, records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    folder = extract_captions(model, records[:2], tmp_path / "store")
+    before = read_bytes(folder)
+    with read_only(folder):
+        extract_captions(model, records[:2], folder)
+    assert read_bytes(folder) == before
 
 
 def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(
