@@ -97,17 +97,17 @@ class _DatasetShards:
         part = self._dataset
         if not self._is_whole:
             part = part.shard(num_shards=len(self.shards), index=shard)
-        return refuse_shared_paths(self._read(part, shard, first))
+        return refuse_shared_paths(self._read(part, shard), first)
 
-    def _read(self, part: Any, shard: int, first: int) -> Iterator[StreamedSample]:
+    def _read(self, part: Any, shard: int) -> Iterator[StreamedSample]:
         # Batches, because in a worker a plain iteration would drop other workers' samples.
-        batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
+        batches = part.iter(batch_size=_ROWS_OF_STREAM)
         rows = (
             dict(zip(batch, map(_as_python, values), strict=True))
             for batch in batches
             for values in zip(*batch.values(), strict=True)
         )
-        for number, row in enumerate(rows, first):
+        for number, row in enumerate(rows):
             fields = row
             if self._columns is not None:
                 fields = {field: row.get(column) for field, column in self._columns.items()}
