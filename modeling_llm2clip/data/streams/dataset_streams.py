@@ -26,8 +26,8 @@ def stream_dataset(
 ) -> RecordStream:
     """Stream the samples of an `IterableDataset`.
 
-    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`
-    or `interleave_datasets`, is one shard, which one worker reads.
+    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`,
+    `interleave_datasets` or a batched `map`, is one shard, which one worker reads.
 
     Args:
         dataset: Neither shuffled nor split by node; both is done here.
@@ -150,7 +150,7 @@ def _find_indivisible(step: Any) -> str | None:
         return _COUNTING.get(kind, kind.removesuffix("ExamplesIterable"))
     if getattr(step, "with_indices", False):
         return "with_indices"
-    if getattr(step, "batched", False) and (step.drop_last_batch or not step.batch_size):
+    if getattr(step, "batched", False) and step.batch_size != 1:
         return "batches across shards"
     found = map(_find_indivisible, _list_sources(step))
     return next((name for name in found if name is not None), None)

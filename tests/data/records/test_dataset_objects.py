@@ -208,6 +208,10 @@ def interleave(rows: datasets.IterableDataset, **options: Any) -> datasets.Itera
     return datasets.interleave_datasets([rows, other], **options)
 
 
+def keep_first(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: values[:1] for name, values in batch.items()}
+
+
 STREAMS: dict[str, Callable[[datasets.IterableDataset], datasets.IterableDataset]] = {
     "skip": lambda rows: rows.skip(7),
     "take": lambda rows: rows.take(7),
@@ -219,6 +223,14 @@ STREAMS: dict[str, Callable[[datasets.IterableDataset], datasets.IterableDataset
     "batches without the last": lambda rows: rows.map(
         lambda batch: batch, batched=True, batch_size=3, drop_last_batch=True
     ),
+    "first of batches": lambda rows: rows.map(keep_first, batched=True, batch_size=3),
+    "filtered in batches": lambda rows: rows.filter(
+        lambda batch: [n == 0 for n in range(len(batch["label"]))], batched=True, batch_size=3
+    ),
+    "in batches": lambda rows: rows.batch(3).map(
+        lambda batch: {name: values[0] for name, values in batch.items()}
+    ),
+    "batches of one": lambda rows: rows.map(keep_first, batched=True, batch_size=1),
     "concatenated": lambda rows: datasets.concatenate_datasets([rows.skip(15), rows.take(3)]),
     "interleaved": lambda rows: interleave(rows, stopping_strategy="first_exhausted"),
     "interleaved at random": lambda rows: interleave(rows, probabilities=[0.8, 0.2], seed=3),
@@ -237,7 +249,7 @@ def test_a_stream_has_the_samples_of_its_dataset_whatever_was_done_to_it(
     stream = stream_dataset(changed, columns=COLUMNS, seed=2, buffer_size=5)
     found = sorted(int(record.group_id) for record in stream)
     assert found == sorted(row["label"] for row in changed.with_format(None))
-    is_split = change in ("filtered", "of numpy", "of arrow", "untouched")
+    is_split = change in ("filtered", "batches of one", "of numpy", "of arrow", "untouched")
     assert len(stream.reader.shards) == (num_shards if is_split else 1)
 
 
