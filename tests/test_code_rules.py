@@ -48,7 +48,7 @@ BUDGETS = {
     "cli": 1860,
     "configs": 760,
     "conversion": 1030,
-    "data": 5780,
+    "data": 5820,
     "demo": 130,
     "doctor": 1920,
     "embedding": 1640,
