@@ -48,7 +48,7 @@ BUDGETS = {
     "cli": 1860,
     "configs": 760,
     "conversion": 1030,
-    "data": 5820,
+    "data": 5860,
     "demo": 130,
     "doctor": 1920,
     "embedding": 1640,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7700
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7720
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
