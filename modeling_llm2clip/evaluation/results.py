@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -249,5 +249,5 @@ def _hash_image(image: ImageSource) -> str:
 
 
 @cache
-def _hash_unchanged(image: ImageSource, version: int) -> str:  # noqa: ARG001
+def _hash_unchanged(image: ImageSource, version: Hashable) -> str:  # noqa: ARG001
     return hashlib.sha256(image.read_bytes()).hexdigest()

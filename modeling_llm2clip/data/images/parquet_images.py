@@ -135,7 +135,7 @@ def count_group_bytes(file: FilePlace, column: str, row: int) -> int:
 
 
 @lru_cache(maxsize=_FILES_KEPT)
-def find_layout(file: FilePlace, column: str, version: int) -> ColumnLayout:  # noqa: ARG001
+def find_layout(file: FilePlace, column: str, version: Hashable) -> ColumnLayout:  # noqa: ARG001
     """Read where a column's images are from the footer of a file."""
     try:
         with open_place(file) as opened:

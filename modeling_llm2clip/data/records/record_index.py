@@ -52,7 +52,14 @@ from ..atomic_files import (
     temporary_folder,
 )
 from ..record_fields import Modality
-from ..remote.file_places import FileState, describe_states, name_place
+from ..remote.file_places import (
+    FileState,
+    describe_states,
+    list_described,
+    name_place,
+    use_described,
+)
+from ..remote.remote_files import RemoteFile
 from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
@@ -214,8 +221,9 @@ def _read_in_processes(
     from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
 
     job = replace(job, source=replace(job.source, files=[]))  # a part has its file
-    # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
-    pool = ProcessPoolExecutor(num_processes, initializer=gc.disable)
+    pool = ProcessPoolExecutor(
+        num_processes, initializer=_start_process, initargs=(list_described(),)
+    )
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
         written = pool.map(_write_part, repeat(job), parts, files)
@@ -227,6 +235,12 @@ def _read_in_processes(
             progress.update()
     finally:
         pool.shutdown(kill_workers=True)
+
+
+def _start_process(described: dict[str, RemoteFile]) -> None:
+    # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
+    gc.disable()
+    use_described(described)
 
 
 def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ _BYTES_KEPT = 2**27
 _FILES_OPEN = 128  # of all threads
 _REQUESTS_AT_ONCE = 16
 _blocks: ByteCache[bytes] = ByteCache(_BYTES_KEPT)
+_described: dict[str, RemoteFile] = {}  # by URL, in the state in which it was described last
 
 
 def parse_place(text: str) -> FilePlace:
@@ -39,9 +40,9 @@ def name_place(place: FilePlace) -> str:
     return place.name if isinstance(place, Path) else Path(urlsplit(place).path).name
 
 
-def find_version(place: FilePlace) -> int:
-    """Return a number that changes when a local file does; a remote one must not change."""
-    return place.stat().st_mtime_ns if isinstance(place, Path) else 0
+def find_version(place: FilePlace) -> Hashable:
+    """Return what changes when a local file does, or when a remote one is described anew."""
+    return place.stat().st_mtime_ns if isinstance(place, Path) else _find_described(place)
 
 
 def open_place(place: FilePlace) -> io.RawIOBase:
@@ -72,35 +73,48 @@ def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
         return list(pool.map(_describe_state, places))
 
 
+def list_described() -> dict[str, RemoteFile]:
+    """Return the remote files that were described, for `use_described` in another process."""
+    return dict(_described)
+
+
+def use_described(files: dict[str, RemoteFile]) -> None:
+    """Read files in the states in which another process described them."""
+    _described.update(files)
+
+
 def _describe_state(place: FilePlace) -> FileState | None:
     if isinstance(place, Path):
         found = place.stat()
         return str(place.resolve()), found.st_size, str(found.st_mtime_ns)
     file = RemoteFile(place, RetryPolicy(), is_first=True)
-    size, version = file.find_size(), file.find_tag()
-    return None if size is None or version is None else (place, size, version)
+    size, tag = file.find_size(), file.find_tag()
+    state = None if size is None or tag is None else (place, size, tag)
+    known = _described.get(place)
+    if state is None or known is None or (known.find_size(), known.find_tag()) != (size, tag):
+        _described[place] = file  # what was kept of it is of another state
+    return state
 
 
-def _find_remote(url: str) -> RemoteFile:
-    """Return this thread's access to a file: one that is open is at one place at a time."""
-    return _open_remote(url, threading.get_ident())
+def _find_described(url: str) -> RemoteFile:
+    return _described.setdefault(url, RemoteFile(url, RetryPolicy()))
 
 
 @lru_cache(_FILES_OPEN)
-def _open_remote(url: str, thread: int) -> RemoteFile:  # noqa: ARG001
-    return RemoteFile(url, RetryPolicy())
+def _open_remote(file: RemoteFile, thread: int) -> RemoteFile:  # noqa: ARG001
+    """Return a thread's access to a file: one that is open is at one place at a time."""
+    return file.open_again()
 
 
 class _BlockFile(SeekableFile):
     """Reads a remote file by its blocks, which all that is open shares."""
 
     def __init__(self, url: str) -> None:
-        file = _find_remote(url)
+        file = _find_described(url)
         size = file.find_size()
         if size is None:
             raise AccessError(_NO_RANGES.format(url=url))
         super().__init__(file, size)
-        self._url = url
 
     def _read_some(self, start: int, stop: int) -> bytes:
         number, skipped = divmod(start, _BLOCK_BYTES)
@@ -111,12 +125,13 @@ class _BlockFile(SeekableFile):
         stop = min(start + _BLOCK_BYTES, self._size)
 
         def read() -> tuple[bytes, int]:
+            file = _open_remote(self._file, threading.get_ident())
             try:
-                return _find_remote(self._url).read_range(start, stop), stop - start
+                return file.read_range(start, stop), stop - start
             except NoRangesError as error:
-                raise AccessError(_NO_RANGES.format(url=self._url)) from error
+                raise AccessError(_NO_RANGES.format(url=file.url)) from error
 
-        return _blocks.find((self._url, number), read)
+        return _blocks.find((self._file, number), read)
 
 
 _NO_RANGES = (

@@ -11,12 +11,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..._extras import WEB_SERVERS, MissingExtraError, require
-from .remote_access import AccessError, RetryPolicy, try_request
+from .remote_access import AccessError, LostFileError, RetryPolicy, try_request
 
 PIPE = "pipe:"
 _BLOCK_BYTES = 2**23
@@ -26,6 +26,8 @@ _HTTP = ("http://", "https://")
 # Of web servers, S3 and Google, the Hub, and other services of fsspec.
 _TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "blob_id", "mtime",
          "updated", "last_modified")  # fmt: skip
+_REPLY_TAGS = ("ETag", "Last-Modified")  # of the whole file, in a reply with a part of it too
+_CHANGED = "{}: the file has changed while it was used ({} was {} and is {}). Load the data again"
 
 
 class NoRangesError(Exception):
@@ -123,6 +125,30 @@ class RemoteFile:
             self._info = {} if self.url.startswith(PIPE) else self.try_(ask)
         return self._info
 
+    def open_again(self) -> RemoteFile:
+        """Return another access to the file, in the state that this one was described in."""
+        again = replace(self, is_first=False)
+        again._info = self._describe()
+        return again
+
+    def _choose_options(self, **options: Any) -> dict[str, Any]:
+        """Return the options of a web server's requests; a reply of another state is an error."""
+        known = self._info or {}
+
+        async def check(reply: Any) -> None:
+            if reply.status not in (200, 206) or "Content-Encoding" in reply.headers:
+                return  # an error, or packed on the way, which has tags of its own
+            for name in _REPLY_TAGS:
+                tags = (str(tags.get(name) or "") for tags in (known, reply.headers))
+                wanted, found = (tag.removeprefix("W/") for tag in tags)
+                if wanted and found:
+                    if wanted != found:
+                        reply.close()
+                        raise LostFileError(_CHANGED.format(self.url, name, wanted, found))
+                    return
+
+        return {**options, "raise_for_status": check} if self.url.startswith(_HTTP) else {}
+
     def read_range(self, start: int, stop: int) -> bytes:
         """Read bytes from the middle of the file."""
         size = self.find_size()
@@ -133,7 +159,7 @@ class RemoteFile:
             try:
                 if self._opened is None:
                     filesystem, path = open_filesystem(self.url)
-                    options = {"size": size} if self.url.startswith(_HTTP) else {}
+                    options = self._choose_options(size=size)
                     self._opened = filesystem.open(path, "rb", cache_type="none", **options)
                 self._opened.seek(start)
                 content: bytes = self._opened.read(stop - start)
@@ -231,8 +257,7 @@ class RemoteFile:
             return _PartsReader(_run_command(self.url.removeprefix(PIPE)))
         filesystem, path = open_filesystem(self.url)
         # Of a web server, block_size=0 opens one response, which cannot seek.
-        options: dict[str, Any] = {"block_size": 0, "size": 1} if self.url.startswith(_HTTP) else {}
-        return filesystem.open(path, "rb", **options)
+        return filesystem.open(path, "rb", **self._choose_options(block_size=0, size=1))
 
 
 def _run_command(command: str) -> Generator[bytes, None, None]:

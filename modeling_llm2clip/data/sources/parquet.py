@@ -7,7 +7,7 @@ writes is read as it is; see `download_notes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -185,7 +185,7 @@ def _find_addresses(file: FilePlace, column: str, start: int, paths: list[Any]) 
 
 
 @lru_cache(maxsize=4)  # columns of one row group
-def _find_bytes(file: FilePlace, column: str, version: int, number: int) -> Any:
+def _find_bytes(file: FilePlace, column: str, version: Hashable, number: int) -> Any:
     """Find which rows of a group have bytes."""
     layout = find_layout(file, column, version)
     group = layout.groups[number]

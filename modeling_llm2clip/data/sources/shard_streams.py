@@ -8,13 +8,12 @@ from __future__ import annotations
 import posixpath
 import tarfile
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -78,7 +77,7 @@ def read_shard(
     """Yield the samples of a shard."""
     suffix = find_format(file.url)
     if suffix == ".parquet":
-        yield from refuse_shared_paths(_read_parquet(file, name, first, on_columns))
+        yield from refuse_shared_paths(_read_parquet(file, name, on_columns), first)
         return
     with file.open_stream() as stream:
         samples = _read_tar(stream, name) if suffix == ".tar" else _read_lines(stream, file, name)
@@ -150,7 +149,6 @@ def _finish(number: int, name: str, key: str, sample: TarSample) -> StreamedSamp
 def _read_parquet(
     file: RemoteFile,
     name: str,
-    first: int,
     on_columns: Callable[[ShardColumns], None] | None,
 ) -> Iterator[StreamedSample]:
     source = file.open_seekable()  # outside, since a full disk ends the run
@@ -159,19 +157,11 @@ def _read_parquet(
             columns = _find_columns(opened, name)
             if on_columns is not None and columns is not None:
                 on_columns(columns)
-            groups = range(opened.metadata.num_row_groups)
-            counts = (opened.metadata.row_group(group).num_rows for group in groups)
-            starts = list(accumulate(counts, initial=0))
-            skipped = bisect_right(starts, first) - 1
-            number, groups = starts[skipped], groups[skipped:]
-            schema = opened.schema_arrow
-            images = {field.name for field in schema if is_image_type(field.type)}
-            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=list(groups)) if groups else ()
-            for batch in batches:
-                for row in batch.to_pylist():
-                    if number >= first:
-                        yield read_row(number, name, row, images)
-                    number += 1
+            images = {field.name for field in opened.schema_arrow if is_image_type(field.type)}
+            batches = opened.iter_batches(_ROWS_AT_ONCE) if opened.metadata.num_row_groups else ()
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows):
+                yield read_row(number, name, row, images)
     except (ShardColumnsError, AccessError, LostFileError):
         raise  # the last two of requests, which were made again as often as allowed
     except (pa.ArrowException, ValueError, OSError) as error:  # the last one for a damaged page
@@ -206,21 +196,29 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
     )
 
 
-def refuse_shared_paths(samples: Iterable[StreamedSample]) -> Iterator[StreamedSample]:
+def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterator[StreamedSample]:
     """Break the samples whose image has the path of another one, which would be of its group.
 
-    Some writers give all images one path. Rows of the same image, one per caption, stay.
+    Some writers give all images one path. Rows of the same image, one per caption, stay. A shard is
+    read from its beginning, since what is broken depends on the images before `first`.
     """
     found: dict[str, int] = {}
     for sample in samples:
-        raw = sample.raw
-        if raw is not None and raw.default_name and isinstance(raw.packed, EncodedImage):
-            checksum = zlib.crc32(raw.packed.content)
-            is_named = not raw.fields.keys().isdisjoint(("file_name", "group_id"))
-            if not is_named and found.setdefault(raw.default_name, checksum) != checksum:
-                yield StreamedSample(sample.number, sample.place, None, _SHARED_PATH)
-                continue
-        yield sample
+        is_shared = _has_shared_path(sample, found)
+        if sample.number >= first:
+            lost = StreamedSample(sample.number, sample.place, None, _SHARED_PATH)
+            yield lost if is_shared else sample
+
+
+def _has_shared_path(sample: StreamedSample, found: dict[str, int]) -> bool:
+    """Tell whether another image was found at the path of this one, which is noted."""
+    raw = sample.raw
+    if raw is None or not raw.default_name or not isinstance(raw.packed, EncodedImage):
+        return False
+    if not raw.fields.keys().isdisjoint(("file_name", "group_id")):
+        return False
+    checksum = zlib.crc32(raw.packed.content)
+    return found.setdefault(raw.default_name, checksum) != checksum
 
 
 def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:

@@ -5,9 +5,16 @@ Its shards are shuffled and resumed here, because its own shuffle buffer is lost
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..atomic_files import hash_json
+from ..remote.shard_urls import drop_signature
 from ..sources.shard_streams import StreamedSample, read_row, refuse_shared_paths
 from .record_streams import RecordStream
 
@@ -26,8 +33,9 @@ def stream_dataset(
 ) -> RecordStream:
     """Stream the samples of an `IterableDataset`.
 
-    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`
-    or `interleave_datasets`, is one shard, which one worker reads.
+    A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`,
+    `interleave_datasets` or a batched `map`, is one shard, which one worker reads. A state goes on
+    with the same files, first row and steps only, of which functions are known by their names.
 
     Args:
         dataset: Neither shuffled nor split by node; both is done here.
@@ -81,11 +89,12 @@ class _DatasetShards:
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self._dataset = dataset
         self._columns = None if columns is None else dict(columns)
-        self.shards = [f"{_NAME} shard {number}" for number in range(dataset.num_shards)]
+        digest = hash_json(_describe(dataset._ex_iterable))[:12]
+        self.shards = [f"{_NAME} {digest} shard {number}" for number in range(dataset.num_shards)]
         indivisible = _find_indivisible(dataset._ex_iterable)
         self._is_whole = indivisible is not None
         if self._is_whole:
-            self.shards = [f"all of the dataset, because of its {indivisible}"]
+            self.shards = [f"all of the dataset, because of its {indivisible} ({digest})"]
 
     def read(
         self,
@@ -97,17 +106,17 @@ class _DatasetShards:
         part = self._dataset
         if not self._is_whole:
             part = part.shard(num_shards=len(self.shards), index=shard)
-        return refuse_shared_paths(self._read(part, shard, first))
+        return refuse_shared_paths(self._read(part, shard), first)
 
-    def _read(self, part: Any, shard: int, first: int) -> Iterator[StreamedSample]:
+    def _read(self, part: Any, shard: int) -> Iterator[StreamedSample]:
         # Batches, because in a worker a plain iteration would drop other workers' samples.
-        batches = (part.skip(first) if first else part).iter(batch_size=_ROWS_OF_STREAM)
+        batches = part.iter(batch_size=_ROWS_OF_STREAM)
         rows = (
             dict(zip(batch, map(_as_python, values), strict=True))
             for batch in batches
             for values in zip(*batch.values(), strict=True)
         )
-        for number, row in enumerate(rows, first):
+        for number, row in enumerate(rows):
             fields = row
             if self._columns is not None:
                 fields = {field: row.get(column) for field, column in self._columns.items()}
@@ -131,6 +140,7 @@ _DIVISIBLE = frozenset(
      "MappedExamplesIterable", "FilteredExamplesIterable", "RepeatExamplesIterable",
      "InterleavedShardsExamplesIterable", "VerticallyConcatenatedMultiSourcesExamplesIterable")
 )  # fmt: skip
+_NOT_DESCRIBED = ("decoding_pool", "token_per_repo_id")  # what is open, and replaced keys
 _COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
 
 
@@ -150,10 +160,46 @@ def _find_indivisible(step: Any) -> str | None:
         return _COUNTING.get(kind, kind.removesuffix("ExamplesIterable"))
     if getattr(step, "with_indices", False):
         return "with_indices"
-    if getattr(step, "batched", False) and (step.drop_last_batch or not step.batch_size):
+    if getattr(step, "batched", False) and step.batch_size != 1:
         return "batches across shards"
     found = map(_find_indivisible, _list_sources(step))
     return next((name for name in found if name is not None), None)
+
+
+def _describe(value: Any) -> Any:
+    """Describe a step, or an option of one, for JSON, by what is the same in all processes.
+
+    Functions and classes are described by their names, and what yields rows by its first one too.
+    """
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, str):
+        return drop_signature(value)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Mapping):
+        return [[_describe(name), _describe(item)] for name, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_describe(item) for item in value]
+    if isinstance(value, partial):
+        return _describe([value.func, value.args, value.keywords])
+    if hasattr(value, "__qualname__"):
+        return value.__qualname__
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if hasattr(value, "tolist"):  # of numpy or torch
+        array = np.asarray(value)
+        is_listed = array.dtype.hasobject or array.ndim == 0
+        return _describe(array.tolist() if is_listed else array.tobytes())
+    if hasattr(value, "shard_data_sources"):
+        options = {
+            name: option for name, option in vars(value).items()
+            if not name.startswith("_") and name not in _NOT_DESCRIBED
+        }  # fmt: skip
+        is_source = not _list_sources(value)
+        rows = islice(value.shard_data_sources(1, 0), 1) if is_source else ()
+        return _describe([type(value), options, *rows])
+    return [type(value).__qualname__, getattr(value, "num_rows", None)]
 
 
 def _as_python(value: Any) -> Any:

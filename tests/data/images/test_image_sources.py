@@ -30,6 +30,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
     monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(file_places, "_described", {})
     file_places._open_remote.cache_clear()
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from captioned_files import LINES, RECORDS, encode, own_cache, write_images  # noqa: F401
 from packaging.version import Version
 
 from modeling_llm2clip.data.images.image_sources import ArrowImage
 from modeling_llm2clip.data.records.dataset_objects import records_from_dataset
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import make_loader
 
@@ -208,6 +214,10 @@ def interleave(rows: datasets.IterableDataset, **options: Any) -> datasets.Itera
     return datasets.interleave_datasets([rows, other], **options)
 
 
+def keep_first(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: values[:1] for name, values in batch.items()}
+
+
 STREAMS: dict[str, Callable[[datasets.IterableDataset], datasets.IterableDataset]] = {
     "skip": lambda rows: rows.skip(7),
     "take": lambda rows: rows.take(7),
@@ -219,6 +229,14 @@ STREAMS: dict[str, Callable[[datasets.IterableDataset], datasets.IterableDataset
     "batches without the last": lambda rows: rows.map(
         lambda batch: batch, batched=True, batch_size=3, drop_last_batch=True
     ),
+    "first of batches": lambda rows: rows.map(keep_first, batched=True, batch_size=3),
+    "filtered in batches": lambda rows: rows.filter(
+        lambda batch: [n == 0 for n in range(len(batch["label"]))], batched=True, batch_size=3
+    ),
+    "in batches": lambda rows: rows.batch(3).map(
+        lambda batch: {name: values[0] for name, values in batch.items()}
+    ),
+    "batches of one": lambda rows: rows.map(keep_first, batched=True, batch_size=1),
     "concatenated": lambda rows: datasets.concatenate_datasets([rows.skip(15), rows.take(3)]),
     "interleaved": lambda rows: interleave(rows, stopping_strategy="first_exhausted"),
     "interleaved at random": lambda rows: interleave(rows, probabilities=[0.8, 0.2], seed=3),
@@ -237,7 +255,7 @@ def test_a_stream_has_the_samples_of_its_dataset_whatever_was_done_to_it(
     stream = stream_dataset(changed, columns=COLUMNS, seed=2, buffer_size=5)
     found = sorted(int(record.group_id) for record in stream)
     assert found == sorted(row["label"] for row in changed.with_format(None))
-    is_split = change in ("filtered", "of numpy", "of arrow", "untouched")
+    is_split = change in ("filtered", "batches of one", "of numpy", "of arrow", "untouched")
     assert len(stream.reader.shards) == (num_shards if is_split else 1)
 
 
@@ -258,6 +276,98 @@ def test_a_stream_of_one_shard_is_resumed_and_says_why_workers_cannot_share_it(
     assert head + list(resumed) == wanted
     with pytest.raises(ValueError, match=r"first shard is all of the dataset, because of its skip"):
         make_loader(make(), batch_size=2, num_workers=2)
+
+
+def double(row: dict[str, Any], factor: int = 2) -> dict[str, Any]:
+    return {"label": row["label"] * factor}
+
+
+OTHERS: dict[str, Callable[[datasets.IterableDataset, int], datasets.IterableDataset]] = {
+    "skip": lambda rows, n: rows.skip(n),
+    "take": lambda rows, n: rows.take(n),
+    "skip of numpy": lambda rows, n: rows.skip(np.int64(n)),
+    "function": lambda rows, n: rows.map([double, keep_first][n]),
+    "bound function": lambda rows, n: rows.map(partial(double, factor=n)),
+    "arguments": lambda rows, n: rows.map(double, fn_kwargs={"factor": n}),
+    "take below": lambda rows, n: rows.take(n).map(double),
+    "seed": lambda rows, n: interleave(rows, probabilities=[0.8, 0.2], seed=n),
+    "probabilities": lambda rows, n: interleave(
+        rows, probabilities=[[0.8, 0.2], [0.5, 0.5]][n], seed=3
+    ),
+    "files": lambda _, n: datasets.IterableDataset.from_generator(
+        generate_rows, gen_kwargs={"names": [f"{n}.txt"]}
+    ),
+}
+
+
+def generate_rows(names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the same rows whatever the files are."""
+    for number in range(len(names) * 9):
+        yield {"label": number, "texts": [f"caption {number}"]}
+
+
+def resume_other(
+    first: datasets.IterableDataset, second: datasets.IterableDataset
+) -> list[CaptionedImage]:
+    """Stop a stream of a dataset, and go on with that of another."""
+    columns = {"captions": "texts", "group_id": "label"}
+    stopped = stream_dataset(first, columns=columns, require_images=False)
+    next(iter(stopped))
+    resumed = stream_dataset(second, columns=columns, require_images=False)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    return list(resumed)
+
+
+def test_the_state_of_another_dataset_is_refused(saved: datasets.Dataset) -> None:
+    rows = saved.to_iterable_dataset(num_shards=4)
+    assert resume_other(rows, saved.to_iterable_dataset(num_shards=4))
+    others = {
+        "other rows": saved.map(lambda row: {"texts": [*row["texts"], "more"]}),
+        "more rows": datasets.concatenate_datasets([saved, saved.select([1, 2, 3, 4])]),
+    }
+    for other in others.values():
+        with pytest.raises(ValueError, match="of another stream: shards differ"):
+            resume_other(rows, other.to_iterable_dataset(num_shards=4))
+
+
+@pytest.mark.parametrize("step", OTHERS)
+def test_the_state_of_other_steps_is_refused(saved: datasets.Dataset, step: str) -> None:
+    # Of no row there would be no state.
+    numbers = (5, 5, 6) if "take" in step else (0, 0, 1)
+    one, same, other = (
+        OTHERS[step](saved.to_iterable_dataset(num_shards=4), number) for number in numbers
+    )
+    assert list(same)  # which changes no step
+    assert resume_other(one, same)
+    with pytest.raises(ValueError, match="of another stream: shards differ"):
+        resume_other(one, other)
+
+
+def test_the_state_of_another_random_order_is_refused(saved: datasets.Dataset) -> None:
+    rows = saved.to_iterable_dataset(num_shards=4)
+    one, other = (interleave(rows, probabilities=[0.8, 0.2]) for _ in range(2))  # without a seed
+    with pytest.raises(ValueError, match="of another stream: shards differ"):
+        resume_other(one, other)
+
+
+@pytest.mark.slow  # two processes that import datasets
+@pytest.mark.usefixtures("saved")
+def test_a_dataset_has_one_name_in_all_processes(tmp_path: Path) -> None:
+    code = f"""
+import datasets
+from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
+rows = datasets.load_from_disk({str(tmp_path / "saved")!r}).to_iterable_dataset(num_shards=2)
+rows = rows.filter(lambda row: {{"a", "b", "c"}}).rename_column("texts", "captions").skip(3)
+print(stream_dataset(rows).reader.shards)
+"""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    ]  # fmt: skip
+    assert printed[0] == printed[1] and "because of its skip" in printed[0]
 
 
 def test_a_stream_that_is_split_by_node_is_refused(saved: datasets.Dataset) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from captioned_files import (
     LINES,
+    encode,
     write_lines,
     write_parquet,
     write_parquet_of_bytes,
+    write_shard,
     write_shards,
 )
 from shard_server import ShardServer
@@ -50,6 +54,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
     monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(file_places, "_described", {})
     file_places._open_remote.cache_clear()
 
 
@@ -132,6 +137,117 @@ def test_a_source_whose_changes_would_not_show_is_read_each_time(
         assert describe_states([url]) == [None]
         found = [load_records(url).file for _ in range(2)]
         assert found[0] != found[1] or not any("records" in Path(str(file)).parts for file in found)
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write another state of a file, of the same size and of another time, which is its tag."""
+    found = file.stat()
+    assert len(content) == found.st_size and content != file.read_bytes()
+    file.write_bytes(content)
+    os.utime(file, ns=(found.st_mtime_ns + 10**9, found.st_mtime_ns + 10**9))
+
+
+def list_captions(source: str | Path) -> list[Any]:
+    return [record.captions for record in load_records(source, require_images=False)]
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_a_changed_file_is_not_read_from_earlier_blocks(
+    tags: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index of them would be kept under the name of the new state."""
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    folder = write_lines(tmp_path / "data", LINES)
+    file = folder / "captions.jsonl"
+    with ShardServer(folder, tags=tags) as server:
+        url = f"{server.url}/captions.jsonl"
+        before = list_captions(url)
+        replace_file(file, file.read_bytes().replace(b"square", b"circle"))
+        now = list_captions(url)
+        assert now == list_captions(folder) != before
+        file_places._blocks = file_places.ByteCache(10**6)  # as in a new process
+        assert list_captions(url) == now
+
+
+def pack(folder: Path, images: list[bytes], kind: str) -> Path:
+    """Write a shard of images; of Parquet such as has no statistics, since their size may vary."""
+    if kind == "tar":
+        members = {f"{number}.png": content for number, content in enumerate(images)}
+        texts = {f"{number}.txt": b"a text" for number in range(len(images))}
+        return write_shard(folder / "0.tar", dict(sorted({**members, **texts}.items())))
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"image": images, "caption": ["a text"] * len(images)})
+    pq.write_table(table, folder / "0.parquet", compression=kind, use_dictionary=False)
+    return folder / "0.parquet"
+
+
+@pytest.mark.parametrize("kind", ["tar", "none", "snappy"])
+def test_images_of_a_changed_file_are_those_that_it_has_now(kind: str, tmp_path: Path) -> None:
+    """Also where they are at other places than before, which are kept too."""
+    image = encode("images/red.png")
+    states = [[image + b"a" * size for size in sizes] for sizes in ((600, 1, 2), (1, 2, 600))]
+    with ShardServer(tmp_path / "data") as server:
+        for number, images in enumerate(states):
+            file = pack(tmp_path / "data", images, kind)
+            os.utime(file, ns=(number, number))
+            found = load_records(f"{server.url}/{file.name}")
+            assert [r.image.read_bytes() for r in found if r.image is not None] == images
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_places, "_BLOCK_BYTES", 1000)
+    file = tmp_path / "file"
+    file.write_bytes(CONTENT)
+    with ShardServer(tmp_path) as server:
+        url = f"{server.url}/file"
+        with open_place(url) as opened:
+            assert opened.read(1000) == CONTENT[:1000]
+            replace_file(file, CONTENT[::-1])
+            with pytest.raises(LostFileError, match=r"file: the file has changed .*Load the data"):
+                opened.read(1000)
+        describe_states([url])
+        assert read_range(url, 0, 3000) == CONTENT[::-1][:3000]
+
+
+def change_when_described(monkeypatch: pytest.MonkeyPatch, *files: Path) -> None:
+    """Replace files once their states were asked, before they are read."""
+
+    def describe_and_change(places: Any) -> Any:
+        found = describe_states(places)
+        for file in files:
+            replace_file(file, file.read_bytes().replace(b"square", b"circle"))
+        return found
+
+    monkeypatch.setattr(record_index, "describe_states", describe_and_change)
+
+
+def test_a_file_that_changes_before_it_is_read_is_not_kept_under_another_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
+    folder = write_lines(tmp_path / "data", LINES)
+    with ShardServer(folder) as server:
+        url = f"{server.url}/captions.jsonl"
+        with monkeypatch.context() as patched:
+            change_when_described(patched, folder / "captions.jsonl")
+            with pytest.raises(LostFileError, match="the file has changed while it was used"):
+                load_records(url, require_images=False)
+        assert list_captions(url) == list_captions(folder)
+
+
+@pytest.mark.slow  # starts processes
+def test_processes_read_files_in_the_states_that_were_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
+    folder = write_shards(tmp_path / "data")
+    change_when_described(monkeypatch, *folder.iterdir())
+    with ShardServer(folder) as server:
+        with pytest.raises(DataValidationError, match="its requests fail") as caught:
+            load_records(f"{server.url}/{{00000..00001}}.tar")
+    assert "has changed" in str(caught.value.places)
 
 
 def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,12 +198,29 @@ def test_a_response_may_take_as_long_as_it_is_read(tmp_path: Path) -> None:
 
 def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
-    with ShardServer(tmp_path) as server:
+    with ShardServer(tmp_path, tags=False) as server:
         file = RemoteFile(f"{server.url}/file", FAST)
         assert file.find_size() == len(CONTENT)
         (tmp_path / "file").write_bytes(CONTENT[:5000])
         with pytest.raises(LostFileError, match=r"file: 5 attempts failed"):
             file.read_range(4000, 8000)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_stream_of_a_file_that_changes_is_not_mixed(
+    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the rest comes by another request: the next block, or again after a lost connection."""
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(remote_files, "_READ_AT_ONCE", 1000)
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path, ranges=ranges, drop_every=0 if ranges else 1) as server:
+        opened = RemoteFile(f"{server.url}/file", FAST).open_stream()
+        assert opened.read(1000) == CONTENT[:1000]
+        (tmp_path / "file").write_bytes(CONTENT[::-1])
+        os.utime(tmp_path / "file", ns=(1, 1))
+        with pytest.raises(LostFileError, match=r"file: the file has changed while it was used"):
+            opened.read()
 
 
 @pytest.mark.parametrize(

@@ -795,6 +795,48 @@ def test_images_of_one_path_are_not_taken_for_one_group(tmp_path: Path) -> None:
     assert sorted(record.group_id for record in stream_records(in_groups)) == sorted(names)
 
 
+def stream_shared_paths(folder: Path, kind: str) -> RecordStream:
+    """Stream 14 images, of which three have one path."""
+    if not folder.exists():
+        folder.mkdir()
+        rows = [
+            {
+                "image": {
+                    "bytes": encode_noise(n),
+                    "path": "same.png" if n in (0, 3, 10) else f"{n}.png",
+                },
+                "caption": f"text {n}",
+            }
+            for n in range(14)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "0.parquet", row_group_size=4)
+    options: dict[str, Any] = {"buffer_size": 2, "max_lost_share": 1.0}
+    if kind == "shards":
+        return stream_records(folder, **options)
+    file = str(folder / "0.parquet")
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+    return stream_dataset(rows, **options)
+
+
+@pytest.mark.parametrize("kind", ["shards", "dataset"])
+@pytest.mark.parametrize("stop", [2, 5, 11])
+def test_a_resumed_stream_knows_the_paths_of_images_before(
+    kind: str, stop: int, tmp_path: Path
+) -> None:
+    """Otherwise a sample that the whole run lost would come in, or one of its samples be lost."""
+    folder = tmp_path / "images"
+    whole = stream_shared_paths(folder, kind)
+    wanted = list(whole)
+    assert (len(wanted), whole.report.lost_samples) == (12, 2)
+    stopped = stream_shared_paths(folder, kind)
+    iterator = iter(stopped)
+    head = [next(iterator) for _ in range(stop)]
+    resumed = stream_shared_paths(folder, kind)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert list(map(read, head + list(resumed))) == list(map(read, wanted))
+    assert resumed.report == whole.report
+
+
 def test_a_folder_of_several_formats_is_refused_with_a_pattern(tars: Path) -> None:
     write_parquets(tars.parent / "others")
     for file in (tars.parent / "others").iterdir():
