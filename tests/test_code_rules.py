@@ -48,7 +48,7 @@ BUDGETS = {
     "cli": 1860,
     "configs": 760,
     "conversion": 1030,
-    "data": 5800,
+    "data": 5870,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7710
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7720
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
