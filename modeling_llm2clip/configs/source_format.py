@@ -14,7 +14,11 @@ from .config_fields import Config
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
-    """Everything that affects an embedding and that a checkpoint does not record."""
+    """Everything that affects an embedding and that a checkpoint does not record.
+
+    `convert_checkpoint` refuses, before it reads anything, an unknown layout, and options that the
+    layout does not have.
+    """
 
     layout: str
     """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the keys in
