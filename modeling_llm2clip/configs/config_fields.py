@@ -50,12 +50,7 @@ _WANTED = {
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
 }
-_BOUNDS = {
-    "ge": (operator.ge, "at least"),
-    "gt": (operator.gt, "above"),
-    "le": (operator.le, "at most"),
-    "lt": (operator.lt, "below"),
-}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as in `operator`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +225,9 @@ def _allow_yaml(hint: Any) -> Any:
 
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        checks = (
-            AfterValidator(partial(_require_within, interval=one))
-            if isinstance(one, Interval)
-            else one
-            for one in arguments[1:]
-        )
+        bounds = [partial(_require_within, interval=one) for one in arguments
+                  if isinstance(one, Interval)]  # fmt: skip
+        checks = (*map(AfterValidator, bounds), *arguments[1:])  # ours refuse before pydantic's
         return Annotated[(_allow_yaml(arguments[0]), *checks)]
     if origin in (Union, UnionType):
         return Union[tuple(map(_allow_yaml, arguments))]  # noqa: UP007
@@ -254,10 +246,10 @@ def _to_path(value: Any) -> Any:
 def _require_within(value: Any, *, interval: Interval) -> Any:
     """Name both bounds, where pydantic names the one that is broken."""
     limits = {name: limit for name in _BOUNDS if (limit := getattr(interval, name)) is not None}
-    if all(_BOUNDS[name][0](value, limit) for name, limit in limits.items()):
-        return value
-    wanted = " and ".join(f"{_BOUNDS[name][1]} {limit}" for name, limit in limits.items())
-    raise ValueError(f"must be {wanted}.")
+    if not all(getattr(operator, name)(value, limit) for name, limit in limits.items()):
+        wanted = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in limits.items())
+        raise ValueError(f"must be {wanted}.")
+    return value
 
 
 def _require_list(value: Any, *, length: int | None) -> Any:
@@ -279,20 +271,13 @@ def _is_branch(part: int | str) -> bool:
 def _choose_branches(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Leave out branches of unions for other types, where one is for the type that was given."""
 
-    def is_of_type(error: ErrorDetails) -> bool:
-        return error["type"].endswith("_type") or error["type"] == "is_instance_of"
+    def is_of_branch(error: ErrorDetails) -> bool:
+        kind = error["type"]
+        return _is_branch(error["loc"][-1]) and kind.endswith(("_type", "is_instance_of"))
 
-    unions = {
-        error["loc"][:number]
-        for error in errors
-        for number, part in enumerate(error["loc"])
-        if _is_branch(part) and not (number + 1 == len(error["loc"]) and is_of_type(error))
-    }
-    return [
-        error
-        for error in errors
-        if not (error["loc"][:-1] in unions and _is_branch(error["loc"][-1]) and is_of_type(error))
-    ]
+    entered = {one["loc"][:end] for one in errors if not is_of_branch(one)
+               for end in range(len(one["loc"]))}  # fmt: skip
+    return [one for one in errors if not (is_of_branch(one) and one["loc"][:-1] in entered)]
 
 
 def _describe(error: ErrorDetails, known: type[Config] | Mapping[str, Any]) -> str:

@@ -14,15 +14,11 @@ from .config_fields import Config
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
-    """Everything that affects an embedding and that a checkpoint does not record.
-
-    `convert_checkpoint` refuses, before it reads anything, an unknown layout, and options that the
-    layout does not have.
-    """
+    """Everything that affects an embedding and that a checkpoint does not record."""
 
     layout: str
     """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the keys in
-    the file."""
+    the file. `convert_checkpoint` refuses others, and options of others, before it reads a file."""
     prompt: Prompt | None = "llama-3"
     """Prompt around every caption."""
     prompt_prefix: str | None = None

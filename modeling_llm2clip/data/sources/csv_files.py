@@ -46,8 +46,8 @@ def iterate_csv(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line number and cells of each row, by the names of the columns that are chosen.
 
-    Raises ValueError if a row has not as many cells as the header, or two of these have one name.
-    With `fill` a row may have fewer: the others are empty.
+    Raises ValueError if a row has not as many cells as the header, or two of these have one name;
+    with `fill` a row may have fewer.
     """
     rows = iterate_cells(file, str(file))
     _, header = next(rows, (0, []))
@@ -55,8 +55,7 @@ def iterate_csv(
     require_distinct(chosen, file)
     places = [header.index(column) for column in chosen]
     for number, row in rows:
-        if fill:
-            row += [""] * (len(header) - len(row))
+        row += [""] * (len(header) - len(row) if fill else 0)
         if len(row) != len(header):
             raise ValueError(
                 f"{file} line {number}: {len(row)} cells for {len(header)} columns. Cells with "
