@@ -14,9 +14,9 @@ class Need(NamedTuple):
     """An optional package that something needs.
 
     Attributes:
-        module: name that is imported.
-        extra: extra of `setup.cfg` that installs it.
-        reason: what needs it, such as "the vision tower is a timm network".
+        module: Name that is imported.
+        extra: Extra of `setup.cfg` that installs it.
+        reason: What needs it, such as "the vision tower is a timm network".
     """
 
     module: str

@@ -299,8 +299,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         transformers would only warn about a missing weight and leave it random.
 
         Args:
-            args: positional arguments of transformers, first the folder or repository.
-            kwargs: keyword arguments of transformers. A `quantization_config` of bitsandbytes
+            args: Positional arguments of transformers, first the folder or repository.
+            kwargs: Keyword arguments of transformers. A `quantization_config` of bitsandbytes
                 applies to the LLM alone; `ignore_mismatched_sizes=True` allows other shapes.
 
         Returns:
@@ -308,7 +308,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             transformers' loading info.
 
         Raises:
-            ValueError: a weight is missing, unexpected or of another shape, a weight file is
+            ValueError: A weight is missing, unexpected or of another shape, a weight file is
                 truncated, the folder has two layouts of weights, the configuration describes a
                 much larger model than the weights, a class without an LLM is to be quantized, or
                 the installed timm cannot load the vision tower.
@@ -349,13 +349,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         a loaded model has one dtype.
 
         Args:
-            save_directory: folder to write. Instructions that sentence-transformers or a user put
+            save_directory: Folder to write. Instructions that sentence-transformers or a user put
                 into its `config_sentence_transformers.json` since the last save are kept.
-            push_to_hub: also upload the model once the folder is complete.
-            **kwargs: further arguments of transformers' `save_pretrained` and `push_to_hub`.
+            push_to_hub: Also upload the model once the folder is complete.
+            **kwargs: Further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: bitsandbytes would load other weights than it saves, a LoRA is not merged,
+            ValueError: `bitsandbytes` would load other weights than it saves, a LoRA is not merged,
                 or transformers saved weights under names that do not load.
         """
         folder = Path(save_directory)
@@ -472,7 +472,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """Replace what `get_input_embeddings` returns.
 
         Args:
-            value: the new embedding layer.
+            value: The new embedding layer.
         """
         tower = self.text_model if "text" in self.input_modalities else self.vision_model
         tower.set_input_embeddings(value)

@@ -39,41 +39,41 @@ class LLM2CLIPConfig(PreTrainedConfig):
     """Configuration of an LLM2CLIP model (arXiv:2411.04997, section 3).
 
     Args:
-        vision_config: configuration of the vision tower, as an object or as the dictionary in
+        vision_config: Configuration of the vision tower, as an object or as the dictionary in
             `config.json`; a dictionary needs its `model_type`.
-        text_config: configuration of the LLM, likewise.
-        projection_dim: width of the space that images and texts share.
-        text_width: width of the hidden states that the LLM returns; None for its `hidden_size`.
+        text_config: Configuration of the LLM, likewise.
+        projection_dim: Width of the space that images and texts share.
+        text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
             Some LLMs (EmbeddingGemma 2) project to another width.
-        bidirectional: whether every caption token attends to every other. Also written to
+        bidirectional: Whether every caption token attends to every other. Also written to
             `text_config.is_causal`, which transformers' attention reads.
         text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them.
-        prompt_prefix_ids: token ids before every caption; attended to, not pooled.
-        prompt_suffix_ids: token ids after every caption; attended to and pooled.
-        prompt_suffix_ends_special: whether the last suffix id is a special token of the
+        prompt_prefix_ids: Token ids before every caption; attended to, not pooled.
+        prompt_suffix_ids: Token ids after every caption; attended to and pooled.
+        prompt_suffix_ends_special: Whether the last suffix id is a special token of the
             tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
-        max_text_length: maximum number of tokens per text, prompt included.
-        instructions: name → text that sentence-transformers prepends to a caption on demand
+        max_text_length: Maximum number of tokens per text, prompt included.
+        instructions: Name → text that sentence-transformers prepends to a caption on demand
             (`prompt_name`); attended to, not pooled.
-        normalize_text_before_adapter: whether caption embeddings get unit length before the
+        normalize_text_before_adapter: Whether caption embeddings get unit length before the
             adapter. True for most official models, False for those trained with the LLM in the
             loop.
-        text_adapter_layers: number of residual blocks in the text adapter.
-        text_adapter_expansion: width of a block's inner layer, as a multiple of the LLM's width.
-        vision_pooling: how an image is pooled: the tower's own `"pooler"` output, its `"cls"`
+        text_adapter_layers: Number of residual blocks in the text adapter.
+        text_adapter_expansion: Width of a block's inner layer, as a multiple of the LLM's width.
+        vision_pooling: How an image is pooled: the tower's own `"pooler"` output, its `"cls"`
             token, the `"mean"` of all its tokens (class token and registers included), or the
             `"patch_mean"` of its patches alone.
-        visual_projection_bias: whether the image projection has a bias.
-        logit_scale_init_value: logarithm of the initial inverse temperature.
-        text_adapter_trained: whether the text adapter was trained or still has its random initial
+        visual_projection_bias: Whether the image projection has a bias.
+        logit_scale_init_value: Logarithm of the initial inverse temperature.
+        text_adapter_trained: Whether the text adapter was trained or still has its random initial
             weights. `LLM2CLIPModel.forward` sets this field and the next when it computes a loss
             for training. A training loop that computes its loss elsewhere must set them itself.
-        projections_trained: the same for both projections.
-        format_version: version of the layout of weights and configuration; checked on loading.
-        **kwargs: fields that every transformers configuration has.
+        projections_trained: Whether both projections were trained.
+        format_version: Version of the layout of weights and configuration; checked on loading.
+        **kwargs: Fields that every transformers configuration has.
 
     Raises:
-        ValueError: a field is unknown, missing in a saved file, of the wrong type or contradictory,
+        ValueError: A field is unknown, missing in a saved file, of the wrong type or contradictory,
             or the format version is another one.
     """
 
@@ -152,15 +152,15 @@ class LLM2CLIPConfig(PreTrainedConfig):
         A default in place of a missing field could change the embeddings.
 
         Args:
-            config_dict: content of `config.json`.
-            kwargs: fields to override, and options of transformers.
+            config_dict: Content of `config.json`.
+            kwargs: Fields to override, and options of transformers.
 
         Returns:
             The configuration; with `return_unused_kwargs=True` a tuple of it and the options that
             were not used.
 
         Raises:
-            ValueError: a field is missing or invalid, or the format version is another one.
+            ValueError: A field is missing or invalid, or the format version is another one.
         """
         _check_format(config_dict.get("format_version", 0))
         lost = sorted(_SAVED_FIELDS - set(config_dict))
@@ -187,12 +187,12 @@ class LLM2CLIPConfig(PreTrainedConfig):
         """Save as transformers does, but only what loads again.
 
         Args:
-            save_directory: folder to write.
-            push_to_hub: also upload the file.
-            **kwargs: further arguments of transformers.
+            save_directory: Folder to write.
+            push_to_hub: Also upload the file.
+            **kwargs: Further arguments of transformers.
 
         Raises:
-            ValueError: the file would not load, for example because of a field that another
+            ValueError: The file would not load, for example because of a field that another
                 library has set. Nothing is written.
         """
         try:

@@ -23,8 +23,8 @@ class _TorchvisionCrop:
 
         Args:
             image: (…, H, W), an array or a tensor.
-            size: height and width; what is smaller is padded, which the base does as torchvision.
-            **kwargs: of the base.
+            size: Height and width; what is smaller is padded, which the base does as torchvision.
+            **kwargs: Further arguments of the base.
         """
         top, left = (
             max(0, round((have - want) / 2))

@@ -59,14 +59,14 @@ class ImageLimits:
     """Which images are decoded; others are refused by their header.
 
     Args:
-        max_megapixels: maximum size of a decoded image, in millions of pixels. Cameras have up to
+        max_megapixels: Maximum size of a decoded image, in millions of pixels. Cameras have up to
             151; one image of this size takes up to 1.5 GB while it is decoded.
-        max_image_mb: maximum size of an encoded image, in MB.
-        max_aspect_ratio: the longer side, in shorter ones. Resizing the shorter side of a strip of
+        max_image_mb: Maximum size of an encoded image, in MB.
+        max_aspect_ratio: The longer side, in shorter ones. Resizing the shorter side of a strip of
             60,000 × 1 pixels, a file of 100 bytes, would fill gigabytes.
-        max_jpeg_scans: maximum number of scans of a JPEG. Progressive ones have about ten; a few
+        max_jpeg_scans: Maximum number of scans of a JPEG. Progressive ones have about ten; a few
             bytes suffice for one more pass over all pixels.
-        max_download_s: seconds that the download of an image from a URL may take.
+        max_download_s: Seconds that the download of an image from a URL may take.
         formats: Pillow's names of the file formats. Pillow runs other programs for some of the
             rest, such as Ghostscript for EPS.
     """
@@ -93,7 +93,7 @@ def get_image_limits() -> ImageLimits:
     """Return the limits of this process: its own, or those it inherited, or the default ones.
 
     Raises:
-        ValueError: the environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object of fields
+        ValueError: The environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object of fields
             of `ImageLimits`.
 
     Examples:
@@ -107,7 +107,7 @@ def set_image_limits(limits: ImageLimits) -> None:
     """Set the limits for all threads of this process, and for processes that it starts from now on.
 
     Args:
-        limits: replace those of `get_image_limits`.
+        limits: The new ones, in place of those of `get_image_limits`.
 
     Examples:
         >>> from dataclasses import replace
@@ -138,18 +138,18 @@ def load_images(
     that CLIP models are trained and published with.
 
     Args:
-        images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
+        images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
             (H, W, 3) or (3, H, W). A 4-dimensional batch of these is read as a list.
-        rescales: whether the image processor divides pixels by 255. True accepts integers, False
+        rescales: Whether the image processor divides pixels by 255. True accepts integers, False
             floats in [0, 1]. None is for an image processor that never does, and accepts both.
-        limits: which encoded images are decoded. Default: `get_image_limits()`.
+        limits: Which encoded images are decoded. Default: `get_image_limits()`.
 
     Returns:
         One image for one image, a list for a list.
 
     Raises:
-        ImageTooLargeError: one image is given, and it is too large.
-        ValueError: an image is missing, corrupt, beyond the limits, or has pixels of an unknown
+        ImageTooLargeError: One image is given, and it is too large.
+        ValueError: An image is missing, corrupt, beyond the limits, or has pixels of an unknown
             range. The message names the first eight of these and counts the others.
 
     Examples:

@@ -65,9 +65,9 @@ class LLM2CLIPOutput(ModelOutput):
         logits_per_text: (B texts, B images) float32, the transpose.
         text_embeds: (B texts, P) float32, unit length.
         image_embeds: (B images, P) float32, unit length.
-        pooler_output: in a call with texts or images alone, their embeddings again.
-        text_model_output: output of `get_text_features`, whose features are not normalized.
-        vision_model_output: output of `get_image_features`, whose features are not normalized.
+        pooler_output: In a call with texts or images alone, their embeddings again.
+        text_model_output: Output of `get_text_features`, whose features are not normalized.
+        vision_model_output: Output of `get_image_features`, whose features are not normalized.
     """
 
     loss: Tensor | None = None
@@ -163,11 +163,11 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         Args:
             input_ids: (B, L) int64 from the model's own tokenizer, padded on either side.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
-            prompt_length: number of tokens of the tokenized instruction alone, as
+            prompt_length: Number of tokens of the tokenized instruction alone, as
                 sentence-transformers counts them. The instruction is attended to, not pooled.
-            output_attentions: whether to return the LLM's `attentions`. On a CPU the texts then run
+            output_attentions: Whether to return the LLM's `attentions`. On a CPU the texts then run
                 as one padded batch.
-            output_hidden_states: whether to return the LLM's `hidden_states`, with the same effect.
+            output_hidden_states: Whether to return the LLM's `hidden_states`, with the same effect.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
@@ -175,7 +175,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             CPU ran the texts without padding.
 
         Raises:
-            ValueError: the ids lack the model's prompt, a text is too long or empty, padding has no
+            ValueError: The ids lack the model's prompt, a text is too long or empty, padding has no
                 mask, a request selects layers, or the LLM as it was loaded does not return the
                 requested states. A compiled model checks the same; an exported graph does not.
         """
@@ -197,15 +197,15 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Pool the LLM's last hidden states over each caption, as embedding stores hold them.
 
         Args:
-            input_ids: as in `get_text_features`.
-            attention_mask: as in `get_text_features`.
-            prompt_length: as in `get_text_features`.
+            input_ids: As in `get_text_features`.
+            attention_mask: As in `get_text_features`.
+            prompt_length: As in `get_text_features`.
 
         Returns:
             (B, D) float32, neither projected nor normalized.
 
         Raises:
-            ValueError: the ids lack the model's prompt, or a text is too long or empty.
+            ValueError: The ids lack the model's prompt, or a text is too long or empty.
         """
         return self._encode_texts(input_ids, attention_mask, prompt_length).pooler_output  # type: ignore[return-value]
 
@@ -219,7 +219,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: these are token ids, or their width is not the LLM's.
+            ValueError: These are token ids, or their width is not the LLM's.
         """
         check_width(caption_embeds, self.config.text_width, name="caption_embeds")
         return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
@@ -234,7 +234,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: these are token ids, or their width is not the LLM's.
+            ValueError: These are token ids, or their width is not the LLM's.
         """
         return _to_unit_length(self.project_caption_embeds(caption_embeds))
 
@@ -340,17 +340,17 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
             pixel_attention_mask: (B, patches), 0 at padding; from SigLIP2's image processor.
             spatial_shapes: (B, 2), height and width in patches; from SigLIP2's image processor.
-            interpolate_pos_encoding: whether to allow another image size than the tower's own.
+            interpolate_pos_encoding: Whether to allow another image size than the tower's own.
                 Towers that take any size (DINO, convolutional networks) do not need it.
-            output_attentions: whether to return the vision tower's `attentions`.
-            output_hidden_states: whether to return the vision tower's `hidden_states`.
+            output_attentions: Whether to return the vision tower's `attentions`.
+            output_hidden_states: Whether to return the vision tower's `hidden_states`.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and the tower's
             `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
 
         Raises:
-            ValueError: the pixels are integers, the tower has no positions for their size, or the
+            ValueError: The pixels are integers, the tower has no positions for their size, or the
                 tower as it was loaded does not return the requested states.
         """
         requested = find_requested_states(
@@ -372,16 +372,16 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         """Run the vision tower and pool its output, as embedding stores hold it.
 
         Args:
-            pixel_values: as in `get_image_features`.
-            pixel_attention_mask: as in `get_image_features`.
-            spatial_shapes: as in `get_image_features`.
-            interpolate_pos_encoding: as in `get_image_features`.
+            pixel_values: As in `get_image_features`.
+            pixel_attention_mask: As in `get_image_features`.
+            spatial_shapes: As in `get_image_features`.
+            interpolate_pos_encoding: As in `get_image_features`.
 
         Returns:
             (B, D) float32, neither projected nor normalized.
 
         Raises:
-            ValueError: the pixels are integers, or the tower has no positions for their size.
+            ValueError: The pixels are integers, or the tower has no positions for their size.
         """
         return self._encode_images(  # type: ignore[return-value]
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
@@ -397,7 +397,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: these are integers, or their width is not the tower's.
+            ValueError: These are integers, or their width is not the tower's.
         """
         check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
         dtype = self.visual_projection.weight.dtype
@@ -415,7 +415,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: these are integers, or their width is not the tower's.
+            ValueError: These are integers, or their width is not the tower's.
         """
         return _to_unit_length(self.project_vision_embeds(vision_embeds))
 
@@ -461,10 +461,10 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     """CLIP with a language model as its text encoder (arXiv:2411.04997).
 
     Args:
-        config: configuration of the model.
-        vision_model: a pretrained vision tower; without it, one with random weights is built from
+        config: Configuration of the model.
+        vision_model: A pretrained vision tower; without it, one with random weights is built from
             the configuration. It must not be wrapped by peft; wrap the LLM2CLIPModel instead.
-        text_model: an LLM, likewise.
+        text_model: An LLM, likewise.
 
     Examples:
         >>> model = LLM2CLIPModel.from_pretrained("my-model")
@@ -518,24 +518,24 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         """Encode images, texts, or both. Given both, compare every image with every text.
 
         Args:
-            input_ids: as in `get_text_features`.
-            pixel_values: as in `get_image_features`.
-            attention_mask: as in `get_text_features`.
-            return_loss: whether to compute the symmetric contrastive loss; image i must match text
+            input_ids: As in `get_text_features`.
+            pixel_values: As in `get_image_features`.
+            attention_mask: As in `get_text_features`.
+            return_loss: Whether to compute the symmetric contrastive loss; image i must match text
                 i. In training mode with gradients this also sets `text_adapter_trained` and
                 `projections_trained` in the configuration.
-            prompt_length: as in `get_text_features`.
-            pixel_attention_mask: as in `get_image_features`.
-            spatial_shapes: as in `get_image_features`.
-            interpolate_pos_encoding: as in `get_image_features`.
-            output_attentions: whether to return both towers' `attentions`.
-            output_hidden_states: whether to return both towers' `hidden_states`.
+            prompt_length: As in `get_text_features`.
+            pixel_attention_mask: As in `get_image_features`.
+            spatial_shapes: As in `get_image_features`.
+            interpolate_pos_encoding: As in `get_image_features`.
+            output_attentions: Whether to return both towers' `attentions`.
+            output_hidden_states: Whether to return both towers' `hidden_states`.
 
         Returns:
             Embeddings of unit length, `logits_per_image`, and the towers' outputs.
 
         Raises:
-            ValueError: there is no input, or `return_loss` is set and the numbers of images and
+            ValueError: There is no input, or `return_loss` is set and the numbers of images and
                 texts differ.
         """
         if return_loss and self.training and torch.is_grad_enabled():
@@ -571,13 +571,13 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         Args:
             image_embeds: (B images, P) float32, or None.
             text_embeds: (B texts, P) float32, or None. At least one of both is needed.
-            return_loss: whether to compute the symmetric contrastive loss.
+            return_loss: Whether to compute the symmetric contrastive loss.
 
         Returns:
             The embeddings, and `logits_per_image` if both were given.
 
         Raises:
-            ValueError: both are None, or `return_loss` is set and the numbers of images and texts
+            ValueError: Both are None, or `return_loss` is set and the numbers of images and texts
                 differ.
         """
         if image_embeds is None and text_embeds is None:
@@ -629,11 +629,11 @@ class LLM2CLIPTextModel(_TextMixin):
         """Encode texts.
 
         Args:
-            input_ids: as in `get_text_features`.
-            attention_mask: as in `get_text_features`.
-            prompt_length: as in `get_text_features`.
-            output_attentions: as in `get_text_features`.
-            output_hidden_states: as in `get_text_features`.
+            input_ids: As in `get_text_features`.
+            attention_mask: As in `get_text_features`.
+            prompt_length: As in `get_text_features`.
+            output_attentions: As in `get_text_features`.
+            output_hidden_states: As in `get_text_features`.
 
         Returns:
             `text_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
@@ -680,12 +680,12 @@ class LLM2CLIPVisionModel(_VisionMixin):
         """Encode images.
 
         Args:
-            pixel_values: as in `get_image_features`.
-            pixel_attention_mask: as in `get_image_features`.
-            spatial_shapes: as in `get_image_features`.
-            interpolate_pos_encoding: as in `get_image_features`.
-            output_attentions: as in `get_image_features`.
-            output_hidden_states: as in `get_image_features`.
+            pixel_values: As in `get_image_features`.
+            pixel_attention_mask: As in `get_image_features`.
+            spatial_shapes: As in `get_image_features`.
+            interpolate_pos_encoding: As in `get_image_features`.
+            output_attentions: As in `get_image_features`.
+            output_hidden_states: As in `get_image_features`.
 
         Returns:
             `image_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.

@@ -158,9 +158,9 @@ class PackedTexts:
     """Positions of the texts in a pack, and the direction of their attention.
 
     Attributes:
-        cu_seqlens: start of each text and end of the last one, (N + 1,) int64 on the CPU. It is a
+        cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. It is a
             tensor, so that a compiled layer is not compiled again for other lengths.
-        is_causal: whether a token attends only to those before it.
+        is_causal: Whether a token attends only to those before it.
     """
 
     cu_seqlens: Tensor

@@ -51,14 +51,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
     Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
 
     Args:
-        image_processor: any image processor of transformers, or `LLM2CLIPImageProcessor`, which
+        image_processor: Any image processor of transformers, or `LLM2CLIPImageProcessor`, which
             crops as torchvision does.
-        tokenizer: the LLM's tokenizer, with the model's prompt as part of it.
-        max_text_length: maximum number of tokens per text, prompt included.
-        **kwargs: further arguments of `ProcessorMixin`.
+        tokenizer: The LLM's tokenizer, with the model's prompt as part of it.
+        max_text_length: Maximum number of tokens per text, prompt included.
+        **kwargs: Further arguments of `ProcessorMixin`.
 
     Attributes:
-        num_truncated_texts: number of texts truncated so far; may be set to 0.
+        num_truncated_texts: Number of texts truncated so far; may be set to 0.
 
     Raises:
         ValueError: `max_text_length` is not a positive integer, or the image processor makes images
@@ -93,12 +93,12 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Load as transformers does, but without asking on the terminal whether to run custom code.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub repository.
-            args: further positional arguments of transformers.
-            kwargs: keyword arguments of transformers.
+            pretrained_model_name_or_path: Folder or Hub repository.
+            args: Further positional arguments of transformers.
+            kwargs: Keyword arguments of transformers.
 
         Raises:
-            ValueError: it cannot be loaded without custom code; the message names the file that
+            ValueError: It cannot be loaded without custom code; the message names the file that
                 refers to that code.
         """
         if kwargs.get("trust_remote_code"):
@@ -116,8 +116,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         A folder lacks the former if model, tokenizer and image processor were saved one by one.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub repository.
-            kwargs: keyword arguments of transformers.
+            pretrained_model_name_or_path: Folder or Hub repository.
+            kwargs: Keyword arguments of transformers.
 
         Returns:
             The dictionary, and the keyword arguments that were not used.
@@ -138,9 +138,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Build from the dictionary of a saved `processor_config.json`.
 
         Args:
-            args: image processor and tokenizer.
-            processor_dict: content of the file.
-            kwargs: fields to override.
+            args: Image processor and tokenizer.
+            processor_dict: Content of the file.
+            kwargs: Fields to override.
 
         Raises:
             ValueError: `max_text_length` is missing. A default could truncate texts at another
@@ -165,15 +165,15 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Prepare images, texts, or both.
 
         Args:
-            images: one image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
+            images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
                 (H, W, 3) or (3, H, W). Arrays are uint8, uint16 (scaled to 8 bits), or floats in
                 [0, 1] with `do_rescale=False`, which are rounded to the 8 bits of all others; a
                 4-dimensional batch is read as a list. See `load_images` for transparency, EXIF
                 rotation and animations.
-            text: one caption or a list. By default texts are padded, truncated before the prompt's
+            text: One caption or a list. By default texts are padded, truncated before the prompt's
                 suffix, and returned as PyTorch tensors.
             on_long_text: `"truncate"`, which counts in `num_truncated_texts`, or `"error"`.
-            **kwargs: options of the tokenizer and the image processor, flat or in `text_kwargs`,
+            **kwargs: Options of the tokenizer and the image processor, flat or in `text_kwargs`,
                 `images_kwargs` and `common_kwargs`.
 
         Returns:
@@ -181,7 +181,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
             far as images and texts were given.
 
         Raises:
-            ValueError: a caption is blank or not a string, an image is invalid, or an option is
+            ValueError: A caption is blank or not a string, an image is invalid, or an option is
                 unknown. The message names them.
         """
         if on_long_text not in ("truncate", "error"):
@@ -217,15 +217,15 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Open an image for a later call, and refuse it by its header.
 
         Args:
-            source: a path, a binary file, or a PIL image.
-            name: name of the image in error messages.
-            **limits: fields of `ImageLimits`, in place of those of `get_image_limits`.
+            source: A path, a binary file, or a PIL image.
+            name: Name of the image in error messages.
+            **limits: Fields of `ImageLimits`, in place of those of `get_image_limits`.
 
         Returns:
             The image, which is decoded on first use.
 
         Raises:
-            ValueError: it is not an image, or is beyond the limits.
+            ValueError: It is not an image, or is beyond the limits.
         """
         return read_image_header(source, name=name, limits=replace(get_image_limits(), **limits))
 
@@ -239,7 +239,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
             N lists of ids, and N booleans for whether the text was truncated.
 
         Raises:
-            ValueError: a text is blank or not a string, which the message names, or the model reads
+            ValueError: A text is blank or not a string, which the message names, or the model reads
                 too few tokens for any text.
         """
         texts = clean_list(texts)

@@ -46,14 +46,14 @@ BUDGETS = {
     ".": 3100,
     "building": 1400,
     "cli": 1860,
-    "configs": 760,
+    "configs": 775,
     "conversion": 1030,
     "data": 5870,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
     "encoding": 760,
-    "evaluation": 4620,
+    "evaluation": 4640,
     "model_folders": 1850,
     "publishing": 1570,
     "recipes": 620,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7720
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7730
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

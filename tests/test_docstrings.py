@@ -144,12 +144,25 @@ def find_openings() -> dict[str, list[str]]:
     return found
 
 
+def find_small_entries() -> dict[str, list[str]]:
+    """Entries of sections whose text begins with a small letter, not with code or a shape."""
+    found = defaultdict(list)
+    for item in list_objects():
+        for section in item.docstring.parsed if item.docstring else ():
+            for entry in section.value if isinstance(section.value, list) else ():
+                text = getattr(entry, "description", "")
+                if text[:1].islower():
+                    found[relative(item.filepath)].append(f"{item.path}: {text[:40]}")
+    return found
+
+
 RULES = {
     "griffe warns of nothing": find_warnings,
     "section headers are on lines of their own": find_inline_headers,
     "examples are in a section of their own": find_unread_examples,
     "what is exported has a docstring, with an entry for every parameter": find_undocumented,
     "none begins with what, how, whether or of": find_openings,
+    "entries begin with a capital letter": find_small_entries,
 }
 
 

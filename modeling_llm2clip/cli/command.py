@@ -368,7 +368,8 @@ def _prepare(command: Command, words: Sequence[str]) -> list[str]:
 
     It is done before the parser could miss an argument because of a misspelled flag.
     """
-    known = {*_FLAGS_OF_PROGRAM[:2], *(name for a in command.arguments for name in a.names)}
+    names = (name for argument in command.arguments for name in argument.names)
+    known = {*_FLAGS_OF_PROGRAM[:2], *(name for name in names if name.startswith("-"))}
     prepared: list[str] = []
     for number, word in enumerate(words):
         name = word.partition("=")[0].replace("_", "-")

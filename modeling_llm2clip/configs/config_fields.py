@@ -7,9 +7,11 @@ and the string under it documents it. pydantic is imported when the first config
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -38,10 +40,6 @@ Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once: every construction asks for one
 # pydantic's types of errors → what is wanted.
 _WANTED = {
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "above {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "below {lt}",
     "finite_number": "a finite number",
     "int_type": "an integer",
     "float_type": "a number",
@@ -49,10 +47,10 @@ _WANTED = {
     "string_type": "a string",
     "is_instance_of": "a path",
     "tuple_type": "a list",
-    "too_long": "a list of {max_length}",
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
 }
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as in `operator`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +193,8 @@ def _check(
     try:
         return adapter.validate_python(dict(values))  # type: ignore[no-any-return]
     except ValidationError as error:
-        raise ValueError(" ".join(_describe(one, known) for one in error.errors())) from None
+        errors = _choose_branches(error.errors())
+        raise ValueError(" ".join(_describe(one, known) for one in errors)) from None
 
 
 def _find_adapter(config_type: type[Config]) -> TypeAdapter[Any]:
@@ -222,16 +221,21 @@ def _make_adapter(
 
 def _allow_yaml(hint: Any) -> Any:
     """Let strings be paths, and lists be tuples; all else in an annotation is strict."""
-    from pydantic import BeforeValidator, Strict
+    from pydantic import AfterValidator, BeforeValidator, Strict
 
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return Annotated[(_allow_yaml(arguments[0]), *arguments[1:])]
+        bounds = [partial(_require_within, interval=one) for one in arguments
+                  if isinstance(one, Interval)]  # fmt: skip
+        checks = (*map(AfterValidator, bounds), *arguments[1:])  # ours refuse before pydantic's
+        return Annotated[(_allow_yaml(arguments[0]), *checks)]
     if origin in (Union, UnionType):
         return Union[tuple(map(_allow_yaml, arguments))]  # noqa: UP007
     if origin is tuple:
         several: Any = tuple[tuple(map(_allow_yaml, arguments))]  # type: ignore[misc]
-        return Annotated[several, Strict(False), BeforeValidator(_require_list)]
+        length = None if arguments[-1] is ... else len(arguments)
+        is_list = BeforeValidator(partial(_require_list, length=length))
+        return Annotated[several, Strict(False), is_list]
     return Annotated[Path, BeforeValidator(_to_path)] if hint is Path else hint
 
 
@@ -239,20 +243,47 @@ def _to_path(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
-def _require_list(value: Any) -> Any:
+def _require_within(value: Any, *, interval: Interval) -> Any:
+    """Name both bounds, where pydantic names the one that is broken."""
+    limits = {name: limit for name in _BOUNDS if (limit := getattr(interval, name)) is not None}
+    if not all(getattr(operator, name)(value, limit) for name, limit in limits.items()):
+        wanted = " and ".join(f"{_BOUNDS[name]} {limit}" for name, limit in limits.items())
+        raise ValueError(f"must be {wanted}.")
+    return value
+
+
+def _require_list(value: Any, *, length: int | None) -> Any:
     """Refuse what pydantic would take, too: a set has another order in each process."""
     from pydantic_core import PydanticKnownError
 
     if not isinstance(value, list | tuple):
         raise PydanticKnownError("tuple_type")
+    if length not in (None, len(value)):
+        raise ValueError(f"must be a list of {length}.")
     return value
+
+
+def _is_branch(part: int | str) -> bool:
+    """Recognize the branch of a union in a path, as `str` or `tuple[str, ...]`."""
+    return part == "str" or "[" in str(part)
+
+
+def _choose_branches(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out branches of unions for other types, where one is for the type that was given."""
+
+    def is_of_branch(error: ErrorDetails) -> bool:
+        kind = error["type"]
+        return _is_branch(error["loc"][-1]) and kind.endswith(("_type", "is_instance_of"))
+
+    entered = {one["loc"][:end] for one in errors if not is_of_branch(one)
+               for end in range(len(one["loc"]))}  # fmt: skip
+    return [one for one in errors if not (is_of_branch(one) and one["loc"][:-1] in entered)]
 
 
 def _describe(error: ErrorDetails, known: type[Config] | Mapping[str, Any]) -> str:
     """One sentence for an error of pydantic: what came, and what was wanted."""
     path, value, kind = error["loc"], error["input"], error["type"]
-    # Without the branches of unions, as `str` and `tuple[str, ...]`.
-    fields = (p for p in path if p != "str" and "[" not in str(p))
+    fields = (p for p in path if not _is_branch(p))
     name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fields).removeprefix(".")
     if kind == "missing":
         return f"{name} is missing."

@@ -18,7 +18,7 @@ class SourceFormat(Config):
 
     layout: str
     """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the keys in
-    the file."""
+    the file. `convert_checkpoint` refuses others, and options of others, before it reads a file."""
     prompt: Prompt | None = "llama-3"
     """Prompt around every caption."""
     prompt_prefix: str | None = None

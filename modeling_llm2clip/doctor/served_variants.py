@@ -247,7 +247,7 @@ def list_image_variants(tested: ModelUnderTest, images: Sequence[Any]) -> Iterat
     """Yield errors in the preparation and encoding of images."""
     for name, change in _IMAGE_ERRORS.items():
         yield Variant(name, _encode_changed(tested.encode_images, change))
-    yield Variant("the visual projection is left out", partial(_encode_unprojected, tested))
+    yield Variant("the image projection is left out", partial(_encode_unprojected, tested))
     yield from _list_pixel_variants(tested)
     for name, change in _list_image_changes(images):
         yield Variant(name, _encode_changed(tested.encode_images, change))

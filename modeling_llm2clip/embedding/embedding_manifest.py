@@ -48,7 +48,7 @@ class EmbeddingManifest(ShardedManifest):
     """Describes an output of `embed`.
 
     Attributes:
-        modality: text or image.
+        modality: `text` or `image`.
         model: What the user named the model.
         fingerprint: Everything of the model that decides an embedding, the prompt included.
         prompt: Prefix and suffix of a text, as text; empty for images.

@@ -36,7 +36,7 @@ GOLDEN_TEXTS = (
 )
 _PARTS = {
     "text_embeds": "tokenizer, LLM, text adapter or text projection",
-    "image_embeds": "image processor, vision tower or visual projection",
+    "image_embeds": "image processor, vision tower or image projection",
 }
 
 # Distances of unit embeddings. One machine, another order of sums: rounding that adds up over

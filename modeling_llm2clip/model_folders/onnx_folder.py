@@ -75,7 +75,7 @@ def load_onnx_encoder(
         What encodes texts, images, or both.
 
     Raises:
-        MissingExtraError: onnxruntime is not installed.
+        MissingExtraError: `onnxruntime` is not installed.
         ValueError: It is another folder, or has no graph with these weights or for these inputs.
 
     Examples:

@@ -68,7 +68,7 @@ _MAY_DIFFER = ("output", "check_images", "evaluate", "eval_datasets", "eval_task
 _EMBEDDED_LICENSE = "apache-2.0"
 # Images whose content is read to compare the data of two calls; all sizes are compared.
 _IMAGES_READ = 1000
-# The same of a tower's files: small ones whole, of larger ones this many blocks.
+# The files of a tower are compared too: small ones as a whole, larger ones by this many blocks.
 _WHOLE_BYTES, _BLOCK_BYTES, _BLOCKS_READ = 1 << 28, 1 << 16, 1024
 Report = Callable[[str], object]
 

@@ -47,7 +47,8 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
         prompts_of = _parse(file)
         _check(prompts_of)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        message = str(error).removeprefix(f"{file} ")
+        raise ValueError(f"{file}: {message}") from error
     return _fill_templates(prompts_of, templates)
 
 
@@ -114,7 +115,7 @@ def _check_columns(columns: list[str]) -> list[str]:
 
 def _parse_csv(file: Path) -> list[tuple[str, list[str]]]:
     prompts_of: dict[str, list[str]] = {}
-    for line, row in iterate_csv(file, choose=_check_columns):
+    for line, row in iterate_csv(file, choose=_check_columns, fill=True):
         name, prompt = (row.get(column, "").strip() for column in ("label", "prompt"))
         if not name:
             raise ValueError(f"line {line} has a blank label. Fill it in, or remove the line.")

@@ -396,7 +396,7 @@ REFUSED_AT_ONCE = [
     (["index", "no-model", "FULL", "NEW"], "no-model: no such folder"),
     (["index", "CLIP", "FULL", "NEW"], "An LLM2CLIP model is needed here."),
     (["index", "OWN", "FULL", "NEW", "--faiss", "LABELS"], "exists. Name a new file"),
-    (["index", "OWN", "FULL", "NEW", "--min-recall", "2"], "--min-recall 2.0 must be at most 1"),
+    (["index", "OWN", "FULL", "NEW", "--min-recall", "2"], "--min-recall 2.0 must be above 0"),
     (["search", "/nowhere", "a dog"], "/nowhere: no such database"),
     (["search", "FULL", "a dog"], "is not a database of llm2clip index"),
     (["search", "LABELS", "a dog"], "is a file, and a database is a folder"),

@@ -127,8 +127,8 @@ def test_options_import_nothing_costly_and_no_other_folder() -> None:
         ({"steps": 0}, "steps=0 must be at least 1."),
         ({"steps": 2.5}, "steps=2.5 must be an integer."),
         ({"steps": True}, "steps=True must be an integer."),
-        ({"share": 1}, "share=1 must be below 1."),
-        ({"share": -1.5}, "share=-1.5 must be at least 0."),
+        ({"share": 1}, "share=1 must be at least 0 and below 1."),
+        ({"share": -1.5}, "share=-1.5 must be at least 0 and below 1."),
         ({"share": float("nan")}, "share=nan must be a finite number."),
         ({"share": "0.5"}, "share='0.5' must be a number."),
         ({"kind": "secnd"}, "must be one of first, second. Did you mean second?"),
@@ -139,7 +139,7 @@ def test_options_import_nothing_costly_and_no_other_folder() -> None:
         ({"words": {"one"}}, "words={'one'} must be a list."),  # its order differs by process
         ({"words": iter(["one"])}, "must be a list."),
         ({"place": 3}, "place=3 must be a string. place=3 must be a path."),
-        ({"pairs": [["file"]]}, "pairs[0][1] is missing."),
+        ({"pairs": [["file"]]}, "pairs[0]=['file'] must be a list of 2."),
         ({"pairs": [["file", 1, 2]]}, "pairs[0]=['file', 1, 2] must be a list of 2."),
         ({"is_on": 1}, "is_on=1 must be true or false."),
         ({"inner": {"rate": 0}}, "inner.rate=0 must be above 0."),
@@ -152,6 +152,20 @@ def test_a_value_that_a_field_cannot_have_is_refused_with_what_was_wanted(
     with pytest.raises(ValueError) as refused:
         Example(name="x", **given)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": 5}, "texts.a=5 must be a string."),
+        (["x", 5], "texts[1]=5 must be a string."),
+        (5, "texts=5 must be a path. texts=5 must be a list. texts=5 must be a mapping."),
+    ],
+)
+def test_of_several_types_only_the_one_that_was_given_is_named(given: Any, message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check_values({"texts": Path | tuple[str, ...] | Mapping[str, str] | None}, {"texts": given})
+    assert str(refused.value) == message
 
 
 def test_every_wrong_value_is_named_at_once() -> None:

@@ -18,9 +18,12 @@ def test_the_preprocessing_of_siglip2_has_no_default() -> None:
 
 @pytest.mark.parametrize("layout", ["openai", "hub_clip", "eva02"])
 @pytest.mark.parametrize("option", [{"activation": "gelu_tanh"}, {"image_size": 384}])
-def test_what_siglip2_alone_leaves_open_is_refused_elsewhere(layout: str, option: Any) -> None:
+def test_what_siglip2_alone_leaves_open_is_refused_elsewhere_before_anything_is_read(
+    layout: str, option: Any, tmp_path: Path
+) -> None:
+    source_format = SourceFormat(layout=layout, **option)
     with pytest.raises(ValueError, match=r"go(es)? with the source format.*Leave it out"):
-        find_layout(SourceFormat(layout=layout, **option))
+        convert_checkpoint(tmp_path / "none.pt", tmp_path / "llm", tmp_path / "new", source_format)
 
 
 def test_every_layout_takes_its_own_source_format() -> None:

@@ -179,6 +179,8 @@ def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(
          {"dog": ("hound", "pup"), "cat": ("tom",), "ape": ("a ape", "the ape")}),
         ("l.csv", "label,prompt\ndog,hound\ncat,\ndog,pup\n",
          {"dog": ("hound", "pup"), "cat": ("a cat", "the cat")}),
+        ("l.csv", "label,prompt\ncat\ndog,pup\n",
+         {"cat": ("a cat", "the cat"), "dog": ("pup",)}),
         ("l.csv", 'label\n"dog, big"\n', {"dog, big": ("a dog, big", "the dog, big")}),
     ],
 )  # fmt: skip
@@ -204,6 +206,11 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
         ("l.csv", "label,prompt\ndog,pup\n,cat\n", "line 3 has a blank label"),
         ("l.csv", "name\ndog\n", r"the columns are \['name'\]"),
         ("l.csv", "label\na dog, big\n", "line 2: 2 cells for 1 columns.*need quotes"),
+        (
+            "l.csv",
+            "label,prompt\na,b,c\n",
+            r"^(?!.*l\.csv.*l\.csv).*: line 2: 3 cells for 2 columns",
+        ),
         ("l.csv", "label,prompt\ndog,\ndog,pup\n", "line 3 repeats the label 'dog'"),
     ],
 )
@@ -223,7 +230,7 @@ def test_invalid_labels_are_refused_before_the_model_is_looked_at(
     [
         (("--template", "a dog"), "without exactly one {}"),
         (("--top-k", "0"), "--top-k 0 must be at least 1."),
-        (("--threshold", "30"), "--threshold 30.0 must be at most 1."),
+        (("--threshold", "30"), "--threshold 30.0 must be at least -1 and at most 1."),
         (("--output", "tags.txt"), "must end in .csv or .jsonl"),
         (("--output", "labels.jsonl"), "labels.jsonl exists"),
     ],

@@ -42,11 +42,12 @@ def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[Raw
 
 
 def iterate_csv(
-    file: Path, *, choose: Callable[[list[str]], list[str]] = list
+    file: Path, *, choose: Callable[[list[str]], list[str]] = list, fill: bool = False
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line number and cells of each row, by the names of the columns that are chosen.
 
-    Raises ValueError if a row has not as many cells as the header, or two of these have one name.
+    Raises ValueError if a row has not as many cells as the header, or two of these have one name;
+    with `fill` a row may have fewer.
     """
     rows = iterate_cells(file, str(file))
     _, header = next(rows, (0, []))
@@ -54,6 +55,7 @@ def iterate_csv(
     require_distinct(chosen, file)
     places = [header.index(column) for column in chosen]
     for number, row in rows:
+        row += [""] * (len(header) - len(row) if fill else 0)
         if len(row) != len(header):
             raise ValueError(
                 f"{file} line {number}: {len(row)} cells for {len(header)} columns. Cells with "

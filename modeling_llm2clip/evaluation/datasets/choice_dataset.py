@@ -27,6 +27,7 @@ class ChoiceItem:
     """One question of a compositional dataset; its form is that of `ChoiceDataset`.
 
     Attributes:
+        name: Name of the item, all different; embeddings of its images are stored by it.
         category: Kind of difference between the two captions; each category also has its scores.
         captions: In form `images` the first belongs to the first image, the second to the second;
             in the other forms the first is true and the second is false.
@@ -84,7 +85,10 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
         )
     found = list(spec.read(reading))
     num_lost = reading.count_lost()
-    items = [_check_item(item, reading) for item in found]
+    items, names = [], set()
+    for item in found:
+        items.append(_check_item(item, reading, is_repeated=item.name in names))
+        names.add(item.name)
     images = (image for item in items if item for image in item.images)
     unreadable = reading.find_unreadable_images(images)
     skipped = reading.finish({"items": len(found)})
@@ -107,11 +111,13 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
     )
 
 
-def _check_item(item: ChoiceItem, reading: DatasetReading) -> ChoiceItem | None:
+def _check_item(
+    item: ChoiceItem, reading: DatasetReading, *, is_repeated: bool
+) -> ChoiceItem | None:
     """Clean the texts and find the images; None if there is an error."""
     first, second = (clean_text(caption) for caption in item.captions)
     anchor = None if item.anchor is None else clean_text(item.anchor)
-    found = []
+    found = ["item repeated"] if is_repeated else []
     if not (first and second) or anchor == "":
         found.append("blank caption")
     elif first == second:

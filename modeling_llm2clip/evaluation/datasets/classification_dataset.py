@@ -17,6 +17,7 @@ from typing import Any
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
 from ...data.sources.csv_files import iterate_csv
+from ...data.validation_errors import ErrorCollector
 from .dataset_spec import (
     DatasetReading,
     EvaluationDataset,
@@ -73,7 +74,7 @@ class LabeledImages:
     Attributes:
         class_keys: The publisher's names of the classes, in the order of their labels.
         names: Names of some or all of them, for prompts.
-        images: Name, file and class of each image.
+        images: Name, file and class of each image; names are all different.
         names_file: File of the names; None if they are those of the folders.
     """
 
@@ -97,9 +98,10 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     errors = reading.errors
     num_lost = errors.total - sum(errors.counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
     in_use = [key for key in found.class_keys if key in names]
-    kept = [item for item in found.images if item[2] in names]
-    if len(kept) < len(found.images):
-        reading.notes["images_of_skipped_classes"] = len(found.images) - len(kept)
+    valid = _check_images(found, errors)
+    kept = [item for item in valid if item[2] in names]
+    if len(kept) < len(valid):
+        reading.notes["images_of_skipped_classes"] = len(valid) - len(kept)
     unreadable = reading.find_unreadable_images((file for _, file, _ in kept))
     kept = [item for item in kept if item[1] not in unreadable]
     num_images = len(found.images) + reading.errors.counts.get("image missing", 0)
@@ -139,6 +141,20 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
         lang=reading.lang,
         protocol=protocol,
     )
+
+
+def _check_images(found: LabeledImages, errors: ErrorCollector) -> list[tuple[str, Path, str]]:
+    """Return the images with a class and a name of their own: embeddings are stored by name."""
+    valid, seen, classes = [], set(), set(found.class_keys)
+    for name, file, key in found.images:
+        if name in seen:
+            errors.add("image repeated", f"{key}: {name}")
+        elif key not in classes:
+            errors.add("image of a class that does not exist", f"{key}: {name}")
+        else:
+            valid.append((name, file, key))
+        seen.add(name)
+    return valid
 
 
 def _normalize(name: str) -> str:

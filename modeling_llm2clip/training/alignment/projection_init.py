@@ -40,7 +40,7 @@ class ProjectionInit:
     """The start of a run's projections, for its record.
 
     Attributes:
-        method: model or cca.
+        method: `model` or `cca`.
         cca: How the canonical correlation was fitted; None with `method="model"`.
         is_trained: Whether the projections were trained or fitted, rather than random.
         has_new_adapter: Whether the blocks of the text adapter were made the identity.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from published_datasets import (
     write_sugarcrepe,
 )
 
+from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.choice_dataset import ChoiceDataset, ChoiceItem
-from modeling_llm2clip.evaluation.datasets.dataset_registry import (
-    load_dataset,
-)
+from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset, load_dataset
 
 
 def test_errors_of_choices_are_reported_at_once_or_skipped(tmp_path: Path) -> None:
@@ -36,6 +36,19 @@ def test_errors_of_choices_are_reported_at_once_or_skipped(tmp_path: Path) -> No
     assert isinstance(found, ChoiceDataset)
     assert (len(found.items), found.protocol["skipped"]) == (6, wanted)
     assert found.protocol["skipped_samples"] == 3
+
+
+def test_items_of_one_name_are_an_error_because_embeddings_are_stored_by_name() -> None:
+    items = [ChoiceItem("0", "all", ("one", text), anchor="uno") for text in ("two", "three")]
+    spec = replace(
+        find_dataset("sugarcrepe-text"), counts={}, origin="package", read=lambda _: iter(items)
+    )
+    with pytest.raises(DataValidationError) as error:
+        load_dataset(spec)
+    assert error.value.counts == {"item repeated": 1}
+    found = load_dataset(spec, skip_invalid=True)
+    assert isinstance(found, ChoiceDataset)
+    assert [item.captions[1] for item in found.items] == ["two"]
 
 
 def test_choices_with_images_cannot_be_read_without_them(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from published_datasets import (
 )
 
 from modeling_llm2clip.data.validation_errors import DataValidationError
-from modeling_llm2clip.evaluation.datasets.classification_dataset import ClassificationDataset
-from modeling_llm2clip.evaluation.datasets.dataset_registry import (
-    load_dataset,
+from modeling_llm2clip.evaluation.datasets.classification_dataset import (
+    ClassificationDataset,
+    LabeledImages,
 )
+from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset, load_dataset
 
 
 def test_a_protocol_says_which_class_names_were_in_the_prompts(tmp_path: Path) -> None:
@@ -133,6 +135,33 @@ def test_class_names_of_another_language_need_templates_of_it(tmp_path: Path) ->
     found = load_dataset(spec, folder, lang="de", class_names=names, templates=templates)
     assert found.lang == found.protocol["lang"] == "de"
     assert found.protocol["templates_from"] == "given"
+
+
+@pytest.mark.parametrize(
+    ("added", "error"),
+    [
+        (("cat.png", "dog"), "image repeated"),  # embeddings are stored by the name of the image
+        (("bird.png", "bird"), "image of a class that does not exist"),
+    ],
+)
+def test_an_image_needs_a_name_of_its_own_and_a_class(
+    added: tuple[str, str], error: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, ["cat.png", "dog.png"])
+    images = [("cat.png", "cat"), ("dog.png", "dog"), added]
+    read = LabeledImages(
+        class_keys=("cat", "dog"),
+        names={"cat": "cat", "dog": "dog"},
+        images=tuple((name, tmp_path / f"{key}.png", key) for name, key in images),
+    )
+    spec = replace(find_dataset("image-folder"), read=lambda _: read)
+    assert errors_of(spec, tmp_path) == {error: 1}
+    found = load_dataset(spec, tmp_path, skip_invalid=True)
+    assert isinstance(found, ClassificationDataset)
+    assert (found.image_names, found.labels) == (("cat.png", "dog.png"), (0, 1))
+    assert found.protocol["skipped"] == {error: 1}
+    assert found.protocol["skipped_samples"] == 1
+    assert "images_of_skipped_classes" not in found.protocol
 
 
 @pytest.mark.parametrize(
