@@ -1,7 +1,7 @@
 """Whether a model notices images that are unlike those that it was trained on, in all directions.
 
-    python benchmarks/training_data_distance.py emoji=FOLDER drawings=FOLDER photographs=FOLDER \\
-        photographs=FOLDER
+    python benchmarks/training_data_distance.py photographs=FOLDER photographs=FOLDER \\
+        "cut-out photographs=FOLDER" emoji=FOLDER drawings=FOLDER
 
 Each FOLDER has captioned images; those of one name are one kind. A third of the groups of each kind
 is set aside. The vision tower of --model encodes all images, the others are summarized as `align`

@@ -366,7 +366,8 @@ def shorten(source: str) -> str:
 
 def make_what_readers_have(folder: Path) -> None:
     """Write the models, images and captions that the pages name."""
-    export_tiny_model(folder / "llm2clip-demo" / "model")
+    for name in ("llm2clip-demo", "aligned"):
+        export_tiny_model(folder / name / "model")
     tiny_images()[0].save(folder / "llm2clip-demo" / "search.png")
     save_tiny_vision(folder / "openai" / "clip-vit-large-patch14-336")
     save_tiny_llm(folder / "meta-llama" / "Llama-3.2-1B-Instruct")

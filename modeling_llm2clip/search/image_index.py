@@ -56,7 +56,7 @@ class ImageIndex:
         device: Where the model runs.
 
     Examples:
-        >>> index = ImageIndex.build("llm2clip-demo/model", "my-images", "my-index")
+        >>> index = ImageIndex.build("my-model", "my-images", "my-index")
         >>> print(index.search("two dogs on a beach", top_k=1))  # doctest: +ELLIPSIS
         two dogs on a beach
           rank  cosine  image

@@ -46,6 +46,7 @@ TEXTS = (
     "a wooden table",
     "night",
 )
+LONG_TEXT = "a dog and a cat " * 60  # longer than any of the models reads
 _SIZE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

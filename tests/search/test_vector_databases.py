@@ -39,7 +39,7 @@ def find_block(heading: str, language: str) -> str:
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reader's folder, in which the page's first commands were run."""
     folder = tmp_path_factory.mktemp("reader")
-    export_tiny_model(folder / "llm2clip-demo" / "model")
+    export_tiny_model(folder / "aligned" / "model")
     images = folder / "my-images"
     images.mkdir()
     lines = []

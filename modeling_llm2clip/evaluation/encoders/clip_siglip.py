@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...encoding.devices import find_device
+from ...encoding.tokenized_texts import TokenizedText
 from ...loading_llm2clip import list_weight_files, load_without_code
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from .encoder import (
@@ -56,18 +57,17 @@ class ClipSiglipEncoder(ModelEncoder):
     def _spell(self, text: str) -> str:
         return text.lower() if self._is_siglip else text
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        ids = self._processor.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-        return [len(row) for row in ids]
+    def _list_ids(self, texts: list[str]) -> list[list[int]]:
+        return list(self._processor.tokenizer(texts, truncation=False, verbose=False)["input_ids"])
 
-    def _prepare_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        inputs = self._processor.tokenizer(
-            texts,
-            padding="max_length" if self._is_siglip else "longest",
-            truncation=True,
-            max_length=self._max_tokens,
-            return_tensors="pt",
-        )
+    def _prepare_texts(self, texts: list[TokenizedText]) -> dict[str, Tensor]:
+        tokenizer, limit = self._processor.tokenizer, self._max_tokens
+        padding = "max_length" if self._is_siglip else "longest"
+        options = {"padding": padding, "max_length": limit, "return_tensors": "pt"}
+        if max(len(one.ids) for one in texts) > limit:  # only the tokenizer knows what it keeps
+            inputs = tokenizer([one.text for one in texts], truncation=True, **options)
+        else:
+            inputs = tokenizer.pad({"input_ids": [one.ids for one in texts]}, **options)
         names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
         return self._to_device({name: inputs[name] for name in names})
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Resampling
 from torch import Tensor
@@ -21,6 +22,7 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.images.image_sources import open_image
 from ...encoding.batches import encode_distinct, list_keys, split_evenly
 from ...encoding.devices import find_device
+from ...encoding.tokenized_texts import TokenizedText
 from ...image_loading_llm2clip import load_images
 from ...model_folders.model_loading import find_untrained_parts
 from ...processing_llm2clip import check_texts
@@ -142,12 +144,12 @@ class ModelEncoder(Encoder):
         """Longest text; None for no limit."""
 
     @abstractmethod
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        """Count the tokens of texts before truncation."""
+    def _list_ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokenize texts without truncation."""
 
-    def _prepare_texts(self, texts: list[str]) -> Any:
+    def _prepare_texts(self, texts: list[TokenizedText]) -> Any:
         """Make what `_embed_texts` takes of a batch; runs in threads."""
-        return texts
+        return [one.text for one in texts]
 
     @abstractmethod
     def _embed_texts(self, prepared: Any) -> Tensor:
@@ -171,12 +173,12 @@ class ModelEncoder(Encoder):
         spelled = [self._spell(text) for text in texts]
         distinct = list(dict.fromkeys(spelled))
         limit = self._max_tokens
-        counts = map(len, distinct) if limit is None else self._count_tokens(distinct)
-        size_of = dict(zip(distinct, counts, strict=True))
-        sizes = [size_of[text] for text in spelled]
-        embeds = self._encode(
-            spelled, self._prepare_texts, self._embed_texts, unit=" texts", sizes=sizes
-        )
+        ids: list[list[int]] = [[]] * len(distinct) if limit is None else self._list_ids(distinct)
+        ids_of = dict(zip(distinct, map(np.array, ids), strict=True))
+        items = [TokenizedText(text, ids_of[text]) for text in spelled]
+        sizes = [len(one.text if limit is None else one.ids) for one in items]
+        prepare, embed = self._prepare_texts, self._embed_texts
+        embeds = self._encode(items, prepare, embed, unit=" texts", sizes=sizes)
         is_truncated = None if limit is None else torch.tensor([size > limit for size in sizes])
         return EncodedTexts(embeds, is_truncated)
 

@@ -23,6 +23,7 @@ from ..._extras import OPEN_CLIP, Need, require
 from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
 from ...encoding.devices import find_device
+from ...encoding.tokenized_texts import TokenizedText
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from .encoder import (
     ACTIVATIONS,
@@ -100,17 +101,20 @@ class OpenClipEncoder(ModelEncoder):
     def _max_tokens(self) -> int:
         return int(self._tokenizer.context_length)
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
-        """Count the tokens with begin and end, before truncation."""
+    def _list_ids(self, texts: list[str]) -> list[list[int]]:
         tokenizer = self._tokenizer
         if self._is_clips_own:
-            return [len(tokenizer.encode(text)) + 2 for text in texts]
+            begin, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+            return [[begin, *tokenizer.encode(text), end] for text in texts]
         cleaned = map(tokenizer.clean_fn, texts)
-        return [len(tokenizer.tokenizer(text, truncation=False)["input_ids"]) for text in cleaned]
+        return [tokenizer.tokenizer(text, truncation=False)["input_ids"] for text in cleaned]
 
-    def _prepare_texts(self, texts: list[str]) -> Tensor:
-        ids: Tensor = self._tokenizer(texts)
-        return ids
+    def _prepare_texts(self, texts: list[TokenizedText]) -> Tensor:
+        tokenizer, limit = self._tokenizer, self._max_tokens
+        is_too_long = max(len(one.ids) for one in texts) > limit
+        if is_too_long or not self._is_clips_own or tokenizer.reduction_fn is not None:
+            return torch.as_tensor(tokenizer([one.text for one in texts]))
+        return torch.tensor([[*one.ids, *[0] * (limit - len(one.ids))] for one in texts])
 
     def _embed_texts(self, prepared: Tensor) -> Tensor:
         embeds: Tensor = self._model.encode_text(prepared.to(find_device(self._run_config.device)))

@@ -57,12 +57,11 @@ class SentenceTransformerEncoder(ModelEncoder):
     def _max_tokens(self) -> int | None:
         return self._facts.max_tokens
 
-    def _count_tokens(self, texts: list[str]) -> list[int]:
+    def _list_ids(self, texts: list[str]) -> list[list[int]]:
         whole = [(self._facts.default_prompt or "") + text for text in texts]
         if self._facts.lower_case:
             whole = [text.lower() for text in whole]
-        ids = self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
-        return [len(row) for row in ids]
+        return list(self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"])
 
     def _embed_texts(self, prepared: list[Any]) -> Tensor:
         embeddings: Tensor = self._model.encode(

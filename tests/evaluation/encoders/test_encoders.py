@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from shared_models import ROUNDING
-from tiny_encoders import MODEL_TYPES, TEXTS, encode, unit
+from tiny_encoders import LONG_TEXT, MODEL_TYPES, TEXTS, encode, unit
 from tokenizers import normalizers
+from tokenizing import note_tokenized
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip.configs.config_fields import make_config
@@ -24,7 +25,6 @@ from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
 BATCH_SIZES = (1, 7, 64)
-LONG_TEXT = "a dog and a cat " * 60
 DUAL_TYPES = tuple(
     model_type for model_type in MODEL_TYPES if model_type != "sentence-transformers"
 )
@@ -178,7 +178,7 @@ def test_own_embeddings_are_those_of_auto_model(models: Any, images: list[Path])
 @pytest.mark.parametrize(
     ("model_type", "text_options"),
     [
-        ("clip", {"padding": True}),
+        ("clip", {"padding": True, "max_length": 77}),
         ("siglip", {"padding": "max_length", "max_length": 64}),
         ("siglip2", {"padding": "max_length", "max_length": 64}),
     ],
@@ -188,8 +188,9 @@ def test_baselines_have_the_embeddings_of_their_model_cards(
 ) -> None:
     model = AutoModel.from_pretrained(models(model_type))
     processor = AutoProcessor.from_pretrained(models(model_type))
-    texts = [text.lower() if model_type != "clip" else text for text in TEXTS]
-    inputs = dict(processor.tokenizer(texts, return_tensors="pt", **text_options))
+    given = [*TEXTS, LONG_TEXT]
+    texts = [text.lower() if model_type != "clip" else text for text in given]
+    inputs = dict(processor.tokenizer(texts, return_tensors="pt", truncation=True, **text_options))
     if model_type != "clip":
         inputs.pop("attention_mask")  # not of these models' inputs
     pixels = processor.image_processor(load_images(list(images)), return_tensors="pt")
@@ -198,8 +199,18 @@ def test_baselines_have_the_embeddings_of_their_model_cards(
             model.get_text_features(**inputs).pooler_output,
             model.get_image_features(**pixels).pooler_output,
         )
-    for found, own in zip(encode(load_encoder(models(model_type)), images), wanted, strict=True):
-        torch.testing.assert_close(unit(found), unit(own), rtol=0, atol=ROUNDING)
+    encoder = load_encoder(models(model_type), EncoderConfig(batch_size=4))
+    found = encoder.encode_texts(given).embeds, encode(encoder, images)[1]
+    for ours, own in zip(found, wanted, strict=True):
+        torch.testing.assert_close(unit(ours), unit(own), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip", "siglip2"])
+def test_each_text_is_tokenized_once(model_type: str, models: Any) -> None:
+    encoder = load_encoder(models(model_type), EncoderConfig(batch_size=3))
+    with note_tokenized() as noted:
+        encoder.encode_texts([*TEXTS, TEXTS[0]])
+    assert sorted(map(str.lower, noted)) == sorted(map(str.lower, TEXTS))
 
 
 @pytest.mark.parametrize("model_type", ["siglip", "siglip2"])

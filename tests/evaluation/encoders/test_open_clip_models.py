@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from shared_models import ROUNDING
-from tiny_encoders import TEXTS, encode, unit
+from tiny_encoders import LONG_TEXT, TEXTS, encode, unit
 
-from modeling_llm2clip.configs.evaluation_config import EvaluatedModel
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig, EvaluatedModel
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.evaluation.encoders.open_clip_models import (
     _find_activation,
@@ -31,10 +31,29 @@ def test_open_clip_embeddings_are_its_own(models: Any, images: list[Path]) -> No
     pixels = torch.stack([transform(image) for image in load_images(list(images))])
     model.eval()
     with torch.no_grad():
-        ids = open_clip.get_tokenizer(name)(list(TEXTS))
+        ids = open_clip.get_tokenizer(name)([*TEXTS, LONG_TEXT])
         wanted = model.encode_text(ids), model.encode_image(pixels)
-    for found, own in zip(encode(load_encoder(models("open_clip")), images), wanted, strict=True):
-        torch.testing.assert_close(unit(found), unit(own), rtol=0, atol=ROUNDING)
+    encoder = load_encoder(models("open_clip"), EncoderConfig(batch_size=4))
+    found = encoder.encode_texts([*TEXTS, LONG_TEXT]).embeds, encode(encoder, images)[1]
+    for ours, own in zip(found, wanted, strict=True):
+        torch.testing.assert_close(unit(ours), unit(own), rtol=0, atol=ROUNDING)
+
+
+def test_clips_own_tokenizer_reads_each_text_once(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from open_clip import SimpleTokenizer
+
+    read: list[str] = []
+    tokenize = SimpleTokenizer.encode
+
+    def note(self: Any, text: str) -> Any:
+        read.append(text)
+        return tokenize(self, text)
+
+    monkeypatch.setattr(SimpleTokenizer, "encode", note)
+    load_encoder(models("open_clip")).encode_texts([*TEXTS, TEXTS[0]])
+    assert sorted(read) == sorted(TEXTS)
 
 
 def test_an_open_clip_weights_file_needs_the_name_of_its_architecture(
