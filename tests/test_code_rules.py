@@ -44,17 +44,17 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3100,
-    "building": 1400,
+    "building": 1390,
     "cli": 1860,
     "configs": 760,
-    "conversion": 1030,
+    "conversion": 1045,
     "data": 5780,
     "demo": 130,
     "doctor": 1920,
     "embedding": 1640,
     "encoding": 760,
     "evaluation": 4620,
-    "model_folders": 1860,
+    "model_folders": 1875,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7700
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7730
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
