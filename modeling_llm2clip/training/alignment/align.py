@@ -6,7 +6,7 @@ Everything cheap is checked first; then what is needed is loaded, trained, and m
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from ...model_folders.model_writing import (
     require_intact,
     save_trained_model,
 )
+from ...model_folders.weights import count_changed, open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
@@ -65,6 +66,7 @@ from .align_checks import (
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
 from .alignment_model import (
     LOSS,
+    TOWERS,
     AlignmentModel,
     merge_loras,
 )
@@ -192,6 +194,8 @@ def align(
                 trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
             _write_model(fit, trained, data_name)
+            if choice.step:
+                add_results(output, share_changed_by_training=_measure_rounding(fit, trained))
         PartialState().wait_for_everyone()
     return output / MODEL_FOLDER
 
@@ -366,6 +370,22 @@ def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str |
         measure=partial(_measure_written, fit, data_name),
     )
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
+
+
+def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[str, float]:
+    """Find which share of the entries of a trained tower changed where rounding may undo it."""
+    source, shares = open_model_weights(fit.source), {}
+    for tower in TOWERS:
+        halves = [
+            (source[name], weight)
+            for name, weight in trained.items()
+            if name.startswith(f"{tower}.") and source[name].dtype != torch.float32
+        ]
+        if halves:
+            dtype, what = halves[0][0].dtype, f"The training of the {tower}"
+            counts = (count_changed(old.read(), new.to(old.dtype)) for old, new in halves)
+            shares[tower] = warn_of_rounding(counts, dtype, what=what)
+    return shares
 
 
 def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:

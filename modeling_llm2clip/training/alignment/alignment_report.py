@@ -64,7 +64,8 @@ def describe_alignment(output: Path) -> list[str]:
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
-    lines += [*_describe_objective(results), *_describe_stream(results)]
+    dtype = str(LLM2CLIPConfig.from_pretrained(model, local_files_only=True).dtype)
+    lines += [*_describe_objective(results, dtype), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
         source = record["inputs"]["source"]
@@ -144,12 +145,13 @@ def _read_objective(results: Mapping[str, Any]) -> dict[str, float] | None:
     return losses
 
 
-def _describe_objective(results: Mapping[str, Any]) -> list[str]:
+def _describe_objective(results: Mapping[str, Any], dtype: str) -> list[str]:
     losses = _read_objective(results)
     if losses is None:
         return []
     line = f"Loss of a training batch: {losses['before']:.3f} at the start, {losses['after']:.3f} "
-    return [line + "at the end.", *([WORSE] if _got_worse(results) else [])]
+    rounded = "" if dtype == "torch.float32" else f", before the weights were rounded to {dtype}"
+    return [f"{line}at the end{rounded}.", *([WORSE] if _got_worse(results) else [])]
 
 
 def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
