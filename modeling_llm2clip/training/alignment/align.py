@@ -301,6 +301,8 @@ def _record_end(
     """Record the results of a finished run; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
     report = trainer.data.collect_report()
+    if best is not None:
+        notes = {**notes, "num_shared_captions": trainer.data.count_shared_captions()}
     if report is not None and trainer.args.should_save:
         add_results(output, stream=report)
     if best is None or not best.has_stopped_early:
