@@ -193,9 +193,7 @@ def align(
                 gc.collect()  # a Trainer holds itself, and with it the first model
                 trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
-            _write_model(fit, trained, data_name)
-            if choice.step:
-                add_results(output, share_changed_by_training=_measure_rounding(fit, trained))
+            _write_model(fit, trained, data_name, is_trained=choice.step > 0)
         PartialState().wait_for_everyone()
     return output / MODEL_FOLDER
 
@@ -360,7 +358,9 @@ def _measure_written(
     return make_card_results(results, data_name), make_caution(results)
 
 
-def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None) -> None:
+def _write_model(
+    fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None, *, is_trained: bool
+) -> None:
     results = read_results(fit.output)
     folder = save_trained_model(
         fit.source,
@@ -372,20 +372,22 @@ def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str |
         measure=partial(_measure_written, fit, data_name),
     )
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
+    if is_trained:
+        add_results(fit.output, share_changed_by_training=_measure_rounding(fit, trained))
 
 
 def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[str, float]:
     """Find which share of the entries of a trained tower changed where rounding may undo it."""
     source, shares = open_model_weights(fit.source), {}
     for tower in TOWERS:
-        halves = [
+        rounded = [
             (source[name], weight)
             for name, weight in trained.items()
             if name.startswith(f"{tower}.") and source[name].dtype != torch.float32
         ]
-        if halves:
-            dtype, what = halves[0][0].dtype, f"The training of the {tower}"
-            counts = (count_changed(old.read(), new.to(old.dtype)) for old, new in halves)
+        if rounded:
+            dtype, what = rounded[0][0].dtype, f"The training of the {tower}"
+            counts = (count_changed(old.read(), new.to(old.dtype)) for old, new in rounded)
             shares[tower] = warn_of_rounding(counts, dtype, what=what)
     return shares
 
