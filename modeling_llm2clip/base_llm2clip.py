@@ -355,10 +355,12 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             **kwargs: Further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: `bitsandbytes` would load other weights than it saves, a LoRA is not merged,
-                or transformers saved weights under names that do not load.
+            ValueError: The configuration would not load, `bitsandbytes` would load other weights
+                than it saves, or a LoRA is not merged: nothing is written. Or transformers saved weights
+                under names that do not load.
         """
         folder = Path(save_directory)
+        self.config.require_loadable()
         require_restorable(self)
         _require_merged(self)
         towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}

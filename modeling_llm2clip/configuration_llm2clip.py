@@ -195,6 +195,15 @@ class LLM2CLIPConfig(PreTrainedConfig):
             ValueError: The file would not load, for example because of a field that another
                 library has set. Nothing is written.
         """
+        self.require_loadable()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def require_loadable(self) -> None:
+        """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
+
+        Raises:
+            ValueError: the file would not load.
+        """
         try:
             self.from_dict(json.loads(self.to_json_string()))
         except (ValueError, TypeError) as error:
@@ -202,7 +211,6 @@ class LLM2CLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"The configuration is not saved, because it would not load again. {reason}"
             ) from error
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _check_values(self) -> None:
         errors = [

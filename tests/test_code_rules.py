@@ -44,25 +44,25 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3100,
-    "building": 1400,
+    "building": 1390,
     "cli": 1860,
     "configs": 775,
-    "conversion": 1030,
+    "conversion": 1050,
     "data": 5870,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
     "encoding": 760,
-    "evaluation": 4640,
-    "model_folders": 1850,
+    "evaluation": 4650,
+    "model_folders": 1860,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
     "search": 2140,
     "serving": 2090,
-    "training": 4450,
+    "training": 4492,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7730
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7740
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,14 +22,11 @@ from transformers import initialization as init
 
 from ..loading_llm2clip import build_tower
 from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
-from ..model_folders.weights import LazyTensor, open_weights
+from ..model_folders.weights import LazyTensor, count_changed, open_weights, warn_of_rounding
 
 # peft's wrapper around the LLM, and the LLM's name inside the class that has its head.
 _WRAPPED, _INSIDE_HEADED = "base_model.model.", "model."
 _ADAPTER = "default"
-# In half precision the changes of a usual LoRA reach most entries; where they do not, its accuracy
-# is not that of the merged weights.
-_FEW_CHANGED = 0.5
 # Values of peft's `init_lora_weights` that leave the base as it is; others take a part out of it.
 PLAIN_STARTS = (True, False, None, "gaussian")
 # In the metadata of a LoRA's weights: SHA-256 of the weights of the LLM that it was trained on.
@@ -59,7 +55,7 @@ def merge_lora(
     value now.
     """
     parameters = dict(text_model.named_parameters())
-    merged = merge_lora_weights(
+    merged, counts = merge_lora_weights(
         {name: LazyTensor.of(parameter) for name, parameter in parameters.items()},
         text_model.config,
         lora,
@@ -68,24 +64,10 @@ def merge_lora(
         dtype=text_model.dtype,
     )
     for tensor in merged.values():
-        tensor.read()  # raises before anything is changed
-    num_changed = num_entries = 0
+        tensor.read()  # raises before anything is changed, and counts
     for name, tensor in merged.items():
-        parameter = parameters[name].data
-        before = parameter.clone()
-        parameter.copy_(tensor.read())
-        num_changed += int((parameter != before).sum())
-        num_entries += parameter.numel()
-    share = num_changed / num_entries
-    if share < _FEW_CHANGED:
-        warnings.warn(
-            f"Merging the LoRA {lora} changes {share:.1%} of the entries of its weights: in "
-            f"{text_model.dtype} the others are rounded back to what they were. The merged LLM "
-            "gives other embeddings than the LLM with its LoRA. Merge into float32 weights "
-            "(llm2clip export --dtype float32), or train with a higher learning rate.",
-            stacklevel=2,
-        )
-    return share
+        parameters[name].data.copy_(tensor.read())
+    return warn_of_rounding(counts.values(), text_model.dtype, what=f"Merging the LoRA {lora}")
 
 
 def merge_lora_weights(
@@ -96,12 +78,13 @@ def merge_lora_weights(
     base: str,
     accepted_base: str | None = None,
     dtype: torch.dtype,
-) -> dict[str, LazyTensor]:
+) -> tuple[dict[str, LazyTensor], dict[str, tuple[int, int]]]:
     """Return the weights of an LLM that a LoRA changes, float32, merged when they are read.
 
     `base` is compared with the base that the LoRA states, unless either has no name; a LoRA that
     names `accepted_base` is taken. Reading a weight raises where the sum is not finite, or where
-    `dtype`, in which it is going to be saved, would round the change away.
+    `dtype`, in which it is going to be saved, would round the change away. It also adds to the
+    counts, by name: how many entries have another value in `dtype`, and how many there are.
     """
     folder = find_model_folder(str(lora))
     if not (folder / LORA_CONFIG).is_file():
@@ -132,13 +115,13 @@ def merge_lora_weights(
     layers = _list_layers(adapted, prefix)
     _require_places(layers, weights, lora=lora, base=base)
     _require_changes(layers, lora)
-    merged = {}
+    merged, counts = {}, dict[str, tuple[int, int]]()
     for name, layer in layers.items():
         table = tables.get(f"{prefix}{name.removesuffix('.weight')}.base_layer.weight")
         weight = weights[name] if table is None else LazyTensor.of(table)
-        read = partial(_merge, layer, weight, stated, name=f"{lora}: {name}", dtype=dtype)
+        read = partial(_merge, layer, weight, stated, f"{lora}: {name}", counts, dtype=dtype)
         merged[name] = LazyTensor(weights[name].shape, torch.float32, read)
-    return merged
+    return merged, counts
 
 
 class _Headed(PreTrainedModel):
@@ -283,11 +266,12 @@ def _merge(
     layer: Any,
     weight: LazyTensor,
     lora_config: Mapping[str, Any],
-    *,
     name: str,
+    counts: dict[str, tuple[int, int]],
+    *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge one weight, in float32."""
+    """Merge one weight, in float32, and count what changes in a dtype."""
     base, parameter = layer.get_base_layer(), _name_weight(layer)
     before = weight.read()
     _set_weight(base, parameter, before.to(torch.float32, copy=True))
@@ -304,8 +288,8 @@ def _merge(
         merged: Tensor = getattr(base, parameter).detach()
         if not merged.isfinite().all():
             raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")
-        is_lost = torch.equal(merged.to(dtype), before.to(dtype))
-        if is_lost and layer.get_delta_weight(_ADAPTER).any():
+        counts[name] = count_changed(before.to(dtype), merged.to(dtype))
+        if not counts[name][0] and layer.get_delta_weight(_ADAPTER).any():
             raise ValueError(f"{name}: the change is lost in the rounding of {dtype}. Use float32.")
     finally:
         _set_weight(base, parameter, torch.zeros(()).expand(before.shape))

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ..model_folders.model_card import (
 from ..model_folders.model_folder import RECORD_FILE
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES
 from ..model_folders.model_writing import LazyModel, cast_weights, save_model
-from ..model_folders.weights import LazyTensor
+from ..model_folders.weights import LazyTensor, warn_of_rounding
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .layouts import find_layout
@@ -80,6 +81,7 @@ class ConversionPlan:
         weights: Every weight of the model, by name.
         dropped: Key of a source that is not needed → reason.
         files: Every file that weights come from.
+        lora_counts: What each LoRA changes, counted as its weights are read.
     """
 
     config: LLM2CLIPConfig
@@ -89,6 +91,7 @@ class ConversionPlan:
     weights: dict[str, LazyTensor]
     dropped: dict[str, str]
     files: list[Path]
+    lora_counts: list[dict[str, tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def convert_checkpoint(
 
     Returns:
         The folder. Its `conversion.json` records the sources, whether each file was compared with
-            the Hub's SHA-256 (`as_published`), and the keys that were left out.
+            the Hub's SHA-256 (`as_published`), the keys that were left out, and the
+            share of its weights' entries that each LoRA changes (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.
@@ -171,14 +175,21 @@ def convert_checkpoint(
         output,
         card=card,
         name=name,
-        files={RECORD_FILE: json.dumps(record, indent=2, ensure_ascii=False) + "\n"},
         max_shard_size=config.max_shard_size,
         device=config.device,
-        verify=lambda folder: _require_healthy(folder, device=config.device),
+        verify=partial(_finish, plan, record, dtype, config.device),
     )
 
 
-def _require_healthy(folder: Path, *, device: str) -> None:
+def _finish(
+    plan: ConversionPlan, record: dict[str, Any], dtype: torch.dtype, device: str, folder: Path
+) -> None:
+    """Write the record, with what is known since the weights were read; check the model."""
+    for lora, counts in zip(record["llm"]["loras"], plan.lora_counts, strict=False):
+        what = f"Merging the LoRA {lora['name']}"
+        lora["share_changed_by_merging"] = warn_of_rounding(counts.values(), dtype, what=what)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
     report = check_model(folder, device=device)
     if not report.healthy:
         raise RuntimeError(f"The converted model is not healthy:\n{report}")
@@ -263,11 +274,11 @@ def plan_conversion(
         width = sizes.projection_dim
         identity = LazyTensor((width, width), torch.float32, lambda: torch.eye(width))
         renamed.weights["visual_projection.weight"] = identity
-    files = list(checkpoint.files)
+    files, counts = list(checkpoint.files), list[dict[str, tuple[int, int]]]()
     if config.components != "vision":
         stripped = {key.removeprefix(prefix or ""): tensor for key, tensor in inside.items()}
         dtype = getattr(torch, config.dtype)
-        llm, llm_files = open_llm_weights(language, stripped, dtype=dtype)
+        llm, llm_files, counts = open_llm_weights(language, stripped, dtype=dtype)
         renamed.weights |= llm.weights
         renamed.origins |= llm.origins
         renamed.dropped |= llm.dropped
@@ -277,7 +288,14 @@ def plan_conversion(
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     weights = _fit(renamed, model_class, model_config, source)
     return ConversionPlan(
-        model_config, model_class, tokenizer, image_processor, weights, renamed.dropped, files
+        model_config,
+        model_class,
+        tokenizer,
+        image_processor,
+        weights,
+        renamed.dropped,
+        files,
+        counts,
     )
 
 

@@ -225,12 +225,12 @@ def open_language_model(source: LLMSource) -> LanguageModel:
 
 def open_llm_weights(
     language: LanguageModel, inside: Mapping[str, LazyTensor], *, dtype: torch.dtype
-) -> tuple[RenamedWeights, list[Path]]:
+) -> tuple[RenamedWeights, list[Path], list[dict[str, tuple[int, int]]]]:
     """Open the weights, under `text_model.`, from the LLM's folder or the checkpoint itself.
 
     A checkpoint was trained with the weights that it holds (`inside`), so they win over the
-    folder's. `dtype` is the one that they are going to be saved in. Returns the weights, and the
-    files that they come from beside the checkpoint.
+    folder's. `dtype` is the one that they are going to be saved in. Returns the weights, the files
+    that they come from beside the checkpoint, and the counts of each LoRA (`merge_lora_weights`).
     """
     source = language.source
     if inside:
@@ -240,15 +240,16 @@ def open_llm_weights(
                 "LoRA out."
             )
         _require_frequencies(inside, language.config, source="The LLM in the checkpoint")
-        return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), []
+        return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), [], []
     files = list_weight_files(language.folder, names=WEIGHT_NAMES)
     weights, shown = open_weights(language.folder), f"The LLM {source.name}"
     _require_frequencies(weights, language.config, source=shown)
     renamed = apply_rules(weights, _RULES, _DROPS, source=shown)
+    counts = []
     for lora in source.loras:
         name, revision = split_revision(lora)
         folder = find_model_folder(name, revision=revision)
-        merged = merge_lora_weights(
+        merged, counted = merge_lora_weights(
             {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()},
             language.config,
             folder,
@@ -258,7 +259,8 @@ def open_llm_weights(
         )
         renamed.weights |= {f"{_PREFIX}{key}": value for key, value in merged.items()}
         files += list_weight_files(folder, names=WEIGHT_NAMES)
-    return renamed, files
+        counts.append(counted)
+    return renamed, files, counts
 
 
 def _require_frequencies(

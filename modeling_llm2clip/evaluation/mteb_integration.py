@@ -31,7 +31,7 @@ from sentence_transformers import SentenceTransformer
 
 from .._suggestions import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.images.image_sources import ImageSource
+from ..data.images.image_sources import EncodedImage, ImageSource, decode_image
 from ..loading_llm2clip import list_model_files
 from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ..model_folders.model_loading import warn_of_untrained
@@ -264,16 +264,22 @@ def _find_language(lang: str) -> str:
     return f"{found[0].split('-')[0]}-{scripts[0]}" if scripts else str(found[0])
 
 
+class _Image(Image):  # type: ignore[misc]
+    """Decodes as all of the package does; Pillow alone would take any format and size."""
+
+    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> Any:  # noqa: ARG002
+        path, content = value["path"], value["bytes"]
+        return decode_image(Path(path) if content is None else EncodedImage(path, content))
+
+
 def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
     rows = [
-        {"bytes": None, "path": str(image)}
-        if isinstance(image, Path)
-        else {"bytes": image.read_bytes(), "path": None}
+        {"bytes": None if isinstance(image, Path) else image.read_bytes(), "path": str(image)}
         for image in images
     ]
     return Dataset.from_dict(
         {"id": _name_rows("image", len(rows)), "image": rows},
-        features=Features({"id": Value("string"), "image": Image()}),
+        features=Features({"id": Value("string"), "image": _Image()}),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,9 @@ _LORAS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_NAMES = (*_MODELS, *_LORAS)
 # The beginning of an archive, as torch.save writes it now, and of a pickle, as it did before.
 _BEGINNINGS = (b"PK\x03\x04", b"\x80")
+# Training changes most entries also in half precision; where it does not, the embeddings are not
+# those of the exact weights.
+_FEW_CHANGED = 0.5
 # Room for configuration, tokenizer and card beside the weights.
 _OTHER_FILES_BYTES = 64 << 20
 _DTYPES = {
@@ -100,6 +104,26 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
             )
         tensors |= opened
     return tensors
+
+
+def count_changed(before: Tensor, after: Tensor) -> tuple[int, int]:
+    """Count the entries that differ, and all entries."""
+    return int((before != after).sum()), before.numel()
+
+
+def warn_of_rounding(counts: Iterable[tuple[int, int]], dtype: torch.dtype, *, what: str) -> float:
+    """Return the share of the entries that changed, and warn if most are rounded away."""
+    num_changed, num_entries = map(sum, zip(*counts, strict=True))
+    share: float = num_changed / num_entries
+    if share < _FEW_CHANGED:
+        warnings.warn(
+            f"{what} changes {share:.1%} of the entries of its weights: in {dtype} the others are "
+            "rounded back to what they were, so that the embeddings are not those of the exact "
+            "weights. Use float32 weights (--dtype float32 of llm2clip export and convert), or "
+            "train with a higher learning rate.",
+            stacklevel=3,
+        )
+    return share
 
 
 def is_lora_alone(folder: Path) -> bool:

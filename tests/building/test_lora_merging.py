@@ -170,7 +170,7 @@ def test_scales_of_single_layers_are_found_with_and_without_the_head(
 def test_merging_file_by_file_gives_the_weights_of_merging_in_memory(tmp_path: Path) -> None:
     folder = save_lora(tiny_llm(), tmp_path / "lora")
     tiny_llm().save_pretrained(tmp_path / "llm")
-    merged = merge_lora_weights(
+    merged, counts = merge_lora_weights(
         open_weights(tmp_path / "llm"), tiny_llm().config, folder, base="", dtype=torch.float32
     )
     wanted = merge(folder)
@@ -178,6 +178,11 @@ def test_merging_file_by_file_gives_the_weights_of_merging_in_memory(tmp_path: P
     for _ in range(2):  # reading again gives the same again
         for name, tensor in merged.items():
             assert torch.equal(tensor.read(), wanted[name])
+    before = tiny_llm().state_dict()
+    assert sum(map(torch.tensor, counts.values())).tolist() == [
+        sum(int((wanted[name] != before[name]).sum()) for name in merged),
+        sum(before[name].numel() for name in merged),
+    ]
 
 
 def test_a_merge_into_bfloat16_is_rounded_once(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_the_command_takes_hub_ids_and_uploads_the_result(tmp_path: Path) -> Non
     assert repository.private
     record = json.loads(uploaded["conversion.json"].content)
     assert record["checkpoint"] == {"name": "official/eva02", "revision": first}
-    assert record["llm"]["loras"] == [{"name": "official/lora", "revision": lora}]
+    (merged,) = record["llm"]["loras"]
+    assert merged.pop("share_changed_by_merging") > 0.5
+    assert merged == {"name": "official/lora", "revision": lora}
     assert record["llm"]["revision"] == llm
     assert "# me/model\n" in uploaded["README.md"].content.decode()

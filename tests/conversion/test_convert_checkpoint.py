@@ -203,6 +203,30 @@ def test_a_merged_lora_gives_the_embeddings_of_the_official_loading(tmp_path) ->
 
 
 @pytest.mark.slow
+def test_what_rounding_undoes_of_a_lora_is_counted(tmp_path) -> None:
+    source, lora = save_checkpoint("openai", tmp_path / "source"), tmp_path / "lora"
+    shutil.copytree(LLM2VEC / "llama_lora", lora)
+    factors = load_file(lora / "adapter_model.safetensors")
+    small = {name: 0.05 * value for name, value in factors.items()}
+    save_file(small, lora / "adapter_model.safetensors")
+    options: Any = {"source_format": FORMAT_OF["openai"], "components": "text"}
+    with pytest.warns(UserWarning, match=r"LoRA lora changes \d.*% of the entries .*bfloat16"):
+        folder = convert(
+            source,
+            tmp_path / "model",
+            llm=LLMSource(LLM, loras=(lora,)),
+            dtype="bfloat16",
+            **options,
+        )
+    written, base = load_file(folder / "model.safetensors"), plan(source, **options).weights
+    layers = [name for name in base if name.startswith("text_model.") and "_proj." in name]
+    differ = [written[name] != base[name].read().bfloat16() for name in layers]
+    share = sum(int(part.sum()) for part in differ) / sum(part.numel() for part in differ)
+    record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+    assert record["llm"]["loras"][0]["share_changed_by_merging"] == share < 0.5
+
+
+@pytest.mark.slow
 def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
     converted, tmp_path
 ) -> None:

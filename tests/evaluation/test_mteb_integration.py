@@ -23,7 +23,7 @@ from shared_models import ROUNDING, shared_model
 from torch.utils.data import DataLoader
 
 import modeling_llm2clip
-from modeling_llm2clip.data.images.image_sources import TarImage
+from modeling_llm2clip.data.images.image_sources import EncodedImage, TarImage
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
@@ -33,6 +33,7 @@ from modeling_llm2clip.evaluation.mteb_integration import (
     load_for_mteb,
     make_mteb_tasks,
 )
+from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 TASKS = (
@@ -236,6 +237,28 @@ def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_datase
             for k in (1, 3, 5):
                 # mteb rounds to five digits.
                 assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
+
+
+def test_images_of_tasks_are_decoded_as_everywhere_within_the_limits(
+    retrieval_dataset, tmp_path, monkeypatch
+):
+    """Pillow would run Ghostscript for the second, and decode the third."""
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    Image.new("RGBA", (8, 8)).save(files[0])
+    Image.new("RGB", (8, 8)).save(files[1], format="EPS")
+    Image.new("RGB", (64, 64)).save(files[2])
+    content = files[1].read_bytes()
+    packed = EncodedImage("shard.tar: member.png", content)
+    data = replace(retrieval_dataset, images=(*files, packed, *retrieval_dataset.images[4:]))
+    monkeypatch.setenv(LIMITS_VARIABLE, '{"max_megapixels": 0.003}')
+    for task in make_mteb_tasks(data):
+        task.load_data()
+        split = task.dataset["default"]["test"]
+        images = next(split[side] for side in split if "image" in split[side].features)
+        assert images[0]["image"].getpixel((0, 0)) == (255, 255, 255)
+        for number, error in ((1, "1.png: not an image"), (2, "64 × 64"), (3, "member.png: not")):
+            with pytest.raises(ValueError, match=error):
+                images[number]
 
 
 def test_a_dataset_of_the_registry_is_found_by_its_name(model, tmp_path):

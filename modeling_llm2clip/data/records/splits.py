@@ -67,13 +67,14 @@ def _sort_groups(table: RecordTable, keys: Array) -> Array:
 
 def _find_shared_texts(one: RecordTable, other: RecordTable) -> set[str]:
     """Find the texts that two tables share; only those with equal keys are compared."""
-    shared = np.intersect1d(_list_text_keys(one), _list_text_keys(other))
+    shared = np.intersect1d(list_text_keys(one), list_text_keys(other))
     if not len(shared):
         return set()
     return _list_texts(one, shared) & _list_texts(other, shared)
 
 
-def _list_text_keys(table: RecordTable) -> Array:
+def list_text_keys(table: RecordTable) -> Array:
+    """List the hashes of all captions, long ones too."""
     parts = [np.asarray(b.column(0).flatten()) for b in table.iterate_columns(["text_keys"])]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 

@@ -6,7 +6,7 @@ Everything cheap is checked first; then what is needed is loaded, trained, and m
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from ...model_folders.model_writing import (
     require_intact,
     save_trained_model,
 )
+from ...model_folders.weights import count_changed, open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
@@ -65,6 +66,7 @@ from .align_checks import (
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
 from .alignment_model import (
     LOSS,
+    TOWERS,
     AlignmentModel,
     merge_loras,
 )
@@ -191,7 +193,7 @@ def align(
                 gc.collect()  # a Trainer holds itself, and with it the first model
                 trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
-            _write_model(fit, trained, data_name)
+            _write_model(fit, trained, data_name, is_trained=choice.step > 0)
         PartialState().wait_for_everyone()
     return output / MODEL_FOLDER
 
@@ -297,6 +299,8 @@ def _record_end(
     """Record the results of a finished run; raise StageInterrupt for a stopped one."""
     state, best = trainer.state, trainer.best_weights
     report = trainer.data.collect_report()
+    if best is not None:
+        notes = {**notes, "num_shared_captions": trainer.data.count_shared_captions()}
     if report is not None and trainer.args.should_save:
         add_results(output, stream=report)
     if best is None or not best.has_stopped_early:
@@ -354,7 +358,9 @@ def _measure_written(
     return make_card_results(results, data_name), make_caution(results)
 
 
-def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None) -> None:
+def _write_model(
+    fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None, *, is_trained: bool
+) -> None:
     results = read_results(fit.output)
     folder = save_trained_model(
         fit.source,
@@ -366,6 +372,24 @@ def _write_model(fit: AlignmentFit, trained: dict[str, Tensor], data_name: str |
         measure=partial(_measure_written, fit, data_name),
     )
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
+    if is_trained:
+        add_results(fit.output, share_changed_by_training=_measure_rounding(fit, trained))
+
+
+def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[str, float]:
+    """Find which share of the entries of a trained tower changed where rounding may undo it."""
+    source, shares = open_model_weights(fit.source), {}
+    for tower in TOWERS:
+        rounded = [
+            (source[name], weight)
+            for name, weight in trained.items()
+            if name.startswith(f"{tower}.") and source[name].dtype != torch.float32
+        ]
+        if rounded:
+            dtype, what = rounded[0][0].dtype, f"The training of the {tower}"
+            counts = (count_changed(old.read(), new.to(old.dtype)) for old, new in rounded)
+            shares[tower] = warn_of_rounding(counts, dtype, what=what)
+    return shares
 
 
 def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..losses.loss import Loss, LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import find_without_gradient, recompute_activations, require_gradients
 
-_TOWERS = ("text_model", "vision_model")
+TOWERS = ("text_model", "vision_model")
 _LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 LOSS = "loss"
@@ -91,7 +91,7 @@ class AlignmentModel(PartialModel):
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name.split(".")[0] not in (*_TOWERS, LOSS)
+            if name.split(".")[0] not in (*TOWERS, LOSS)
         }
 
     def train(self, mode: bool = True) -> AlignmentModel:
@@ -120,7 +120,7 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     tower that got a LoRA, by name, for `merge_loras`.
     """
     for name, part in model.named_children():
-        if name in _TOWERS:
+        if name in TOWERS:
             part.requires_grad_(False)
         elif name != LOSS:
             part.float().requires_grad_(True)
@@ -191,11 +191,12 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
 
 
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:
-    """Merge the LoRAs in place, and return all weights that differ from the folder's."""
+    """Merge the LoRAs in place, and return all weights that training changes."""
     names = {name for name in list_trained(model) if ".lora_" not in name}
     for tower, wrapper in adapted.items():
+        layers = [n for n, m in getattr(model, tower).named_modules() if hasattr(m, "base_layer")]
         setattr(model, tower, wrapper.merge_and_unload())
-        names |= {f"{tower}.{name}" for name in getattr(model, tower).state_dict()}
+        names |= {f"{tower}.{layer}.weight" for layer in layers}
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 

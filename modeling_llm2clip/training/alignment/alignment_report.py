@@ -13,8 +13,8 @@ from ...data.streams.stream_report import StreamReport
 from ...data.validation_errors import describe_errors
 from ...model_folders.model_card import CardResult, read_card_data
 from ..run_folder import read_run_record
-from .held_out import HeldOutScores, count_shared_captions
-from .run_data import RecordData, RunData
+from .held_out import HeldOutScores
+from .run_data import RunData
 
 # On the card, in place of the digest of the held-out groups.
 SEEN = ", on which the model may have been trained before"
@@ -53,9 +53,6 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
     was_held_out = any(result.dataset.endswith(_name_groups(groups)) for result in results)
     return {
         "groups": groups,
-        "num_shared_captions": count_shared_captions(data.dataset.records, data.held_out.items)
-        if isinstance(data, RecordData)
-        else None,
         "maybe_trained_on": was_trained and not was_held_out,
     }
 
@@ -64,7 +61,8 @@ def describe_alignment(output: Path) -> list[str]:
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
-    lines += [*_describe_objective(results), *_describe_stream(results)]
+    dtype = str(LLM2CLIPConfig.from_pretrained(model, local_files_only=True).dtype)
+    lines += [*_describe_objective(results, dtype), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
         source = record["inputs"]["source"]
@@ -144,12 +142,13 @@ def _read_objective(results: Mapping[str, Any]) -> dict[str, float] | None:
     return losses
 
 
-def _describe_objective(results: Mapping[str, Any]) -> list[str]:
+def _describe_objective(results: Mapping[str, Any], dtype: str) -> list[str]:
     losses = _read_objective(results)
     if losses is None:
         return []
     line = f"Loss of a training batch: {losses['before']:.3f} at the start, {losses['after']:.3f} "
-    return [line + "at the end.", *([WORSE] if _got_worse(results) else [])]
+    rounded = "" if dtype == "torch.float32" else f", before the weights were rounded to {dtype}"
+    return [f"{line}at the end{rounded}.", *([WORSE] if _got_worse(results) else [])]
 
 
 def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
@@ -193,7 +192,8 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
             "images were held out (same data, seed and held_out_ratio)."
         )
     if shared := notes["num_shared_captions"]:
-        lines.append(f"  {shared:,} captions to train on are captions of held-out images, too.")
+        what = "captions drawn in training" if "stream" in results else "captions to train on"
+        lines.append(f"  {shared:,} {what} are captions of held-out images, too.")
     return lines
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...data.key_arrays import count_distinct, is_among
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
+from ...data.records.splits import list_text_keys
 from ...data.streams.record_streams import RecordStream
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
@@ -130,15 +131,10 @@ def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
 
 def count_shared_captions(records: RecordTable, held_out: Array) -> int:
     """Count the captions to train on that are also captions of held-out records."""
-
-    def iterate_keys(table: RecordTable) -> Iterator[Array]:
-        for batch in table.iterate_columns(("text_keys",)):
-            yield np.asarray(batch.column(0).flatten())
-
-    own = [np.empty(0, np.int64), *iterate_keys(records.select(held_out))]
-    keys = np.concatenate(own)
+    keys = list_text_keys(records.select(held_out))
     distinct = np.unique(keys)
-    return sum(int(is_among(found, distinct).sum()) for found in iterate_keys(records)) - len(keys)
+    parts = (np.asarray(b.column(0).flatten()) for b in records.iterate_columns(("text_keys",)))
+    return sum(int(is_among(part, distinct).sum()) for part in parts) - len(keys)
 
 
 def count_held_out(num_groups: int, ratio: float) -> int:

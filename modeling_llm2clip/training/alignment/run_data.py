@@ -23,8 +23,10 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from ...configs.align_config import AlignConfig
+from ...data.key_arrays import is_among
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
+from ...data.records.splits import list_text_keys
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
 from ...data.streams.stream_report import StreamReport
@@ -32,7 +34,12 @@ from ...data.streams.stream_run import hash_shards
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
-from .held_out import HeldOutImages, choose_held_out, hold_out_of_stream
+from .held_out import (
+    HeldOutImages,
+    choose_held_out,
+    count_shared_captions,
+    hold_out_of_stream,
+)
 from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 
@@ -97,6 +104,11 @@ class RecordData:
     def load(self, checkpoint: Path) -> None:
         """Load nothing."""
 
+    def count_shared_captions(self) -> int:
+        """Count the captions to train on that held-out images have, too."""
+        assert self.held_out is not None
+        return count_shared_captions(self.dataset.records, self.held_out.items)
+
     def collect_report(self) -> None:
         """Report nothing: records of an index are checked before the run."""
 
@@ -119,6 +131,10 @@ class StreamData:
         self._is_resumed = False
         self._resumed_state: Any = None  # of the loader, until it has given a batch
         self._ended: list[StreamReport] = []  # of the epochs before
+        held = self.held_out
+        keys = np.empty(0, np.int64) if held is None else list_text_keys(held.dataset.records)
+        self._held_keys = np.unique(keys)
+        self._num_shared = 0  # captions drawn in this process that held-out images have, too
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
@@ -152,6 +168,8 @@ class StreamData:
             for batch in self._loader:
                 self._resumed_state = None
                 num_batches += 1
+                shared = is_among(batch["text_keys"].numpy(), self._held_keys)
+                self._num_shared += int(shared.sum())
                 yield batch
             self._end_epoch()
             if not num_batches:
@@ -188,6 +206,7 @@ class StreamData:
             "epoch": self._epoch,
             "ended": [report.to_state() for report in self._ended],
             "loader": self._loader.state_dict(),
+            "num_shared": self._num_shared,
         }
         torch.save(state, folder / self._name_file())
 
@@ -197,8 +216,13 @@ class StreamData:
         self._epoch = state["epoch"]
         self._ended = [StreamReport.from_state(report) for report in state["ended"]]
         self._loader.load_state_dict(state["loader"])
+        self._num_shared = state["num_shared"]
         self._is_resumed = True
         self._resumed_state = state["loader"]
+
+    def count_shared_captions(self) -> int:
+        """Count how often all processes drew a caption that a held-out image has; all call it."""
+        return sum(gather_object([self._num_shared]))
 
     def collect_report(self) -> dict[str, Any]:
         """Return what all processes read and lost in the whole run; all of them call it."""

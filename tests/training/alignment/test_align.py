@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.alignment.held_out import embed_batches
 from modeling_llm2clip.training.alignment.run_data import open_records
 from modeling_llm2clip.training.losses.loss import load_loss
@@ -81,6 +83,34 @@ def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype
     before, after = weights_of(here.model), weights_of(run.model)
     assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
     assert check_model(run.model).healthy
+
+
+@pytest.mark.parametrize("vision_training", ["full", "lora"])
+def test_what_rounding_undoes_of_a_trained_tower_is_counted(
+    vision_training: str, tmp_path: Path
+) -> None:
+    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"vision_training": vision_training, "layer_decay": 1.0}
+    with pytest.warns(UserWarning, match=r"vision_model changes \d.*% of the entries .*bfloat16"):
+        run = here.align(tmp_path / "run", max_steps=1, learning_rate=3e-5, **options)
+    before, after = weights_of(here.model), weights_of(run.model)
+    names = [name for name in before if name.startswith("vision_model.")]
+    if vision_training == "lora":
+        names = [name for name in names if "_attn." in name and name.endswith(".weight")]
+    differ = [before[name] != after[name] for name in names]
+    share = sum(int(part.sum()) for part in differ) / sum(part.numel() for part in differ)
+    assert run.results["share_changed_by_training"] == {"vision_model": share}
+    assert share < 0.5
+    lines = "\n".join(describe_alignment(run.output))
+    assert re.search(r"at the end, before the weights were rounded to torch\.bfloat16", lines)
+
+
+def test_the_start_is_not_taken_for_a_training_that_was_rounded_away(tmp_path: Path) -> None:
+    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"vision_training": "full", "held_out_ratio": 0.25, "max_steps": 1}
+    run = here.align(tmp_path / "run", learning_rate=1.0, **options)
+    assert run.best_step == 0
+    assert "share_changed_by_training" not in run.results
 
 
 def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:

@@ -309,11 +309,32 @@ def test_held_out_images_are_never_trained_on(
 
     config = AlignConfig(**{**ONLINE, "held_out_ratio": 0.2})
     align(prepared.model, stream_records(shards), tmp_path / "run", config)
-    scores = read_results(tmp_path / "run")["held_out"]["before"]
-    assert scores["num_images"] == len(records)
+    held_out = read_results(tmp_path / "run")["held_out"]
+    assert held_out["before"]["num_images"] == len(records)
+    assert held_out["num_shared_captions"] == 0
     counts = read_results(tmp_path / "run")["stream"]
     assert counts["lost_samples"] == counts["lost_shards"] == 0
     assert counts["excluded_samples"] > 0
+
+
+def test_captions_drawn_that_held_out_images_have_too_are_counted_over_resumes(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    # The first shard has every fourth image; its first five, which are held out, have all texts.
+    records = [
+        replace(record, captions=(f"thing {number // 4 % 4}",), long_captions=())
+        for number, record in enumerate(prepared.records)
+    ]
+    shards = write_shards(tmp_path / "shards", records)
+    config = AlignConfig(**{**ONLINE, "held_out_ratio": 0.2, "max_steps": 6, "save_steps": 4})
+    with pytest.raises(KilledError):
+        align(prepared.model, stream_records(shards), tmp_path / "run", config, callbacks=[Kill(5)])
+    align(prepared.model, stream_records(shards), tmp_path / "run", config, resume=True)
+    # Six batches of four images.
+    assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == 24
+    assert "  24 captions drawn in training are captions of held-out images, too." in (
+        describe_alignment(tmp_path / "run")
+    )
 
 
 def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:
