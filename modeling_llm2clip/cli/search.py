@@ -145,8 +145,12 @@ def _require_page_folder(folder: Path) -> None:
     """Refuse a folder with files that an earlier search did not write."""
     from ..model_folders.atomic_folder import require_new_folder
 
-    if not (folder.is_dir() and all(path.name in _PAGE_FILES for path in folder.iterdir())):
-        require_new_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        from ..search.results_page import is_results_file
+
+        if all(path.name in _PAGE_FILES and is_results_file(path) for path in folder.iterdir()):
+            return
+    require_new_folder(folder)
 
 
 def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:

@@ -192,6 +192,18 @@ def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
     assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["search.html", "search.png"])
+def test_a_file_of_someone_else_is_not_replaced_whatever_its_name(
+    name: str, index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own" / name
+    file.parent.mkdir()
+    file.write_bytes(b"mine")
+    assert main(["search", index, "two dogs", "--output", str(file.parent)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert file.read_bytes() == b"mine" and len(list(file.parent.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
