@@ -47,7 +47,8 @@ _TEMPLATE = "a photo of a {}"
 _BEFORE_SEARCH = (
     "Write what to look for, or drop an image: the images that fit best are shown here."
 )
-# On a phone the hits follow the text and its button, so the box for an image is low there.
+# On a phone the hits follow the text and its button: the columns are taken apart there, and the box
+# for an image, which is low, and the options come last.
 _CSS = f"""{HITS_CSS}
 footer {{ display: none !important; }}
 #heading h1 {{ margin: 0; }}
@@ -57,6 +58,9 @@ footer {{ display: none !important; }}
 @media (max-width: 640px) {{
   .gradio-container main {{ padding: 1rem !important; }}
   #query-image, #image {{ height: 9rem !important; }}
+  #search-parts > .column {{ display: contents; }}
+  #search-parts > .column > * {{ flex: 0 0 100%; }}
+  #query-image, #more {{ order: 1; }}
   #query-image:not(:has(img)), #image:not(:has(img)) {{ height: 5rem !important; }}
   #query-image .source-selection, #image .source-selection, #query-image .icon-wrap,
     #image .icon-wrap {{ display: none; }}
@@ -323,14 +327,14 @@ def _describe(service: EmbeddingService) -> str:
 def _add_search(page: DemoPage) -> None:
     index = page.service.index
     assert index is not None
-    with gr.Row():
+    with gr.Row(elem_id="search-parts"):
         with gr.Column(scale=1, min_width=280):
             text = gr.Textbox(
                 label="What to look for", placeholder="two red apples", elem_id="query"
             )
             button = gr.Button("Search", variant="primary", elem_id="search-button")
             image = _make_image("Or an image like it", height=200, elem_id="query-image")
-            with gr.Accordion("More", open=False):
+            with gr.Accordion("More", open=False, elem_id="more"):
                 top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
                 where = gr.Textbox(
                     label="Filter",
