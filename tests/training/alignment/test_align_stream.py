@@ -29,7 +29,7 @@ from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentStream, decode_sample
-from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
+from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
 from modeling_llm2clip.training.run_folder import read_results
@@ -314,6 +314,15 @@ def test_held_out_images_are_never_trained_on(
     counts = read_results(tmp_path / "run")["stream"]
     assert counts["lost_samples"] == counts["lost_shards"] == 0
     assert counts["excluded_samples"] > 0
+
+
+@pytest.mark.parametrize("ratio", [0, 0.2])
+def test_a_stream_without_held_out_images_is_said_not_to_be_judged(
+    ratio: float, prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**{**ONLINE, "max_steps": 1, "held_out_ratio": ratio})
+    align(prepared.model, stream_records(shards), tmp_path, config)
+    assert (NOT_JUDGED in describe_alignment(tmp_path)) == (ratio == 0)
 
 
 def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:
