@@ -45,22 +45,22 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 3100,
     "building": 1400,
-    "cli": 1860,
+    "cli": 1865,
     "configs": 760,
     "conversion": 1030,
-    "data": 5780,
+    "data": 5795,
     "demo": 130,
     "doctor": 1920,
     "embedding": 1640,
     "encoding": 760,
-    "evaluation": 4620,
+    "evaluation": 4625,
     "model_folders": 1860,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
-    "search": 2130,
+    "search": 2140,
     "serving": 2090,
-    "training": 4450,
+    "training": 4470,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 274, 7700
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.routing import Match, Mount
 
+from .._suggestions import counted
 from ..image_loading_llm2clip import load_images
 from ..search.results_page import HITS_CSS, Hit, note_rank, write_hits
 from ..search.search_results import SearchResult
@@ -57,10 +58,10 @@ footer {{ display: none !important; }}
 #hits-note .wrap:has(.error) {{ display: none; }}  /* the error is shown at the top of the window */
 @media (max-width: 640px) {{
   .gradio-container main {{ padding: 1rem !important; }}
-  #query-image, #image {{ height: 9rem !important; }}
   #search-parts > .column {{ display: contents; }}
   #search-parts > .column > * {{ flex: 0 0 100%; }}
   #query-image, #more {{ order: 1; }}
+  #query-image, #image {{ height: 9rem !important; }}
   #query-image:not(:has(img)), #image:not(:has(img)) {{ height: 5rem !important; }}
   #query-image .source-selection, #image .source-selection, #query-image .icon-wrap,
     #image .icon-wrap {{ display: none; }}
@@ -163,7 +164,8 @@ class DemoPage:
                 note = note_rank(rank, cosine)
                 shown.append(Hit(columns["path"], image=address, link=address, note=note))
         assert self.service.index is not None
-        summary = f"{len(result.hits)} of {len(self.service.index):,} images, the best first."
+        total = counted(len(self.service.index), "image")
+        summary = f"{len(result.hits)} of {total}, the best first."
         if num_gone:
             summary += f" {num_gone} cannot be shown: moved or changed since they were indexed."
         return write_hits(shown), summary
@@ -320,7 +322,7 @@ def _describe(service: EmbeddingService) -> str:
     if service.training_data:
         parts.append(f"trained on {_escape(', '.join(service.training_data))}")
     if service.index is not None:
-        parts.append(f"{len(service.index):,} images to search")
+        parts.append(f"{counted(len(service.index), 'image')} to search")
     return " · ".join(parts)
 
 

@@ -175,7 +175,7 @@ def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
     assert page.count("<li>") == (0 if where else 4)
     assert ("No image was found." in page) == (where is not None)
     assert page.count("no longer there") == (0 if where else 1)
-    gone = "1 of the images found no longer exist:" in capsys.readouterr().err
+    gone = "1 image found but no longer there:" in capsys.readouterr().err
     assert gone == (where is None)
 
 

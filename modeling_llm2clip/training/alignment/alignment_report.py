@@ -198,7 +198,7 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
             "images were held out (same data, seed and held_out_ratio)."
         )
     if shared := notes["num_shared_captions"]:
-        lines.append(f"  {shared:,} captions to train on are captions of held-out images, too.")
+        lines.append(f"  Shared with held-out images: {counted(shared, 'caption')} to train on.")
     return lines
 
 
