@@ -10,7 +10,9 @@ again after either file has changed.
 from __future__ import annotations
 
 import configparser
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ PAPER = "2411.04997"
 _BADGES = re.compile(r"(<!-- badges -->\n)(.*?)(<!-- /badges -->)", re.DOTALL)
 _INSTALL_TAG = "install"
 _BADGE_LINE = re.compile(r"^\[!\[Open in Colab\].*\n\n", re.MULTILINE)
-_EXTRAS = re.compile(r'pip install -e "\.\[([\w,]+)\]"')
+_NEEDS = re.compile(r'pip install -e "\.\[([\w,]+)\]"([^`]*)`')
 _INSTALL = """# Only where the package is missing, as on Colab: a few minutes.
 import importlib.util
 import os
@@ -31,7 +33,7 @@ import sys
 
 if importlib.util.find_spec("modeling_llm2clip") is None:
     subprocess.run(["git", "clone", "--depth", "1", "{url}", "llm2clip"], check=True)
-    install = [sys.executable, "-m", "pip", "install", "-q", "./llm2clip[{extras}]"]
+    install = [sys.executable, "-m", "pip", "install", "-q", {needs}]
     subprocess.run(install, check=True)
     importlib.invalidate_caches()
     subprocess.run([sys.executable, "-m", "modeling_llm2clip", "demo"], cwd="llm2clip", check=True)
@@ -106,7 +108,7 @@ def open_in_colab(notebook: Any, name: str, url: str | None) -> None:
     if url is not None:
         cells[0].source = f"{draw_colab(url, name)}\n\n{cells[0].source}"
         cell = nbformat.v4.new_code_cell(
-            _INSTALL.format(url=url, extras=read_extras(cells[0].source)),
+            _INSTALL.format(url=url, needs=read_needs(cells[0].source)),
             metadata={"tags": [_INSTALL_TAG]},
             id="install",
         )
@@ -120,12 +122,12 @@ def open_in_colab(notebook: Any, name: str, url: str | None) -> None:
     notebook.cells = cells
 
 
-def read_extras(introduction: str) -> str:
-    """Return the extras that a notebook needs, as its first cell names them."""
-    found = _EXTRAS.search(" ".join(introduction.split()))
+def read_needs(introduction: str) -> str:
+    """Return what a notebook installs, as strings of Python, as its first cell names it."""
+    found = _NEEDS.search(" ".join(introduction.split()))
     if found is None:
         raise ValueError(f'The first cell names no `pip install -e ".[…]"`: {introduction[:80]}')
-    return found[1]
+    return ", ".join(map(json.dumps, [f"./llm2clip[{found[1]}]", *shlex.split(found[2])]))
 
 
 def _draw(label: str, value: str, color: str, link: str) -> str:

@@ -261,7 +261,7 @@ def _render_training_efficiency(report: dict[str, Any]) -> str:
 
 
 def _render_training_set_size(report: dict[str, Any]) -> str:
-    """A row per number of images; mean, lowest and highest R@1 over the splits."""
+    """A row per number of images: R@1, and its range where there are several splits."""
     by_size: dict[int, dict[str, list[float]]] = {}
     for name, found in report["datasets"].items():
         for run in found["runs"]:
@@ -272,12 +272,13 @@ def _render_training_set_size(report: dict[str, Any]) -> str:
     ]
     rows.append(["chance", *(percent(found["chance_r1"]) for found in report["datasets"].values())])
     splits = {run["split"] for found in report["datasets"].values() for run in found["runs"]}
+    shown = f"Splits: {len(splits)}" + ("; mean, lowest and highest" if len(splits) > 1 else "")
     counts = ", ".join(
         f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
     )
     note = (
-        f"R@1 on test images, the mean of both directions: {counts}. Splits: "
-        f"{len(splits)}; mean, lowest and highest. {report['hardware']}; commit {report['commit']}."
+        f"R@1 on test images, the mean of both directions: {counts}. {shown}. "
+        f"{report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
 

@@ -221,7 +221,7 @@ def require_restorable(model: nn.Module) -> None:
         return
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(
-            f"{len(quantized)} layers are quantized by bitsandbytes (first: "
+            f"bitsandbytes quantized layers of it (first of {len(quantized)}: "
             f"{next(iter(quantized))}), but the model was not loaded with a quantization_config, "
             "so config.json would not record how to load them. Save the model with an LLM in full "
             "precision, and quantize it while loading that folder."
@@ -356,8 +356,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: The configuration would not load, `bitsandbytes` would load other weights
-                than it saves, or a LoRA is not merged: nothing is written. Or transformers saved weights
-                under names that do not load.
+                than it saves, or a LoRA is not merged: nothing is written. Or transformers saved
+                weights under names that do not load.
         """
         folder = Path(save_directory)
         self.config.require_loadable()
@@ -515,7 +515,7 @@ def _require_merged(model: PreTrainedModel) -> None:
         return
     if wrapped := [name for name, module in model.named_modules() if hasattr(module, "base_layer")]:
         raise ValueError(
-            f"{len(wrapped)} layers are inside those of peft (first: {wrapped[0]}), so that the "
+            f"Layers are inside those of peft (first of {len(wrapped)}: {wrapped[0]}), so that the "
             "folder would not load. Save the model that merge_and_unload returns, or the LoRA "
             "alone by save_pretrained of peft's model."
         )

@@ -176,9 +176,9 @@ def require_own_names(folder: Path, parts: Sequence[str]) -> None:
     names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
         raise ValueError(
-            f"transformers saved {len(strange)} weights under names that are not the model's "
-            f"({strange[:_NAMES_SHOWN]}), so that {folder} will not load. Versions 5.6 to 5.8 do "
-            "this if a model has a DINOv3 tower: update transformers, and save again."
+            f"transformers saved weights under names that are not the model's ({len(strange)}, "
+            f"such as {strange[:_NAMES_SHOWN]}), so that {folder} will not load. Versions 5.6 to "
+            "5.8 do this if a model has a DINOv3 tower: update transformers, and save again."
         )
 
 

@@ -45,22 +45,22 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 3100,
     "building": 1390,
-    "cli": 1860,
+    "cli": 1870,
     "configs": 775,
     "conversion": 1050,
-    "data": 5870,
+    "data": 5890,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
     "encoding": 760,
-    "evaluation": 4650,
+    "evaluation": 4660,
     "model_folders": 1860,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
-    "search": 2140,
+    "search": 2150,
     "serving": 2090,
-    "training": 4492,
+    "training": 4510,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 274, 7740
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 
+import modeling_llm2clip
 from modeling_llm2clip._suggestions import counted
+
+PACKAGE = Path(modeling_llm2clip.__file__).parent
+# A number, which no "of" precedes, is followed by a plural within two words.
+PLURAL = re.compile(r" (?!(?:is|has|was|of)\b)(?:[a-z-]+ )?[a-z-]+(?<!ha)(?<!\bi)s\b")
+# What is never one: it is checked before, or one is not what the message is about.
+NEVER_ONE = {
+    "cli/evaluate.py: values",  # one is for all models
+    "data/named_embeddings.py: self.names",  # whose number is beside the point
+    "data/streams/record_streams.py: self.reader.shards",
+    "doctor/endpoint_client.py: content",
+    "doctor/endpoint_client.py: rows",
+    "doctor/file_checks.py: SHORT_TEXTS",
+    "doctor/file_checks.py: dtypes",
+    "doctor/file_checks.py: found",
+    "doctor/file_checks.py: wanted",
+    "doctor/forward_checks.py: caption",
+    "doctor/forward_checks.py: model.state_dict()",
+    "doctor/served_difference.py: one",
+    "doctor/served_difference.py: served",
+    "doctor/server_checks.py: _BLANK_REQUESTS",
+    "doctor/server_checks.py: _TEXTS",
+    "evaluation/datasets/classification_dataset.py: found.class_keys",
+    "evaluation/datasets/dataset_spec.py: self.languages",
+    "evaluation/encoders/open_clip_models.py: tags",
+    "evaluation/report.py: data",
+    "evaluation/report.py: templates",
+    "model_folders/training_images.py: datasets",
+    "publishing/onnx_checks.py: inputs.captions",
+    "serving/batching.py: embeds",
+    "serving/service.py: inputs",
+    "training/alignment/align_checks.py: records",
+    "training/alignment/alignment_trainer.py: group_ids",
+}
 
 
 @pytest.mark.parametrize(
@@ -21,3 +61,26 @@ from modeling_llm2clip._suggestions import counted
 )
 def test_a_number_and_its_noun_agree(number: int, noun: str, wanted: str) -> None:
     assert counted(number, noun) == wanted
+
+
+def find_plurals(path: Path) -> Iterator[str]:
+    """Find each `{len(x)} things` of a file's messages."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        for (before, value), (_, after) in pairwise(pairwise([ast.Constant(""), *node.values])):
+            is_length = isinstance(value, ast.FormattedValue) and (
+                ast.unparse(value.value).startswith("len(")
+            )
+            is_part = isinstance(before, ast.Constant) and (
+                str(before.value).endswith(("of ", "of its "))
+            )
+            if is_length and not is_part and isinstance(after, ast.Constant):
+                if PLURAL.match(str(after.value)):
+                    name = ast.unparse(value.value)[len("len(") : -1]
+                    yield f"{path.relative_to(PACKAGE).as_posix()}: {name}"
+
+
+def test_messages_count_what_may_be_one_by_the_function() -> None:
+    found = {place for path in PACKAGE.rglob("*.py") for place in find_plurals(path)}
+    assert found == NEVER_ONE

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from .._suggestions import counted
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
@@ -69,9 +70,9 @@ def load_vision_tower(
     )
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} weights of its vision tower, which would stay random: "
-            f"{missing[:_NAMES_SHOWN]}. If only the pooler is missing, choose vision_pooling "
-            "'cls', 'mean' or 'patch_mean'."
+            f"{source} lacks {counted(len(missing), 'weight')} of its vision tower, which would "
+            f"stay random: {missing[:_NAMES_SHOWN]}. If only the pooler is missing, choose "
+            "vision_pooling 'cls', 'mean' or 'patch_mean'."
         )
     require_pixels_alone(model)
     if config.model_type != "timm_wrapper":  # in which a head left out is still a module
@@ -180,9 +181,9 @@ def refuse_unread_weights(
             unread.append(key)
     if unread:
         raise ValueError(
-            f"{source} has {len(unread)} weights that {type(tower).__name__} does not read, so it "
-            f"would give other hidden states: {unread[:_NAMES_SHOWN]}. Correct config.json, or "
-            "take the transformers version that the checkpoint names."
+            f"{source} has {counted(len(unread), 'weight')} that {type(tower).__name__} does not "
+            f"read, so it would give other hidden states: {unread[:_NAMES_SHOWN]}. Correct "
+            "config.json, or take the transformers version that the checkpoint names."
         )
 
 

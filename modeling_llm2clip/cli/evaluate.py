@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
+from .._suggestions import counted
 from ..configs.config_fields import Config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.evaluation_config import (
@@ -207,8 +208,8 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
 def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[EvaluatedModel]:
     named = [_read_model(text) for text in models]
     files = [number for number, (_, source) in enumerate(named) if Path(source).is_file()]
-    types = _spread(of_models, "model_type", range(len(named)), "models")
-    of_files = {name: _spread(of_models, name, files, "weights files") for name in _OF_FILES}
+    types = _spread(of_models, "model_type", range(len(named)), "model")
+    of_files = {name: _spread(of_models, name, files, "weights file") for name in _OF_FILES}
     chosen = []
     for number, (name, source) in enumerate(named):
         flags = _choose_flags(of_models, source, types.get(number))
@@ -239,8 +240,8 @@ def _spread(of_models: ModelsConfig, name: str, models: Sequence[int], what: str
     values = getattr(of_models, name)
     if len(values) not in (0, 1, len(models)):
         raise ValueError(
-            f"--{name.replace('_', '-')} has {len(values)} values for {len(models)} {what}; give "
-            "one, or one for each, in their order."
+            f"--{name.replace('_', '-')} has {len(values)} values for {counted(len(models), what)}"
+            "; give one, or one for each, in their order."
         )
     return dict(zip(models, values * len(models) if len(values) == 1 else values, strict=False))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._extras import GGUF, LORA, OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM_TOWER, Need, require
+from .._suggestions import counted
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from ..configs.encoding_config import EncodingConfig
 
@@ -219,7 +220,8 @@ def report(text: str) -> None:
 def report_truncated(count: int, total: int, what: str, *, longest: int) -> None:
     if count:
         report(
-            f"Truncated {count:,} of {total:,} {what} to the {longest} tokens that the model reads."
+            f"Truncated {count:,} of {counted(total, what)} to the {longest} tokens that the model "
+            "reads."
         )
 
 

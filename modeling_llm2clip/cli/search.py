@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Interval
 
 from .._extras import list_needs_of_index, require
+from .._suggestions import counted
 from ..configs.config_fields import DeviceConfig
 from ..configs.data_config import ImageLimitsConfig
 from .command import Repeated, command
@@ -100,7 +101,7 @@ def search(
         found = index.search(asked, top_k=top_k, where=where, exact=exact)
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
-        report_truncated(count, len(queries), "sentences", longest=longest)
+        report_truncated(count, len(queries), "sentence", longest=longest)
     found = [_shorten_paths(result) for result in found]
     print(render_search_results(found, format))
     _report_missing(found)
@@ -147,8 +148,12 @@ def _require_page_folder(folder: Path) -> None:
     from ..model_folders.atomic_folder import require_new_folder
 
     require_writable(folder)
-    if any(path.name not in _PAGE_FILES for path in folder.glob("*")):
-        require_new_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        from ..search.results_page import is_results_file
+
+        if all(path.name in _PAGE_FILES and is_results_file(path) for path in folder.iterdir()):
+            return
+    require_new_folder(folder)
 
 
 def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
@@ -189,8 +194,8 @@ def _report_missing(found: Sequence[SearchResult]) -> None:
     paths = dict.fromkeys(path for result in found for path, _ in result.hits)
     if missing := [str(path) for path in paths if not path.exists()]:
         report(
-            f"{len(missing)} of the images found no longer exist: {', '.join(missing)}. Update the "
-            "index with llm2clip index. If the folder was moved, give --image-dir."
+            f"{counted(len(missing), 'image')} found but no longer there: {', '.join(missing)}. "
+            "Update the index with llm2clip index. If the folder was moved, give --image-dir."
         )
 
 

@@ -80,7 +80,7 @@ def tag(
         model, image_dir, found, top_k=top_k, threshold=threshold, config=config, report=report
     )
     num_prompts = sum(len(label.prompts) for label in found)
-    report_truncated(tagged.num_truncated, num_prompts, "prompts", longest=tagged.max_text_length)
+    report_truncated(tagged.num_truncated, num_prompts, "prompt", longest=tagged.max_text_length)
     _write(tagged.images, output, threshold=threshold)
     return 0
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .._suggestions import counted
+
 SIDES = ("texts", "images")
 _SHOWN = 5
 
@@ -41,11 +43,12 @@ class NamedEmbeddings:
         if not self.embeddings.is_floating_point():
             raise ValueError(f"embeddings are {self.embeddings.dtype}; give floating-point ones.")
         if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
-            raise ValueError(f"{len(twice)} names repeat: {twice[:_SHOWN]}. Keep one row of each.")
+            shown = f"{counted(len(twice), 'repeated name')}: {twice[:_SHOWN]}"
+            raise ValueError(f"{shown}. Keep one row of each.")
         broken = (~self.embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
             named = [self.names[row] for row in broken[:_SHOWN]]
-            raise ValueError(f"{len(broken)} embeddings have a NaN or an infinity: {named}.")
+            raise ValueError(f"NaN or infinity in {counted(len(broken), 'embedding')}: {named}.")
 
 
 def side_file(folder: Path, side: str) -> Path:

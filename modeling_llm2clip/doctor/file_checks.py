@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
+from .._suggestions import counted
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import iterate_tensors
@@ -125,9 +126,8 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
         if tensor.numel() and not torch.stack(torch.aminmax(wide)).isfinite().all():
             bad_rows = (~wide.isfinite()).reshape(len(wide) if wide.ndim else 1, -1).any(dim=1)
             row = int(bad_rows.long().argmax())
-            errors.append(
-                f"{name} has NaN or infinity in {int(bad_rows.sum())} rows (first: {row})"
-            )
+            found = counted(int(bad_rows.sum()), "row")
+            errors.append(f"{name} has NaN or infinity in {found} (first: {row})")
     if errors:
         raise ValueError(
             f"{'; '.join(errors[:_NAMES_SHOWN])} ({len(errors)} of {count} tensors). "
@@ -335,5 +335,5 @@ def _find_prompt_errors(text: str, tested: ModelUnderTest, *, truncated: bool) -
     if suffix and ids[-len(suffix) :] != suffix:
         errors.append(f"{shown}, which does not end with the prompt's suffix {suffix}")
     if truncated and len(ids) != config.max_text_length:
-        errors.append(f"{shown}, which has {len(ids)} tokens")
+        errors.append(f"{shown}, which has {counted(len(ids), 'token')}")
     return errors

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._suggestions import counted
 from ..base_llm2clip import SETTINGS_FILE, check_instructions, find_instructions
 from ..building.tower_checks import find_direction_errors
 from ..heads_llm2clip import MAX_LOG_SCALE
@@ -69,7 +70,8 @@ def check_attention_direction(tested: ModelUnderTest) -> str:
         if hasattr(module, "is_causal") and bool(module.is_causal) == config.bidirectional
     ]
     if contrary:
-        errors.append(f"{len(contrary)} attention modules go the other way ({contrary[0]}, …)")
+        found = counted(len(contrary), "attention module")
+        errors.append(f"{found} of the other direction ({contrary[0]}, …)")
     errors += find_direction_errors(text_model, bidirectional=config.bidirectional)
     if errors:
         raise ValueError(

@@ -24,6 +24,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from .._suggestions import counted
 from ..configs.encoding_config import EmbeddingColumn, EmbeddingDtype
 from ..data.atomic_files import hash_file, list_differences, write_atomically
 from ..data.captions.caption_columns import flatten_captions
@@ -183,9 +184,9 @@ def _require_unique_records(records: RecordTable) -> None:
     num_keys = count_distinct(partial(records.iterate_numbers, "key"), len(records))
     if num_keys < len(records):
         raise ValueError(
-            f"{len(records) - num_keys} records have the name and language of another one, so that "
-            "an id would mean several texts. Put all captions of an image in one language into one "
-            "record."
+            f"{counted(len(records) - num_keys, 'record')} with the name and language of another "
+            "one, so that an id would mean several texts. Put all captions of an image in "
+            "one language into one record."
         )
 
 
@@ -271,8 +272,8 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         skipped = table.column("id").filter(pa.array(~is_valid)).to_pylist()
         if skipped and not self._skip_invalid:
             raise ValueError(
-                f"{len(skipped)} images cannot be decoded, among them {skipped[:_SHOWN]}. Repair "
-                "or remove them, or skip them (--skip-invalid)."
+                f"{counted(len(skipped), 'image')} cannot be decoded, such as {skipped[:_SHOWN]}. "
+                "Repair or remove what is named, or skip it (--skip-invalid)."
             )
         kept = truncate_embeddings(embeds[is_valid], self.manifest.dim)
         ranges = self.manifest.read_ranges()
@@ -365,8 +366,8 @@ def truncate_embeddings(embeds: Array, dim: int) -> Array:
     if not lengths.all():
         count = int((lengths == 0).sum())
         raise ValueError(
-            f"{count} embeddings are zero in their first {dim} dimensions, and have no direction "
-            "there. Give a larger truncate_dim."
+            f"{counted(count, 'embedding')} of zeros in the first {dim} dimensions, without a "
+            "direction. Give a larger truncate_dim."
         )
     shortened: Array = (kept / lengths).astype(np.float32)
     return shortened

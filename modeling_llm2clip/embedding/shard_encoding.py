@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._suggestions import counted
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..data.records.records import Modality
@@ -155,8 +156,8 @@ def _describe_unreadable(images: list[ImageSource]) -> str:
         return ""
     shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
     return (
-        f"{len(errors)} of {len(images)} images cannot be decoded:\n{shown}\nRepair or remove "
-        "them, or skip them (--skip-invalid)."
+        f"{len(errors)} of {counted(len(images), 'image')} cannot be decoded:\n{shown}\nRepair or "
+        "remove what is named, or skip it (--skip-invalid)."
     )
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._suggestions import counted
 from ..data.atomic_files import (
     explain_full_disk,
     list_differences,
@@ -237,7 +238,7 @@ def _require_finite(stored: Tensor, rows: Array, embeddings: Tensor) -> None:
     else:
         reason = "the model computes NaN or infinity: check it with llm2clip doctor"
     raise ValueError(
-        f"{len(bad)} embeddings are not finite in {stored.dtype}, the first in row "
+        f"{counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row "
         f"{int(rows[bad].min())}; {reason}."
     )
 
@@ -323,9 +324,9 @@ class ShardedWriter(ABC, Generic[_Manifest]):
             shards = tuple(records[shard] for shard in range(manifest.num_shards))
             if errors := list_errors(self.check_file, shards):
                 raise ValueError(
-                    f"{self.folder}: {len(errors)} damaged files: {'; '.join(errors[:_SHOWN])}. "
-                    f"Delete these and the .json files beside them in {self._places}, and "
-                    f"{manifest.COMMAND} again, which computes them anew."
+                    f"{self.folder}: {counted(len(errors), 'damaged file')}: "
+                    f"{'; '.join(errors[:_SHOWN])}. Delete each and the .json file beside it in "
+                    f"{self._places}, and {manifest.COMMAND} again, which computes them anew."
                 )
             manifest = self.complete_manifest(manifest, shards)
             self._publish(manifest)

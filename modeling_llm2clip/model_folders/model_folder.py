@@ -222,7 +222,7 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     if path.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
     if str(source) != EMBEDDED and get_close_matches(str(source), [EMBEDDED], cutoff=0.8):
-        return f"{source}: no such {what}. Did you mean {EMBEDDED}?"
+        return f"{source}: no such {what} (did you mean {EMBEDDED}?)"
     missing = explain_missing(source, may_lack_owner=True)
     return f"{source}: no such {what}: {missing}" if missing else None
 

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._suggestions import counted
 from ..base_llm2clip import (
     _CODE_OF_EVERY_FOLDER,
     check_instructions,
@@ -287,8 +288,8 @@ def _require_places(
     }
     if unknown or misshapen:
         raise ValueError(
-            f"{source} has no place for {len(unknown)} trained weights {unknown[:_NAMES_SHOWN]}, "
-            f"and {len(misshapen)} have another shape (trained, there): "
+            f"{source} has no place for {counted(len(unknown), 'trained weight')} "
+            f"{unknown[:_NAMES_SHOWN]}, and another shape (trained, there) for {len(misshapen)}: "
             f"{dict(list(misshapen.items())[:_NAMES_SHOWN])}. Give the folder that was trained."
         )
 

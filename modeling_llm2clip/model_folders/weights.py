@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._suggestions import counted
 from ..loading_llm2clip import list_model_files, list_weight_files
 
 _INDEX = "model.safetensors.index.json"
@@ -261,8 +262,8 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         others = sorted(str(name) for name, value in values if not isinstance(value, Tensor))
         raise ValueError(
             f"{file}: wanted a state dict, at the top or under {_NESTED_UNDER}; got "
-            f"{type(content).__name__} with {len(tensors)} tensors and the other entries {others}. "
-            "Save the state dict alone."
+            f"{type(content).__name__} with {counted(len(tensors), 'tensor')} and the other "
+            f"entries {others}. Save the state dict alone."
         )
     wrapped = [name for name in tensors if name.startswith(_WRAPPER)]
     if not wrapped:

@@ -274,7 +274,7 @@ def require_no_credentials(
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ValueError(
             f"{folder} holds what looks like credentials: {'; '.join(found[:_SHOWN])}{more}. "
-            "Remove them from it; name a file that has none with allow_files (--allow-files)."
+            "Remove them from it; name a file that has none with allow_files."
         )
 
 

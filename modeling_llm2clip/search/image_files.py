@@ -50,17 +50,19 @@ class ImageFiles:
     def describe_skipped(self) -> str:
         """Return a line with names and a remedy for each reason to leave files out."""
         lines = [self._describe_formats()] if self.skipped else []
-        for paths, what, remedy in (
-            (self.dangling, "symbolic links that lead to no file", "Correct or remove them."),
+        for paths, noun, which, remedy in (
+            (self.dangling, "symbolic link", "to no file", "Correct or remove what is named."),
             (
                 self.linked_folders,
-                "symbolic links to folders, which are not followed",
+                "symbolic link",
+                "to a folder, not followed",
                 "Move the images into the folder, or name the other folders themselves.",
             ),
-            (self.closed_folders, "folders that cannot be listed", "Check who may read them."),
+            (self.closed_folders, "folder", "that cannot be listed", "Check who may read it."),
         ):
             if paths:
-                lines.append(f"Skipped {len(paths):,} {what}: {list_some(paths)}. {remedy}")
+                count = counted(len(paths), noun)
+                lines.append(f"Skipped {count} {which}: {list_some(paths)}. {remedy}")
         return "\n".join(lines)
 
     def _describe_formats(self) -> str:

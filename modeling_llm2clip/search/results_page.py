@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ..image_loading_llm2clip import load_images
 from .search_results import SearchResult
@@ -54,9 +55,12 @@ HITS_CSS = """
   direction: rtl; text-align: left; }
 .hits .name { display: block; overflow-wrap: anywhere; }
 """
+# Near the beginning of each page and PNG sheet.
+_MARK = "search results by modeling_llm2clip"
 _NOTHING_FOUND = "<p>No image was found.</p>"
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{mark}">
+<title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.45 system-ui, sans-serif; margin: 0;
@@ -107,9 +111,8 @@ def write_results_page(
     Links are relative to the page, so that page and images may be moved together.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
-    page = _PAGE.format(
-        title=html.escape(title), note=html.escape(note), rows=rows, hits_css=HITS_CSS
-    )
+    shown = {"title": html.escape(title), "note": html.escape(note), "rows": rows}
+    page = _PAGE.format(**shown, mark=_MARK, hits_css=HITS_CSS)
     path.write_text(page, encoding="utf-8", errors="replace")  # a path may not be Unicode
 
 
@@ -123,7 +126,13 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    sheet.save(path)
+    info = PngInfo()
+    info.add_text("Software", _MARK)
+    sheet.save(path, pnginfo=info)
+
+
+def is_results_file(path: Path) -> bool:
+    return path.is_file() and _MARK.encode() in path.read_bytes()[:1024]
 
 
 def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:

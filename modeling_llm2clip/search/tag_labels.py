@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._suggestions import counted
 from ..data.sources.csv_files import iterate_csv
 from ..data.sources.json_files import parse_object
 
@@ -132,7 +133,8 @@ def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
         raise ValueError("there is no label. Write one per line.")
     counts = Counter(name for name, _ in prompts_of)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(twice)} labels repeat: {twice[:_SHOWN]}. Keep one of each.")
+        shown = f"{counted(len(twice), 'repeated label')}: {twice[:_SHOWN]}"
+        raise ValueError(f"{shown}. Keep one of each.")
     for number, (name, prompts) in enumerate(prompts_of, start=1):
         if not all((name, *prompts)):
             what = f"a prompt of {name!r}" if name else f"label number {number}"

@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.routing import Match, Mount
 
+from .._suggestions import counted
 from ..image_loading_llm2clip import load_images
 from ..search.results_page import HITS_CSS, Hit, note_rank, write_hits
 from ..search.search_results import SearchResult
@@ -47,7 +48,8 @@ _TEMPLATE = "a photo of a {}"
 _BEFORE_SEARCH = (
     "Write what to look for, or drop an image: the images that fit best are shown here."
 )
-# On a phone the hits follow the text and its button, so the box for an image is low there.
+# On a phone the hits follow the text and its button: the columns are taken apart there, and the box
+# for an image, which is low, and the options come last.
 _CSS = f"""{HITS_CSS}
 footer {{ display: none !important; }}
 #heading h1 {{ margin: 0; }}
@@ -56,6 +58,9 @@ footer {{ display: none !important; }}
 #hits-note .wrap:has(.error) {{ display: none; }}  /* the error is shown at the top of the window */
 @media (max-width: 640px) {{
   .gradio-container main {{ padding: 1rem !important; }}
+  #search-parts > .column {{ display: contents; }}
+  #search-parts > .column > * {{ flex: 0 0 100%; }}
+  #query-image, #more {{ order: 1; }}
   #query-image, #image {{ height: 9rem !important; }}
   #query-image:not(:has(img)), #image:not(:has(img)) {{ height: 5rem !important; }}
   #query-image .source-selection, #image .source-selection, #query-image .icon-wrap,
@@ -159,7 +164,8 @@ class DemoPage:
                 note = note_rank(rank, cosine)
                 shown.append(Hit(columns["path"], image=address, link=address, note=note))
         assert self.service.index is not None
-        summary = f"{len(result.hits)} of {len(self.service.index):,} images, the best first."
+        total = counted(len(self.service.index), "image")
+        summary = f"{len(result.hits)} of {total}, the best first."
         if num_gone:
             summary += f" {num_gone} cannot be shown: moved or changed since they were indexed."
         return write_hits(shown), summary
@@ -316,21 +322,21 @@ def _describe(service: EmbeddingService) -> str:
     if service.training_data:
         parts.append(f"trained on {_escape(', '.join(service.training_data))}")
     if service.index is not None:
-        parts.append(f"{len(service.index):,} images to search")
+        parts.append(f"{counted(len(service.index), 'image')} to search")
     return " · ".join(parts)
 
 
 def _add_search(page: DemoPage) -> None:
     index = page.service.index
     assert index is not None
-    with gr.Row():
+    with gr.Row(elem_id="search-parts"):
         with gr.Column(scale=1, min_width=280):
             text = gr.Textbox(
                 label="What to look for", placeholder="two red apples", elem_id="query"
             )
             button = gr.Button("Search", variant="primary", elem_id="search-button")
             image = _make_image("Or an image like it", height=200, elem_id="query-image")
-            with gr.Accordion("More", open=False):
+            with gr.Accordion("More", open=False, elem_id="more"):
                 top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
                 where = gr.Textbox(
                     label="Filter",

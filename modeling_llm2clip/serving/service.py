@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from .._suggestions import counted
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.encode import TorchEncoder
@@ -429,7 +430,7 @@ class EmbeddingService:
         if truncated and not truncate:
             raise RequestError(
                 400,
-                f"{len(truncated)} of {len(texts)} texts are longer than the "
+                f"{len(truncated)} of {counted(len(texts), 'text')} longer than the "
                 f"{self.encoder.max_text_length} tokens that the model reads (first: number "
                 f"{truncated[0] + 1}). Shorten them, or allow truncation.",
                 code="text_too_long",

@@ -28,6 +28,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from .._suggestions import counted
 from ..configs.training_config import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
@@ -391,6 +392,6 @@ def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> Non
     if layers:
         shown = ", ".join(layers[:_NAMES_SHOWN]) + (", …" if len(layers) > _NAMES_SHOWN else "")
         raise ValueError(
-            f"{cause}: {len(layers)} layers would get no gradient and never be trained, since the "
-            f"network passes their LoRA by, or their output has no effect: {shown}. {remedy}"
+            f"{cause}: {counted(len(layers), 'layer')} would get no gradient and never be trained, "
+            f"since the network passes the LoRA by, or the output has no effect: {shown}. {remedy}"
         )

@@ -88,3 +88,6 @@ def test_a_row_has_mean_and_range_and_a_dash_where_there_were_too_few_images() -
     assert "| 100 | 25.0 % (20.0 to 30.0) | 10.0 % |" in shown
     assert "| 200 | – | 40.0 % |" in shown
     assert "| chance | 5.0 % | 2.0 % |" in shown and "20 few, 50 many" in shown
+    assert "Splits: 2; mean, lowest and highest. a machine" in shown
+    report["datasets"]["few"]["runs"] = few[:1]
+    assert "Splits: 1. a machine" in _render_training_set_size(report)

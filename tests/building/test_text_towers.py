@@ -236,7 +236,7 @@ def test_weights_within_an_llm_that_nobody_reads_are_named_and_a_head_is_not(
     assert "lm_head" in caplog.text  # which transformers would have reported
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
     save_file({**load_file(file), **bias}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has 1 weights that LlamaModel does not read"):
+    with pytest.raises(ValueError, match=r"has 1 weight that LlamaModel does not read"):
         load_text_tower(tmp_path)
 
 

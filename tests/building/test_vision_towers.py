@@ -131,7 +131,7 @@ def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Pat
     norm = {"vision_model.encoder.layers.0.self_attn.q_norm.weight": torch.ones(8)}
     save_file({**load_file(file), **norm}, file, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"has 1 weights that CLIPVisionModel does not read.*q_norm"
+        ValueError, match=r"has 1 weight that CLIPVisionModel does not read.*q_norm"
     ):
         load_vision_tower(tmp_path)
 

@@ -200,6 +200,27 @@ def test_an_error_names_the_flag_and_not_the_python_argument(
     assert COMMANDS[command].name_flags(message) == named
 
 
+def list_messages(path: Path) -> list[str]:
+    """List the strings of a file, with f-strings as a whole."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else str(node.value)
+        for node in nodes
+        if isinstance(node, ast.Constant | ast.JoinedStr)
+    ]
+
+
+def test_no_message_names_a_flag_twice_on_the_command_line() -> None:
+    """Names of fields become flags there, so that a message needs no flag beside the name."""
+    paths = sorted((ROOT / "modeling_llm2clip").rglob("*.py"))
+    messages = [text for path in paths for text in list_messages(path) if " (--" in text]
+    assert len(messages) > 20
+    named = {command.name_flags(text) for command in COMMANDS.values() for text in messages}
+    assert not [text for text in named if re.search(r"(--[a-z-]+) \(\1\b", text)]
+
+
 def test_the_command_prints_such_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["build", "owner/vision", "owner/llm", "new", "--prompt", "none"]
     assert main([*words, "--projection-dim", "0"]) == 2

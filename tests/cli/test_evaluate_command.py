@@ -61,7 +61,7 @@ def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]
         (["o/m", "--datasets", "emoji", "--model-type", "clip"], "Choose from"),
         (
             ["o/m", "--datasets", "emoji", "--model-type", "embeddings", "open_clip"],
-            "2 values for 1 models",
+            "2 values for 1 model",
         ),
         (
             ["o/m", "--datasets", "emoji", "--architecture", "ViT-B-32"],

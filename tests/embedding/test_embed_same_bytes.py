@@ -76,7 +76,7 @@ def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"1 damaged files: {name}: SHA-256 is .* Delete"):
+    with pytest.raises(ValueError, match=rf"1 damaged file: {name}: SHA-256 is .* Delete"):
         embed_texts(model, records, folder)
     (folder / name).unlink()
     embed_texts(model, records, folder)

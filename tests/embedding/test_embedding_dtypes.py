@@ -79,7 +79,7 @@ def test_truncated_embeddings_are_of_unit_length() -> None:
 
 def test_an_embedding_without_a_direction_is_refused() -> None:
     embeds = np.eye(4, dtype=np.float32)
-    with pytest.raises(ValueError, match="2 embeddings are zero in their first 2 dimensions"):
+    with pytest.raises(ValueError, match="2 embeddings of zeros in the first 2 dimensions"):
         truncate_embeddings(embeds, 2)
 
 

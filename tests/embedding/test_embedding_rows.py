@@ -66,7 +66,7 @@ def test_several_languages_are_part_of_the_id() -> None:
 
 def test_what_would_make_two_texts_of_one_id_is_refused() -> None:
     twice = RecordTable.from_records([make_record(0, 1, 0), make_record(0, 2, 0)])
-    with pytest.raises(ValueError, match="1 records have the name and language of another"):
+    with pytest.raises(ValueError, match="1 record with the name and language of another"):
         TextRows(twice, (), rows_per_shard=10)
     odd = RecordTable.from_records([make_record(0, 1, 0, "a#b")])
     with pytest.raises(ValueError, match=r"lang='a#b' has a #"):
@@ -111,7 +111,7 @@ def test_one_name_for_two_images_is_refused(tmp_path: Path) -> None:
     files = [save_image(tmp_path / f"{n}.png", (n, 0, 0)) for n in range(2)]
     records = [CaptionedImage(file, "same.png", "g", ("it",), lang=f"l{n}")
                for n, file in enumerate(files)]  # fmt: skip
-    with pytest.raises(ValueError, match=r"1 names are those of several images: \['same\.png'\]"):
+    with pytest.raises(ValueError, match=r"1 name shared by several images: \['same\.png'\]"):
         ImageRows(RecordTable.from_records(records), ())
-    with pytest.raises(ValueError, match="1 records have no image"):
+    with pytest.raises(ValueError, match="1 record without an image"):
         ImageRows(RecordTable.from_records([make_record(0, 1, 0)]), ())

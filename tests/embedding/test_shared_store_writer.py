@@ -255,7 +255,7 @@ def test_shards_of_another_model_are_never_merged(
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors: it is of another store") as e:
         merge_store(tmp_path / "merged", storage=url)
-    assert f"Delete these and the .json files beside them in {tmp_path}/merged and {url}" in str(
+    assert f"Delete each and the .json file beside it in {tmp_path}/merged and {url}" in str(
         e.value
     )
     for file in storages["a"].glob("shard-*"):  # as the error says

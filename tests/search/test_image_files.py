@@ -37,9 +37,9 @@ def test_links_to_files_are_images_and_other_links_are_left_out_and_named(folder
         linked_folders=[folder / "below" / "up", folder / "linked"],
     )
     lines = found.describe_skipped().splitlines()
-    assert lines[0].startswith("Skipped 3 symbolic links that lead to no file: ")
+    assert lines[0].startswith("Skipped 3 symbolic links to no file: ")
     assert str(folder / "gone.png") in lines[0]
-    assert lines[1].startswith("Skipped 2 symbolic links to folders, which are not followed: ")
+    assert lines[1].startswith("Skipped 2 symbolic links to a folder, not followed: ")
     reports: list[str] = []
     assert len(records_from_images(folder, report=reports.append)) == 3
     assert reports == [found.describe_skipped()]
@@ -58,13 +58,13 @@ def test_folders_that_cannot_be_listed_are_named(
     monkeypatch.setattr(os, "scandir", refuse)
     found = list_images(folder)
     assert found.readable == [folder / "b.png"] and found.closed_folders == [closed]
-    assert f"Skipped 1 folders that cannot be listed: {closed}." in found.describe_skipped()
+    assert f"Skipped 1 folder that cannot be listed: {closed}." in found.describe_skipped()
 
 
 def test_a_folder_of_nothing_but_links_says_so(folder: Path) -> None:
     (folder.parent / "links").mkdir()
     (folder.parent / "links" / "images").symlink_to(folder)
-    with pytest.raises(ValueError, match=r"no image in it .* 1 symbolic links to folders"):
+    with pytest.raises(ValueError, match=r"no image in it .* 1 symbolic link to a folder"):
         list_images(folder.parent / "links")
 
 

@@ -81,7 +81,7 @@ def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
     assert found.keys() == wanted.keys()
     for words in (["dog " * 200], ["dog " * 200, "--model", str(shared_graphs())]):
         assert main(["search", str(db), *words]) == 0
-        assert "Truncated 1 of 1 sentences to the 128 tokens" in capsys.readouterr().err
+        assert "Truncated 1 of 1 sentence to the 128 tokens" in capsys.readouterr().err
 
 
 def test_the_graphs_of_another_model_are_refused(

@@ -175,7 +175,7 @@ def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
     assert page.count("<li>") == (0 if where else 4)
     assert ("No image was found." in page) == (where is not None)
     assert page.count("no longer there") == (0 if where else 1)
-    gone = "1 of the images found no longer exist:" in capsys.readouterr().err
+    gone = "1 image found but no longer there:" in capsys.readouterr().err
     assert gone == (where is None)
 
 
@@ -190,6 +190,18 @@ def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
     assert main(["search", index, "a cat", "--output", str(output)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["search.html", "search.png"])
+def test_a_file_of_someone_else_is_not_replaced_whatever_its_name(
+    name: str, index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own" / name
+    file.parent.mkdir()
+    file.write_bytes(b"mine")
+    assert main(["search", index, "two dogs", "--output", str(file.parent)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert file.read_bytes() == b"mine" and len(list(file.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

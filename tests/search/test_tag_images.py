@@ -195,7 +195,7 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [
-        ("l.txt", "dog\ncat\ndog\n", r"l\.txt: 1 labels repeat: \['dog'\]"),
+        ("l.txt", "dog\ncat\ndog\n", r"l\.txt: 1 repeated label: \['dog'\]"),
         ("l.txt", "\n \n", "there is no label"),
         ("l.json", "{", "Expecting property name"),
         ("l.json", "3", "found int; write a list of labels"),
@@ -205,7 +205,7 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
         ("l.json", '["dog", " "]', "label number 2 is blank"),
         ("l.csv", "label,prompt\ndog,pup\n,cat\n", "line 3 has a blank label"),
         ("l.csv", "name\ndog\n", r"the columns are \['name'\]"),
-        ("l.csv", "label\na dog, big\n", "line 2: 2 cells for 1 columns.*need quotes"),
+        ("l.csv", "label\na dog, big\n", "line 2: 2 cells for 1 column.*need quotes"),
         (
             "l.csv",
             "label,prompt\na,b,c\n",

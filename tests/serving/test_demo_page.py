@@ -32,6 +32,8 @@ from modeling_llm2clip.serving.demo_page import Thumbnails, add_demo_page
 from modeling_llm2clip.serving.service import EmbeddingService
 
 NUM_IMAGES = 15
+# On a phone, from the top.
+BLOCKS = ["query", "search-button", "hits-note", "hits", "query-image", "more"]
 ODD_NAMES = [
     "archive/scans of 1998/originals/box 17/negatives and slides/unsorted.png",
     f"{'a_name_without_a_space_' * 9}.png",
@@ -140,6 +142,9 @@ def test_the_best_hit_is_on_the_first_screen_and_no_caption_covers_an_image(
         captions = read_captions(visit, count=12)
         found = measure_hits(visit.page)
         assert found["top"] + 100 < visit.height, found  # so that the image is seen, not an edge
+        if width == "phone":  # text, button, hits; the other ways to search are below
+            places = {name: visit.page.locator(f"#{name}").bounding_box() for name in BLOCKS}
+            assert sorted(places, key=lambda name: places[name]["y"]) == BLOCKS, places
         assert found["covering"] == found["narrow"] == 0
         assert abs(found["unused"]) < 1  # a pixel is rounded
         assert not visit.overflows()

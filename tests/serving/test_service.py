@@ -138,7 +138,7 @@ def test_truncated_texts_are_named_or_refused() -> None:
     long = MIXED_TEXTS[3]
     with open_service() as service:
         found = run(service.embed([IMAGES[0], "a dog", long]))
-        with pytest.raises(RequestError, match=r"1 of 2 texts are longer than the 32 tokens"):
+        with pytest.raises(RequestError, match=r"1 of 2 texts longer than the 32 tokens"):
             run(service.embed(["a dog", long], truncate=False))
     assert found.truncated == [2]
     assert found.num_tokens == sum(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
+from ..._suggestions import counted
 from ..key_arrays import Array, is_among, sort_rows
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
@@ -168,8 +169,8 @@ def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGrou
     groups, num_single, _ = count_groups(records)
     if num_single and not len(groups):
         raise ValueError(
-            f"All {num_single} images have one caption only, so none is left to train on. "
-            f"{_WITHOUT_PAIRS}"
+            f"Each of {counted(num_single, 'image')} has one caption only, so none is left to "
+            f"train on. {_WITHOUT_PAIRS}"
         )
     return groups, num_single
 

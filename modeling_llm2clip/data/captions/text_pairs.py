@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..._suggestions import counted
 from ..record_fields import clean_text
 from ..sources.json_files import iterate_lines, parse_object
 
@@ -54,7 +55,8 @@ def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
             f"between {min(counts)} and {max(counts)} negatives per line; give the same number"
         )
     if num_errors or not counts:
-        raise ValueError(f"{path}: {num_errors} errors: {'; '.join(first) or 'no lines'}.")
+        errors = "; ".join(first) or "no lines"
+        raise ValueError(f"{path}: {counted(num_errors, 'error')}: {errors}.")
 
 
 def _parse_pair(line: bytes) -> TextPair | str:

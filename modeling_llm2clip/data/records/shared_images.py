@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..._suggestions import counted
 from ..images.image_sources import ImageSource, count_bytes
 from ..key_arrays import Array
 from .record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
@@ -23,7 +24,8 @@ def require_images(records: RecordTable) -> None:
     if len(without):
         names = [name for (name,) in records.take(without[:_NAMES_SHOWN], ("name",))]
         raise ValueError(
-            f"{len(without)} records have no image: {names}. Read the dataset with its images."
+            f"{counted(len(without), 'record')} without an image: {names}. Read the dataset with "
+            "its images."
         )
 
 
@@ -42,7 +44,7 @@ def refuse_ambiguous_names(names: Iterable[str]) -> None:
     """Raise for names that are those of several images."""
     if ambiguous := list(names):
         raise ValueError(
-            f"{len(ambiguous)} names are those of several images: "
+            f"{counted(len(ambiguous), 'name')} shared by several images: "
             f"{ambiguous[:_NAMES_SHOWN]}. Give every image a name of its own; several "
             "languages may share one."
         )

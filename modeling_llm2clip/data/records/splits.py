@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
+from ..._suggestions import counted
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
@@ -51,8 +52,9 @@ def split_records(
     train, test = table.select(np.flatnonzero(~is_test)), table.select(np.flatnonzero(is_test))
     if shared := sorted(_find_shared_texts(train, test)):
         raise ValueError(
-            f"{len(shared)} captions are on both sides of the split, such as {shared[:_SHOWN]}. "
-            "Give images that show the same thing the same group_id, or remove these captions."
+            f"{counted(len(shared), 'caption')} on both sides of the split, such as "
+            f"{shared[:_SHOWN]}. Give images that show the same thing the same group_id, "
+            "or remove them."
         )
     return train, test
 

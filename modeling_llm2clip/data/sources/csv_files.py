@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from ..._suggestions import counted
 from ..record_fields import RawRecord
 from ..validation_errors import ErrorCollector
 
@@ -58,8 +59,9 @@ def iterate_csv(
         row += [""] * (len(header) - len(row) if fill else 0)
         if len(row) != len(header):
             raise ValueError(
-                f"{file} line {number}: {len(row)} cells for {len(header)} columns. Cells with "
-                "commas, tabs or line breaks need quotes, and CSV instead of TSV."
+                f"{file} line {number}: {counted(len(row), 'cell')} for "
+                f"{counted(len(header), 'column')}. Cells with commas, tabs or line breaks "
+                "need quotes, and CSV instead of TSV."
             )
         yield number, {column: row[place] for column, place in zip(chosen, places, strict=True)}
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._suggestions import counted
 from ..atomic_files import list_differences
 from ..key_arrays import Array
 from .store_index import ItemTexts, StoreIndex
@@ -112,8 +113,8 @@ class EmbeddingStore(StoreIndex):
         if errors:
             shown = "; ".join(errors[:_SHOWN])
             raise ValueError(
-                f"{folder}: {len(errors)} damaged files: {shown}. Delete the store and extract it "
-                "again, or restore these files from a copy."
+                f"{folder}: {counted(len(errors), 'damaged file')}: {shown}. Delete the store and "
+                "extract it again, or restore what is damaged from a copy."
             )
         return store
 
@@ -192,7 +193,7 @@ def _to_row_numbers(rows: Rows, num_rows: int) -> np.ndarray[Any, np.dtype[np.in
     if numbers.min() < 0 or numbers.max() >= num_rows:
         bad = numbers[(numbers < 0) | (numbers >= num_rows)]
         raise ValueError(
-            f"{bad.size} row numbers are outside 0 to {num_rows - 1}, among them "
+            f"{counted(bad.size, 'row number')} outside 0 to {num_rows - 1}, among them "
             f"{bad[:_SHOWN].tolist()}."
         )
     return numbers.astype(np.int64, copy=False)

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..._suggestions import counted
 from ..atomic_files import hash_file
 from ..key_arrays import Array
 from .store_manifest import STORED_DTYPES, ShardRecord, StoreManifest
@@ -121,8 +122,8 @@ class StoreShards:
             bad = np.unique(rows[places][damaged]).tolist()
             files = sorted({self._manifest.shards[row // per_shard].file for row in bad})
             raise ValueError(
-                f"{self._folder}: {len(bad)} rows are damaged, among them {bad[:_SHOWN]}, in "
-                f"{', '.join(files[:_SHOWN])}. Restore these files from a copy, or delete the "
+                f"{self._folder}: {counted(len(bad), 'damaged row')}, among them {bad[:_SHOWN]}, "
+                f"in {', '.join(files[:_SHOWN])}. Restore these files from a copy, or delete the "
                 "store and extract it again."
             )
         self.checked[rows[places]] = True

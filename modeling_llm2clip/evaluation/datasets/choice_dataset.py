@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..._suggestions import counted
 from ...data.images.image_sources import ImageSource, ParquetImage
 from ...data.records.records import clean_text
 from ...data.sources.coco import read_coco
@@ -62,9 +63,9 @@ class ChoiceDataset(EvaluationDataset):
         for item in self.items:
             if (len(item.images), item.anchor is not None) != wanted:
                 raise ValueError(
-                    f"{self.name}: item {item.name} has {len(item.images)} images and anchor "
-                    f"{item.anchor!r}; form {self.form!r} has {wanted[0]} images and "
-                    f"{'an' if wanted[1] else 'no'} anchor."
+                    f"{self.name}: item {item.name} has {counted(len(item.images), 'image')} and "
+                    f"anchor {item.anchor!r}; form {self.form!r} has {counted(wanted[0], 'image')} "
+                    f"and {'an' if wanted[1] else 'no'} anchor."
                 )
 
     @property

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..._suggestions import counted
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
 from ...data.sources.csv_files import iterate_csv
@@ -109,9 +110,9 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     skipped = reading.finish(counts)
     if not kept or len(in_use) < 2:
         raise ValueError(
-            f"{reading.source}: {len(kept)} images and {len(in_use)} classes are left: "
-            f"{skipped}. Give an image and at least two classes, because a single one is always "
-            "right."
+            f"{reading.source}: left are {counted(len(kept), 'image')} and {len(in_use)} of the "
+            f"classes: {skipped}. Give an image and at least two classes, because a single one is "
+            "always right."
         )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
@@ -230,9 +231,9 @@ def _find_names(found: LabeledImages, reading: DatasetReading) -> Mapping[str, s
     if not isinstance(chosen, Mapping):
         if len(chosen) != len(found.class_keys):
             raise ValueError(
-                f"{reading.source}: {len(chosen)} class names for {len(found.class_keys)} "
-                "classes. Give one for each, in the order of the class folders, or map classes to "
-                "names."
+                f"{reading.source}: {counted(len(chosen), 'class name')} for "
+                f"{len(found.class_keys)} classes. Give one for each, in the order of the class "
+                "folders, or map classes to names."
             )
         return dict(zip(found.class_keys, chosen, strict=True))
     for key in sorted(chosen.keys() - set(found.class_keys)):

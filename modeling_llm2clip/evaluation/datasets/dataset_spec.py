@@ -256,7 +256,7 @@ class DatasetReading:
                 self.errors.add(
                     f"wrong number of {what}",
                     f"found {found[what]}, published {wanted}; download the files again, or read a "
-                    "part on purpose with skip_invalid (--skip-invalid)",
+                    "part on purpose with skip_invalid",
                 )
 
     def _compare_checksums(self, published: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._suggestions import counted
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
@@ -219,7 +220,8 @@ def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) ->
         if store.manifest.plan.get("data") != hash_texts(records):
             raise ValueError(
                 f"{store.folder} was extracted from another dataset than the one that is named: "
-                f"{len(store)} items, here {len(records)}. Name its own, with the same languages."
+                f"{counted(len(store), 'item')}, here {len(records)}. Name its own, with "
+                "the same languages."
             )
         side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:

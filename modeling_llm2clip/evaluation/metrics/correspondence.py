@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..._suggestions import counted
+
 _NAMED_AT_MOST = 5
 
 
@@ -101,7 +103,7 @@ class Correspondence:
             for side, counts in (("images", of_group.counts), ("texts", num_images))
         ]
         errors = [
-            f"{len(found)} group ids occur only among the {side}: {_name_some(found)}"
+            f"{counted(len(found), 'group id')} only among the {side}: {_name_some(found)}"
             for side, found in lonely
             if found
         ]
@@ -152,7 +154,7 @@ class Correspondence:
         distinct, counts = codes.unique(return_counts=True)
         repeated = distinct[counts > 1].tolist()
         named = [divmod(code, self.num_texts) for code in repeated]
-        return [f"{len(named)} pairs occur twice: {_name_some(named)}"] if named else []
+        return [f"{counted(len(named), 'repeated pair')}: {_name_some(named)}"] if named else []
 
 
 def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> PositiveLists:
@@ -175,7 +177,8 @@ def _find_errors(side: str, rows: Tensor, num_rows: int) -> list[str]:
 
 def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
     lonely = (torch.bincount(rows, minlength=num_rows) == 0).nonzero().flatten().tolist()
-    return [f"{len(lonely)} {side}s have no {other}: rows {_name_some(lonely)}"] if lonely else []
+    count = counted(len(lonely), side)
+    return [f"{count} without {other}: rows {_name_some(lonely)}"] if lonely else []
 
 
 def _name_some(names: Sequence[object]) -> str:

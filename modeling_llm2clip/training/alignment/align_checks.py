@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
 from ...data.key_arrays import find_first_rows
 from ...data.records.data_hashes import hash_image_sizes, hash_texts
@@ -87,9 +88,9 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
 def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
     if num_records < batch_size:
         raise ValueError(
-            f"{num_records} records to train on ({num_held_out} are held out) are too few for a "
-            f"batch of {batch_size}. Set global_batch_size to at most {num_records}, leave it out, "
-            "or give more data."
+            f"{counted(num_records, 'record')} to train on ({num_held_out} held out), too few for "
+            f"a batch of {batch_size}. Set global_batch_size to at most {num_records}, leave it "
+            "out, or give more data."
         )
 
 
@@ -113,7 +114,7 @@ def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
     errors = []  # of what `check_options` allows
     if config.max_steps is None:
-        errors.append("a stream has no known length: give max_steps (--max-steps)")
+        errors.append("a stream has no known length: give max_steps")
     if has_image_store:
         errors.append("a stream brings its images: leave the image_store out")
     if config.refit:
@@ -142,10 +143,10 @@ def pair_items(
     errors = []
     if len(lacking):
         names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
-        errors.append(f"{len(lacking)} records are not in the store: {_show(names)}")
+        errors.append(f"the store lacks {counted(len(lacking), 'record')}: {_show(names)}")
     if len(extra):
         names = [(store.names[i], store.langs[i]) for i in extra[: _NAMES_SHOWN + 1].tolist()]
-        errors.append(f"{len(extra)} of its items are not in the data: {_show(names)}")
+        errors.append(f"the data lack {counted(len(extra), 'item')} of the store: {_show(names)}")
     if errors:
         raise ValueError(
             f"{store.folder} is of other data: {'; '.join(errors)}. Extract this data again."
@@ -160,8 +161,8 @@ def require_images(records: RecordTable) -> None:
     if len(lacking):
         names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
         raise ValueError(
-            f"{len(lacking)} records have no image: {_show(names)}. Give the folder of images, or "
-            "a store of image embeddings."
+            f"{counted(len(lacking), 'record')} without an image: {_show(names)}. Give the folder "
+            "of images, or a store of image embeddings."
         )
 
 
@@ -179,8 +180,8 @@ def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Arra
     if len(differing):
         names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)
         raise ValueError(
-            f"{len(differing)} records have other numbers of captions than {store.folder}: "
-            f"{_show(names)}. The captions changed since; extract them again."
+            f"{counted(len(differing), 'record')} with other numbers of captions than in "
+            f"{store.folder}: {_show(names)}. The captions changed since; extract them again."
         )
 
 
@@ -243,10 +244,10 @@ def _check_group_ids(records: RecordTable) -> None:
         for name, group_id in records.take(torn[:ROWS_PER_BATCH], ("name", "group_id")):
             group_ids.setdefault(name, set()).add(group_id)
         shown = "; ".join(f"{k} {sorted(ids)}" for k, ids in [*group_ids.items()][:_NAMES_SHOWN])
+        num_torn = len(np.unique(records.read_numbers("name_key", torn)))
         raise ValueError(
-            f"{len(np.unique(records.read_numbers('name_key', torn)))} images have several "
-            f"group_ids over their languages and would be their own negatives: {shown}. Give all "
-            "records of an image one group_id."
+            f"{counted(num_torn, 'image')} with several group_ids over the languages, a negative "
+            f"of itself: {shown}. Give all records of an image one group_id."
         )
 
 

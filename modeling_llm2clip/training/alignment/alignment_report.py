@@ -29,6 +29,10 @@ WORSE = (
     "Warning: the training made this loss higher than it was at the start. Take more steps "
     "(--max-steps), a lower --learning-rate, or the start alone (--max-steps 0)."
 )
+NOT_JUDGED = (
+    "The loss of a training batch was not compared either, since a stream is not read twice: "
+    "nothing shows whether the training helped. Hold out images (--held-out-ratio) to know."
+)
 
 LOWER = (
     "Its R@1 is lower than at the start by less than so few images can tell: it is within the "
@@ -145,7 +149,8 @@ def _read_objective(results: Mapping[str, Any]) -> dict[str, float] | None:
 def _describe_objective(results: Mapping[str, Any], dtype: str) -> list[str]:
     losses = _read_objective(results)
     if losses is None:
-        return []
+        is_judged = results["held_out"] is not None or not results["steps"]
+        return [] if is_judged else [NOT_JUDGED]
     line = f"Loss of a training batch: {losses['before']:.3f} at the start, {losses['after']:.3f} "
     rounded = "" if dtype == "torch.float32" else f", before the weights were rounded to {dtype}"
     return [f"{line}at the end{rounded}.", *([WORSE] if _got_worse(results) else [])]
@@ -192,8 +197,8 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
             "images were held out (same data, seed and held_out_ratio)."
         )
     if shared := notes["num_shared_captions"]:
-        what = "captions drawn in training" if "stream" in results else "captions to train on"
-        lines.append(f"  {shared:,} {what} are captions of held-out images, too.")
+        what = "drawn in training" if "stream" in results else "to train on"
+        lines.append(f"  Shared with held-out images: {counted(shared, 'caption')} {what}.")
     return lines
 
 

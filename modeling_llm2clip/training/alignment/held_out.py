@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._suggestions import counted
 from ...data.key_arrays import count_distinct, is_among
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
@@ -98,7 +99,7 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
     count = count_held_out(num_groups, ratio)
     if count < 2:
         raise ValueError(
-            f"The images have {num_groups} groups, too few to hold out two of them. Give images "
+            f"The images have {counted(num_groups, 'group')}, too few to hold out two. Give images "
             "of at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
             "training helped."
         )
@@ -167,8 +168,8 @@ def hold_out_of_stream(
             wanted = count_held_out(total, ratio)
             if wanted < 2:
                 raise ValueError(
-                    f"The stream has about {total} groups, too few to hold out two of them. Give "
-                    "more images, or held_out_ratio=0."
+                    f"The stream has about {counted(total, 'group')}, too few to hold out two. "
+                    "Give more images, or held_out_ratio=0."
                 )
             require_negatives(total - wanted, wanted)
         for record in found:

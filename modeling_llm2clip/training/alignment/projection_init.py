@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from .alignment_data import list_pairs
@@ -175,7 +176,8 @@ def init_projections_by_cca(
         )
     num_groups = len(groups.unique())
     if num_groups < 2:
-        raise ValueError(f"{len(groups)} pairs of {num_groups} groups: CCA needs two at least.")
+        pairs = counted(len(groups), "pair")
+        raise ValueError(f"CCA needs two groups at least, got {num_groups} in {pairs}.")
     for name, embeds in (("captions", caption_embeds), ("images", vision_embeds)):
         if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
             raise ValueError(

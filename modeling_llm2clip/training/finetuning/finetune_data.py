@@ -158,9 +158,9 @@ def _write_tables(
         num_written, num_lost = write_text_pairs(read_text_pairs(source), file, left_out=left_out)
         if not num_written:
             raise ValueError(
-                f"All {num_lost} pairs of number {number} of text_pairs have a caption of the "
-                f"{len(held_out)} held-out images. Hold out fewer images (num_held_out), or leave "
-                "this file out (text_pairs)."
+                f"No pair is left of number {number} of text_pairs: each of {num_lost} has a "
+                "caption of a held-out image. Hold out fewer images (num_held_out), or leave this "
+                "file out (text_pairs)."
             )
         total += num_lost
     return total

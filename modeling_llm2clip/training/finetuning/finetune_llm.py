@@ -85,6 +85,10 @@ from .finetune_trainer import (
 )
 from .nearest_groups import require_search, write_nearest_groups
 
+WORSE = (
+    "Warning: the training made this accuracy lower than it was at the start. Take more steps "
+    "(--max-steps), a lower --learning-rate, or the LLM as it was."
+)
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
 _NEAREST_FILE = "nearest_groups.npy"
@@ -186,6 +190,7 @@ def describe_finetuning(output: Path) -> list[str]:
     lines += [
         f"Wrote {output / LORA_FOLDER}. Caption retrieval accuracy on {results['num_held_out']} "
         f"held-out images: {results['cra_before']:.1%} -> {results['cra_after']:.1%}.",
+        *([WORSE] if results["cra_after"] < results["cra_before"] else []),
         f"Truncated {results['num_truncated']:,} of {counted(results['num_texts'], 'text')}, to "
         f"{inputs['fingerprint']['max_text_length']} tokens.",
     ]

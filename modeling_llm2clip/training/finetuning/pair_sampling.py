@@ -31,6 +31,7 @@ from sentence_transformers.sentence_transformer.data_collator import (
     SentenceTransformerDataCollator,
 )
 
+from ..._suggestions import counted
 from ...data.captions.caption_groups import CaptionGroups
 from ...data.captions.text_pairs import TextPair
 from ...data.key_arrays import Array, is_among, sort_rows
@@ -209,8 +210,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
             if len(groups) >= self.window_size:
                 return
         raise ValueError(
-            f"{len(groups)} different images are too few for a batch of {batch_size} on "
-            f"{self.num_processes} processes, in which each may occur once. Lower "
+            f"Too few different images ({len(groups)}) for a batch of {batch_size}, in which "
+            f"each may occur once (processes: {self.num_processes}). Lower "
             "per_device_train_batch_size."
         )
 
@@ -280,7 +281,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
                 if num_refused > max_refused:
                     raise ValueError(
                         f"No batch of {self.window_size} without a repeated image or text exists: "
-                        f"only {len(window)} rows fit. Lower per_device_train_batch_size."
+                        f"only {counted(len(window), 'row')} fit. Lower "
+                        "per_device_train_batch_size."
                     )
                 continue
             window.append(number)

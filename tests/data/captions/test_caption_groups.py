@@ -81,7 +81,7 @@ def test_images_with_one_caption_are_skipped_by_group_and_counted() -> None:
     kept, num_skipped = skip_single_captions(records)
     assert num_skipped == 1
     assert [group.captions for group in kept] == [("a", "e"), ("b", "c")]
-    with pytest.raises(ValueError, match=r"All 1 images have one caption.*--lora"):
+    with pytest.raises(ValueError, match=r"Each of 1 image has one caption.*--lora"):
         skip_single_captions(records[2:3])
 
 

@@ -297,8 +297,8 @@ def test_cells_that_are_quoted_from_end_to_end_lose_their_quotes(tmp_path: Path)
     ("name", "content", "message"),
     [
         ("c.csv", 'caption,url\n"Go," she said,https://x.example/1\n', "line 2.*into quotes"),
-        ("c.csv", "caption,url\na\n", "line 2: 1 cells for 2 columns"),
-        ("c.tsv", 'caption\turl\n"two\nlines"\thttps://x.example/1\n', "line 2: 1 cells for 2"),
+        ("c.csv", "caption,url\na\n", "line 2: 1 cell for 2 columns"),
+        ("c.tsv", 'caption\turl\n"two\nlines"\thttps://x.example/1\n', "line 2: 1 cell for 2"),
         ("c.tsv", "caption\turl\na\rb\thttps://x.example/1\n", "line 2: a carriage return"),
         ("c.tsv", "caption\turl\ra\thttps://x.example/1\r", "line 1: a carriage return"),
         ("c.tsv", 'caption\turl\n"a\tb"\thttps://x.example/1\n', "line 2: 3 cells for 2"),

@@ -51,7 +51,7 @@ def test_a_side_with_fewer_than_two_groups_is_refused(test_size: float) -> None:
 
 def test_a_caption_on_both_sides_of_the_split_is_refused() -> None:
     same = [make_record(str(number), "a", "the same") for number in range(40)]
-    with pytest.raises(ValueError, match=r"1 captions are on both sides .*'the same'"):
+    with pytest.raises(ValueError, match=r"1 caption on both sides .*'the same'"):
         split_records(same, test_size=0.2, seed=0)
     # A long caption of one image is a leak too where it is a short one of another.
     crossed = [

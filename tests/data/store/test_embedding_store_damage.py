@@ -84,9 +84,9 @@ def test_a_flipped_byte_of_a_row_is_found_when_it_is_read_and_its_file_named(sto
     opened = EmbeddingStore.open(store)
     assert torch.equal(opened.read([0, 15]), make_embeddings()[[0, 15]])
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"1 rows are damaged, among them \[22\], in {name}"):
+        with pytest.raises(ValueError, match=rf"1 damaged row, among them \[22\], in {name}"):
             opened.read([3, 22, 1])
-    with pytest.raises(ValueError, match=rf"1 damaged files: {name}: SHA-256"):
+    with pytest.raises(ValueError, match=rf"1 damaged file: {name}: SHA-256"):
         EmbeddingStore.open(store, check="full")
 
 
@@ -144,7 +144,7 @@ def test_a_file_of_another_size_is_found_on_opening(
     store: Path, damage: Callable[[Path], None], name: str
 ) -> None:
     damage(store / name)
-    with pytest.raises(ValueError, match=rf"1 damaged files: .*{name}"):
+    with pytest.raises(ValueError, match=rf"1 damaged file: .*{name}"):
         EmbeddingStore.open(store)
 
 

@@ -56,7 +56,7 @@ def test_repeated_class_names_are_reported_or_their_classes_skipped(tmp_path: Pa
     spec = tiny_spec("imagenet", images=6, classes=3)
     assert errors_of(spec, folder) == {"class name repeated": 2}
     # The one class that is left would be right whatever a model says.
-    with pytest.raises(ValueError, match=r"2 images and 1 classes are left.*at least two"):
+    with pytest.raises(ValueError, match=r"left are 2 images and 1 of the classes.*at least two"):
         load_dataset(spec, folder, skip_invalid=True)
     write_images(folder / "val" / "n99", ["a.JPEG"])
     with (folder / "LOC_synset_mapping.txt").open("a", encoding="utf-8") as lines:

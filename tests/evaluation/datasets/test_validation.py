@@ -28,7 +28,7 @@ def test_a_wrong_count_names_both_numbers_and_what_to_do(tmp_path: Path) -> None
     message = str(error.value)
     assert "wrong number of images: 1 (found 3, published 5000;" in message
     assert "wrong number of captions: 1 (found 15, published 25000;" in message
-    assert "--skip-invalid" in message
+    assert "skip_invalid" in message
 
 
 def test_a_wrong_count_that_is_accepted_is_in_the_protocol(tmp_path: Path) -> None:

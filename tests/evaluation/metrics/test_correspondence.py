@@ -43,24 +43,24 @@ def make(images, texts, num_images=2, num_texts=2):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: make([0, 1, 0], [0, 1, 0]), r"1 pairs occur twice: \(0, 0\)"),
+        (lambda: make([0, 1, 0], [0, 1, 0]), r"1 repeated pair: \(0, 0\)"),
         (lambda: make([0, 1, 2], [0, 1, 0]), r"image rows outside 0 … 1: 2"),
         (lambda: make([0, 1], [-1, 1]), r"text rows outside 0 … 1: -1"),
-        (lambda: make([0, 1], [0, 0]), r"1 texts have no image: rows 1"),
-        (lambda: make([0, 0], [0, 1]), r"1 images have no text: rows 1"),
-        (lambda: make([0, 0], [0, 0]), r"images have no text: rows 1; 1 texts have no image"),
+        (lambda: make([0, 1], [0, 0]), r"1 text without image: rows 1"),
+        (lambda: make([0, 0], [0, 1]), r"1 image without text: rows 1"),
+        (lambda: make([0, 0], [0, 0]), r"image without text: rows 1; 1 text without image"),
         (lambda: make([0, 1, 1], [0, 1]), r"\(3,\) and text_of_pair \(2,\) must be two lists"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
         (lambda: make([], [], 0, 0), r"torch.float32; row numbers must be torch.int64"),
         (lambda: Correspondence.from_group_ids([], []), r"there is no image; there is no text"),
         (
             lambda: Correspondence.from_group_ids("ab", "bc"),
-            r"1 group ids occur only among the images: 'a'; "
-            r"1 group ids occur only among the texts: 'c'",
+            r"1 group id only among the images: 'a'; "
+            r"1 group id only among the texts: 'c'",
         ),
         (
             lambda: Correspondence.from_group_ids(range(9), "a"),
-            r"9 group ids occur only among the images: 0, 1, 2, 3, 4, …",
+            r"9 group ids only among the images: 0, 1, 2, 3, 4, …",
         ),
         (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
     ],

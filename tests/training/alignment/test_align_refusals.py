@@ -66,7 +66,7 @@ def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     refuse(prepared, out, "There are no images", records=[])
-    message = "24 records to train on .* are too few for a batch of 25"
+    message = "24 records to train on .* too few for a batch of 25"
     refuse(prepared, out, message, global_batch_size=25)
     refuse(prepared, out, "needs a caption_store", caption_store=None)
     refuse(prepared, out, "reads no caption_store", text_training="frozen-online")
@@ -79,9 +79,9 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     refuse(prepared, out, "loss='other' must be one of contrastive", loss="other")
     refuse(prepared, out, "report_to='unknown' must be one of", report_to=("unknown",))
     without = [dataclasses.replace(record, image=None) for record in prepared.records]
-    refuse(prepared, out, r"24 records have no image: 00.jpg \(en\)", records=without)
+    refuse(prepared, out, r"24 records without an image: 00.jpg \(en\)", records=without)
     fewer = prepared.records[:-2]
-    refuse(prepared, out, r"2 of its items are not in the data: 22.jpg \(en\)", records=fewer)
+    refuse(prepared, out, r"the data lack 2 items of the store: 22.jpg \(en\)", records=fewer)
 
 
 def test_groups_that_leave_no_negatives_are_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_an_image_that_would_be_its_own_negative_is_refused(
 ) -> None:
     first = prepared.records[0]
     both = [*prepared.records, dataclasses.replace(first, lang="de", group_id=first.name)]
-    message = r"1 images have several group_ids .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
+    message = r"1 image with several group_ids .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
     refuse(prepared, tmp_path / "run", message, records=both)
 
 
@@ -157,7 +157,7 @@ def test_other_captions_than_the_stored_ones_are_refused(
 ) -> None:
     other = write_data(tmp_path / "more", count=NUM_RECORDS + 1)
     refuse(
-        prepared, tmp_path / "run", r"1 records are not in the store: 24.jpg \(en\)",
+        prepared, tmp_path / "run", r"the store lacks 1 record: 24.jpg \(en\)",
         records=load_records(other),
     )  # fmt: skip
     lines = (prepared.data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -167,7 +167,7 @@ def test_other_captions_than_the_stored_ones_are_refused(
     write_data(edited)
     (edited / "captions.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     refuse(
-        prepared, tmp_path / "run", r"1 records have other numbers of captions .*00.jpg",
+        prepared, tmp_path / "run", r"1 record with other numbers of captions .*00.jpg",
         records=load_records(edited),
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentStream, decode_sample
-from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
+from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
 from modeling_llm2clip.training.run_folder import read_results
@@ -332,9 +332,18 @@ def test_captions_drawn_that_held_out_images_have_too_are_counted_over_resumes(
     align(prepared.model, stream_records(shards), tmp_path / "run", config, resume=True)
     # Six batches of four images.
     assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == 24
-    assert "  24 captions drawn in training are captions of held-out images, too." in (
+    assert "  Shared with held-out images: 24 captions drawn in training." in (
         describe_alignment(tmp_path / "run")
     )
+
+
+@pytest.mark.parametrize("ratio", [0, 0.2])
+def test_a_stream_without_held_out_images_is_said_not_to_be_judged(
+    ratio: float, prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(**{**ONLINE, "max_steps": 1, "held_out_ratio": ratio})
+    align(prepared.model, stream_records(shards), tmp_path, config)
+    assert (NOT_JUDGED in describe_alignment(tmp_path)) == (ratio == 0)
 
 
 def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from aligning import SHORT_RUN, Prepared, prepare, weights_of
 
+from modeling_llm2clip._suggestions import counted
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -220,7 +221,7 @@ def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
     wanted = sum(text in texts for number in to_train for text in records[number].captions)
     assert wanted > 0
     assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == wanted
-    assert f"  {wanted} captions to train on are captions of held-out images, too." in (
+    assert f"  Shared with held-out images: {counted(wanted, 'caption')} to train on." in (
         describe_alignment(tmp_path / "run")
     )
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,12 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import export_model, save_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
-from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.run_folder import read_results
+from modeling_llm2clip.training.finetuning.finetune_llm import (
+    WORSE,
+    describe_finetuning,
+    finetune_llm,
+)
+from modeling_llm2clip.training.run_folder import add_results, read_results
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,13 @@ def test_a_run_leaves_lora_record_and_metrics(run):
     assert len(losses) == 6 and losses[6] < losses[1]
     assert record["results"] == tuned.results and tuned.results["num_trained"] == 20
     assert 0 <= tuned.results["cra_before"] <= tuned.results["cra_after"] <= 1
+
+
+@pytest.mark.parametrize(("after", "is_worse"), [(0.4, True), (0.5, False), (0.6, False)])
+def test_an_accuracy_that_fell_is_warned_of(after, is_worse, run, tmp_path):
+    output = Path(shutil.copytree(run[0], tmp_path / "run"))
+    add_results(output, cra_before=0.5, cra_after=after)
+    assert (WORSE in describe_finetuning(output)) == is_worse
 
 
 def test_tensorboard_shows_the_losses_of_the_metrics(run):

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...._suggestions import counted
 from ....data.records.record_loading import find_example_data, load_records
 from ....data.records.records import CaptionedImage
 from ....data.records.splits import choose_test_rows, split_records
@@ -239,8 +240,9 @@ def read_multi30k(reading: DatasetReading, *, split: str) -> Iterator[PublishedR
     if len(captions) != len(images):
         # Nobody knows which caption is missing, so no line can be trusted.
         raise ValueError(
-            f"{texts} has {len(captions)} lines, {names} has {len(images)}; line n of one must "
-            "describe line n of the other. Download both again from github.com/multi30k/dataset."
+            f"{texts} has {counted(len(captions), 'line')}, {names} has {len(images)}; line n of "
+            "one must describe line n of the other. Download both again from "
+            "github.com/multi30k/dataset."
         )
     for number, (name, caption) in enumerate(zip(images, captions, strict=True), start=1):
         # The COCO split has the number of the caption after the image.
