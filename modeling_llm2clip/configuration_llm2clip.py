@@ -202,7 +202,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
 
         Raises:
-            ValueError: the file would not load.
+            ValueError: The file would not load.
         """
         try:
             self.from_dict(json.loads(self.to_json_string()))

@@ -177,7 +177,7 @@ def test_underscores_are_hyphens() -> None:
         ("stage m --num-steps 3", "Unknown flag --num-steps. Did you mean --max-steps?"),
         ("stage m --max-step 3", "Unknown flag --max-step. Did you mean --max-steps?"),
         ("stage m --hidden 3", "Unknown flag --hidden."),
-        ("stage --model m", "Unknown flag --model. Did you mean --mode?"),  # MODEL is no flag
+        ("stage --model m", "Unknown flag --model. Did you mean --mode?"),  # MODEL is not a flag
         ("stage m --labels l --mode Lora", 'Did you mean "lora"?'),
         ("stage m --labels l --device gpu", "one of auto, cpu, cuda, cuda:N, mps. Did you mean cu"),
         ("stage m --labels l --max-steps 3.5", "--max-steps '3.5' must be an integer."),
