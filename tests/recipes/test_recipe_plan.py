@@ -271,7 +271,7 @@ def test_every_error_of_a_recipe_is_named_at_once(
     reported = capsys.readouterr().err
     for error in (
         "data=7 must be a string.",
-        "test_size=1.5 must be below 1.",
+        "test_size=1.5 must be at least 0 and below 1.",
         "seeds is not an option. Did you mean seed",
         "align.max_step is not an option. Did you mean max_steps",
         "align.vision_training='all' must be one of frozen, lora, full.",
