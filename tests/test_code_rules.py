@@ -48,21 +48,21 @@ BUDGETS = {
     "cli": 1870,
     "configs": 775,
     "conversion": 1050,
-    "data": 5890,
+    "data": 5920,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
     "encoding": 760,
     "evaluation": 4660,
-    "model_folders": 1860,
+    "model_folders": 1870,
     "publishing": 1570,
     "recipes": 620,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 4510,
+    "training": 4530,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7740
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7750
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def _merge(
         merged: Tensor = getattr(base, parameter).detach()
         if not merged.isfinite().all():
             raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")
-        counts[name] = count_changed(before.to(dtype), merged.to(dtype))
+        counts[name] = count_changed(before, merged, dtype)
         if not counts[name][0] and layer.get_delta_weight(_ADAPTER).any():
             raise ValueError(f"{name}: the change is lost in the rounding of {dtype}. Use float32.")
     finally:

@@ -146,14 +146,12 @@ def _require_page_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, or has files that no earlier search wrote."""
     from ..data.atomic_files import require_writable
     from ..model_folders.atomic_folder import require_new_folder
+    from ..search.results_page import is_results_file
 
     require_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        from ..search.results_page import is_results_file
-
-        if all(path.name in _PAGE_FILES and is_results_file(path) for path in folder.iterdir()):
-            return
-    require_new_folder(folder)
+    paths = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    if not all(path.name in _PAGE_FILES and is_results_file(path) for path in paths):
+        require_new_folder(folder)
 
 
 def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:

@@ -107,18 +107,19 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
     return tensors
 
 
-def count_changed(before: Tensor, after: Tensor) -> tuple[int, int]:
-    """Count the entries that differ, and all entries."""
-    return int((before != after).sum()), before.numel()
+def count_changed(before: Tensor, after: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """Count the entries that differ in a dtype, and those that differ before they are rounded."""
+    in_dtype = before.to(dtype) != after.to(dtype)
+    return int(in_dtype.sum()), int((before.float() != after.float()).sum())
 
 
 def warn_of_rounding(counts: Iterable[tuple[int, int]], dtype: torch.dtype, *, what: str) -> float:
-    """Return the share of the entries that changed, and warn if most are rounded away."""
-    num_changed, num_entries = map(sum, zip(*counts, strict=True))
-    share: float = num_changed / num_entries
+    """Return which share of the changed entries rounding leaves, and warn if it is small."""
+    num_left, num_changed = map(sum, zip(*counts, strict=True))
+    share: float = num_left / num_changed if num_changed else 1.0
     if share < _FEW_CHANGED:
         warnings.warn(
-            f"{what} changes {share:.1%} of the entries of its weights: in {dtype} the others are "
+            f"{what} changes {share:.1%} of the entries that it should: in {dtype} the others are "
             "rounded back to what they were, so that the embeddings are not those of the exact "
             "weights. Use float32 weights (--dtype float32 of llm2clip export and convert), or "
             "train with a higher learning rate.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import torch
 from embeddings_by_hand import EAST, NORTH, open_embeddings
 from evaluating import TASKS, arguments, change, read_table, write_data
 from PIL import Image
+from read_only import read_only
 from tiny_encoders import save_named_embeddings, save_tiny_encoder, save_tiny_images
 from transformers import CLIPModel
 
@@ -191,6 +193,18 @@ def test_a_finished_task_is_not_computed_again(
     assert computed == ["cra", "length"]
     assert results[0] == first[0]
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "setreuid"), reason="needs the users of POSIX")
+def test_finished_results_are_taken_from_a_folder_that_may_not_be_written(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    chosen = arguments(tmp_path / "out", data, sources("clip"))
+    first = evaluate(**change(chosen, tasks=("cra",)))
+    with read_only(tmp_path / "out" / "clip"), read_only(tmp_path / "out"):
+        assert evaluate(**change(chosen, tasks=("cra",)))[0] == first[0]
+        with pytest.raises(PermissionError, match="may not write into"):
+            evaluate(**change(chosen, tasks=("retrieval",)))
 
 
 def test_a_stopped_evaluation_continues_where_it_stopped(

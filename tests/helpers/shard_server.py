@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -19,13 +20,13 @@ class ShardServer(ThreadingHTTPServer):
     `drop_every` closes the connection in the middle of every n-th reply with a body; `status` of a
     path answers it so; `requests` counts replies by path. `stall_every` sends half of every n-th
     reply and is silent for `stall_seconds` then. Without `tags` nothing shows that a file has
-    changed. After `deny_after` requests all are denied.
+    changed; "varying" ones are of each reply. After `deny_after` requests all are denied.
     """
 
     daemon_threads = False
 
     def __init__(
-        self, folder: Path, *, ranges: bool = True, drop_every: int = 0, tags: bool = True
+        self, folder: Path, *, ranges: bool = True, drop_every: int = 0, tags: bool | str = True
     ) -> None:
         """Start empty-handed; `with` serves."""
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -33,6 +34,7 @@ class ShardServer(ThreadingHTTPServer):
         self.ranges = ranges
         self.drop_every = drop_every
         self.tags = tags
+        self.replies = count()
         self.status: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.dropped = 0
@@ -77,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = file.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        headers = {"ETag": f'"{file.stat().st_mtime_ns}"'} if server.tags else {}
+        replies = next(server.replies) if server.tags == "varying" else ""
+        headers = {"ETag": f'"{file.stat().st_mtime_ns}{replies}"'} if server.tags else {}
         status = 200
         if wanted and server.ranges:
             begin = int(wanted[1])

@@ -16,7 +16,11 @@ from converting import (
     save_checkpoint,
 )
 
-from modeling_llm2clip.model_folders.weights import open_weights
+from modeling_llm2clip.model_folders.weights import (
+    count_changed,
+    open_weights,
+    warn_of_rounding,
+)
 
 
 def wrap(state: dict[str, Any], *, under: str | None, prefix: str) -> dict[str, Any]:
@@ -116,3 +120,14 @@ def test_a_lost_shard_is_named(tmp_path) -> None:
 def test_a_repository_of_bin_files_alone_must_be_downloaded(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"\.bin files are not fetched: download"):
         open_weights(tmp_path)
+
+
+def test_entries_that_nothing_changes_are_not_said_to_be_rounded_away() -> None:
+    before = torch.ones(8)
+    after = before + torch.tensor([1.0, 1e-4, 1e-4, 0, 0, 0, 0, 0])  # bfloat16 has 8 bits
+    assert count_changed(before, after, torch.float32) == (3, 3)
+    assert count_changed(before, after, torch.bfloat16) == (1, 3)
+    assert warn_of_rounding([(3, 3), (0, 0)], torch.float32, what="It") == 1
+    assert warn_of_rounding([(0, 0)], torch.float32, what="It") == 1
+    with pytest.warns(UserWarning, match=r"It changes 33\.3% of the entries that it should"):
+        warn_of_rounding([(1, 3)], torch.bfloat16, what="It")

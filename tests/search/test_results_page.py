@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from browsing import WIDTHS, measure_hits, needs_browser, open_browser, overflows
 from indexes import build, save_model
 from PIL import Image, features
+from read_only import read_only
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
@@ -190,6 +192,16 @@ def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
     assert main(["search", index, "a cat", "--output", str(output)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not hasattr(os, "setreuid"), reason="needs the users of POSIX")
+def test_an_empty_folder_below_one_that_may_not_be_written_is_taken(index: str) -> None:
+    with TemporaryDirectory() as scratch:  # pytest's folders are closed to other users
+        output = Path(scratch) / "mine"
+        output.mkdir()
+        output.chmod(0o777)
+        with read_only(output.parent):
+            assert main(["search", index, "two dogs", "--output", str(output)]) == 0
 
 
 @pytest.mark.parametrize("name", ["search.html", "search.png"])

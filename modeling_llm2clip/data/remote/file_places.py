@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -91,8 +92,15 @@ def _describe_state(place: FilePlace) -> FileState | None:
     size, tag = file.find_size(), file.find_tag()
     state = None if size is None or tag is None else (place, size, tag)
     known = _described.get(place)
-    if state is None or known is None or (known.find_size(), known.find_tag()) != (size, tag):
+    is_same = known is not None and (known.find_size(), known.find_tag()) == (size, tag)
+    if state is None or not is_same:
         _described[place] = file  # what was kept of it is of another state
+    if state is not None and known is not None and not is_same:
+        warnings.warn(
+            f"{place} is in another state than before in this process. Load again what was loaded "
+            "from it: images of earlier records would be read from the new file.",
+            stacklevel=2,
+        )
     return state
 
 

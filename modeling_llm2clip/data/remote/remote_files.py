@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import subprocess
 import tempfile
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,23 @@ _HTTP = ("http://", "https://")
 _TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "blob_id", "mtime",
          "updated", "last_modified")  # fmt: skip
 _REPLY_TAGS = ("ETag", "Last-Modified")  # of the whole file, in a reply with a part of it too
-_CHANGED = "{}: the file has changed while it was used ({} was {} and is {}). Load the data again"
+_LATER = 1.1  # seconds: HTTP's times have no parts of a second
+_NUM_ASKED = 3  # times; mirrors behind one URL may have tags of their own
 
 
 class NoRangesError(Exception):
     """The server sends files from their beginning only."""
+
+
+class ChangedFileError(LostFileError):
+    """A reply has another tag than the file was described with."""
+
+    def __init__(self, url: str, name: str, wanted: str, found: str) -> None:
+        super().__init__(
+            f"{url}: the file has changed while it was used ({name} was {wanted} and is {found}). "
+            "Load the data again"
+        )
+        self.name, self.found = name, found
 
 
 def is_remote(source: str) -> bool:
@@ -86,12 +100,27 @@ class RemoteFile:
     is_first: bool = False
     _opened: Any = field(default=None, init=False)
     _info: dict[str, Any] | None = field(default=None, init=False)
+    _compares_tags: bool = field(default=True, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
         """Make a request of this file, by its policy."""
-        return try_request(
-            self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first
-        )
+        ask = partial(
+            try_request,
+            self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first,
+        )  # fmt: skip
+        try:
+            return ask()
+        except ChangedFileError as error:
+            if self._has_changed(error):
+                raise
+            self._compares_tags = False
+            return ask()
+
+    def _has_changed(self, error: ChangedFileError) -> bool:
+        """Ask whether the tag of a reply stays, since some servers send another one each time."""
+        time.sleep(_LATER)
+        files = (replace(self, is_first=False) for _ in range(_NUM_ASKED))
+        return all(_clean_tag(file._describe(), error.name) == error.found for file in files)
 
     def require_access(self) -> None:
         """Check that the file can be opened."""
@@ -136,15 +165,15 @@ class RemoteFile:
         known = self._info or {}
 
         async def check(reply: Any) -> None:
-            if reply.status not in (200, 206) or "Content-Encoding" in reply.headers:
+            is_file = reply.status in (200, 206) and "Content-Encoding" not in reply.headers
+            if not is_file or not self._compares_tags:
                 return  # an error, or packed on the way, which has tags of its own
             for name in _REPLY_TAGS:
-                tags = (str(tags.get(name) or "") for tags in (known, reply.headers))
-                wanted, found = (tag.removeprefix("W/") for tag in tags)
+                wanted, found = _clean_tag(known, name), _clean_tag(reply.headers, name)
                 if wanted and found:
                     if wanted != found:
                         reply.close()
-                        raise LostFileError(_CHANGED.format(self.url, name, wanted, found))
+                        raise ChangedFileError(self.url, name, wanted, found)
                     return
 
         return {**options, "raise_for_status": check} if self.url.startswith(_HTTP) else {}
@@ -258,6 +287,10 @@ class RemoteFile:
         filesystem, path = open_filesystem(self.url)
         # Of a web server, block_size=0 opens one response, which cannot seek.
         return filesystem.open(path, "rb", **self._choose_options(block_size=0, size=1))
+
+
+def _clean_tag(tags: Mapping[str, Any], name: str) -> str:
+    return str(tags.get(name) or "").removeprefix("W/")
 
 
 def _run_command(command: str) -> Generator[bytes, None, None]:

@@ -169,7 +169,8 @@ def _find_indivisible(step: Any) -> str | None:
 def _describe(value: Any) -> Any:
     """Describe a step, or an option of one, for JSON, by what is the same in all processes.
 
-    Functions and classes are described by their names, and what yields rows by its first one too.
+    Functions and classes are described by their names, and files and tables by their first row too;
+    what a generator yields may come only once.
     """
     if value is None or isinstance(value, int | float):
         return value
@@ -188,7 +189,10 @@ def _describe(value: Any) -> Any:
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
     if hasattr(value, "tolist"):  # of numpy or torch
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except (RuntimeError, TypeError):  # bfloat16, a sparse tensor, or one with a gradient
+            return [type(value).__qualname__, str(value.dtype), list(value.shape)]
         is_listed = array.dtype.hasobject or array.ndim == 0
         return _describe(array.tolist() if is_listed else array.tobytes())
     if hasattr(value, "shard_data_sources"):
@@ -196,10 +200,16 @@ def _describe(value: Any) -> Any:
             name: option for name, option in vars(value).items()
             if not name.startswith("_") and name not in _NOT_DESCRIBED
         }  # fmt: skip
-        is_source = not _list_sources(value)
-        rows = islice(value.shard_data_sources(1, 0), 1) if is_source else ()
+        is_read = not _list_sources(value) and not _is_generator(value)
+        rows = islice(value.shard_data_sources(1, 0), 1) if is_read else ()
         return _describe([type(value), options, *rows])
     return [type(value).__qualname__, getattr(value, "num_rows", None)]
+
+
+def _is_generator(source: Any) -> bool:
+    """Recognize `from_generator`, whose builder calls a function of the user."""
+    builder = getattr(getattr(source, "generate_examples_fn", None), "__self__", None)
+    return type(builder).__name__ == "Generator"
 
 
 def _as_python(value: Any) -> Any:

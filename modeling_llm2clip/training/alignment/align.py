@@ -37,7 +37,7 @@ from ...model_folders.model_writing import (
     require_intact,
     save_trained_model,
 )
-from ...model_folders.weights import count_changed, open_model_weights, warn_of_rounding
+from ...model_folders.weights import open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
@@ -387,7 +387,9 @@ def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[
         ]
         if rounded:
             dtype, what = rounded[0][0].dtype, f"The training of the {tower}"
-            counts = (count_changed(old.read(), new.to(old.dtype)) for old, new in rounded)
+            counts = (
+                (int((old.read() != new.to(old.dtype)).sum()), new.numel()) for old, new in rounded
+            )
             shares[tower] = warn_of_rounding(counts, dtype, what=what)
     return shares
 

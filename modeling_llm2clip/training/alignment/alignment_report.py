@@ -152,7 +152,8 @@ def _describe_objective(results: Mapping[str, Any], dtype: str) -> list[str]:
         is_judged = results["held_out"] is not None or not results["steps"]
         return [] if is_judged else [NOT_JUDGED]
     line = f"Loss of a training batch: {losses['before']:.3f} at the start, {losses['after']:.3f} "
-    rounded = "" if dtype == "torch.float32" else f", before the weights were rounded to {dtype}"
+    is_exact = dtype in ("torch.float32", "None")  # None: the folder names none
+    rounded = "" if is_exact else f", before the weights were rounded to {dtype}"
     return [f"{line}at the end{rounded}.", *([WORSE] if _got_worse(results) else [])]
 
 

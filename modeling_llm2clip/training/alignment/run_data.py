@@ -213,6 +213,11 @@ class StreamData:
     def load(self, checkpoint: Path) -> None:
         """Let the batches go on where a checkpoint was saved."""
         state = torch.load(checkpoint / self._name_file(), weights_only=True)
+        if "num_shared" not in state:
+            raise ValueError(
+                f"Another version of this package wrote {checkpoint}, without the number of "
+                "captions drawn that held-out images have. Name a new output folder."
+            )
         self._epoch = state["epoch"]
         self._ended = [StreamReport.from_state(report) for report in state["ended"]]
         self._loader.load_state_dict(state["loader"])

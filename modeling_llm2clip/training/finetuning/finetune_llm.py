@@ -7,7 +7,7 @@ trainer and the losses of sentence-transformers.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -88,6 +88,10 @@ from .nearest_groups import require_search, write_nearest_groups
 WORSE = (
     "Warning: the training made this accuracy lower than it was at the start. Take more steps "
     "(--max-steps), a lower --learning-rate, or the LLM as it was."
+)
+WORSE_BY_MERGING = (
+    "Warning: merging rounds the weights, and made this accuracy lower than it was at the start. "
+    "Merge into a model in float32 (llm2clip export --dtype float32)."
 )
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
@@ -190,7 +194,7 @@ def describe_finetuning(output: Path) -> list[str]:
     lines += [
         f"Wrote {output / LORA_FOLDER}. Caption retrieval accuracy on {results['num_held_out']} "
         f"held-out images: {results['cra_before']:.1%} -> {results['cra_after']:.1%}.",
-        *([WORSE] if results["cra_after"] < results["cra_before"] else []),
+        *_describe_loss_of_accuracy(results),
         f"Truncated {results['num_truncated']:,} of {counted(results['num_texts'], 'text')}, to "
         f"{inputs['fingerprint']['max_text_length']} tokens.",
     ]
@@ -207,6 +211,13 @@ def describe_finetuning(output: Path) -> list[str]:
             f"without it the accuracy was {results['cra_unmerged']:.1%}."
         )
     return lines
+
+
+def _describe_loss_of_accuracy(results: Mapping[str, Any]) -> list[str]:
+    before, after = results["cra_before"], results["cra_after"]
+    if results.get("cra_unmerged", after) < before:
+        return [WORSE]
+    return [WORSE_BY_MERGING] if after < before else []
 
 
 def _prepare(

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torch
 from captioned_files import LINES, RECORDS, encode, own_cache, write_images  # noqa: F401
 from packaging.version import Version
 
@@ -304,6 +305,32 @@ def generate_rows(names: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the same rows whatever the files are."""
     for number in range(len(names) * 9):
         yield {"label": number, "texts": [f"caption {number}"]}
+
+
+_ONCE = iter([{"label": number, "texts": [f"caption {number}"]} for number in range(6)])
+
+
+def yield_rest() -> Iterator[dict[str, Any]]:
+    yield from _ONCE
+
+
+def test_rows_that_come_only_once_are_all_streamed() -> None:
+    dataset = datasets.IterableDataset.from_generator(yield_rest)
+    columns = {"captions": "texts", "group_id": "label"}
+    assert len(list(stream_dataset(dataset, columns=columns, require_images=False))) == 6
+
+
+def test_tensors_that_numpy_cannot_hold_may_be_options_of_a_step(saved: datasets.Dataset) -> None:
+    scales = [torch.ones(2, dtype=torch.bfloat16), torch.ones(2, requires_grad=True)]
+    rows = saved.to_iterable_dataset(num_shards=4)
+    one, same, other = (rows.map(keep, fn_kwargs={"scale": scales[n]}) for n in (0, 0, 1))
+    assert resume_other(one, same)
+    with pytest.raises(ValueError, match="of another stream: shards differ"):
+        resume_other(one, other)
+
+
+def keep(row: dict[str, Any], scale: torch.Tensor) -> dict[str, Any]:  # noqa: ARG001
+    return row
 
 
 def resume_other(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,7 +164,9 @@ def test_a_changed_file_is_not_read_from_earlier_blocks(
         url = f"{server.url}/captions.jsonl"
         before = list_captions(url)
         replace_file(file, file.read_bytes().replace(b"square", b"circle"))
-        now = list_captions(url)
+        warned = pytest.warns(UserWarning, match="Load again what was loaded")
+        with warned if tags else nullcontext():
+            now = list_captions(url)
         assert now == list_captions(folder) != before
         file_places._blocks = file_places.ByteCache(10**6)  # as in a new process
         assert list_captions(url) == now

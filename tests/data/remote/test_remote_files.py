@@ -207,6 +207,18 @@ def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
+def test_tags_that_are_of_each_reply_are_not_compared(
+    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of files that are made for each request, or of mirrors behind one URL."""
+    monkeypatch.setattr(remote_files, "_LATER", 0)
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path, ranges=ranges, tags="varying") as server:
+        file = RemoteFile(f"{server.url}/file", FAST)
+        assert file.open_stream().read() == file.open_stream().read() == CONTENT
+
+
+@pytest.mark.parametrize("ranges", [True, False])
 def test_a_stream_of_a_file_that_changes_is_not_mixed(
     ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from modeling_llm2clip.publishing.export_model import export_model, save_model
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import (
     WORSE,
+    WORSE_BY_MERGING,
     describe_finetuning,
     finetune_llm,
 )
@@ -61,6 +62,9 @@ def test_an_accuracy_that_fell_is_warned_of(after, is_worse, run, tmp_path):
     output = Path(shutil.copytree(run[0], tmp_path / "run"))
     add_results(output, cra_before=0.5, cra_after=after)
     assert (WORSE in describe_finetuning(output)) == is_worse
+    add_results(output, cra_unmerged=0.6)
+    lines = describe_finetuning(output)
+    assert WORSE not in lines and (WORSE_BY_MERGING in lines) == is_worse
 
 
 def test_tensorboard_shows_the_losses_of_the_metrics(run):
