@@ -149,7 +149,7 @@ def _require_page_folder(folder: Path) -> None:
     from ..search.results_page import is_results_file
 
     require_writable(folder)
-    paths = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    paths = folder.iterdir() if folder.is_dir() else []
     if not all(path.name in _PAGE_FILES and is_results_file(path) for path in paths):
         require_new_folder(folder)
 
