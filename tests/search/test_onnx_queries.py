@@ -114,7 +114,7 @@ def test_what_the_graphs_cannot_read_is_refused(
 
 
 def test_each_sentence_is_tokenized_once(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["a dog", "dog " * 200]
+    texts, graphs = ["a dog", "dog " * 200], str(shared_graphs())  # made before what is noted
     with note_tokenized() as tokenized:
         assert main(["search", str(db), *texts]) == 0
     assert tokenized == [text.strip() for text in texts]
@@ -138,6 +138,6 @@ def test_each_sentence_is_tokenized_once(db: Path, monkeypatch: pytest.MonkeyPat
 
     open_tokenizer = encode_onnx.open_tokenizer
     monkeypatch.setattr(encode_onnx, "open_tokenizer", NotingTokenizer)
-    assert main(["search", str(db), *texts, "--model", str(shared_graphs())]) == 0
+    assert main(["search", str(db), *texts, "--model", graphs]) == 0
     [tokenizer] = opened
     assert tokenizer.texts == tokenized
