@@ -286,7 +286,10 @@ def test_the_accuracy_after_is_that_of_the_merged_folder_in_its_own_dtype(
     }]  # fmt: skip
     num_entries = sum(before[name].numel() for name in changed)
     num_changed = sum(int((before[name] != after[name]).sum()) for name in changed)
-    assert results["share_changed_by_merging"] == num_changed / num_entries < 0.5
+    # Of some entries the LoRA's change is below the spacing of float32, so that they do not count.
+    wanted = pytest.approx(num_changed / num_entries, rel=1e-3)
+    assert num_changed / num_entries <= results["share_changed_by_merging"] == wanted
+    assert results["share_changed_by_merging"] < 0.5
 
 
 @pytest.mark.slow
