@@ -84,7 +84,7 @@ def merge_lora_weights(
     `base` is compared with the base that the LoRA states, unless either has no name; a LoRA that
     names `accepted_base` is taken. Reading a weight raises where the sum is not finite, or where
     `dtype`, in which it is going to be saved, would round the change away. It also adds to the
-    counts, by name: how many entries have another value in `dtype`, and how many there are.
+    counts, by name: how many entries have another value in `dtype`, and how many before rounding.
     """
     folder = find_model_folder(str(lora))
     if not (folder / LORA_CONFIG).is_file():

@@ -298,7 +298,7 @@ def _describe(error: ErrorDetails, known: type[Config] | Mapping[str, Any]) -> s
         return f"{name}: {message}" if isinstance(value, Mapping) else f"{name}={value!r} {message}"
     if kind not in _WANTED:
         return f"{name}={value!r}: {error['msg']}."
-    return f"{name}={value!r} must be {_WANTED[kind].format(**error.get('ctx', {}))}."
+    return f"{name}={value!r} must be {_WANTED[kind]}."
 
 
 def _list_names(known: type[Config] | Mapping[str, Any], path: tuple[int | str, ...]) -> list[str]:

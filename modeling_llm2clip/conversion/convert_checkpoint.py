@@ -130,8 +130,8 @@ def convert_checkpoint(
 
     Returns:
         The folder. Its `conversion.json` records the sources, whether each file was compared with
-            the Hub's SHA-256 (`as_published`), the keys that were left out, and the
-            share of its weights' entries that each LoRA changes (`share_changed_by_merging`).
+            the Hub's SHA-256 (`as_published`), the keys that were left out, and which share of
+            the entries that each LoRA changes rounding leaves (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.

@@ -79,9 +79,8 @@ def evaluate(
     config = config or EvaluationConfig()
     find_device(config.device)  # raises for one that does not exist, before anything is read
     chosen = _list_models(models)
-    folders = {model.name: config.output / model.name for model in chosen}
-    for folder in folders.values():
-        if not folder.is_dir():
+    for model in chosen:
+        if not (folder := config.output / model.name).is_dir():
             require_writable(folder)
     jobs = _read_jobs(data, tasks, config)
     encoders = {model.name: load_encoder(model, config) for model in chosen}
@@ -105,7 +104,7 @@ def evaluate(
     finished = find_finished(config.output, chain(*planned.values()))
     for name, plans in planned.items():
         if not all(find_result_file(config.output, plan) in finished for plan in plans):
-            require_writable(folders[name])
+            require_writable(config.output / name)
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
     for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):

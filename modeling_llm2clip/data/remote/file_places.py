@@ -92,15 +92,15 @@ def _describe_state(place: FilePlace) -> FileState | None:
     size, tag = file.find_size(), file.find_tag()
     state = None if size is None or tag is None else (place, size, tag)
     known = _described.get(place)
-    is_same = known is not None and (known.find_size(), known.find_tag()) == (size, tag)
-    if state is None or not is_same:
+    earlier = (None, None) if known is None else (known.find_size(), known.find_tag())
+    if state is None or earlier != (size, tag):
         _described[place] = file  # what was kept of it is of another state
-    if state is not None and known is not None and not is_same:
-        warnings.warn(
-            f"{place} is in another state than before in this process. Load again what was loaded "
-            "from it: images of earlier records would be read from the new file.",
-            stacklevel=2,
-        )
+        if state is not None and None not in earlier:
+            warnings.warn(
+                f"{place} is in another state than before in this process. Load again what was "
+                "loaded from it: images of earlier records would be read from the new file.",
+                stacklevel=2,
+            )
     return state
 
 

@@ -100,7 +100,6 @@ class RemoteFile:
     is_first: bool = False
     _opened: Any = field(default=None, init=False)
     _info: dict[str, Any] | None = field(default=None, init=False)
-    _compares_tags: bool = field(default=True, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
         """Make a request of this file, by its policy."""
@@ -113,7 +112,8 @@ class RemoteFile:
         except ChangedFileError as error:
             if self._has_changed(error):
                 raise
-            self._compares_tags = False
+            for name in _REPLY_TAGS:  # they say nothing; all accesses to the file share these facts
+                self._describe().pop(name, None)
             return ask()
 
     def _has_changed(self, error: ChangedFileError) -> bool:
@@ -165,8 +165,7 @@ class RemoteFile:
         known = self._info or {}
 
         async def check(reply: Any) -> None:
-            is_file = reply.status in (200, 206) and "Content-Encoding" not in reply.headers
-            if not is_file or not self._compares_tags:
+            if reply.status not in (200, 206) or "Content-Encoding" in reply.headers:
                 return  # an error, or packed on the way, which has tags of its own
             for name in _REPLY_TAGS:
                 wanted, found = _clean_tag(known, name), _clean_tag(reply.headers, name)

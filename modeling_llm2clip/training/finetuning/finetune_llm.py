@@ -206,9 +206,9 @@ def describe_finetuning(output: Path) -> list[str]:
         )
     if record["config"]["merge"]:
         lines.append(
-            f"Wrote {output / MODEL_FOLDER}, on which the accuracy was measured; merging changed "
-            f"{results['share_changed_by_merging']:.1%} of the entries of the LoRA's weights, and "
-            f"without it the accuracy was {results['cra_unmerged']:.1%}."
+            f"Wrote {output / MODEL_FOLDER}, on which the accuracy was measured; merging left "
+            f"{results['share_changed_by_merging']:.1%} of the entries changed that the LoRA "
+            f"changes, and without it the accuracy was {results['cra_unmerged']:.1%}."
         )
     return lines
 
