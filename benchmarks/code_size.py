@@ -119,7 +119,9 @@ def measure_tests(checkout: Path, *, run: bool, seconds: float | None) -> dict[s
         done = _run_pytest(checkout, "-q", check=False)
         result["test_seconds"] = round(time.perf_counter() - started, 1)
         if done.returncode:
-            raise RuntimeError(f"Tests of {checkout} fail: {done.stdout.splitlines()[-1]}")
+            lines = done.stdout.splitlines()
+            failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+            raise RuntimeError("\n".join([f"Tests of {checkout} fail:", *failed, lines[-1]]))
     return result
 
 
