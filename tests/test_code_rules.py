@@ -48,7 +48,7 @@ BUDGETS = {
     "cli": 1870,
     "configs": 775,
     "conversion": 1050,
-    "data": 5920,
+    "data": 5960,
     "demo": 130,
     "doctor": 1930,
     "embedding": 1640,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 4530,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7750
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 7770
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def evaluate(
         ValueError: Before any model is loaded: a task suits no dataset, a model's type cannot be
             detected, a model takes no images and a task has them, or the output folder has results
             of another run.
-        OSError: `config.output` cannot be written, before anything is read.
+        OSError: `config.output` cannot be written, before any model is loaded.
         MissingExtraError: An optional package is not installed.
 
     Examples:

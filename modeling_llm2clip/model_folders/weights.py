@@ -113,16 +113,25 @@ def count_changed(before: Tensor, after: Tensor, dtype: torch.dtype) -> tuple[in
     return int(in_dtype.sum()), int((before.float() != after.float()).sum())
 
 
-def warn_of_rounding(counts: Iterable[tuple[int, int]], dtype: torch.dtype, *, what: str) -> float:
-    """Return which share of the changed entries rounding leaves, and warn if it is small."""
+def warn_of_rounding(
+    counts: Iterable[tuple[int, int]],
+    dtype: torch.dtype,
+    *,
+    what: str,
+    of_what: str = "the entries that it should",
+) -> float:
+    """Return which share of entries is changed after rounding, and warn if it is small.
+
+    `counts` are the changed and the wanted ones of each weight.
+    """
     num_left, num_changed = map(sum, zip(*counts, strict=True))
     share: float = num_left / num_changed if num_changed else 1.0
     if share < _FEW_CHANGED:
         warnings.warn(
-            f"{what} changes {share:.1%} of the entries that it should: in {dtype} the others are "
-            "rounded back to what they were, so that the embeddings are not those of the exact "
-            "weights. Use float32 weights (--dtype float32 of llm2clip export and convert), or "
-            "train with a higher learning rate.",
+            f"{what} changes {share:.1%} of {of_what}. In {dtype} small changes are rounded away, "
+            "so that the embeddings are not those of the exact weights. Use float32 weights "
+            "(--dtype float32 of llm2clip export and convert), or train with a higher learning "
+            "rate.",
             stacklevel=3,
         )
     return share

@@ -20,7 +20,8 @@ class ShardServer(ThreadingHTTPServer):
     `drop_every` closes the connection in the middle of every n-th reply with a body; `status` of a
     path answers it so; `requests` counts replies by path. `stall_every` sends half of every n-th
     reply and is silent for `stall_seconds` then. Without `tags` nothing shows that a file has
-    changed; "varying" ones are of each reply. After `deny_after` requests all are denied.
+    changed; "varying" ones are of each reply, those of two "mirrors" of a connection, which lasts
+    until a body came. After `deny_after` requests all are denied.
     """
 
     daemon_threads = False
@@ -35,6 +36,7 @@ class ShardServer(ThreadingHTTPServer):
         self.drop_every = drop_every
         self.tags = tags
         self.replies = count()
+        self.mirrors: dict[Any, int] = {}
         self.status: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.dropped = 0
@@ -64,6 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: ShardServer
     timeout = 1
 
+    @property
+    def protocol_version(self) -> str:  # type: ignore[override]
+        """Keep connections where they count."""
+        return "HTTP/1.1" if self.server.tags == "mirrors" else "HTTP/1.0"
+
     def do_GET(self) -> None:
         """Send a file, a part of it, or an error."""
         name = unquote(self.path.partition("?")[0]).lstrip("/")
@@ -79,8 +86,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = file.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        replies = next(server.replies) if server.tags == "varying" else ""
-        headers = {"ETag": f'"{file.stat().st_mtime_ns}{replies}"'} if server.tags else {}
+        source: Any = ""
+        if server.tags == "varying":
+            source = next(server.replies)
+        elif server.tags == "mirrors":
+            seen = server.mirrors.setdefault(self.client_address, len(server.mirrors))
+            source = "0110"[seen % 4]
+            self.close_connection = self.command == "GET"
+        headers = {"ETag": f'"{file.stat().st_mtime_ns}{source}"'} if server.tags else {}
         status = 200
         if wanted and server.ranges:
             begin = int(wanted[1])

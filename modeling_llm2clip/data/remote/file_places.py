@@ -26,6 +26,7 @@ FileState: TypeAlias = tuple[str, int, str]  # path or URL, bytes, time or tag
 _BLOCK_BYTES = 2**22
 _BYTES_KEPT = 2**27
 _FILES_OPEN = 128  # of all threads
+_FILES_NAMED = 3  # in a warning
 _REQUESTS_AT_ONCE = 16
 _blocks: ByteCache[bytes] = ByteCache(_BYTES_KEPT)
 _described: dict[str, RemoteFile] = {}  # by URL, in the state in which it was described last
@@ -69,9 +70,21 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
 
 
 def describe_states(places: Sequence[FilePlace]) -> list[FileState | None]:
-    """Describe the state of files, which changes when they do; None if a server says too little."""
+    """Describe the state of files, which changes when they do; None if a server says too little.
+
+    Warns of remote files that were read in another state before.
+    """
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        return list(pool.map(_describe_state, places))
+        found = list(pool.map(_describe_state, places))
+    if changed := [str(place) for place, (_, is_new) in zip(places, found, strict=True) if is_new]:
+        names = ", ".join(changed[:_FILES_NAMED]) + ", …" * (len(changed) > _FILES_NAMED)
+        warnings.warn(
+            f"In another state than before in this process: {names} (files: {len(changed)}). "
+            "Load again what was loaded from there: images of earlier records would be read from "
+            "the new state.",
+            stacklevel=2,
+        )
+    return [state for state, _ in found]
 
 
 def list_described() -> dict[str, RemoteFile]:
@@ -84,24 +97,17 @@ def use_described(files: dict[str, RemoteFile]) -> None:
     _described.update(files)
 
 
-def _describe_state(place: FilePlace) -> FileState | None:
+def _describe_state(place: FilePlace) -> tuple[FileState | None, bool]:
+    """Return the state of a file, and whether it was read in another one before."""
     if isinstance(place, Path):
         found = place.stat()
-        return str(place.resolve()), found.st_size, str(found.st_mtime_ns)
-    file = RemoteFile(place, RetryPolicy(), is_first=True)
-    size, tag = file.find_size(), file.find_tag()
-    state = None if size is None or tag is None else (place, size, tag)
-    known = _described.get(place)
-    earlier = (None, None) if known is None else (known.find_size(), known.find_tag())
-    if state is None or earlier != (size, tag):
-        _described[place] = file  # what was kept of it is of another state
-        if state is not None and None not in earlier:
-            warnings.warn(
-                f"{place} is in another state than before in this process. Load again what was "
-                "loaded from it: images of earlier records would be read from the new file.",
-                stacklevel=2,
-            )
-    return state
+        return (str(place.resolve()), found.st_size, str(found.st_mtime_ns)), False
+    file, known = RemoteFile(place, RetryPolicy(), is_first=True), _described.get(place)
+    has_changed = None if known is None else known.has_changed_to(file)
+    if known is None or has_changed is not False:
+        _described[place] = known = file  # what was kept of it is of another state
+    size, tag = known.find_size(), known.find_tag()
+    return None if size is None or tag is None else (place, size, tag), bool(has_changed)
 
 
 def _find_described(url: str) -> RemoteFile:

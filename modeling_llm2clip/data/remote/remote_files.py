@@ -10,7 +10,7 @@ import io
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ _TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "blob_i
          "updated", "last_modified")  # fmt: skip
 _REPLY_TAGS = ("ETag", "Last-Modified")  # of the whole file, in a reply with a part of it too
 _LATER = 1.1  # seconds: HTTP's times have no parts of a second
-_NUM_ASKED = 3  # times; mirrors behind one URL may have tags of their own
+_NUM_ASKED = 5  # times; mirrors behind one URL may have tags of their own
 
 
 class NoRangesError(Exception):
@@ -45,7 +45,10 @@ class ChangedFileError(LostFileError):
             f"{url}: the file has changed while it was used ({name} was {wanted} and is {found}). "
             "Load the data again"
         )
-        self.name, self.found = name, found
+        self.url, self.name, self.wanted, self.found = url, name, wanted, found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url, self.name, self.wanted, self.found)
 
 
 def is_remote(source: str) -> bool:
@@ -53,8 +56,11 @@ def is_remote(source: str) -> bool:
     return source.startswith(PIPE) or "://" in source
 
 
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it."""
+def open_filesystem(url: str, *, is_shared: bool = True) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path in it.
+
+    One that is not shared has connections of its own.
+    """
     import fsspec  # type: ignore[import-untyped]
 
     try:
@@ -70,6 +76,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
                 total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
             )
             options = {"client_kwargs": {"timeout": limit}}
+        options["skip_instance_cache"] = not is_shared
         found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
     except MissingExtraError:
         raise
@@ -107,20 +114,44 @@ class RemoteFile:
             try_request,
             self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first,
         )  # fmt: skip
-        try:
-            return ask()
-        except ChangedFileError as error:
-            if self._has_changed(error):
-                raise
-            for name in _REPLY_TAGS:  # they say nothing; all accesses to the file share these facts
-                self._describe().pop(name, None)
-            return ask()
+        for _ in _REPLY_TAGS:
+            try:
+                return ask()
+            except ChangedFileError as error:
+                if self._has_changed(error):
+                    raise
+                self._forget_tag(error.name)
+        return ask()
+
+    def has_changed_to(self, later: RemoteFile) -> bool | None:
+        """Tell whether the file was in another state when a later access described it.
+
+        None if no tag tells.
+        """
+        if self.find_size() != later.find_size():
+            return True
+        for name, wanted, found in _pair_tags(self._describe(), later._describe(), _TAGS):
+            if wanted == found:
+                return False
+            if self._has_changed(ChangedFileError(self.url, name, wanted, found)):
+                return True
+            self._forget_tag(name)
+        return None
 
     def _has_changed(self, error: ChangedFileError) -> bool:
-        """Ask whether the tag of a reply stays, since some servers send another one each time."""
-        time.sleep(_LATER)
-        files = (replace(self, is_first=False) for _ in range(_NUM_ASKED))
-        return all(_clean_tag(file._describe(), error.name) == error.found for file in files)
+        """Ask whether another tag stays, since mirrors and some servers send several."""
+        for _ in range(_NUM_ASKED):
+            time.sleep(_LATER)
+            found = try_request(self.url, partial(self._ask, is_shared=False), self.policy)
+            if found.get("size") != self.find_size():
+                return True
+            if _clean_tag(found, error.name) != error.found:
+                return False
+        return True
+
+    def _forget_tag(self, name: str) -> None:
+        """Forget a tag that says nothing; all accesses to the file share these facts."""
+        self._describe().pop(name, None)
 
     def require_access(self) -> None:
         """Check that the file can be opened."""
@@ -139,20 +170,19 @@ class RemoteFile:
     def find_tag(self) -> str | None:
         """Return the tag that changes with the file; None if the server has none."""
         found = self._describe()
-        tags = [f"{name}={found[name]}" for name in _TAGS if found.get(name)]
+        tags = [f"{name}={tag}" for name in _TAGS if (tag := found.get(name))]
         return " ".join(tags) or None
 
     def _describe(self) -> dict[str, Any]:
         """Ask the service once; empty for a command."""
-
-        def ask() -> dict[str, Any]:
-            filesystem, path = open_filesystem(self.url)
-            filesystem.invalidate_cache()
-            return dict(filesystem.info(path))
-
         if self._info is None:
-            self._info = {} if self.url.startswith(PIPE) else self.try_(ask)
+            self._info = {} if self.url.startswith(PIPE) else self.try_(self._ask)
         return self._info
+
+    def _ask(self, *, is_shared: bool = True) -> dict[str, Any]:
+        filesystem, path = open_filesystem(self.url, is_shared=is_shared)
+        filesystem.invalidate_cache()
+        return dict(filesystem.info(path))
 
     def open_again(self) -> RemoteFile:
         """Return another access to the file, in the state that this one was described in."""
@@ -167,13 +197,11 @@ class RemoteFile:
         async def check(reply: Any) -> None:
             if reply.status not in (200, 206) or "Content-Encoding" in reply.headers:
                 return  # an error, or packed on the way, which has tags of its own
-            for name in _REPLY_TAGS:
-                wanted, found = _clean_tag(known, name), _clean_tag(reply.headers, name)
-                if wanted and found:
-                    if wanted != found:
-                        reply.close()
-                        raise ChangedFileError(self.url, name, wanted, found)
-                    return
+            for name, wanted, found in _pair_tags(known, reply.headers, _REPLY_TAGS):
+                if wanted != found:
+                    reply.close()
+                    raise ChangedFileError(self.url, name, wanted, found)
+                return
 
         return {**options, "raise_for_status": check} if self.url.startswith(_HTTP) else {}
 
@@ -290,6 +318,16 @@ class RemoteFile:
 
 def _clean_tag(tags: Mapping[str, Any], name: str) -> str:
     return str(tags.get(name) or "").removeprefix("W/")
+
+
+def _pair_tags(
+    known: Mapping[str, Any], others: Mapping[str, Any], names: tuple[str, ...]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the names and values of tags that both have."""
+    for name in names:
+        one, other = _clean_tag(known, name), _clean_tag(others, name)
+        if one and other:
+            yield name, one, other
 
 
 def _run_command(command: str) -> Generator[bytes, None, None]:

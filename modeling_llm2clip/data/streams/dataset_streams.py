@@ -20,6 +20,7 @@ from .record_streams import RecordStream
 
 if TYPE_CHECKING:
     import datasets
+    import torch
 
 _ROWS_OF_STREAM = 16
 _NAME = "dataset"
@@ -189,27 +190,36 @@ def _describe(value: Any) -> Any:
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
     if hasattr(value, "tolist"):  # of numpy or torch
-        try:
-            array = np.asarray(value)
-        except (RuntimeError, TypeError):  # bfloat16, a sparse tensor, or one with a gradient
-            return [type(value).__qualname__, str(value.dtype), list(value.shape)]
-        is_listed = array.dtype.hasobject or array.ndim == 0
-        return _describe(array.tolist() if is_listed else array.tobytes())
+        if hasattr(value, "detach"):
+            return _describe([str(value.dtype), list(value.shape), _read_tensor(value)])
+        array = np.asarray(value)
+        if array.dtype.hasobject or array.ndim == 0:
+            return _describe(array.tolist())
+        return _describe([array.dtype.str, list(array.shape), array.tobytes()])
     if hasattr(value, "shard_data_sources"):
         options = {
             name: option for name, option in vars(value).items()
             if not name.startswith("_") and name not in _NOT_DESCRIBED
         }  # fmt: skip
-        is_read = not _list_sources(value) and not _is_generator(value)
+        generator = _find_generator(value)
+        is_read = generator is None and not _list_sources(value)
         rows = islice(value.shard_data_sources(1, 0), 1) if is_read else ()
-        return _describe([type(value), options, *rows])
+        return _describe([type(value), options, generator, *rows])
     return [type(value).__qualname__, getattr(value, "num_rows", None)]
 
 
-def _is_generator(source: Any) -> bool:
-    """Recognize `from_generator`, whose builder calls a function of the user."""
-    builder = getattr(getattr(source, "generate_examples_fn", None), "__self__", None)
-    return type(builder).__name__ == "Generator"
+def _read_tensor(tensor: torch.Tensor) -> bytes:
+    """Return the bytes of a tensor, also of one that numpy cannot hold, such as bfloat16."""
+    import torch
+
+    dense = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg()
+    return dense.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _find_generator(source: Any) -> Any:
+    """Return the user's function that `from_generator` calls, or None."""
+    builder: Any = getattr(getattr(source, "generate_examples_fn", None), "__self__", None)
+    return builder.config.generator if type(builder).__name__ == "Generator" else None
 
 
 def _as_python(value: Any) -> Any:

@@ -390,7 +390,9 @@ def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[
             counts = (
                 (int((old.read() != new.to(old.dtype)).sum()), new.numel()) for old, new in rounded
             )
-            shares[tower] = warn_of_rounding(counts, dtype, what=what)
+            shares[tower] = warn_of_rounding(
+                counts, dtype, what=what, of_what="the entries of the weights that it trained"
+            )
     return shares
 
 

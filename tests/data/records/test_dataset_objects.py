@@ -298,7 +298,17 @@ OTHERS: dict[str, Callable[[datasets.IterableDataset, int], datasets.IterableDat
     "files": lambda _, n: datasets.IterableDataset.from_generator(
         generate_rows, gen_kwargs={"names": [f"{n}.txt"]}
     ),
+    "generator": lambda _, n: datasets.IterableDataset.from_generator(
+        [generate_rows, generate_others][n], gen_kwargs={"names": ["0.txt"]}
+    ),
+    "array": lambda rows, n: rows.map(
+        keep, fn_kwargs={"scale": np.ones([(2, 1), (1, 2)][n], np.float32)}
+    ),
 }
+
+
+def generate_others(names: list[str]) -> Iterator[dict[str, Any]]:
+    yield from reversed(list(generate_rows(names)))
 
 
 def generate_rows(names: list[str]) -> Iterator[dict[str, Any]]:
@@ -307,29 +317,41 @@ def generate_rows(names: list[str]) -> Iterator[dict[str, Any]]:
         yield {"label": number, "texts": [f"caption {number}"]}
 
 
-_ONCE = iter([{"label": number, "texts": [f"caption {number}"]} for number in range(6)])
-
-
-def yield_rest() -> Iterator[dict[str, Any]]:
-    yield from _ONCE
-
-
 def test_rows_that_come_only_once_are_all_streamed() -> None:
+    once = iter([{"label": number, "texts": [f"caption {number}"]} for number in range(6)])
+
+    def yield_rest() -> Iterator[dict[str, Any]]:
+        yield from once
+
     dataset = datasets.IterableDataset.from_generator(yield_rest)
     columns = {"captions": "texts", "group_id": "label"}
     assert len(list(stream_dataset(dataset, columns=columns, require_images=False))) == 6
 
 
-def test_tensors_that_numpy_cannot_hold_may_be_options_of_a_step(saved: datasets.Dataset) -> None:
-    scales = [torch.ones(2, dtype=torch.bfloat16), torch.ones(2, requires_grad=True)]
+TENSORS: dict[str, Callable[[float], torch.Tensor]] = {
+    "bfloat16": lambda value: torch.full((2,), value, dtype=torch.bfloat16),
+    "float8": lambda value: torch.full((2,), value).to(torch.float8_e4m3fn),
+    "sparse": lambda value: (torch.eye(2) * value).to_sparse(),
+    "with a gradient": lambda value: torch.full((2,), value, requires_grad=True),
+    "conjugate": lambda value: torch.full((2,), value * 1j).conj(),
+    "of no dimension": torch.tensor,
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_any_tensor_may_be_an_option_of_a_step_and_its_values_count(
+    kind: str, saved: datasets.Dataset
+) -> None:
     rows = saved.to_iterable_dataset(num_shards=4)
-    one, same, other = (rows.map(keep, fn_kwargs={"scale": scales[n]}) for n in (0, 0, 1))
+    one, same, other = (
+        rows.map(keep, fn_kwargs={"scale": TENSORS[kind](value)}) for value in (1.0, 1.0, 2.0)
+    )
     assert resume_other(one, same)
     with pytest.raises(ValueError, match="of another stream: shards differ"):
         resume_other(one, other)
 
 
-def keep(row: dict[str, Any], scale: torch.Tensor) -> dict[str, Any]:  # noqa: ARG001
+def keep(row: dict[str, Any], scale: Any) -> dict[str, Any]:  # noqa: ARG001
     return row
 
 

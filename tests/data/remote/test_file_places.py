@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.data_hashes import describe_images, hash_image_sizes
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.remote import file_places, remote_access
+from modeling_llm2clip.data.remote import file_places, remote_access, remote_files
 from modeling_llm2clip.data.remote.file_places import (
     describe_states,
     open_buffered,
@@ -54,7 +55,8 @@ CONTENT = bytes(range(256)) * 100
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
     monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
-    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
+    for module in (remote_access, remote_files):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
     monkeypatch.setattr(file_places, "_described", {})
     file_places._open_remote.cache_clear()
 
@@ -164,12 +166,21 @@ def test_a_changed_file_is_not_read_from_earlier_blocks(
         url = f"{server.url}/captions.jsonl"
         before = list_captions(url)
         replace_file(file, file.read_bytes().replace(b"square", b"circle"))
-        warned = pytest.warns(UserWarning, match="Load again what was loaded")
+        warned = pytest.warns(UserWarning, match=r"captions\.jsonl \(files: 1\)\. Load")
         with warned if tags else nullcontext():
             now = list_captions(url)
         assert now == list_captions(folder) != before
         file_places._blocks = file_places.ByteCache(10**6)  # as in a new process
         assert list_captions(url) == now
+
+
+@pytest.mark.parametrize("tags", ["varying", "mirrors"])
+def test_a_file_of_mirrors_is_not_said_to_have_changed(tags: str, tmp_path: Path) -> None:
+    folder = write_lines(tmp_path / "data", LINES)
+    with ShardServer(folder, tags=tags) as server, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(4):
+            assert list_captions(f"{server.url}/captions.jsonl") == list_captions(folder)
 
 
 def pack(folder: Path, images: list[bytes], kind: str) -> Path:

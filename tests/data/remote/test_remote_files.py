@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from modeling_llm2clip.data.remote.remote_access import (
     sort_failure,
     try_request,
 )
-from modeling_llm2clip.data.remote.remote_files import RemoteFile
+from modeling_llm2clip.data.remote.remote_files import ChangedFileError, RemoteFile
 from modeling_llm2clip.data.remote.shard_urls import expand_braces, find_base, list_shards
 from modeling_llm2clip.data.streams.record_streams import make_loader, stream_records
 
@@ -206,16 +207,43 @@ def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
             file.read_range(4000, 8000)
 
 
+@pytest.mark.parametrize("tags", ["varying", "mirrors"])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_tags_that_are_of_each_reply_are_not_compared(
-    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranges: bool, tags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of files that are made for each request, or of mirrors behind one URL."""
     monkeypatch.setattr(remote_files, "_LATER", 0)
     (tmp_path / "file").write_bytes(CONTENT)
-    with ShardServer(tmp_path, ranges=ranges, tags="varying") as server:
+    with ShardServer(tmp_path, ranges=ranges, tags=tags) as server:
         file = RemoteFile(f"{server.url}/file", FAST)
-        assert file.open_stream().read() == file.open_stream().read() == CONTENT
+        for _ in range(3):
+            assert file.open_stream().read() == CONTENT
+
+
+def test_a_file_that_changes_again_and_again_is_not_taken_for_one_of_mirrors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its size shows it; the times between the questions are those of a log that grows."""
+    (tmp_path / "file").write_bytes(CONTENT)
+
+    def grow(_: float) -> None:
+        with (tmp_path / "file").open("ab") as file:
+            file.write(b"a line")
+
+    monkeypatch.setattr(remote_files, "time", SimpleNamespace(sleep=grow))
+    with ShardServer(tmp_path) as server:
+        file = RemoteFile(f"{server.url}/file", FAST)
+        file.require_access()
+        grow(0)
+        with pytest.raises(LostFileError, match="the file has changed while it was used"):
+            file.read_range(0, 9)
+
+
+def test_a_changed_file_is_reported_by_other_processes() -> None:
+    error = ChangedFileError("x", "ETag", "a", "b")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (ChangedFileError, str(error), vars(error))
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -225,6 +253,7 @@ def test_a_stream_of_a_file_that_changes_is_not_mixed(
     """Where the rest comes by another request: the next block, or again after a lost connection."""
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
     monkeypatch.setattr(remote_files, "_READ_AT_ONCE", 1000)
+    monkeypatch.setattr(remote_files, "_LATER", 0)
     (tmp_path / "file").write_bytes(CONTENT)
     with ShardServer(tmp_path, ranges=ranges, drop_every=0 if ranges else 1) as server:
         opened = RemoteFile(f"{server.url}/file", FAST).open_stream()
