@@ -26,6 +26,15 @@ class AlignConfig(TrainingConfig):
     start with the lower held-out loss."""
     loss: str = "contrastive"
     """Name of the loss, one of `training/losses/loss.py`."""
+    matryoshka_dims: tuple[Annotated[int, Interval(ge=1)], ...] = ()
+    """Numbers of first dimensions whose embeddings are trained, too, so that they can be cut to
+    these sizes (arXiv:2205.13147). Default: none."""
+    distillation_weight: Annotated[float, Interval(ge=0)] = 0.0
+    """Weight of the distance of a trained vision tower from its frozen self, whose embeddings the
+    image store has (ProCLIP, arXiv:2510.18795)."""
+    structure_weight: Annotated[float, Interval(ge=0)] = 0.0
+    """Weight of the change of neighborhoods by the projections, for small data (STRUCTURE,
+    arXiv:2506.16895, whose authors use 10)."""
     max_steps: Annotated[int, Interval(ge=0)] | None = None
     """Number of steps; 0 writes the closed form without training. Default: set by
     `num_train_epochs`."""
@@ -87,5 +96,10 @@ class AlignConfig(TrainingConfig):
         yield from super()._find_conflicts()
         if self.max_steps == 0 and self.projection_init == "model":
             yield "max_steps=0 with projection_init=model writes the model as it is. Train it."
+        if self.distillation_weight and self.vision_training == "frozen":
+            yield (
+                "distillation_weight keeps a trained vision tower near its frozen self, and "
+                "vision_training=frozen trains none. Choose vision_training=lora or full."
+            )
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."

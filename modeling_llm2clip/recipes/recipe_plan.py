@@ -161,7 +161,9 @@ def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
 
 def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
     """Return whether captions and images are extracted for the alignment."""
-    return config.align.text_training == "stored", config.align.vision_training == "frozen"
+    align = config.align
+    reads_images = align.vision_training == "frozen" or align.distillation_weight > 0
+    return align.text_training == "stored", reads_images
 
 
 def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:

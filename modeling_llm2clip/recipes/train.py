@@ -41,7 +41,7 @@ from ..training.alignment.align import align
 from ..training.alignment.align_checks import check_data, check_options
 from ..training.alignment.alignment_report import describe_alignment
 from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
-from ..training.losses.loss import load_loss
+from ..training.losses.choose_loss import build_loss
 from ..training.run_folder import (
     RUN_FILE,
     add_results,
@@ -217,7 +217,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
             yield lambda: check_finetuning(train, finetune)
     captions, images = uses_stores(config)
     yield lambda: check_options(align, has_caption_store=captions, has_image_store=images)
-    yield lambda: load_loss(align.loss)
+    yield lambda: build_loss(align)
     yield lambda: choose_reports(align.report_to)
     if not is_complete(paths.aligned / "model"):
         yield lambda: check_data(train, align)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.losses.contrastive import gather_with_gradient
+from modeling_llm2clip.training.losses.gathering import gather_with_gradient
 from modeling_llm2clip.training.losses.loss import LossInputs
 
 START = -2.0

@@ -41,7 +41,9 @@ from ...model_folders.weights import open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
-from ..losses.loss import Loss, identify_loss, load_loss
+from ..losses.choose_loss import build_loss
+from ..losses.loss import Loss, identify_loss
+from ..losses.matryoshka import require_dims
 from ..run_folder import (
     add_results,
     lock_run,
@@ -124,8 +126,9 @@ def align(
         caption_store: Caption embeddings of these records by this model's LLM, as `extract` wrote
             them; needed with `text_training="stored"`, and only then.
         image_store: Image embeddings by this model's frozen vision tower; None to run the tower at
-            each step.
-        loss: What is trained on, instead of the loss that `config.loss` names.
+            each step. With `distillation_weight` the tower is trained, and stays near them.
+        loss: What is trained on, instead of the loss that `config.loss` names; the other options
+            of losses stay in force.
         data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`, which must be of the same options,
             weights, stores, captions and images (by name and size), and as many processes.
@@ -170,6 +173,8 @@ def align(
         for store, fingerprint in ((captions, text), (images, vision)):
             if store is not None:
                 store.require_fingerprint(fingerprint)
+        width = LLM2CLIPConfig.from_pretrained(found.folder, local_files_only=True).projection_dim
+        require_dims(config.matryoshka_dims, width=width)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         run_data = (
             open_stream(data, processor, config, captions, Path(temporary))
@@ -199,7 +204,7 @@ def align(
 
 
 def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
-    chosen = load_loss(config.loss, chunk_size=config.loss_chunk_size) if loss is None else loss
+    chosen = build_loss(config, loss)
     parameters = chosen.parameters() if isinstance(chosen, nn.Module) else ()
     if is_sharded() and any(parameter.requires_grad for parameter in parameters):
         raise ValueError(

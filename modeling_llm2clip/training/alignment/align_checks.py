@@ -62,16 +62,27 @@ def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_sto
         errors.append(
             f"text_training={config.text_training} runs the LLM and reads no caption_store"
         )
-    if has_image_store and config.vision_training != "frozen":
+    is_frozen = config.vision_training == "frozen"
+    if has_image_store and not (is_frozen or config.distillation_weight):
         errors.append(
             f"vision_training={config.vision_training} changes the image embeddings, so an "
-            "image_store is of no use"
+            "image_store is of no use without distillation_weight"
         )
-    if config.projection_init == "cca" and not (has_caption_store and has_image_store):
-        errors.append("projection_init=cca needs a caption_store and an image_store")
-    if config.max_steps == 0 and not (has_caption_store and has_image_store):
+    if config.distillation_weight and not has_image_store:
         errors.append(
-            "max_steps=0 writes the closed form, which needs a caption_store and an image_store"
+            "distillation_weight needs an image_store: the embeddings of the frozen vision tower, "
+            "which llm2clip extract writes"
+        )
+    is_stored = has_caption_store and has_image_store and is_frozen
+    if config.projection_init == "cca" and not is_stored:
+        errors.append(
+            "projection_init=cca needs a caption_store and an image_store, and "
+            "vision_training=frozen"
+        )
+    if config.max_steps == 0 and not is_stored:
+        errors.append(
+            "max_steps=0 writes the closed form, which needs a caption_store and an image_store, "
+            "and vision_training=frozen"
         )
     if errors:
         raise ValueError("; ".join(errors) + ".")
@@ -116,7 +127,7 @@ def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps")
     if has_image_store:
-        errors.append("a stream brings its images: leave the image_store out")
+        errors.append("a stream brings its images: leave image_store and distillation_weight out")
     if config.refit:
         errors.append("a stream is not read twice: leave refit out")
     if errors:

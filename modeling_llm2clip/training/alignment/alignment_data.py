@@ -70,7 +70,8 @@ class AlignmentDataset(Dataset[Any]):
 
     Both kinds of noise are standard deviations, as a share of an embedding's length, and are added
     to stored embeddings in training alone. With `is_part`, the stores may have further records, and
-    captions are compared by number alone.
+    captions are compared by number alone. With `is_teacher`, images are decoded for a tower that is
+    trained, and the image store has what the frozen one gives for them.
     """
 
     data: InitVar[Sequence[CaptionedImage]]
@@ -82,6 +83,7 @@ class AlignmentDataset(Dataset[Any]):
     image_noise: float = 0.0
     caption_noise: float = 0.0
     seed: int = 0
+    is_teacher: bool = False
     is_part: InitVar[bool] = False
 
     def __post_init__(self, data: Sequence[CaptionedImage], is_part: bool) -> None:
@@ -94,9 +96,9 @@ class AlignmentDataset(Dataset[Any]):
             require_same_counts(self.records, self.caption_store, self._caption_items)
             if not is_part:
                 require_same_texts(self.records, self.caption_store, self._caption_items)
-        if self.image_store is None:
+        if self.reads_images:
             require_images(self.records)
-        else:
+        if self.image_store is not None:
             self._image_items = pair_items(self.records, self.image_store)
             require_same_images(self.records, self.image_store, self._image_items)
 
@@ -135,13 +137,17 @@ class AlignmentDataset(Dataset[Any]):
         }
 
     @property
+    def reads_images(self) -> bool:
+        return self.image_store is None or self.is_teacher
+
+    @property
     def is_stored(self) -> bool:
-        return self.caption_store is not None and self.image_store is not None
+        return self.caption_store is not None and not self.reads_images
 
     @property
     def has_noise(self) -> bool:
         """True where training batches have noise on a stored embedding."""
-        of_images = self.image_noise and self.image_store is not None
+        of_images = self.image_noise and not self.reads_images
         return bool(of_images or (self.caption_noise and self.caption_store is not None))
 
     def read_group_ids(self, items: Array) -> Tensor:
@@ -168,13 +174,16 @@ class AlignmentDataset(Dataset[Any]):
         times = times or InputTimes()
         with times.measure("tokenize" if self.caption_store is None else "read"):
             captions = self._read_captions(items, numbers)
+        stored: dict[str, Tensor] = {}
         if self.image_store is not None:
+            name = "teacher_embeds" if self.is_teacher else "vision_embeds"
             with times.measure("read"):
-                embeds = self._read_stored(self.image_store, self.image_rows(items), items)
-            return {**captions, "vision_embeds": embeds}
+                stored[name] = self._read_stored(self.image_store, self.image_rows(items), items)
+        if not self.reads_images:
+            return {**captions, **stored}
         with times.measure("decode"):
             images = [open_image(image) for image in self.records.select(items).iterate_images()]
-            return {**captions, **self.processor(images=images)}
+            return {**captions, **stored, **self.processor(images=images)}
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
         assert self.caption_store is not None

@@ -51,6 +51,7 @@ class AlignmentModel(PartialModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         caption_embeds: Tensor | None = None,
+        teacher_embeds: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         group_ids: Tensor | None = None,
@@ -78,6 +79,7 @@ class AlignmentModel(PartialModel):
             text_keys,
             vision_embeds=vision_embeds.float(),
             caption_embeds=caption_embeds.float(),
+            teacher_embeds=teacher_embeds,
         )
         if not self.training or group_ids is None:
             return None, inputs

@@ -26,7 +26,7 @@ from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
 from ...heads_llm2clip import MAX_LOG_SCALE
-from ..losses.loss import Loss, LossInputs
+from ..losses.loss import Loss, LossInputs, list_fitted
 from .alignment_data import AlignmentDataset, decode_sample, list_pairs
 from .sampling import mix
 
@@ -38,6 +38,7 @@ _ROWS_PER_BATCH = 512
 # These many pairs determine a single number.
 _MAX_ROWS_OF_TEMPERATURE = 2_000
 _TEMPERATURE_STEPS = 16
+_ROUNDS_OF_START = 4
 # A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
@@ -211,7 +212,7 @@ class HeldOutImages:
         self.dataset = dataset
         self.items = np.asarray(items)
         short, long = dataset.records.count_texts(self.items)
-        counts = short + long if dataset.image_store else np.ones_like(short)
+        counts = np.ones_like(short) if dataset.reads_images else short + long
         self._items, self._numbers = list_pairs(counts, self.items)
         self.group_ids = dataset.read_group_ids(self._items)
         self._text_keys = dataset.read_text_keys(self._items, self._numbers)
@@ -315,3 +316,18 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     if len(inputs.image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
         lowest = measure_at(log_scale, inputs)
     return log_scale, lowest
+
+
+def fit_start(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
+    """Find the temperature as `fit_temperature` does, in turns with what a loss fits itself."""
+    few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
+    for part in list_fitted(loss) * _ROUNDS_OF_START:
+        log_scale, _ = fit_temperature(loss, few)
+        part.fit(few.at_scale(math.exp(log_scale)))
+    return fit_temperature(loss, inputs)
+
+
+def fit_loss(loss: Loss, inputs: LossInputs) -> None:
+    """Let a loss fit its parameters at the temperature that pairs have."""
+    for part in list_fitted(loss):
+        part.fit(inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE)))

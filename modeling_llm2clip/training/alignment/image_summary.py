@@ -71,12 +71,12 @@ def _summarize(
         dataset = data.held_out.dataset
     else:
         return None
-    is_stored = dataset.image_store is not None
-    items = sample_images(dataset.records, _STORED_SAMPLE if is_stored else _ENCODED_SAMPLE)
+    sample = _ENCODED_SAMPLE if dataset.reads_images else _STORED_SAMPLE
+    items = sample_images(dataset.records, sample)
     is_first_part = choose_first_part(dataset.records, items)
     if min(is_first_part.sum(), (~is_first_part).sum()) < FEWEST_JUDGED:
         return None
-    if dataset.image_store is not None:
+    if dataset.image_store is not None and not dataset.is_teacher:
         vision_embeds = dataset.image_store.read(dataset.image_rows(items))
     else:
         model = LLM2CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()

@@ -7,7 +7,8 @@ cross-validation. Two sides with a thousand elements each take seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
+from ..losses.loss import LossInputs, list_fitted
 from .alignment_data import list_pairs
-from .alignment_model import AlignmentModel
-from .held_out import HeldOutImages, embed_batches, fit_temperature
+from .alignment_model import LOSS, AlignmentModel
+from .held_out import HeldOutImages, embed_batches, fit_loss, fit_start
 from .run_data import RecordData, RunData
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
@@ -47,6 +49,7 @@ class ProjectionInit:
         has_new_adapter: Whether the blocks of the text adapter were made the identity.
         log_scale: Logarithm of the inverse temperature that suits held-out images; None where it
             was not fitted.
+        loss_parameters: Parameters of the loss that were fitted with the temperature, by name.
     """
 
     method: str
@@ -54,6 +57,7 @@ class ProjectionInit:
     is_trained: bool
     has_new_adapter: bool
     log_scale: float | None = None
+    loss_parameters: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def default_learning_rate(self) -> float:
@@ -62,6 +66,16 @@ class ProjectionInit:
 
 @torch.no_grad()
 def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
+    """Choose the start of the projections, and set them and the loss's parameters in place."""
+    start = _choose_start(model, data, config)
+    if data.held_out is None or not list_fitted(model.loss):
+        return start
+    fit_loss(model.loss, _embed(model, data.held_out))
+    fitted = {n: value.tolist() for n, value in model.named_parameters() if n.startswith(LOSS)}
+    return replace(start, loss_parameters=fitted)
+
+
+def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
@@ -80,11 +94,11 @@ def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) 
     loss_before = None
     if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.detach().clone() for name, value in model.head.items()}
-        loss_before = _fit_temperature(model, held_out)[1]
+        loss_before = fit_start(model.loss, _embed(model, held_out))[1]
     fitted = _fit_cca(model, data, config)
     log_scale = loss = None
     if held_out is not None:
-        log_scale, loss = _fit_temperature(model, held_out)
+        log_scale, loss = fit_start(model.loss, _embed(model, held_out))
         model.logit_head.log_scale.fill_(log_scale)
     if loss is not None and loss_before is not None and loss_before <= loss:
         model.load_state_dict(before, strict=False)
@@ -102,7 +116,9 @@ def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) 
 def repeat_init(
     model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit
 ) -> ProjectionInit:
-    """Start on other images as a run chose to start, and set the projections in place."""
+    """Set in place what `init_projections` did, on other images, as a run chose to start."""
+    parameters = {name: torch.tensor(value) for name, value in chosen.loss_parameters.items()}
+    model.load_state_dict(parameters, strict=False)
     if chosen.cca is None:
         return chosen
     shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])
@@ -139,11 +155,8 @@ def _fit_cca(
     )
 
 
-def _fit_temperature(model: AlignmentModel, held_out: HeldOutImages) -> tuple[float, float]:
-    """Find the temperature that suits the held-out pairs best, and their loss at it."""
-    return fit_temperature(
-        model.loss, embed_batches(model, held_out.iterate_batches(), model.device)
-    )
+def _embed(model: AlignmentModel, held_out: HeldOutImages) -> LossInputs:
+    return embed_batches(model, held_out.iterate_batches(), model.device)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class RecordData:
     def __post_init__(self) -> None:
         self.num_items = len(self.items)
         self.is_stored = self.dataset.is_stored
-        self.reads_images = self.dataset.image_store is None
+        self.reads_images = self.dataset.reads_images
         self.processor = self.dataset.processor
         self._steps_per_epoch = 1
 
@@ -267,6 +267,7 @@ def open_records(
         image_noise=config.image_noise,
         caption_noise=config.caption_noise,
         seed=config.seed,
+        is_teacher=config.vision_training != "frozen",
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
     held_out = HeldOutImages(dataset, held_items) if len(held_items) else None

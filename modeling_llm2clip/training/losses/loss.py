@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ...heads_llm2clip import LogitRule
 # is an `nn.Module` that takes `chunk_size`: rows of the logits computed at a time, or None for all.
 LOSSES = {
     "contrastive": ("contrastive", "ContrastiveLoss"),
+    "sigmoid": ("sigmoid", "SigmoidLoss"),
 }
 
 
@@ -33,6 +34,8 @@ class LossInputs(NamedTuple):
             where all captions differ.
         vision_embeds: (B, D') float32 output of the vision tower, before projection.
         caption_embeds: (B, D) float32 output of the LLM, before adapter and projection.
+        teacher_embeds: (B, D') float32 output of the vision tower as it was before the training,
+            where it is trained and stays near that.
         is_whole: Whether every process has these same rows, so that none has to be gathered: the
             images that a model is measured on.
     """
@@ -44,6 +47,7 @@ class LossInputs(NamedTuple):
     text_keys: Tensor | None = None
     vision_embeds: Tensor | None = None
     caption_embeds: Tensor | None = None
+    teacher_embeds: Tensor | None = None
     is_whole: bool = False
 
     @property
@@ -95,6 +99,12 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
     module = import_module(f".{file}", __package__)
     loss: nn.Module = getattr(module, class_name)(chunk_size=chunk_size)
     return loss
+
+
+def list_fitted(loss: Loss) -> list[Any]:
+    """List the parts of a loss whose parameters a method `fit(inputs)` sets by some pairs."""
+    modules = loss.modules() if isinstance(loss, nn.Module) else ()
+    return [module for module in modules if hasattr(module, "fit")]
 
 
 def identify_loss(loss: Loss) -> str:

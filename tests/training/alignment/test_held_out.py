@@ -32,7 +32,7 @@ from modeling_llm2clip.training.alignment.held_out import (
     HeldOutScores,
     choose_held_out,
 )
-from modeling_llm2clip.training.losses import contrastive
+from modeling_llm2clip.training.losses import pairs
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
 from modeling_llm2clip.training.run_folder import add_results, read_results
@@ -286,11 +286,13 @@ def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(9, 8, generator=generator), dim=-1) for _ in range(2))
     inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), torch.arange(9))
-    monkeypatch.setattr(contrastive, "_ROWS_WITHOUT_GRADIENT", 4)
+    monkeypatch.setattr(pairs, "_ROWS_WITHOUT_GRADIENT", 4)
     seen: list[int] = []
-    compute = contrastive._sum_of_rows
+    compute = ContrastiveLoss.sum_rows
     monkeypatch.setattr(
-        contrastive, "_sum_of_rows", lambda *rows: (seen.append(len(rows[0])), compute(*rows))[1]
+        ContrastiveLoss,
+        "sum_rows",
+        lambda loss, chunk: (seen.append(len(chunk.labels)), compute(loss, chunk))[1],
     )
     with torch.no_grad():
         found = ContrastiveLoss()(inputs)

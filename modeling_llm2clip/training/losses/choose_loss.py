@@ -1,0 +1,52 @@
+"""Puts a run's loss together: the one it names, over sizes of embeddings, and terms beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ...configs.align_config import AlignConfig
+from .distillation import SelfDistillationLoss
+from .loss import Loss, LossInputs, load_loss
+from .matryoshka import MatryoshkaLoss
+from .structure import StructureLoss
+
+
+class WeightedSum(nn.Module):
+    """A loss, and other ones times their weights.
+
+    Args:
+        loss: The loss with the weight 1.
+        terms: Weight and loss of each term, by its name.
+    """
+
+    def __init__(self, loss: Loss, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weights = {name: weight for name, (weight, _) in terms.items()}
+        self.terms = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={weight}" for name, weight in self.weights.items())
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Compute the sum, () float32."""
+        total: Tensor = self.loss(inputs)
+        for name, term in self.terms.items():
+            total = total + self.weights[name] * term(inputs)
+        return total
+
+
+def build_loss(config: AlignConfig, loss: Loss | None = None) -> Loss:
+    """Build the loss that the options describe, or put their parts around another one."""
+    if loss is None:
+        loss = load_loss(config.loss, chunk_size=config.loss_chunk_size)
+    if config.matryoshka_dims:
+        loss = MatryoshkaLoss(loss, config.matryoshka_dims)
+    terms: dict[str, tuple[float, nn.Module]] = {}
+    if config.distillation_weight:
+        terms["self_distillation"] = (config.distillation_weight, SelfDistillationLoss())
+    if config.structure_weight:
+        terms["structure"] = (config.structure_weight, StructureLoss())
+    return WeightedSum(loss, terms) if terms else loss

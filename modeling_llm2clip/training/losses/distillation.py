@@ -1,0 +1,51 @@
+"""Self-distillation of the vision tower (ProCLIP, arXiv:2510.18795 v3, stage 2).
+
+A tower that is trained stays near what its frozen self gives for the same images: in each
+embedding, and in the distances between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gathering import gather_rows
+from .loss import LossInputs
+
+
+class SelfDistillationLoss(nn.Module):
+    """Squared error to the frozen tower's embeddings, and smooth L1 of their distances.
+
+    Embeddings are the tower's output before projection, at unit length. The squared error is summed
+    over dimensions. The distances are those of all pairs of images in the batch of all processes.
+
+    Both are divided by the number of images. The authors' code (VisionXLab/ProCLIP at 2a41f39,
+    `training/train.py`) adds them up instead, so that its weight is this one divided by that
+    number, and compares projected images of one process. The teacher of their paper is a moving
+    average; that of their code is frozen, as this one is.
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Compute the mean over this process's images, () float32."""
+        if inputs.vision_embeds is None or inputs.teacher_embeds is None:
+            raise ValueError(
+                "The self-distillation needs the embeddings of the frozen vision tower: an image "
+                "store, or a tower that align keeps beside the trained one."
+            )
+        student = F.normalize(inputs.vision_embeds, dim=-1)
+        teacher = F.normalize(inputs.teacher_embeds, dim=-1)
+        of_images = (student - teacher).square().sum(dim=-1)
+        (students, teachers), _ = gather_rows(inputs, student, teacher)
+        differences = F.smooth_l1_loss(
+            _measure_distances(student, students),
+            _measure_distances(teacher, teachers),
+            reduction="none",
+        )
+        # Each pair is met twice.
+        return (of_images + differences.sum(dim=-1) / 2).mean()
+
+
+def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Measure exactly, also near zero, where the matrix product loses all digits."""
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,249 @@
+"""Every loss and term equals a slow version of its formula, in chunks and on two processes too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from gloo_workers import find_free_port
+from torch import Tensor, nn
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.heads_llm2clip import LogitRule
+from modeling_llm2clip.training.losses.choose_loss import WeightedSum, build_loss
+from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.distillation import SelfDistillationLoss
+from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.matryoshka import MatryoshkaLoss
+from modeling_llm2clip.training.losses.sigmoid import SigmoidLoss
+from modeling_llm2clip.training.losses.structure import StructureLoss
+
+NUM_ROWS = 8
+TEMPERATURE = 0.07  # of STRUCTURE's neighborhoods
+# Rows 1 and 2 are of one group, 0 and 5 too; 3 and 6 have equal captions.
+GROUPS, TEXTS = torch.tensor([0, 1, 1, 2, 3, 0, 4, 5]), torch.tensor([0, 1, 2, 3, 4, 5, 3, 7])
+# Float32 sums in another order, of numbers up to a hundred.
+ROUNDING = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def make_inputs(part: slice = slice(None)) -> tuple[LossInputs, dict[str, Tensor]]:
+    """Some rows of a batch, and what has gradients."""
+    generator = torch.Generator().manual_seed(3)
+    widths = {"image": 6, "text": 6, "vision": 5, "caption": 7, "teacher": 5}
+    rows = {n: torch.randn(NUM_ROWS, w, generator=generator)[part] for n, w in widths.items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in rows.items()}
+    leaves["scale"] = torch.tensor([4.0], requires_grad=True)
+    inputs = LossInputs(
+        F.normalize(leaves["image"], dim=-1),
+        F.normalize(leaves["text"], dim=-1),
+        LogitRule(leaves["scale"]),
+        GROUPS[part],
+        TEXTS[part],
+        vision_embeds=leaves["vision"],
+        caption_embeds=leaves["caption"],
+        teacher_embeds=rows["teacher"],
+    )
+    return inputs, leaves
+
+
+def is_negative(row: int, other: int) -> bool:
+    return GROUPS[row] != GROUPS[other] and TEXTS[row] != TEXTS[other]
+
+
+def contrast_slowly(inputs: LossInputs) -> Tensor:
+    total = torch.zeros(())
+    images, texts = inputs.image_embeds, inputs.text_embeds
+    for one, other in ((images, texts), (texts, images)):
+        for row in range(NUM_ROWS):
+            scores = [
+                inputs.logit_scale[0] * (one[row] * other[column]).sum()
+                for column in range(NUM_ROWS)
+                if column == row or is_negative(row, column)
+            ]
+            own = inputs.logit_scale[0] * (one[row] * other[row]).sum()
+            total = total - own + torch.stack(scores).exp().sum().log()
+    return total / (2 * NUM_ROWS)
+
+
+def judge_slowly(inputs: LossInputs, bias: float = -2.0) -> Tensor:
+    total = torch.zeros(())
+    for row, image in enumerate(inputs.image_embeds):
+        for column, text in enumerate(inputs.text_embeds):
+            logit = inputs.logit_scale[0] * (image * text).sum() + bias
+            if row == column:
+                total = total - torch.sigmoid(logit).log()
+            elif is_negative(row, column):
+                total = total - (1 - torch.sigmoid(logit)).log()
+    return total / NUM_ROWS
+
+
+def cut_slowly(inputs: LossInputs) -> Tensor:
+    losses = []
+    for size in (2, 4, 6):
+        image, text = (
+            part[:, :size] / part[:, :size].norm(dim=1, keepdim=True)
+            for part in (inputs.image_embeds, inputs.text_embeds)
+        )
+        cut = inputs._replace(image_embeds=image, text_embeds=text)
+        losses.append(judge_slowly(cut))
+    return sum(losses) / 3  # type: ignore[return-value]
+
+
+def distill_slowly(inputs: LossInputs) -> Tensor:
+    assert inputs.vision_embeds is not None and inputs.teacher_embeds is not None
+    student, teacher = (F.normalize(p) for p in (inputs.vision_embeds, inputs.teacher_embeds))
+    total = ((student - teacher) ** 2).sum()
+    for row in range(NUM_ROWS):
+        for other in range(row):
+            distances = [(side[row] - side[other]).norm() for side in (student, teacher)]
+            gap = (distances[0] - distances[1]).abs()
+            total = total + (gap**2 / 2 if gap < 1 else gap - 0.5)
+    return total / NUM_ROWS
+
+
+def keep_neighbors_slowly(inputs: LossInputs) -> Tensor:
+    assert inputs.vision_embeds is not None and inputs.caption_embeds is not None
+    total = torch.zeros(())
+    for pair in (
+        (inputs.vision_embeds, inputs.image_embeds), (inputs.caption_embeds, inputs.text_embeds),
+    ):  # fmt: skip
+        found = []
+        for side in pair:
+            unit = side / side.norm(dim=1, keepdim=True)
+            centered = unit - unit.mean(dim=0)
+            found.append(((centered @ centered.T) / TEMPERATURE).softmax(dim=1))
+        middle = (found[0] + found[1]) / 2
+        for one in found:
+            total = total + (one * (one / middle).log()).sum() / 2
+    return total / (2 * NUM_ROWS)
+
+
+LOSSES: dict[str, tuple[Callable[[int | None], nn.Module], Callable[[LossInputs], Tensor]]] = {
+    "contrastive": (ContrastiveLoss, contrast_slowly),
+    "sigmoid": (lambda size: SigmoidLoss(size, logit_bias=-2.0), judge_slowly),
+    "matryoshka": (
+        lambda size: MatryoshkaLoss(SigmoidLoss(size, logit_bias=-2.0), (2, 4)), cut_slowly,
+    ),
+    "self-distillation": (lambda _: SelfDistillationLoss(), distill_slowly),
+    "structure": (lambda _: StructureLoss(), keep_neighbors_slowly),
+}  # fmt: skip
+
+
+def differentiate(
+    loss: Callable[[LossInputs], Tensor], part: slice = slice(None)
+) -> dict[str, Tensor]:
+    """The value of a loss, and its gradients where there are any."""
+    inputs, leaves = make_inputs(part)
+    value = loss(inputs)
+    value.backward()
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    found |= {f"own {name}": parameter.grad for name, parameter in own}
+    return {"value": value.detach(), **found}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+def test_a_loss_is_that_of_its_formula_with_the_same_gradients(
+    name: str, chunk_size: int | None
+) -> None:
+    make, formula = LOSSES[name]
+    wanted, found = differentiate(formula), differentiate(make(chunk_size))
+    assert len(wanted) > 1 and set(wanted) <= set(found)
+    for part, value in wanted.items():
+        assert value.abs().sum() > 0
+        torch.testing.assert_close(found[part], value, **ROUNDING)
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """Half of the batch in a process of its own."""
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    half = NUM_ROWS // 2
+    part = slice(rank * half, (rank + 1) * half)
+    found = {name: differentiate(make(2), part) for name, (make, _) in LOSSES.items()}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, args=(find_free_port(), tmp_path), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, (make, _) in LOSSES.items():
+        for part, wanted in differentiate(make(None)).items():
+            found = [half[name][part] for half in halves]
+            # Distributed training takes the mean of all.
+            is_row = wanted.ndim == 2
+            whole = torch.cat(found) / 2 if is_row else torch.stack(found).mean(dim=0)
+            torch.testing.assert_close(whole, wanted, **ROUNDING, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_the_bias_is_fitted_where_the_loss_is_lowest(scale: float) -> None:
+    inputs = make_inputs()[0].at_scale(scale)
+    loss = SigmoidLoss()
+    with torch.no_grad():
+        loss.fit(inputs)
+        fitted = float(loss.logit_bias.detach())
+        lowest = float(loss(inputs))
+        around = [SigmoidLoss(logit_bias=fitted + step)(inputs) for step in (-0.01, 0.01)]
+    assert lowest < min(map(float, around))
+
+
+def test_a_tower_that_did_not_change_costs_nothing() -> None:
+    inputs, _ = make_inputs()
+    assert inputs.vision_embeds is not None
+    same = inputs._replace(
+        teacher_embeds=3 * inputs.vision_embeds,
+        image_embeds=inputs.vision_embeds,
+        text_embeds=inputs.caption_embeds,
+    )
+    # Equal to the rounding of unit vectors, squared and summed.
+    assert float(SelfDistillationLoss()(same).detach()) < 1e-6
+    assert abs(float(StructureLoss()(same).detach())) < 1e-6
+    far = inputs._replace(vision_embeds=torch.eye(NUM_ROWS), image_embeds=torch.ones(NUM_ROWS, 6))
+    assert StructureLoss()(far) <= math.log(2)
+
+
+def test_equal_images_have_a_gradient() -> None:
+    inputs, _ = make_inputs()
+    vision = inputs.vision_embeds.detach()[[0] * NUM_ROWS].requires_grad_()  # type: ignore[union-attr]
+    SelfDistillationLoss()(inputs._replace(vision_embeds=vision)).backward()
+    assert vision.grad is not None and vision.grad.isfinite().all() and vision.grad.abs().sum() > 0
+
+
+def test_the_options_put_a_loss_together() -> None:
+    config = AlignConfig(
+        loss="sigmoid", loss_chunk_size=3, matryoshka_dims=(2, 4), structure_weight=0.5,
+        distillation_weight=2.0, vision_training="full",
+    )  # fmt: skip
+    inputs, _ = make_inputs()
+    found = build_loss(config)
+    assert isinstance(found, WeightedSum) and found.extra_repr() == (
+        "self_distillation=2.0, structure=0.5"
+    )
+    terms = {name: make(None)(inputs) for name, (make, _) in LOSSES.items()}
+    with torch.no_grad():
+        next(found.parameters()).fill_(-2.0)
+        wanted = terms["matryoshka"] + 2 * terms["self-distillation"] + terms["structure"] / 2
+        torch.testing.assert_close(found(inputs), wanted, **ROUNDING)
+    assert isinstance(build_loss(AlignConfig()), ContrastiveLoss)
+    given = build_loss(AlignConfig(structure_weight=2.0), lambda _: torch.tensor(5.0))
+    torch.testing.assert_close(given(inputs), 5 + 2 * terms["structure"])
+
+
+def test_what_a_loss_lacks_is_named() -> None:
+    inputs, _ = make_inputs()
+    with pytest.raises(ValueError, match="needs the embeddings of the frozen vision tower"):
+        SelfDistillationLoss()(inputs._replace(teacher_embeds=None))
+    with pytest.raises(ValueError, match=r"matryoshka_dims \[6, 9\] must be below .*, 6"):
+        MatryoshkaLoss(ContrastiveLoss(), (2, 6, 9))(inputs)
+    with pytest.raises(ValueError, match="vision_training=frozen trains none"):
+        AlignConfig(distillation_weight=1.0)
