@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from shard_server import ShardServer
 
+from modeling_llm2clip.data.remote.file_places import describe_states, read_range
 from modeling_llm2clip.embedding.shard_computation import _Actor, compute_with_ray
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits, get_image_limits
 
@@ -43,5 +47,20 @@ def test_an_actor_has_the_limits_of_images_of_the_process_that_started_it(
     """Its node may be another machine, which does not have that process's environment."""
     monkeypatch.setenv(LIMITS_VARIABLE, "{}")
     limits = ImageLimits(max_megapixels=7)
-    _Actor(lambda: lambda _: None, torch.get_num_threads(), limits)
+    _Actor(lambda: lambda _: None, torch.get_num_threads(), limits, {})
     assert get_image_limits() == limits
+
+
+def test_an_actor_reads_remote_files_in_the_states_that_were_described(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"a" * 9)
+    with ShardServer(tmp_path) as server:
+        url = f"{server.url}/file"
+        describe_states([url])
+        (tmp_path / "file").write_bytes(b"b" * 9)
+        os.utime(tmp_path / "file", ns=(1, 1))
+
+        def make_worker() -> Callable[[int], None]:
+            return lambda _: read_range(url, 0, 9) and None
+
+        with pytest.raises(OSError, match="the file has changed while it was used"):
+            compute_with_ray(make_worker, [0], "cpu", show_progress=False)

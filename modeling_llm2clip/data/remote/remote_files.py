@@ -30,7 +30,8 @@ _TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "blob_i
          "updated", "last_modified")  # fmt: skip
 _REPLY_TAGS = ("ETag", "Last-Modified")  # of the whole file, in a reply with a part of it too
 _LATER = 1.1  # seconds: HTTP's times have no parts of a second
-_NUM_ASKED = 5  # times; mirrors behind one URL may have tags of their own
+_NUM_SAME = 8  # replies in a row with one tag, after which it is taken to stay
+_MOST_TAGS = 3  # that a file may have got while that is asked; more are of replies or mirrors
 
 
 class NoRangesError(Exception):
@@ -139,14 +140,21 @@ class RemoteFile:
         return None
 
     def _has_changed(self, error: ChangedFileError) -> bool:
-        """Ask whether another tag stays, since mirrors and some servers send several."""
-        for _ in range(_NUM_ASKED):
+        """Ask until a tag stays, unless earlier ones come again: those of mirrors or replies."""
+        tags, num_same = [error.found], 0
+        while num_same < _NUM_SAME:
             time.sleep(_LATER)
             found = try_request(self.url, partial(self._ask, is_shared=False), self.policy)
             if found.get("size") != self.find_size():
                 return True
-            if _clean_tag(found, error.name) != error.found:
+            tag = _clean_tag(found, error.name)
+            if tag == tags[-1]:
+                num_same += 1
+                continue
+            if tag in (error.wanted, *tags) or len(tags) == _MOST_TAGS:
                 return False
+            tags.append(tag)
+            num_same = 0
         return True
 
     def _forget_tag(self, name: str) -> None:

@@ -6,9 +6,14 @@ Its shards are shuffled and resumed here, because its own shuffle buffer is lost
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from functools import partial
 from itertools import islice
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +41,8 @@ def stream_dataset(
 
     A dataset whose shards apart would give other samples than the whole, as after `skip`, `take`,
     `interleave_datasets` or a batched `map`, is one shard, which one worker reads. A state goes on
-    with the same files, first row and steps only, of which functions are known by their names.
+    with the same files, first row, steps and columns only, of which functions are known by their
+    names and other objects by their classes.
 
     Args:
         dataset: Neither shuffled nor split by node; both is done here.
@@ -90,7 +96,7 @@ class _DatasetShards:
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
         self._dataset = dataset
         self._columns = None if columns is None else dict(columns)
-        digest = hash_json(_describe(dataset._ex_iterable))[:12]
+        digest = hash_json([_describe(dataset._ex_iterable), self._columns])[:12]
         self.shards = [f"{_NAME} {digest} shard {number}" for number in range(dataset.num_shards)]
         indivisible = _find_indivisible(dataset._ex_iterable)
         self._is_whole = indivisible is not None
@@ -142,6 +148,7 @@ _DIVISIBLE = frozenset(
      "InterleavedShardsExamplesIterable", "VerticallyConcatenatedMultiSourcesExamplesIterable")
 )  # fmt: skip
 _NOT_DESCRIBED = ("decoding_pool", "token_per_repo_id")  # what is open, and replaced keys
+_SHOWN_WHOLE = (Decimal, Enum, PurePath, complex, date, range, re.Pattern, slice, time, timedelta)
 _COUNTING = {"SkipExamplesIterable": "skip", "TakeExamplesIterable": "take"}
 
 
@@ -170,8 +177,8 @@ def _find_indivisible(step: Any) -> str | None:
 def _describe(value: Any) -> Any:
     """Describe a step, or an option of one, for JSON, by what is the same in all processes.
 
-    Functions and classes are described by their names, and files and tables by their first row too;
-    what a generator yields may come only once.
+    Functions and classes are described by their names, other objects by their classes, and files
+    and tables by their first row too; what a generator yields may come only once.
     """
     if value is None or isinstance(value, int | float):
         return value
@@ -183,12 +190,20 @@ def _describe(value: Any) -> Any:
         return [[_describe(name), _describe(item)] for name, item in value.items()]
     if isinstance(value, list | tuple):
         return [_describe(item) for item in value]
+    if isinstance(value, Set):
+        return sorted(hash_json(_describe(item)) for item in value)
+    if isinstance(value, _SHOWN_WHOLE):
+        return [type(value).__qualname__, repr(value)]
     if isinstance(value, partial):
         return _describe([value.func, value.args, value.keywords])
     if hasattr(value, "__qualname__"):
         return value.__qualname__
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return _describe(value.get_state())
+    if isinstance(value, np.ma.MaskedArray):
+        return _describe([value.data, np.ma.getmaskarray(value)])
     if hasattr(value, "tolist"):  # of numpy or torch
         if hasattr(value, "detach"):
             return _describe([str(value.dtype), list(value.shape), _read_tensor(value)])
@@ -205,6 +220,8 @@ def _describe(value: Any) -> Any:
         is_read = generator is None and not _list_sources(value)
         rows = islice(value.shard_data_sources(1, 0), 1) if is_read else ()
         return _describe([type(value), options, generator, *rows])
+    if type(value).__module__ == "torch":  # a dtype or a device
+        return repr(value)
     return [type(value).__qualname__, getattr(value, "num_rows", None)]
 
 

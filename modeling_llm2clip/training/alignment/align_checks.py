@@ -92,7 +92,12 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
     """Refuse data that no batch can be made of."""
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
-    check_batch(config.global_batch_size or 1, len(records), 0)
+    if len(records) < (config.global_batch_size or 1):
+        raise ValueError(
+            f"{counted(len(records), 'record')}, too few for a batch of "
+            f"{config.global_batch_size} even if none were held out. Leave global_batch_size out, "
+            "or give more data."
+        )
     _check_group_ids(RecordTable.from_records(records))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ...data.key_arrays import is_among
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.splits import list_text_keys
+from ...data.remote.file_places import list_described, use_described
+from ...data.remote.remote_files import RemoteFile
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
 from ...data.streams.stream_report import StreamReport
@@ -92,6 +95,7 @@ class RecordData:
             num_workers=count_workers(self.config, arguments, decodes=self.reads_images),
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
+            worker_init_fn=partial(_start_worker, list_described()),
         )
 
     def epoch_at(self, step: int) -> float:
@@ -246,6 +250,11 @@ class StreamData:
 
     def _name_file(self) -> str:
         return f"stream-{self._process}.pt"
+
+
+def _start_worker(described: dict[str, RemoteFile], _: int) -> None:
+    """Let a process that makes batches read remote files in the states that are known here."""
+    use_described(described)
 
 
 RunData = RecordData | StreamData

@@ -215,9 +215,9 @@ def describe_finetuning(output: Path) -> list[str]:
 
 def _describe_loss_of_accuracy(results: Mapping[str, Any]) -> list[str]:
     before, after = results["cra_before"], results["cra_after"]
-    if results.get("cra_unmerged", after) < before:
-        return [WORSE]
-    return [WORSE_BY_MERGING] if after < before else []
+    if after >= before:
+        return []
+    return [WORSE if results.get("cra_unmerged", after) < before else WORSE_BY_MERGING]
 
 
 def _prepare(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -298,6 +300,19 @@ OTHERS: dict[str, Callable[[datasets.IterableDataset, int], datasets.IterableDat
     "files": lambda _, n: datasets.IterableDataset.from_generator(
         generate_rows, gen_kwargs={"names": [f"{n}.txt"]}
     ),
+    "set": lambda rows, n: rows.map(keep, fn_kwargs={"scale": [{"a", "b"}, {"a", "c"}][n]}),
+    "range": lambda rows, n: rows.map(keep, fn_kwargs={"scale": range(n)}),
+    "path": lambda rows, n: rows.map(keep, fn_kwargs={"scale": Path(f"{n}")}),
+    "date": lambda rows, n: rows.map(keep, fn_kwargs={"scale": date(2020, 1, 1 + n)}),
+    "moment": lambda rows, n: rows.map(
+        keep, fn_kwargs={"scale": np.datetime64(f"2020-01-0{1 + n}")}
+    ),
+    "random state": lambda rows, n: rows.map(keep, fn_kwargs={"scale": np.random.RandomState(n)}),
+    "masked": lambda rows, n: rows.map(
+        keep, fn_kwargs={"scale": np.ma.masked_array([1, 2], [bool(n), False])}
+    ),
+    "dtype": lambda rows, n: rows.map(keep, fn_kwargs={"scale": [torch.float16, torch.float32][n]}),
+    "pattern": lambda rows, n: rows.map(keep, fn_kwargs={"scale": re.compile(f"a{n}")}),
     "generator": lambda _, n: datasets.IterableDataset.from_generator(
         [generate_rows, generate_others][n], gen_kwargs={"names": ["0.txt"]}
     ),
@@ -339,7 +354,7 @@ TENSORS: dict[str, Callable[[float], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_any_tensor_may_be_an_option_of_a_step_and_its_values_count(
+def test_tensors_that_numpy_cannot_hold_count_by_their_values(
     kind: str, saved: datasets.Dataset
 ) -> None:
     rows = saved.to_iterable_dataset(num_shards=4)
@@ -365,6 +380,18 @@ def resume_other(
     resumed = stream_dataset(second, columns=columns, require_images=False)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     return list(resumed)
+
+
+def test_the_state_of_other_columns_is_refused(saved: datasets.Dataset) -> None:
+    rows = saved.to_iterable_dataset(num_shards=4)
+    one, other = (
+        stream_dataset(rows, columns=columns, require_images=False)
+        for columns in (COLUMNS, {**COLUMNS, "lang": "language"})
+    )
+    next(iter(one))
+    with pytest.raises(ValueError, match="of another stream: shards differ"):
+        other.load_state_dict(one.state_dict())
+        list(other)
 
 
 def test_the_state_of_another_dataset_is_refused(saved: datasets.Dataset) -> None:

@@ -7,6 +7,7 @@ import pickle
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -221,23 +222,41 @@ def test_tags_that_are_of_each_reply_are_not_compared(
             assert file.open_stream().read() == CONTENT
 
 
-def test_a_file_that_changes_again_and_again_is_not_taken_for_one_of_mirrors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_file_that_changes_again_while_it_is_asked_for_is_not_taken_for_one_of_mirrors(
+    grows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where its size shows it; the times between the questions are those of a log that grows."""
-    (tmp_path / "file").write_bytes(CONTENT)
+    """Its size shows it, as of a log; or no earlier tag comes again, and the last one stays."""
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    times = iter(range(1, 100))
 
-    def grow(_: float) -> None:
-        with (tmp_path / "file").open("ab") as file:
-            file.write(b"a line")
+    def change(_: float = 0) -> None:
+        if (number := next(times)) < 3 or grows:
+            path.write_bytes(path.read_bytes() + b"a line" * grows)
+            os.utime(path, ns=(number, number))
 
-    monkeypatch.setattr(remote_files, "time", SimpleNamespace(sleep=grow))
+    monkeypatch.setattr(remote_files, "time", SimpleNamespace(sleep=change))
     with ShardServer(tmp_path) as server:
         file = RemoteFile(f"{server.url}/file", FAST)
         file.require_access()
-        grow(0)
+        change()
         with pytest.raises(LostFileError, match="the file has changed while it was used"):
             file.read_range(0, 9)
+
+
+def test_mirrors_that_reply_at_random_are_not_taken_for_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "_LATER", 0)
+    (tmp_path / "file").write_bytes(CONTENT)
+    random = Random(0)  # by which no file gets eight equal tags in a row
+    with ShardServer(tmp_path, tags="varying") as server:
+        server.replies = iter(lambda: random.randrange(2), None)  # type: ignore[assignment]
+        for number in range(20):
+            file = RemoteFile(f"{server.url}/file?{number}", FAST)
+            for _ in range(3):
+                assert file.open_again().read_range(0, 10) == CONTENT[:10]
 
 
 def test_a_changed_file_is_reported_by_other_processes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tracemalloc
 from collections import Counter
@@ -13,21 +14,48 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from aligning import NUM_RECORDS, Prepared
+from aligning import NUM_RECORDS, SHORT_RUN, Prepared
+from captioned_files import write_shard
 from PIL import Image
+from shard_server import ShardServer
 from transformers import TrainingArguments
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.remote import file_places
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
-from modeling_llm2clip.training.alignment.run_data import count_workers
+from modeling_llm2clip.training.alignment.run_data import RecordData, count_workers
 from modeling_llm2clip.training.alignment.sampling import (
     ResumableBatchSampler,
     mix,
     sample_captions,
     sample_normal,
 )
+
+
+@pytest.mark.slow  # starts a process
+def test_processes_that_make_batches_read_files_in_the_states_that_were_loaded(
+    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are not forked, as on macOS."""
+    monkeypatch.setattr(file_places, "_described", {})
+    image = io.BytesIO()
+    Image.new("RGB", (9, 6), "red").save(image, "png")
+    members = {f"{n}.png": image.getvalue() for n in range(4)}
+    shard = write_shard(tmp_path / "0.tar", members | {f"{n}.txt": b"a text" for n in range(4)})
+    with ShardServer(tmp_path) as server:
+        records = load_records(f"{server.url}/0.tar")
+        processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+        config = AlignConfig(**SHORT_RUN, num_workers=1)
+        data = RecordData(AlignmentDataset(records, processor), np.arange(4), config)
+        arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        loader = data.make_loader(arguments, batch_size=2, num_steps=1)
+        loader.multiprocessing_context = "spawn"
+        os.utime(shard, ns=(1, 1))
+        with pytest.raises(ValueError, match="the file has changed while it was used"):
+            list(loader)
 
 
 def sample(num_short: int, num_long: int, *, ratio: float, count: int) -> list[tuple[bool, int]]:
