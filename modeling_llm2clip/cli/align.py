@@ -95,9 +95,8 @@ def align(
     if streamed:
         records = stream_captioned_images(data, reading, streaming)
     else:
-        records = read_captioned_images(
-            data, reading, require_images=image_store is None, resume=resume
-        )
+        reads_images = image_store is None or config.distillation_weight > 0
+        records = read_captioned_images(data, reading, require_images=reads_images, resume=resume)
     folder = run(
         model,
         records,

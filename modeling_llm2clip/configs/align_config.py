@@ -68,6 +68,12 @@ class AlignConfig(TrainingConfig):
     held_out_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of the groups of images that is held out to choose the weights, at most 1,000 groups
     and in small data at least 20; 0 for none."""
+    zero_shot: str | None = None
+    """Labeled images that are classified before, during and after the training: NAME=FOLDER of a
+    dataset for classification, such as image-folder=FOLDER. Default: none."""
+    choose_by: Literal["loss", "zero_shot"] = "loss"
+    """What chooses the weights: the lowest held-out loss, or the highest accuracy on `zero_shot`.
+    """
     refit: bool | None = None
     """After held-out images have chosen the weights, fit once more on all images with the chosen
     shrinkages, number of steps and share of the way from the start. Default: only if both stores
@@ -101,5 +107,9 @@ class AlignConfig(TrainingConfig):
                 "distillation_weight keeps a trained vision tower near its frozen self, and "
                 "vision_training=frozen trains none. Choose vision_training=lora or full."
             )
+        if self.zero_shot and not self.held_out_ratio:
+            yield "zero_shot is measured with held-out images, and held_out_ratio=0 has none."
+        if self.choose_by == "zero_shot" and not self.zero_shot:
+            yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."

@@ -47,9 +47,10 @@ _SHOWN = {
     "held_out_loss": "held-out loss",
     "held_out_t2i_r1": "t2i R@1",
     "held_out_i2t_r1": "i2t R@1",
+    "zero_shot": "zero-shot",
 }
 _OF_WHOLE_RUN = re.compile("train_loss|train_.*_per_second")
-_PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1"}
+_PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1", "zero_shot"}
 
 
 def run_once_per_machine(function: Callable[[], Result]) -> Result:

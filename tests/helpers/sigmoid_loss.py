@@ -1,4 +1,4 @@
-"""A loss with a parameter of its own, and runs that train on it, on one process and on two."""
+"""Runs that train on a loss with a parameter of its own, on one process and on two."""
 
 from __future__ import annotations
 
@@ -6,38 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from aligning import SHORT_RUN
-from torch import Tensor, nn
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.losses.gathering import gather_with_gradient
-from modeling_llm2clip.training.losses.loss import LossInputs
 
-START = -2.0
-LONG = {"max_steps": 8, "save_steps": 4, "held_out_ratio": 0.2, "eval_steps": 2}
-
-
-class SigmoidLoss(nn.Module):
-    """Whether each image and text are a pair (arXiv:2303.15343), with a learned bias."""
-
-    def __init__(self, bias: float = START) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.tensor([bias]))
-
-    def forward(self, inputs: LossInputs) -> Tensor:
-        texts, first = inputs.text_embeds, 0
-        if not inputs.is_whole and dist.is_initialized() and dist.get_world_size() > 1:
-            first = dist.get_rank() * len(texts)
-            texts = gather_with_gradient(texts)
-        logits = inputs.logits(inputs.image_embeds, texts) + self.bias
-        labels = torch.full_like(logits, -1.0)
-        rows = torch.arange(len(logits))
-        labels[rows, first + rows] = 1.0
-        return -F.logsigmoid(labels * logits).sum() / len(logits)
+LONG = {"max_steps": 8, "save_steps": 4, "held_out_ratio": 0.2, "eval_steps": 2, "loss": "sigmoid"}
+BIAS = "loss.logit_bias"
 
 
 def train(prepared: Path, output: Path, *, resume: bool = False, **options: Any) -> None:
@@ -49,7 +24,7 @@ def train(prepared: Path, output: Path, *, resume: bool = False, **options: Any)
     align(
         prepared / "exported", load_records(prepared / "data"), output, config,
         caption_store=prepared / "captions", image_store=prepared / "images",
-        loss=SigmoidLoss(), resume=resume, callbacks=callbacks,
+        resume=resume, callbacks=callbacks,
     )  # fmt: skip
 
 

@@ -24,14 +24,8 @@ def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
     """Compare every image with every class: the mean of its prompts' unit embeddings."""
     [dataset] = datasets
     assert isinstance(dataset, ClassificationDataset)
-    prompts = [
-        template.replace("{}", name)
-        for name in dataset.class_names
-        for template in dataset.templates
-    ]
-    texts = encoder.encode_texts(prompts)
-    of_class = F.normalize(texts.embeds, dim=-1).unflatten(0, (len(dataset.class_names), -1))
-    classes = F.normalize(of_class.mean(dim=1), dim=-1)  # (C, D)
+    texts = encoder.encode_texts(list_prompts(dataset))
+    classes = average_prompts(texts.embeds, len(dataset.class_names))
     images = F.normalize(encoder.encode_images(dataset.images, names=dataset.image_names), dim=-1)
     if images.shape[1] != classes.shape[1]:
         raise ValueError(
@@ -50,6 +44,21 @@ def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
         counts={"images": len(images), "classes": num_classes, **count_texts(texts)},
         confusion=(confusion, dataset.class_names),
     )
+
+
+def list_prompts(dataset: ClassificationDataset) -> list[str]:
+    """List the prompts of all classes, those of one class in a row."""
+    return [
+        template.replace("{}", name)
+        for name in dataset.class_names
+        for template in dataset.templates
+    ]
+
+
+def average_prompts(embeds: Tensor, num_classes: int) -> Tensor:
+    """Return the mean of the unit embeddings of each class's prompts, (C, D) of unit length."""
+    of_class = F.normalize(embeds, dim=-1).unflatten(0, (num_classes, -1))
+    return F.normalize(of_class.mean(dim=1), dim=-1)
 
 
 def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,8 @@ from .best_weights import (
 from .held_out import embed_batches
 from .image_summary import write_image_summary
 from .projection_init import ProjectionInit, init_projections, repeat_init
-from .run_data import RunData, open_records, open_stream
+from .run_data import RunData, open_data
+from .zero_shot import ZeroShotImages, load_labeled_images
 
 MODEL_FOLDER = "model"
 _NUM_EVALUATIONS = 20
@@ -163,28 +164,23 @@ def align(
         data = RecordTable.from_records(data)
         check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
+    labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     device = choose_device(config.device)
     with (
         lock_run(output),
         open_source(source, output) as found,
         TemporaryDirectory() as temporary,
     ):
-        text, vision = fingerprint_text(found.folder), fingerprint_vision(found.folder)
-        for store, fingerprint in ((captions, text), (images, vision)):
-            if store is not None:
-                store.require_fingerprint(fingerprint)
-        width = LLM2CLIPConfig.from_pretrained(found.folder, local_files_only=True).projection_dim
-        require_dims(config.matryoshka_dims, width=width)
+        fingerprint = _require_fitting(found.folder, config, captions, images)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
-        run_data = (
-            open_stream(data, processor, config, captions, Path(temporary))
-            if isinstance(data, RecordStream)
-            else open_records(data, processor, config, captions, images)
+        run_data = open_data(data, processor, config, captions, images, Path(temporary))
+        zero_shot = None if labeled is None else ZeroShotImages(labeled, found.folder, processor)
+        fit = AlignmentFit(
+            found.folder, run_data, output, config, loss, resume, callbacks, zero_shot
         )
-        fit = AlignmentFit(found.folder, run_data, output, config, loss, resume, callbacks)
         inputs = {
             "source": found.name,
-            "fingerprint": {"text": text, "vision": vision, "all": fingerprint_model(found.folder)},
+            "fingerprint": fingerprint,
             "caption_store": _identify_store(captions),
             "image_store": _identify_store(images),
             **_identify(fit, on_gpu=device.type == "cuda"),
@@ -212,6 +208,22 @@ def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
             "configuration for DDP."
         )
     return chosen
+
+
+def _require_fitting(
+    folder: Path,
+    config: AlignConfig,
+    caption_store: EmbeddingStore | None,
+    image_store: EmbeddingStore | None,
+) -> dict[str, Any]:
+    """Refuse stores and options that do not fit the model; return its fingerprint."""
+    text, vision = fingerprint_text(folder), fingerprint_vision(folder)
+    for store, fingerprint in ((caption_store, text), (image_store, vision)):
+        if store is not None:
+            store.require_fingerprint(fingerprint)
+    width = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).projection_dim
+    require_dims(config.matryoshka_dims, width=width)
+    return {"text": text, "vision": vision, "all": fingerprint_model(folder)}
 
 
 def _choose(
@@ -291,6 +303,8 @@ def _make_best_weights(
         patience=fit.config.early_stopping_patience,
         patience_begin=length.adapter_begin,
         start=copy_trained(model) if is_tried else None,
+        zero_shot=fit.zero_shot,
+        chooses_zero_shot=fit.config.choose_by == "zero_shot",
     )
 
 
@@ -334,12 +348,19 @@ def _record_end(
 def _measure_written(
     fit: AlignmentFit, data_name: str | None, folder: Path
 ) -> tuple[Sequence[CardResult], str | None]:
-    """Measure a written folder; in half precision, trained weights are rounded there.
+    """Measure a written folder, with its rounded weights if it is in half precision.
 
     A model that was fitted once more has seen the held-out images: then those weights are measured
     that they chose, rounded in the same way.
     """
     output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
+    if fit.zero_shot is not None:
+        written = fit.load_parts(folder)
+        written.to(device)  # type: ignore[arg-type]
+        written.trains_vision = fit.config.vision_training != "frozen"
+        written.trains_text = fit.config.text_training == "lora"
+        accuracy = fit.zero_shot.measure(written)
+        add_results(output, zero_shot={**fit.zero_shot.identify(), "accuracy": accuracy})
     summary = write_image_summary(fit.source, folder, fit.data, fit.config, name=data_name)
     add_results(output, training_images=summary)
     results = read_results(output)
@@ -405,6 +426,7 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
     """Identify what the numbers of a run depend on beside its options, model and stores."""
     return {
         **fit.data.identify(),
+        **({} if fit.zero_shot is None else {"zero_shot": fit.zero_shot.identify()}),
         "loss_class": identify_loss(fit.loss),
         "num_processes": PartialState().num_processes,
         "is_sharded": is_sharded(),

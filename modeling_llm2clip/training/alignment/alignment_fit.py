@@ -52,6 +52,7 @@ from .best_weights import (
 )
 from .projection_init import ProjectionInit, repeat_init
 from .run_data import RecordData, RunData
+from .zero_shot import ZeroShotImages
 
 REFIT_FOLDER = "refit"
 
@@ -71,6 +72,7 @@ class AlignmentFit:
     loss: Loss
     resume: bool
     callbacks: Sequence[TrainerCallback] = ()
+    zero_shot: ZeroShotImages | None = None
 
     def find_checkpoint(self) -> Path | None:
         return find_last_checkpoint(self.output) if self.resume else None

@@ -13,7 +13,7 @@ from ...data.streams.stream_report import StreamReport
 from ...data.validation_errors import describe_errors
 from ...model_folders.model_card import CardResult, read_card_data
 from ..run_folder import read_run_record
-from .held_out import HeldOutScores
+from .held_out import HeldOutScores, find_interval
 from .run_data import RunData
 
 # On the card, in place of the digest of the held-out groups.
@@ -43,6 +43,13 @@ CLEARLY_LOWER = (
     "what counts, keep the start (--max-steps 0)."
 )
 
+FORGOT = (
+    "Warning: the training made the model classify clearly worse. Keep a trained vision tower near "
+    "its frozen self (--distillation-weight), let the accuracy choose the weights (--choose-by "
+    "zero_shot), or freeze the tower."
+)
+
+_CHOOSERS = {"loss": "lowest held-out loss", "zero_shot": "highest zero-shot accuracy"}
 # A batch of a few hundred images, with noise, may have so much higher a loss by chance.
 _CHANCE_RISE = 0.01
 
@@ -66,6 +73,7 @@ def describe_alignment(output: Path) -> list[str]:
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
     dtype = str(LLM2CLIPConfig.from_pretrained(model, local_files_only=True).dtype)
+    lines += _describe_zero_shot(results)
     lines += [*_describe_objective(results, dtype), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
@@ -94,6 +102,8 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     scores = _read_best(results)
     if scores is None:
         return ()
+    labeled = results.get("zero_shot")
+    accuracy = () if labeled is None else (_make_accuracy(labeled),)
     shown = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
     held_out = f"{scores.num_images} images held out of the alignment"
     notes = results["held_out"]
@@ -104,7 +114,13 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     elif not notes["maybe_trained_on"]:
         held_out += _name_groups(notes["groups"])
     dataset = held_out if data_name is None else f"{data_name}, {held_out}"
-    return (CardResult("retrieval", dataset, shown),)
+    return (CardResult("retrieval", dataset, shown), *accuracy)
+
+
+def _make_accuracy(labeled: Mapping[str, Any]) -> CardResult:
+    chance = 1 / labeled["num_classes"]
+    scores = {"top_1": labeled["accuracy"], "chance_top_1": chance}
+    return CardResult("classification", labeled["dataset"], scores)
 
 
 def _name_groups(groups: str) -> str:
@@ -177,7 +193,7 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         f"  at the start  {_show(before)}",
         f"  chosen        {_show(after)}",
         f"  chance        {after.chance_t2i_r1:6.1%} {'':15}{after.chance_i2t_r1:6.1%}",
-        f"The lowest held-out loss chose {_name_weights(notes, results['steps'])}.",
+        f"The {_CHOOSERS[notes['chosen_by']]} chose {_name_weights(notes, results['steps'])}.",
     ]
     if (after.t2i_r1 + after.i2t_r1) < (before.t2i_r1 + before.i2t_r1):
         is_within = (
@@ -201,6 +217,22 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         what = "drawn in training" if "stream" in results else "to train on"
         lines.append(f"  Shared with held-out images: {counted(shared, 'caption')} {what}.")
     return lines
+
+
+def _describe_zero_shot(results: Mapping[str, Any]) -> list[str]:
+    """Say what the training did to the classification of labeled images."""
+    labeled = results.get("zero_shot")
+    if labeled is None:
+        return []
+    before, after = results["held_out"]["before"]["zero_shot"], labeled["accuracy"]
+    count, num_classes = labeled["num_images"], labeled["num_classes"]
+    low, high = find_interval(before, count)
+    lines = [
+        f"Zero-shot accuracy on {counted(count, 'image')} of {num_classes} classes "
+        f"({labeled['dataset']}): {before:.1%} [{low:.1%}, {high:.1%}] at the start, {after:.1%} "
+        f"of the written model, {1 / num_classes:.1%} by chance."
+    ]
+    return [*lines, *([FORGOT] if after < low else [])]
 
 
 def _describe_stream(results: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Weights between those of the start and trained ones are often better than either (WiSE-FT,
 arXiv:2109.01903), so that each evaluation tries several shares of the way. The lowest loss chooses:
-it separates models on fewer images than R@1 does, and it is what is trained.
+it separates models on fewer images than R@1 does, and it is what is trained. Or the accuracy on
+labeled images does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..run_folder import add_results, list_trained, read_results
 from .alignment_data import INPUT_SECONDS, AlignmentDataset
 from .held_out import HeldOutImages, HeldOutScores, fit_temperature
 from .sampling import mix
+from .zero_shot import ZeroShotImages
 
 BEST_FILE = "best.safetensors"
 # Tried beside all of the way from the start to the trained weights.
@@ -72,6 +74,8 @@ class BestWeightsCallback(TrainerCallback):
         patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
         patience_begin: Steps before which the run never stops.
         start: Weights at the start by name, if weights between them and trained ones are tried.
+        zero_shot: Labeled images that are classified at each evaluation.
+        chooses_zero_shot: Keep the weights with the highest accuracy on these instead.
     """
 
     images: HeldOutImages
@@ -81,6 +85,8 @@ class BestWeightsCallback(TrainerCallback):
     patience: int
     patience_begin: int
     start: Mapping[str, Tensor] | None = None
+    zero_shot: ZeroShotImages | None = None
+    chooses_zero_shot: bool = False
 
     def __post_init__(self) -> None:
         self.file = self.output / BEST_FILE
@@ -125,6 +131,7 @@ class BestWeightsCallback(TrainerCallback):
             "best": asdict(self.best),
             "best_step": self.best_step,
             "best_share": self.best_share,
+            "chosen_by": "zero_shot" if self.chooses_zero_shot else "loss",
         }
 
     def _is_out_of_patience(self, step: int) -> bool:
@@ -134,13 +141,13 @@ class BestWeightsCallback(TrainerCallback):
     def _evaluate(self, *, step: int) -> None:
         """Measure the weights, and those between them and the start; keep the best."""
         scores = self._measure()
-        self.trainer.log(
-            {
-                "held_out_loss": scores.loss,
-                "held_out_t2i_r1": scores.t2i_r1,
-                "held_out_i2t_r1": scores.i2t_r1,
-            }
-        )
+        logged = {
+            "held_out_loss": scores.loss,
+            "held_out_t2i_r1": scores.t2i_r1,
+            "held_out_i2t_r1": scores.i2t_r1,
+        }
+        accuracy = {} if scores.zero_shot is None else {"zero_shot": scores.zero_shot}
+        self.trainer.log(logged | accuracy)
         self._compare(scores, step=step, share=1.0)
         if self.start is None:
             return
@@ -152,8 +159,8 @@ class BestWeightsCallback(TrainerCallback):
         set_between(model, self.start, trained, 1.0)
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
-        """Keep the weights that the model has now if they have the lowest loss so far."""
-        if self.best is None or scores.loss < self.best.loss:
+        """Keep the weights that the model has now if they are the best so far."""
+        if self.best is None or self._rank(scores) < self._rank(self.best):
             self.best, self.best_step, self.best_share = scores, step, share
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
@@ -161,10 +168,21 @@ class BestWeightsCallback(TrainerCallback):
                 metadata = {_METADATA: json.dumps(self.as_record())}
                 write_atomically(self.file, save(weights, metadata=metadata))
 
+    def _rank(self, scores: HeldOutScores) -> tuple[float, ...]:
+        """Return what is lowest for the best weights."""
+        if not self.chooses_zero_shot:
+            return (scores.loss,)
+        assert scores.zero_shot is not None
+        return (-scores.zero_shot, scores.loss)
+
     def _measure(self) -> HeldOutScores:
         trainer = self.trainer
         inputs = trainer.embed(self.images.iterate_batches())
-        found: list[Any] = [self.images.score(trainer.alignment_model.loss, inputs)]
+        scored = self.images.score(trainer.alignment_model.loss, inputs)
+        if self.zero_shot is not None:
+            accuracy = self.zero_shot.measure(trainer.alignment_model)
+            scored = replace(scored, zero_shot=accuracy)
+        found: list[Any] = [scored]
         # Other hardware may round differently; all processes must keep and stop alike.
         broadcast_object_list(found)
         scores: HeldOutScores = found[0]

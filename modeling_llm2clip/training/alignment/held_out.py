@@ -58,6 +58,7 @@ class HeldOutScores:
         chance_i2t_r1: Expected `i2t_r1` of a random order.
         num_images: Images that were compared, each once, whatever its languages.
         num_texts: Texts that were compared.
+        zero_shot: Share of labeled images whose nearest class is their own; None without any.
     """
 
     loss: float
@@ -67,6 +68,7 @@ class HeldOutScores:
     chance_i2t_r1: float
     num_images: int
     num_texts: int
+    zero_shot: float | None = None
 
     @property
     def is_near_chance(self) -> bool:
@@ -82,13 +84,17 @@ class HeldOutScores:
     def find_interval(self, score: float) -> tuple[float, float]:
         """Find the 95 % confidence interval of a score.
 
-        It is Wilson's (doi:10.1080/01621459.1927.10502953). The texts of an image succeed and fail
-        together, so that images alone are counted.
+        The texts of an image succeed and fail together, so that images alone are counted.
         """
-        square, count = _NORMAL_QUANTILE**2, self.num_images
-        center = score + square / (2 * count)
-        spread = _NORMAL_QUANTILE * (score * (1 - score) / count + square / (4 * count**2)) ** 0.5
-        return (center - spread) / (1 + square / count), (center + spread) / (1 + square / count)
+        return find_interval(score, self.num_images)
+
+
+def find_interval(score: float, count: int) -> tuple[float, float]:
+    """Find Wilson's 95 % interval of a share of images (doi:10.1080/01621459.1927.10502953)."""
+    square = _NORMAL_QUANTILE**2
+    center = score + square / (2 * count)
+    spread = _NORMAL_QUANTILE * (score * (1 - score) / count + square / (4 * count**2)) ** 0.5
+    return (center - spread) / (1 + square / count), (center + spread) / (1 + square / count)
 
 
 def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:

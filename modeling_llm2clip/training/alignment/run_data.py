@@ -260,6 +260,20 @@ def _start_worker(described: dict[str, RemoteFile], _: int) -> None:
 RunData = RecordData | StreamData
 
 
+def open_data(
+    data: RecordTable | RecordStream,
+    processor: LLM2CLIPProcessor,
+    config: AlignConfig,
+    caption_store: EmbeddingStore | None,
+    image_store: EmbeddingStore | None,
+    folder: Path,
+) -> RunData:
+    """Prepare records or a stream, whose held-out images are written to a folder."""
+    if isinstance(data, RecordStream):
+        return open_stream(data, processor, config, caption_store, folder)
+    return open_records(data, processor, config, caption_store, image_store)
+
+
 def open_records(
     records: RecordTable,
     processor: LLM2CLIPProcessor,

@@ -76,7 +76,18 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     )  # fmt: skip
     refuse(prepared, out, "has vision_embeds, wanted", caption_store=prepared.image_store)
     refuse(prepared, out, "needs a caption_store and an image_store", projection_init="cca")
-    refuse(prepared, out, "loss='other' must be one of contrastive", loss="other")
+    refuse(prepared, out, "loss='other' must be one of contrastive, sigmoid", loss="other")
+    wide = r"matryoshka_dims \[32, 99\] must be below the model's projection_dim, 32"
+    refuse(prepared, out, wide, matryoshka_dims=(4, 32, 99))
+    refuse(
+        prepared, out, "distillation_weight needs an image_store",
+        distillation_weight=1.0, vision_training="full",
+    )  # fmt: skip
+    refuse(
+        prepared, out, "needs a caption_store and an image_store, and vision_training=frozen",
+        distillation_weight=1.0, vision_training="full", projection_init="cca",
+        image_store=prepared.image_store,
+    )  # fmt: skip
     refuse(prepared, out, "report_to='unknown' must be one of", report_to=("unknown",))
     without = [dataclasses.replace(record, image=None) for record in prepared.records]
     refuse(prepared, out, r"24 records without an image: 00.jpg \(en\)", records=without)

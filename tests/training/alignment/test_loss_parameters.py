@@ -16,13 +16,14 @@ import torch
 from aligning import Prepared, read_losses
 from gloo_workers import find_free_port
 from safetensors.torch import load_file
-from sigmoid_loss import START, SigmoidLoss, train
+from sigmoid_loss import BIAS, train
 from transformers import TrainerCallback
 
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment.held_out import fit_temperature
 from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.sigmoid import SigmoidLoss
 from modeling_llm2clip.training.run_folder import read_results, read_run_record
 
 ROOT = Path(__file__).parents[3]
@@ -43,6 +44,12 @@ def read_checkpoint(output: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(output / "checkpoints" / f"checkpoint-{step}" / "trained.safetensors")
 
 
+def read_start(output: Path) -> float:
+    """The bias at the start, which is fitted to held-out images."""
+    (bias,) = read_results(output)["start"]["loss_parameters"][BIAS]
+    return float(bias)
+
+
 def read_held_out_losses(output: Path) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
@@ -53,18 +60,19 @@ def test_a_loss_with_a_parameter_trains_chooses_and_resumes(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     train(prepared.data.parent, tmp_path / "run", refit=False)
-    trained = {step: read_checkpoint(tmp_path / "run", step)["loss.bias"] for step in (4, 8)}
-    assert START != float(trained[4]) != float(trained[8])
+    trained = {step: read_checkpoint(tmp_path / "run", step)[BIAS] for step in (4, 8)}
+    start = read_start(tmp_path / "run")
+    assert start != float(trained[4]) != float(trained[8])
     assert read_run_record(tmp_path / "run")["parameters"]["loss"]["trainable"] == 1
     # What chooses is the loss that is trained, with the parameter as it is then.
     results = read_results(tmp_path / "run")["held_out"]
     losses = [results["before"]["loss"], *read_held_out_losses(tmp_path / "run")]
     best = load_file(tmp_path / "run" / "best.safetensors")
     assert results["best"]["loss"] <= min(losses)
-    assert ("loss.bias" in best) and (results["best_step"] > 0)
-    assert float(best["loss.bias"]) != START
+    assert (BIAS in best) and (results["best_step"] > 0)
+    assert float(best[BIAS]) != start
     # The parameter is in no model folder, and is resumed from a checkpoint.
-    assert not [n for n in load_file(tmp_path / "run/model/model.safetensors") if "bias" == n]
+    assert not [n for n in load_file(tmp_path / "run/model/model.safetensors") if "logit_bias" in n]
     with pytest.raises(StageInterrupt):
         train(prepared.data.parent, tmp_path / "again", refit=False, callbacks=[SignalAfter(3)])
     train(prepared.data.parent, tmp_path / "again", refit=False, resume=True)
@@ -74,16 +82,16 @@ def test_a_loss_with_a_parameter_trains_chooses_and_resumes(
 
 
 @pytest.mark.slow
-def test_each_fit_begins_with_the_parameter_as_it_was_given(
+def test_each_fit_begins_with_the_parameter_that_suits_held_out_images(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     train(prepared.data.parent, tmp_path / "run", refit=True, save_steps=1)
     assert read_results(tmp_path / "run")["held_out"]["best_step"] > 1
     (first, *_) = sorted((tmp_path / "run/refit/checkpoints").iterdir())
     step = int(first.name.split("-")[1])
-    bias = float(load_file(first / "trained.safetensors")["loss.bias"])
+    bias = float(load_file(first / "trained.safetensors")[BIAS])
     # A step of Adam moves it by at most the learning rate.
-    assert 0 < abs(bias - START) < 1.1e-3 * step
+    assert 0 < abs(bias - read_start(tmp_path / "run")) < 1.1e-3 * step
 
 
 @pytest.mark.slow
@@ -105,8 +113,8 @@ def test_two_processes_train_the_parameter_as_one_does(prepared: Prepared, tmp_p
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (read_checkpoint(tmp_path / name, 8)["loss.bias"] for name in ("one", "two"))
-    assert abs(float(one) - START) > 5e-4
+    one, two = (read_checkpoint(tmp_path / name, 8)[BIAS] for name in ("one", "two"))
+    assert abs(float(one) - read_start(tmp_path / "one")) > 5e-4
     # Eight steps carry the rounding of sums in another order on.
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     losses = [read_losses(tmp_path / name) for name in ("one", "two")]
@@ -119,9 +127,10 @@ def test_the_temperature_is_fitted_at_the_bias_of_the_loss() -> None:
     )
     inputs = LossInputs(images, images, LogitRule(torch.ones(1)), torch.arange(16), is_whole=True)
     for bias in (-2.0, -20.0):
-        log_scale, lowest = fit_temperature(SigmoidLoss(bias), inputs)
+        loss = SigmoidLoss(logit_bias=bias)
+        log_scale, lowest = fit_temperature(loss, inputs)
         losses = [
-            float(SigmoidLoss(bias)(inputs.at_scale(math.exp(log_scale + step))).detach())
+            float(loss(inputs.at_scale(math.exp(log_scale + step))).detach())
             for step in (-0.05, 0.0, 0.05)
         ]
         assert lowest == losses[1] == min(losses)

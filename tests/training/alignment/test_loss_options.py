@@ -1,0 +1,112 @@
+"""Stage 3, the options of losses: what they promise holds after a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.nn.functional as F
+from aligning import COLORS, SHORT_RUN, Prepared, Run, prepare, read_losses
+from PIL import Image
+
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
+from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.model_folders.model_card import read_card_data
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
+
+
+@pytest.fixture(scope="module")
+def colored(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("colored"), num_colored=60, trained=False)
+
+
+FULL = {"vision_training": "full", "layer_decay": 1.0, "vision_learning_rate": 1e-3}
+
+
+def align_tower(prepared: Prepared, output: Path, **options: Any) -> Run:
+    config = AlignConfig(**{**SHORT_RUN, **FULL, **options})
+    align(
+        prepared.model, prepared.records, output, config, caption_store=prepared.caption_store,
+        image_store=prepared.image_store if config.distillation_weight else None,
+    )  # fmt: skip
+    return Run(output)
+
+
+def move_tower(prepared: Prepared, folder: Path) -> float:
+    """How far the tower's embeddings are from those before the training, as unit vectors."""
+    model = LLM2CLIPVisionModel.from_pretrained(folder).eval()
+    images = [record.image for record in prepared.records]
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    now = encode_images(model, processor, images, project=False)
+    before = prepared.image_store.read(
+        prepared.image_store.rows_at(range(len(images)), [0] * len(images))
+    )
+    return float((F.normalize(now, dim=-1) - F.normalize(before, dim=-1)).norm(dim=1).mean())
+
+
+@pytest.mark.slow
+def test_self_distillation_keeps_a_trained_tower_near_its_frozen_self(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    moved = {}
+    for weight in (0.0, 1.0, 100.0):
+        run = align_tower(
+            prepared, tmp_path / f"{weight}", distillation_weight=weight, max_steps=12
+        )
+        moved[weight] = move_tower(prepared, run.model)
+        # Before the first step the tower is its frozen self, and the term is 0: the store has the
+        # same pixels in float32, encoded in other batches.
+        assert read_losses(run.output)[1] == pytest.approx(
+            read_losses(tmp_path / "0.0")[1], abs=1e-4
+        )
+    assert moved[100.0] < moved[1.0] < moved[0.0]
+    assert moved[100.0] < moved[0.0] / 2
+
+
+def write_classes(folder: Path) -> Path:
+    """Images of one color each, in a folder per color."""
+    for number, (name, color) in enumerate(COLORS.items()):
+        for shade in range(3):
+            file = folder / name / f"{number}-{shade}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.clip(np.array(color) + 9 * shade, 0, 255).astype(np.uint8)
+            Image.fromarray(np.broadcast_to(pixels, (32, 32, 3)).copy()).save(file)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision_training", ["frozen", "full"])
+def test_the_zero_shot_accuracy_is_that_of_evaluate(
+    colored: Prepared, tmp_path: Path, vision_training: Any
+) -> None:
+    source = f"image-folder={write_classes(tmp_path / 'classes')}"
+    options: dict[str, Any] = {"zero_shot": source, "vision_training": vision_training}
+    is_stored = vision_training == "frozen"
+    config = AlignConfig(**{**SHORT_RUN, "held_out_ratio": 0.2, **options})
+    align(
+        colored.model, colored.records, tmp_path / "run", config,
+        caption_store=colored.caption_store,
+        image_store=colored.image_store if is_stored else None,
+    )  # fmt: skip
+    run = Run(tmp_path / "run")
+    (result,) = evaluate(
+        run.model, source, tasks=["classification"],
+        config=EvaluationConfig(output=tmp_path / "scores", device="cpu", show_progress=False),
+    )  # fmt: skip
+    labeled = run.results["zero_shot"]
+    assert labeled["accuracy"] == result.scores["top_1"]["value"]
+    assert (labeled["num_images"], labeled["num_classes"]) == (3 * len(COLORS), len(COLORS))
+    assert run.before.zero_shot is not None and run.after.zero_shot is not None
+    lines = "\n".join(describe_alignment(run.output))
+    assert f"Zero-shot accuracy on {3 * len(COLORS)} images" in lines
+    card = read_card_data(run.model).results
+    assert [r.scores["top_1"] for r in card if r.task == "classification"] == [
+        pytest.approx(labeled["accuracy"])
+    ]
