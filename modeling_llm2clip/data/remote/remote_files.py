@@ -127,7 +127,7 @@ class RemoteFile:
     def has_changed_to(self, later: RemoteFile) -> bool | None:
         """Tell whether the file was in another state when a later access described it.
 
-        None if no tag tells.
+        None if no tag shows it.
         """
         if self.find_size() != later.find_size():
             return True
