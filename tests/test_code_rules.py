@@ -46,7 +46,7 @@ BUDGETS = {
     ".": 3100,
     "building": 1390,
     "cli": 1870,
-    "configs": 775,
+    "configs": 790,
     "conversion": 1050,
     "data": 5980,
     "demo": 130,
@@ -60,9 +60,9 @@ BUDGETS = {
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 4540,
+    "training": 4900,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 274, 7770
+MOST_FILES, MOST_DOCSTRING_LINES = 282, 7910
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -72,8 +72,8 @@ class AlignConfig(TrainingConfig):
     """Labeled images that are classified before, during and after the training: NAME=FOLDER of a
     dataset for classification, such as image-folder=FOLDER. Default: none."""
     choose_by: Literal["loss", "zero_shot"] = "loss"
-    """What chooses the weights: the lowest held-out loss, or the highest accuracy on `zero_shot`.
-    """
+    """Score that chooses the weights: the lowest held-out loss, or the highest accuracy on
+    `zero_shot`."""
     refit: bool | None = None
     """After held-out images have chosen the weights, fit once more on all images with the chosen
     shrinkages, number of steps and share of the way from the start. Default: only if both stores

@@ -18,7 +18,8 @@ class SelfDistillationLoss(nn.Module):
     """Squared error to the frozen tower's embeddings, and smooth L1 of their distances.
 
     Embeddings are the tower's output before projection, at unit length. The squared error is summed
-    over dimensions. The distances are those of all pairs of images in the batch of all processes.
+    over dimensions. The distances are those of all pairs of images in the batch of all processes,
+    so that their share grows with the batch.
 
     Both are divided by the number of images. The authors' code (VisionXLab/ProCLIP at 2a41f39,
     `training/train.py`) adds them up instead, so that its weight is this one divided by that
@@ -30,8 +31,8 @@ class SelfDistillationLoss(nn.Module):
         """Compute the mean over this process's images, () float32."""
         if inputs.vision_embeds is None or inputs.teacher_embeds is None:
             raise ValueError(
-                "The self-distillation needs the embeddings of the frozen vision tower: an image "
-                "store, or a tower that align keeps beside the trained one."
+                "The self-distillation needs the embeddings of the frozen vision tower. Give align "
+                "an image_store and distillation_weight."
             )
         student = F.normalize(inputs.vision_embeds, dim=-1)
         teacher = F.normalize(inputs.teacher_embeds, dim=-1)
@@ -47,5 +48,5 @@ class SelfDistillationLoss(nn.Module):
 
 
 def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Measure exactly, also near zero, where the matrix product loses all digits."""
-    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+    """Measure the distances of all pairs; a product is exact enough where they are squared."""
+    return torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")

@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the rows are all that there are."""
+        """True if the rows are all that there are."""
         return len(self.image_rows) == len(self.images)
 
 

@@ -40,7 +40,7 @@ def align_tower(prepared: Prepared, output: Path, **options: Any) -> Run:
 
 
 def move_tower(prepared: Prepared, folder: Path) -> float:
-    """How far the tower's embeddings are from those before the training, as unit vectors."""
+    """How far the tower's embeddings are from those before the training, at unit length."""
     model = LLM2CLIPVisionModel.from_pretrained(folder).eval()
     images = [record.image for record in prepared.records]
     processor = LLM2CLIPProcessor.from_pretrained(folder)

@@ -175,10 +175,10 @@ def work(rank: int, port: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, args=(find_free_port(), tmp_path), nprocs=2)
-    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, (make, _) in LOSSES.items():
         for part, wanted in differentiate(make(None)).items():
-            found = [half[name][part] for half in halves]
+            found = [each[name][part] for each in parts]
             # Distributed training takes the mean of all.
             is_row = wanted.ndim == 2
             whole = torch.cat(found) / 2 if is_row else torch.stack(found).mean(dim=0)
@@ -205,7 +205,7 @@ def test_a_tower_that_did_not_change_costs_nothing() -> None:
         image_embeds=inputs.vision_embeds,
         text_embeds=inputs.caption_embeds,
     )
-    # Equal to the rounding of unit vectors, squared and summed.
+    # Equal to the rounding of unit embeddings, squared and summed.
     assert float(SelfDistillationLoss()(same).detach()) < 1e-6
     assert abs(float(StructureLoss()(same).detach())) < 1e-6
     far = inputs._replace(vision_embeds=torch.eye(NUM_ROWS), image_embeds=torch.ones(NUM_ROWS, 6))
