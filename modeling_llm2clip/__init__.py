@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from .doctor.server_checks import check_server
     from .embedding.embed import embed
     from .embedding.extract import extract, merge_store
+    from .embedding.pair_scores import score_file
     from .encoding.encode import encode_images, encode_texts
+    from .encoding.score_pairs import score_pairs
     from .evaluation.datasets.dataset_registry import load_dataset
     from .evaluation.evaluate import evaluate
     from .image_loading_llm2clip import (
@@ -101,6 +103,7 @@ _HOMES = {
     "doctor.check_model": ("check_model",),
     "doctor.server_checks": ("check_server",),
     "encoding.encode": ("encode_images", "encode_texts"),
+    "encoding.score_pairs": ("score_pairs",),
     "evaluation.datasets.dataset_registry": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
     "image_loading_llm2clip": (
@@ -128,6 +131,7 @@ _HOMES = {
     "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
     "embedding.extract": ("extract", "merge_store"),
+    "embedding.pair_scores": ("score_file",),
     "training.finetuning.finetune_llm": ("finetune_llm",),
     "scheduling.graceful_stop": ("StageInterrupt",),
     "training.losses.loss": ("LossInputs",),

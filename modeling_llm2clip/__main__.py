@@ -28,6 +28,7 @@ from .cli.index import index
 from .cli.merge_store import merge_store
 from .cli.options import bound_spinning, library_bars_hidden, wants_no_bars
 from .cli.push import push
+from .cli.score import score
 from .cli.search import search
 from .cli.serve import serve
 from .cli.tag import tag
@@ -37,7 +38,7 @@ from .scheduling.graceful_stop import StageInterrupt
 LINE = CommandLine(
     "llm2clip",
     [
-        index, search, tag, embed, serve, evaluate, doctor,
+        index, search, tag, score, embed, serve, evaluate, doctor,
         train, build, finetune_llm, extract, merge_store, align,
         export, push, convert,
         demo, env,

@@ -1,0 +1,50 @@
+"""`llm2clip score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._extras import require
+from .._suggestions import counted
+from ..configs.data_config import ImageLimitsConfig
+from ..configs.encoding_config import EncodingConfig
+from .command import command
+from .options import list_needs_of_model, report, use_device, use_image_limits
+
+
+@command(group="Use", examples=("llm2clip score aligned/model pairs.jsonl scores.csv",))
+def score(
+    model: str,
+    pairs: Path,
+    output: Path,
+    /,
+    *,
+    limits: ImageLimitsConfig,
+    config: EncodingConfig,
+) -> int:
+    """Scores how well texts describe images, pair by pair, and writes CSV.
+
+    The score is the cosine of image and text. An interrupted run is continued by the same command.
+
+    Args:
+        model: Hub id or folder of an LLM2CLIP model.
+        pairs: JSON lines with image, a path from the folder of this file, and text.
+        output: New CSV file.
+        limits: Which images are decoded.
+        config: How to run the model.
+    """
+    require(*list_needs_of_model(model))
+    from ..data.atomic_files import require_new_file
+    from ..model_folders.model_folder import require_own_model
+
+    require_new_file(output)
+    require_own_model(model)
+    use_image_limits(limits)
+    use_device(config.device)
+    from ..embedding.pair_scores import score_file
+
+    found = score_file(model, pairs, output, config)
+    earlier = f", {found.num_continued:,} of them in an earlier run" if found.num_continued else ""
+    report(f"Wrote the scores of {counted(found.num_pairs, 'pair')}{earlier} to {output}.")
+    print(f"mean {found.mean:.4f}")
+    return 0
