@@ -35,7 +35,7 @@ class ScoredPair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairScores:
-    """What was written.
+    """Summary of a CSV of scores.
 
     Attributes:
         num_pairs: Pairs in all.
@@ -66,7 +66,7 @@ def score_file(
         Their number and mean.
 
     Raises:
-        DataValidationError: A line is no pair, or its image is not there; before the model is
+        DataValidationError: A line is not a pair, or its image is not there; before the model is
             loaded.
         FileExistsError: The output exists.
         ValueError: The model has random parts or one tower alone, an image cannot be decoded, or

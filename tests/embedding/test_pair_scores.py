@@ -1,0 +1,139 @@
+"""Scores of pairs are cosines; a file of them is continued where it was interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import draw_noise
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.encoding_config import EncodingConfig
+from modeling_llm2clip.data.validation_errors import DataValidationError
+from modeling_llm2clip.embedding import pair_scores
+from modeling_llm2clip.embedding.pair_scores import score_file
+from modeling_llm2clip.encoding.score_pairs import score_pairs
+from modeling_llm2clip.model_folders.model_loading import load_model
+
+QUIET = EncodingConfig(device="cpu", show_progress=False)
+TEXTS = ["a dog", "two red apples, on a table", 'the word "stop"', "a dog", "a cat\nasleep"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Five pairs of three images."""
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for number in range(3):
+        draw_noise(30 + number, 40, seed=number).save(tmp_path / f"data/images/{number}.png")
+    lines = [{"image": f"images/{n % 3}.png", "text": text} for n, text in enumerate(TEXTS)]
+    file = tmp_path / "data" / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return file
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_a_score_is_the_cosine_of_what_the_model_returns(model: Path, pairs: Path) -> None:
+    loaded, processor = load_model(model, device="cpu")
+    images = [str(pairs.parent / f"images/{n % 3}.png") for n in range(5)]
+    found = score_pairs(loaded, processor, images, TEXTS)  # type: ignore[arg-type]
+    with torch.no_grad():
+        output = loaded(**processor(text=TEXTS, images=images))
+    wanted = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
+    # Batches differ, so that float32 sums are in another order.
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="5 images and 1 text are no pairs"):
+        score_pairs(loaded, processor, images, TEXTS[:1])  # type: ignore[arg-type]
+
+
+def test_a_file_of_scores_is_that_of_an_uninterrupted_run(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = score_file(str(model), pairs, tmp_path / "whole.csv", QUIET)
+    rows = read_rows(tmp_path / "whole.csv")
+    assert [row["text"] for row in rows] == TEXTS
+    assert whole.mean == pytest.approx(sum(float(r["score"]) for r in rows) / 5, abs=1e-6)
+    monkeypatch.setattr(pair_scores, "_PAIRS_AT_ONCE", 2)
+    compute = pair_scores.score_pairs
+    calls: list[int] = []
+
+    def stop_at_second(*given: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compute(*given, **options)
+
+    output = tmp_path / "new" / "scores.csv"
+    monkeypatch.setattr(pair_scores, "score_pairs", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        score_file(str(model), pairs, output, QUIET)
+    unfinished = output.parent / ".scores.csv.part"
+    with unfinished.open("a") as file:
+        file.write("[0.5, 0")  # a line that a killed run did not finish
+    found = score_file(str(model), pairs, output, QUIET)
+    assert (found.num_pairs, found.num_continued) == (5, 2)
+    assert list(output.parent.iterdir()) == [output]
+    for one, other in zip(read_rows(output), rows, strict=True):
+        # Other batches; six digits are written.
+        assert float(one.pop("score")) == pytest.approx(float(other.pop("score")), abs=1e-5)
+        assert one == other
+    with pytest.raises(FileExistsError, match="exists"):
+        score_file(str(model), pairs, output, QUIET)
+
+
+def test_scores_of_other_pairs_are_not_continued(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(pair_scores, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
+    draw_noise(9, 9, seed=9).save(pairs.parent / "images/0.png")
+    with pytest.raises(ValueError, match=r"has scores of another run: pairs: .*or remove it"):
+        score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
+
+
+BAD = [
+    ('{"image": "images/0.png"}', "not an object with the texts image and text"),
+    ('{"image": "images/0.png", "text": 3}', "not an object with the texts image and text"),
+    ('{"image": "images/0.png", "text": "a", "id": 1}', "not an object with the texts"),
+    ('{"image": "images/0.png", "text": " "}', "text blank"),
+    ('{"image": "images/9.png", "text": "a"}', r"image missing.*line 2 \(images/9.png\)"),
+    ('{"image": ', "JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_line_that_is_not_a_pair_is_named_before_the_model_is_loaded(
+    line: str, message: str, pairs: Path, tmp_path: Path
+) -> None:
+    pairs.write_text(f'{{"image": "images/0.png", "text": "a dog"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(DataValidationError, match=f"(?s)has 1 error.*{message}"):
+        score_file(str(tmp_path / "no model"), pairs, tmp_path / "scores.csv", QUIET)
+    pairs.write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no pairs"):
+        score_file(str(tmp_path / "no model"), pairs, tmp_path / "scores.csv", QUIET)
+
+
+def test_the_command_writes_the_scores_and_their_mean(
+    model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "cpu", "--no-show-progress"]
+    assert main(["score", str(model), str(pairs), str(tmp_path / "scores.csv"), *flags]) == 0
+    printed = capsys.readouterr()
+    mean = sum(float(row["score"]) for row in read_rows(tmp_path / "scores.csv")) / 5
+    assert printed.out == f"mean {mean:.4f}\n"
+    assert f"Wrote the scores of 5 pairs to {tmp_path / 'scores.csv'}." in printed.err
