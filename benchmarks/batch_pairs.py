@@ -51,7 +51,7 @@ random, texts = np.random.default_rng(0), 0
 def encode(count):
     global texts
     texts += 1
-    encoder.encode_texts([f"a photo of {n} things of kind {texts} on a table" for n in range(count)])
+    encoder.encode_texts([f"a photo of {n} things of kind {texts}" for n in range(count)])
 print("ready", flush=True)
 for line in sys.stdin:
     count, what = int(line.split()[0]), line.split()[1]

@@ -16,22 +16,33 @@ from .options import require_model, use_device
         "llm2clip doctor llm2clip-demo/model --server http://127.0.0.1:8000 --schema jina",
     ),
 )
-def doctor(model: str, /, *, config: ServerCheckConfig, revision: str | None = None) -> int:
+def doctor(
+    model: str,
+    /,
+    *,
+    text_like: str | None = None,
+    config: ServerCheckConfig,
+    revision: str | None = None,
+) -> int:
     """Checks a model folder, or an endpoint that serves it.
 
     The exit code is 0 if no check fails, and 1 otherwise.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
+        text_like: Hub id or folder of a model that must give every text the same embedding, whose
+            text index stays valid then. Default: none.
         config: Where the model runs, and which endpoint to check.
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
     """
     require_model(model, revision=revision)
     device = str(use_device(config.device))
+    if config.server is not None and text_like is not None:
+        raise ValueError("--text-like compares model folders. Leave out --server.")
     if config.server is None:
         from ..doctor.check_model import check_model
 
-        report = check_model(model, revision=revision, device=device)
+        report = check_model(model, revision=revision, device=device, text_like=text_like)
     else:
         from ..doctor.server_checks import check_server
 

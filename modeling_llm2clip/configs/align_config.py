@@ -20,6 +20,9 @@ class AlignConfig(TrainingConfig):
     text_training: Literal["stored", "frozen-online", "lora"] = "stored"
     """Source of caption embeddings: the caption store, without loading the LLM; the frozen LLM at
     each step; or the LLM with a LoRA that is trained end to end."""
+    lock_text: bool = False
+    """Train the image side alone: text adapter and text projection stay as they are, and so does
+    every embedding of a text, bit for bit."""
     projection_init: Literal["auto", "model", "cca"] = "auto"
     """Start of the projections: the model's own weights, or the canonical correlation of the stored
     embeddings. auto is cca if both stores are given; for a model with trained projections it is the
@@ -102,6 +105,10 @@ class AlignConfig(TrainingConfig):
         yield from super()._find_conflicts()
         if self.max_steps == 0 and self.projection_init == "model":
             yield "max_steps=0 with projection_init=model writes the model as it is. Train it."
+        if self.lock_text and self.text_training == "lora":
+            yield "lock_text keeps texts as they are, and text_training=lora trains the LLM."
+        if self.lock_text and self.projection_init == "cca":
+            yield "lock_text keeps the text projection, and projection_init=cca fits a new one."
         if self.distillation_weight and self.vision_training == "frozen":
             yield (
                 "distillation_weight keeps a trained vision tower near its frozen self, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from .._suggestions import counted
@@ -55,7 +56,11 @@ _TOWERS_OF: dict[str, set[str | None]] = {
 
 
 def check_model(
-    source: str | Path, *, revision: str | None = None, device: str = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    text_like: str | Path | None = None,
 ) -> ModelReport:
     """Check that a model gives the embeddings it was written with, everywhere it can be loaded.
 
@@ -65,6 +70,8 @@ def check_model(
         source: Folder or Hub id of an LLM2CLIP model.
         revision: Branch, tag or commit of the Hub repository.
         device: Where the model runs; see `find_device`.
+        text_like: Folder or Hub id of a model that must give texts the same embeddings, bit for
+            bit, so that those of an index stay valid. None for no such model.
 
     Returns:
         Every check, in order; one that cannot run is marked as skipped with its reason.
@@ -85,11 +92,15 @@ def check_model(
         failed = Check("folder", False, describe_error(error))
         return ModelReport(str(source), [failed, *skipped])
     tested = ModelUnderTest(folder, device)
+    planned = _PLANNED_CHECKS
+    if text_like is not None:
+        compare = partial(file_checks.check_text_like, other=find_model_folder(text_like))
+        planned = (*planned, PlannedCheck("text like", compare, ("config",), _TEXT))
 
     def find_obstacle(about: str | None) -> str | None:
         model_class = getattr(tested.model_class, "__name__", "LLM2CLIPModel")
         return None if about in _TOWERS_OF[model_class] else f"the folder holds an {model_class}"
 
     found = f"{counted(sum(1 for _ in folder.iterdir()), 'entry')} in {folder}"
-    checks = run_checks(_PLANNED_CHECKS, tested, find_obstacle)
+    checks = run_checks(planned, tested, find_obstacle)
     return ModelReport(str(source), [Check("folder", True, found), *checks])

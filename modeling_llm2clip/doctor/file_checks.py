@@ -15,6 +15,7 @@ from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import iterate_tensors
 from ..loading_llm2clip import list_foreign_code, list_model_files, load_without_code
+from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
 from ..model_folders.model_folder import list_uploaded_files
 from ..model_folders.model_loading import MODEL_CLASSES, describe_untrained
@@ -75,6 +76,17 @@ def check_training_images(tested: ModelUnderTest) -> str:
             f"{projection.shape[1]}. Remove the file, or restore that of this model."
         )
     return ", ".join(f"{data.name} ({data.num_images:,} images)" for data in summary.datasets)
+
+
+def check_text_like(tested: ModelUnderTest, *, other: Path) -> str:
+    """Require everything that decides the embedding of a text to be that of another model."""
+    found, wanted = (fingerprint_embeddings(folder, "text") for folder in (tested.folder, other))
+    if differing := sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n)):
+        raise ValueError(
+            f"Texts have other embeddings than by {other}: {', '.join(differing)} differ. Embed "
+            "all texts again, or train with --lock-text."
+        )
+    return f"every text has the embedding that {other} gives it"
 
 
 def check_weight_dtypes(tested: ModelUnderTest) -> str:

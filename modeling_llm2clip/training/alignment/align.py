@@ -221,8 +221,13 @@ def _require_fitting(
     for store, fingerprint in ((caption_store, text), (image_store, vision)):
         if store is not None:
             store.require_fingerprint(fingerprint)
-    width = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).projection_dim
-    require_dims(config.matryoshka_dims, width=width)
+    of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
+    require_dims(config.matryoshka_dims, width=of_model.projection_dim)
+    if config.lock_text and not of_model.projections_trained:
+        raise ValueError(
+            "lock_text keeps the text projection as it is, and that of this model is random. Align "
+            "the model without it first."
+        )
     return {"text": text, "vision": vision, "all": fingerprint_model(folder)}
 
 
@@ -341,7 +346,9 @@ def _record_end(
         held_out=None if best is None else {**best.as_record(), **notes},
         projections_trained=start.is_trained or bool(best_step),
         # A new adapter is the identity, which is not random either.
-        text_adapter_trained=was_trained or start.has_new_adapter or best_step > 0,
+        text_adapter_trained=was_trained
+        or start.has_new_adapter
+        or (best_step > 0 and not trainer.config.lock_text),
     )
 
 

@@ -118,7 +118,8 @@ class AlignmentModel(PartialModel):
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
     """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
 
-    Text adapter, projections and temperature are trained in float32. Returns peft's wrapper of each
+    Text adapter, projections and temperature are trained in float32, or the image projection and
+    the temperature alone. Returns peft's wrapper of each
     tower that got a LoRA, by name, for `merge_loras`.
     """
     for name, part in model.named_children():
@@ -126,6 +127,9 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
             part.requires_grad_(False)
         elif name != LOSS:
             part.float().requires_grad_(True)
+    if config.lock_text:
+        model.text_adapter.requires_grad_(False)
+        model.text_projection.requires_grad_(False)
     adapted: dict[str, Any] = {}
     if config.vision_training == "full":
         model.vision_model.float().requires_grad_(True)

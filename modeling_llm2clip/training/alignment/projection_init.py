@@ -80,7 +80,8 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
     wanted: str = config.projection_init
     if wanted == "auto":
-        is_possible = data.is_stored and model.visual_projection.bias is not None
+        has_bias = model.visual_projection.bias is not None
+        is_possible = data.is_stored and has_bias and not config.lock_text
         wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
     if wanted == "model":
         if config.max_steps == 0 and not trained:

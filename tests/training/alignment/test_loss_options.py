@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from aligning import COLORS, SHORT_RUN, Prepared, Run, prepare, read_losses
 from PIL import Image
 
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
-from modeling_llm2clip.encoding.encode import encode_images
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.model_folders.model_card import read_card_data
+from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.align import align
@@ -110,3 +114,31 @@ def test_the_zero_shot_accuracy_is_that_of_evaluate(
     assert [r.scores["top_1"] for r in card if r.task == "classification"] == [
         pytest.approx(labeled["accuracy"])
     ]
+
+
+@pytest.mark.slow
+def test_locked_texts_keep_their_embeddings_bit_for_bit(prepared: Prepared, tmp_path: Path) -> None:
+    locked = prepared.align(tmp_path / "locked", lock_text=True, vision_training="full")
+    texts = ["a dog", "two red apples on a wooden table", "ein Hund"]
+    embeds = [
+        encode_texts(*load_model(folder, device="cpu"), texts)  # type: ignore[arg-type]
+        for folder in (prepared.model, locked.model)
+    ]
+    assert torch.equal(*embeds)
+    assert move_tower(prepared, locked.model) > 1e-3
+    report = check_model(locked.model, device="cpu", text_like=prepared.model)
+    assert report.healthy and report.checks[-1].name == "text like"
+    free = prepared.align(tmp_path / "free")
+    flags = ["--text-like", str(prepared.model), "--device", "cpu"]
+    assert main(["doctor", str(locked.model), *flags]) == 0
+    failed = check_model(free.model, device="cpu", text_like=prepared.model)
+    assert not failed.healthy and "head weights differ" in str(failed)
+
+
+def test_random_texts_are_not_locked(tmp_path: Path, colored: Prepared) -> None:
+    with pytest.raises(ValueError, match="text projection as it is, and that of"):
+        colored.align(tmp_path / "run", lock_text=True)
+    with pytest.raises(ValueError, match="lock_text keeps texts as they are"):
+        AlignConfig(lock_text=True, text_training="lora")
+    with pytest.raises(ValueError, match="lock_text keeps the text projection"):
+        AlignConfig(lock_text=True, projection_init="cca")
