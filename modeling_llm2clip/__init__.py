@@ -14,7 +14,7 @@ from ._registration import register_auto_classes
 
 if TYPE_CHECKING:
     from .building.build_model import build_model, join_towers
-    from .configs.align_config import AlignConfig
+    from .configs.align_config import AlignConfig, InterpolateConfig
     from .configs.build_config import BuildConfig
     from .configs.data_config import DataConfig
     from .configs.encoding_config import EmbedConfig, ExtractConfig, IndexConfig, TagConfig
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from .serving.app import create_app
     from .serving.service import EmbeddingService
     from .training.alignment.align import align
+    from .training.alignment.interpolate import interpolate
     from .training.finetuning.finetune_llm import finetune_llm
     from .training.losses.loss import LossInputs
 
@@ -77,7 +78,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "building.build_model": ("build_model", "join_towers"),
-    "configs.align_config": ("AlignConfig",),
+    "configs.align_config": ("AlignConfig", "InterpolateConfig"),
     "configs.build_config": ("BuildConfig",),
     "configs.data_config": ("DataConfig",),
     "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
@@ -130,6 +131,7 @@ _HOMES = {
     "serving.app": ("create_app",),
     "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
+    "training.alignment.interpolate": ("interpolate",),
     "embedding.extract": ("extract", "merge_store"),
     "embedding.pair_scores": ("score_file",),
     "training.finetuning.finetune_llm": ("finetune_llm",),

@@ -25,6 +25,7 @@ from .cli.export import export
 from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
 from .cli.index import index
+from .cli.interpolate import interpolate
 from .cli.merge_store import merge_store
 from .cli.options import bound_spinning, library_bars_hidden, wants_no_bars
 from .cli.push import push
@@ -39,7 +40,7 @@ LINE = CommandLine(
     "llm2clip",
     [
         index, search, tag, score, embed, serve, evaluate, doctor,
-        train, build, finetune_llm, extract, merge_store, align,
+        train, build, finetune_llm, extract, merge_store, align, interpolate,
         export, push, convert,
         demo, env,
     ],

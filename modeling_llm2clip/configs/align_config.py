@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
+from .config_fields import DeviceConfig
 from .training_config import TrainingConfig
+
+ChooseBy: TypeAlias = Literal["loss", "zero_shot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class AlignConfig(TrainingConfig):
     zero_shot: str | None = None
     """Labeled images that are classified before, during and after the training: NAME=FOLDER of a
     dataset for classification, such as image-folder=FOLDER. Default: none."""
-    choose_by: Literal["loss", "zero_shot"] = "loss"
+    choose_by: ChooseBy = "loss"
     """Score that chooses the weights: the lowest held-out loss, or the highest accuracy on
     `zero_shot`."""
     refit: bool | None = None
@@ -120,3 +123,22 @@ class AlignConfig(TrainingConfig):
             yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(DeviceConfig):
+    """Options of `interpolate`: the shares that are tried, and what chooses among them."""
+
+    num_shares: Annotated[int, Interval(ge=2)] = 10
+    """Number of equal steps on the way from the first model to the second."""
+    zero_shot: str | None = None
+    """Labeled images that are classified with each share: NAME=FOLDER of a dataset for
+    classification, such as image-folder=FOLDER. Default: none."""
+    choose_by: ChooseBy = "loss"
+    """Score that chooses the share: the lowest loss on the data, or the highest accuracy on
+    `zero_shot`."""
+
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
+        if self.choose_by == "zero_shot" and not self.zero_shot:
+            yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -218,9 +218,14 @@ def collect_weights(
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
     state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
-    if not trainer.args.should_save:
-        return {}
-    with TemporaryDirectory(dir=scratch) as folder:  # transformers renames some on loading
+    return name_as_saved(model, state, scratch) if trainer.args.should_save else {}
+
+
+def name_as_saved(
+    model: AlignmentModel, state: Mapping[str, Tensor], scratch: str | Path
+) -> dict[str, Tensor]:
+    """Rename weights as they are in a folder, since transformers renames some on loading."""
+    with TemporaryDirectory(dir=scratch) as folder:
         model.save_pretrained(folder, state_dict={name: v.cpu() for name, v in state.items()})
         files = sorted(Path(folder).glob("*.safetensors"))
         return {name: value for file in files for name, value in load_file(file).items()}

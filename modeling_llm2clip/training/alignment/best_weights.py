@@ -58,6 +58,14 @@ def set_between(
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
 
 
+def rank_scores(scores: HeldOutScores, by_accuracy: bool) -> tuple[float, ...]:
+    """Return what is lowest for the best weights."""
+    if not by_accuracy:
+        return (scores.loss,)
+    assert scores.zero_shot is not None
+    return (-scores.zero_shot, scores.loss)
+
+
 @dataclass(eq=False)
 class BestWeightsCallback(TrainerCallback):
     """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
@@ -160,20 +168,16 @@ class BestWeightsCallback(TrainerCallback):
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
         """Keep the weights that the model has now if they are the best so far."""
-        if self.best is None or self._rank(scores) < self._rank(self.best):
+        by_accuracy = self.chooses_zero_shot
+        if self.best is None or rank_scores(scores, by_accuracy) < rank_scores(
+            self.best, by_accuracy
+        ):
             self.best, self.best_step, self.best_share = scores, step, share
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
                 metadata = {_METADATA: json.dumps(self.as_record())}
                 write_atomically(self.file, save(weights, metadata=metadata))
-
-    def _rank(self, scores: HeldOutScores) -> tuple[float, ...]:
-        """Return what is lowest for the best weights."""
-        if not self.chooses_zero_shot:
-            return (scores.loss,)
-        assert scores.zero_shot is not None
-        return (-scores.zero_shot, scores.loss)
 
     def _measure(self) -> HeldOutScores:
         trainer = self.trainer

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from aligning import COLORS, SHORT_RUN, Prepared, Run, prepare, read_losses
-from PIL import Image
+from labeled_colors import write_classes
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -72,17 +71,6 @@ def test_self_distillation_keeps_a_trained_tower_near_its_frozen_self(
         )
     assert moved[100.0] < moved[1.0] < moved[0.0]
     assert moved[100.0] < moved[0.0] / 2
-
-
-def write_classes(folder: Path) -> Path:
-    """Images of one color each, in a folder per color."""
-    for number, (name, color) in enumerate(COLORS.items()):
-        for shade in range(3):
-            file = folder / name / f"{number}-{shade}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.clip(np.array(color) + 9 * shade, 0, 255).astype(np.uint8)
-            Image.fromarray(np.broadcast_to(pixels, (32, 32, 3)).copy()).save(file)
-    return folder
 
 
 @pytest.mark.slow

@@ -1,0 +1,64 @@
+"""`llm2clip interpolate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .._extras import require
+from ..configs.align_config import InterpolateConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
+from .command import command
+from .options import (
+    list_needs_of_model,
+    read_captioned_images,
+    require_data,
+    use_device,
+    use_image_limits,
+)
+
+
+@command(
+    group="Train",
+    examples=("llm2clip interpolate aligned/model tuned-tower/model other-images between",),
+)
+def interpolate(
+    before: str,
+    after: str,
+    data: str,
+    output: Path,
+    /,
+    *,
+    caption_store: Path | None = None,
+    reading: DataConfig,
+    limits: ImageLimitsConfig,
+    config: InterpolateConfig,
+) -> int:
+    """Writes the weights between two models that suit other images best; trains nothing.
+
+    Args:
+        before: Hub id or folder of a model before a training.
+        after: Hub id or folder of that model after it.
+        data: Captioned images that neither was trained on.
+        output: Folder to write.
+        caption_store: Caption embeddings of these images from `llm2clip extract`. Default: none;
+            the language model runs.
+        reading: How the data are read.
+        limits: Which images are decoded.
+        config: Which weights are tried, and what chooses.
+    """
+    require(*list_needs_of_model(before, extra="train"))
+    from ..model_folders.atomic_folder import require_new_folder
+    from ..model_folders.model_folder import require_own_model
+
+    require_new_folder(output)
+    for model in (before, after):
+        require_own_model(model)
+    require_data(data, reading)
+    use_image_limits(limits)
+    use_device(config.device)
+    from ..training.alignment.interpolate import interpolate as run
+
+    records = read_captioned_images(data, reading, require_images=True)
+    found = run(before, after, records, output, config, caption_store=caption_store)
+    print(f"{found}\nWrote {output}, {found.chosen:.0%} of the way from {before} to {after}.")
+    return 0
