@@ -361,9 +361,25 @@ def _render_command_pairs(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_losses(report: dict[str, Any]) -> str:
+    sizes = list(next(iter(report["seconds"].values())))
+    heads = ("loss", *(f"batch of {int(size):,}, ms" for size in sizes))
+    rows = [
+        [name, *(f"{1000 * found[size]:,.0f}" for size in sizes)]
+        for name, found in report["seconds"].items()
+    ]
+    dims = report["dims"]
+    note = (
+        f"Forward and backward of embeddings of {dims['image']} dimensions, before the projections "
+        f"{dims['vision']} and {dims['caption']}. {report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,
     "command_pairs": _render_command_pairs,
+    "losses": _render_losses,
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,
     "readme_image": _render_readme_image,
