@@ -39,8 +39,9 @@ _FOREIGN = {"text": ("batch_size", "num_workers", "skip_invalid"), "image": ("to
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Rounds of GNU OpenMP, which PyTorch's wheels for Linux use: a few microseconds. Its default is
 # milliseconds, in which a thread that waits takes a core from the one that computes, wherever there
-# are fewer free cores than threads. Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) are slower
-# on an idle machine. benchmarks/busy_machine.py compares all three.
+# are fewer free cores than threads. On an idle machine the default, these rounds and threads that
+# sleep at once (OMP_WAIT_POLICY=PASSIVE) differ by no more than single runs do; see
+# benchmarks/busy_machine.py.
 _SPIN_COUNT = 10_000
 
 

@@ -80,6 +80,7 @@ _IMAGES_SAMPLED = 32
 _THREADS = 8  # which a network's file system needs
 _CHUNK = 1024  # files that a thread looks at in turn
 _UNKNOWN_TIME = 0  # in place of a time: the folder counts as changed
+_CLOCK_STEP = 2 * 10**9  # ns: a file system's clock may be behind, by ticks of up to 2 s in FAT
 _UNFINISHED, _PARTS = ".tmp", ".parts"
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
@@ -374,13 +375,15 @@ def _has_same_images(table: RecordTable) -> bool:
 def _note_folders(table: RecordTable, *, since: int) -> None:
     """Note the modification times of the folders of images, beside a large index.
 
-    A folder that changed at or after `since`, in nanoseconds, counts as changed next time."""
+    A folder that may have changed at or after `since`, in nanoseconds, counts as changed next time.
+    """
     if table.file is None or len(table) <= _MOST_IMAGES:
         return
     folders = sorted(_list_folders(table))
     chosen = np.unique(np.linspace(0, len(folders) - 1, _MOST_FOLDERS).astype(np.int64))
     found = _find_times([folders[number] for number in chosen.tolist()] if folders else [])
-    times = {folder: ns if ns < since else _UNKNOWN_TIME for folder, ns in found.items()}
+    latest = since - _CLOCK_STEP
+    times = {folder: ns if ns < latest else _UNKNOWN_TIME for folder, ns in found.items()}
     file = _folder_times_file(table.file)
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # without it, every image is looked at

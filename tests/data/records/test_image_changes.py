@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,21 @@ def test_of_many_images_only_some_and_their_folders_are_looked_at(
     )
 
 
+@pytest.mark.parametrize("behind", [0.0, 0.01, 1.9])
 def test_a_folder_that_changed_while_it_was_read_is_looked_through_again(
-    source: Path, monkeypatch: pytest.MonkeyPatch
+    behind: float, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image may have gone after it was looked at, before the time of its folder was noted."""
-    repeated = record_index.find_repeated
+    """An image may have gone after it was looked at, before the time of its folder was noted.
+
+    The clock of a file system is behind by up to a tick, of milliseconds or of two seconds.
+    """
+    repeated, started = record_index.find_repeated, time.time_ns()
 
     def remove(*found: Any, **how: Any) -> None:
         (source / CHANGED).unlink()
+        if behind:
+            noted = started - int(behind * 1e9)
+            os.utime((source / CHANGED).parent, ns=(noted, noted))
         repeated(*found, **how)
 
     with monkeypatch.context() as patch:
