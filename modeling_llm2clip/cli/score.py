@@ -9,7 +9,13 @@ from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import EncodingConfig
 from .command import command
-from .options import list_needs_of_model, report, use_device, use_image_limits
+from .options import (
+    list_needs_of_model,
+    report,
+    report_truncated,
+    use_device,
+    use_image_limits,
+)
 
 
 @command(group="Use", examples=("llm2clip score aligned/model pairs.jsonl scores.csv",))
@@ -44,6 +50,7 @@ def score(
     from ..embedding.pair_scores import score_file
 
     found = score_file(model, pairs, output, config)
+    report_truncated(found.num_truncated, found.num_pairs, "text", longest=found.max_text_length)
     earlier = f", {found.num_continued:,} of them in an earlier run" if found.num_continued else ""
     report(f"Wrote the scores of {counted(found.num_pairs, 'pair')}{earlier} to {output}.")
     print(f"mean {found.mean:.4f}")

@@ -106,8 +106,11 @@ class AlignConfig(TrainingConfig):
 
     def _find_conflicts(self) -> Iterator[str]:
         yield from super()._find_conflicts()
-        if self.max_steps == 0 and self.projection_init == "model":
-            yield "max_steps=0 with projection_init=model writes the model as it is. Train it."
+        if self.max_steps == 0 and (self.lock_text or self.projection_init == "model"):
+            name = "lock_text" if self.lock_text else "projection_init=model"
+            yield f"max_steps=0 with {name} writes the model as it is. Train it."
+        if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
+            yield f"matryoshka_dims has a size twice: {self.matryoshka_dims}. Give each once."
         if self.lock_text and self.text_training == "lora":
             yield "lock_text keeps texts as they are, and text_training=lora trains the LLM."
         if self.lock_text and self.projection_init == "cca":

@@ -8,15 +8,22 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
 from ..configs.encoding_config import EncodingConfig
-from ..data.atomic_files import hash_json, list_differences, require_new_file, write_atomically
+from ..data.atomic_files import (
+    hash_json,
+    list_differences,
+    lock_unless_held,
+    require_new_file,
+    write_atomically,
+)
 from ..data.sources.json_files import read_json_lines
 from ..data.validation_errors import DataValidationError, ErrorCollector
-from ..encoding.score_pairs import score_pairs
+from ..encoding.encode import TorchEncoder
+from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model, require_trained
@@ -24,6 +31,7 @@ from ..modeling_llm2clip import LLM2CLIPModel
 
 _FIELDS = ("image", "text")
 _PAIRS_AT_ONCE = 256
+_CHARACTERS_SHOWN = 80
 
 
 class ScoredPair(NamedTuple):
@@ -40,18 +48,22 @@ class PairScores:
     Attributes:
         num_pairs: Pairs in all.
         num_continued: Pairs that an earlier, interrupted run had scored.
+        num_truncated: Pairs whose text is longer than the model reads.
+        max_text_length: Tokens of a text that it reads.
         mean: Mean of all scores.
     """
 
     num_pairs: int
     num_continued: int
+    num_truncated: int
+    max_text_length: int
     mean: float
 
 
 def score_file(
     source: str, pairs: str | Path, output: str | Path, config: EncodingConfig | None = None
 ) -> PairScores:
-    """Score the pairs of a file by `score_pairs`, and write them as CSV.
+    """Score the pairs of a file as `score_pairs` does, and write them as CSV.
 
     Until all pairs are scored, the scores are in `.NAME.part` beside the CSV, which the same call
     continues.
@@ -69,8 +81,10 @@ def score_file(
         DataValidationError: A line is not a pair, or its image is not there; before the model is
             loaded.
         FileExistsError: The output exists.
-        ValueError: The model has random parts or one tower alone, an image cannot be decoded, or
-            the unfinished scores are of other pairs, another model or device.
+        FileNotFoundError: There is no such file of pairs.
+        ValueError: Another run writes this output, the model has random parts or one tower alone,
+            an image cannot be decoded, or the unfinished scores are of other pairs, another model
+            or device.
 
     Examples:
         >>> score_file("my-model", "pairs.jsonl", "scores.csv")  # doctest: +SKIP
@@ -91,47 +105,67 @@ def score_file(
     }
     unfinished = output.with_name(f".{output.name}.part")
     output.parent.mkdir(parents=True, exist_ok=True)
-    scores = _begin_or_continue(unfinished, plan)
-    num_continued = len(scores)
-    with (
-        unfinished.open("a", encoding="utf-8") as file,
-        tqdm(total=len(found), initial=num_continued, unit=" pairs",
-             disable=not config.show_progress) as progress,
-    ):  # fmt: skip
-        while chunk := found[len(scores) : len(scores) + _PAIRS_AT_ONCE]:
-            of_chunk = score_pairs(
-                model,
-                processor,
-                [str(pairs.parent / pair.image) for pair in chunk],
-                [pair.text for pair in chunk],
+    tokens = TokenizedTexts(processor, [pair.text for pair in found])
+    images = [str(pairs.parent / pair.image) for pair in found]
+    with unfinished.open("a+b") as file:
+        if not lock_unless_held(unfinished, file):
+            raise ValueError(f"Another run writes {unfinished}. Wait, or name another output.")
+        scores = _begin_or_continue(file, unfinished, plan)
+        num_continued = len(scores)
+        _score_rest(TorchEncoder(model, processor), images, tokens, scores, file, config)
+        _write(output, found, scores)
+        unfinished.unlink()
+    mean, longest = sum(scores) / len(scores), processor.longest_text
+    return PairScores(len(found), num_continued, tokens.num_truncated, longest, mean)
+
+
+def _score_rest(
+    encoder: TorchEncoder,
+    images: list[str],
+    texts: TokenizedTexts,
+    scores: list[float],
+    file: IO[bytes],
+    config: EncodingConfig,
+) -> None:
+    """Score the pairs that have no score yet, and keep some hundred scores at a time in a file."""
+    with tqdm(
+        total=len(images), initial=len(scores), unit=" pairs", disable=not config.show_progress
+    ) as progress:
+        while len(scores) < len(images):
+            rows = range(len(images))[len(scores) : len(scores) + _PAIRS_AT_ONCE]
+            text_embeds = encoder.encode_texts([texts[row] for row in rows])
+            image_embeds = encoder.encode_images(
+                [images[row] for row in rows],
                 batch_size=config.batch_size,
                 num_workers=config.num_workers,
-            ).tolist()
-            file.write(json.dumps(of_chunk) + "\n")
+            )
+            found = (image_embeds * text_embeds).sum(dim=1).tolist()
+            file.write(json.dumps(found).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-            scores += of_chunk
-            progress.update(len(chunk))
-    _write(output, found, scores)
-    unfinished.unlink()
-    return PairScores(len(found), num_continued, sum(scores) / len(scores))
+            scores += found
+            progress.update(len(found))
 
 
-def _begin_or_continue(unfinished: Path, plan: dict[str, str]) -> list[float]:
+def _begin_or_continue(file: IO[bytes], name: Path, plan: dict[str, str]) -> list[float]:
     """Return the scores of an interrupted run of the same plan; a line cut short is removed."""
-    lines = unfinished.read_bytes().splitlines(keepends=True) if unfinished.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if not whole:
-        write_atomically(unfinished, json.dumps(plan).encode() + b"\n")
+    file.seek(0)
+    lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    file.truncate(sum(map(len, lines)))
+    if not lines:
+        file.write(json.dumps(plan).encode() + b"\n")
         return []
-    if differences := list_differences(json.loads(whole[0]), plan):
+    try:
+        found, *scores = map(json.loads, lines)
+        differences = list_differences(found, plan)
+    except (ValueError, TypeError):
+        differences = ["it cannot be read"]
+    if differences:
         raise ValueError(
-            f"{unfinished} has scores of another run: {'; '.join(differences)}. Give the same "
-            "pairs, model and device, or remove it."
+            f"{name} has scores of another run: {'; '.join(differences)}. Give the same pairs, "
+            "model and device, or remove it."
         )
-    if len(whole) < len(lines):
-        write_atomically(unfinished, b"".join(whole))
-    return [score for line in whole[1:] for score in json.loads(line)]
+    return [score for of_rows in scores for score in of_rows]
 
 
 def _write(output: Path, pairs: list[ScoredPair], scores: list[float]) -> None:
@@ -144,6 +178,8 @@ def _write(output: Path, pairs: list[ScoredPair], scores: list[float]) -> None:
 
 def read_pairs(file: Path) -> list[ScoredPair]:
     """Read all pairs of a file, and check that the images are there."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file. Give JSON lines with image and text.")
     errors, found = ErrorCollector(), []
     for raw in read_json_lines(file, errors):
         image, text = (raw.fields.get(name) for name in _FIELDS)
@@ -153,8 +189,8 @@ def read_pairs(file: Path) -> list[ScoredPair]:
             errors.add("not an object with the texts image and text", raw.place)
         elif not text.strip():
             errors.add("text blank", raw.place)
-        elif not (file.parent / image).is_file():
-            errors.add("image missing", f"{raw.place} ({image})")
+        elif not _is_file(file.parent / image):
+            errors.add("image missing", f"{raw.place} ({image[:_CHARACTERS_SHOWN]})")
         else:
             found.append(ScoredPair(image, text))
     if errors.total:
@@ -162,3 +198,10 @@ def read_pairs(file: Path) -> list[ScoredPair]:
     if not found:
         raise ValueError(f'{file} has no pairs. A line is {{"image": "a.png", "text": "a dog"}}.')
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text in place of a path may be too long for one
+        return False

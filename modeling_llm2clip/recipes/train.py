@@ -40,8 +40,10 @@ from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
 from ..training.alignment.align_checks import check_data, check_options
 from ..training.alignment.alignment_report import describe_alignment
+from ..training.alignment.zero_shot import load_labeled_images
 from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
 from ..training.losses.choose_loss import build_loss
+from ..training.losses.matryoshka import require_dims
 from ..training.run_folder import (
     RUN_FILE,
     add_results,
@@ -218,11 +220,22 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     captions, images = uses_stores(config)
     yield lambda: check_options(align, has_caption_store=captions, has_image_store=images)
     yield lambda: build_loss(align)
+    yield lambda: _check_alignment(config)
     yield lambda: choose_reports(align.report_to)
     if not is_complete(paths.aligned / "model"):
         yield lambda: check_data(train, align)
     if data := list_eval_data(config, test):
         yield lambda: check_eval_data(data, config.evaluate, tasks=config.eval_tasks)
+
+
+def _check_alignment(config: TrainConfig) -> None:
+    """Refuse what the alignment of a new model would refuse."""
+    align = config.align
+    require_dims(align.matryoshka_dims, width=config.build.projection_dim)
+    if align.lock_text:
+        raise ValueError("align.lock_text keeps the text projection, which a recipe builds anew.")
+    if align.zero_shot is not None:
+        load_labeled_images(align.zero_shot)
 
 
 def _check_towers(config: TrainConfig) -> None:

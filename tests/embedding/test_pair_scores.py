@@ -17,6 +17,7 @@ from modeling_llm2clip.configs.encoding_config import EncodingConfig
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.embedding import pair_scores
 from modeling_llm2clip.embedding.pair_scores import score_file
+from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.encoding.score_pairs import score_pairs
 from modeling_llm2clip.model_folders.model_loading import load_model
 
@@ -67,24 +68,27 @@ def test_a_file_of_scores_is_that_of_an_uninterrupted_run(
     assert [row["text"] for row in rows] == TEXTS
     assert whole.mean == pytest.approx(sum(float(r["score"]) for r in rows) / 5, abs=1e-6)
     monkeypatch.setattr(pair_scores, "_PAIRS_AT_ONCE", 2)
-    compute = pair_scores.score_pairs
+    compute = TorchEncoder.encode_images
     calls: list[int] = []
+    output = tmp_path / "new" / "scores.csv"
 
     def stop_at_second(*given: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
+        if len(calls) == 1:  # meanwhile nobody else may write there
+            with pytest.raises(ValueError, match="Another run writes"):
+                score_file(str(model), pairs, output, QUIET)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return compute(*given, **options)
 
-    output = tmp_path / "new" / "scores.csv"
-    monkeypatch.setattr(pair_scores, "score_pairs", stop_at_second)
+    monkeypatch.setattr(TorchEncoder, "encode_images", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         score_file(str(model), pairs, output, QUIET)
     unfinished = output.parent / ".scores.csv.part"
     with unfinished.open("a") as file:
         file.write("[0.5, 0")  # a line that a killed run did not finish
     found = score_file(str(model), pairs, output, QUIET)
-    assert (found.num_pairs, found.num_continued) == (5, 2)
+    assert (found.num_pairs, found.num_continued, found.num_truncated) == (5, 2, 0)
     assert list(output.parent.iterdir()) == [output]
     for one, other in zip(read_rows(output), rows, strict=True):
         # Other batches; six digits are written.
@@ -104,6 +108,9 @@ def test_scores_of_other_pairs_are_not_continued(
     draw_noise(9, 9, seed=9).save(pairs.parent / "images/0.png")
     with pytest.raises(ValueError, match=r"has scores of another run: pairs: .*or remove it"):
         score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
+    (tmp_path / ".scores.csv.part").write_text("not ours\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\.part has .*: it cannot be read"):
+        score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
 
 
 BAD = [
@@ -112,6 +119,7 @@ BAD = [
     ('{"image": "images/0.png", "text": "a", "id": 1}', "not an object with the texts"),
     ('{"image": "images/0.png", "text": " "}', "text blank"),
     ('{"image": "images/9.png", "text": "a"}', r"image missing.*line 2 \(images/9.png\)"),
+    ('{"image": "' + "long " * 99 + '", "text": "a"}', "image missing"),
     ('{"image": ', "JSON"),
 ]
 
@@ -123,6 +131,8 @@ def test_a_line_that_is_not_a_pair_is_named_before_the_model_is_loaded(
     pairs.write_text(f'{{"image": "images/0.png", "text": "a dog"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(DataValidationError, match=f"(?s)has 1 error.*{message}"):
         score_file(str(tmp_path / "no model"), pairs, tmp_path / "scores.csv", QUIET)
+    with pytest.raises(FileNotFoundError, match=r"no such file\. Give JSON lines"):
+        score_file(str(tmp_path / "no model"), tmp_path / "no", tmp_path / "scores.csv", QUIET)
     pairs.write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no pairs"):
         score_file(str(tmp_path / "no model"), pairs, tmp_path / "scores.csv", QUIET)
@@ -136,4 +146,9 @@ def test_the_command_writes_the_scores_and_their_mean(
     printed = capsys.readouterr()
     mean = sum(float(row["score"]) for row in read_rows(tmp_path / "scores.csv")) / 5
     assert printed.out == f"mean {mean:.4f}\n"
+    assert "Truncated" not in printed.err
     assert f"Wrote the scores of 5 pairs to {tmp_path / 'scores.csv'}." in printed.err
+    long = {"image": "images/0.png", "text": "a word of many " * 300}
+    pairs.write_text(json.dumps(long), encoding="utf-8")
+    assert main(["score", str(model), str(pairs), str(tmp_path / "long.csv"), *flags]) == 0
+    assert "Truncated 1 of 1 text to the" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from ..run_folder import read_run_record
 from .held_out import HeldOutScores, find_interval
 from .run_data import RunData
 
+CHOSE = ", which chose the weights"
 # On the card, in place of the digest of the held-out groups.
 SEEN = ", on which the model may have been trained before"
 REFITTED = ", measured before the model was fitted once more on all images, these too"
@@ -43,11 +44,12 @@ CLEARLY_LOWER = (
     "what counts, keep the start (--max-steps 0)."
 )
 
-FORGOT = (
-    "Warning: the training made the model classify clearly worse. Keep a trained vision tower near "
-    "its frozen self (--distillation-weight), let the accuracy choose the weights (--choose-by "
-    "zero_shot), or freeze the tower."
+FORGOT = "Warning: the training made the model classify clearly worse."
+KEEP_TOWER = (
+    " Keep the vision tower near its frozen self (--distillation-weight), or take weights on the "
+    "way back (llm2clip interpolate)."
 )
+LET_CHOOSE = " Let the accuracy choose the weights (--choose-by zero_shot)."
 
 _CHOOSERS = {"loss": "lowest held-out loss", "zero_shot": "highest zero-shot accuracy"}
 # A batch of a few hundred images, with noise, may have so much higher a loss by chance.
@@ -73,7 +75,7 @@ def describe_alignment(output: Path) -> list[str]:
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
     dtype = str(LLM2CLIPConfig.from_pretrained(model, local_files_only=True).dtype)
-    lines += _describe_zero_shot(results)
+    lines += _describe_zero_shot(results, record["config"])
     lines += [*_describe_objective(results, dtype), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
@@ -103,7 +105,13 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     if scores is None:
         return ()
     labeled = results.get("zero_shot")
-    accuracy = () if labeled is None else (_make_accuracy(labeled),)
+    by_accuracy = results["held_out"]["chosen_by"] == "zero_shot"
+    accuracy = (
+        ()
+        if labeled is None
+        else (make_accuracy(labeled["dataset"], labeled["accuracy"], labeled["num_classes"],
+                            has_chosen=by_accuracy),)
+    )  # fmt: skip
     shown = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
     held_out = f"{scores.num_images} images held out of the alignment"
     notes = results["held_out"]
@@ -117,10 +125,12 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     return (CardResult("retrieval", dataset, shown), *accuracy)
 
 
-def _make_accuracy(labeled: Mapping[str, Any]) -> CardResult:
-    chance = 1 / labeled["num_classes"]
-    scores = {"top_1": labeled["accuracy"], "chance_top_1": chance}
-    return CardResult("classification", labeled["dataset"], scores)
+def make_accuracy(
+    dataset: str, accuracy: float, num_classes: int, *, has_chosen: bool
+) -> CardResult:
+    """Make the accuracy on labeled images for a card."""
+    scores = {"top_1": accuracy, "chance_top_1": 1 / num_classes}
+    return CardResult("classification", dataset + CHOSE * has_chosen, scores)
 
 
 def _name_groups(groups: str) -> str:
@@ -219,7 +229,7 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_zero_shot(results: Mapping[str, Any]) -> list[str]:
+def _describe_zero_shot(results: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Say what the training did to the classification of labeled images."""
     labeled = results.get("zero_shot")
     if labeled is None:
@@ -232,7 +242,11 @@ def _describe_zero_shot(results: Mapping[str, Any]) -> list[str]:
         f"({labeled['dataset']}): {before:.1%} [{low:.1%}, {high:.1%}] at the start, {after:.1%} "
         f"of the written model, {1 / num_classes:.1%} by chance."
     ]
-    return [*lines, *([FORGOT] if after < low else [])]
+    if after < low:
+        advice = "" if config["choose_by"] == "zero_shot" else LET_CHOOSE
+        is_frozen = config["vision_training"] == "frozen"
+        lines.append(FORGOT + ("" if is_frozen else KEEP_TOWER) + advice)
+    return lines
 
 
 def _describe_stream(results: Mapping[str, Any]) -> list[str]:

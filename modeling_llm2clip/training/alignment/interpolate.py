@@ -21,22 +21,26 @@ from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...encoding.float32 import float32_as_such
+from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...model_folders.atomic_folder import require_new_folder
-from ...model_folders.fingerprint import fingerprint_text
+from ...model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ...model_folders.model_card import CardResult
 from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_writing import save_trained_model
+from ...model_folders.training_images import TRAINING_IMAGES_FILE
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.processes import choose_device
 from ..losses.contrastive import ContrastiveLoss
 from .alignment_data import AlignmentDataset
 from .alignment_fit import name_as_saved
 from .alignment_model import AlignmentModel
+from .alignment_report import CHOSE, make_accuracy
 from .best_weights import rank_scores, set_between
 from .held_out import HeldOutImages, HeldOutScores, embed_batches
 from .zero_shot import ZeroShotImages, load_labeled_images
 
 _TOWER = "vision_model."
+_OF_IMAGES = ("architecture", "image_processor", "pooling")
 
 
 @dataclass(frozen=True)
@@ -44,29 +48,18 @@ class Interpolation:
     """Scores of the weights between two models.
 
     Attributes:
-        scores: Scores by share of the way, from 0 (before) to 1 (after).
+        scores: Scores by share of the way, from 0 (before) to 1 (after), in float32.
         chosen: The share that was written.
-        labeled: Name of the labeled images; None without any.
     """
 
     scores: Mapping[float, HeldOutScores]
     chosen: float
-    labeled: str | None = None
-
-    def list_card_results(self) -> list[CardResult]:
-        """List the scores of the written model for its card."""
-        found = self.scores[self.chosen]
-        dataset = f"{counted(found.num_images, 'image')} that chose the weights"
-        recalls = {name: value for name, value in asdict(found).items() if name.endswith("_r1")}
-        results = [CardResult("retrieval", dataset, recalls)]
-        if found.zero_shot is not None and self.labeled is not None:
-            results.append(CardResult("classification", self.labeled, {"top_1": found.zero_shot}))
-        return results
 
     def __str__(self) -> str:
         """Show a line per share."""
+        has_labeled = self.scores[0].zero_shot is not None
         lines = [f"{'share':>6} {'loss':>7} {'t2i R@1':>8} {'i2t R@1':>8}"]
-        lines[0] += " zero-shot" * (self.labeled is not None)
+        lines[0] += " zero-shot" * has_labeled
         for share, scores in self.scores.items():
             line = f"{share:6.0%} {scores.loss:7.3f} {scores.t2i_r1:8.1%} {scores.i2t_r1:8.1%}"
             line += "" if scores.zero_shot is None else f" {scores.zero_shot:9.1%}"
@@ -92,17 +85,18 @@ def interpolate(
     Args:
         before: Folder or Hub id of the model before the training.
         after: That of the model after it.
-        data: Captioned images that neither was trained on; the first caption of each is used.
+        data: Captioned images that neither was trained on, which is not checked; the first caption
+            of each is used.
         output: New folder of the model.
         config: Options; None for the defaults.
         caption_store: Caption embeddings of these records by this LLM, which otherwise runs once
             per share.
 
     Returns:
-        The scores of all shares. That of the chosen one is on the model's card.
+        The scores of all shares. Those of the written folder are on its card.
 
     Raises:
-        ValueError: The models have other LLMs or other networks, or equal weights.
+        ValueError: The models have other LLMs, networks or image processors, or equal weights.
         FileExistsError: The output exists.
 
     Examples:
@@ -114,7 +108,7 @@ def interpolate(
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     if not isinstance(caption_store, EmbeddingStore | None):
         caption_store = EmbeddingStore.open(caption_store)
-    _require_one_llm(first, last, caption_store)
+    _require_same_parts(first, last, caption_store)
     records, processor = RecordTable.from_records(data), LLM2CLIPProcessor.from_pretrained(last)
     dataset = AlignmentDataset(records, processor, caption_store=caption_store)
     held_out = HeldOutImages(dataset, np.arange(len(records)))
@@ -131,31 +125,70 @@ def interpolate(
         by_accuracy = config.choose_by == "zero_shot"
         chosen = min(scores, key=lambda share: rank_scores(scores[share], by_accuracy))
         set_between(model, *ends, chosen)
-    found = Interpolation(scores, chosen, None if labeled is None else labeled.name)
+    weights: dict[str, Tensor] = {name: model.get_parameter(name) for name in ends[1]}
     with TemporaryDirectory() as scratch:
-        weights = name_as_saved(
-            model, {name: model.get_parameter(name) for name in ends[1]}, scratch
-        )
+        weights = name_as_saved(model, weights, scratch)
+
+    def measure(folder: Path) -> tuple[list[CardResult], str | None]:
+        if fingerprint_vision(folder) != fingerprint_vision(last):  # of other weights
+            (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
+        written = _load(folder, with_llm=caption_store is None)
+        written.to(model.device)  # type: ignore[arg-type]
+        with float32_as_such():
+            found = _measure(written, held_out, zero_shot)
+        return _list_card_results(found, labeled, by_accuracy), _find_caution(found)
+
     save_trained_model(
         last,
         weights,
         output,
         text_adapter_trained=model.config.text_adapter_trained,
-        measure=lambda _: (found.list_card_results(), None),
+        measure=measure,
     )
-    return found
+    return Interpolation(scores, chosen)
 
 
-def _require_one_llm(first: Path, last: Path, store: EmbeddingStore | None) -> None:
-    one, other = fingerprint_text(first), fingerprint_text(last)
-    if one != other:
-        differing = sorted(name for name in one if one[name] != other.get(name))
+def _list_card_results(
+    scores: HeldOutScores, labeled: ClassificationDataset | None, by_accuracy: bool
+) -> list[CardResult]:
+    dataset = counted(scores.num_images, "image") + ("" if by_accuracy else CHOSE)
+    recalls = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
+    results = [CardResult("retrieval", dataset, recalls)]
+    if labeled is not None and scores.zero_shot is not None:
+        num_classes = len(labeled.class_names)
+        results.append(
+            make_accuracy(labeled.name, scores.zero_shot, num_classes, has_chosen=by_accuracy)
+        )
+    return results
+
+
+def _find_caution(scores: HeldOutScores) -> str | None:
+    if not scores.is_near_chance:
+        return None
+    return "On the images that it was measured on this model is near chance, or they were too few."
+
+
+def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -> None:
+    """Refuse models that differ in more than weights behind the LLM."""
+    texts, images = (
+        (find_fingerprint(first), find_fingerprint(last))
+        for find_fingerprint in (fingerprint_text, fingerprint_vision)
+    )
+    differing = [
+        f"{name} of the {tower}"
+        for tower, (one, other), names in (
+            ("text tower", texts, texts[0]), ("vision tower", images, _OF_IMAGES),
+        )
+        for name in names
+        if one[name] != other[name]
+    ]  # fmt: skip
+    if differing:
         raise ValueError(
-            f"{first} and {last} have different language models: {', '.join(differing)} differ. "
-            "Interpolate models of one."
+            f"{first} and {last} differ in {', '.join(differing)}. Interpolate models that differ "
+            "in the weights of the vision tower, the text adapter and the projections alone."
         )
     if store is not None:
-        store.require_fingerprint(other)
+        store.require_fingerprint(texts[1])
 
 
 def _load(folder: Path, *, with_llm: bool) -> AlignmentModel:
