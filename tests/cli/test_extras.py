@@ -207,6 +207,8 @@ BLOCKED_RUNS = [
     (["lancedb"], "search DATA sentence", "search"),
     (["lancedb"], "tag PLAIN DATA --labels gone --index new", "search"),
     (["timm"], "tag TIMM DATA --labels gone", "timm"),
+    (["timm"], "score TIMM gone new.csv", "timm"),
+    (["timm"], "interpolate TIMM PLAIN DATA new", "train"),
     (["timm"], "embed TIMM DATA new --modality image", "timm"),
     (["ray"], "embed PLAIN DATA new --modality image --engine ray", "ray"),
     (["timm"], "export TIMM new", "timm"),

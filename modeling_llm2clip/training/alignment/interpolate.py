@@ -100,7 +100,8 @@ def interpolate(
         FileExistsError: The output exists.
 
     Examples:
-        >>> interpolate("aligned/model", "tuned-tower/model", held_out, "between")  # doctest: +SKIP
+        >>> records = load_records("other-images")  # doctest: +SKIP
+        >>> interpolate("aligned/model", "tuned/model", records, "between")  # doctest: +SKIP
     """
     config = config or InterpolateConfig()
     require_new_folder(Path(output))
@@ -210,8 +211,8 @@ def _list_ends(
     if shapes[0] != shapes[1]:
         differing = sorted(n for n in {*first, *last} if shapes[0].get(n) != shapes[1].get(n))
         raise ValueError(
-            f"The models are different networks: {len(differing)} weights differ in name or shape, "
-            f"such as {differing[0]}."
+            f"The models are different networks. Other by name or shape: "
+            f"{counted(len(differing), 'weight')}, such as {differing[0]}."
         )
     names = [
         name
