@@ -115,7 +115,7 @@ def test_models_that_have_nothing_between_them_are_refused(
     with pytest.raises(ValueError, match="have the same weights"):
         interpolate(colored.model, colored.model, colored.records, tmp_path / "model", CPU, **given)
     narrow = prepare(tmp_path / "narrow", num_colored=20, projection_dim=16)
-    with pytest.raises(ValueError, match="are different networks. Other by name or shape: "):
+    with pytest.raises(ValueError, match=r"are different networks\. Other by name or shape: "):
         interpolate(colored.model, narrow.model, colored.records, tmp_path / "model", CPU, **given)
     other = prepare(tmp_path / "other", num_colored=20, vision="siglip")
     with pytest.raises(ValueError, match="differ in architecture of the vision tower"):
