@@ -37,6 +37,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def test_labeled_images_have_to_be_there_to_choose() -> None:
+    with pytest.raises(ValueError, match="choose_by=zero_shot needs labeled images"):
+        InterpolateConfig(choose_by="zero_shot")
+
+
 @pytest.mark.slow
 def test_the_written_weights_are_on_the_way_and_the_best_of_those_tried(
     colored: Prepared, tuned: Run, tmp_path: Path
@@ -95,6 +100,7 @@ def test_the_command_shows_every_share(
     assert lines[-1].startswith(f"Wrote {tmp_path / 'model'}, ")
 
 
+@pytest.mark.slow
 def test_random_projections_are_not_on_the_way(tmp_path: Path) -> None:
     untrained = prepare(tmp_path / "prepared", num_colored=20, trained=False)
     run = untrained.align(tmp_path / "run", vision_training="full", layer_decay=1.0, max_steps=1)
@@ -108,6 +114,7 @@ def test_random_projections_are_not_on_the_way(tmp_path: Path) -> None:
     assert isinstance(found, Interpolation)
 
 
+@pytest.mark.slow
 def test_models_that_have_nothing_between_them_are_refused(
     colored: Prepared, tmp_path: Path
 ) -> None:
@@ -124,5 +131,3 @@ def test_models_that_have_nothing_between_them_are_refused(
     with pytest.raises(ValueError, match="differ in pooling of the text tower"):
         interpolate(colored.model, longer.model, colored.records, tmp_path / "model", CPU)
     assert not (tmp_path / "model").exists()
-    with pytest.raises(ValueError, match="choose_by=zero_shot needs labeled images"):
-        InterpolateConfig(choose_by="zero_shot")
