@@ -63,6 +63,7 @@ def tally_images(folder: Path, images: list[Any]) -> ImageTally:
     return tally
 
 
+@pytest.mark.slow
 def test_images_like_those_of_the_alignment_are_near_and_opposite_ones_are_far(
     aligned: Run, tmp_path: Path
 ) -> None:
