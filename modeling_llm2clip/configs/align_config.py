@@ -14,6 +14,11 @@ from .training_config import TrainingConfig
 ChooseBy: TypeAlias = Literal["loss", "zero_shot"]
 
 
+def _require_labeled(choose_by: ChooseBy, zero_shot: str | None) -> Iterator[str]:
+    if choose_by == "zero_shot" and not zero_shot:
+        yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(TrainingConfig):
     """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
@@ -122,8 +127,7 @@ class AlignConfig(TrainingConfig):
             )
         if self.zero_shot and not self.held_out_ratio:
             yield "zero_shot is measured with held-out images, and held_out_ratio=0 has none."
-        if self.choose_by == "zero_shot" and not self.zero_shot:
-            yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
+        yield from _require_labeled(self.choose_by, self.zero_shot)
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."
 
@@ -143,5 +147,4 @@ class InterpolateConfig(DeviceConfig):
 
     def _find_conflicts(self) -> Iterator[str]:
         yield from super()._find_conflicts()
-        if self.choose_by == "zero_shot" and not self.zero_shot:
-            yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
+        yield from _require_labeled(self.choose_by, self.zero_shot)

@@ -30,10 +30,12 @@ def gather_rows(inputs: LossInputs, *parts: Tensor) -> tuple[list[Tensor], int]:
 
 def gather_ids(inputs: LossInputs, ids: Tensor) -> Tensor:
     """Return the ids of all processes' rows, (A, columns) int64."""
-    if not _is_shared(inputs):
-        return ids
-    gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, ids)
+    return _gather(ids) if _is_shared(inputs) else ids
+
+
+def _gather(rows: Tensor) -> Tensor:
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)
 
 
@@ -51,9 +53,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.num_rows = len(rows)
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+        return _gather(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
