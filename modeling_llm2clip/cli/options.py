@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from ..data.streams.record_streams import RecordStream
 
 # Options that a modality has no use for.
-_FOREIGN = {"text": ("batch_size", "num_workers", "skip_invalid"), "image": ("token_budget",)}
+_FOREIGN = {
+    "text": ("batch_size", "num_workers", "skip_invalid"),
+    "image": ("token_budget", "sentence_views"),
+}
 # A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
 # and `accelerate launch --cpu` sets them for every process.
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

@@ -76,6 +76,9 @@ class AlignConfig(TrainingConfig):
     """Standard deviation of the noise on stored caption embeddings, as a share of their length."""
     long_caption_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Probability that an image with short and long captions uses a long one."""
+    sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
+    """Views of each long caption that are sampled beside it, where the LLM runs at each step; the
+    views of stored captions are those of the store."""
     held_out_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of the groups of images that is held out to choose the weights, at most 1,000 groups
     and in small data at least 20; 0 for none."""
@@ -120,6 +123,11 @@ class AlignConfig(TrainingConfig):
             yield "lock_text keeps texts as they are, and text_training=lora trains the LLM."
         if self.lock_text and self.projection_init == "cca":
             yield "lock_text keeps the text projection, and projection_init=cca fits a new one."
+        if self.sentence_views and self.text_training == "stored":
+            yield (
+                f"sentence_views={self.sentence_views} is for text_training=frozen-online or lora. "
+                "Give sentence_views to llm2clip extract, and the store has the views."
+            )
         if self.distillation_weight and self.vision_training == "frozen":
             yield (
                 "distillation_weight keeps a trained vision tower near its frozen self, and "

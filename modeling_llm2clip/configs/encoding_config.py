@@ -66,8 +66,8 @@ class BackendConfig(DeviceConfig):
 class ExtractConfig(EncodingConfig):
     """Options of `extract`: computing and storing embeddings.
 
-    An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`
-    and `token_budget`.
+    An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`,
+    `token_budget` and `sentence_views`.
     """
 
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -77,6 +77,9 @@ class ExtractConfig(EncodingConfig):
     interrupted run continues within a file of any size."""
     token_budget: Annotated[int, Interval(ge=1)] | None = None
     """Maximum number of tokens per batch of captions, padding included. Default: by device."""
+    sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
+    """Views of each long caption to store beside it, each some of its sentences without the first
+    one, which alignment then samples as long captions (DeBias-CLIP, arXiv:2602.22419)."""
 
     def count_rows_per_shard(self, row_bytes: int) -> int:
         """Return how many embeddings a file of the store has.

@@ -86,6 +86,11 @@ class TrainConfig(DataConfig):
             )
         if self.export is not None and self.export.onnx:
             yield "export.onnx=True: export the finished model with llm2clip export --onnx."
+        if self.extract.sentence_views and self.align.text_training != "stored":
+            yield (
+                f"extract.sentence_views={self.extract.sentence_views} is for stored captions, and "
+                f"align.text_training={self.align.text_training}. Give align.sentence_views."
+            )
         if self.evaluate.output != EvaluationConfig().output:
             yield f"evaluate.output={self.evaluate.output}: results are written under output."
         for name, stage, config in self._list_shared():

@@ -25,6 +25,13 @@ from ..data.captions.caption_columns import (
     iterate_first_captions,
 )
 from ..data.captions.distinct_texts import TextNumbers
+from ..data.captions.sentence_views import (
+    add_views,
+    count_undivided,
+    describe_views,
+    read_num_views,
+    require_views,
+)
 from ..data.images.image_sources import ImageSource
 from ..data.records.data_hashes import hash_image_sizes, hash_texts
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
@@ -83,8 +90,8 @@ def extract(
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
         data: Records; item i of the store is record i.
         output: Folder of the store: new, empty, or of the same store, which is continued.
-        config: Options; None for the defaults. `token_budget` is for captions alone, `batch_size`
-            and `num_workers` for images alone.
+        config: Options; None for the defaults. `token_budget` and `sentence_views` are for captions
+            alone, `batch_size` and `num_workers` for images alone.
         modality: What is extracted: text or image.
         partition: Which part of the store to compute, such as 2/8 for the second of eight; the
             store is complete after `merge_store`. None for all of it.
@@ -119,10 +126,12 @@ def extract(
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
     with open_stops(engine) as stop, open_source(source, output) as found:
-        _require_inputs(table, modality)
+        _require_inputs(table, modality, config)
         encoder = load_shard_encoder(found.folder, modality, config, device)
         planned = plan_store(found.folder, table, encoder, config, modality)
         list_items = partial(LIST_ITEMS[modality], table)
+        if num_views := read_num_views(planned.plan):
+            list_items = partial(list_caption_items, table, num_views=num_views)
         with PartialState().main_process_first():
             if storage is None:
                 writer = EmbeddingStoreWriter.open(output, planned, list_items)
@@ -217,10 +226,12 @@ def open_shards(
     """Return what prepares the shards of a store that is begun."""
     manifest = writer.manifest
     occurrences = FirstOccurrences(StoreIndex(writer.folder, manifest), manifest.rows_per_shard)
+    num_views = read_num_views(manifest.plan)
 
     def prepare(rows: range) -> PreparedShard:
         if manifest.content == "caption_embeds":
-            return encoder.prepare(list(iterate_first_captions(records, occurrences, rows)))
+            texts = iterate_first_captions(records, occurrences, rows, num_views=num_views)
+            return encoder.prepare(list(texts))
         images: list[ImageSource | None] = []
         for first, items, _ in occurrences.find(rows):
             # Records in several languages share the row of theirs.
@@ -230,11 +241,13 @@ def open_shards(
     return prepare
 
 
-def _require_inputs(records: RecordTable, modality: Modality) -> None:
+def _require_inputs(records: RecordTable, modality: Modality, config: ExtractConfig) -> None:
     if modality == "image":
         require_images(records)
-    elif not any(short.any() or long.any() for short, long in records.iterate_counts()):
+        return
+    if not any(short.any() or long.any() for short, long in records.iterate_counts()):
         check_texts([])
+    require_views(records, config.sentence_views)
 
 
 def plan_store(
@@ -248,6 +261,8 @@ def plan_store(
     causes = {"data": hash_texts(records)}
     if modality == "image":
         causes["images"] = hash_image_sizes(records)
+    else:
+        causes |= describe_views(config.sentence_views)
     row_bytes = encoder.dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
     return StoreManifest(
         content="caption_embeds" if modality == "text" else "vision_embeds",
@@ -259,14 +274,15 @@ def plan_store(
     )
 
 
-def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
-    """Number the distinct captions of a dataset; `scratch` is an empty folder."""
+def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 0) -> StoreItems:
+    """Number the distinct captions of a dataset and their views; `scratch` is an empty folder."""
     num_captions = sum(
         int(counts.sum(dtype=np.int64)) for pair in records.iterate_counts() for counts in pair
     )
-    numbers = TextNumbers(scratch, num_captions)
+    numbers = TextNumbers(scratch, num_captions * (1 + num_views))
     suspicious: list[str] = []
-    for batch in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
+    for own in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
+        batch = add_views(own, num_views)
         keys = np.asarray(batch.column("text_keys").flatten())
         distinct = numbers.add(flatten_captions(batch).texts, keys)
         # Arrow passes those with a letter, and Python looks at the others.
@@ -279,10 +295,13 @@ def list_caption_items(records: RecordTable, scratch: Path) -> StoreItems:
     def make_batches() -> Iterator[pa.RecordBatch]:
         batches = records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS))
         for batch, rows in zip(batches, numbers, strict=True):
-            flat = flatten_captions(batch)
+            flat = flatten_captions(add_views(batch, num_views))
             yield make_batch(batch, flat.num_short, flat.ends, rows)
 
     counts = {"captions": num_captions, "distinct": numbers.num_distinct}
+    if num_views:
+        counts["sentence views"] = numbers.num_texts - num_captions
+        counts["long captions of one sentence"] = count_undivided(records)
     return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
 
 

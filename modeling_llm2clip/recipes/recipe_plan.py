@@ -28,6 +28,7 @@ from ..building.pretrained_towers import (
 )
 from ..configs.train_config import TrainConfig
 from ..data.captions.caption_groups import count_groups
+from ..data.captions.sentence_views import with_views
 from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import split_records
@@ -256,7 +257,8 @@ class _Planner:
         self.paths = RecipePaths(config.output)
         self.text = measure_tower(config.text_model, embedded=SMOLLM2)
         self.vision = measure_tower(config.vision_model, embedded=EFFICIENTNET)
-        texts = {text for r in train for text in (*r.captions, *r.long_captions)}
+        num_views = config.extract.sentence_views or config.align.sentence_views
+        texts = {t for r in train for t in (*r.captions, *with_views(r.long_captions, num_views))}
         self.num_texts = len(texts)
         self.num_tokens = sum(map(_count_tokens, texts))
 

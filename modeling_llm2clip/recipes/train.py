@@ -24,7 +24,9 @@ from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
 from ..data.atomic_files import hash_file, hash_json, require_writable
+from ..data.captions.sentence_views import require_views
 from ..data.records.data_hashes import hash_image_sizes, hash_records
+from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
@@ -224,6 +226,8 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     yield lambda: choose_reports(align.report_to)
     if not is_complete(paths.aligned / "model"):
         yield lambda: check_data(train, align)
+        num_views = config.extract.sentence_views or align.sentence_views
+        yield lambda: require_views(RecordTable.from_records(train), num_views)
     if data := list_eval_data(config, test):
         yield lambda: check_eval_data(data, config.evaluate, tasks=config.eval_tasks)
 

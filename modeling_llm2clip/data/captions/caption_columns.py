@@ -11,6 +11,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..key_arrays import Array
 from ..records.record_table import CAPTION_COLUMNS, RecordTable, count_captions
 from ..store.store_index import StoreIndex
+from .sentence_views import add_views
 
 
 class FlatCaptions(NamedTuple):
@@ -77,14 +78,14 @@ class FirstOccurrences:
 
 
 def iterate_first_captions(
-    table: RecordTable, occurrences: FirstOccurrences, rows: range
+    table: RecordTable, occurrences: FirstOccurrences, rows: range, *, num_views: int = 0
 ) -> Iterator[str]:
-    """Yield the captions of the rows of a shard."""
+    """Yield the captions of the rows of a shard, of which long ones have views."""
     for first, items, numbers in occurrences.find(rows):
         start, stop = int(items[0]), int(items[-1]) + 1
         chosen = table.select(np.arange(first + start, first + stop))
         [batch] = chosen.iterate_columns(CAPTION_COLUMNS)
-        flat = flatten_captions(batch)
+        flat = flatten_captions(add_views(batch, num_views))
         yield from flat.texts.take(pa.array(flat.ends[items - start] + numbers)).to_pylist()
 
 

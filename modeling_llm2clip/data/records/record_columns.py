@@ -20,7 +20,7 @@ different names and group ids of a source have different keys; records in memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -35,15 +35,15 @@ from .records import CaptionedImage, CheckedRecord, FoundFile
 
 # Batches of a table have this many rows, but for the last one, so that a row's batch is known.
 ROWS_PER_BATCH = 2**16
-_TEXTS = pa.list_(pa.string())
+TEXTS = pa.list_(pa.string())
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),
         ("group_id", pa.string()),
         ("lang", pa.string()),
-        ("captions", _TEXTS),
-        ("long_captions", _TEXTS),
-        ("keywords", _TEXTS),
+        ("captions", TEXTS),
+        ("long_captions", TEXTS),
+        ("keywords", TEXTS),
         ("place", pa.string()),
         ("url", pa.string()),
         ("image_kind", pa.int8()),
@@ -75,12 +75,17 @@ def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[
         columns["name_key"] = _hash_texts(columns["name"])
         columns["key"] = columns["name_key"] + _hash_texts(columns["lang"])  # may wrap around
         columns["group_key"] = _hash_texts(columns["group_id"])
-        texts = [(*record.captions, *record.long_captions) for record in part]
-        ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
-        keys = _hash_texts(chain.from_iterable(texts))
-        columns["text_keys"] = pa.ListArray.from_arrays(ends, keys)
+        columns["text_keys"] = make_text_keys(
+            [(*record.captions, *record.long_captions) for record in part]
+        )
         arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
         yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def make_text_keys(texts: Sequence[Sequence[str]]) -> pa.ListArray:
+    """Make the column `text_keys` of the texts of each record."""
+    ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, _hash_texts(chain.from_iterable(texts)))
 
 
 def _hash_texts(texts: Iterable[str]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
+from ...data.captions.sentence_views import add_views
 from ...data.key_arrays import find_first_rows
 from ...data.records.data_hashes import hash_image_sizes, hash_texts
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
-from ...data.records.record_table import Array, RecordTable
+from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ..trainer_mixins import refuse_fsdp_for_lora
@@ -182,16 +183,20 @@ def require_images(records: RecordTable) -> None:
         )
 
 
-def require_same_counts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
-    """Require that all records have as many captions as in a store."""
+def require_same_counts(
+    records: RecordTable, store: EmbeddingStore, items: Array | None, *, num_views: int
+) -> None:
+    """Require that all records have as many captions as in a store, views included."""
+    batches = records.iterate_columns(CAPTION_COLUMNS)
+    counts = (count_captions(add_views(batch, num_views)) for batch in batches)
     if items is None:
-        pairs = zip(records.iterate_counts(), store.iterate_counts(), strict=True)
+        pairs = zip(counts, store.iterate_counts(), strict=True)
         parts = [(a != c) | (b != d) for (a, b), (c, d) in pairs]
         differs = np.concatenate(parts)
     else:
         differs = np.zeros(len(records), np.bool_)
-        for now, stored in zip(records.count_texts(), store.count_rows(), strict=True):
-            differs |= now != stored[items]
+        for parts, stored in zip(zip(*counts, strict=True), store.count_rows(), strict=True):
+            differs |= np.concatenate(parts) != stored[items]
     differing = np.flatnonzero(differs)
     if len(differing):
         names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
+from operator import getitem
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...data.captions.sentence_views import read_num_views, require_views, with_views
 from ...data.images.image_sources import open_image
 from ...data.records.record_columns import hash_identity, hash_text
-from ...data.records.record_table import Array, RecordTable
+from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
@@ -66,7 +68,9 @@ class InputTimes:
 class AlignmentDataset(Dataset[Any]):
     """Records of a dataset, each an image and its captions; returns whole batches.
 
-    A caption is named by its number: first the short ones of a record, then its long ones.
+    A caption is named by its number: first the short ones of a record, then its long ones, and the
+    sentence views of these, which training alone samples. A caption store says how many views a
+    long caption has, and `sentence_views` where there is none.
 
     Both kinds of noise are standard deviations, as a share of an embedding's length, and are added
     to stored embeddings in training alone. With `is_part`, the stores may have further records, and
@@ -82,6 +86,7 @@ class AlignmentDataset(Dataset[Any]):
     long_caption_ratio: float = 0.5
     image_noise: float = 0.0
     caption_noise: float = 0.0
+    sentence_views: int = 0
     seed: int = 0
     is_teacher: bool = False
     is_part: InitVar[bool] = False
@@ -91,11 +96,18 @@ class AlignmentDataset(Dataset[Any]):
         # Number of each record in a store; None if the numbers are the same.
         self._caption_items: Array | None = None
         self._image_items: Array | None = None
-        if self.caption_store is not None:
-            self._caption_items = pair_items(self.records, self.caption_store, is_part=is_part)
-            require_same_counts(self.records, self.caption_store, self._caption_items)
+        self._stored_long: Array | None = None  # numbers of long captions and views in a store
+        if (store := self.caption_store) is not None:
+            self.sentence_views = num_views = read_num_views(store.manifest.plan)
+            self._caption_items = items = pair_items(self.records, store, is_part=is_part)
+            if is_part or not num_views:  # views take a while, and their number follows from texts
+                require_same_counts(self.records, store, items, num_views=num_views)
             if not is_part:
-                require_same_texts(self.records, self.caption_store, self._caption_items)
+                require_same_texts(self.records, store, items)
+            if num_views:
+                _, self._stored_long = store.count_rows()
+        else:
+            require_views(self.records, self.sentence_views)
         if self.reads_images:
             require_images(self.records)
         if self.image_store is not None:
@@ -112,7 +124,7 @@ class AlignmentDataset(Dataset[Any]):
         """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(
-            *self.records.count_texts(items),
+            *self._count_texts(items),
             long_caption_ratio=self.long_caption_ratio,
             seed=self.seed,
             epochs=epochs,
@@ -155,8 +167,12 @@ class AlignmentDataset(Dataset[Any]):
         return torch.from_numpy(self.records.read_numbers("group_key", items))
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
-        """Return a hash per caption that equal captions share, (B,) int64."""
-        return torch.from_numpy(self.records.read_text_keys(items, numbers))
+        """Return a number per caption that equal captions share, (B,) int64."""
+        if not self.sentence_views:
+            return torch.from_numpy(self.records.read_text_keys(items, numbers))
+        if self.caption_store is not None:  # which has each text once
+            return torch.from_numpy(self.caption_rows(items, numbers))
+        return torch.tensor([hash_text(text) for text in self._take_texts(items, numbers)])
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
         """Find group ids by their hashes, which takes a pass over the records."""
@@ -198,12 +214,24 @@ class AlignmentDataset(Dataset[Any]):
         if self.caption_store is not None:
             rows = self.caption_rows(items, numbers)
             return {"caption_embeds": self._read_stored(self.caption_store, rows, items)}
-        captions = self.records.take(items, ("captions", "long_captions"))
-        texts = [
-            (*short, *long)[number]
-            for (short, long), number in zip(captions, numbers.tolist(), strict=True)
-        ]
-        return dict(self.processor(text=texts))
+        return dict(self.processor(text=self._take_texts(items, numbers)))
+
+    def _count_texts(self, items: Array) -> tuple[Array, Array]:
+        """Count short and long captions of items, to which views belong."""
+        short, long = self.records.count_texts(items)
+        if self._stored_long is not None:
+            long = self._stored_long[_look_up(self._caption_items, items)]
+        elif self.sentence_views:
+            long = np.array(list(map(len, self._list_texts(items)))) - short
+        return short, long
+
+    def _take_texts(self, items: Array, numbers: Array) -> list[str]:
+        return list(map(getitem, self._list_texts(items), numbers.tolist()))
+
+    def _list_texts(self, items: Array) -> list[tuple[str, ...]]:
+        """List the texts of each item by their numbers."""
+        captions = self.records.take(items, CAPTION_COLUMNS)
+        return [(*short, *with_views(long, self.sentence_views)) for short, long in captions]
 
     def _read_stored(self, store: EmbeddingStore, rows: Array, items: Array) -> Tensor:
         return require_directions(
@@ -238,10 +266,12 @@ class AlignmentStream:
     _: KW_ONLY
     caption_store: EmbeddingStore | None = None
     long_caption_ratio: float = 0.5
+    sentence_views: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.caption_store is not None:
+            self.sentence_views = read_num_views(self.caption_store.manifest.plan)
             keys = self.caption_store.keys
             self._order = np.argsort(keys)
             self._keys = keys[self._order]
@@ -249,6 +279,9 @@ class AlignmentStream:
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
         records = [sample.record for sample in samples]
+        if num_views := self.sentence_views:
+            viewed = (with_views(record.long_captions, num_views) for record in records)
+            records = [replace(r, long_captions=v) for r, v in zip(records, viewed, strict=True)]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
         counts = np.array([(len(r.captions), len(r.long_captions)) for r in records]).T
         numbers = sample_captions(

@@ -287,6 +287,7 @@ def open_records(
         caption_store=caption_store,
         image_store=image_store,
         long_caption_ratio=config.long_caption_ratio,
+        sentence_views=config.sentence_views,
         image_noise=config.image_noise,
         caption_noise=config.caption_noise,
         seed=config.seed,
@@ -319,6 +320,7 @@ def open_stream(
         processor,
         caption_store=caption_store,
         long_caption_ratio=config.long_caption_ratio,
+        sentence_views=config.sentence_views,
         seed=config.seed,
     )
     held_out = None
