@@ -14,13 +14,25 @@ from .training_config import TrainingConfig
 ChooseBy: TypeAlias = Literal["loss", "zero_shot"]
 
 
-def _require_labeled(choose_by: ChooseBy, zero_shot: str | None) -> Iterator[str]:
-    if choose_by == "zero_shot" and not zero_shot:
-        yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
+@dataclass(frozen=True, kw_only=True)
+class ChoiceConfig(DeviceConfig):
+    """Options of choosing among weights by their scores."""
+
+    zero_shot: str | None = None
+    """Labeled images that weights classify, too, before, during and after: NAME=FOLDER of a dataset
+    for classification, such as image-folder=FOLDER. Default: none."""
+    choose_by: ChooseBy = "loss"
+    """Score that chooses the weights: the lowest loss on the images that choose, or the highest
+    accuracy on `zero_shot`."""
+
+    def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
+        if self.choose_by == "zero_shot" and not self.zero_shot:
+            yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(TrainingConfig):
+class AlignConfig(TrainingConfig, ChoiceConfig):
     """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
@@ -82,12 +94,6 @@ class AlignConfig(TrainingConfig):
     held_out_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of the groups of images that is held out to choose the weights, at most 1,000 groups
     and in small data at least 20; 0 for none."""
-    zero_shot: str | None = None
-    """Labeled images that are classified before, during and after the training: NAME=FOLDER of a
-    dataset for classification, such as image-folder=FOLDER. Default: none."""
-    choose_by: ChooseBy = "loss"
-    """Score that chooses the weights: the lowest held-out loss, or the highest accuracy on
-    `zero_shot`."""
     refit: bool | None = None
     """After held-out images have chosen the weights, fit once more on all images with the chosen
     shrinkages, number of steps and share of the way from the start. Default: only if both stores
@@ -135,24 +141,13 @@ class AlignConfig(TrainingConfig):
             )
         if self.zero_shot and not self.held_out_ratio:
             yield "zero_shot is measured with held-out images, and held_out_ratio=0 has none."
-        yield from _require_labeled(self.choose_by, self.zero_shot)
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateConfig(DeviceConfig):
+class InterpolateConfig(ChoiceConfig):
     """Options of `interpolate`: the shares that are tried, and what chooses among them."""
 
     num_shares: Annotated[int, Interval(ge=2)] = 10
     """Number of equal steps on the way from the first model to the second."""
-    zero_shot: str | None = None
-    """Labeled images that are classified with each share: NAME=FOLDER of a dataset for
-    classification, such as image-folder=FOLDER. Default: none."""
-    choose_by: ChooseBy = "loss"
-    """Score that chooses the share: the lowest loss on the data, or the highest accuracy on
-    `zero_shot`."""
-
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        yield from _require_labeled(self.choose_by, self.zero_shot)

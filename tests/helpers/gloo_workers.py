@@ -28,11 +28,6 @@ from modeling_llm2clip.training.losses.gathering import gather_with_gradient
 from modeling_llm2clip.training.losses.loss import LossInputs
 
 NUM_ROWS = 8
-CHUNK = 3
-
-
-# The captions of two rows of different groups are equal, and on different processes.
-TEXT_KEYS = torch.tensor([0, 1, 2, 3, 4, 5, 3, 7])
 
 
 def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,20 +35,6 @@ def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     image, text = (F.normalize(torch.randn(NUM_ROWS, 6, generator=generator)) for _ in range(2))
     return image, text, torch.tensor([12.0]), torch.tensor([0, 1, 1, 2, 3, 0, 4, 3])
-
-
-def loss_and_gradients(part: slice, *, chunk_size: int | None = None) -> dict[str, Tensor]:
-    """Loss over some rows of the batch, and its gradients for these rows and the scale."""
-    image, text, scale, group_ids = make_rows()
-    leaves = [image[part].clone(), text[part].clone(), scale]
-    for leaf in leaves:
-        leaf.requires_grad_(True)
-    loss = ContrastiveLoss(chunk_size=chunk_size)(
-        LossInputs(*leaves[:2], LogitRule(scale), group_ids[part], TEXT_KEYS[part])
-    )
-    loss.backward()
-    image_grad, text_grad, scale_grad = (leaf.grad for leaf in leaves)
-    return {"loss": loss.detach(), "image": image_grad, "text": text_grad, "scale": scale_grad}
 
 
 def gather_gradients(part: slice, *, library: bool) -> dict[str, Tensor]:
@@ -138,8 +119,6 @@ def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
     wrapped = accelerator.prepare(model)
     assert type(wrapped).__name__ == "DistributedDataParallel"
     result: dict[str, Any] = {
-        "plain": loss_and_gradients(part),
-        "chunked": loss_and_gradients(part, chunk_size=CHUNK),
         "gathered": gather_gradients(part, library=False),
         "gathered by torch": gather_gradients(part, library=True),
         "module_loss": backward_module(wrapped, batch, part),

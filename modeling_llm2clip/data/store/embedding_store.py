@@ -132,11 +132,6 @@ class EmbeddingStore(StoreIndex):
         """Yield `keys` in batches, which take no memory."""
         return self.iterate_numbers("key")
 
-    @property
-    def group_keys(self) -> Array:
-        """(N,) int64: a hash of the group id of each item, as `RecordTable.group_keys`."""
-        return np.concatenate([np.empty(0, np.int64), *self.iterate_numbers("group_key")])
-
     def count_rows(self) -> tuple[Array, Array]:
         """Count the captions of each item; an image counts as a short caption.
 

@@ -93,21 +93,16 @@ def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
     """Refuse data that no batch can be made of."""
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
-    if len(records) < (config.global_batch_size or 1):
-        raise ValueError(
-            f"{counted(len(records), 'record')}, too few for a batch of "
-            f"{config.global_batch_size} even if none were held out. Leave global_batch_size out, "
-            "or give more data."
-        )
+    check_batch(config.global_batch_size or 1, len(records))
     _check_group_ids(RecordTable.from_records(records))
 
 
-def check_batch(batch_size: int, num_records: int, num_held_out: int) -> None:
+def check_batch(batch_size: int, num_records: int, num_held_out: int = 0) -> None:
     if num_records < batch_size:
         raise ValueError(
             f"{counted(num_records, 'record')} to train on ({num_held_out} held out), too few for "
-            f"a batch of {batch_size}. Set global_batch_size to at most {num_records}, leave it "
-            "out, or give more data."
+            f"a batch of {batch_size}. Set a smaller global_batch_size, leave it out, or give more "
+            "data."
         )
 
 

@@ -109,7 +109,7 @@ def interpolate(
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     if not isinstance(caption_store, EmbeddingStore | None):
         caption_store = EmbeddingStore.open(caption_store)
-    _require_same_parts(first, last, caption_store)
+    of_images = _require_same_parts(first, last, caption_store)
     records, processor = RecordTable.from_records(data), LLM2CLIPProcessor.from_pretrained(last)
     dataset = AlignmentDataset(records, processor, caption_store=caption_store)
     held_out = HeldOutImages(dataset, np.arange(len(records)))
@@ -131,7 +131,7 @@ def interpolate(
         weights = name_as_saved(model, weights, scratch)
 
     def measure(folder: Path) -> tuple[list[CardResult], str | None]:
-        if fingerprint_vision(folder) != fingerprint_vision(last):  # of other weights
+        if fingerprint_vision(folder) != of_images:  # of other weights
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
         written = _load(folder, with_llm=caption_store is None)
         written.to(model.device)  # type: ignore[arg-type]
@@ -169,8 +169,11 @@ def _find_caution(scores: HeldOutScores) -> str | None:
     return "On the images that it was measured on this model is near chance, or they were too few."
 
 
-def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -> None:
-    """Refuse models that differ in more than weights behind the LLM."""
+def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -> dict[str, str]:
+    """Refuse models that differ in more than weights behind the LLM.
+
+    Returned is the fingerprint of the last one's vision tower.
+    """
     texts, images = (
         (find_fingerprint(first), find_fingerprint(last))
         for find_fingerprint in (fingerprint_text, fingerprint_vision)
@@ -190,6 +193,7 @@ def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -
         )
     if store is not None:
         store.require_fingerprint(texts[1])
+    return images[1]
 
 
 def _load(folder: Path, *, with_llm: bool) -> AlignmentModel:

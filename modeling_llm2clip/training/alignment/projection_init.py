@@ -70,7 +70,8 @@ def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) 
     start = _choose_start(model, data, config)
     if data.held_out is None or not list_fitted(model.loss):
         return start
-    fit_loss(model.loss, _embed(model, data.held_out))
+    if start.cca is None:  # otherwise it was fitted with the temperature
+        fit_loss(model.loss, _embed(model, data.held_out))
     fitted = {n: value.tolist() for n, value in model.named_parameters() if n.startswith(LOSS)}
     return replace(start, loss_parameters=fitted)
 

@@ -76,7 +76,7 @@ def test_lengths_of_views_are_uniform() -> None:
 def test_a_rule_makes_the_same_views_for_ever() -> None:
     """Whoever changes this raises `RULE`: stores have the views of theirs."""
     assert (RULE, list_views(LONG, 3)) == ("1", PINNED)
-    with pytest.raises(ValueError, match="by rule '0', and this version .* by rule '1'"):
+    with pytest.raises(ValueError, match=r"by rule '0', and this version .* by rule '1'"):
         read_num_views({"sentence_views": "3", "sentence_rule": "0"})
     assert read_num_views({}) == 0
 

@@ -37,7 +37,7 @@ def read_all(store: EmbeddingStore) -> list[object]:
         [(store.rows_of(i).tolist(), store.rows_of(i, long=True).tolist()) for i in items],
         store.rows_at(repeated, numbers).tolist(),
         (list(store.names), list(store.group_ids), list(store.langs)),
-        (store.keys.tolist(), store.group_keys.tolist()),
+        (store.keys.tolist(), [keys.tolist() for keys in store.iterate_numbers("group_key")]),
         (store.manifest.counts, store.manifest.fingerprint, store.manifest.plan),
     ]
 

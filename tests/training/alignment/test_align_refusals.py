@@ -66,7 +66,7 @@ def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     refuse(prepared, out, "There are no images", records=[])
-    message = "24 records, too few for a batch of 25 even if none were held out"
+    message = r"24 records to train on \(0 held out\), too few for a batch of 25"
     refuse(prepared, out, message, global_batch_size=25)
     refuse(prepared, out, "needs a caption_store", caption_store=None)
     refuse(prepared, out, "reads no caption_store", text_training="frozen-online")

@@ -1,4 +1,4 @@
-"""The loss: groups, chunks, and several processes that equal one."""
+"""The contrastive loss: groups, memory, and a model on several processes that equal one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from aligning import write_data
 from gloo_workers import (
-    CHUNK,
     NUM_ROWS,
     backward_module,
     find_free_port,
     load_trained,
-    loss_and_gradients,
     make_batch,
     work,
 )
@@ -76,14 +74,6 @@ def test_rounded_embeddings_are_compared_in_float32() -> None:
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("chunk_size", [1, CHUNK, NUM_ROWS, 100])
-def test_the_chunked_loss_is_the_plain_one_with_the_same_gradients(chunk_size: int) -> None:
-    plain, chunked = loss_and_gradients(WHOLE), loss_and_gradients(WHOLE, chunk_size=chunk_size)
-    for name, value in plain.items():
-        assert value.abs().sum() > 0
-        torch.testing.assert_close(chunked[name], value, **ROUNDING)
-
-
 def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
     image, text = (F.normalize(torch.randn(256, 4), dim=-1) for _ in range(2))
     image.requires_grad_(True)
@@ -118,19 +108,6 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, 
     batch = make_batch(folder / "exported", load_records(write_data(folder / "data")))
     torch.multiprocessing.spawn(work, args=(find_free_port(), folder, batch), nprocs=2)
     return folder, batch, [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "chunked"])
-def test_two_processes_give_the_loss_and_gradients_of_one(two_processes: Any, kind: str) -> None:
-    parts, whole = [part[kind] for part in two_processes[2]], loss_and_gradients(WHOLE)
-    mean = {name: sum(part[name] for part in parts) / 2 for name in ("loss", "scale")}
-    for name, value in mean.items():
-        torch.testing.assert_close(value, whole[name], **ROUNDING)
-    for name in ("image", "text"):
-        # Distributed training divides by the number of processes.
-        rows = torch.cat([part[name] for part in parts]) / 2
-        torch.testing.assert_close(rows, whole[name], **ROUNDING)
 
 
 @pytest.mark.slow
