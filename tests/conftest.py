@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -28,10 +29,20 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+RUN_FOLDER = "LLM2CLIP_TEST_RUN_FOLDER"
 # How long an example takes depends on the machine, and decides nothing. Examples are those of the
 # last run, so that a run that fails failed for what was changed.
 hypothesis.settings.register_profile("the same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("the same")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the processes of a run, which inherit the environment, a folder for what they share."""
+    if RUN_FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="llm2clip-tests-")
+        os.environ[RUN_FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(lambda: os.environ.pop(RUN_FOLDER))
 
 
 def pytest_collection_finish() -> None:

@@ -120,10 +120,27 @@ def test_the_package_has_files_to_check() -> None:
 
 
 @every_source
-def test_files_are_short(path: Path) -> None:
+def test_a_file_keeps_the_rules(path: Path) -> None:
+    """It is short, its functions are short, no exception vanishes, and only commands print."""
+    tree = parse(path)
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
     most = MOST_LINES_OF.get(path.name, MOST_LINES)
-    assert num_lines - count_docstring_lines(parse(path)) <= most
+    assert num_lines - count_docstring_lines(tree) <= most
+    may_print = path.name == "__main__.py" or path.parent.name in {"cli", "demo"}
+    too_long = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            num_lines = node.end_lineno - node.lineno + 1
+            if num_lines > MOST_FUNCTION_LINES:
+                too_long[node.name] = num_lines - count_docstring_lines(node)
+        elif isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
+            assert not silent, f"line {node.lineno}: the exception vanishes"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not may_print:
+            assert node.func.id != "print", f"line {node.lineno}: only commands print"
+    assert max(too_long.values(), default=0) <= MOST_FUNCTION_LINES, too_long
 
 
 def test_every_folder_keeps_its_budget() -> None:
@@ -159,36 +176,6 @@ def test_only_a_command_has_the_file_name_of_another_module() -> None:
         if path.parent != PACKAGE / "cli":
             folders[path.name].append(path.parent.relative_to(PACKAGE).as_posix())
     assert not {name: found for name, found in folders.items() if len(found) > 1}
-
-
-@every_source
-def test_functions_are_short(path: Path) -> None:
-    too_long = {}
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            num_lines = node.end_lineno - node.lineno + 1 - count_docstring_lines(node)
-            if num_lines > MOST_FUNCTION_LINES:
-                too_long[node.name] = num_lines
-    assert not too_long
-
-
-@every_source
-def test_no_exception_is_swallowed(path: Path) -> None:
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"line {node.lineno}: bare except"
-            silent = all(isinstance(statement, ast.Pass) for statement in node.body)
-            assert not silent, f"line {node.lineno}: the exception vanishes"
-
-
-@every_source
-def test_only_commands_print(path: Path) -> None:
-    if path.name == "__main__.py" or path.parent.name in {"cli", "demo"}:
-        return
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id != "print", f"line {node.lineno}"
 
 
 def test_imports_only_point_down() -> None:

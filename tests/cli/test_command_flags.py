@@ -494,7 +494,8 @@ def test_no_parser_of_the_repository_takes_abbreviated_flags() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for folder in ("modeling_llm2clip", "examples", "benchmarks", "tests", "conversion")
         for path in (ROOT / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if "ArgumentParser" in (text := path.read_text(encoding="utf-8"))
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call)
         and getattr(node.func, "attr", "") == "ArgumentParser"
         and not any(k.arg == "allow_abbrev" and k.value.value is False for k in node.keywords)

@@ -1,33 +1,46 @@
-"""A tiny model and its ONNX graphs, which many tests share and none may change."""
+"""A tiny model and its ONNX graphs, which many tests share and none may change.
+
+The processes of one run of the tests make them once, which takes ten seconds, into a folder of the
+run (`conftest.py`).
+"""
 
 from __future__ import annotations
 
-import tempfile
+import os
 from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tiny import tiny_model
 
 from modeling_llm2clip import ExportConfig, export_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 ALL_WEIGHTS = ("float32", "int8", "int4")
-_FOLDERS = tempfile.TemporaryDirectory(prefix="llm2clip-onnx-")  # removed when the process ends
+RUN_FOLDER = "LLM2CLIP_TEST_RUN_FOLDER"  # as in `conftest.py`
 
 
 @cache
 def shared_source() -> Path:
     """Folder of a model whose layers do not amplify the rounding of weights, as strong ones do."""
-    model, processor = tiny_model(max_text_length=128)
-    with torch.no_grad():
-        for parameter in model.text_model.layers.parameters():
-            parameter.mul_(0.5)
-    return save_model(model, processor, Path(_FOLDERS.name) / "model")
+    folder = Path(os.environ[RUN_FOLDER]) / "model"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            model, processor = tiny_model(max_text_length=128)
+            with torch.no_grad():
+                for parameter in model.text_model.layers.parameters():
+                    parameter.mul_(0.5)
+            save_model(model, processor, folder)
+    return folder
 
 
 @cache
 def shared_graphs() -> Path:
     """Folder of its graphs, with the text tower in all weights."""
+    source, folder = shared_source(), Path(os.environ[RUN_FOLDER]) / "graphs"
     config = ExportConfig(onnx=True, onnx_weights=ALL_WEIGHTS, max_recall_loss=1)
-    return export_model(shared_source(), Path(_FOLDERS.name) / "graphs", config)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():  # which has this name once it is whole
+            export_model(source, folder, config)
+    return folder
