@@ -4,8 +4,8 @@
 
 A file of `my-grids` is a grid of images that were generated for one prompt, and its name begins
 with the three characters that the prompt has in the JSON file of answers. As in OneIG-Bench
-(scripts/reasoning and scripts/utils at 41b4983), a grid is cut into parts, wholly black parts are
-left out, the others are saved as JPEG and compared with the answer. The score of a grid is the mean
+(scripts/reasoning and scripts/utils at 41b4983), a grid is split, wholly black parts are left
+out, the others are saved as JPEG and compared with the answer. The score of a grid is the mean
 of its parts, and the result the mean of all grids. The same command continues what was stopped.
 
 `scores` gets `parts`, `pairs.jsonl`, `pairs.csv` with a score for each part, and `grids.csv`.
@@ -30,7 +30,7 @@ _ID_LENGTH = 3
 
 
 def main() -> int:
-    """Cut the grids, score the parts, and average."""
+    """Split the grids, score the parts, and average."""
     arguments = parse()
     images = list_images(arguments.grids)
     if skipped := images.describe_skipped():
@@ -113,15 +113,15 @@ def save_parts(file: Path, grid: tuple[int, int], folder: Path) -> list[str]:
     """Save the parts of a grid that are not black, and return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    for number, part in enumerate(cut(load_images(file), *grid)):
+    for number, part in enumerate(split(load_images(file), *grid)):
         if part.getbbox() is not None:
             names.append(f"{file.stem}-{number}.jpg")
             part.save(folder / names[-1])
     return names
 
 
-def cut(image: Image.Image, columns: int, rows: int) -> Iterator[Image.Image]:
-    """Cut row by row; pixels that are left over at the right and the bottom belong to no part."""
+def split(image: Image.Image, columns: int, rows: int) -> Iterator[Image.Image]:
+    """Split row by row; pixels that are left over at the right and the bottom belong to no part."""
     width, height = image.width // columns, image.height // rows
     for top in range(0, rows * height, height):
         for left in range(0, columns * width, width):
