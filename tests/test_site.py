@@ -70,6 +70,7 @@ NEW_FILES = {
 # Flags of other programs, and of the scripts in `examples/`.
 OTHER_FLAGS = {
     "--help", "--strict", "--min-length", "--layer", "--chat-template", "--skip-text-only",
+    "--grid",
 }  # fmt: skip
 
 # What the pages describe and the package does not have yet.
@@ -200,6 +201,8 @@ def find_identifiers(page: Path) -> set[str]:
 # Names in the code of other libraries, and of a file.
 OF_OTHERS = {
     "OpenAIEmbedding", "OpenAIEmbeddings", "concatenate_datasets", "train_test_split", "id_rsa",
+    "LlamaFlashAttention2", "MistralFlashAttention2", "GemmaFlashAttention2",
+    "Qwen2FlashAttention2", "Phi3FlashAttention2", "_update_causal_mask", "ModuleNotFoundError",
 }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ def score_pairs(
     """Compute the cosine of each image and its text.
 
     With the official L/14-336 checkpoint it is what OneIG-Bench computes for an image and the
-    answer that it should show (`scripts/reasoning` of OneIG-Bench/OneIG-Benchmark at 3b70d2a, from
-    which AISBench and Pruna took it), there in bfloat16.
+    answer that it should show (`scripts/utils/inference.py` of OneIG-Bench/OneIG-Benchmark at
+    41b4983, from which AISBench and Pruna took it), there with weights in bfloat16 under autocast.
 
     Args:
         model: A whole model.

@@ -18,12 +18,15 @@ from hub_server import HubServer
 from mteb.mocks import mock_tasks
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
-from published_datasets import write_docci
+from published_datasets import write_coco_test, write_docci, write_sharegpt4v, write_urban1k
 from shared_models import ROUNDING, shared_model
+from tiny import draw_noise
 from torch.utils.data import DataLoader
 
 import modeling_llm2clip
+from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.data.images.image_sources import EncodedImage, TarImage
+from modeling_llm2clip.evaluation import evaluate as own_evaluation
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
@@ -237,6 +240,49 @@ def test_mteb_finds_the_scores_that_our_own_metrics_find(model, retrieval_datase
             for k in (1, 3, 5):
                 # mteb rounds to five digits.
                 assert scores[f"{name}_at_{k}"] == pytest.approx(ours[f"{name}_at_{k}"], abs=6e-6)
+
+
+def write_whole_sharegpt4v(folder):
+    (file,) = write_sharegpt4v(folder, records=6).glob("*.json")
+    text = file.read_text("utf-8").replace(', {"id": "cut o', "]")
+    # The tiny model reads 32 tokens.
+    file.write_text(text.replace("A long answer.\\n\\nIt is number", "Number"), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "num_captions"),
+    [
+        ("coco", write_coco_test, 5),
+        pytest.param("docci", write_docci, 1, marks=pytest.mark.slow),
+        pytest.param("urban1k", write_urban1k, 1, marks=pytest.mark.slow),
+        pytest.param("sharegpt4v-1k", write_whole_sharegpt4v, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_mteb_gives_a_published_dataset_the_scores_of_evaluate(
+    model, folder, tmp_path, name, write, num_captions
+):
+    data = write(tmp_path / "data")
+    for number, path in enumerate(sorted(data.rglob("*.jpg"))):
+        draw_noise(32, 32, seed=number).save(path)  # equal images would tie
+    config = EvaluationConfig(
+        output=tmp_path / "evaluation", skip_invalid=True, device="cpu", show_progress=False
+    )
+    (ours,) = own_evaluation.evaluate(str(folder), f"{name}={data}", config, tasks=["retrieval"])
+    # A few of its images, which that says.
+    tasks = make_mteb_tasks(name, data, skip_invalid=True)
+    for task, direction in zip(tasks, ("i2t", "t2i"), strict=True):
+        result = evaluate(model, task)
+        ((scores,),) = result.scores.values()
+        wanted = ours.scores[direction]
+        assert result.get_score() == pytest.approx(wanted["hit_rate_at_1"], abs=6e-6)
+        for k in (1, 5, 10):
+            for metric in (f"hit_rate_at_{k}", f"recall_at_{k}"):
+                # mteb rounds to five digits.
+                assert scores[metric] == pytest.approx(wanted[metric], abs=6e-6)
+        positives = num_captions if direction == "i2t" else 1
+        assert wanted["recall_at_1"] == pytest.approx(wanted["hit_rate_at_1"] / positives)
+    assert wanted["hit_rate_at_10"] > 0
 
 
 def test_images_of_tasks_are_decoded_as_everywhere_within_the_limits(

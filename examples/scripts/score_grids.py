@@ -1,0 +1,132 @@
+"""OneIG-Bench's reasoning score: how well generated images show the answers that they should.
+
+    python examples/scripts/score_grids.py model my-grids gt_answer.json scores --grid 2,2
+
+A file of `my-grids` is a grid of images that were generated for one prompt, and its name begins
+with the three characters that the prompt has in the JSON file of answers. As in OneIG-Bench
+(scripts/reasoning and scripts/utils at 41b4983), a grid is split, wholly black parts are left
+out, the others are saved as JPEG and compared with the answer. The score of a grid is the mean
+of its parts, and the result the mean of all grids. The same command continues what was stopped.
+
+`scores` gets `parts`, `pairs.jsonl`, `pairs.csv` with a score for each part, and `grids.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from PIL import Image
+
+from modeling_llm2clip import load_images, score_file
+from modeling_llm2clip.search.image_files import list_images
+
+_ID_LENGTH = 3
+
+
+def main() -> int:
+    """Split the grids, score the parts, and average."""
+    arguments = parse()
+    images = list_images(arguments.grids)
+    if skipped := images.describe_skipped():
+        print(skipped, file=sys.stderr)
+    answers = json.loads(arguments.answers.read_text(encoding="utf-8"))
+    answer_of = find_answers([path.name for path in images.readable], answers)
+    parts_of = {
+        path.name: save_parts(path, arguments.grid, arguments.output / "parts")
+        for path in images.readable
+    }
+    pairs = [
+        {"image": f"parts/{part}", "text": answer_of[name]}
+        for name, parts in parts_of.items()
+        for part in parts
+    ]
+    lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    (arguments.output / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    scores_csv = arguments.output / "pairs.csv"
+    found = score_file(arguments.model, arguments.output / "pairs.jsonl", scores_csv)
+    with scores_csv.open(encoding="utf-8", newline="") as file:
+        score_of = {Path(row["image"]).name: float(row["score"]) for row in csv.DictReader(file)}
+    scores = {n: fmean(score_of[part] for part in parts) for n, parts in parts_of.items() if parts}
+    with (arguments.output / "grids.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("grid", "score"), *scores.items()])
+    columns, rows = arguments.grid
+    num_black = len(parts_of) * columns * rows - len(pairs)
+    print(
+        f"{len(scores)} of {len(parts_of)} grids have a score, which {len(pairs)} parts give. "
+        f"Left out: {num_black} black parts. Truncated: answers of {found.num_truncated} parts.",
+        file=sys.stderr,
+    )
+    print(f"mean {fmean(scores.values()):.4f}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="folder or Hub id of an LLM2CLIP model")
+    parser.add_argument("grids", type=Path, help="folder of the grids of one image generator")
+    parser.add_argument("answers", type=Path, help="JSON file with the answers by prompt")
+    parser.add_argument("output", type=Path, help="folder for parts and scores")
+    parser.add_argument(
+        "--grid", type=read_grid, default=(2, 2), help="columns,rows of a grid; default: 2,2"
+    )
+    return parser.parse_args()
+
+
+def read_grid(text: str) -> tuple[int, int]:
+    """Read `COLUMNS,ROWS`; argparse reports what is not."""
+    columns, rows = map(int, text.split(","))
+    if columns < 1 or rows < 1:
+        raise ValueError
+    return columns, rows
+
+
+def find_answers(names: list[str], answers: dict[str, str]) -> dict[str, str]:
+    """Return the answer of each file; stop at a file without one, and at two of one prompt."""
+    without = [name for name in names if name[:_ID_LENGTH] not in answers]
+    if without:
+        raise SystemExit(
+            f"{len(without)} of {len(names)} files begin with no key of the answers, the first is "
+            f"{without[0]}. Name each as its prompt, such as {min(answers)}.png."
+        )
+    name_of = {name[:_ID_LENGTH]: name for name in names}
+    if len(name_of) < len(names):
+        other = next(name for name in names if name_of[name[:_ID_LENGTH]] != name)
+        raise SystemExit(
+            f"{other} and {name_of[other[:_ID_LENGTH]]} are of one prompt. Give one grid each, "
+            "and a folder for each image generator."
+        )
+    return {name: answers[name[:_ID_LENGTH]] for name in names}
+
+
+def save_parts(file: Path, grid: tuple[int, int], folder: Path) -> list[str]:
+    """Save the parts of a grid that are not black, and return their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for number, part in enumerate(split(load_images(file), *grid)):
+        if part.getbbox() is not None:
+            names.append(f"{file.stem}-{number}.jpg")
+            part.save(folder / names[-1])
+    return names
+
+
+def split(image: Image.Image, columns: int, rows: int) -> Iterator[Image.Image]:
+    """Split row by row; pixels that are left over at the right and the bottom belong to no part."""
+    width, height = image.width // columns, image.height // rows
+    for top in range(0, rows * height, height):
+        for left in range(0, columns * width, width):
+            yield image.crop((left, top, left + width, top + height))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What users of the official code find here: its scores, and what breaks it today.
+
+The official code itself is not here. Its scores are recorded; of what it imports and overrides,
+these are the names (microsoft/LLM2CLIP at cba3b45, and `configuration_clip.py` on the Hub).
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from converting import convert_family, read_captions, read_golden
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, PreTrainedModel
+
+from modeling_llm2clip import LLM2CLIPModel, load_model, score_pairs
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "coming-from-llm2clip.md").read_text(encoding="utf-8")
+FAMILIES = ("Llama", "Mistral", "Gemma", "Qwen2", "Phi3")
+CLASSES = ("FlashAttention2", "SdpaAttention")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_family("openai", tmp_path_factory.mktemp("openai"))
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_official_formula(converted: Path) -> None:
+    golden = read_golden("pair_scores")
+    images = [Image.fromarray(image.numpy()) for image in golden["images"]]
+    model, processor = load_model(converted, device="cpu")
+    assert isinstance(model, LLM2CLIPModel)
+    found = score_pairs(model, processor, images, read_captions()[0][: len(images)]).double()
+    # Sums of float32 in another order; scores of other pairs differ by a tenth.
+    torch.testing.assert_close(found, golden["scores"], atol=1e-6, rtol=0)
+    # Two units of bfloat16 below one, in which OneIG-Bench runs the checkpoint.
+    torch.testing.assert_close(found, golden["scores_bfloat16"], atol=2**-7, rtol=0)
+    assert not torch.allclose(found, golden["scores_bfloat16"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_script_gives_grids_the_scores_of_oneig_bench(
+    converted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    golden = read_golden("pair_scores")
+    script = str(ROOT / "examples" / "scripts" / "score_grids.py")
+    answers = tmp_path / "answers.json"
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script, str(converted), *arguments])
+        runpy.run_path(script, run_name="__main__")
+
+    for number in range(3):
+        images, output = tmp_path / f"grids-{number}", tmp_path / f"scores-{number}"
+        images.mkdir()
+        Image.fromarray(golden[f"grid.{number}.pixels"].numpy()).save(images / "007_x.png")
+        caption = read_captions()[0][int(golden[f"grid.{number}.caption"])]
+        answers.write_text(json.dumps({"007": caption}), encoding="utf-8")
+        columns, rows = golden[f"grid.{number}.size"].tolist()
+        with pytest.raises(SystemExit, match="0"):
+            run(str(images), str(answers), str(output), "--grid", f"{columns},{rows}")
+        printed = capsys.readouterr()
+        assert ("Left out: 1 black parts" in printed.err) == (number == 1)
+        with (output / "grids.csv").open(encoding="utf-8", newline="") as file:
+            ((name, score),) = list(csv.reader(file))[1:]
+        wanted = float(golden[f"grid.{number}.score"])
+        # Two resizers, and builds of the JPEG library, round pixels by a gray level.
+        assert (name, float(score)) == ("007_x.png", pytest.approx(wanted, abs=1e-4))
+    for name, message in (("007_y.png", "of one prompt"), ("other.png", "1 of 2 files begin")):
+        (images / "007_x.png").with_name(name).write_bytes((images / "007_x.png").read_bytes())
+        with pytest.raises(SystemExit, match=message):
+            run(str(images), str(answers), str(output))
+        (images / name).unlink()
+
+
+def test_imports_of_the_official_code_fail() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"transformers\.onnx"):
+        importlib.import_module("transformers.onnx")
+    for family in FAMILIES:
+        found = importlib.import_module(
+            f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+        )
+        assert hasattr(found, f"{family}Attention")
+        for name in CLASSES:
+            assert not hasattr(found, f"{family}{name}")
+        assert f"{family}FlashAttention2" in PAGE
+    # LLM2Vec makes the language model bidirectional by overriding this; nothing calls it now.
+    assert not hasattr(LlamaModel, "_update_causal_mask") and "_update_causal_mask" in PAGE
+
+
+class OfficialLlama(LlamaModel):
+    """Asks for attention to both sides as LLM2Vec's does: by flags, and by a mask of its own."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+
+    def _update_causal_mask(self, *_: object, **__: object) -> None:
+        pytest.fail("transformers calls it again")
+
+
+def test_the_official_way_to_both_sides_is_causal_in_padded_batches() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 9, "num_hidden_layers": 1}
+    model = OfficialLlama(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    texts = torch.tensor([[0, 0, 3, 4, 5], [1, 2, 3, 4, 5]])
+    mask = (texts > 0).long()
+    with torch.inference_mode():
+        before = model(texts, attention_mask=mask).last_hidden_state
+        texts[:, -1] = 6
+        after = model(texts, attention_mask=mask).last_hidden_state
+    assert not torch.equal(before[:, -1], after[:, -1])
+    assert torch.equal(before[:, 2:-1], after[:, 2:-1])
+
+
+class OfficialStyle(PreTrainedModel):
+    """Registers positions as the Hub's code does, and has no other place that sets them."""
+
+    config_class = CLIPVisionConfig
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.position_embedding = torch.nn.Embedding(5, 8)
+        positions = torch.arange(5).expand((1, -1))
+        self.register_buffer("position_ids", positions, persistent=False)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Leave the buffers, of which older versions of transformers knew nothing."""
+
+
+def test_loading_leaves_positions_of_the_official_code_uninitialized(tmp_path: Path) -> None:
+    OfficialStyle(CLIPVisionConfig()).save_pretrained(tmp_path)
+    torch.use_deterministic_algorithms(True)  # fills memory that nothing sets
+    try:
+        loaded = OfficialStyle.from_pretrained(tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "position_ids" in PAGE
+    assert loaded.position_ids.unique().tolist() == [torch.iinfo(torch.int64).max]
