@@ -11,9 +11,9 @@ from shared_models import ROUNDING, encode, shared_batch
 from tiny import IMAGE_SIZE, tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.tower_checks import require_loadable
+from modeling_llm2clip.building.tower_checks import measure_vision_width, require_loadable
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -235,31 +235,26 @@ def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> N
         assert model.get_image_features(**images).pooler_output.shape == (2, 24)
 
 
-def make_efficientnet() -> Any:
-    """A tower whose configuration states no width."""
-    settings = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}
-    return AutoModel.from_config(AutoConfig.for_model("efficientnet", **settings)).eval()
-
-
-@pytest.mark.parametrize(
-    ("make", "stated", "width"),
-    [(make_efficientnet, None, 320), (lambda: tiny_vision("radio")[0], 32, 64)],
-    ids=["efficientnet", "radio"],
-)
-def test_a_width_that_the_tower_does_not_state_is_measured_and_saved(
-    make: Any, stated: int | None, width: int, tmp_path: Path
-) -> None:
-    tower = make()
-    assert find_width(tower) == stated
+def test_a_width_other_than_the_tower_states_is_measured_and_saved(tmp_path: Path) -> None:
+    tower, _ = tiny_vision("radio")  # whose summary is two class tokens, one after another
     model = join(tower, "pooler")
-    assert model.config.vision_width == model.visual_projection.in_features == width
+    assert find_width(tower) == 32
+    assert model.config.vision_width == model.visual_projection.in_features == 64
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
-    model.config.vision_width = None
-    message = "does not state the width" if stated is None else "weights do not fit"
-    with pytest.raises(ValueError, match=message):
-        LLM2CLIPModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+
+
+def test_a_width_that_the_tower_does_not_state_is_measured() -> None:
+    settings = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}
+    config = AutoConfig.for_model("efficientnet", **settings)
+    tower = AutoModel.from_config(config).eval()
+    assert measure_vision_width(tower, tiny_vision("clip")[1], "pooler") == 320
+    text_config = tiny_llm().config.to_dict() | {"is_causal": False}
+    with pytest.raises(ValueError, match="'efficientnet' tower does not state the width"):
+        LLM2CLIPModel(LLM2CLIPConfig(config, text_config))
+    model = LLM2CLIPModel(LLM2CLIPConfig(config, text_config, vision_width=320))
+    assert model.visual_projection.in_features == 320
 
 
 def test_the_width_that_the_tower_states_is_not_repeated() -> None:

@@ -85,7 +85,7 @@ _VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "radio": ("radio", {"mlp_ratio": 2.0, "max_img_size": 64, **_IMAGE_SIZE}),
 }
 # Towers without a pooled output.
-_VISION_POOLINGS = {"ijepa": "mean"}
+VISION_POOLINGS = {"ijepa": "mean"}
 # The networks of the paper, with fewer and narrower layers.
 _TIMM_SIZE = {
     "img_size": IMAGE_SIZE,
@@ -247,7 +247,7 @@ def tiny_model(
         "projection_dim": 32,
         "max_text_length": 32,
         "text_adapter_layers": 2,
-        **({"vision_pooling": _VISION_POOLINGS[vision]} if vision in _VISION_POOLINGS else {}),
+        **({"vision_pooling": VISION_POOLINGS[vision]} if vision in VISION_POOLINGS else {}),
         **({} if {"prompt_prefix", "prompt_suffix"} & set(arguments) else {"prompt": "llama-3"}),
         **arguments,
     }
