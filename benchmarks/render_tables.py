@@ -25,6 +25,7 @@ DOCUMENTS = (
     ROOT / "MODEL_CARD.md",
     RESULTS / "README.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "build.md",
     ROOT / "docs" / "choose-a-model.md",
     ROOT / "examples" / "data" / "caption_lora" / "README.md",
 )
@@ -489,6 +490,27 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _render_vision_towers(report: dict[str, Any]) -> str:
+    heads = ("vision tower", "text encoder in the same model", "`--vision-pooling`", "result")
+    rows = [
+        [
+            row["name"],
+            "yes" if row["text_encoder"] else "–",
+            row["pooling"],
+            row.get("error") or ", ".join(row["failed_checks"]) or "ok",
+        ]
+        for row in report["rows"]
+    ]
+    largest = max((row.get("largest_difference", 0.0) for row in report["rows"]), default=0.0)
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    note = (
+        "Tiny random towers, each built, trained for a step with `--vision-training full`, saved, "
+        "loaded and checked with `llm2clip doctor`. Embeddings by AutoModel and "
+        f"sentence-transformers differ by at most {largest:.0e}. {versions}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 def _render_code_size(report: dict[str, Any]) -> str:
     walks = {
         "caption": "`extract` to the stored row", "image": "`index` to the row of the table",
@@ -546,6 +568,7 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "llm2vec_parity": _render_llm2vec_parity,
     "datasets_read": _render_datasets_read,
     "code_size": _render_code_size,
+    "vision_towers": _render_vision_towers,
 }
 
 

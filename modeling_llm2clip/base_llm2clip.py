@@ -502,10 +502,15 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 f"vision_pooling='cls', but this {config.vision_config.model_type!r} tower has no "
                 "class token: its first token is a patch. Use 'pooler', 'mean' or 'patch_mean'."
             )
+        width = config.vision_width or find_width(self.vision_model)
+        if width is None:
+            raise ValueError(
+                f"This {config.vision_config.model_type!r} tower does not state the width of its "
+                "image embedding. Set vision_width in the configuration, or build the model by "
+                "join_towers, which measures it."
+            )
         self.visual_projection = nn.Linear(
-            find_width(self.vision_model),
-            config.projection_dim,
-            bias=config.visual_projection_bias,
+            width, config.projection_dim, bias=config.visual_projection_bias
         )
 
 

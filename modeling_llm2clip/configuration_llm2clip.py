@@ -43,6 +43,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
             `config.json`; a dictionary needs its `model_type`.
         text_config: Configuration of the LLM, likewise.
         projection_dim: Width of the space that images and texts share.
+        vision_width: Width of the vision tower's pooled output, where the tower's own configuration
+            does not state it; None where it does.
         text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
             Some LLMs (EmbeddingGemma 2) project to another width.
         bidirectional: Whether every caption token attends to every other. Also written to
@@ -90,6 +92,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         *,
         projection_dim: int = 512,
+        vision_width: int | None = None,
         text_width: int | None = None,
         bidirectional: bool = True,
         text_pooling: str = "mean",
@@ -123,6 +126,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
         self.projection_dim = projection_dim
+        self.vision_width = vision_width
         self.text_width = self.text_config.hidden_size if text_width is None else text_width
         self.bidirectional = bidirectional
         self.text_pooling = text_pooling
@@ -216,7 +220,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         errors = [
             f"{name}={getattr(self, name)!r} must be at least {least}"
             for name, least in _LEAST_VALUES.items()
-            if getattr(self, name) < least
+            if (value := getattr(self, name)) is not None and value < least
         ]
         if self.max_text_length > _MOST_TOKENS:
             errors.append(f"max_text_length={self.max_text_length} must be at most {_MOST_TOKENS}")
@@ -243,7 +247,8 @@ _MOST_COUNTED = 100_000
 _COUNTED = re.compile("layer|depth|block|stage|head|expert|label|class")
 _MOST_TOKENS = 1 << 20  # per text; checks write texts of this length
 _LEAST_VALUES = {
-    "projection_dim": 1, "text_width": 1, "text_adapter_layers": 0, "text_adapter_expansion": 1,
+    "projection_dim": 1, "vision_width": 1, "text_width": 1, "text_adapter_layers": 0,
+    "text_adapter_expansion": 1,
 }  # fmt: skip
 _SAVED_FIELDS = {
     "vision_config", "text_config", "projection_dim", "text_width", "bidirectional", "text_pooling",
@@ -270,6 +275,7 @@ def _is_text_by_name(value: Any) -> bool:
 
 # Types are never converted: in Python, "false" is true and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
+_WIDTH = ("an integer or None", lambda value: value is None or _is_integer(value))
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _IDS = (
     "a list of token ids",
@@ -277,7 +283,8 @@ _IDS = (
 )
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "projection_dim": _INTEGER,
-    "text_width": ("an integer or None", lambda value: value is None or _is_integer(value)),
+    "vision_width": _WIDTH,
+    "text_width": _WIDTH,
     "bidirectional": _BOOLEAN,
     "prompt_prefix_ids": _IDS,
     "prompt_suffix_ids": _IDS,

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -337,12 +338,22 @@ def list_foreign_code(content: Any) -> list[str]:
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a tower with random weights, from a class that transformers has.
 
-    Code that its configuration refers to is never run.
+    Code that its configuration refers to is never run. ValueError where there is no such class.
     """
     # Imported here because it registers the model's classes, whose module imports this one.
-    from transformers import AutoModel
+    from transformers import MODEL_MAPPING, AutoModel
 
-    return AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    if type(config) in MODEL_MAPPING:
+        return AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    # AutoModel lacks the towers of MetaCLIP 2 and AltCLIP; a class is named as its configuration.
+    name = type(config).__name__.removesuffix("Config") + "Model"
+    tower_class: Any = getattr(transformers, name, None)
+    if getattr(tower_class, "config_class", None) is not type(config):
+        raise ValueError(
+            f"This version of transformers has no class that builds a {config.model_type!r} tower "
+            "alone. Upgrade transformers, or choose another tower."
+        )
+    return tower_class._from_config(config)  # type: ignore[no-any-return]
 
 
 def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:

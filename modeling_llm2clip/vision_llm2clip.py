@@ -6,12 +6,15 @@ Uploaded with the weights. Shapes: B images, L tokens, D width of the tower.
 from __future__ import annotations
 
 import inspect
+import re
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
-# Names of the token that represents the image as a whole.
-_CLASS_TOKENS = ("cls_token", "class_embedding")
+# Names of the tokens before the patches; those of the first kind represent the whole image.
+_CLASS_TOKEN = re.compile("cls_.*token|class_embedding")
+_PREFIX_TOKENS = re.compile(f"{_CLASS_TOKEN.pattern}|distillation_token|register_tokens")
 # Parts that pool tokens; AIMv2 calls its query there "cls_token".
 _POOLING_PARTS = {"head", "pooler", "attn_pool"}
 
@@ -55,8 +58,8 @@ def require_restored_buffers(vision_model: nn.Module) -> None:
         )
 
 
-def find_width(vision_model: nn.Module) -> int:
-    """Return the width of a tower's image embedding."""
+def find_width(vision_model: nn.Module) -> int | None:
+    """Return the width of a tower's image embedding as its configuration states it, if it does."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
@@ -64,18 +67,12 @@ def find_width(vision_model: nn.Module) -> int:
     width = getattr(config, "hidden_size", None)
     if width is None and getattr(config, "hidden_sizes", None):
         width = config.hidden_sizes[-1]  # convolutional: one per stage; the last is pooled
-    if width is None:
-        raise ValueError(
-            f"The width of the image embedding is unknown: the configuration of this "
-            f"{config.model_type!r} tower has neither hidden_size nor hidden_sizes. Use the same "
-            "network from timm, or another tower."
-        )
-    return int(width)
+    return width
 
 
 def has_class_token(vision_model: nn.Module) -> bool:
     """Tell whether the tower has a class token."""
-    return bool(_list_own_tokens(vision_model) & {*_CLASS_TOKENS})
+    return any(map(_CLASS_TOKEN.fullmatch, _find_own_parameters(vision_model)))
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
@@ -85,11 +82,26 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
         patches: Any = getattr(timm_model, "patch_embed", None)
         is_fixed = getattr(patches, "strict_img_size", False) and patches.img_size
         return tuple(patches.img_size) if is_fixed else _find_size_of_distances(timm_model)
-    if not _can_interpolate(vision_model):
-        return None
     config: Any = vision_model.config
     size = getattr(config, "image_size", None)
-    return (size, size) if isinstance(size, int) else tuple(size) if size else None
+    size = (size, size) if isinstance(size, int) else tuple(size) if size else None
+    if size and (can_interpolate(vision_model) or _has_fixed_table(vision_model, size)):
+        return size
+    return None
+
+
+def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
+    """Return whether a row of a table belongs to each patch of an image, and never to another.
+
+    AIMv2, for one, would give an image of another shape with as many patches the wrong rows.
+    """
+    kinds = {*map(type, vision_model.modules())}
+    if any("interpolat" in method for kind in kinds for method in vars(kind)):
+        return False
+    patch = find_patch_size(vision_model)
+    num_patches = prod(side // patch for side in size) if patch else 0
+    tables = (v for n, v in _find_own_parameters(vision_model).items() if "position" in n)
+    return any(num_patches in table.shape[:-1] for table in tables)
 
 
 def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
@@ -117,7 +129,7 @@ def find_patch_size(vision_model: nn.Module) -> int:
     if timm_model is None:
         config: Any = vision_model.config
         return int(getattr(config, "patch_size", 0) or 0)
-    patches: Any = getattr(timm_model, "patch_embed", None)
+    patches: Any = getattr(timm_model, "patch_embed", getattr(timm_model, "embeds", None))
     size: Any = getattr(patches, "patch_size", 0)
     side = int(size if isinstance(size, int) else size[0])
     step = getattr(getattr(patches, "proj", None), "stride", (side,))[0]
@@ -155,7 +167,7 @@ def _require_interpolation(
     tower = f"this vision tower has positions for {own[0]} × {own[1]}"
     size = "Prepare the images with the model's processor"
     build = "build the model with image_size (llm2clip build --image-size)"
-    if not _can_interpolate(vision_model):
+    if not can_interpolate(vision_model):
         raise ValueError(f"{what}; {tower} and cannot interpolate them. {size}, or {build}.")
     if not wanted:
         raise ValueError(
@@ -168,9 +180,9 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
-    num_special = len(_list_own_tokens(vision_model) & {*_CLASS_TOKENS, "distillation_token"})
-    config: Any = vision_model.config
-    return num_special + int(getattr(config, "num_register_tokens", 0) or 0)
+    own = _find_own_parameters(vision_model).items()
+    tokens = [value for name, value in own if _PREFIX_TOKENS.fullmatch(name)]
+    return sum(value.numel() // value.shape[-1] for value in tokens)
 
 
 def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
@@ -215,11 +227,12 @@ def pool_vision(
     padding.
     """
     if pooling == "pooler":
-        pooled = getattr(output, "pooler_output", None)
+        # RADIO calls it a summary: several class tokens, one after another.
+        pooled = getattr(output, "pooler_output", getattr(output, "summary", None))
         if pooled is None:
             raise ValueError(
-                "vision_pooling='pooler', but this vision tower has no pooler output. "
-                "Use 'cls', 'mean' or 'patch_mean' in the configuration."
+                "vision_pooling='pooler', but this vision tower has no pooler output. Choose "
+                "'cls', 'mean' or 'patch_mean' (llm2clip build --vision-pooling)."
             )
         return pooled  # type: ignore[no-any-return]
     hidden_states: Tensor = output.last_hidden_state
@@ -238,11 +251,14 @@ def pool_vision(
     return (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def _can_interpolate(vision_model: nn.Module) -> bool:
+def can_interpolate(vision_model: nn.Module) -> bool:
     return "interpolate_pos_encoding" in inspect.signature(vision_model.forward).parameters
 
 
-def _list_own_tokens(vision_model: nn.Module) -> set[str]:
-    """Names of parameters outside of what pools, without the names of their modules."""
-    paths = (name.split(".") for name, _ in vision_model.named_parameters())
-    return {path[-1] for path in paths if _POOLING_PARTS.isdisjoint(path)}
+def _find_own_parameters(vision_model: nn.Module) -> dict[str, Tensor]:
+    """Parameters outside of what pools, by name without those of their modules.
+
+    The weight of an embedding has the name of the embedding.
+    """
+    paths = ((n.removesuffix(".weight").split("."), v) for n, v in vision_model.named_parameters())
+    return {path[-1]: value for path, value in paths if _POOLING_PARTS.isdisjoint(path)}

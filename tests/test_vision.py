@@ -11,9 +11,9 @@ from shared_models import ROUNDING, encode, shared_batch
 from tiny import IMAGE_SIZE, tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.tower_checks import require_loadable
+from modeling_llm2clip.building.tower_checks import measure_vision_width, require_loadable
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -203,7 +203,9 @@ def test_patch_mean_is_rejected_if_the_class_token_is_behind_the_patches() -> No
 
 def test_patch_mean_is_rejected_if_the_tokens_do_not_match_the_patches() -> None:
     tower = tower_with_registers("dinov2_with_registers")
-    tower.config.num_register_tokens = 0  # as in a family with another name for them
+    registers = tower.embeddings.register_tokens.detach()
+    del tower.embeddings.register_tokens
+    tower.embeddings.register_tokens = registers  # not a parameter, as under an unknown name
     with pytest.raises(ValueError, match=r"returns 20 tokens, 1 of them .* for 16 patches"):
         build_patch_mean(tower, tiny_vision("clip")[1])
 
@@ -233,13 +235,50 @@ def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> N
         assert model.get_image_features(**images).pooler_output.shape == (2, 24)
 
 
-def test_a_tower_of_unknown_width_is_rejected_by_its_family() -> None:
-    tower = torch.nn.Module()
-    tower.config = AutoConfig.for_model("efficientnet")
-    with pytest.raises(
-        ValueError, match=r"unknown: .* 'efficientnet' tower has neither hidden_size nor"
-    ):
-        find_width(tower)
+def test_a_width_other_than_the_tower_states_is_measured_and_saved(tmp_path: Path) -> None:
+    tower, _ = tiny_vision("radio")  # whose summary is two class tokens, one after another
+    model = join(tower, "pooler")
+    assert find_width(tower) == 32
+    assert model.config.vision_width == model.visual_projection.in_features == 64
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_width_that_the_tower_does_not_state_is_measured() -> None:
+    settings = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}
+    config = AutoConfig.for_model("efficientnet", **settings)
+    tower = AutoModel.from_config(config).eval()
+    assert measure_vision_width(tower, tiny_vision("clip")[1], "pooler") == 320
+    text_config = tiny_llm().config.to_dict() | {"is_causal": False}
+    with pytest.raises(ValueError, match="'efficientnet' tower does not state the width"):
+        LLM2CLIPModel(LLM2CLIPConfig(config, text_config))
+    model = LLM2CLIPModel(LLM2CLIPConfig(config, text_config, vision_width=320))
+    assert model.visual_projection.in_features == 320
+
+
+def test_the_width_that_the_tower_states_is_not_repeated() -> None:
+    assert tiny_model()[0].config.vision_width is None
+
+
+def test_a_tower_without_a_pooled_output_names_the_option() -> None:
+    with pytest.raises(ValueError, match=r"'ijepa' .*no pooler output.*build --vision-pooling"):
+        join(tiny_vision("ijepa")[0], "pooler")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "tokens"), [("cls", slice(1)), ("patch_mean", slice(10, None))]
+)
+def test_tokens_of_radio_are_pooled_by_name(pooling: str, tokens: slice) -> None:
+    """Three class tokens and seven registers are one parameter there."""
+    model = join(tiny_vision("radio")[0], pooling)
+    images = tiny_vision("clip")[1](tiny_images(2), return_tensors="pt")
+    with torch.no_grad():
+        wanted = model.vision_model(**images).last_hidden_state[:, tokens].mean(dim=1)
+        found = model.get_vision_embeds(**images)
+    assert model.config.vision_width is None
+    # Sums of few numbers in another order.
+    assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
 # Towers inside MLLMs, which need inputs that their MLLM computes.
@@ -268,6 +307,10 @@ def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loade
     tiny_vision()[1].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=refusal):
         load_vision_tower(tmp_path)
+    whole = AutoConfig.for_model(family.removesuffix("_vision"), vision_config=config.to_dict())
+    whole.save_pretrained(tmp_path / "whole")  # without weights, which are not read
+    with pytest.raises(ValueError, match=refusal):
+        load_vision_tower(tmp_path / "whole")
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
     with pytest.raises(ValueError, match=refusal):

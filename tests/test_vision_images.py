@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from shared_models import ROUNDING, encode, images_of, shared_batch, shared_model
-from tiny import VISION_FAMILIES, tiny_images, tiny_llm, tiny_model, tiny_vision
+from tiny import (
+    MORE_VISION_FAMILIES,
+    VISION_FAMILIES,
+    tiny_images,
+    tiny_llm,
+    tiny_model,
+    tiny_vision,
+)
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
 
@@ -25,9 +32,13 @@ from modeling_llm2clip.vision_llm2clip import (
 )
 
 LARGER = 48
-WITH_ARGUMENT = ("clip", "siglip", "vit")  # interpolate positions with the argument
-ANY_SIZE = ("dinov2", "dinov3_vit", "timm")  # interpolate without it, or have rotary positions
-FIXED = ("eva02", "timm-siglip")  # cannot interpolate in a forward pass
+# Interpolate positions with the argument.
+WITH_ARGUMENT = ("clip", "siglip", "vit", "metaclip_2", "chinese_clip", "altclip", "ijepa")
+# Interpolate without it, or have rotary positions.
+ANY_SIZE = ("dinov2", "dinov3_vit", "timm", "tipsv2", "radio", "naflexvit")
+# Cannot interpolate in a forward pass, but when a model is built.
+FIXED = ("eva02", "timm-siglip", "pe-core", "timm-radio")
+OWN_SIZE = ("aimv2",)  # cannot interpolate at all
 BY_PATCHES = ("siglip2",)  # the number of patches depends on the processor
 
 
@@ -39,10 +50,11 @@ def make_larger(family: str) -> Any:
 
 
 def test_every_family_is_in_one_group() -> None:
-    assert sorted(WITH_ARGUMENT + ANY_SIZE + FIXED + BY_PATCHES) == sorted(VISION_FAMILIES)
+    groups = WITH_ARGUMENT + ANY_SIZE + FIXED + OWN_SIZE + BY_PATCHES
+    assert sorted(groups) == sorted(VISION_FAMILIES + MORE_VISION_FAMILIES)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", WITH_ARGUMENT + ANY_SIZE + FIXED + BY_PATCHES)
 def test_a_model_built_for_larger_images_resizes_to_them_and_reloads_bit_for_bit(
     family: str, tmp_path: Path
 ) -> None:
@@ -125,6 +137,12 @@ def test_the_size_that_a_tower_was_trained_for_need_not_be_a_multiple() -> None:
     same, processor = set_image_size(tower, tiny_vision("siglip")[1], 36)
     assert same is tower
     assert processor.to_dict()["size"] == {"height": 36, "width": 36}
+
+
+@pytest.mark.parametrize("family", OWN_SIZE)
+def test_a_tower_whose_positions_nothing_interpolates_keeps_its_size(family: str) -> None:
+    with pytest.raises(ValueError, match=r"does not take .*=48 pixels: it has positions for 32"):
+        make_larger(family)
 
 
 def test_a_size_below_one_pixel_is_rejected() -> None:
@@ -239,7 +257,7 @@ def test_larger_images_need_the_processors_option_and_the_models_argument(family
     assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
 
 
-@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *FIXED])
+@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *FIXED, *OWN_SIZE])
 @pytest.mark.parametrize("shape", [(64, 16), (36, 36)], ids=str)
 def test_other_sizes_with_the_same_number_of_patches_are_rejected(family: str, shape: Any) -> None:
     # 64 × 16 has as many patches as 32 × 32, and so has 36 × 36 without its incomplete patches.
@@ -265,7 +283,7 @@ def test_the_error_of_a_tower_that_cannot_interpolate_names_the_build_option(
         encode(shared_model(family)[0], images, interpolate_pos_encoding=wanted)
 
 
-@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *WITH_ARGUMENT, *BY_PATCHES])
+@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *OWN_SIZE, *WITH_ARGUMENT, *BY_PATCHES])
 def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> None:
     model, batch = shared_model(family)[0], shared_batch(family)
     assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))

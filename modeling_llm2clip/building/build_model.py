@@ -29,6 +29,7 @@ from .prompts import derive_prompt, resolve_template, write_prompt
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
     measure_text_width,
+    measure_vision_width,
     require_deterministic,
     require_direction,
     require_loadable,
@@ -150,12 +151,13 @@ def configure_model(
     tokenizer: PreTrainedTokenizerBase,
     config: BuildConfig,
     *,
+    vision_width: int | None = None,
     text_width: int | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
-    The LLM's configuration is changed in place. `text_width` is the width of the hidden states that
-    the LLM returns; None for its `hidden_size`.
+    The LLM's configuration is changed in place. The widths are those that the towers return; None
+    for those that their configurations state.
     """
     template = resolve_template(
         tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
@@ -171,6 +173,7 @@ def configure_model(
         vision_config,
         text_config,
         projection_dim=config.projection_dim,
+        vision_width=vision_width,
         text_width=text_width,
         bidirectional=config.bidirectional,
         text_pooling=config.text_pooling,
@@ -203,6 +206,7 @@ def _join(
         text_model.config,
         tokenizer,
         config,
+        vision_width=measure_vision_width(vision_model, image_processor, config.vision_pooling),
         text_width=measure_text_width(text_model),
     )
     with torch.random.fork_rng(devices=[]):

@@ -22,7 +22,7 @@ from transformers.image_utils import (
 
 from ..configs.build_config import Normalization
 from ..loading_llm2clip import build_tower
-from ..vision_llm2clip import find_fixed_size, find_patch_size
+from ..vision_llm2clip import can_interpolate, find_fixed_size, find_patch_size
 
 MEAN_AND_STD = {
     "openai": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -61,7 +61,7 @@ def set_image_size(
         )
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if own is not None and own != (image_size, image_size):
-        if timm_model is None:
+        if timm_model is None and can_interpolate(vision_model):
             vision_model = _resize_positions(vision_model, image_size, patch=patch)
         elif hasattr(timm_model, "set_input_size"):
             _resize_network(timm_model, vision_model.config, image_size)

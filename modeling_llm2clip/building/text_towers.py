@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,14 +25,8 @@ from transformers import (
 )
 
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..loading_llm2clip import build_tower, load_without_code, naming_code
-from .vision_towers import (
-    forget_origin,
-    load_with_account,
-    naming,
-    refuse_unread_weights,
-    takes_images,
-)
+from ..loading_llm2clip import load_without_code, naming_code
+from .vision_towers import forget_origin, load_part, naming, takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
 # Model types that have a text encoder of their own, which cannot take the place of an LLM.
@@ -188,31 +181,11 @@ def _load_decoder(
     name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
-    whole, info = load_with_account(AutoModel, name, config=config, **settings)
-    decoder, prefix = whole, ""
     text_config = config.get_text_config(decoder=True)
-    if text_config is not config:
-        with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
-            wanted = type(build_tower(text_config))
-        prefix, decoder = _find_part(whole, wanted, source)
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    decoder, missing = load_part(name, config, text_config, source, **settings)
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
-    refuse_unread_weights(whole, decoder, info, source)
-    decoder.config._name_or_path = whole.config._name_or_path
     return decoder
-
-
-def _find_part(
-    whole: PreTrainedModel, wanted: type, source: str | Path
-) -> tuple[str, PreTrainedModel]:
-    for name, module in whole.named_modules():
-        if type(module) is wanted and isinstance(module, PreTrainedModel):
-            return f"{name}.", module
-    raise ValueError(
-        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
-        "configuration promises. Give the language model alone."
-    )
 
 
 def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..model_folders.golden_embeddings import (
@@ -24,7 +26,7 @@ from ..model_folders.golden_embeddings import (
 )
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..vision_llm2clip import find_patches, require_restored_buffers
+from ..vision_llm2clip import find_patches, find_width, pool_vision, require_restored_buffers
 
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
@@ -65,6 +67,25 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
             f"The {text_model.config.model_type!r} tower gives no hidden states of tokens: its "
             f"forward pass fails ({type(error).__name__}: {error}). Take another LLM."
         ) from error
+
+
+@torch.no_grad()
+def measure_vision_width(
+    vision_model: PreTrainedModel, image_processor: Any, pooling: str
+) -> int | None:
+    """Return the width of a vision tower's pooled output; None if it is what the tower states."""
+    image = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt").to(vision_model.device)
+    image["pixel_values"] = image["pixel_values"].to(vision_model.dtype)
+    with _naming_failure(vision_model.config):
+        pooled = pool_vision(
+            vision_model(**image),
+            pooling,
+            vision_model=vision_model,
+            pixel_values=image["pixel_values"],
+            patch_mask=image.get("pixel_attention_mask"),
+        )
+    width = pooled.flatten(1).shape[1]
+    return None if width == find_width(vision_model) else width
 
 
 @torch.no_grad()
@@ -270,6 +291,18 @@ def require_pixels_alone(vision_model: PreTrainedModel) -> None:
         )
 
 
+@contextmanager
+def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        raise ValueError(
+            f"The {config.model_type!r} tower cannot be used as it is built here: its forward pass "
+            f"fails ({type(error).__name__}: {error}). Choose another vision pooling, or take "
+            "another vision tower."
+        ) from error
+
+
 @torch.inference_mode()
 def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
     """Refuse a model whose vision tower gives an image another embedding in a second run.
@@ -277,14 +310,8 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
     Masked autoencoders, for one, also mask random patches when they encode.
     """
     inputs = processor(images=render_golden_images()[:1]).to(model.device)
-    try:
+    with _naming_failure(model.config.vision_config):
         first, second = (model.get_image_features(**inputs).pooler_output for _ in range(2))
-    except _MODEL_ERRORS as error:
-        raise ValueError(
-            f"The {model.config.vision_config.model_type!r} tower cannot be used as it is built "
-            f"here: its forward pass fails ({type(error).__name__}: {error}). Choose another "
-            "vision pooling, or take another vision tower."
-        ) from error
     assert first is not None and second is not None
     difference = float((first - second).norm() / first.norm())
     if not difference <= _MOST_DIFFERENCE:

@@ -31,8 +31,6 @@ from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .tower_checks import require_pixels_alone
 
-# Models with two towers.
-_WITH_VISION_PART = ("clip", "siglip", "siglip2")
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
 _NAMES_SHOWN = 8
@@ -47,38 +45,31 @@ def load_vision_tower(
 ) -> tuple[PreTrainedModel, Any]:
     """Load a vision tower, in evaluation mode, and its image processor.
 
-    The source is a Hub id or folder of CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT, or a timm
-    network in transformers' wrapper. Of a whole CLIP or SigLIP the vision part is taken. A tower
+    The source is a Hub id or folder of a vision tower of transformers, or of a timm network in its
+    wrapper. Of a model that has a `vision_config`, such as CLIP, the vision tower is taken. A tower
     may be saved without pooler weights, which stay random, where its pooler is not going to be
     used.
     """
     with naming(source):
         config = load_without_code(AutoConfig, source)
-    is_part = config.model_type in _WITH_VISION_PART
-    if is_part:
-        config = config.vision_config
-    if not takes_images(config):
+    vision_config = getattr(config, "vision_config", None) or config
+    if not takes_images(vision_config):
         raise ValueError(
             f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
             "ViT or a timm network."
         )
-    # AutoModel would choose the whole model for a CLIP folder; the tower's class does not.
-    tower_class = type(build_tower(config)) if is_part else AutoModel
-    model, info = load_with_account(tower_class, source, config=config, dtype=dtype)
-    missing = sorted(
-        k for k in info["missing_keys"] if not (allow_missing_pooler and "pooler" in k)
-    )
+    with torch.device("meta"):  # before the weights are read
+        require_pixels_alone(build_tower(vision_config))
+    model, missing = load_part(source, config, vision_config, source, dtype=dtype)
+    missing = [k for k in missing if not (allow_missing_pooler and "pooler" in k)]
     if missing:
         raise ValueError(
             f"{source} lacks {counted(len(missing), 'weight')} of its vision tower, which would "
             f"stay random: {missing[:_NAMES_SHOWN]}. If only the pooler is missing, choose "
             "vision_pooling 'cls', 'mean' or 'patch_mean'."
         )
-    require_pixels_alone(model)
-    if config.model_type != "timm_wrapper":  # in which a head left out is still a module
-        refuse_unread_weights(model, model, info, source)
     forget_origin(model.config, source)
-    if config.model_type == "timm_wrapper":
+    if vision_config.model_type == "timm_wrapper":
         return model.eval(), image_processor_from_timm(model.config.pretrained_cfg)
     return model.eval(), forget_code(load_without_code(AutoImageProcessor, source))
 
@@ -157,7 +148,44 @@ def load_with_account(
     return loaded
 
 
-def refuse_unread_weights(
+def load_part(
+    name: str | Path,
+    config: PreTrainedConfig,
+    part_config: PreTrainedConfig,
+    source: str | Path,
+    **settings: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load the part of a model that has this configuration, which may be all of it.
+
+    Returns the part and the names of its weights that the source lacks. Weights that the part does
+    not read are refused.
+    """
+    # As the whole, because only its class knows how published weights of the parts are named.
+    whole, info = load_with_account(AutoModel, name, config=config, **settings)
+    part, prefix = whole, ""
+    if part_config is not config:
+        with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
+            wanted = type(build_tower(part_config))
+        prefix, part = _find_part(whole, wanted, source)
+        part.config._name_or_path = whole.config._name_or_path
+    if part_config.model_type != "timm_wrapper":  # in which a head left out is still a module
+        _refuse_unread_weights(whole, part, info, source)
+    return part, sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+
+
+def _find_part(
+    whole: PreTrainedModel, wanted: type, source: str | Path
+) -> tuple[str, PreTrainedModel]:
+    for name, module in whole.named_modules():
+        if type(module) is wanted and isinstance(module, PreTrainedModel):
+            return f"{name}.", module
+    raise ValueError(
+        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
+        "configuration promises. Give the tower alone."
+    )
+
+
+def _refuse_unread_weights(
     whole: PreTrainedModel, tower: PreTrainedModel, info: dict[str, Any], source: str | Path
 ) -> None:
     """Refuse weights in a module of the tower that the tower does not read.

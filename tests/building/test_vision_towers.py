@@ -11,11 +11,22 @@ import torch
 from breaking import drop_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_vision
+from tiny import (
+    DUAL_ENCODERS,
+    tiny_dual_encoder,
+    tiny_images,
+    tiny_llm,
+    tiny_tokenizer,
+    tiny_vision,
+)
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from transformers import AutoConfig, AutoModel
 
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import image_processor_from_timm, load_vision_tower
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 
 SETTINGS: dict[str, Any] = {
     "input_size": (3, 44, 44),
@@ -84,28 +95,38 @@ def test_settings_that_no_image_processor_follows_are_refused(
         image_processor_from_timm({**SETTINGS, **settings})
 
 
-def test_the_vision_part_of_a_whole_clip_is_taken(tmp_path: Path) -> None:
-    tower, image_processor = tiny_vision("clip")
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = AutoConfig.for_model(
-        "clip",
-        vision_config=tower.config.to_dict(),
-        text_config={**text, "num_attention_heads": 2, "vocab_size": 50},
-    )
-    whole = AutoModel.from_config(config)
+@pytest.mark.parametrize("family", DUAL_ENCODERS)
+def test_of_a_dual_encoder_given_whole_the_vision_tower_is_taken_bit_for_bit(
+    family: str, tmp_path: Path
+) -> None:
+    whole, image_processor = tiny_dual_encoder(family)
     whole.save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
     loaded, _ = load_vision_tower(tmp_path)
-    assert loaded.config.model_type == "clip_vision_model"
-    assert {name for name, _ in loaded.named_parameters()} == {
-        name for name, _ in tower.named_parameters()
-    }
-    pixels = torch.rand(1, 3, 32, 32)
+    weights = whole.vision_model.state_dict()
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    batch = image_processor(tiny_images(2), return_tensors="pt")
+    if hasattr(whole, "visual_projection"):
+        whole.visual_projection = torch.nn.Identity()
+    whole.vision_model = loaded  # the same memory, so that nothing but the computation may differ
     with torch.no_grad():
-        found = loaded(pixels).pooler_output
-        wanted = whole.eval().vision_model(pixels).pooler_output
-    # Equal weights at other addresses.
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+        wanted = whole.get_image_features(**batch).pooler_output
+        assert torch.equal(loaded(**batch).pooler_output, wanted)
+    tokenizer = tiny_tokenizer()
+    text = (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer)
+    config = BuildConfig(prompt="llama-3", text_adapter_layers=0)
+    model, processor = join_towers(tmp_path, text, config)
+    save_model(model, processor, tmp_path / "model")  # with golden embeddings
+    assert check_model(tmp_path / "model").failed == []
+    again = AutoModel.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_a_vision_part_without_a_class_of_its_own_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("idefics2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no class that builds a 'idefics2_vision' tower alone"):
+        load_vision_tower(tmp_path)
 
 
 def test_a_language_model_is_refused_as_a_vision_tower(tmp_path: Path) -> None:
