@@ -46,23 +46,23 @@ BUDGETS = {
     ".": 3110,
     "building": 1390,
     "cli": 1960,
-    "configs": 810,
+    "configs": 820,
     "conversion": 1050,
-    "data": 5980,
+    "data": 6070,
     "demo": 130,
     "doctor": 1950,
-    "embedding": 1790,
+    "embedding": 1810,
     "encoding": 790,
     "evaluation": 4660,
     "model_folders": 1870,
     "publishing": 1570,
-    "recipes": 630,
+    "recipes": 640,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 5100,
+    "training": 5130,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 287, 8060
+MOST_FILES, MOST_DOCSTRING_LINES = 288, 8090
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

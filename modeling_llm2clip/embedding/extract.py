@@ -325,4 +325,7 @@ def list_image_items(records: RecordTable, _scratch: Path) -> StoreItems:
     return StoreItems(num_distinct, len(records), counts, make_batches())
 
 
-LIST_ITEMS = {"text": list_caption_items, "image": list_image_items}
+LIST_ITEMS: dict[str, Callable[[RecordTable, Path], StoreItems]] = {
+    "text": list_caption_items,
+    "image": list_image_items,
+}

@@ -47,7 +47,7 @@ def split_sentences(text: str) -> list[str]:
 
 def _is_end(before: str, mark: str | None, after: str) -> bool:
     """Tell whether a sentence ends at a mark; None for one that needs no whitespace."""
-    words = before.split()
+    words = before.rsplit(None, 1)
     if not words or mark is None:
         return bool(words)
     word = words[-1].lstrip(_OPENING).casefold()

@@ -190,8 +190,8 @@ def require_same_counts(
         differs = np.concatenate(parts)
     else:
         differs = np.zeros(len(records), np.bool_)
-        for parts, stored in zip(zip(*counts, strict=True), store.count_rows(), strict=True):
-            differs |= np.concatenate(parts) != stored[items]
+        for now, stored in zip(zip(*counts, strict=True), store.count_rows(), strict=True):
+            differs |= np.concatenate(now) != stored[items]
     differing = np.flatnonzero(differs)
     if len(differing):
         names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)

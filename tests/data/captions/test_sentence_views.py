@@ -26,7 +26,7 @@ TEXTS = [
     ["A dog runs. ", "It is brown! ", "Is it fast?"],
     ["Dr. Smith holds 3.5 kg, e.g. in bags. ", "The U.S. flag waves near St. Paul..."],
     ['She said "Stop." ', "“Why?” he asked. ", "(Nobody knows.) ", "Then they left."],
-    ["Ein Hund läuft z.B. am 3. Mai. ", "Er ist bzw. war braun. ", "„Wau!“ sagt er."],
+    ["Ein Hund läuft z.B. am 3. Mai. ", "Er bellt bzw. jault laut. ", "„Wau!“ sagt er."],
     ["犬が走る。", "「速い！」と言った。", "茶色？", "はい。"],
     ["“你好。”他说。", "狗跑了！"],
     ["कुत्ता दौड़ता है। ", "वह भूरा है।"],
