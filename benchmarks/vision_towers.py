@@ -6,6 +6,7 @@ Run `python benchmarks/vision_towers.py`, then `python benchmarks/render_tables.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,8 @@ import modeling_llm2clip as llm2clip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from tiny import DUAL_ENCODERS, VISION_POOLINGS, tiny_dual_encoder, tiny_images, tiny_vision
-from tiny_folders import save_captioned_images, save_tiny_llm
+from tiny_encoders import TEXTS, save_tiny_images
+from tiny_folders import save_tiny_llm
 
 RESULT = Path(__file__).parent / "results" / "vision_towers.json"
 FAMILIES = {
@@ -58,8 +60,13 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
     source, image_processor = (tiny_dual_encoder if is_whole else tiny_vision)(family)
     source.save_pretrained(folder / "tower")
     image_processor.save_pretrained(folder / "tower")
-    (folder / "data").mkdir()
-    records = llm2clip.load_records(save_captioned_images(folder / "data", count=8))
+    images = save_tiny_images(folder / "data", 8)
+    lines = [
+        json.dumps({"image": path.name, "captions": [text]})
+        for path, text in zip(images, TEXTS, strict=True)
+    ]
+    (folder / "data" / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    records = llm2clip.load_records(folder / "data")
     config = llm2clip.BuildConfig(
         prompt="llama-3", vision_pooling=pooling, max_text_length=32, projection_dim=32
     )
