@@ -30,7 +30,7 @@ FAMILIES = {
     "CLIP": "clip", "SigLIP": "siglip", "SigLIP 2 NaFlex": "siglip2", "MetaCLIP 2": "metaclip_2",
     "TIPSv2": "tipsv2", "AIMv2": "aimv2", "Chinese-CLIP": "chinese_clip", "AltCLIP": "altclip",
     "DINOv2": "dinov2", "DINOv3": "dinov3_vit", "ViT": "vit", "I-JEPA": "ijepa", "RADIO": "radio",
-    "EVA02 (timm)": "eva02", "SigLIP (timm)": "timm-siglip", "PE-Core (timm)": "pe-core",
+    "ViT (timm)": "timm", "EVA02 (timm)": "eva02", "SigLIP (timm)": "timm-siglip", "PE-Core (timm)": "pe-core",
     "RADIO (timm)": "timm-radio", "NaFlexViT (timm)": "naflexvit",
 }  # fmt: skip
 # What libraries raise where a family does not fit.
@@ -91,7 +91,7 @@ def _compare_loaders(folder: Path) -> float:
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     own = llm2clip.encode_images(model, processor, images).numpy()
     encoder = SentenceTransformer(str(folder), device="cpu")
-    others = encoder.encode(images, normalize_embeddings=True)  # type: ignore[call-overload]
+    others = encoder.encode(images, normalize_embeddings=True)
     return float(np.abs(own - others).max())
 
 
