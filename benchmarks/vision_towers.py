@@ -6,6 +6,7 @@ Run `python benchmarks/vision_towers.py`, then `python benchmarks/render_tables.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -21,14 +22,15 @@ import modeling_llm2clip as llm2clip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from tiny import DUAL_ENCODERS, VISION_POOLINGS, tiny_dual_encoder, tiny_images, tiny_vision
-from tiny_folders import save_captioned_images, save_tiny_llm
+from tiny_encoders import TEXTS, save_tiny_images
+from tiny_folders import save_tiny_llm
 
 RESULT = Path(__file__).parent / "results" / "vision_towers.json"
 FAMILIES = {
     "CLIP": "clip", "SigLIP": "siglip", "SigLIP 2 NaFlex": "siglip2", "MetaCLIP 2": "metaclip_2",
     "TIPSv2": "tipsv2", "AIMv2": "aimv2", "Chinese-CLIP": "chinese_clip", "AltCLIP": "altclip",
     "DINOv2": "dinov2", "DINOv3": "dinov3_vit", "ViT": "vit", "I-JEPA": "ijepa", "RADIO": "radio",
-    "EVA02 (timm)": "eva02", "SigLIP (timm)": "timm-siglip", "PE-Core (timm)": "pe-core",
+    "ViT (timm)": "timm", "EVA02 (timm)": "eva02", "SigLIP (timm)": "timm-siglip", "PE-Core (timm)": "pe-core",
     "RADIO (timm)": "timm-radio", "NaFlexViT (timm)": "naflexvit",
 }  # fmt: skip
 # What libraries raise where a family does not fit.
@@ -58,8 +60,13 @@ def try_family(family: str, folder: Path) -> dict[str, Any]:
     source, image_processor = (tiny_dual_encoder if is_whole else tiny_vision)(family)
     source.save_pretrained(folder / "tower")
     image_processor.save_pretrained(folder / "tower")
-    (folder / "data").mkdir()
-    records = llm2clip.load_records(save_captioned_images(folder / "data", count=8))
+    images = save_tiny_images(folder / "data", 8)
+    lines = [
+        json.dumps({"image": path.name, "captions": [text]})
+        for path, text in zip(images, TEXTS, strict=True)
+    ]
+    (folder / "data" / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    records = llm2clip.load_records(folder / "data")
     config = llm2clip.BuildConfig(
         prompt="llama-3", vision_pooling=pooling, max_text_length=32, projection_dim=32
     )
@@ -84,7 +91,7 @@ def _compare_loaders(folder: Path) -> float:
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     own = llm2clip.encode_images(model, processor, images).numpy()
     encoder = SentenceTransformer(str(folder), device="cpu")
-    others = encoder.encode(images, normalize_embeddings=True)  # type: ignore[call-overload]
+    others = encoder.encode(images, normalize_embeddings=True)
     return float(np.abs(own - others).max())
 
 

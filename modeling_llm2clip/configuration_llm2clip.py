@@ -113,15 +113,13 @@ class LLM2CLIPConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         _check_format(format_version)
-        _refuse_unknown_fields(kwargs)
-        _refuse_large_counts(kwargs, name="config.json")
+        _refuse_strange_fields(kwargs)
         _check_types(locals())
         # The base class sets the attention implementation of the towers that it finds. So it is
         # initialized before they are assigned, and a requested implementation is set afterwards.
         attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
-        # AutoModel chooses between the two-tower, text-only and vision-only classes by this field,
-        # and fails if it is None.
+        # AutoModel chooses the class by this field, and fails if it is None.
         self.architectures = self.architectures or ["LLM2CLIPModel"]
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
@@ -330,14 +328,15 @@ def _check_format(found: Any) -> None:
     )
 
 
-def _refuse_unknown_fields(kwargs: dict[str, Any]) -> None:
+def _refuse_strange_fields(kwargs: dict[str, Any]) -> None:
     known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
     if unknown:
         raise ValueError(
-            f"LLM2CLIPConfig has no fields {unknown}. Known fields: {sorted(_SAVED_FIELDS)}. "
-            "Correct the spelling, or remove them."
+            f"LLM2CLIPConfig has no fields {unknown}. Known fields: "
+            f"{sorted({*_SAVED_FIELDS, *_TYPES})}. Correct the spelling, or remove them."
         )
+    _refuse_large_counts(kwargs, name="config.json")
 
 
 def _refuse_large_counts(content: Any, *, name: str) -> None:

@@ -338,14 +338,24 @@ def list_foreign_code(content: Any) -> list[str]:
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a tower with random weights, from a class that transformers has.
 
-    Code that its configuration refers to is never run. ValueError where there is no such class.
+    Code that its configuration refers to is never run.
+    """
+    tower_class = find_tower_class(config)
+    if hasattr(tower_class, "from_config"):
+        return tower_class.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
+    return tower_class._from_config(config)  # type: ignore[no-any-return]
+
+
+def find_tower_class(config: PreTrainedConfig) -> Any:
+    """Return AutoModel, or the class of a tower that it lacks (MetaCLIP 2, AltCLIP).
+
+    ValueError where transformers has no class named as the configuration.
     """
     # Imported here because it registers the model's classes, whose module imports this one.
     from transformers import MODEL_MAPPING, AutoModel
 
     if type(config) in MODEL_MAPPING:
-        return AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
-    # AutoModel lacks the towers of MetaCLIP 2 and AltCLIP; a class is named as its configuration.
+        return AutoModel
     name = type(config).__name__.removesuffix("Config") + "Model"
     tower_class: Any = getattr(transformers, name, None)
     if getattr(tower_class, "config_class", None) is not type(config):
@@ -353,7 +363,7 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
             f"This version of transformers has no class that builds a {config.model_type!r} tower "
             "alone. Upgrade transformers, or choose another tower."
         )
-    return tower_class._from_config(config)  # type: ignore[no-any-return]
+    return tower_class
 
 
 def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:

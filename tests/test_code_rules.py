@@ -43,8 +43,8 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3110,
-    "building": 1390,
+    ".": 3140,
+    "building": 1410,
     "cli": 1960,
     "configs": 820,
     "conversion": 1050,

@@ -16,6 +16,7 @@ from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.tower_checks import measure_vision_width, require_loadable
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.loading_llm2clip import build_tower
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.vision_llm2clip import find_fixed_size, find_width, pool_vision
 
@@ -301,7 +302,7 @@ def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loade
     pytest.importorskip(f"transformers.models.{family.removesuffix('_vision')}")
     needed, extras = INSIDE_MLLMS[family]
     config = AutoConfig.for_model(family, hidden_size=32, intermediate_size=64, **extras)
-    tower = AutoModel.from_config(config).eval()
+    tower = build_tower(config).eval()
     refusal = rf"'{family}' tower needs .*{needed}, which its MLLM computes.*Take CLIP"
     tower.save_pretrained(tmp_path)
     tiny_vision()[1].save_pretrained(tmp_path)

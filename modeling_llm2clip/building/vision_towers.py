@@ -19,7 +19,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     CLIPImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,7 +27,7 @@ from transformers.image_utils import PILImageResampling
 
 from .._suggestions import counted
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..loading_llm2clip import build_tower, load_without_code
+from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
 from .tower_checks import require_pixels_alone
 
 # Causal masks, which older checkpoints hold beside the weights.
@@ -161,7 +160,7 @@ def load_part(
     not read are refused.
     """
     # As the whole, because only its class knows how published weights of the parts are named.
-    whole, info = load_with_account(AutoModel, name, config=config, **settings)
+    whole, info = load_with_account(find_tower_class(config), name, config=config, **settings)
     part, prefix = whole, ""
     if part_config is not config:
         with torch.device("meta"):  # takes no memory; the saved model is going to be of this class

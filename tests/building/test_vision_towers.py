@@ -106,6 +106,10 @@ def test_of_a_dual_encoder_given_whole_the_vision_tower_is_taken_bit_for_bit(
     weights = whole.vision_model.state_dict()
     assert loaded.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    loaded.save_pretrained(tmp_path / "alone")
+    image_processor.save_pretrained(tmp_path / "alone")
+    alone = load_vision_tower(tmp_path / "alone")[0].state_dict()
+    assert all(torch.equal(value, alone[name]) for name, value in weights.items())
     batch = image_processor(tiny_images(2), return_tensors="pt")
     if hasattr(whole, "visual_projection"):
         whole.visual_projection = torch.nn.Identity()
