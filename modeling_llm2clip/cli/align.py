@@ -40,6 +40,7 @@ def align(
     *,
     caption_store: Path | None = None,
     image_store: Path | None = None,
+    inherit_from: Path | None = None,
     resume: bool = False,
     reading: DataConfig,
     streaming: StreamConfig,
@@ -59,6 +60,8 @@ def align(
             --text-training frozen-online or lora then.
         image_store: Image embeddings from `llm2clip extract`. Default: none; the vision tower runs
             at each step.
+        inherit_from: Captions' embeddings by the text encoder of the vision tower's own CLIP, from
+            `llm2clip extract CLIP DATA`, which the text side learns first. Default: none.
         resume: Continue an interrupted run.
         reading: How the data are read.
         streaming: How shards at URLs are read.
@@ -72,7 +75,7 @@ def align(
     from ..training.run_folder import require_fresh_or_resumed
 
     folder = output / "model"
-    _require_stores(config, caption_store, image_store)
+    _require_stores(config, caption_store, image_store, inherit_from)
     clear_leftovers(folder)
     require_new_folder(folder)
     require_fresh_or_resumed(output, resume=resume)
@@ -88,9 +91,11 @@ def align(
     from ..training.alignment.align import align as run
     from ..training.alignment.align_checks import check_align
     from ..training.alignment.alignment_report import describe_alignment
+    from ..training.alignment.inheritance import open_teacher
 
     find_model_folder(model)  # reading the data may take long
-    check_align(config, caption_store=caption_store, image_store=image_store)
+    captions, _ = check_align(config, caption_store=caption_store, image_store=image_store)
+    open_teacher(inherit_from, captions, config, is_stream=streamed)
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading, streaming)
@@ -104,6 +109,7 @@ def align(
         config,
         caption_store=caption_store,
         image_store=image_store,
+        inherit_from=inherit_from,
         data_name=data if streamed else Path(data).resolve().name,
         resume=resume,
     )
@@ -113,7 +119,10 @@ def align(
 
 
 def _require_stores(
-    config: AlignConfig, caption_store: Path | None, image_store: Path | None
+    config: AlignConfig,
+    caption_store: Path | None,
+    image_store: Path | None,
+    inherit_from: Path | None,
 ) -> None:
     """Raise ValueError for a store that is missing, before anything is imported."""
     if config.text_training == "stored" and caption_store is None:
@@ -121,7 +130,11 @@ def _require_stores(
             "--text-training stored needs a caption store. Make one with llm2clip extract and "
             "give it as --caption-store, or choose --text-training frozen-online or lora."
         )
-    for flag, store in (("--caption-store", caption_store), ("--image-store", image_store)):
+    for flag, store in (
+        ("--caption-store", caption_store),
+        ("--image-store", image_store),
+        ("--inherit-from", inherit_from),
+    ):
         if store is not None and not store.is_dir():
             raise ValueError(
                 f"{flag} {store}: no such folder. Give one that llm2clip extract wrote."

@@ -35,6 +35,9 @@ class AlignConfig(TrainingConfig):
     """Start of the projections: the model's own weights, or the canonical correlation of the stored
     embeddings. auto is cca if both stores are given; for a model with trained projections it is the
     start with the lower held-out loss."""
+    inherit_steps: Annotated[int, Interval(ge=0)] = 300
+    """Steps in which text adapter and text projection learn the embeddings of `--inherit-from`,
+    from the closed form; 0 for the closed form alone (ProCLIP, arXiv:2510.18795)."""
     loss: str = "contrastive"
     """Name of the loss, one of `training/losses/loss.py`."""
     matryoshka_dims: tuple[Annotated[int, Interval(ge=1)], ...] = ()

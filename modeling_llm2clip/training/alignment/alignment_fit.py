@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
+from ...data.store.embedding_store import EmbeddingStore
 from ...scheduling.graceful_stop import StopRequest
 from ..losses.loss import Loss
 from ..run_folder import (
@@ -73,6 +74,7 @@ class AlignmentFit:
     resume: bool
     callbacks: Sequence[TrainerCallback] = ()
     zero_shot: ZeroShotImages | None = None
+    teacher: EmbeddingStore | None = None
 
     def find_checkpoint(self) -> Path | None:
         return find_last_checkpoint(self.output) if self.resume else None
@@ -176,7 +178,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     arguments = make_training_arguments(again.output, again.config)
     model, adapted = again.load()
     # Repeated when resumed, too: weights between start and end need the start.
-    start = repeat_init(model, again.data, again.config, choice.start)
+    start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)
     before = copy_trained(model) if choice.share < 1 else {}
     objective = again.make_objective(length, fit.output, "refit_objective")

@@ -1,0 +1,156 @@
+"""The text side inherits from the vision tower's own text encoder, and the contrast starts there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aligning import Run, write_color_data
+from tiny import tiny_llm, tiny_tokenizer, tiny_vision
+from tiny_encoders import save_tiny_encoder
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.embedding.extract import describe_extraction, extract
+from modeling_llm2clip.evaluation.encoders.clip_siglip import ClipSiglipEncoder
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.losses.distillation import distill
+
+FAMILIES = ("clip", "siglip", "siglip2")
+EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
+LONG = "red and green " * 60  # no teacher reads it to the end
+STAGE: dict[str, Any] = {"device": "cpu", "max_steps": 0, "inherit_steps": 40}
+
+
+@dataclass(frozen=True)
+class Inheriting:
+    """Folders of a dual encoder, a model that keeps its projection, data and three stores."""
+
+    clip: Path
+    model: Path
+    data: Path
+    captions: Path
+    images: Path
+    teacher: Path
+
+    @property
+    def records(self) -> list[CaptionedImage]:
+        return load_records(self.data)
+
+    def align(self, output: Path, *, resume: bool = False, **changed: Any) -> Run:
+        stores = {"caption_store": self.captions, "image_store": self.images}
+        stores |= {name: changed.pop(name) for name in (*stores, "inherit_from") if name in changed}
+        align(
+            changed.pop("model", self.model), self.records, output,
+            AlignConfig(**{**STAGE, **changed}),
+            resume=resume, **{"inherit_from": self.teacher, **stores},
+        )  # fmt: skip
+        return Run(output)
+
+
+def build(vision: Any, output: Path, **changed: Any) -> Path:
+    tokenizer = tiny_tokenizer()
+    options = {"keep_projection": True, "text_adapter_layers": 2, "max_text_length": 64, **changed}
+    return build_model(
+        vision,
+        (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer),
+        output,
+        BuildConfig(prompt="llama-3", device="cpu", **options),
+    )
+
+
+def prepare(folder: Path, family: str) -> Inheriting:
+    clip = save_tiny_encoder(family, folder / "clip")
+    data = write_color_data(folder / "data", count=60)
+    with (data / "captions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f'{{"image": "{next(data.glob("*.png")).name}", "lang": "xx", '
+                   f'"captions": ["{LONG}"]}}\n')  # fmt: skip
+    model, records = build(clip, folder / "model"), load_records(data)
+    extract(model, records, folder / "captions", EXTRACTED, modality="text")
+    extract(model, records, folder / "images", EXTRACTED, modality="image")
+    extract(clip, records, folder / "teacher", EXTRACTED, modality="text")
+    return Inheriting(
+        clip, model, data, folder / "captions", folder / "images", folder / "teacher"
+    )
+
+
+@pytest.fixture(scope="module")
+def inheriting(tmp_path_factory: pytest.TempPathFactory) -> Inheriting:
+    return prepare(tmp_path_factory.mktemp("clip"), "clip")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too_long(
+    tmp_path: Path, family: str
+) -> None:
+    found = prepare(tmp_path, family)
+    store = EmbeddingStore.open(found.teacher, check="full")
+    evaluated = ClipSiglipEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
+    texts = [text for record in found.records for text in record.captions]
+    rows = [row for item in range(len(store)) for row in store.rows_of(item).tolist()]
+    wanted = F.normalize(evaluated.encode_texts(texts).embeds, dim=-1)
+    wanted[texts.index(LONG.strip())] = 0
+    # Float32, in batches of other sizes.
+    torch.testing.assert_close(store.read(rows), wanted, atol=1e-5, rtol=0)
+    assert store.manifest.counts["too long"] == 1
+    assert "1 too long" in describe_extraction(found.teacher)[0]
+    # And the model's images are where that encoder puts them: nothing of it is lost.
+    model = LLM2CLIPModel.from_pretrained(found.model)
+    images = EmbeddingStore.open(found.images)
+    sources = [record.image for record in found.records[:5]]
+    own = evaluated.encode_images(sources, names=[""] * 5)
+    embeds = model.to_image_embeds(images.read(list(range(5)))).detach()
+    torch.testing.assert_close(embeds, F.normalize(own, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
+    inheriting: Inheriting, tmp_path: Path
+) -> None:
+    run = inheriting.align(tmp_path / "run")
+    found = run.results["start"]["inheritance"]
+    distance = found["distance"]
+    assert found["is_held_out"] and found["num_too_long"] == 1 and found["best_step"] > 0
+    assert distance["after"] < distance["closed_form"] < distance["before"] / 2
+    before, after = (LLM2CLIPModel.from_pretrained(f) for f in (inheriting.model, run.model))
+    for name, weight in before.state_dict().items():
+        is_text = name.startswith(("text_adapter.", "text_projection."))
+        is_same = torch.equal(weight, after.state_dict()[name])
+        assert is_same or is_text or name == "logit_scale.value" or "scale" in name, name
+    assert after.config.projections_trained and after.config.text_adapter_trained
+    # The distance of all captions that have a teacher, by the formula of the self-distillation.
+    captions, teacher = (EmbeddingStore.open(f) for f in (inheriting.captions, inheriting.teacher))
+    rows = list(range(teacher.manifest.num_rows))
+    wanted = teacher.read(rows)
+    has = wanted.any(dim=1)
+    left = [float(distill(m.to_text_embeds(captions.read(rows)[has]), wanted[has]).detach())
+            for m in (before, after)]  # fmt: skip
+    assert left[1] < left[0] / 2
+
+
+def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
+    inheriting: Inheriting, tmp_path: Path
+) -> None:
+    options = {"max_steps": 6, "save_steps": 2, "global_batch_size": 16, "inherit_steps": 4}
+    run = inheriting.align(tmp_path / "run", **options)
+    assert run.results["start"]["method"] == "inherited"
+    again = inheriting.align(tmp_path / "again", **options)
+    shutil.rmtree(again.output / "model")
+    shutil.rmtree(again.output / "refit", ignore_errors=True)
+    shutil.rmtree(again.output / "checkpoints" / "checkpoint-6")
+    inheriting.align(tmp_path / "again", resume=True, **options)
+    names = ("model/model.safetensors", "inherited.safetensors")
+    for name in names:
+        assert (run.output / name).read_bytes() == (again.output / name).read_bytes()
