@@ -100,7 +100,9 @@ def load_shared_projection(source: str | Path | None, config: BuildConfig) -> Te
         part.projection_dim = whole.projection_dim  # which checkpoints may state there alone
         model, info = load_with_account(CLIPVisionModelWithProjection, source, config=part)
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{source} lacks {missing[:_NAMES_SHOWN]}. Save the whole model again.")
+            raise ValueError(
+                f"{source} lacks {missing[:_NAMES_SHOWN]}. Save the whole model again."
+            )
         kept: Tensor = model.visual_projection.weight.detach()
     else:
         kept = torch.eye(whole.vision_config.hidden_size)

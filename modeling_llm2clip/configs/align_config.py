@@ -45,7 +45,7 @@ class AlignConfig(TrainingConfig):
     these sizes (arXiv:2205.13147). Default: none."""
     distillation_weight: Annotated[float, Interval(ge=0)] = 0.0
     """Weight of the distance of a trained vision tower from its frozen self, whose embeddings the
-    image store has (ProCLIP, arXiv:2510.18795)."""
+    image store has; without one, it runs beside the trained one (ProCLIP, arXiv:2510.18795)."""
     structure_weight: Annotated[float, Interval(ge=0)] = 0.0
     """Weight of the change of neighborhoods by the projections, for small data (STRUCTURE,
     arXiv:2506.16895, whose authors use 10)."""

@@ -129,7 +129,8 @@ def align(
         caption_store: Caption embeddings of these records by this model's LLM, as `extract` wrote
             them; needed with `text_training="stored"`, and only then.
         image_store: Image embeddings by this model's frozen vision tower; None to run the tower at
-            each step. With `distillation_weight` the tower is trained, and stays near them.
+            each step. With `distillation_weight` the tower is trained, and stays near them; without
+            a store, near what a frozen copy of it gives at each step.
         inherit_from: Embeddings of the same captions by the text encoder of the vision tower's own
             CLIP, as `extract` wrote them. Text adapter and text projection learn these first; the
             model must have been built with `keep_projection`.

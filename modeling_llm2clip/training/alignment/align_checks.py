@@ -68,11 +68,6 @@ def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_sto
             f"vision_training={config.vision_training} changes the image embeddings, so an "
             "image_store is of no use without distillation_weight"
         )
-    if config.distillation_weight and not has_image_store:
-        errors.append(
-            "distillation_weight needs an image_store: the embeddings of the frozen vision tower, "
-            "which llm2clip extract writes"
-        )
     is_stored = has_caption_store and has_image_store and is_frozen
     if config.projection_init == "cca" and not is_stored:
         errors.append(
@@ -132,7 +127,7 @@ def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps")
     if has_image_store:
-        errors.append("a stream brings its images: leave image_store and distillation_weight out")
+        errors.append("a stream brings its images: leave image_store out")
     if config.refit:
         errors.append("a stream is not read twice: leave refit out")
     if errors:

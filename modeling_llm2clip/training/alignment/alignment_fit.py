@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
 from ...data.store.embedding_store import EmbeddingStore
+from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.graceful_stop import StopRequest
 from ..losses.loss import Loss
 from ..run_folder import (
@@ -95,6 +96,10 @@ class AlignmentFit:
             with_vision_tower=self.data.reads_images,
         )
         model.loss = deepcopy(self.loss)
+        if self.config.distillation_weight and not self.data.has_image_store:
+            model.teacher_model = LLM2CLIPVisionModel.from_pretrained(
+                self.source, local_files_only=True
+            )
         return model
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
@@ -51,6 +50,9 @@ _MAX_CAPTIONS_FITTED = 50_000
 _MAX_CAPTIONS_MEASURED = 2_000
 _NUM_EVALUATIONS = 20
 _WARMUP = 0.1
+# Standard deviation of the noise on captions' embeddings, as a share of their length. Noise of the
+# size of `caption_noise` hides what distinguishes captions, and moves away from the closed form.
+_NOISE = 0.1
 # Where no captions are held out to choose it.
 _DEFAULT_SHRINKAGE = 0.1
 
@@ -151,7 +153,7 @@ def inherit(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, int(_WARMUP * steps), steps)
     every = max(1, steps // _NUM_EVALUATIONS)
-    batches = zip(range(1, steps + 1), captions.iterate(config.caption_noise), strict=False)
+    batches = zip(range(1, steps + 1), captions.iterate(), strict=False)
     for step, (embeds, wanted) in tqdm(
         batches, "inherit", steps, unit=" steps", disable=None if is_main_process else True
     ):
@@ -237,8 +239,8 @@ class _Captions:
             total += len(embeds) * float(distill(model.to_text_embeds(embeds), wanted))
         return total / len(self.measured[0])
 
-    def iterate(self, noise: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches without end, with noise of a share of an embedding's length."""
+    def iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches without end."""
         while True:
             order = torch.randperm(len(self._rows), generator=self._generator)
             for rows in self._rows[order].split(self._batch_size):
@@ -246,7 +248,7 @@ class _Captions:
                 if len(embeds):
                     normal = torch.randn(embeds.shape, generator=self._generator)
                     length = embeds.norm(dim=1, keepdim=True) * embeds.shape[1] ** -0.5
-                    yield embeds + noise * length * normal, wanted
+                    yield embeds + _NOISE * length * normal, wanted
 
     def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         captions, teacher = self._stores

@@ -32,8 +32,8 @@ class SelfDistillationLoss(nn.Module):
         """Compute the mean over this process's images, () float32."""
         if inputs.vision_embeds is None or inputs.teacher_embeds is None:
             raise ValueError(
-                "The self-distillation needs the embeddings of the frozen vision tower. Give align "
-                "an image_store and distillation_weight."
+                "The self-distillation needs the embeddings of the frozen vision tower. Let align "
+                "make them (distillation_weight)."
             )
         return distill(inputs.vision_embeds, inputs.teacher_embeds, inputs)
 
