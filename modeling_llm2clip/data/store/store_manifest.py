@@ -179,8 +179,8 @@ class StoreManifest(ShardedManifest):
 
     Attributes:
         content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings; or
-            `"teacher_text_embeds"`, of a dual encoder's text encoder, of unit length, or zeros where
-            a caption is longer than it reads.
+            `"teacher_text_embeds"`, of a dual encoder's text encoder, of unit length, or zeros
+            where a caption is longer than it reads.
         fingerprint: Which model, prompt and configuration made them; see
             `model_folders/fingerprint.py`.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`, of the stored embeddings.

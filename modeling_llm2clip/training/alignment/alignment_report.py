@@ -273,10 +273,8 @@ def _describe_start(start: Mapping[str, Any]) -> str:
 
 
 def _describe_inheritance(inherited: Mapping[str, Any]) -> str:
-    distance, of_whom = (
-        inherited["distance"],
-        "held-out" if inherited["is_held_out"] else "training",
-    )
+    distance = inherited["distance"]
+    of_whom = "held-out" if inherited["is_held_out"] else "training"
     return (
         f"the text side inherited {counted(inherited['num_captions'], 'caption')} from the text "
         f"encoder of the vision tower, {inherited['num_too_long']:,} more are longer than that "

@@ -1,12 +1,14 @@
-"""The text side inherits from the vision tower's own text encoder, and the contrast starts there."""
+"""The text side inherits from the tower's own text encoder, and the contrast starts there."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,9 +85,9 @@ def build(vision: Any, output: Path, **changed: Any) -> Path:
 def prepare(folder: Path, family: str) -> Inheriting:
     clip = save_tiny_encoder(family, folder / "clip")
     data = write_color_data(folder / "data", count=60)
-    with (data / "captions.jsonl").open("a", encoding="utf-8") as file:
-        file.write(f'{{"image": "{next(data.glob("*.png")).name}", "lang": "xx", '
-                   f'"captions": ["{LONG}"]}}\n')  # fmt: skip
+    lines = (data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[-1] = json.dumps({**json.loads(lines[-1]), "long_captions": [LONG]})
+    (data / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     model, records = build(clip, folder / "model"), load_records(data)
     extract(model, records, folder / "captions", EXTRACTED, modality="text")
     extract(model, records, folder / "images", EXTRACTED, modality="image")
@@ -105,8 +107,10 @@ def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too
     found = prepare(tmp_path, family)
     store = EmbeddingStore.open(found.teacher, check="full")
     evaluated = ClipSiglipEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
-    texts = [text for record in found.records for text in record.captions]
-    rows = [row for item in range(len(store)) for row in store.rows_of(item).tolist()]
+    captions = [(*record.captions, *record.long_captions) for record in found.records]
+    pairs = [(item, number) for item in range(len(store)) for number in range(len(captions[item]))]
+    texts = [captions[item][number] for item, number in pairs]
+    rows = store.rows_at(*np.array(pairs).T)
     wanted = F.normalize(evaluated.encode_texts(texts).embeds, dim=-1)
     wanted[texts.index(LONG.strip())] = 0
     # Float32, in batches of other sizes.
@@ -160,8 +164,8 @@ def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
         )[0].scores
         for n, model in enumerate(
             (run.model, EvaluatedModel(
-                source=str(inheriting.captions.parent), head=run.model,
-                extracted_from=inheriting.data,
+                source=str(inheriting.captions.parent), head=str(run.model),
+                extracted_from=str(inheriting.data),
             ))
         )
     ]  # fmt: skip
