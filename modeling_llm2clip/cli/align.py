@@ -91,11 +91,10 @@ def align(
     from ..training.alignment.align import align as run
     from ..training.alignment.align_checks import check_align
     from ..training.alignment.alignment_report import describe_alignment
-    from ..training.alignment.inheritance import open_teacher
 
     find_model_folder(model)  # reading the data may take long
-    captions, _ = check_align(config, caption_store=caption_store, image_store=image_store)
-    open_teacher(inherit_from, captions, config, is_stream=streamed)
+    stores = {"caption_store": caption_store, "image_store": image_store}
+    check_align(config, **stores, inherit_from=inherit_from)
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading, streaming)
@@ -107,8 +106,7 @@ def align(
         records,
         output,
         config,
-        caption_store=caption_store,
-        image_store=image_store,
+        **stores,
         inherit_from=inherit_from,
         data_name=data if streamed else Path(data).resolve().name,
         resume=resume,

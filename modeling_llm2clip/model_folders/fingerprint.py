@@ -126,7 +126,8 @@ def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
     """Describe the vision tower and the image projection, of a dual encoder or of a model.
 
     They are those of each other if both agree. Weights are rounded to bfloat16, so that a model may
-    have another dtype than its tower was published in. A projection that changes nothing is none.
+    have another dtype than its tower was published in. A projection that changes nothing counts as
+    none.
     """
     files = list(files)
     tower = (

@@ -64,6 +64,7 @@ from .align_checks import (
     check_data,
     check_processes,
     check_stream,
+    require_same_space,
 )
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
 from .alignment_model import (
@@ -91,7 +92,7 @@ from .best_weights import (
 )
 from .held_out import embed_batches
 from .image_summary import write_image_summary
-from .inheritance import inherit, open_teacher, require_same_space, save_inherited
+from .inheritance import inherit, save_inherited
 from .projection_init import ProjectionInit, init_projections, repeat_init
 from .run_data import RunData, open_data
 from .zero_shot import ZeroShotImages, load_labeled_images
@@ -160,14 +161,15 @@ def align(
         ...               caption_store="captions")  # doctest: +SKIP
     """
     config, output = config or AlignConfig(), Path(output)
-    captions, images = check_align(config, caption_store=caption_store, image_store=image_store)
-    is_stream = isinstance(data, RecordStream)
-    teacher = open_teacher(inherit_from, captions, config, is_stream=is_stream)
+    captions, images, teacher = check_align(
+        config, caption_store=caption_store, image_store=image_store, inherit_from=inherit_from
+    )
     loss = _choose_loss(loss, config)
     clear_leftovers(output / MODEL_FOLDER)
     require_new_folder(output / MODEL_FOLDER)
     if isinstance(data, RecordStream):
-        check_stream(config, has_image_store=images is not None)
+        has_teacher = teacher is not None
+        check_stream(config, has_image_store=images is not None, has_teacher=has_teacher)
     else:
         data = RecordTable.from_records(data)
         check_data(data, config)
@@ -179,9 +181,7 @@ def align(
         open_source(source, output) as found,
         TemporaryDirectory() as temporary,
     ):
-        fingerprint = _require_fitting(found.folder, config, captions, images)
-        if teacher is not None:
-            require_same_space(teacher, found.folder)
+        fingerprint = _require_fitting(found.folder, config, captions, images, teacher)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         run_data = open_data(data, processor, config, captions, images, Path(temporary))
         zero_shot = None if labeled is None else ZeroShotImages(labeled, found.folder, processor)
@@ -226,12 +226,15 @@ def _require_fitting(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
+    teacher: EmbeddingStore | None,
 ) -> dict[str, Any]:
     """Refuse stores and options that do not fit the model; return its fingerprint."""
     text, vision = fingerprint_text(folder), fingerprint_vision(folder)
     for store, fingerprint in ((caption_store, text), (image_store, vision)):
         if store is not None:
             store.require_fingerprint(fingerprint)
+    if teacher is not None:
+        require_same_space(teacher, folder)
     of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
     if config.lock_text and not of_model.projections_trained:

@@ -23,12 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ...configs.align_config import AlignConfig
-from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.store.embedding_store import EmbeddingStore
-from ...data.store.store_manifest import TEACHER_TEXT_EMBEDS, TOO_LONG
-from ...loading_llm2clip import list_model_files
-from ...model_folders.fingerprint import fingerprint_image_side
+from ...data.store.store_manifest import TOO_LONG
 from ...scheduling.graceful_stop import StopRequest
 from ..losses.distillation import distill
 from .alignment_data import list_pairs
@@ -55,72 +51,6 @@ _WARMUP = 0.1
 _NOISE = 0.1
 # Where no captions are held out to choose it.
 _DEFAULT_SHRINKAGE = 0.1
-
-
-def open_teacher(
-    inherit_from: str | Path | EmbeddingStore | None,
-    caption_store: EmbeddingStore | None,
-    config: AlignConfig,
-    *,
-    is_stream: bool,
-) -> EmbeddingStore | None:
-    """Open the store of a teacher, and refuse options and captions that it does not fit."""
-    if inherit_from is None:
-        return None
-    errors = []
-    if caption_store is None:
-        errors.append("inherit_from needs a caption_store, whose embeddings learn the teacher's")
-    if is_stream:
-        errors.append("inherit_from needs records that are read again, and a stream is not")
-    if config.lock_text:
-        errors.append("lock_text keeps the text side as it is, and inherit_from trains it")
-    if config.projection_init != "auto":
-        errors.append("inherit_from is a start itself: leave projection_init out")
-    if errors:
-        raise ValueError("; ".join(errors) + ".")
-    assert caption_store is not None
-    teacher = inherit_from
-    if not isinstance(teacher, EmbeddingStore):
-        teacher = EmbeddingStore.open(teacher)
-    if teacher.manifest.content != TEACHER_TEXT_EMBEDS:
-        raise ValueError(
-            f"{teacher.folder} has {teacher.manifest.content}, wanted {TEACHER_TEXT_EMBEDS}. "
-            f"{_describe_extraction(teacher)}."
-        )
-    found, wanted = (
-        (one.manifest.plan["data"], one.manifest.num_rows) for one in (teacher, caption_store)
-    )
-    if found != wanted:
-        raise ValueError(
-            f"{teacher.folder} has the teacher's embeddings of other captions than "
-            f"{caption_store.folder}, or in another order (data {found[0]}, wanted {wanted[0]}). "
-            f"{_describe_extraction(teacher)}."
-        )
-    if teacher.manifest.counts[TOO_LONG] == teacher.manifest.num_rows:
-        raise ValueError(
-            f"{teacher.folder}: every caption is longer than the teacher reads, so that there is "
-            "nothing to inherit. Give shorter captions, too."
-        )
-    return teacher
-
-
-def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
-    """Require that a model's images are in the space that the teacher's texts are in."""
-    wanted, now = teacher.manifest.fingerprint, fingerprint_image_side(list_model_files(folder))
-    dim = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).projection_dim
-    if now["vision tower"] != wanted["vision tower"]:
-        raise ValueError(
-            f"{teacher.folder} is of the text encoder of another vision tower than that of "
-            f"{folder}, or this one was changed since it was taken (trained, or at another image "
-            f"size). {_describe_extraction(teacher, model='the CLIP that the tower is from')}, or "
-            "build the model anew."
-        )
-    if (now["image projection"], dim) != (wanted["image projection"], teacher.manifest.dim):
-        raise ValueError(
-            f"{folder} does not have the image projection of its tower's CLIP, so that its images "
-            "are not in the space of the teacher's texts. Build the model with keep_projection "
-            "(llm2clip build --keep-projection), extract its captions, and align that one."
-        )
 
 
 def inherit(
@@ -280,10 +210,3 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
     if captions.is_held_out:
         shrinkage = min(SHRINKAGES, key=solve)
     return shrinkage, solve(shrinkage)
-
-
-def _describe_extraction(teacher: EmbeddingStore, model: str = "CLIP") -> str:
-    return (
-        f"Extract it of {model} from the same data as the captions (llm2clip extract CLIP DATA "
-        f"{teacher.folder.name} --modality text)"
-    )
