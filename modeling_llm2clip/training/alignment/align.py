@@ -168,19 +168,14 @@ def align(
     clear_leftovers(output / MODEL_FOLDER)
     require_new_folder(output / MODEL_FOLDER)
     if isinstance(data, RecordStream):
-        has_teacher = teacher is not None
-        check_stream(config, has_image_store=images is not None, has_teacher=has_teacher)
+        check_stream(config, has_image_store=images is not None, has_teacher=teacher is not None)
     else:
         data = RecordTable.from_records(data)
         check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     device = choose_device(config.device)
-    with (
-        lock_run(output),
-        open_source(source, output) as found,
-        TemporaryDirectory() as temporary,
-    ):
+    with lock_run(output), open_source(source, output) as found, TemporaryDirectory() as temporary:
         fingerprint = _require_fitting(found.folder, config, captions, images, teacher)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         run_data = open_data(data, processor, config, captions, images, Path(temporary))
