@@ -98,6 +98,7 @@ def load_shared_projection(source: str | Path | None, config: BuildConfig) -> Te
     if whole.model_type == "clip":
         part = whole.vision_config
         part.projection_dim = whole.projection_dim  # which checkpoints may state there alone
+        model: Any
         model, info = load_with_account(CLIPVisionModelWithProjection, source, config=part)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(

@@ -261,11 +261,11 @@ def plan_store(
     causes = {"data": hash_texts(records)}
     if modality == "image":
         causes["images"] = hash_image_sizes(records)
-    content, fingerprint = VISION_EMBEDS, fingerprint_vision
+    content, fingerprint = {
+        "text": (CAPTION_EMBEDS, fingerprint_text), "image": (VISION_EMBEDS, fingerprint_vision),
+    }[modality]  # fmt: skip
     if is_teaching(folder, modality, config):
         content, fingerprint = TEACHER_TEXT_EMBEDS, fingerprint_teacher
-    elif modality == "text":
-        content, fingerprint = CAPTION_EMBEDS, fingerprint_text
     row_bytes = encoder.dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
     return StoreManifest(
         content=content,

@@ -109,11 +109,12 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
     }
 
 
-def fingerprint_teacher(folder: Path) -> dict[str, str]:
+def fingerprint_teacher(model: str | Path) -> dict[str, str]:
     """Describe what determines the text embeddings of a dual encoder, and the space they are in.
 
     The latter is that of its image side, as `fingerprint_image_side` describes it.
     """
+    folder = find_model_folder(model)
     files = list_weight_files(folder)
     return {
         "text encoder": _describe_weights(iterate_tensors(files, prefix="text_"))["weights"],

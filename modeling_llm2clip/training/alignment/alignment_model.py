@@ -121,7 +121,7 @@ class AlignmentModel(PartialModel):
         ):
             tower.train(mode and trains)
         if self.teacher_model is not None:
-            self.teacher_model.eval()
+            self.teacher_model.train(False)
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()

@@ -94,7 +94,7 @@ def inherit(
         )
         loss = distill(model.to_text_embeds(embeds.to(device)), wanted.to(device))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
@@ -150,7 +150,8 @@ class _Captions:
         is_held = torch.zeros(teacher.manifest.num_rows, dtype=torch.bool)
         if data.held_out is not None:
             items = data.held_out.items
-            rows = dataset.caption_rows(*list_pairs(sum(dataset.records.count_texts(items)), items))
+            short, long = dataset.records.count_texts(items)
+            rows = dataset.caption_rows(*list_pairs(short + long, items))
             is_held[torch.from_numpy(rows).long()] = True
         shuffled = torch.randperm(len(is_held), generator=self._generator)
         self._rows = shuffled[~is_held[shuffled]]

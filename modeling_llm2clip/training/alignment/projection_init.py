@@ -88,8 +88,9 @@ def init_projections(
             "inherited", None, is_trained=True, has_new_adapter=is_new, inheritance=inheritance
         )
         if data.held_out is not None:
-            start = replace(start, log_scale=fit_start(model.loss, _embed(model, data.held_out))[0])
-            model.logit_head.log_scale.fill_(start.log_scale)
+            log_scale, _ = fit_start(model.loss, _embed(model, data.held_out))
+            model.logit_head.log_scale.fill_(log_scale)
+            start = replace(start, log_scale=log_scale)
     if data.held_out is None or not list_fitted(model.loss):
         return start
     fit_loss(model.loss, _embed(model, data.held_out))
@@ -257,7 +258,7 @@ def require_varied(**sides: Tensor) -> None:
             )
 
 
-def make_identity(text_adapter: nn.Module) -> None:
+def make_identity(text_adapter: Any) -> None:
     """Make the blocks of a text adapter the identity, in place."""
     for block in text_adapter.blocks:
         block.down.weight.zero_()
