@@ -43,26 +43,26 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3140,
-    "building": 1410,
-    "cli": 1960,
+    ".": 3110,
+    "building": 1420,
+    "cli": 1980,
     "configs": 820,
     "conversion": 1050,
-    "data": 6070,
+    "data": 5990,
     "demo": 130,
     "doctor": 1950,
-    "embedding": 1810,
-    "encoding": 790,
+    "embedding": 1830,
+    "encoding": 870,
     "evaluation": 4660,
-    "model_folders": 1870,
+    "model_folders": 1910,
     "publishing": 1570,
     "recipes": 640,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 5130,
+    "training": 5390,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 288, 8090
+MOST_FILES, MOST_DOCSTRING_LINES = 289, 8180
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

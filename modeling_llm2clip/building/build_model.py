@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configs.build_config import BuildConfig
+from ..configs.build_config import DEFAULT_PROJECTION_DIM, BuildConfig
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
@@ -36,7 +37,7 @@ from .tower_checks import (
     require_pixels_alone,
     require_pooled_tokens,
 )
-from .vision_towers import load_vision_tower
+from .vision_towers import load_shared_projection, load_vision_tower
 
 # A Hub id or folder, or a loaded tower with its image processor.
 VisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
@@ -107,7 +108,8 @@ def join_towers(
         The model on the CPU, in evaluation mode, and its processor.
 
     Raises:
-        ValueError: No prompt is chosen; a source does not exist, which is reported before any is
+        ValueError: No prompt is chosen; the projection of a tower without a text encoder is to be
+            kept, or at another width; a source does not exist, which is reported before any is
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
             tower cannot take the image size, or samples at random; the LoRA is for another LLM;
             the LLM's family cannot be made bidirectional, or kept causal; or the configuration of a
@@ -126,6 +128,7 @@ def join_towers(
     if config.tokenizer_code is not None and text_name is not None:
         require_pinned(text_name, config.tokenizer_code)
     dtype = getattr(torch, config.dtype)
+    kept = load_shared_projection(vision_name, config) if config.keep_projection else None
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
         require_pixels_alone(vision_model)
@@ -142,7 +145,12 @@ def join_towers(
         )
     if config.lora is not None:
         merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
-    return _join(vision_model, image_processor, text_model, tokenizer, config)
+    if kept is not None:
+        config = replace(config, projection_dim=len(kept), visual_projection_bias=False)
+    model, processor = _join(vision_model, image_processor, text_model, tokenizer, config)
+    if kept is not None:
+        model.visual_projection.weight.data.copy_(kept)
+    return model, processor
 
 
 def configure_model(
@@ -172,7 +180,7 @@ def configure_model(
     model_config = LLM2CLIPConfig(
         vision_config,
         text_config,
-        projection_dim=config.projection_dim,
+        projection_dim=config.projection_dim or DEFAULT_PROJECTION_DIM,
         vision_width=vision_width,
         text_width=text_width,
         bidirectional=config.bidirectional,

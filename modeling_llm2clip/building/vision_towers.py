@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     CLIPImageProcessor,
+    CLIPVisionModelWithProjection,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.image_utils import PILImageResampling
 
 from .._suggestions import counted
+from ..configs.build_config import BuildConfig
+from ..encoding.clip_texts import read_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
 from .tower_checks import require_pixels_alone
@@ -71,6 +74,37 @@ def load_vision_tower(
     if vision_config.model_type == "timm_wrapper":
         return model.eval(), image_processor_from_timm(model.config.pretrained_cfg)
     return model.eval(), forget_code(load_without_code(AutoImageProcessor, source))
+
+
+def load_shared_projection(source: str | Path | None, config: BuildConfig) -> Tensor:
+    """Load the image projection of a dual encoder, (P, D), into the space of its own texts.
+
+    SigLIP has none: what its tower pools is in that space already.
+    """
+    if source is None:
+        raise ValueError(
+            "keep_projection takes the image projection of a dual encoder, and a loaded vision "
+            "tower has none. Give its folder or Hub id."
+        )
+    whole = read_dual_encoder(source)
+    if whole.model_type == "clip":
+        part = whole.vision_config
+        part.projection_dim = whole.projection_dim  # which checkpoints may state there alone
+        model: Any
+        model, info = load_with_account(CLIPVisionModelWithProjection, source, config=part)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{source} lacks {missing[:_NAMES_SHOWN]}. Save the whole model again."
+            )
+        kept: Tensor = model.visual_projection.weight.detach()
+    else:
+        kept = torch.eye(whole.vision_config.hidden_size)
+    if config.projection_dim not in (None, len(kept)):
+        raise ValueError(
+            f"keep_projection keeps the {len(kept)} dimensions of {source}, and projection_dim="
+            f"{config.projection_dim} asks for others. Leave it out."
+        )
+    return kept
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
@@ -40,6 +40,7 @@ def align(
     *,
     caption_store: Path | None = None,
     image_store: Path | None = None,
+    inherit_from: Path | None = None,
     resume: bool = False,
     reading: DataConfig,
     streaming: StreamConfig,
@@ -59,6 +60,8 @@ def align(
             --text-training frozen-online or lora then.
         image_store: Image embeddings from `llm2clip extract`. Default: none; the vision tower runs
             at each step.
+        inherit_from: Captions' embeddings by the text encoder of the vision tower's own CLIP, from
+            `llm2clip extract CLIP DATA`, which the text side learns first. Default: none.
         resume: Continue an interrupted run.
         reading: How the data are read.
         streaming: How shards at URLs are read.
@@ -72,7 +75,9 @@ def align(
     from ..training.run_folder import require_fresh_or_resumed
 
     folder = output / "model"
-    _require_stores(config, caption_store, image_store)
+    stores: dict[str, Any] = {"caption_store": caption_store, "image_store": image_store}
+    stores["inherit_from"] = inherit_from
+    _require_stores(config, stores)
     clear_leftovers(folder)
     require_new_folder(folder)
     require_fresh_or_resumed(output, resume=resume)
@@ -90,39 +95,30 @@ def align(
     from ..training.alignment.alignment_report import describe_alignment
 
     find_model_folder(model)  # reading the data may take long
-    check_align(config, caption_store=caption_store, image_store=image_store)
+    check_align(config, **stores)
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading, streaming)
     else:
         reads_images = image_store is None or config.distillation_weight > 0
         records = read_captioned_images(data, reading, require_images=reads_images, resume=resume)
-    folder = run(
-        model,
-        records,
-        output,
-        config,
-        caption_store=caption_store,
-        image_store=image_store,
-        data_name=data if streamed else Path(data).resolve().name,
-        resume=resume,
-    )
+    name = data if streamed else Path(data).resolve().name
+    folder = run(model, records, output, config, **stores, data_name=name, resume=resume)
     if PartialState().is_main_process:
         print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))
     return 0
 
 
-def _require_stores(
-    config: AlignConfig, caption_store: Path | None, image_store: Path | None
-) -> None:
+def _require_stores(config: AlignConfig, stores: Mapping[str, Path | None]) -> None:
     """Raise ValueError for a store that is missing, before anything is imported."""
-    if config.text_training == "stored" and caption_store is None:
+    if config.text_training == "stored" and stores["caption_store"] is None:
         raise ValueError(
             "--text-training stored needs a caption store. Make one with llm2clip extract and "
             "give it as --caption-store, or choose --text-training frozen-online or lora."
         )
-    for flag, store in (("--caption-store", caption_store), ("--image-store", image_store)):
+    for name, store in stores.items():
         if store is not None and not store.is_dir():
             raise ValueError(
-                f"{flag} {store}: no such folder. Give one that llm2clip extract wrote."
+                f"--{name.replace('_', '-')} {store}: no such folder. Give one that llm2clip "
+                "extract wrote."
             )

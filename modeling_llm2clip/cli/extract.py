@@ -44,10 +44,12 @@ def extract(
 ) -> int:
     """Extracts unprojected embeddings into a store, for training (stage 2).
 
-    Continues an interrupted store.
+    Continues an interrupted store. The text encoder of a CLIP gives what --inherit-from of align
+    takes.
 
     Args:
-        model: Hub id or folder of a model that build, finetune-llm or export wrote.
+        model: Hub id or folder of a model that build, finetune-llm or export wrote; or of a CLIP,
+            SigLIP or SigLIP2, whose own text encoder is the teacher of align.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json, or shards at URLs.
         output: Folder of the store, new or from an interrupted run.
         modality: Modality to embed: the captions or the images. No default, required.
@@ -65,7 +67,8 @@ def extract(
 
     refuse_foreign_options(config, modality)
     StoreManifest.require_folder(output)
-    require_model(model, *([RAY] if engine == "ray" else []), extra="train")
+    needs = [RAY] if engine == "ray" else []
+    require_model(model, *needs, extra="train", or_teacher=modality == "text")
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)
@@ -89,6 +92,7 @@ def extract(
     if state.is_main_process:
         print("\n".join(describe_extraction(output, storage=storage)))
         if parse_partition(partition)[1] == 1:
-            print(f"Align a model on it: {suggest_align(model, data, output, modality=modality)}")
+            content = StoreManifest.read(output).content
+            print(f"Align a model on it: {suggest_align(model, data, output, content)}")
     state.destroy_process_group()
     return 0

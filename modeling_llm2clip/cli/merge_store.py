@@ -31,6 +31,6 @@ def merge_store(store: Path, /, *, storage: str | None = None) -> int:
 
     merge(store, storage=storage)
     print("\n".join(describe_extraction(store)))
-    modality = "text" if StoreManifest.read(store).content == "caption_embeds" else "image"
-    print(f"Align a model on it: {suggest_align('MODEL', 'DATA', store, modality=modality)}")
+    content = StoreManifest.read(store).content
+    print(f"Align a model on it: {suggest_align('MODEL', 'DATA', store, content)}")
     return 0

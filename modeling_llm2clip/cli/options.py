@@ -49,13 +49,17 @@ _SPIN_COUNT = 10_000
 
 
 def require_model(
-    source: str | Path, *needs: Need, revision: str | None = None, extra: str | None = None
+    source: str | Path,
+    *needs: Need,
+    revision: str | None = None,
+    extra: str | None = None,
+    or_teacher: bool = False,
 ) -> None:
     """Raise an error for packages that are missing, and for what is not an LLM2CLIP model."""
     require(*needs, *list_needs_of_model(source, revision=revision, extra=extra))
     from ..model_folders.model_folder import require_own_model
 
-    require_own_model(source, revision=revision)
+    require_own_model(source, revision=revision, or_teacher=or_teacher)
 
 
 def list_needs_of_model(
@@ -247,12 +251,13 @@ def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
         )
 
 
-def suggest_align(model: str, data: str, store: Path, *, modality: str) -> str:
-    """Return the command that aligns a model on a new store and on that of the other modality."""
-    stores = {"text": "captions", "image": "images"} | {modality: str(store)}
-    words = ["llm2clip", "align", model, data, "aligned"]
-    words += ["--caption-store", stores["text"], "--image-store", stores["image"]]
-    return shlex.join(words)
+def suggest_align(model: str, data: str, store: Path, content: str) -> str:
+    """Return the command that aligns a model on a new store and on those of other contents."""
+    stores = {"caption_embeds": "captions", "vision_embeds": "images"} | {content: str(store)}
+    is_teacher = content == "teacher_text_embeds"
+    words = ["llm2clip", "align", "MODEL" if is_teacher else model, data, "aligned"]
+    words += ["--caption-store", stores["caption_embeds"], "--image-store", stores["vision_embeds"]]
+    return shlex.join([*words, *(["--inherit-from", str(store)] if is_teacher else [])])
 
 
 def wants_no_bars(run: Callable[[], object]) -> bool:

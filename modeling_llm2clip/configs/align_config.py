@@ -47,6 +47,9 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     """Start of the projections: the model's own weights, or the canonical correlation of the stored
     embeddings. auto is cca if both stores are given; for a model with trained projections it is the
     start with the lower held-out loss."""
+    inherit_steps: Annotated[int, Interval(ge=0)] = 300
+    """Steps in which text adapter and text projection learn the embeddings of `--inherit-from`,
+    from the closed form; 0 for the closed form alone (ProCLIP, arXiv:2510.18795)."""
     loss: str = "contrastive"
     """Name of the loss, one of `training/losses/loss.py`."""
     matryoshka_dims: tuple[Annotated[int, Interval(ge=1)], ...] = ()
@@ -54,7 +57,7 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     these sizes (arXiv:2205.13147). Default: none."""
     distillation_weight: Annotated[float, Interval(ge=0)] = 0.0
     """Weight of the distance of a trained vision tower from its frozen self, whose embeddings the
-    image store has (ProCLIP, arXiv:2510.18795)."""
+    image store has; without one, it runs beside the trained one (ProCLIP, arXiv:2510.18795)."""
     structure_weight: Annotated[float, Interval(ge=0)] = 0.0
     """Weight of the change of neighborhoods by the projections, for small data (STRUCTURE,
     arXiv:2506.16895, whose authors use 10)."""

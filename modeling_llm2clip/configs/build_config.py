@@ -32,6 +32,7 @@ PROMPT_NAMES: tuple[str, ...] = get_args(Prompt)
 TextPooling = Literal["mean", "last_token"]
 VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
 Normalization = Literal["own", "openai", "half", "imagenet"]
+DEFAULT_PROJECTION_DIM = 512
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -46,8 +47,11 @@ class BuildConfig(DeviceConfig):
     """Text before every caption, instead of `prompt`. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`. Default: none."""
-    projection_dim: Annotated[int, Interval(ge=1)] = 512
-    """Width of the shared embedding space."""
+    projection_dim: Annotated[int, Interval(ge=1)] | None = None
+    """Width of the shared embedding space. Default: 512, or that of `keep_projection`."""
+    keep_projection: bool = False
+    """Keep the image projection of a CLIP or SigLIP, so that images stay in the space that they
+    share with its own text encoder, which the text side can inherit (align --inherit-from)."""
     max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     bidirectional: bool = True
@@ -62,7 +66,8 @@ class BuildConfig(DeviceConfig):
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     visual_projection_bias: bool = True
-    """Give the image projection a bias, which the closed-form start of align needs."""
+    """Give the image projection a bias, which the closed-form start of align needs. A projection
+    that is kept has none."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
     """Side of the images in pixels. Default: the tower's."""
     normalization: Normalization = "own"
@@ -81,6 +86,11 @@ class BuildConfig(DeviceConfig):
     def _find_conflicts(self) -> Iterator[str]:
         if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
             yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+        if self.keep_projection and self.vision_pooling != "pooler":
+            yield (
+                "keep_projection keeps what follows the tower's pooler, and "
+                f"vision_pooling={self.vision_pooling} takes another embedding. Choose pooler."
+            )
 
     def require_prompt(self) -> None:
         """Raise ValueError where no prompt is chosen."""

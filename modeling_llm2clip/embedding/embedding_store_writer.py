@@ -28,7 +28,15 @@ from ..data.atomic_files import hash_file, list_differences, sync_folder, tempor
 from ..data.records.record_table import RecordTable
 from ..data.remote.object_storage import ObjectStorage
 from ..data.store.store_index import write_index
-from ..data.store.store_manifest import INDEX_FILE, MANIFEST_FILE, ShardRecord, StoreManifest
+from ..data.store.store_manifest import (
+    CAPTION_EMBEDS,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    TOO_LONG,
+    VISION_EMBEDS,
+    ShardRecord,
+    StoreManifest,
+)
 from ..data.store.store_shards import check_head
 from .sharded_writer import (
     Array,
@@ -119,8 +127,9 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
     def complete_manifest(self, manifest: StoreManifest, shards: tuple[Any, ...]) -> StoreManifest:
         """Put the records of all shards into the manifest."""
         counts = dict(manifest.counts)
-        if manifest.content == "caption_embeds":
-            counts["truncated"] = sum(record.num_truncated for record in shards)
+        if manifest.content != VISION_EMBEDS:
+            name = "truncated" if manifest.content == CAPTION_EMBEDS else TOO_LONG
+            counts[name] = sum(record.num_truncated for record in shards)
         return super().complete_manifest(replace(manifest, counts=counts), shards)
 
 

@@ -1,6 +1,7 @@
 """Stage 2: captions or images into an embedding store, on any number of machines.
 
-Stored are embeddings of captions before the text adapter, or of images before the projection. The
+Stored are embeddings of captions before the text adapter, or of images before the projection; or
+those that a dual encoder's own text encoder, the teacher of `align`, gives to the captions. The
 rows are the distinct captions, or the images, in the order of their first occurrence. Which of them
 share a batch depends on the shard alone, so a store that was continued has the same bytes as one
 that was never interrupted, on the same kind of machine.
@@ -44,8 +45,18 @@ from ..data.records.shared_images import (
 from ..data.remote.object_storage import ObjectStorage
 from ..data.store.embedding_store import EmbeddingStore
 from ..data.store.store_index import StoreIndex, make_batch
-from ..data.store.store_manifest import STORED_DTYPES, StoreManifest
-from ..model_folders.fingerprint import fingerprint_text, fingerprint_vision
+from ..data.store.store_manifest import (
+    CAPTION_EMBEDS,
+    STORED_DTYPES,
+    TEACHER_TEXT_EMBEDS,
+    VISION_EMBEDS,
+    StoreManifest,
+)
+from ..model_folders.fingerprint import (
+    fingerprint_teacher,
+    fingerprint_text,
+    fingerprint_vision,
+)
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_writing import Source, open_source
 from ..processing_llm2clip import check_texts
@@ -65,7 +76,7 @@ from .shard_computation import (
     open_stops,
     parse_partition,
 )
-from .shard_encoding import ShardEncoder, load_shard_encoder
+from .shard_encoding import ShardEncoder, is_teaching, load_shard_encoder
 
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
 
@@ -84,10 +95,12 @@ def extract(
     """Compute the embeddings of all captions or images into a store, or continue one.
 
     The embeddings are for `align`: taken before text adapter and projections. Only the tower that
-    is needed is loaded.
+    is needed is loaded. A CLIP or SigLIP model, as a teacher of `align`, gives its unit embeddings
+    of the captions instead, and zeros for captions that are longer than it reads.
 
     Args:
-        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
+        source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
+            `modality="text"` also of a CLIP, SigLIP or SigLIP2 model.
         data: Records; item i of the store is record i.
         output: Folder of the store: new, empty, or of the same store, which is continued.
         config: Options; None for the defaults. `token_budget` and `sentence_views` are for captions
@@ -229,7 +242,7 @@ def open_shards(
     num_views = read_num_views(manifest.plan)
 
     def prepare(rows: range) -> PreparedShard:
-        if manifest.content == "caption_embeds":
+        if manifest.content != VISION_EMBEDS:
             texts = iterate_first_captions(records, occurrences, rows, num_views=num_views)
             return encoder.prepare(list(texts))
         images: list[ImageSource | None] = []
@@ -263,10 +276,15 @@ def plan_store(
         causes["images"] = hash_image_sizes(records)
     else:
         causes |= describe_views(config.sentence_views)
+    content, fingerprint = {
+        "text": (CAPTION_EMBEDS, fingerprint_text), "image": (VISION_EMBEDS, fingerprint_vision),
+    }[modality]  # fmt: skip
+    if is_teaching(folder, modality, config):
+        content, fingerprint = TEACHER_TEXT_EMBEDS, fingerprint_teacher
     row_bytes = encoder.dim * np.dtype(STORED_DTYPES[config.store_dtype][1]).itemsize
     return StoreManifest(
-        content="caption_embeds" if modality == "text" else "vision_embeds",
-        fingerprint=(fingerprint_text if modality == "text" else fingerprint_vision)(folder),
+        content=content,
+        fingerprint=fingerprint(folder),
         dtype=config.store_dtype,
         dim=encoder.dim,
         rows_per_shard=config.count_rows_per_shard(row_bytes),

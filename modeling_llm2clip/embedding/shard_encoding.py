@@ -21,9 +21,11 @@ from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..data.records.records import Modality
 from ..encoding.batches import split_evenly
+from ..encoding.clip_texts import ClipTextEncoder
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
+from ..model_folders.model_folder import is_dual_encoder
 from ..model_folders.onnx_folder import load_onnx_encoder
 from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
@@ -67,10 +69,14 @@ def load_shard_encoder(
 ) -> ShardEncoder:
     """Load the tower that is needed, or open its graph."""
     plan: dict[str, str] = {}
-    project = isinstance(config, EmbedConfig)
+    is_teacher = is_teaching(folder, modality, config)
+    project = isinstance(config, EmbedConfig) or is_teacher
     if isinstance(config, EmbedConfig) and config.backend == "onnx":
         weights, plan = config.text_weights, {"backend": "onnx"}
         encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
+        dim = encoder.embedding_dim
+    elif is_teacher:
+        encoder = ClipTextEncoder(folder, device)
         dim = encoder.embedding_dim
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
@@ -82,7 +88,8 @@ def load_shard_encoder(
     if modality == "text":
         budget = config.token_budget or encoder.token_budget
         plan = {"token_budget": str(budget), **plan}
-        return ShardEncoder(dim, plan, partial(_prepare_texts, encoder, budget, project))
+        prepare_texts = partial(_prepare_texts, encoder, budget, project, is_teacher)
+        return ShardEncoder(dim, plan, prepare_texts)
 
     batch_size = config.batch_size or encoder.batch_size
 
@@ -95,10 +102,18 @@ def load_shard_encoder(
     return shards
 
 
+def is_teaching(folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig) -> bool:
+    """Tell whether texts are extracted by the text encoder of a dual encoder, as a teacher's."""
+    return modality == "text" and isinstance(config, ExtractConfig) and is_dual_encoder(folder)
+
+
 def _prepare_texts(
-    encoder: Encoder, token_budget: int, project: bool, texts: list[str]
+    encoder: Encoder, token_budget: int, project: bool, is_teacher: bool, texts: list[str]
 ) -> PreparedShard:
-    """Tokenize the texts of a shard and divide them into batches; each text is encoded once."""
+    """Tokenize the texts of a shard and divide them into batches; each text is encoded once.
+
+    A teacher gives zeros for a text that it does not read to the end.
+    """
     numbers: dict[str, int] = {}
     number_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
     tokens = TokenizedTexts(encoder.processor, list(numbers))
@@ -109,6 +124,8 @@ def _prepare_texts(
         plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
         encoded = encoder.iterate_texts(tokens, plan, project=project)
         for places, distinct, embeds in zip(batches, plan, encoded, strict=True):
+            if is_teacher:
+                embeds[tokens.is_truncated[distinct]] = 0
             rows = {number: row for row, number in enumerate(distinct)}
             yield embeds[[rows[number] for number in number_of[places].tolist()]]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_file, hash_json
 from ..data.safetensors_files import iterate_tensors
-from ..loading_llm2clip import list_model_files
+from ..loading_llm2clip import list_model_files, list_weight_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
@@ -57,6 +57,7 @@ _STATE_OF_LAST_CALL = {
         "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy",
     },
 }  # fmt: skip
+IMAGE_PROJECTION = "visual_projection.weight"
 WEIGHTS_ENTRY, VISION_ENTRY = "weights", "weights of the vision tower"
 # Files of this package and of downloads that say nothing of how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
@@ -105,6 +106,48 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
             }
         ),
         "pooling": config.vision_pooling,
+    }
+
+
+def fingerprint_teacher(model: str | Path) -> dict[str, str]:
+    """Describe what determines the text embeddings of a dual encoder, and the space they are in.
+
+    The latter is that of its image side, as `fingerprint_image_side` describes it.
+    """
+    folder = find_model_folder(model)
+    files = list_weight_files(folder)
+    return {
+        "text encoder": _describe_weights(iterate_tensors(files, prefix="text_"))["weights"],
+        "files": hash_model_files(folder, ("*.json", "*.txt", "*.model")),
+        **fingerprint_image_side(files),
+    }
+
+
+def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
+    """Describe the vision tower and the image projection, of a dual encoder or of a model.
+
+    They are those of each other if both agree. Weights are rounded to bfloat16, so that a model may
+    have another dtype than its tower was published in. A projection that changes nothing counts as
+    none.
+    """
+    files = list(files)
+    tower = (
+        (name.rpartition("vision_model.")[2], tensor.to(torch.bfloat16))
+        for name, tensor in iterate_tensors(files, prefix="vision_model.")
+        if tensor.is_floating_point()
+    )
+    projection = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in iterate_tensors(files, prefix="visual_projection.")
+    }
+    weight = projection.get(IMAGE_PROJECTION)
+    if weight is not None and torch.equal(weight, torch.eye(*weight.shape, dtype=weight.dtype)):
+        del projection[IMAGE_PROJECTION]
+    return {
+        "vision tower": _describe_weights(tower)["weights"],
+        "image projection": (
+            _describe_weights(projection.items())["weights"] if projection else "none"
+        ),
     }
 
 

@@ -265,8 +265,19 @@ def holds_graphs(source: str | Path | None) -> bool:
     return source is not None and (Path(source) / ONNX_RECORD).is_file()
 
 
-def require_own_model(source: str | Path, *, revision: str | None = None) -> None:
-    """Refuse a source that is not an LLM2CLIP model, and name the command that takes it."""
+def is_dual_encoder(source: str | Path) -> bool:
+    """Tell whether a source is a model with a text encoder of its own, such as CLIP."""
+    found = find_model_type(source)
+    return found is not None and found.content == "clip"
+
+
+def require_own_model(
+    source: str | Path, *, revision: str | None = None, or_teacher: bool = False
+) -> None:
+    """Refuse a source that is not an LLM2CLIP model, and name the command that takes it.
+
+    With `or_teacher`, a dual encoder with a text encoder of its own is taken, too.
+    """
     require_there(source)
     found, folder = find_model_type(source, revision=revision), Path(source)
     # Weights that have lost their config may be a model's, which `doctor` explains.
@@ -276,8 +287,10 @@ def require_own_model(source: str | Path, *, revision: str | None = None) -> Non
             f"{source} is not a model folder: it has no config.json and no weights. Give the "
             "folder or Hub id of an LLM2CLIP model."
         )
-    if found is not None and found.content != "llm2clip":
-        raise ValueError(f"{found.advice} An LLM2CLIP model is needed here.")
+    taken = ("llm2clip", "clip") if or_teacher else ("llm2clip",)
+    if found is not None and found.content not in taken:
+        teacher = ", or a CLIP or SigLIP with its own text encoder," if or_teacher else ""
+        raise ValueError(f"{found.advice} An LLM2CLIP model{teacher} is needed here.")
 
 
 def read_json_object(file: Path) -> dict[str, Any] | None:

@@ -235,7 +235,8 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 def _check_alignment(config: TrainConfig) -> None:
     """Refuse what the alignment of a new model would refuse."""
     align = config.align
-    require_dims(align.matryoshka_dims, width=config.build.projection_dim)
+    if config.build.projection_dim is not None:  # otherwise the alignment checks it
+        require_dims(align.matryoshka_dims, width=config.build.projection_dim)
     if align.lock_text:
         raise ValueError("align.lock_text keeps the text projection, which a recipe builds anew.")
     if align.zero_shot is not None:

@@ -21,7 +21,11 @@ from ..atomic_files import hash_json, is_unfinished, require_writable
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
 _SHOWN = 5
-_CONTENTS = ("caption_embeds", "vision_embeds")
+CAPTION_EMBEDS, VISION_EMBEDS = "caption_embeds", "vision_embeds"
+TEACHER_TEXT_EMBEDS = "teacher_text_embeds"
+# Captions that a teacher does not read to the end, in the counts of its store.
+TOO_LONG = "too long"
+_CONTENTS = (CAPTION_EMBEDS, VISION_EMBEDS, TEACHER_TEXT_EMBEDS)
 _OWN_HASH = "sha256_of_this_file"
 # Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
 STORED_DTYPES: dict[str, tuple[str, type[np.generic]]] = {
@@ -174,7 +178,9 @@ class StoreManifest(ShardedManifest):
     """Describes an embedding store.
 
     Attributes:
-        content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings.
+        content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings; or
+            `"teacher_text_embeds"`, of a dual encoder's text encoder, of unit length, or zeros
+            where a caption is longer than it reads.
         fingerprint: Which model, prompt and configuration made them; see
             `model_folders/fingerprint.py`.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`, of the stored embeddings.

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
 from ...data.sources.json_files import read_json
+from ...encoding.clip_texts import FAMILIES
 from ...model_folders.model_folder import find_model_folder
-from .clip_siglip import FAMILIES, ClipSiglipEncoder
+from .clip_siglip import ClipSiglipEncoder
 from .encoder import Encoder
 from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG

@@ -1,12 +1,6 @@
 """The dual encoders of transformers: CLIP, SigLIP, SigLIP2, with their own text towers.
 
-Each family was trained with texts of its own form, which processors leave to the caller:
-
-| family | texts |
-| --- | --- |
-| `clip` | 77 tokens, padded to the longest of the batch and masked |
-| `siglip`, `siglip2` | lower case, 64 tokens, padded to 64 and **not** masked: the last token is
-pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
+`encoding/clip_texts.py` has the form of texts that each family was trained with.
 """
 
 from __future__ import annotations
@@ -16,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from ...configs.evaluation_config import EncoderConfig
+from ...encoding.clip_texts import FAMILIES, find_pooled, load_dual_encoder
 from ...encoding.devices import find_device
 from ...encoding.tokenized_texts import TokenizedText
 from ...loading_llm2clip import list_weight_files, load_without_code
@@ -32,8 +27,6 @@ from .encoder import (
     describe_run,
     is_uncased,
 )
-
-FAMILIES = ("clip", "siglip", "siglip2")
 
 
 class ClipSiglipEncoder(ModelEncoder):
@@ -72,7 +65,7 @@ class ClipSiglipEncoder(ModelEncoder):
         return self._to_device({name: inputs[name] for name in names})
 
     def _embed_texts(self, prepared: dict[str, Tensor]) -> Tensor:
-        return _find_pooled(self._model.get_text_features(**prepared))
+        return find_pooled(self._model.get_text_features(**prepared))
 
     def _prepare_images(self, images: list[Any]) -> dict[str, Tensor]:
         inputs = dict(self._processor.image_processor(images, return_tensors="pt"))
@@ -80,24 +73,15 @@ class ClipSiglipEncoder(ModelEncoder):
         return self._to_device(inputs)
 
     def _embed_images(self, prepared: dict[str, Tensor]) -> Tensor:
-        return _find_pooled(self._model.get_image_features(**prepared))
+        return find_pooled(self._model.get_image_features(**prepared))
 
     def _to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self._model.device) for name, value in inputs.items()}
 
     @cached_property
     def _model(self) -> Any:
-        dtype = choose_dtype(self._run_config, "auto")
-        model, info = load_without_code(
-            AutoModel, self._path, dtype=dtype, output_loading_info=True
-        )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-            raise ValueError(
-                f"{self._source} lacks weights, which would be random: {lost[:5]}. Save the whole "
-                "model again."
-            )
-        return model.to(find_device(self._run_config.device)).eval()
+        model = load_dual_encoder(self._path, dtype=choose_dtype(self._run_config, "auto"))
+        return model.to(find_device(self._run_config.device))
 
     @cached_property
     def description(self) -> EncoderDescription:
@@ -121,10 +105,3 @@ class ClipSiglipEncoder(ModelEncoder):
             dtype=choose_dtype(self._run_config, weights["dtype"]),
             run=describe_run(self._run_config),
         )
-
-
-def _find_pooled(features: Any) -> Tensor:
-    # A tensor before transformers 5.0, and since then an output with the projected embedding.
-    pooled = features if isinstance(features, Tensor) else features.pooler_output
-    assert isinstance(pooled, Tensor)
-    return pooled

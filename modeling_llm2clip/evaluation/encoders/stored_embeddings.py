@@ -217,6 +217,11 @@ def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) ->
     records = load_records(extracted_from, require_images=False)
     sides = {}
     for store in stores:
+        if store.manifest.content not in _SIDE_OF_CONTENT:
+            raise ValueError(
+                f"{store.folder} has {store.manifest.content}, the embeddings of a teacher. "
+                "Evaluate the teacher itself."
+            )
         if store.manifest.plan.get("data") != hash_texts(records):
             raise ValueError(
                 f"{store.folder} was extracted from another dataset than the one that is named: "

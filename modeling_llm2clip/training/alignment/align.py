@@ -64,6 +64,7 @@ from .align_checks import (
     check_data,
     check_processes,
     check_stream,
+    require_same_space,
 )
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
 from .alignment_model import (
@@ -91,6 +92,7 @@ from .best_weights import (
 )
 from .held_out import embed_batches
 from .image_summary import write_image_summary
+from .inheritance import inherit, save_inherited
 from .projection_init import ProjectionInit, init_projections, repeat_init
 from .run_data import RunData, open_data
 from .zero_shot import ZeroShotImages, load_labeled_images
@@ -108,6 +110,7 @@ def align(
     *,
     caption_store: str | Path | EmbeddingStore | None = None,
     image_store: str | Path | EmbeddingStore | None = None,
+    inherit_from: str | Path | EmbeddingStore | None = None,
     loss: Loss | None = None,
     data_name: str | None = None,
     resume: bool = False,
@@ -127,7 +130,11 @@ def align(
         caption_store: Caption embeddings of these records by this model's LLM, as `extract` wrote
             them; needed with `text_training="stored"`, and only then.
         image_store: Image embeddings by this model's frozen vision tower; None to run the tower at
-            each step. With `distillation_weight` the tower is trained, and stays near them.
+            each step. With `distillation_weight` the tower is trained, and stays near them; without
+            a store, near what a frozen copy of it gives at each step.
+        inherit_from: Embeddings of the same captions by the text encoder of the vision tower's own
+            CLIP, as `extract` wrote them. Text adapter and text projection learn these first; the
+            model must have been built with `keep_projection`.
         loss: What is trained on, instead of the loss that `config.loss` names; the other options
             of losses stay in force.
         data_name: Name of the data on the model card; None for no name.
@@ -154,35 +161,34 @@ def align(
         ...               caption_store="captions")  # doctest: +SKIP
     """
     config, output = config or AlignConfig(), Path(output)
-    captions, images = check_align(config, caption_store=caption_store, image_store=image_store)
+    captions, images, teacher = check_align(
+        config, caption_store=caption_store, image_store=image_store, inherit_from=inherit_from
+    )
     loss = _choose_loss(loss, config)
     clear_leftovers(output / MODEL_FOLDER)
     require_new_folder(output / MODEL_FOLDER)
     if isinstance(data, RecordStream):
-        check_stream(config, has_image_store=images is not None)
+        check_stream(config, has_image_store=images is not None, has_teacher=teacher is not None)
     else:
         data = RecordTable.from_records(data)
         check_data(data, config)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     device = choose_device(config.device)
-    with (
-        lock_run(output),
-        open_source(source, output) as found,
-        TemporaryDirectory() as temporary,
-    ):
-        fingerprint = _require_fitting(found.folder, config, captions, images)
+    with lock_run(output), open_source(source, output) as found, TemporaryDirectory() as temporary:
+        fingerprint = _require_fitting(found.folder, config, captions, images, teacher)
         processor = LLM2CLIPProcessor.from_pretrained(found.folder)
         run_data = open_data(data, processor, config, captions, images, Path(temporary))
         zero_shot = None if labeled is None else ZeroShotImages(labeled, found.folder, processor)
         fit = AlignmentFit(
-            found.folder, run_data, output, config, loss, resume, callbacks, zero_shot
+            found.folder, run_data, output, config, loss, resume, callbacks, zero_shot, teacher
         )
         inputs = {
             "source": found.name,
             "fingerprint": fingerprint,
             "caption_store": _identify_store(captions),
             "image_store": _identify_store(images),
+            "inherit_from": _identify_store(teacher),
             **_identify(fit, on_gpu=device.type == "cuda"),
         }
         require_same_run(output, config, inputs, resume=resume)
@@ -215,12 +221,15 @@ def _require_fitting(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
+    teacher: EmbeddingStore | None,
 ) -> dict[str, Any]:
     """Refuse stores and options that do not fit the model; return its fingerprint."""
     text, vision = fingerprint_text(folder), fingerprint_vision(folder)
     for store, fingerprint in ((caption_store, text), (image_store, vision)):
         if store is not None:
             store.require_fingerprint(fingerprint)
+    if teacher is not None:
+        require_same_space(teacher, folder)
     of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
     if config.lock_text and not of_model.projections_trained:
@@ -246,10 +255,11 @@ def _choose(
     notes = note_held_out(fit.data, fit.source)
     last = fit.find_checkpoint()
     if last is None:
-        start = init_projections(model, fit.data, config)
+        inheritance = inherit(fit, model, batch_size, arguments.device, stop)
+        start = init_projections(model, fit.data, config, inheritance)
     else:
         start = ProjectionInit(**read_results(output)["start"])
-        repeat_init(model, fit.data, config, start)
+        repeat_init(model, fit.data, config, start, output)
     length = RunLength(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -261,6 +271,8 @@ def _choose(
     if PartialState().is_main_process:
         write_run_record(output, config, inputs, model=model)
         add_results(output, start=asdict(start))
+        if start.inheritance is not None and last is None:
+            save_inherited(model, output)
     best = _make_best_weights(fit, length, start, model)
     objective = None if best else fit.make_objective(length, output, "objective")
     trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
@@ -271,7 +283,7 @@ def _choose(
         choice = Choice(start, length, length.num_trained, 1.0)
         return choice, collect_weights(trainer, adapted, output)
     choice = Choice(start, length, best.best_step, best.best_share)
-    is_source = best.best_step == 0 and start.cca is None  # nothing was better
+    is_source = best.best_step == 0 and start.method == "model"  # nothing was better
     is_refitted = fit.data.is_stored if config.refit is None else config.refit
     if is_refitted and not is_source:
         return choice, None
@@ -348,6 +360,7 @@ def _record_end(
         # A new adapter is the identity, which is not random either.
         text_adapter_trained=was_trained
         or start.has_new_adapter
+        or start.inheritance is not None
         or (best_step > 0 and not trainer.config.lock_text),
     )
 

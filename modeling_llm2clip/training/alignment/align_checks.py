@@ -11,15 +11,24 @@ from torch import Tensor
 
 from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
-from ...data.captions.sentence_views import add_views
+from ...data.captions.sentence_views import add_views, read_num_views
 from ...data.key_arrays import find_first_rows
 from ...data.records.data_hashes import hash_image_sizes, hash_texts
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
+from ...data.store.store_manifest import (
+    CAPTION_EMBEDS,
+    TEACHER_TEXT_EMBEDS,
+    TOO_LONG,
+    VISION_EMBEDS,
+)
+from ...loading_llm2clip import list_model_files
+from ...model_folders.fingerprint import fingerprint_image_side
 from ..trainer_mixins import refuse_fsdp_for_lora
 
+_EXTRACT_TEACHER = "llm2clip extract CLIP DATA STORE --modality text"
 _NAMES_SHOWN = 5
 _MOST_READ = 100
 _IDENTITY = ("name", "lang")
@@ -30,30 +39,84 @@ def check_align(
     *,
     caption_store: str | Path | EmbeddingStore | None,
     image_store: str | Path | EmbeddingStore | None,
-) -> tuple[EmbeddingStore | None, EmbeddingStore | None]:
+    inherit_from: str | Path | EmbeddingStore | None = None,
+) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
     """Refuse options and stores that contradict each other, and open the stores; reads no data."""
     check_options(
         config,
         has_caption_store=caption_store is not None,
         has_image_store=image_store is not None,
+        has_teacher=inherit_from is not None,
     )
-    captions, images = (
+    captions, images, teacher = stores = [
         EmbeddingStore.open(store) if isinstance(store, str | Path) else store
-        for store in (caption_store, image_store)
-    )
+        for store in (caption_store, image_store, inherit_from)
+    ]
+    contents = (CAPTION_EMBEDS, VISION_EMBEDS, TEACHER_TEXT_EMBEDS)
     errors = [
         f"{opened.folder} has {opened.manifest.content}, wanted {content}"
-        for opened, content in ((captions, "caption_embeds"), (images, "vision_embeds"))
+        for opened, content in zip(stores, contents, strict=True)
         if opened is not None and opened.manifest.content != content
     ]
     if errors:
         raise ValueError("; ".join(errors) + ".")
-    return captions, images
+    if captions is not None and teacher is not None:
+        _check_teacher(teacher, captions)
+    return captions, images, teacher
 
 
-def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_store: bool) -> None:
+def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
+    """Refuse a teacher of other captions, whose rows would be others, or one that read none."""
+    found, wanted = (
+        (store.manifest.plan["data"], read_num_views(store.manifest.plan))
+        for store in (teacher, captions)
+    )
+    if found != wanted:
+        raise ValueError(
+            f"{teacher.folder} has the teacher's embeddings of other captions than "
+            f"{captions.folder}, in another order, or with another number of sentence views (data "
+            f"{found[0]}, {found[1]} views; wanted {wanted[0]}, {wanted[1]}). Extract both from the "
+            f"same data ({_EXTRACT_TEACHER})."
+        )
+    if teacher.manifest.counts[TOO_LONG] == teacher.manifest.num_rows:
+        raise ValueError(
+            f"{teacher.folder}: every caption is longer than the teacher reads, so that there is "
+            "nothing to inherit. Give shorter captions, too."
+        )
+
+
+def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
+    """Require that a model's images are in the space that the teacher's texts are in."""
+    wanted, now = teacher.manifest.fingerprint, fingerprint_image_side(list_model_files(folder))
+    if now["vision tower"] != wanted["vision tower"]:
+        raise ValueError(
+            f"{teacher.folder} is of the text encoder of another vision tower than that of "
+            f"{folder}, or this one was changed since (trained, or built at another image size). "
+            f"Extract it of the model that the tower is from ({_EXTRACT_TEACHER}), or build anew."
+        )
+    if now["image projection"] != wanted["image projection"]:
+        raise ValueError(
+            f"{folder} does not have the image projection of its tower's CLIP, so that its images "
+            "are not in the space of the teacher's texts. Build the model with keep_projection "
+            "(llm2clip build --keep-projection), extract its captions, and align that one."
+        )
+
+
+def check_options(
+    config: AlignConfig,
+    *,
+    has_caption_store: bool,
+    has_image_store: bool,
+    has_teacher: bool = False,
+) -> None:
     """Refuse options that contradict the stores that are given."""
     errors = []
+    if has_teacher and config.lock_text:
+        errors.append("lock_text keeps the text side as it is, and inherit_from trains it")
+    if has_teacher and config.projection_init != "auto":
+        errors.append("inherit_from is a start of its own: leave projection_init out")
+    if has_teacher and not has_caption_store:
+        errors.append("inherit_from needs a caption_store, whose embeddings learn the teacher's")
     if config.text_training == "stored" and not has_caption_store:
         errors.append(
             "text_training=stored needs a caption_store, which llm2clip extract writes; or choose "
@@ -68,11 +131,6 @@ def check_options(config: AlignConfig, *, has_caption_store: bool, has_image_sto
         errors.append(
             f"vision_training={config.vision_training} changes the image embeddings, so an "
             "image_store is of no use without distillation_weight"
-        )
-    if config.distillation_weight and not has_image_store:
-        errors.append(
-            "distillation_weight needs an image_store: the embeddings of the frozen vision tower, "
-            "which llm2clip extract writes"
         )
     is_stored = has_caption_store and has_image_store and is_frozen
     if config.projection_init == "cca" and not is_stored:
@@ -122,13 +180,15 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
         refuse_fsdp_for_lora()
 
 
-def check_stream(config: AlignConfig, *, has_image_store: bool) -> None:
+def check_stream(config: AlignConfig, *, has_image_store: bool, has_teacher: bool = False) -> None:
     """Refuse what a stream cannot do, before anything is read."""
     errors = []  # of what `check_options` allows
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps")
     if has_image_store:
-        errors.append("a stream brings its images: leave image_store and distillation_weight out")
+        errors.append("a stream brings its images: leave image_store out")
+    if has_teacher:
+        errors.append("a stream does not say which captions it has: leave inherit_from out")
     if config.refit:
         errors.append("a stream is not read twice: leave refit out")
     if errors:

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configs.align_config import AlignConfig
+from ...data.store.embedding_store import EmbeddingStore
+from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.graceful_stop import StopRequest
 from ..losses.loss import Loss
 from ..run_folder import (
@@ -73,6 +75,7 @@ class AlignmentFit:
     resume: bool
     callbacks: Sequence[TrainerCallback] = ()
     zero_shot: ZeroShotImages | None = None
+    teacher: EmbeddingStore | None = None
 
     def find_checkpoint(self) -> Path | None:
         return find_last_checkpoint(self.output) if self.resume else None
@@ -93,6 +96,10 @@ class AlignmentFit:
             with_vision_tower=self.data.reads_images,
         )
         model.loss = deepcopy(self.loss)
+        if self.config.distillation_weight and not self.data.has_image_store:
+            model.teacher_model = LLM2CLIPVisionModel.from_pretrained(
+                self.source, local_files_only=True
+            )
         return model
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
@@ -176,7 +183,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     arguments = make_training_arguments(again.output, again.config)
     model, adapted = again.load()
     # Repeated when resumed, too: weights between start and end need the start.
-    start = repeat_init(model, again.data, again.config, choice.start)
+    start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)
     before = copy_trained(model) if choice.share < 1 else {}
     objective = again.make_objective(length, fit.output, "refit_objective")

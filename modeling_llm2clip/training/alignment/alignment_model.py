@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...model_folders.model_loading import PartialModel
+from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs
 from ..run_folder import list_trained
@@ -23,6 +24,8 @@ from ..trainer_mixins import find_without_gradient, recompute_activations, requi
 TOWERS = ("text_model", "vision_model")
 _LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
+TEACHER = "teacher_model"
+"""Name of the frozen vision tower that runs beside the trained one, where nothing is stored."""
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
 
@@ -31,10 +34,12 @@ class AlignmentModel(PartialModel):
     """Both sides and the loss in one forward pass, as distributed training needs it.
 
     Gradients reach a tower where `trains_text` or `trains_vision` is set. If the loss is a module,
-    its parameters are the model's, too.
+    its parameters are the model's, too. `teacher_model` is the vision side before the training,
+    where the loss needs it and no store has its embeddings.
     """
 
     loss: Loss
+    teacher_model: LLM2CLIPVisionModel | None
 
     packs_in_training = True
 
@@ -43,6 +48,7 @@ class AlignmentModel(PartialModel):
     ) -> None:
         super().__init__(config, with_llm, with_vision_tower)
         self.trains_text = self.trains_vision = False
+        self.teacher_model = None
 
     def forward(
         self,
@@ -67,6 +73,11 @@ class AlignmentModel(PartialModel):
                 vision_embeds = self.get_vision_embeds(
                     pixel_values, pixel_attention_mask, spatial_shapes
                 )
+            if self.teacher_model is not None:
+                with torch.no_grad():
+                    teacher_embeds = self.teacher_model.get_vision_embeds(
+                        pixel_values, pixel_attention_mask, spatial_shapes
+                    )
         if caption_embeds is None:
             assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
@@ -93,7 +104,7 @@ class AlignmentModel(PartialModel):
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name.split(".")[0] not in (*TOWERS, LOSS)
+            if name.split(".")[0] not in (*TOWERS, TEACHER, LOSS)
         }
 
     def train(self, mode: bool = True) -> AlignmentModel:
@@ -109,6 +120,8 @@ class AlignmentModel(PartialModel):
             (self.vision_model, self.trains_vision),
         ):
             tower.train(mode and trains)
+        if self.teacher_model is not None:
+            self.teacher_model.train(False)
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
@@ -123,7 +136,7 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     tower that got a LoRA, by name, for `merge_loras`.
     """
     for name, part in model.named_children():
-        if name in TOWERS:
+        if name in (*TOWERS, TEACHER):
             part.requires_grad_(False)
         elif name != LOSS:
             part.float().requires_grad_(True)

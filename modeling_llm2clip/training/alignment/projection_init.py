@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..._suggestions import counted
@@ -28,8 +30,9 @@ from .run_data import RecordData, RunData
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
 # Trained projections are only refined; random weights have a long way to go.
-_RATE_FROM_TRAINED = 1e-4
+RATE_FROM_TRAINED = 1e-4
 _RATE_FROM_RANDOM = 1e-3
+INHERITED_FILE = "inherited.safetensors"
 # Shares of the mean variance that may be added to every variance, two a decade.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for images
@@ -43,12 +46,13 @@ class ProjectionInit:
     """The start of a run's projections, for its record.
 
     Attributes:
-        method: `model` or `cca`.
+        method: `model`, `cca` or `inherited`.
         cca: How the canonical correlation was fitted; None with `method="model"`.
         is_trained: Whether the projections were trained or fitted, rather than random.
         has_new_adapter: Whether the blocks of the text adapter were made the identity.
         log_scale: Logarithm of the inverse temperature that suits held-out images; None where it
             was not fitted.
+        inheritance: How the text side learned a teacher's embeddings; None where it did not.
         loss_parameters: Parameters of the loss that were fitted with the temperature, by name.
     """
 
@@ -57,17 +61,36 @@ class ProjectionInit:
     is_trained: bool
     has_new_adapter: bool
     log_scale: float | None = None
+    inheritance: Mapping[str, Any] | None = None
     loss_parameters: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def default_learning_rate(self) -> float:
-        return _RATE_FROM_TRAINED if self.is_trained else _RATE_FROM_RANDOM
+        return RATE_FROM_TRAINED if self.is_trained else _RATE_FROM_RANDOM
 
 
 @torch.no_grad()
-def init_projections(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
-    """Choose the start of the projections, and set them and the loss's parameters in place."""
-    start = _choose_start(model, data, config)
+def init_projections(
+    model: AlignmentModel,
+    data: RunData,
+    config: AlignConfig,
+    inheritance: Mapping[str, Any] | None = None,
+) -> ProjectionInit:
+    """Choose the start of the projections, and set them and the loss's parameters in place.
+
+    A model whose text side inherited is the start itself; its temperature is fitted.
+    """
+    if inheritance is None:
+        start = _choose_start(model, data, config)
+    else:
+        is_new = not (model.config.text_adapter_trained or inheritance["best_step"])
+        start = ProjectionInit(
+            "inherited", None, is_trained=True, has_new_adapter=is_new, inheritance=inheritance
+        )
+        if data.held_out is not None:
+            log_scale, _ = fit_start(model.loss, _embed(model, data.held_out))
+            model.logit_head.log_scale.fill_(log_scale)
+            start = replace(start, log_scale=log_scale)
     if data.held_out is None or not list_fitted(model.loss):
         return start
     if start.cca is None:  # otherwise it was fitted with the temperature
@@ -116,18 +139,22 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
 
 @torch.no_grad()
 def repeat_init(
-    model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit
+    model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit, run: Path
 ) -> ProjectionInit:
-    """Set in place what `init_projections` did, on other images, as a run chose to start."""
+    """Set in place what `init_projections` did, on other images, as a run chose to start.
+
+    What was inherited is in the folder of the run.
+    """
+    if chosen.inheritance is not None:
+        model.load_state_dict(load_file(run / INHERITED_FILE), strict=False)
     parameters = {name: torch.tensor(value) for name, value in chosen.loss_parameters.items()}
     model.load_state_dict(parameters, strict=False)
+    if chosen.log_scale is not None:
+        model.logit_head.log_scale.fill_(chosen.log_scale)
     if chosen.cca is None:
         return chosen
     shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])
-    fitted = _fit_cca(model, data, config, shrinkages)
-    if chosen.log_scale is not None:
-        model.logit_head.log_scale.fill_(chosen.log_scale)
-    return replace(chosen, cca=fitted)
+    return replace(chosen, cca=_fit_cca(model, data, config, shrinkages))
 
 
 def _fit_cca(
@@ -193,17 +220,9 @@ def init_projections_by_cca(
     if num_groups < 2:
         pairs = counted(len(groups), "pair")
         raise ValueError(f"CCA needs two groups at least, got {num_groups} in {pairs}.")
-    for name, embeds in (("captions", caption_embeds), ("images", vision_embeds)):
-        if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
-            raise ValueError(
-                f"The embeddings of all {len(embeds)} {name} are equal, or some are not finite, so "
-                "that nothing can be fitted. Check the model that made the store (llm2clip "
-                "doctor), and extract again."
-            )
+    require_varied(captions=caption_embeds, images=vision_embeds)
     if not model.config.text_adapter_trained:
-        for block in model.text_adapter.blocks:
-            block.down.weight.zero_()
-            block.down.bias.zero_()
+        make_identity(model.text_adapter)
     device = model.text_projection.weight.device
     text = model.text_adapter(caption_embeds.to(device)).float()
     if device.type == "mps":  # which has no float64
@@ -222,19 +241,38 @@ def init_projections_by_cca(
         fitted.solve(*shrinkages, num_directions),
         strict=True,
     ):
-        _fill(projection, (side.directions @ rotated).T, side.mean)
+        weight = (side.directions @ rotated).T
+        fill_projection(projection, weight, -(weight @ side.mean.double()))
     record = {"text_shrinkage": shrinkages[0], "image_shrinkage": shrinkages[1]}
     measured = {} if rank is None else {"mean_reciprocal_rank": rank}
     return {**record, **measured, "num_pairs": len(text)}
 
 
-def _fill(projection: nn.Linear, weight: Tensor, mean: Tensor) -> None:
-    """Set a projection to weights (directions, D) float64 at an ordinary scale, mean subtracted."""
-    weight = weight * (weight.shape[1] * weight.square().mean()).rsqrt()
+def require_varied(**sides: Tensor) -> None:
+    """Refuse embeddings, by what they are of, that nothing can be fitted to."""
+    for name, embeds in sides.items():
+        if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
+            raise ValueError(
+                f"The embeddings of all {len(embeds)} {name} are equal, or some are not finite, so "
+                "that nothing can be fitted. Check the model that made the store (llm2clip "
+                "doctor), and extract again."
+            )
+
+
+def make_identity(text_adapter: Any) -> None:
+    """Make the blocks of a text adapter the identity, in place."""
+    for block in text_adapter.blocks:
+        block.down.weight.zero_()
+        block.down.bias.zero_()
+
+
+def fill_projection(projection: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Set a projection to weights (directions, D) float64 and a bias, both at an ordinary scale."""
+    scale = (weight.shape[1] * weight.square().mean()).rsqrt()
     projection.weight.zero_()  # where the space is wider than there are directions
-    projection.weight[: len(weight)] = weight.to(projection.weight)
+    projection.weight[: len(weight)] = (scale * weight).to(projection.weight)
     projection.bias.zero_()
-    projection.bias[: len(weight)] = -(weight @ mean.double()).to(projection.bias)
+    projection.bias[: len(weight)] = (scale * bias).to(projection.bias)
 
 
 class _Correlation:
@@ -244,7 +282,7 @@ class _Correlation:
     """
 
     def __init__(self, text: Tensor, vision: Tensor) -> None:
-        self.text, self.vision = _Side(text), _Side(vision)
+        self.text, self.vision = Side(text), Side(vision)
         cross = self.text.rotate(text).double().T @ self.vision.rotate(vision).double()
         self._cross = cross / len(text)
 
@@ -263,7 +301,7 @@ class _Correlation:
         return text_scale * left, vision_scale * right
 
 
-class _Side:
+class Side:
     """Mean, principal directions and variances of one side's embeddings, (N, D)."""
 
     def __init__(self, embeds: Tensor) -> None:

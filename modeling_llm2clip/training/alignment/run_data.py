@@ -58,6 +58,7 @@ class RecordData:
     def __post_init__(self) -> None:
         self.num_items = len(self.items)
         self.is_stored = self.dataset.is_stored
+        self.has_image_store = self.dataset.image_store is not None
         self.reads_images = self.dataset.reads_images
         self.processor = self.dataset.processor
         self._steps_per_epoch = 1
@@ -121,7 +122,7 @@ class RecordData:
 class StreamData:
     """A stream of records, epoch after epoch."""
 
-    is_stored = False
+    is_stored = has_image_store = False
     reads_images = True
     num_items = None  # which is not known
 

@@ -1,6 +1,7 @@
-"""Self-distillation of the vision tower (ProCLIP, arXiv:2510.18795 v3, stage 2).
+"""The distance of embeddings from a teacher's (ProCLIP, arXiv:2510.18795 v3).
 
-A tower that is trained stays near what its frozen self gives for the same images: in each
+In stage 1 the text side learns what CLIP's text encoder gives for the same captions; in stage 2 a
+vision tower that is trained stays near what its frozen self gives for the same images: in each
 embedding, and in the distances between them.
 """
 
@@ -31,20 +32,30 @@ class SelfDistillationLoss(nn.Module):
         """Compute the mean over this process's images, () float32."""
         if inputs.vision_embeds is None or inputs.teacher_embeds is None:
             raise ValueError(
-                "The self-distillation needs the embeddings of the frozen vision tower. Give align "
-                "an image_store and distillation_weight."
+                "The self-distillation needs the embeddings of the frozen vision tower. Let align "
+                "make them (distillation_weight)."
             )
-        student = F.normalize(inputs.vision_embeds, dim=-1)
-        teacher = F.normalize(inputs.teacher_embeds, dim=-1)
-        of_images = (student - teacher).square().sum(dim=-1)
+        return distill(inputs.vision_embeds, inputs.teacher_embeds, inputs)
+
+
+def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) -> Tensor:
+    """Compute the mean distance of rows, (B, D) each, from a teacher's, () float32.
+
+    `inputs` are the batch that they are of, of which other processes have more; None where these
+    are all rows.
+    """
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    of_rows = (student - teacher).square().sum(dim=-1)
+    students, teachers = student, teacher
+    if inputs is not None:
         (students, teachers), _ = gather_rows(inputs, student, teacher)
-        differences = F.smooth_l1_loss(
-            _measure_distances(student, students),
-            _measure_distances(teacher, teachers),
-            reduction="none",
-        )
-        # Each pair is met twice.
-        return (of_images + differences.sum(dim=-1) / 2).mean()
+    differences = F.smooth_l1_loss(
+        _measure_distances(student, students),
+        _measure_distances(teacher, teachers),
+        reduction="none",
+    )
+    # Each pair is met twice.
+    return (of_rows + differences.sum(dim=-1) / 2).mean()
 
 
 def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:

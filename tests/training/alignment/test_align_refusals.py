@@ -80,10 +80,6 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     wide = r"matryoshka_dims \[32, 99\] must be below the model's projection_dim, 32"
     refuse(prepared, out, wide, matryoshka_dims=(4, 32, 99))
     refuse(
-        prepared, out, "distillation_weight needs an image_store",
-        distillation_weight=1.0, vision_training="full",
-    )  # fmt: skip
-    refuse(
         prepared, out, "needs a caption_store and an image_store, and vision_training=frozen",
         distillation_weight=1.0, vision_training="full", projection_init="cca",
         image_store=prepared.image_store,

@@ -33,11 +33,15 @@ def colored(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 FULL = {"vision_training": "full", "layer_decay": 1.0, "vision_learning_rate": 1e-3}
 
 
-def align_tower(prepared: Prepared, output: Path, **options: Any) -> Run:
+def align_tower(
+    prepared: Prepared, output: Path, *, is_teacher_stored: bool = True, **options: Any
+) -> Run:
     config = AlignConfig(**{**SHORT_RUN, **FULL, **options})
     align(
         prepared.model, prepared.records, output, config, caption_store=prepared.caption_store,
-        image_store=prepared.image_store if config.distillation_weight else None,
+        image_store=(
+            prepared.image_store if config.distillation_weight and is_teacher_stored else None
+        ),
     )  # fmt: skip
     return Run(output)
 
@@ -71,6 +75,23 @@ def test_self_distillation_keeps_a_trained_tower_near_its_frozen_self(
         )
     assert moved[100.0] < moved[1.0] < moved[0.0]
     assert moved[100.0] < moved[0.0] / 2
+
+
+def test_a_frozen_tower_beside_the_trained_one_teaches_as_its_stored_embeddings_do(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    runs = [
+        align_tower(
+            prepared, tmp_path / f"{stored}", is_teacher_stored=stored, distillation_weight=1.0,
+            max_steps=4, held_out_ratio=0.2,
+        )
+        for stored in (True, False)
+    ]  # fmt: skip
+    losses, others = (read_losses(run.output) for run in runs)
+    # The teacher's float32 embeddings were encoded in batches of other sizes.
+    assert others == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses.items()}
+    assert runs[1].after.loss == pytest.approx(runs[0].after.loss, rel=1e-5)
+    assert losses[4] != losses[1]
 
 
 @pytest.mark.slow

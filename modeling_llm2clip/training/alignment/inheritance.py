@@ -1,0 +1,213 @@
+"""The text side learns what the vision tower's own text encoder, the teacher, gives (ProCLIP).
+
+Stage 1 of arXiv:2510.18795 v3, before the contrastive training, on stored embeddings alone: a ridge
+regression of the captions' embeddings onto the teacher's, and from there steps of gradient descent
+on `distill`. Nothing of the image side changes. Captions that the teacher does not read to the end
+are left out.
+
+The authors' code (VisionXLab/ProCLIP at 2a41f39, `training/train.py`) starts from random weights.
+It compares a short and a web caption of each image, and the distances of the short ones alone; here
+a batch is of any captions. Its sums over a process's batch are divided by the number of captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from ...data.store.embedding_store import EmbeddingStore
+from ...data.store.store_manifest import TOO_LONG
+from ...scheduling.graceful_stop import StopRequest
+from ..losses.distillation import distill
+from .alignment_data import list_pairs
+from .alignment_fit import AlignmentFit
+from .alignment_model import AlignmentModel
+from .projection_init import (
+    INHERITED_FILE,
+    RATE_FROM_TRAINED,
+    SHRINKAGES,
+    Side,
+    fill_projection,
+    make_identity,
+    require_varied,
+)
+from .run_data import RecordData
+
+# These many determine a linear fit of embeddings of a few thousand elements, and fit memory.
+_MAX_CAPTIONS_FITTED = 50_000
+_MAX_CAPTIONS_MEASURED = 2_000
+_NUM_EVALUATIONS = 20
+_WARMUP = 0.1
+# Standard deviation of the noise on captions' embeddings, as a share of their length. Noise of the
+# size of `caption_noise` hides what distinguishes captions, and moves away from the closed form.
+_NOISE = 0.1
+# Where no captions are held out to choose it.
+_DEFAULT_SHRINKAGE = 0.1
+
+
+def inherit(
+    fit: AlignmentFit,
+    model: AlignmentModel,
+    batch_size: int,
+    device: torch.device,
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """Teach the text side in place, and return the record of it; None without a teacher.
+
+    The weights with the lowest distance on captions of held-out images are kept; without any, the
+    last ones. Every process computes the same.
+    """
+    config, teacher = fit.config, fit.teacher
+    if teacher is None:
+        return None
+    assert isinstance(fit.data, RecordData)
+    captions = _Captions(fit.data, teacher, batch_size, seed=config.seed)
+    before = captions.measure(model)
+    shrinkage, fitted = _fit_ridge(model, captions)
+    is_main_process = PartialState().is_main_process
+    best, best_step = copy_text_side(model), 0
+    lowest, steps = fitted, config.inherit_steps
+    parts = nn.ModuleList([model.text_adapter, model.text_projection]).to(device)
+    optimizer = torch.optim.AdamW(
+        parts.parameters(),
+        lr=config.learning_rate or RATE_FROM_TRAINED,
+        weight_decay=config.weight_decay,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(_WARMUP * steps), steps)
+    every = max(1, steps // _NUM_EVALUATIONS)
+    batches = zip(range(1, steps + 1), captions.iterate(), strict=False)
+    for step, (embeds, wanted) in tqdm(
+        batches, "inherit", steps, unit=" steps", disable=None if is_main_process else True
+    ):
+        stop.raise_interrupt(
+            "Stopped while the text side inherited, of which nothing is kept.",
+            resume=False,
+            is_main_process=is_main_process,
+        )
+        loss = distill(model.to_text_embeds(embeds.to(device)), wanted.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == steps:
+            distance = captions.measure(model)
+            if distance < lowest or not captions.is_held_out:
+                best, best_step, lowest = copy_text_side(model), step, distance
+    parts.to("cpu")
+    model.load_state_dict(best, strict=False)
+    return {
+        "num_captions": teacher.manifest.num_rows - captions.num_too_long,
+        "num_too_long": captions.num_too_long,
+        "shrinkage": shrinkage,
+        "is_held_out": captions.is_held_out,
+        "num_measured": len(captions.measured[0]),
+        "distance": {"before": before, "closed_form": fitted, "after": lowest},
+        "best_step": best_step,
+        "steps": steps,
+    }
+
+
+def copy_text_side(model: AlignmentModel) -> dict[str, Tensor]:
+    return {
+        name: value.detach().cpu().clone()
+        for name, value in model.state_dict().items()
+        if name.startswith(("text_adapter.", "text_projection."))
+    }
+
+
+def save_inherited(model: AlignmentModel, output: Path) -> None:
+    """Keep the text side, from which a resumed run and the last fit start, too."""
+    save_file(copy_text_side(model), output / INHERITED_FILE)
+
+
+class _Captions:
+    """The captions that have a teacher, by the rows of both stores: to train on, and to measure.
+
+    Attributes:
+        fitted: Embeddings of some captions to train on, and those that the teacher gives them.
+        measured: The same of held-out ones; without any, of some that are trained on.
+        is_held_out: Whether those are held out.
+        num_too_long: How many captions have no teacher.
+    """
+
+    def __init__(
+        self, data: RecordData, teacher: EmbeddingStore, batch_size: int, *, seed: int
+    ) -> None:
+        dataset = data.dataset
+        assert dataset.caption_store is not None
+        self._stores, self._batch_size = (dataset.caption_store, teacher), batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self.num_too_long = teacher.manifest.counts[TOO_LONG]
+        is_held = torch.zeros(teacher.manifest.num_rows, dtype=torch.bool)
+        if data.held_out is not None:
+            items = data.held_out.items
+            short, long = dataset.records.count_texts(items)
+            rows = dataset.caption_rows(*list_pairs(short + long, items))
+            is_held[torch.from_numpy(rows).long()] = True
+        shuffled = torch.randperm(len(is_held), generator=self._generator)
+        self._rows = shuffled[~is_held[shuffled]]
+        self.fitted = self._read(self._rows[:_MAX_CAPTIONS_FITTED])
+        held = self._read(shuffled[is_held[shuffled]][:_MAX_CAPTIONS_MEASURED])
+        self.is_held_out = len(held[0]) > 0
+        trained = tuple(part[:_MAX_CAPTIONS_MEASURED] for part in self.fitted)
+        self.measured = held if self.is_held_out else trained
+
+    @torch.no_grad()
+    def measure(self, model: AlignmentModel) -> float:
+        """Measure the distance from the teacher, in batches of the same size as in training."""
+        device, total = model.text_projection.weight.device, 0.0
+        parts = (part.to(device).split(self._batch_size) for part in self.measured)
+        for embeds, wanted in zip(*parts, strict=True):
+            total += len(embeds) * float(distill(model.to_text_embeds(embeds), wanted))
+        return total / len(self.measured[0])
+
+    def iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches without end."""
+        while True:
+            order = torch.randperm(len(self._rows), generator=self._generator)
+            for rows in self._rows[order].split(self._batch_size):
+                embeds, wanted = self._read(rows)
+                if len(embeds):
+                    normal = torch.randn(embeds.shape, generator=self._generator)
+                    length = embeds.norm(dim=1, keepdim=True) * embeds.shape[1] ** -0.5
+                    yield embeds + _NOISE * length * normal, wanted
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        captions, teacher = self._stores
+        wanted = teacher.read(rows.numpy())
+        has_teacher = wanted.any(dim=1)
+        return captions.read(rows[has_teacher].numpy()), wanted[has_teacher]
+
+
+@torch.no_grad()
+def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float]:
+    """Set the text projection to the closed form; return its shrinkage, and the distance left.
+
+    The blocks of an adapter that was not trained become the identity.
+    """
+    embeds, wanted = captions.fitted
+    require_varied(captions=embeds, teacher=wanted)
+    if not model.config.text_adapter_trained:
+        make_identity(model.text_adapter)
+    side, mean = Side(model.text_adapter(embeds).float()), wanted.mean(0).double()
+    rotated = side.rotate(model.text_adapter(embeds).float()).double()
+    cross = rotated.T @ (wanted - mean) / len(wanted)
+
+    def solve(shrinkage: float) -> float:
+        weight = (side.directions @ (side.whiten(shrinkage).square()[:, None] * cross)).T
+        fill_projection(model.text_projection, weight, mean - weight @ side.mean.double())
+        return captions.measure(model)
+
+    shrinkage = _DEFAULT_SHRINKAGE
+    if captions.is_held_out:
+        shrinkage = min(SHRINKAGES, key=solve)
+    return shrinkage, solve(shrinkage)

@@ -1,0 +1,239 @@
+"""The text side inherits from the tower's own text encoder, and the contrast starts there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from aligning import Run, write_color_data
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llm, tiny_tokenizer, tiny_vision
+from tiny_encoders import save_tiny_encoder
+
+from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import build_model
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.configs.evaluation_config import (
+    EncoderConfig,
+    EvaluatedModel,
+    EvaluationConfig,
+)
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.embedding.extract import describe_extraction, extract
+from modeling_llm2clip.evaluation.encoders.clip_siglip import ClipSiglipEncoder
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
+from modeling_llm2clip.training.losses.distillation import distill
+
+FAMILIES = ("clip", "siglip", "siglip2")
+EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
+LONG = "red and green " * 60  # no teacher reads it to the end
+STAGE: dict[str, Any] = {"device": "cpu", "max_steps": 0, "inherit_steps": 40}
+
+
+@dataclass(frozen=True)
+class Inheriting:
+    """Folders of a dual encoder, a model that keeps its projection, data and three stores."""
+
+    clip: Path
+    model: Path
+    data: Path
+    captions: Path
+    images: Path
+    teacher: Path
+
+    @property
+    def records(self) -> list[CaptionedImage]:
+        return load_records(self.data)
+
+    def align(self, output: Path, *, resume: bool = False, **changed: Any) -> Run:
+        stores = {"caption_store": self.captions, "image_store": self.images}
+        stores |= {name: changed.pop(name) for name in (*stores, "inherit_from") if name in changed}
+        align(
+            changed.pop("model", self.model), self.records, output,
+            AlignConfig(**{**STAGE, **changed}),
+            resume=resume, **{"inherit_from": self.teacher, **stores},
+        )  # fmt: skip
+        return Run(output)
+
+
+def build(vision: Any, output: Path, **changed: Any) -> Path:
+    tokenizer = tiny_tokenizer()
+    options = {"keep_projection": True, "text_adapter_layers": 2, "max_text_length": 64, **changed}
+    return build_model(
+        vision,
+        (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer),
+        output,
+        BuildConfig(prompt="llama-3", device="cpu", **options),
+    )
+
+
+def prepare(folder: Path, family: str) -> Inheriting:
+    clip = save_tiny_encoder(family, folder / "clip")
+    data = write_color_data(folder / "data", count=60)
+    lines = (data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[-1] = json.dumps({**json.loads(lines[-1]), "long_captions": [LONG]})
+    (data / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    model, records = build(clip, folder / "model"), load_records(data)
+    extract(model, records, folder / "captions", EXTRACTED, modality="text")
+    extract(model, records, folder / "images", EXTRACTED, modality="image")
+    extract(clip, records, folder / "teacher", EXTRACTED, modality="text")
+    return Inheriting(clip, model, data, folder / "captions", folder / "images", folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def inheriting(tmp_path_factory: pytest.TempPathFactory) -> Inheriting:
+    return prepare(tmp_path_factory.mktemp("clip"), "clip")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too_long(
+    tmp_path: Path, family: str
+) -> None:
+    found = prepare(tmp_path, family)
+    store = EmbeddingStore.open(found.teacher, check="full")
+    evaluated = ClipSiglipEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
+    captions = [(*record.captions, *record.long_captions) for record in found.records]
+    pairs = [(item, number) for item in range(len(store)) for number in range(len(captions[item]))]
+    texts = [captions[item][number] for item, number in pairs]
+    rows = store.rows_at(*np.array(pairs).T)
+    wanted = F.normalize(evaluated.encode_texts(texts).embeds, dim=-1)
+    wanted[texts.index(LONG.strip())] = 0
+    # Float32, in batches of other sizes.
+    torch.testing.assert_close(store.read(rows), wanted, atol=1e-5, rtol=0)
+    assert store.manifest.counts["too long"] == 1
+    assert "1 too long" in describe_extraction(found.teacher)[0]
+    # And the model's images are where that encoder puts them: nothing of it is lost.
+    model = LLM2CLIPModel.from_pretrained(found.model)
+    images = EmbeddingStore.open(found.images)
+    sources = [record.image for record in found.records[:5]]
+    own = evaluated.encode_images(sources, names=[""] * 5)
+    embeds = model.to_image_embeds(images.read(list(range(5)))).detach()
+    torch.testing.assert_close(embeds, F.normalize(own, dim=-1), atol=1e-5, rtol=0)
+
+
+def measure(inheriting: Inheriting, folder: Path) -> float:
+    """The distance from the teacher by the formula of the self-distillation, over all captions."""
+    captions, teacher = (EmbeddingStore.open(f) for f in (inheriting.captions, inheriting.teacher))
+    wanted = teacher.read(range(teacher.manifest.num_rows))
+    has_teacher = wanted.any(dim=1)
+    embeds = captions.read(range(captions.manifest.num_rows))[has_teacher]
+    with torch.no_grad():
+        model = LLM2CLIPModel.from_pretrained(folder)
+        return float(distill(model.to_text_embeds(embeds), wanted[has_teacher]))
+
+
+def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
+    inheriting: Inheriting, tmp_path: Path
+) -> None:
+    run = inheriting.align(tmp_path / "run", held_out_ratio=0.0, global_batch_size=60)
+    found = run.results["start"]["inheritance"]
+    distance = found["distance"]
+    assert not found["is_held_out"] and found["num_too_long"] == 1 and found["best_step"] == 40
+    assert found["num_captions"] == found["num_measured"] == 120
+    # What is trained on is descended on.
+    assert distance["after"] < distance["closed_form"] < distance["before"] / 2
+    # The record is in batches of half of the captions, where there are fewer pairs.
+    assert measure(inheriting, run.model) < measure(inheriting, inheriting.model) / 2
+    before, after = (LLM2CLIPModel.from_pretrained(f) for f in (inheriting.model, run.model))
+    for name, weight in before.state_dict().items():
+        is_same = torch.equal(weight, after.state_dict()[name])
+        assert is_same != name.startswith(("text_adapter.", "text_projection.")), name
+    assert after.config.projections_trained and after.config.text_adapter_trained
+    assert "inherited 120 captions" in describe_alignment(run.output)[0]
+    # The written model finds as its stored embeddings do.
+    score = {"device": "cpu", "show_progress": False}
+    results = [
+        evaluate(
+            model, inheriting.data, EvaluationConfig(output=tmp_path / f"{n}", **score),
+            tasks=["retrieval"],
+        )[0].scores
+        for n, model in enumerate(
+            (run.model, EvaluatedModel(
+                source=str(inheriting.captions.parent), head=str(run.model),
+                extracted_from=str(inheriting.data),
+            ))
+        )
+    ]  # fmt: skip
+    assert results[0] == results[1]
+
+
+def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
+    inheriting: Inheriting, tmp_path: Path
+) -> None:
+    options = {"max_steps": 6, "save_steps": 2, "global_batch_size": 16, "inherit_steps": 4}
+    run = inheriting.align(tmp_path / "run", **options)
+    assert run.results["start"]["method"] == "inherited"
+    again = inheriting.align(tmp_path / "again", **options)
+    shutil.rmtree(again.output / "model")
+    shutil.rmtree(again.output / "refit", ignore_errors=True)
+    shutil.rmtree(again.output / "checkpoints" / "checkpoint-6")
+    inheriting.align(tmp_path / "again", resume=True, **options)
+    names = ("model/model.safetensors", "inherited.safetensors")
+    for name in names:
+        assert (run.output / name).read_bytes() == (again.output / name).read_bytes()
+
+
+def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
+    inheriting: Inheriting, tmp_path: Path
+) -> None:
+    def refuse(message: str, **changed: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
+            inheriting.align(tmp_path / "run", **changed)
+        assert not (tmp_path / "run").exists()
+
+    refuse("has caption_embeds, wanted teacher_text_embeds", inherit_from=inheriting.captions)
+    refuse("has teacher_text_embeds, wanted caption_embeds", caption_store=inheriting.teacher)
+    refuse("lock_text keeps the text side", lock_text=True, max_steps=None)
+    refuse("leave projection_init out", projection_init="cca")
+    refuse("needs a caption_store", caption_store=None, text_training="frozen-online", max_steps=1)
+    extract(
+        inheriting.clip, inheriting.records[:-1], tmp_path / "fewer", EXTRACTED, modality="text"
+    )
+    refuse("other captions than", inherit_from=tmp_path / "fewer")
+    # Of other models the captions' store is made by the same LLM.
+    plain = build(inheriting.clip, tmp_path / "plain", keep_projection=False, projection_dim=16)
+    refuse("--keep-projection", model=plain)
+    other = save_tiny_encoder("clip", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["vision_model.post_layernorm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    moved = build(other, tmp_path / "moved")
+    images = tmp_path / "moved-images"
+    extract(moved, inheriting.records, images, EXTRACTED, modality="image")
+    refuse("another vision tower", model=moved, image_store=images)
+
+
+def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
+    inheriting: Inheriting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dino = tmp_path / "dino"
+    tower, image_processor = tiny_vision("dinov2")
+    tower.save_pretrained(dino)
+    image_processor.save_pretrained(dino)
+    with pytest.raises(ValueError, match="'dinov2', whose text encoder is not known"):
+        build(dino, tmp_path / "model")
+    with pytest.raises(ValueError, match="Give its folder or Hub id"):
+        build((tower, image_processor), tmp_path / "model")
+    with pytest.raises(ValueError, match="keeps the 16 dimensions of"):
+        build(inheriting.clip, tmp_path / "model", projection_dim=32)
+    with pytest.raises(ValueError, match="Choose pooler"):
+        BuildConfig(prompt="llama-3", keep_projection=True, vision_pooling="cls")
+    words = ["extract", str(dino), str(inheriting.data), str(tmp_path / "s"), "--modality", "text"]
+    assert main(words) != 0
+    assert "or a CLIP or SigLIP with its own text encoder" in capsys.readouterr().err
