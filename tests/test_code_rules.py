@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5100,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 287, 8060
+MOST_FILES, MOST_DOCSTRING_LINES = 287, 8080
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
