@@ -30,8 +30,8 @@ FAMILIES = {
     "CLIP": "clip", "SigLIP": "siglip", "SigLIP 2 NaFlex": "siglip2", "MetaCLIP 2": "metaclip_2",
     "TIPSv2": "tipsv2", "AIMv2": "aimv2", "Chinese-CLIP": "chinese_clip", "AltCLIP": "altclip",
     "DINOv2": "dinov2", "DINOv3": "dinov3_vit", "ViT": "vit", "I-JEPA": "ijepa", "RADIO": "radio",
-    "ViT (timm)": "timm", "EVA02 (timm)": "eva02", "SigLIP (timm)": "timm-siglip", "PE-Core (timm)": "pe-core",
-    "RADIO (timm)": "timm-radio", "NaFlexViT (timm)": "naflexvit",
+    "ViT (timm)": "timm", "EVA02 (timm)": "eva02", "SigLIP (timm)": "timm-siglip",
+    "PE-Core (timm)": "pe-core", "RADIO (timm)": "timm-radio", "NaFlexViT (timm)": "naflexvit",
 }  # fmt: skip
 # What libraries raise where a family does not fit.
 _ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, OSError)

@@ -43,15 +43,15 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3110,
-    "building": 1420,
+    ".": 3140,
+    "building": 1440,
     "cli": 1980,
-    "configs": 820,
+    "configs": 830,
     "conversion": 1050,
-    "data": 5990,
+    "data": 6070,
     "demo": 130,
     "doctor": 1950,
-    "embedding": 1830,
+    "embedding": 1850,
     "encoding": 870,
     "evaluation": 4660,
     "model_folders": 1910,
@@ -60,9 +60,9 @@ BUDGETS = {
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 5390,
+    "training": 5400,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 289, 8180
+MOST_FILES, MOST_DOCSTRING_LINES = 290, 8220
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from tiny import MORE_VISION_FAMILIES, VISION_FAMILIES
+
 from benchmarks.product_tables import PRODUCT_TABLES
-from benchmarks.render_tables import _render_evaluation
+from benchmarks.render_tables import RESULTS, _render_evaluation, _render_vision_towers
+from benchmarks.vision_towers import FAMILIES
 
 LABEL = "tiny random weights: shows the path, not a score"
 
@@ -67,3 +71,22 @@ def test_a_search_is_shown_beside_its_peers_and_with_photographs_where_there_are
     assert "| `llm2clip search`, the second time | 4.3 |" in PRODUCT_TABLES["search"](
         {**report, "photographs": photographs}
     )
+
+
+def test_every_family_of_vision_towers_has_its_recorded_row() -> None:
+    assert sorted(FAMILIES.values()) == sorted(VISION_FAMILIES + MORE_VISION_FAMILIES)
+    recorded = json.loads((RESULTS / "vision_towers.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in recorded["rows"]] == list(FAMILIES)
+
+
+def test_a_vision_tower_that_fails_is_in_the_table_with_its_reason() -> None:
+    row = {"text_encoder": False, "pooling": "pooler"}
+    rows = [
+        {"name": "first", **row, "error": "ValueError: no pooler"},
+        {"name": "second", **row, "largest_difference": 0.25, "failed_checks": ["golden"]},
+        {"name": "third", **row, "largest_difference": 1e-7, "failed_checks": []},
+    ]
+    table = _render_vision_towers({"rows": rows, "versions": {"torch": "2"}})
+    for name, result in (("first", "ValueError: no pooler"), ("second", "golden"), ("third", "ok")):
+        assert f"| {name} | – | pooler | {result} |" in table
+    assert "differ by at most 2e-01" in table
