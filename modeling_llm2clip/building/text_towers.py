@@ -7,6 +7,7 @@ processors is never run, because what it makes cannot be saved without it.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -27,6 +28,8 @@ from transformers import (
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import build_tower, load_without_code, naming_code
+from .text_layers import KEEP_ALL, cut_config, require_same_states
+from .tower_checks import list_layers
 from .vision_towers import (
     forget_origin,
     load_with_account,
@@ -52,13 +55,14 @@ def load_text_tower(
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer_code: str | None = None,
+    num_layers: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
     model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
     commit at which the code of its tokenizer is run, and everything else is read; None to run no
-    code.
+    code. With `num_layers` only the first layers are loaded.
     """
     if tokenizer_code is not None:
         require_pinned(source, tokenizer_code)
@@ -73,7 +77,7 @@ def load_text_tower(
     tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
-    model = _load_decoder(name, config, source, dtype=dtype, **where)
+    model = _load_decoder(name, config, source, num_layers, dtype=dtype, **where)
     # A GGUF file's weights are plain numbers after loading; the mark would break saving.
     for holder in (model, model.config):
         for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
@@ -185,12 +189,25 @@ def _load_tokenizer(
 
 
 def _load_decoder(
-    name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
+    name: str | Path,
+    config: PreTrainedConfig,
+    source: str | Path,
+    num_layers: int | None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
-    whole, info = load_with_account(AutoModel, name, config=config, **settings)
-    decoder, prefix = whole, ""
     text_config = config.get_text_config(decoder=True)
+    uncut = copy.deepcopy(text_config)
+    if num_layers is not None:
+        cut_config(text_config, num_layers, source)
+        settings["ignore_mismatched_sizes"] = True  # they are named below
+    whole, info = load_with_account(AutoModel, name, config=config, **settings)
+    if misshapen := sorted(key for key, *_ in info["mismatched_keys"]):
+        raise ValueError(
+            f"{source} cannot be cut to {num_layers} layers: {misshapen[:_NAMES_SHOWN]} would be "
+            f"of another shape, as weights that have a part for each layer. {KEEP_ALL}"
+        )
+    decoder, prefix = whole, ""
     if text_config is not config:
         with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
             wanted = type(build_tower(text_config))
@@ -198,6 +215,13 @@ def _load_decoder(
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
+    if num_layers is not None:
+        layers = list_layers(decoder)
+        place = next(name for name, module in whole.named_modules() if module is layers)
+        above = [f".{place}.{number}." for number in range(num_layers, uncut.num_hidden_layers)]
+        unread = info["unexpected_keys"]
+        info["unexpected_keys"] = {k for k in unread if not any(part in f".{k}" for part in above)}
+        require_same_states(decoder, uncut, source)
     refuse_unread_weights(whole, decoder, info, source)
     decoder.config._name_or_path = whole.config._name_or_path
     return decoder
