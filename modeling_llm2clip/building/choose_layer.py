@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig
+from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from .._suggestions import counted
 from ..configs.build_config import BuildConfig, ChooseLayerConfig, TextTowerConfig
@@ -32,13 +32,9 @@ from .build_model import TextSource, configure_model, take_text_tower
 from .text_layers import all_layers
 from .tower_checks import list_layers, measure_text_width, require_direction
 
-# Numbers of all layers' states that one batch holds: 256 MiB of float32.
-_MOST_NUMBERS = 2**26
 # Language → number of an image → a text in it and another one, in the first language.
 Pairs: TypeAlias = dict[str, dict[int, tuple[str, str]]]
-# For each text whether its nearest one is its own, and the number of its image.
-Hits: TypeAlias = tuple[Tensor, Tensor]
-_MOST_TOKENS, _FEWEST_TOKENS = 4096, 256
+_TOKEN_BUDGET = 1024  # less than elsewhere, as a batch holds the states of all layers
 
 
 @dataclass(frozen=True)
@@ -47,22 +43,21 @@ class LayerScore:
 
     Attributes:
         layer: Number of the layer, from 1; `text_layers` of a model that ends with it.
-        cra: Share of texts whose nearest text is their own; of several languages the mean.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        behind_low: Lower end of the 95 % interval of the best layer's score minus this one's, on
-            the same texts. If it is not above 0, the two do not differ.
-        behind_high: Upper end.
-        compute: Share of the layers' weights, and so of their work, that a model of it has.
+        compute: Share of the layers' weights, and so of their work, that such a model has.
+        cra: Share of texts whose nearest text is their own, the mean over languages: its `value`
+            and 95 % interval, `low` and `high`.
+        behind: The best layer's score minus this one's, on the same texts.
     """
 
     layer: int
-    cra: float
-    low: float
-    high: float
-    behind_low: float
-    behind_high: float
     compute: float
+    cra: dict[str, float]
+    behind: dict[str, float]
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether it does not differ from the best layer with 95 % confidence."""
+        return self.behind["low"] <= 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class LayerChoice:
     Attributes:
         scores: One for each layer, from the first.
         num_pairs: Images whose texts were compared, by language; images without a pair are not.
-        num_texts: Different texts that were encoded.
+        num_texts: Texts that were encoded.
         num_truncated: Number of them that were truncated.
     """
 
@@ -84,23 +79,22 @@ class LayerChoice:
     @property
     def best(self) -> LayerScore:
         """The layer with the highest score, of equal ones the lowest."""
-        return max(self.scores, key=lambda one: (one.cra, -one.layer))
+        return max(self.scores, key=lambda one: (one.cra["value"], -one.layer))
 
     @property
     def lowest_alike(self) -> LayerScore:
         """The lowest layer that does not differ from the best."""
-        return next(one for one in self.scores if one.behind_low <= 0)
+        return next(one for one in self.scores if one.is_alike)
 
     def __str__(self) -> str:
         """Show a line per layer."""
         lines = [f"{'layer':>5} {'compute':>7} {'CRA':>6}  95 % interval   behind the best"]
         for one in self.scores:
-            mark = "  no difference" if one.behind_low <= 0 else ""
-            lines.append(
-                f"{one.layer:5} {one.compute:7.0%} {one.cra:6.1%}  {one.low:5.1%} to {one.high:5.1%}"
-                f"  {one.behind_low:5.1%} to {one.behind_high:5.1%}"
-                f"{'  best' if one is self.best else mark}"
-            )
+            line = f"{one.layer:5} {one.compute:7.0%} {one.cra['value']:6.1%}  "
+            for of in (one.cra, one.behind):
+                line += f"{of['low']:5.1%} to {of['high']:5.1%}  "
+            alike = "no difference" if one.is_alike else ""
+            lines.append(line + ("best" if one is self.best else alike))
         return "\n".join(lines)
 
 
@@ -127,7 +121,7 @@ def choose_layer(
     text_model, tokenizer = take_text_tower(text, config)
     shared = {field.name: getattr(config, field.name) for field in fields(TextTowerConfig)}
     model_config, tokenizer = configure_model(
-        CLIPVisionConfig(),  # of no use
+        CLIPVisionConfig(),  # of no use here, like the image processor
         text_model.config,
         tokenizer,
         BuildConfig(**shared, projection_dim=1, text_adapter_layers=0),
@@ -136,24 +130,28 @@ def choose_layer(
     model = LLM2CLIPTextModel(model_config, text_model).eval()
     require_direction(text_model, bidirectional=config.bidirectional)
     model.to(find_device(config.device))  # type: ignore[arg-type]
-    processor = LLM2CLIPProcessor(None, tokenizer, config.max_text_length)
-    flat = (one for of_lang in pairs.values() for pair in of_lang.values() for one in pair)
-    row_of = {one: row for row, one in enumerate(dict.fromkeys(flat))}
-    texts = TokenizedTexts(processor, row_of)
+    processor = LLM2CLIPProcessor(CLIPImageProcessor(), tokenizer, config.max_text_length)
+    texts = [pair[side] for of_one in pairs.values() for side in (0, 1) for pair in of_one.values()]
+    tokenized = TokenizedTexts(processor, texts)
     with all_layers(text_model) as num_layers:
         model_config.text_width *= num_layers
-        budget = min(max(_MOST_NUMBERS // model_config.text_width, _FEWEST_TOKENS), _MOST_TOKENS)
         embeds = TorchEncoder(model, processor).encode_texts(
-            texts, project=False, token_budget=budget, show_progress=True
+            tokenized, project=False, token_budget=_TOKEN_BUDGET, show_progress=True
         )
-    hits = [_find_hits(part, pairs, row_of) for part in embeds.chunk(num_layers, dim=1)]
+    images = [torch.tensor([*of_one]) for of_one in pairs.values()]
+    hits = [
+        [
+            (hits_at(rank_pairs(rows).i2t, k=1), numbers)
+            for rows, numbers in zip(part.split([2 * len(n) for n in images]), images, strict=True)
+        ]
+        for part in embeds.chunk(num_layers, dim=1)
+    ]
     weights = [sum(p.numel() for p in layer.parameters()) for layer in list_layers(text_model)]
-    scores = _compare(hits, [part / sum(weights) for part in accumulate(weights)])
     return LayerChoice(
-        scores=tuple(scores),
-        num_pairs={lang: len(of_lang) for lang, of_lang in pairs.items()},
+        scores=_compare(hits, [part / sum(weights) for part in accumulate(weights)]),
+        num_pairs={lang: len(of_one) for lang, of_one in pairs.items()},
         num_texts=len(texts),
-        num_truncated=texts.num_truncated,
+        num_truncated=tokenized.num_truncated,
     )
 
 
@@ -162,9 +160,7 @@ def _list_pairs(records: RecordTable, config: ChooseLayerConfig) -> Pairs:
     keys = records.group_keys
     groups = np.unique(keys)
     if len(groups) > config.num_images:
-        sample = np.random.default_rng(config.seed).choice(
-            groups, config.num_images, replace=False
-        )
+        sample = np.random.default_rng(config.seed).choice(groups, config.num_images, replace=False)
         records = records.select(np.flatnonzero(np.isin(keys, sample)))
     texts: dict[str, dict[str, list[str]]] = {}
     for record in records:
@@ -176,9 +172,10 @@ def _list_pairs(records: RecordTable, config: ChooseLayerConfig) -> Pairs:
     for lang in others or [first]:
         pairs[lang] = {}
         for number, group in enumerate(texts.values()):
-            for own in group.get(lang, ())[:1]:
-                same = [one for one in group.get(first, ()) if one != own]
-                pairs[lang].update({number: (own, one) for one in same[:1]})
+            own = next(iter(group.get(lang, ())), None)
+            other = next((one for one in group.get(first, ()) if one != own), None)
+            if own is not None and other is not None:
+                pairs[lang][number] = (own, other)
         if len(pairs[lang]) < 2:
             raise ValueError(
                 f"{counted(len(pairs[lang]), 'image')} of {len(texts)} have a text in {lang} and "
@@ -188,24 +185,15 @@ def _list_pairs(records: RecordTable, config: ChooseLayerConfig) -> Pairs:
     return pairs
 
 
-def _find_hits(embeds: Tensor, pairs: Pairs, row_of: Mapping[str, int]) -> list[Hits]:
-    """Find for each language which texts are nearest to their own, and the images of them."""
-    found = []
-    for of_lang in pairs.values():
-        rows = [row_of[pair[side]] for side in (0, 1) for pair in of_lang.values()]
-        found.append((hits_at(rank_pairs(embeds[rows]).i2t, k=1), torch.tensor([*of_lang])))
-    return found
-
-
-def _compare(hits: Sequence[Sequence[Hits]], compute: Sequence[float]) -> list[LayerScore]:
-    """Score the hits of each layer, and compare them with those of the best one."""
-    found = [mean_of_means_with_interval(of_layer) for of_layer in hits]
-    best = max(range(len(found)), key=lambda row: found[row]["value"])  # of equal ones the first
+def _compare(
+    hits: Sequence[Sequence[tuple[Tensor, Tensor]]], compute: Sequence[float]
+) -> tuple[LayerScore, ...]:
+    """Score the hits of each layer in each language, of numbered images, beside the best one's."""
+    cra = [mean_of_means_with_interval(of_layer) for of_layer in hits]
+    best = hits[max(range(len(cra)), key=lambda row: cra[row]["value"])]  # of equal ones the first
     scores = []
     for row, of_layer in enumerate(hits):
-        behind = mean_of_means_with_interval(
-            [(most - own, images) for (most, images), (own, _) in zip(hits[best], of_layer, strict=True)]
-        )
-        cra = (found[row][name] for name in ("value", "low", "high"))
-        scores.append(LayerScore(row + 1, *cra, behind["low"], behind["high"], compute[row]))
-    return scores
+        pairs = zip(best, of_layer, strict=True)
+        behind = mean_of_means_with_interval([(most - own, n) for (most, n), (own, _) in pairs])
+        scores.append(LayerScore(row + 1, compute[row], cra[row], behind))
+    return tuple(scores)

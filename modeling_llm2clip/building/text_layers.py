@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..loading_llm2clip import build_tower
 from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts, take_hidden
 
-
 KEEP_ALL = "Leave text_layers out to keep all, or take another LLM."
 # transformers' field of what single layers have other than the rest, by number.
 _OVERRIDES = "per_layer_config"
@@ -98,56 +97,38 @@ def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
 
 @contextmanager
 def all_layers(text_model: PreTrainedModel) -> Iterator[int]:
-    """Let an LLM return the states of each layer, as a tower that ends with it would return them.
+    """Let an LLM return what a tower of one layer, two, and so on to all layers would return.
 
-    They are side by side in the last hidden states, (B, L, layers * D). Yields the number of layers.
+    The states are side by side, (B, L, layers * D). Yields the number of layers.
     """
-    layers, states = list_layers(text_model), list[Tensor]()
-    norm = _find_norm(text_model, layers)
+    layers, states, after = list_layers(text_model), list[Tensor](), list[nn.Module]()
+    inside = set(layers.modules())
+
+    def see(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module in inside:
+            states.append(take_hidden(output))
+            after.clear()
+        else:
+            after.append(module)
 
     def join(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        norm = after[-1] if after else nn.Identity()
         normed = [norm(state) for state in states]
         if not normed or not torch.equal(normed[-1], output.last_hidden_state):
             raise ValueError(
                 f"The {text_model.config.model_type!r} family computes more than a norm after its "
-                "layers, so that they cannot be compared in one pass. Build a model for each "
-                "number of layers (llm2clip build --text-layers), and compare them with "
-                "llm2clip evaluate --tasks cra."
+                "layers, so one pass cannot compare them. Build a model for each number of layers "
+                "(llm2clip build --text-layers), and evaluate them (--tasks cra)."
             )
         output.last_hidden_state = torch.cat(normed, dim=-1)
         return output
 
-    handles = [text_model.register_forward_pre_hook(lambda *_: states.clear())]
-    handles += [
-        layer.register_forward_hook(lambda *args: states.append(take_hidden(args[-1])))
-        for layer in layers
-    ]
+    leaves = (m for m in text_model.modules() if m not in inside and not any(m.children()))
+    handles = [module.register_forward_hook(see) for module in (*layers, *leaves)]
+    handles.append(text_model.register_forward_pre_hook(lambda *_: states.clear()))
     handles.append(text_model.register_forward_hook(join))
     try:
         yield len(layers)
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def _find_norm(text_model: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
-    """Find the module that takes what the last layer returns."""
-    inside, last, found = set(layers.modules()), list[Tensor](), list[nn.Module]()
-
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if last and inputs and inputs[0] is last[-1]:
-            found.append(module)
-
-    outside = [m for m in text_model.modules() if m not in inside and m is not text_model]
-    handles = [module.register_forward_pre_hook(look) for module in outside]
-    handles += [
-        layer.register_forward_hook(lambda *args: last.append(take_hidden(args[-1])))
-        for layer in layers[-1:]
-    ]
-    try:
-        run_texts(text_model, make_texts(text_model)[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else nn.Identity()

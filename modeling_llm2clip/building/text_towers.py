@@ -216,9 +216,9 @@ def _load_decoder(
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
     if num_layers is not None:
-        layers = list_layers(decoder)
-        place = next(name for name, module in whole.named_modules() if module is layers)
-        above = [f".{place}.{number}." for number in range(num_layers, uncut.num_hidden_layers)]
+        layers, numbers = list_layers(decoder), range(num_layers, uncut.num_hidden_layers)
+        places = [name for name, module in whole.named_modules() if module is layers]
+        above = [f".{place}.{number}." for place in places for number in numbers]
         unread = info["unexpected_keys"]
         info["unexpected_keys"] = {k for k in unread if not any(part in f".{k}" for part in above)}
         require_same_states(decoder, uncut, source)

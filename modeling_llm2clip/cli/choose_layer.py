@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from .._extras import GGUF, require
-from ..configs.build_config import EMBEDDED, ChooseLayerConfig, TextTowerConfig
+from .._extras import require
+from ..configs.build_config import ChooseLayerConfig, TextTowerConfig
 from ..configs.data_config import DataConfig
 from .command import command
 from .options import (
@@ -25,7 +25,7 @@ from .options import (
     group="Train",
     examples=(
         "llm2clip choose-layer meta-llama/Llama-3.2-1B-Instruct my-images --prompt llama-3",
-        "llm2clip choose-layer embedded my-images --no-bidirectional --output layers.json",
+        "llm2clip choose-layer llm.gguf my-images --prompt chatml --output layers.json",
     ),
 )
 def choose_layer(
@@ -42,7 +42,7 @@ def choose_layer(
     Two captions of an image, or a caption and its translation, are to find each other (CRA).
 
     Args:
-        text_model: Hub id, folder or .gguf file of a language model; embedded for the demo's.
+        text_model: Hub id, folder or .gguf file of a language model.
         data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar, COCO
             *.json, or shards at URLs.
         output: New JSON file for the scores. Default: none.
@@ -54,21 +54,13 @@ def choose_layer(
 
     if output is not None:
         require_new_file(output)
-    given = text_model
-    if text_model == EMBEDDED:
-        require(GGUF)
-        if config.prompt_prefix is None and config.prompt_suffix is None:
-            config = replace(config, prompt=config.prompt or "chatml")
     require(*list_needs_of_towers(None, text_model, None))
     config.require_prompt()
     require_sources(text=text_model)
     require_data(data, reading)
     use_device(config.device)
     from ..building.choose_layer import choose_layer as run
-    from ..building.pretrained_towers import SMOLLM2, fetch_tower
 
-    if text_model == EMBEDDED:
-        text_model = str(fetch_tower(SMOLLM2))
     found = run(text_model, read_captioned_images(data, reading, require_images=False), config)
     report_truncated(found.num_truncated, found.num_texts, "text", longest=config.max_text_length)
     report(f"Images compared, by language: {dict(found.num_pairs)}.")
@@ -76,10 +68,9 @@ def choose_layer(
     print(f"{found}\nThe best layer is {best.layer}, of {best.compute:.0%} of the work. The lowest "
           f"that does not differ from it is {alike.layer}, of {alike.compute:.0%}.")  # fmt: skip
     if output is not None:
-        content = {"text_model": given, "best": best.layer, "lowest_alike": alike.layer}
-        content |= {**asdict(found), "config": asdict(config)}
+        content = {"text_model": text_model, **asdict(config), "best": best.layer, **asdict(found)}
         write_atomically(output, json.dumps(content, indent=2).encode())
-    print(f"Next: {_suggest_build(given, best.layer, config)}")
+    print(f"Next: {_suggest_build(text_model, best.layer, config)}")
     return 0
 
 

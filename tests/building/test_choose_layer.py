@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm, save_tiny_vision
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_llm2clip.__main__ import main
@@ -31,7 +34,10 @@ def make_records(languages: tuple[str, ...] = ("en",)) -> list[CaptionedImage]:
             image=None,
             name=thing,
             group_id=thing,
-            captions=(f"{lang}: a {thing} by the {THINGS[number - 1]}", f"the red {thing} in {lang}"),
+            captions=(
+                f"{lang}: a {thing} by the {THINGS[number - 1]}",
+                f"the red {thing} in {lang}",
+            ),
             lang=lang,
         )
         for lang in languages
@@ -68,18 +74,25 @@ def plant(llm: PreTrainedModel) -> None:
 def test_the_layer_that_makes_pairs_equal_is_found() -> None:
     llm = tiny_llm(vocabulary_size=len(tiny_tokenizer(begins=False)), num_layers=4)
     plant(llm)
-    records = [
-        CaptionedImage(image=None, name=letter, group_id=letter, captions=captions)
-        for number, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-        if (captions := (f"{letter}{number % 10}{number % 7}#", f"{letter}{number % 3}{number % 9}#"))
-    ]
+    records = []
+    for number, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
+        captions = f"{letter}{number % 10}{number % 7}#", f"{letter}{number % 3}{number % 9}#"
+        records.append(CaptionedImage(None, letter, letter, captions))
     config = ChooseLayerConfig(prompt="none", bidirectional=False, text_pooling="last_token")
     found = choose_layer((llm, tiny_tokenizer(begins=False)), records, config)
-    assert [one.cra for one in found.scores[:2]] == [0, 1]  # at first, all last tokens are equal
-    assert max(one.cra for one in found.scores[2:]) < 0.3
+    assert [one.cra["value"] for one in found.scores[:2]] == [
+        0,
+        1,
+    ]  # at first, all last tokens are equal
+    assert max(one.cra["value"] for one in found.scores[2:]) < 0.3
     assert (found.best.layer, found.lowest_alike.layer) == (2, 2)
-    assert [one.behind_low > 0 for one in found.scores] == [True, False, True, True]
+    assert [one.is_alike for one in found.scores] == [False, True, False, False]
     assert [one.compute for one in found.scores] == [0.25, 0.5, 0.75, 1]
+
+
+def measure_pairs(encode: Callable[[list[str]], Tensor], pairs: list[tuple[str, ...]]) -> float:
+    groups = [CaptionGroup(str(row), pair) for row, pair in enumerate(pairs)]
+    return measure_caption_retrieval(encode, groups)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -104,18 +117,17 @@ def test_scores_are_those_of_models_that_were_built_with_each_layer(family: str)
             BuildConfig(**shared, text_layers=number),
         )
 
-        def measure(pairs: list[tuple[str, str]]) -> float:
-            groups = [CaptionGroup(str(row), pair) for row, pair in enumerate(pairs)]
-            return measure_caption_retrieval(
-                lambda texts: encode_texts(model, processor, texts, project=False), groups  # noqa: B023
-            )
-
-        assert alone.scores[number - 1].cra == measure([captions["de", one] for one in THINGS])
+        encode = partial(encode_texts, model, processor, project=False)
+        assert alone.scores[number - 1].cra["value"] == measure_pairs(
+            encode, [captions["de", one] for one in THINGS]
+        )
         translations = (
-            measure([(captions[lang, one][0], captions["en", one][0]) for one in THINGS])
+            measure_pairs(
+                encode, [(captions[lang, one][0], captions["en", one][0]) for one in THINGS]
+            )
             for lang in ("de", "fr")
         )
-        assert across.scores[number - 1].cra == pytest.approx(sum(translations) / 2)
+        assert across.scores[number - 1].cra["value"] == pytest.approx(sum(translations) / 2)
 
 
 def test_the_command_prints_how_to_build_with_the_best_layer(

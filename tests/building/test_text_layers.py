@@ -124,7 +124,7 @@ def test_layers_that_depend_on_their_number_are_refused(
 
 def test_more_layers_than_there_are_and_a_lora_of_more_layers_are_refused(tmp_path: Path) -> None:
     folder = save_llm(tmp_path / "llm", tall_llm())
-    with pytest.raises(ValueError, match="llm has 3 layers, so it cannot keep 4. Set text_layers"):
+    with pytest.raises(ValueError, match=r"llm has 3 layers, so it cannot keep 4\. Set text_"):
         load_text_tower(folder, num_layers=4)
     adapted = get_peft_model(tall_llm(), LoraConfig(r=2, target_modules=["q_proj"]))
     for name, parameter in adapted.named_parameters():
