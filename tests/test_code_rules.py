@@ -44,9 +44,9 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3110,
-    "building": 1390,
-    "cli": 1960,
-    "configs": 810,
+    "building": 1650,
+    "cli": 2020,
+    "configs": 820,
     "conversion": 1050,
     "data": 5980,
     "demo": 130,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5100,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 287, 8060
+MOST_FILES, MOST_DOCSTRING_LINES = 290, 8150
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
