@@ -30,7 +30,8 @@ def cut_layers(text_model: PreTrainedModel, num_layers: int) -> None:
     uncut, layers = copy.deepcopy(text_model.config), list_layers(text_model)
     cut_config(text_model.config, num_layers, "The LLM")
     del layers[num_layers:]
-    require_same_states(text_model, uncut, "The LLM")
+    for config in (uncut, text_model.config):  # what it was, and what a saved one loads as
+        require_same_states(text_model, config, "The LLM")
 
 
 def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) -> None:
