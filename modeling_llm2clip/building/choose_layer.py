@@ -56,7 +56,7 @@ class LayerScore:
 
     @property
     def is_alike(self) -> bool:
-        """Whether it does not differ from the best layer with 95 % confidence."""
+        """True unless it differs from the best layer with 95 % confidence."""
         return self.behind["low"] <= 0
 
 
