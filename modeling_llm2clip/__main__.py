@@ -14,6 +14,7 @@ from ._extras import MissingExtraError
 from ._library_warnings import hide_known_warnings
 from .cli.align import align
 from .cli.build import build
+from .cli.choose_layer import choose_layer
 from .cli.command import Command, CommandLine, UsageError
 from .cli.convert import convert
 from .cli.demo import demo
@@ -40,7 +41,7 @@ LINE = CommandLine(
     "llm2clip",
     [
         index, search, tag, score, embed, serve, evaluate, doctor,
-        train, build, finetune_llm, extract, merge_store, align, interpolate,
+        train, build, choose_layer, finetune_llm, extract, merge_store, align, interpolate,
         export, push, convert,
         demo, env,
     ],

@@ -44,9 +44,9 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3140,
-    "building": 1440,
-    "cli": 1980,
-    "configs": 830,
+    "building": 1720,
+    "cli": 2020,
+    "configs": 840,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5400,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 290, 8220
+MOST_FILES, MOST_DOCSTRING_LINES = 293, 8310
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

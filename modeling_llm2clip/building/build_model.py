@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configs.build_config import DEFAULT_PROJECTION_DIM, BuildConfig
+from ..configs.build_config import DEFAULT_PROJECTION_DIM, BuildConfig, TextTowerConfig
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
@@ -27,6 +27,7 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
 from .prompts import derive_prompt, resolve_template, write_prompt
+from .text_layers import cut_layers
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
     measure_text_width,
@@ -101,7 +102,8 @@ def join_towers(
     Args:
         vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
-            and its tokenizer. A LoRA is merged into a loaded LLM in place.
+            and its tokenizer. A LoRA is merged into a loaded LLM, and its upper layers are
+            removed, in place.
         config: How they are joined; its `dtype` is that of towers that are loaded here.
 
     Returns:
@@ -111,7 +113,8 @@ def join_towers(
         ValueError: No prompt is chosen; the projection of a tower without a text encoder is to be
             kept, or at another width; a source does not exist, which is reported before any is
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
-            tower cannot take the image size, or samples at random; the LoRA is for another LLM;
+            tower cannot take the image size, or samples at random; the LLM has fewer layers than
+            are to be kept, or cannot be cut; the LoRA is for another LLM, or for more layers;
             the LLM's family cannot be made bidirectional, or kept causal; or the configuration of a
             tower does not describe its network, so that it would load as another one.
 
@@ -127,22 +130,17 @@ def join_towers(
     require_sources(vision=vision_name, text=text_name, lora=config.lora)
     if config.tokenizer_code is not None and text_name is not None:
         require_pinned(text_name, config.tokenizer_code)
-    dtype = getattr(torch, config.dtype)
     kept = load_shared_projection(vision_name, config) if config.keep_projection else None
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
         require_pixels_alone(vision_model)
     else:
         vision_model, image_processor = load_vision_tower(
-            vision, dtype=dtype, allow_missing_pooler=config.vision_pooling != "pooler"
+            vision,
+            dtype=getattr(torch, config.dtype),
+            allow_missing_pooler=config.vision_pooling != "pooler",
         )
-    if isinstance(text, tuple):
-        text_model, tokenizer = text
-        require_own_tokenizer(text_model.config, tokenizer, "The LLM")
-    else:
-        text_model, tokenizer = load_text_tower(
-            text, dtype=dtype, tokenizer_code=config.tokenizer_code
-        )
+    text_model, tokenizer = take_text_tower(text, config, num_layers=config.text_layers)
     if config.lora is not None:
         merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
     if kept is not None:
@@ -151,6 +149,24 @@ def join_towers(
     if kept is not None:
         model.visual_projection.weight.data.copy_(kept)
     return model, processor
+
+
+def take_text_tower(
+    text: TextSource, config: TextTowerConfig, *, num_layers: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an LLM and its tokenizer, or take loaded ones; of `num_layers`, or of all layers."""
+    if not isinstance(text, tuple):
+        return load_text_tower(
+            text,
+            dtype=getattr(torch, config.dtype),
+            tokenizer_code=config.tokenizer_code,
+            num_layers=num_layers,
+        )
+    text_model, tokenizer = text
+    require_own_tokenizer(text_model.config, tokenizer, "The LLM")
+    if num_layers is not None:
+        cut_layers(text_model, num_layers)
+    return text_model, tokenizer
 
 
 def configure_model(

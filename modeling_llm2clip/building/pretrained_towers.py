@@ -71,14 +71,15 @@ def fetch_embedded(
 ) -> tuple[str, str, BuildConfig]:
     """Replace the name "embedded" by the folders of the package's own towers.
 
-    The language model comes with its fine-tuned LoRA and its prompt, unless others are given.
+    The language model comes with its prompt and the LoRA that was fine-tuned with all of its
+    layers, unless others are given.
     """
     if vision_model == EMBEDDED:
         vision_model = str(fetch_tower(EFFICIENTNET))
     if text_model == EMBEDDED:
         text_model = str(fetch_tower(SMOLLM2))
         config = replace(config, accept_lora_base=config.accept_lora_base or SMOLLM2_BASE)
-        if config.lora is None and config.bidirectional:
+        if config.lora is None and config.bidirectional and config.text_layers is None:
             config = replace(config, lora=find_example_data() / "caption_lora")
         if config.prompt_prefix is None and config.prompt_suffix is None:
             config = replace(config, prompt=config.prompt or "chatml")

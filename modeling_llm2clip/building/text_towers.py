@@ -7,6 +7,7 @@ processors is never run, because what it makes cannot be saved without it.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -26,6 +27,7 @@ from transformers import (
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import load_without_code, naming_code
+from .text_layers import cut_config, require_same_states
 from .vision_towers import forget_origin, load_part, naming, takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
@@ -45,13 +47,14 @@ def load_text_tower(
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer_code: str | None = None,
+    num_layers: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
     model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
     commit at which the code of its tokenizer is run, and everything else is read; None to run no
-    code.
+    code. With `num_layers` only the first layers are loaded.
     """
     if tokenizer_code is not None:
         require_pinned(source, tokenizer_code)
@@ -66,7 +69,7 @@ def load_text_tower(
     tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
-    model = _load_decoder(name, config, source, dtype=dtype, **where)
+    model = _load_decoder(name, config, source, num_layers, dtype=dtype, **where)
     # A GGUF file's weights are plain numbers after loading; the mark would break saving.
     for holder in (model, model.config):
         for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
@@ -178,13 +181,23 @@ def _load_tokenizer(
 
 
 def _load_decoder(
-    name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
+    name: str | Path,
+    config: PreTrainedConfig,
+    source: str | Path,
+    num_layers: int | None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
     text_config = config.get_text_config(decoder=True)
-    decoder, missing = load_part(name, config, text_config, source, **settings)
+    uncut, above = copy.deepcopy(text_config), range(0)
+    if num_layers is not None:
+        cut_config(text_config, num_layers, source)
+        above = range(num_layers, uncut.num_hidden_layers)
+    decoder, missing = load_part(name, config, text_config, source, above=above, **settings)
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
+    if num_layers is not None:
+        require_same_states(decoder, uncut, source)
     return decoder
 
 

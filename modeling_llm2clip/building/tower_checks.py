@@ -30,7 +30,7 @@ from ..vision_llm2clip import find_patches, find_width, pool_vision, require_res
 
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
-_MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
+MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 # A causal position does not move at all. A bidirectional one moves by far more than rounding.
 _LEAST_MOVE = 1e-4
 # One layer alone: how far tokens move with a later one, relative to how far with an earlier one.
@@ -61,8 +61,8 @@ _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shape
 def measure_text_width(text_model: PreTrainedModel) -> int:
     """Return the width of a text tower's hidden states, which its configuration may not state."""
     try:
-        return _run(text_model, _make_texts(text_model)[0], num_pads=0).shape[-1]
-    except _MODEL_ERRORS as error:
+        return run_texts(text_model, make_texts(text_model)[0]).shape[-1]
+    except MODEL_ERRORS as error:
         raise ValueError(
             f"The {text_model.config.model_type!r} tower gives no hidden states of tokens: its "
             f"forward pass fails ({type(error).__name__}: {error}). Take another LLM."
@@ -95,15 +95,15 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
     In a bidirectional tower the first token must change, in a causal one no other may. Each layer
     of a bidirectional one is also tested alone, because it can mask a causal one.
     """
-    ids, changed = _make_texts(text_model)
-    layers = _list_layers(text_model) if bidirectional else nn.ModuleList()
+    ids, changed = make_texts(text_model)
+    layers = list_layers(text_model) if bidirectional else nn.ModuleList()
     errors = []
     plain: Tensor | None = None
     for num_pads, name in _PADDINGS:
         with _LayerCheck(layers) as check:
-            before = _run(text_model, ids, num_pads=num_pads)
+            before = run_texts(text_model, ids, num_pads=num_pads)
         plain = before if plain is None else plain
-        after = _run(text_model, changed, num_pads=num_pads)
+        after = run_texts(text_model, changed, num_pads=num_pads)
         moved = list(map(_relative, before[0, :-1], after[0, :-1]))
         if not bidirectional:
             if not max(moved) <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
@@ -134,7 +134,7 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
     """Refuse a text tower that is not bidirectional, or not causal, on every path."""
     try:
         errors = find_direction_errors(text_model, bidirectional=bidirectional)
-    except _MODEL_ERRORS as error:  # of a family that relies on its causal mask
+    except MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
         raise ValueError(
@@ -145,7 +145,7 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
         )
 
 
-def _make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Make the ids of a text, (1, L), and of one with another last token."""
     ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
     ids = ids % text_model.config.vocab_size
@@ -227,7 +227,7 @@ def _run_changed(
 
 def _is_of_tokens(value: Any) -> bool:
     """Return whether it is, or begins with, floating-point states of the tokens, (…, L, D)."""
-    hidden = _take_hidden(value)
+    hidden = take_hidden(value)
     is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim >= 2
     return is_tensor and hidden.shape[-2] >= _LENGTH
 
@@ -239,13 +239,13 @@ def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
     """
     base = 0.0 if residual is None else residual.float()
     before, after = (
-        (_take_hidden(output).float() - base)[..., 1 : _LENGTH - 1, :].unbind(-2)
+        (take_hidden(output).float() - base)[..., 1 : _LENGTH - 1, :].unbind(-2)
         for output in (first, second)
     )
     return max(map(_relative, before, after))
 
 
-def _list_layers(text_model: nn.Module) -> nn.ModuleList:
+def list_layers(text_model: nn.Module) -> nn.ModuleList:
     """Find the decoder's layers, under any name; empty where there is no such list."""
     config: Any = text_model.config
     count = getattr(config, "num_hidden_layers", None)
@@ -253,12 +253,14 @@ def _list_layers(text_model: nn.Module) -> nn.ModuleList:
     return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
 
 
-def _take_hidden(output: Any) -> Tensor:
+def take_hidden(output: Any) -> Tensor:
+    """Return the hidden states of what a layer returns."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
-def _run(text_model: PreTrainedModel, ids: Tensor, *, num_pads: int) -> Tensor:
+def run_texts(text_model: PreTrainedModel, ids: Tensor, *, num_pads: int = 0) -> Tensor:
+    """Return the last hidden states of the first tokens, of texts that are padded on the right."""
     mask = torch.ones_like(ids)
     if num_pads:
         ids = torch.nn.functional.pad(ids, (0, num_pads))
@@ -295,7 +297,7 @@ def require_pixels_alone(vision_model: PreTrainedModel) -> None:
 def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
     try:
         yield
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise ValueError(
             f"The {config.model_type!r} tower cannot be used as it is built here: its forward pass "
             f"fails ({type(error).__name__}: {error}). Choose another vision pooling, or take "
@@ -380,7 +382,7 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
             state_dict=model.state_dict(),
             dtype=model.dtype,
         )
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise ValueError(
             f"The model could not be loaded again: {error} The configuration of a tower does not "
             f"describe its network. {_OWN_TOWERS}"

@@ -31,7 +31,8 @@ from ..configs.build_config import BuildConfig
 from ..encoding.clip_texts import read_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
-from .tower_checks import require_pixels_alone
+from .text_layers import KEEP_ALL
+from .tower_checks import list_layers, require_pixels_alone
 
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
@@ -186,21 +187,32 @@ def load_part(
     config: PreTrainedConfig,
     part_config: PreTrainedConfig,
     source: str | Path,
+    *,
+    above: range = range(0),
     **settings: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the part of a model that has this configuration, which may be all of it.
 
     Returns the part and the names of its weights that the source lacks. Weights that the part does
-    not read are refused.
+    not read are refused, but for its layers of the numbers `above`, which it leaves out.
     """
+    if above:
+        settings["ignore_mismatched_sizes"] = True  # they are named below
     # As the whole, because only its class knows how published weights of the parts are named.
     whole, info = load_with_account(find_tower_class(config), name, config=config, **settings)
+    if misshapen := sorted(key for key, *_ in info["mismatched_keys"]):
+        raise ValueError(
+            f"{source} cannot be cut to {above.start} layers: {misshapen[:_NAMES_SHOWN]} would be "
+            f"of another shape, as weights that have a part for each layer. {KEEP_ALL}"
+        )
     part, prefix = whole, ""
     if part_config is not config:
         with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
             wanted = type(build_tower(part_config))
         prefix, part = _find_part(whole, wanted, source)
         part.config._name_or_path = whole.config._name_or_path
+    if above:
+        _account_for_layers(whole, part, above, info)
     if part_config.model_type != "timm_wrapper":  # in which a head left out is still a module
         _refuse_unread_weights(whole, part, info, source)
     return part, sorted(key for key in info["missing_keys"] if key.startswith(prefix))
@@ -216,6 +228,17 @@ def _find_part(
         f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
         "configuration promises. Give the tower alone."
     )
+
+
+def _account_for_layers(
+    whole: PreTrainedModel, part: PreTrainedModel, above: range, info: dict[str, Any]
+) -> None:
+    """Remove the weights of layers that a part leaves out from the unexpected keys, in place."""
+    layers = list_layers(part)
+    places = [name for name, module in whole.named_modules() if module is layers]
+    left_out = [f".{place}.{number}." for place in places for number in above]
+    unread = info["unexpected_keys"]
+    info["unexpected_keys"] = {k for k in unread if not any(one in f".{k}" for one in left_out)}
 
 
 def _refuse_unread_weights(

@@ -37,8 +37,8 @@ WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig(DeviceConfig):
-    """Options of `build_model`, which joins a vision tower and a language model."""
+class TextTowerConfig(DeviceConfig):
+    """How a language model becomes a text tower."""
 
     prompt: Prompt | None = None
     """Prompt around every caption. No default: give this, or `prompt_prefix` and
@@ -47,17 +47,41 @@ class BuildConfig(DeviceConfig):
     """Text before every caption, instead of `prompt`. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`. Default: none."""
-    projection_dim: Annotated[int, Interval(ge=1)] | None = None
-    """Width of the shared embedding space. Default: 512, or that of `keep_projection`."""
-    keep_projection: bool = False
-    """Keep the image projection of a CLIP or SigLIP, so that images stay in the space that they
-    share with its own text encoder, which the text side can inherit (align --inherit-from)."""
     max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens of a text, prompt included."""
     bidirectional: bool = True
     """Let every token attend to every other token; False keeps the LLM causal, as a baseline."""
     text_pooling: TextPooling = "mean"
     """Embedding of a text: the mean of its tokens, or its last token."""
+    tokenizer_code: str | None = None
+    """Commit of the LLM's Hub repository whose tokenizer code may run. Default: none runs."""
+    dtype: WeightDtype = "float32"
+    """Dtype of the weights."""
+
+    def _find_conflicts(self) -> Iterator[str]:
+        if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
+            yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+
+    def require_prompt(self) -> None:
+        """Raise ValueError where no prompt is chosen."""
+        if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
+            raise ValueError(
+                f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
+                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(TextTowerConfig):
+    """Options of `build_model`, which joins a vision tower and a language model."""
+
+    text_layers: Annotated[int, Interval(ge=1)] | None = None
+    """Layers of the language model to keep, from the first. Default: all."""
+    projection_dim: Annotated[int, Interval(ge=1)] | None = None
+    """Width of the shared embedding space. Default: 512, or that of `keep_projection`."""
+    keep_projection: bool = False
+    """Keep the image projection of a CLIP or SigLIP, so that images stay in the space that they
+    share with its own text encoder, which the text side can inherit (align --inherit-from)."""
     vision_pooling: VisionPooling = "pooler"
     """Embedding of an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
     registers included), or the mean of the patches."""
@@ -76,26 +100,26 @@ class BuildConfig(DeviceConfig):
     """LoRA of a fine-tuned LLM to merge: Hub id or folder. Default: none."""
     accept_lora_base: str | None = None
     """Name that the LoRA uses for this LLM. Default: the LLM's own name."""
-    tokenizer_code: str | None = None
-    """Commit of the LLM's Hub repository whose tokenizer code may run. Default: none runs."""
-    dtype: WeightDtype = "float32"
-    """Dtype of the weights."""
     seed: Seed = 0
     """Seed of the text adapter and the projections, which are initialized at random."""
 
     def _find_conflicts(self) -> Iterator[str]:
-        if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
-            yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+        yield from super()._find_conflicts()
         if self.keep_projection and self.vision_pooling != "pooler":
             yield (
                 "keep_projection keeps what follows the tower's pooler, and "
                 f"vision_pooling={self.vision_pooling} takes another embedding. Choose pooler."
             )
 
-    def require_prompt(self) -> None:
-        """Raise ValueError where no prompt is chosen."""
-        if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
-            raise ValueError(
-                f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
-                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it."
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseLayerConfig(TextTowerConfig):
+    """Options of `choose_layer`."""
+
+    languages: tuple[str, ...] = ()
+    """Languages to read. In one, two captions of an image are a pair; of several, a caption and
+    its translation into the first. Default: all, the first of which is English if there is any."""
+    num_images: Annotated[int, Interval(ge=2)] = 1000
+    """Maximum number of images, chosen at random. More of them make each score lower."""
+    seed: Seed = 0
+    """Seed of the choice of images."""

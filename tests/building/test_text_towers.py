@@ -155,6 +155,17 @@ def test_a_quantized_gguf_file_is_saved_as_an_ordinary_model(
     assert again.config._name_or_path == "saved"  # a name, and no path of this machine
 
 
+def test_of_a_gguf_file_the_first_layers_are_kept(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    tall = tiny_llm(vocabulary_size=len(tiny_tokenizer()), num_layers=3)
+    file = write_gguf(tmp_path / "tiny.gguf", tall, tiny_tokenizer())
+    loaded, _ = load_text_tower(file, num_layers=2)
+    wanted = tall.state_dict()
+    assert loaded.config.num_hidden_layers == 2
+    assert set(loaded.state_dict()) == {name for name in wanted if "layers.2." not in name}
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+
+
 # Models without a language model
 
 
@@ -203,6 +214,9 @@ def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path:
     save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
     loaded, tokenizer = load_text_tower(tmp_path)
     assert loaded.config.model_type == "gemma3_text"
+    first, _ = load_text_tower(tmp_path, num_layers=1)
+    assert (first.config.num_hidden_layers, len(first.config.layer_types)) == (1, 1)
+    assert not any("layers.1." in name for name in first.state_dict())
     wanted = whole.state_dict()
     assert set(loaded.state_dict()) == set(wanted)
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())

@@ -192,6 +192,7 @@ BLOCKED_RUNS = [
     (["timm"], "build TIMM gone new --prompt none", "timm"),
     (["gguf"], "build PLAIN gone.gguf new --prompt none", "gguf"),
     (["peft"], "build PLAIN gone new --prompt none --lora gone", "train"),
+    (["gguf"], "choose-layer gone.gguf DATA --prompt none", "gguf"),
     (["timm"], "convert gone new --source-format eva02 --text-model gone", "timm"),
     (["timm"], "convert gone new --source-format siglip2 --text-model gone", "timm"),
     (["timm"], "convert gone new --source-format llm2vec --vision-model TIMM", "timm"),

@@ -125,6 +125,7 @@ _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 _LLM_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "phi": {"partial_rotary_factor": 0.5},
     "llama4_text": {
         "attention_chunk_size": 8,
@@ -206,14 +207,17 @@ def tiny_llm(
     *,
     vocabulary_size: int = VOCABULARY_SIZE,
     hidden_size: int = _TRANSFORMER_SIZE["hidden_size"],
+    num_layers: int = _TRANSFORMER_SIZE["num_hidden_layers"],
     seed: int = 0,
+    **others: Any,
 ) -> PreTrainedModel:
     """Build a causal decoder without its head; see `LLM_FAMILIES` and `_LLM_EXTRAS`."""
     grouped = {} if family == "phi" else {"num_key_value_heads": 2}
     config = AutoConfig.for_model(
         family,
-        **{**_TRANSFORMER_SIZE, "hidden_size": hidden_size},
+        **{**_TRANSFORMER_SIZE, "hidden_size": hidden_size, "num_hidden_layers": num_layers},
         **grouped,
+        **others,
         **({"head_dim": 8} if family.startswith(("gemma", "qwen3")) else {}),
         **_LLM_EXTRAS.get(family, {}),
         intermediate_size=64,

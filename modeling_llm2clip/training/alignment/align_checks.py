@@ -75,8 +75,8 @@ def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
         raise ValueError(
             f"{teacher.folder} has the teacher's embeddings of other captions than "
             f"{captions.folder}, in another order, or with another number of sentence views (data "
-            f"{found[0]}, {found[1]} views; wanted {wanted[0]}, {wanted[1]}). Extract both from the "
-            f"same data ({_EXTRACT_TEACHER})."
+            f"{found[0]}, {found[1]} views; wanted {wanted[0]}, {wanted[1]}). Extract both from "
+            f"the same data ({_EXTRACT_TEACHER})."
         )
     if teacher.manifest.counts[TOO_LONG] == teacher.manifest.num_rows:
         raise ValueError(

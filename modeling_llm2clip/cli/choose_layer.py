@@ -1,0 +1,86 @@
+"""`llm2clip choose-layer`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from .._extras import require
+from ..configs.build_config import ChooseLayerConfig, TextTowerConfig
+from ..configs.data_config import DataConfig
+from .command import command
+from .options import (
+    list_needs_of_towers,
+    read_captioned_images,
+    report,
+    report_truncated,
+    require_data,
+    use_device,
+)
+
+
+@command(
+    group="Train",
+    examples=(
+        "llm2clip choose-layer meta-llama/Llama-3.2-1B-Instruct my-images --prompt llama-3",
+        "llm2clip choose-layer llm.gguf my-images --prompt chatml --output layers.json",
+    ),
+)
+def choose_layer(
+    text_model: str,
+    data: str,
+    /,
+    *,
+    output: Path | None = None,
+    reading: DataConfig,
+    config: ChooseLayerConfig,
+) -> int:
+    """Measures which layer of a language model should be the last one of a text tower.
+
+    Two captions of an image, or a caption and its translation, are to find each other (CRA).
+
+    Args:
+        text_model: Hub id, folder or .gguf file of a language model.
+        data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar, COCO
+            *.json, or shards at URLs.
+        output: New JSON file for the scores. Default: none.
+        reading: How the data are read.
+        config: How the model becomes a text tower, and which texts are compared.
+    """
+    from ..data.atomic_files import require_new_file, write_atomically
+    from ..model_folders.model_folder import require_sources
+
+    if output is not None:
+        require_new_file(output)
+    require(*list_needs_of_towers(None, text_model, None))
+    config.require_prompt()
+    require_sources(text=text_model)
+    require_data(data, reading)
+    use_device(config.device)
+    from ..building.choose_layer import choose_layer as run
+
+    found = run(text_model, read_captioned_images(data, reading, require_images=False), config)
+    report_truncated(found.num_truncated, found.num_texts, "text", longest=config.max_text_length)
+    report(f"Images compared, by language: {dict(found.num_pairs)}.")
+    best, alike = found.best, found.lowest_alike
+    print(f"{found}\nThe best layer is {best.layer}, of {best.compute:.0%} of the work. The lowest "
+          f"that does not differ from it is {alike.layer}, of {alike.compute:.0%}.")  # fmt: skip
+    if output is not None:
+        content = {"text_model": text_model, **asdict(config), "best": best.layer, **asdict(found)}
+        write_atomically(output, json.dumps(content, indent=2).encode())
+    print(f"Next: {_suggest_build(text_model, best.layer, config)}")
+    return 0
+
+
+def _suggest_build(text_model: str, layer: int, config: ChooseLayerConfig) -> str:
+    """Return the command that builds a model with a layer as the last one."""
+    words = ["llm2clip", "build", "VISION_MODEL", text_model, "OUTPUT", "--text-layers", str(layer)]
+    for field in fields(TextTowerConfig):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
+        if value is False:
+            words.append(flag.replace("--", "--no-", 1))
+        elif value != field.default:
+            words += [flag, str(value)]
+    return shlex.join(words)
