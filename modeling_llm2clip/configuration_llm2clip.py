@@ -21,7 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FORMAT_VERSION = 3
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
-TEXT_POOLINGS = ("mean", "last_token")
+TEXT_POOLINGS = ("mean", "last_token", "cls", "full_mean", "weighted_mean")
+# As sentence-transformers pools by default.
+_POOL_PROMPT = ("cls", "full_mean", "weighted_mean")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
@@ -43,12 +45,17 @@ class LLM2CLIPConfig(PreTrainedConfig):
             `config.json`; a dictionary needs its `model_type`.
         text_config: Configuration of the LLM, likewise.
         projection_dim: Width of the space that images and texts share.
-        text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
-            Some LLMs (EmbeddingGemma 2) project to another width.
+        text_width: Width of the caption embeddings; None for the LLM's `hidden_size`. Some LLMs
+            (EmbeddingGemma 2) project to another width.
+        text_dense_width: Width of the pooled hidden states, where a linear layer maps them to
+            `text_width`, as an embedder's Dense modules do; None without one.
         bidirectional: Whether every caption token attends to every other. Also written to
             `text_config.is_causal`, which transformers' attention reads.
-        text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them.
-        prompt_prefix_ids: Token ids before every caption; attended to, not pooled.
+        text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them. For embedders
+            that pool the prompt's prefix too: the first token (`"cls"`), the mean of all tokens
+            (`"full_mean"`), or the mean weighted by position (`"weighted_mean"`).
+        prompt_prefix_ids: Token ids before every caption; attended to, and pooled by the last
+            three poolings alone.
         prompt_suffix_ids: Token ids after every caption; attended to and pooled.
         prompt_suffix_ends_special: Whether the last suffix id is a special token of the
             tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
@@ -91,6 +98,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         *,
         projection_dim: int = 512,
         text_width: int | None = None,
+        text_dense_width: int | None = None,
         bidirectional: bool = True,
         text_pooling: str = "mean",
         prompt_prefix_ids: Sequence[int] = (),
@@ -124,6 +132,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.text_config = _tower_config(text_config, name="text_config")
         self.projection_dim = projection_dim
         self.text_width = self.text_config.hidden_size if text_width is None else text_width
+        self.text_dense_width = text_dense_width
         self.bidirectional = bidirectional
         self.text_pooling = text_pooling
         self.prompt_prefix_ids = [int(i) for i in prompt_prefix_ids]
@@ -198,6 +207,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.require_loadable()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    @property
+    def num_unpooled(self) -> int:
+        """Number of tokens at the beginning of each text that are not pooled."""
+        return 0 if self.text_pooling in _POOL_PROMPT else len(self.prompt_prefix_ids)
+
     def require_loadable(self) -> None:
         """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
 
@@ -270,6 +284,7 @@ def _is_text_by_name(value: Any) -> bool:
 
 # Types are never converted: in Python, "false" is true and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
+_WIDTH = ("an integer or None", lambda value: value is None or _is_integer(value))
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _IDS = (
     "a list of token ids",
@@ -277,7 +292,8 @@ _IDS = (
 )
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "projection_dim": _INTEGER,
-    "text_width": ("an integer or None", lambda value: value is None or _is_integer(value)),
+    "text_width": _WIDTH,
+    "text_dense_width": _WIDTH,
     "bidirectional": _BOOLEAN,
     "prompt_prefix_ids": _IDS,
     "prompt_suffix_ids": _IDS,

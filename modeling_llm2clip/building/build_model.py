@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configs.build_config import BuildConfig
+from ..configs.build_config import OWN_PROMPT, BuildConfig
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
@@ -25,9 +26,11 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
-from .prompts import derive_prompt, resolve_template, write_prompt
+from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_prompt
+from .text_embedders import TextEmbedder, read_embedder
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
+    find_direction_errors,
     measure_text_width,
     require_deterministic,
     require_direction,
@@ -99,7 +102,9 @@ def join_towers(
     Args:
         vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
-            and its tokenizer. A LoRA is merged into a loaded LLM in place.
+            and its tokenizer. A LoRA is merged into a loaded LLM in place. With the prompt `own`,
+            Hub id or folder of a sentence-transformers model, whose embeddings
+            `get_caption_embeds` then returns.
         config: How they are joined; its `dtype` is that of towers that are loaded here.
 
     Returns:
@@ -109,8 +114,10 @@ def join_towers(
         ValueError: No prompt is chosen; a source does not exist, which is reported before any is
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
             tower cannot take the image size, or samples at random; the LoRA is for another LLM;
-            the LLM's family cannot be made bidirectional, or kept causal; or the configuration of a
-            tower does not describe its network, so that it would load as another one.
+            the LLM's family cannot be made bidirectional, or kept causal; the configuration of a
+            tower does not describe its network, so that it would load as another one; or an
+            embedder cannot be repeated exactly.
+        MissingExtraError: The prompt is `own`, and sentence-transformers is not installed.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -125,6 +132,11 @@ def join_towers(
     if config.tokenizer_code is not None and text_name is not None:
         require_pinned(text_name, config.tokenizer_code)
     dtype = getattr(torch, config.dtype)
+    embedder = None
+    if config.prompt == OWN_PROMPT:
+        if text_name is None:
+            raise ValueError("prompt=own needs the folder or Hub id of an embedder, not its parts.")
+        embedder = read_embedder(text_name, config)
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
         require_pixels_alone(vision_model)
@@ -137,11 +149,14 @@ def join_towers(
         require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     else:
         text_model, tokenizer = load_text_tower(
-            text, dtype=dtype, tokenizer_code=config.tokenizer_code
+            text,
+            dtype=dtype,
+            tokenizer_code=config.tokenizer_code,
+            is_embedder=embedder is not None,
         )
     if config.lora is not None:
         merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
-    return _join(vision_model, image_processor, text_model, tokenizer, config)
+    return _join(vision_model, image_processor, text_model, tokenizer, config, embedder)
 
 
 def configure_model(
@@ -151,17 +166,25 @@ def configure_model(
     config: BuildConfig,
     *,
     text_width: int | None = None,
+    embedder: TextEmbedder | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
     The LLM's configuration is changed in place. `text_width` is the width of the hidden states that
     the LLM returns; None for its `hidden_size`.
     """
-    template = resolve_template(
-        tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
-    )
-    prompt = derive_prompt(tokenizer, template)
-    tokenizer = write_prompt(tokenizer, prompt, max_length=config.max_text_length)
+    max_text_length, pooling, dense_width = config.max_text_length, config.text_pooling, None
+    if embedder is None:
+        template = resolve_template(
+            tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
+        )
+        prompt = derive_prompt(tokenizer, template)
+    else:
+        prompt = derive_own_prompt(tokenizer, embedder.prompt)
+        max_text_length, pooling = embedder.max_length, embedder.pooling
+        if embedder.dense is not None:
+            text_width, dense_width = embedder.dense[0].shape
+    tokenizer = write_prompt(tokenizer, prompt, max_length=max_text_length)
     # The saved tokenizer decides: writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
@@ -172,12 +195,13 @@ def configure_model(
         text_config,
         projection_dim=config.projection_dim,
         text_width=text_width,
+        text_dense_width=dense_width,
         bidirectional=config.bidirectional,
-        text_pooling=config.text_pooling,
+        text_pooling=pooling,
         prompt_prefix_ids=prompt.prefix_ids,
         prompt_suffix_ids=prompt.suffix_ids,
         prompt_suffix_ends_special=ends_special,
-        max_text_length=config.max_text_length,
+        max_text_length=max_text_length,
         normalize_text_before_adapter=config.normalize_text_before_adapter,
         text_adapter_layers=config.text_adapter_layers,
         vision_pooling=config.vision_pooling,
@@ -192,19 +216,26 @@ def _join(
     text_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: BuildConfig,
+    embedder: TextEmbedder | None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     image_processor = set_normalization(image_processor, config.normalization)
     if config.image_size is not None:
         vision_model, image_processor = set_image_size(
             vision_model, image_processor, config.image_size
         )
+    if embedder is not None:
+        is_causal = not find_direction_errors(text_model, bidirectional=False)
+        config = replace(config, bidirectional=not is_causal)
     model_config, tokenizer = configure_model(
         vision_model.config,
         text_model.config,
         tokenizer,
         config,
         text_width=measure_text_width(text_model),
+        embedder=embedder,
     )
+    if embedder is not None:
+        embedder.add_dense(text_model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LLM2CLIPModel(model_config, vision_model, text_model)
@@ -212,10 +243,12 @@ def _join(
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32
     require_direction(model.text_model, bidirectional=config.bidirectional)
-    processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
+    processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)
     require_pooled_tokens(model, processor)
     require_loadable(model, processor)
+    if embedder is not None:
+        embedder.require_same_embeddings(model, processor)
     return model, processor
 
 

@@ -25,6 +25,8 @@ _SAMPLE_CAPTIONS = (
     "東京の夜景",
     "7 a",
 )
+# Others, which a prompt of plain text must not merge with either.
+_OWN_SAMPLES = ("(a)", '"Look!"', "-", "'s", "été")
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Prompt:
     Attributes:
         prefix_ids: Attended to, not pooled.
         suffix_ids: Attended to and pooled, as the official code pools its end-of-turn token.
+        joined: Text between prefix and caption that is tokenized with the caption.
     """
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
+    joined: str = ""
 
 
 def resolve_template(
@@ -79,13 +83,40 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
             f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
             "the prompt belongs to another family of models. Choose another prompt."
         )
-    pieces = {_split_around_caption(tokenizer, template, caption) for caption in _SAMPLE_CAPTIONS}
+    pieces = set()
+    for caption in _SAMPLE_CAPTIONS:
+        piece = _split_around_caption(tokenizer, template, caption)
+        if piece is None:
+            raise ValueError(
+                f"With the template {template!r} this tokenizer merges the caption {caption!r} "
+                "with its prompt. Put a special token or a newline next to {text}."
+            )
+        pieces.add(piece)
     if len(pieces) != 1:
         raise ValueError(
             f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
             f"but {sorted(pieces)[:3]}. Put a special token or a newline next to {{text}}."
         )
     return Prompt(*pieces.pop())
+
+
+def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """Find the ids that an embedder puts around any caption after a prompt of plain text.
+
+    The end of that text that shares tokens with captions, often a space, stays text.
+    """
+    for start in range(len(text), -1, -1):
+        joined = text[start:]
+        pieces = {
+            _split_around_caption(tokenizer, f"{text}{{text}}", caption, joined=joined)
+            for caption in (*_SAMPLE_CAPTIONS, *_OWN_SAMPLES)
+        }
+        if len(pieces) == 1 and (found := pieces.pop()) is not None:
+            return Prompt(*found, joined=joined)
+    raise ValueError(
+        f"With the prompt {text!r} this tokenizer puts no fixed tokens around a caption, so the "
+        "prompt cannot be saved in a tokenizer. Choose another prompt of the embedder."
+    )
 
 
 def write_prompt(
@@ -103,6 +134,8 @@ def write_prompt(
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend = _without_added_whitespace(backend)
     stripped = [normalizers.Strip()]
+    if prompt.joined:
+        stripped.append(normalizers.Prepend(prompt.joined))
     if backend.normalizer is not None:
         stripped.append(backend.normalizer)
     backend.normalizer = normalizers.Sequence(stripped)
@@ -171,19 +204,17 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _split_around_caption(
-    tokenizer: PreTrainedTokenizerBase, template: str, caption: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the ids before and after a caption; None where it is merged with its prompt."""
     whole = tokenizer(template.replace("{text}", caption))["input_ids"]
     if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:
         whole = whole[1:]  # the template's own beginning token doubled the tokenizer's
-    inner = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    inner = tokenizer(joined + caption, add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
             return tuple(whole[:start]), tuple(whole[start + len(inner) :])
-    raise ValueError(
-        f"With the template {template!r} this tokenizer merges the caption {caption!r} with its "
-        "prompt. Put a special token or a newline next to {text}."
-    )
+    return None
 
 
 def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -37,7 +37,8 @@ from .vision_towers import (
 
 _MARKS = ("bos_token_id", "eos_token_id")
 # Model types that have a text encoder of their own, which cannot take the place of an LLM.
-_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model", "bert", "roberta"}
+_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model"}
+_ENCODERS = {"bert", "roberta"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMES_SHOWN = 8
 _REMEDY = (
@@ -52,13 +53,14 @@ def load_text_tower(
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer_code: str | None = None,
+    is_embedder: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
     model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
     commit at which the code of its tokenizer is run, and everything else is read; None to run no
-    code.
+    code. An embedder may be an encoder, and may lack the weights of its pooler, which stay random.
     """
     if tokenizer_code is not None:
         require_pinned(source, tokenizer_code)
@@ -69,11 +71,11 @@ def load_text_tower(
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
         config = load_without_code(AutoConfig, name, **where)
-    require_decoder(config, source)
+    require_decoder(config, source, takes_encoders=is_embedder)
     tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
-    model = _load_decoder(name, config, source, dtype=dtype, **where)
+    model = _load_decoder(name, config, source, needs_pooler=not is_embedder, dtype=dtype, **where)
     # A GGUF file's weights are plain numbers after loading; the mark would break saving.
     for holder in (model, model.config):
         for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
@@ -83,7 +85,9 @@ def load_text_tower(
     return model.eval(), tokenizer
 
 
-def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
+def require_decoder(
+    config: PreTrainedConfig, source: str | Path, *, takes_encoders: bool = False
+) -> None:
     """Refuse a text encoder, a vision tower or a whole LLM2CLIP model in the LLM's place."""
     if config.model_type == LLM2CLIPConfig.model_type:
         raise ValueError(
@@ -91,10 +95,12 @@ def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
             "was built from; what fine-tuning taught that LLM comes with --lora."
         )
     config = config.get_text_config(decoder=True)
-    if config.model_type in _NOT_LLMS or takes_images(config):
+    refused = _NOT_LLMS if takes_encoders else _NOT_LLMS | _ENCODERS
+    if config.model_type in refused or takes_images(config):
         raise ValueError(
             f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
-            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
+            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like), or a "
+            "sentence-transformers model with --prompt own."
         )
 
 
@@ -185,7 +191,12 @@ def _load_tokenizer(
 
 
 def _load_decoder(
-    name: str | Path, config: PreTrainedConfig, source: str | Path, **settings: Any
+    name: str | Path,
+    config: PreTrainedConfig,
+    source: str | Path,
+    *,
+    needs_pooler: bool,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
     whole, info = load_with_account(AutoModel, name, config=config, **settings)
@@ -195,7 +206,11 @@ def _load_decoder(
         with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
             wanted = type(build_tower(text_config))
         prefix, decoder = _find_part(whole, wanted, source)
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    missing = sorted(
+        key
+        for key in info["missing_keys"]
+        if key.startswith(prefix) and (needs_pooler or "pooler" not in key)
+    )
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
     refuse_unread_weights(whole, decoder, info, source)

@@ -23,27 +23,39 @@ PROMPT_PRESETS = {
     "none": "{text}",
 }
 CHAT_TEMPLATE = "chat-template"
+# The text tower is a released embedder, which is kept as it is.
+OWN_PROMPT = "own"
 # In the place of a tower or of data: the one that the package brings, which needs no Hub.
 EMBEDDED = "embedded"
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
 ]
 PROMPT_NAMES: tuple[str, ...] = get_args(Prompt)
+BuildPrompt = Literal[Prompt, "own"]
 TextPooling = Literal["mean", "last_token"]
 VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
 Normalization = Literal["own", "openai", "half", "imagenet"]
 WeightDtype = Literal["float32", "bfloat16", "float16"]
+# Options that would change an embedder.
+_OF_LLMS = ("prompt_suffix", "bidirectional", "text_pooling", "lora", "tokenizer_code")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(DeviceConfig):
     """Options of `build_model`, which joins a vision tower and a language model."""
 
-    prompt: Prompt | None = None
+    prompt: BuildPrompt | None = None
     """Prompt around every caption. No default: give this, or `prompt_prefix` and
-    `prompt_suffix`."""
+    `prompt_suffix`. `own` keeps a sentence-transformers model as it is."""
+    prompt_name: str | None = None
+    """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
+    the one that the embedder uses by itself, mostly none."""
+    truncate_dim: Annotated[int, Interval(ge=1)] | None = None
+    """With prompt=own: first dimensions of its embeddings to keep (Matryoshka). Default: the
+    embedder's."""
     prompt_prefix: str | None = None
-    """Text before every caption, instead of `prompt`. Default: none."""
+    """Text before every caption, instead of `prompt`; with prompt=own instead of one of the
+    embedder's prompts. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`. Default: none."""
     projection_dim: Annotated[int, Interval(ge=1)] = 512
@@ -79,6 +91,14 @@ class BuildConfig(DeviceConfig):
     """Seed of the text adapter and the projections, which are initialized at random."""
 
     def _find_conflicts(self) -> Iterator[str]:
+        if self.prompt == OWN_PROMPT:
+            if given := [name for name in self.list_given() if name in _OF_LLMS]:
+                yield f"prompt=own keeps the embedder as it is. Leave out {', '.join(given)}."
+            if self.prompt_name is not None and self.prompt_prefix is not None:
+                yield "prompt_name and prompt_prefix are two prompts. Give one."
+            return
+        if given := [name for name in ("prompt_name", "truncate_dim") if getattr(self, name)]:
+            yield f"Only a sentence-transformers model (prompt=own) takes {', '.join(given)}."
         if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
             yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
 
@@ -87,5 +107,5 @@ class BuildConfig(DeviceConfig):
         if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
             raise ValueError(
                 f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
-                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it."
+                "prompt_suffix; own keeps a sentence-transformers model as it is. A prompt is never guessed, because the embeddings depend on it."
             )
