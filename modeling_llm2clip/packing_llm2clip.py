@@ -257,7 +257,8 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     than plain scaled dot products. `device` is that of the inputs, which an offloaded model does
     not report.
     """
-    rows = torch.arange(12, device=device) % text_model.config.vocab_size
+    # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
+    rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
     plain = torch.autocast(device.type, enabled=False)
     try:

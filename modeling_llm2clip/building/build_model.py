@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,7 +29,6 @@ from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_p
 from .text_embedders import TextEmbedder, read_embedder
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
-    find_direction_errors,
     measure_text_width,
     require_deterministic,
     require_direction,
@@ -174,14 +172,17 @@ def configure_model(
     the LLM returns; None for its `hidden_size`.
     """
     max_text_length, pooling, dense_width = config.max_text_length, config.text_pooling, None
+    bidirectional = config.bidirectional
     if embedder is None:
         template = resolve_template(
             tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
         )
         prompt = derive_prompt(tokenizer, template)
     else:
-        prompt = derive_own_prompt(tokenizer, embedder.prompt)
+        is_pooled = embedder.pooling != "mean"
+        prompt = derive_own_prompt(tokenizer, embedder.prompt, is_pooled=is_pooled)
         max_text_length, pooling = embedder.max_length, embedder.pooling
+        bidirectional = embedder.bidirectional
         if embedder.dense is not None:
             text_width, dense_width = embedder.dense[0].shape
     tokenizer = write_prompt(tokenizer, prompt, max_length=max_text_length)
@@ -189,14 +190,14 @@ def configure_model(
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
     # A direction that the bare LLM states gives way to the one chosen here.
-    text_config.is_causal = not config.bidirectional
+    text_config.is_causal = not bidirectional
     model_config = LLM2CLIPConfig(
         vision_config,
         text_config,
         projection_dim=config.projection_dim,
         text_width=text_width,
         text_dense_width=dense_width,
-        bidirectional=config.bidirectional,
+        bidirectional=bidirectional,
         text_pooling=pooling,
         prompt_prefix_ids=prompt.prefix_ids,
         prompt_suffix_ids=prompt.suffix_ids,
@@ -224,8 +225,7 @@ def _join(
             vision_model, image_processor, config.image_size
         )
     if embedder is not None:
-        is_causal = not find_direction_errors(text_model, bidirectional=False)
-        config = replace(config, bidirectional=not is_causal)
+        embedder = embedder.join_network(text_model)
     model_config, tokenizer = configure_model(
         vision_model.config,
         text_model.config,
@@ -234,15 +234,13 @@ def _join(
         text_width=measure_text_width(text_model),
         embedder=embedder,
     )
-    if embedder is not None:
-        embedder.add_dense(text_model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LLM2CLIPModel(model_config, vision_model, text_model)
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32
-    require_direction(model.text_model, bidirectional=config.bidirectional)
+    require_direction(model.text_model, bidirectional=model_config.bidirectional)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)
     require_pooled_tokens(model, processor)

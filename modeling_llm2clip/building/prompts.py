@@ -25,7 +25,7 @@ _SAMPLE_CAPTIONS = (
     "東京の夜景",
     "7 a",
 )
-# Others, which a prompt of plain text must not merge with either.
+# Further ones, for prompts of plain text.
 _OWN_SAMPLES = ("(a)", '"Look!"', "-", "'s", "été")
 
 
@@ -100,12 +100,15 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
     return Prompt(*pieces.pop())
 
 
-def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+def derive_own_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool
+) -> Prompt:
     """Find the ids that an embedder puts around any caption after a prompt of plain text.
 
-    The end of that text that shares tokens with captions, often a space, stays text.
+    Its last word stays text, because a caption may share a token with it, such as " a" after a
+    space; but not if the prompt is not pooled, because the model counts the ids before a caption.
     """
-    for start in range(len(text), -1, -1):
+    for start in (*_find_last_words(text), 0) if is_pooled else (len(text),):
         joined = text[start:]
         pieces = {
             _split_around_caption(tokenizer, f"{text}{{text}}", caption, joined=joined)
@@ -117,6 +120,11 @@ def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
         f"With the prompt {text!r} this tokenizer puts no fixed tokens around a caption, so the "
         "prompt cannot be saved in a tokenizer. Choose another prompt of the embedder."
     )
+
+
+def _find_last_words(text: str) -> list[int]:
+    """Return where the words after the first begin, with the space before them; the last first."""
+    return [found.start() for found in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
 
 
 def write_prompt(

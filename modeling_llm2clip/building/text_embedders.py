@@ -9,7 +9,7 @@ Shapes: N texts, D width of the pooled hidden states, D' width of the embeddings
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
 from ..model_folders.model_folder import fetch_hub_file
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .tower_checks import find_direction_errors
 from .vision_towers import naming
 
 _NEED = Need("sentence_transformers", "sentence-transformers", "the text tower is an embedder")
@@ -57,6 +58,7 @@ class TextEmbedder:
         normalizes: Whether its embeddings have unit length.
         texts: Samples.
         embeds: Its embeddings of the samples, (N, D') float32.
+        bidirectional: Whether its tokens attend to later ones.
     """
 
     prompt: str
@@ -66,14 +68,18 @@ class TextEmbedder:
     normalizes: bool
     texts: tuple[str, ...]
     embeds: Tensor
+    bidirectional: bool = True
 
-    def add_dense(self, text_model: PreTrainedModel) -> None:
-        """Put the Dense modules into the text tower, in its dtype."""
+    def join_network(self, text_model: PreTrainedModel) -> TextEmbedder:
+        """Put the Dense modules into the text tower, in its dtype, and measure its direction."""
         if self.dense is not None:
             weight, bias = self.dense
             layer = PooledDense(weight.shape[1], weight.shape[0])
             layer.load_state_dict({"weight": weight, "bias": bias})
+            layer._is_hf_initialized = True  # or transformers would make it random
             text_model.pooled_dense = layer.to(text_model.dtype)
+        is_causal = not find_direction_errors(text_model, bidirectional=False)
+        return replace(self, bidirectional=not is_causal)
 
     def require_same_embeddings(self, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
         """Refuse a model whose caption embeddings are not this embedder's."""
