@@ -27,8 +27,8 @@ _MEANS = ("mean", "full_mean", "weighted_mean")
 def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
     """Build positions that start at each text's first real token, so left padding has no effect.
 
-    `first` is the position of that token. Returns (B, L) int64. Padding has no larger position than a real token, because some LLMs choose
-    their rotary frequencies by the largest one.
+    `first` is the position of that token. Returns (B, L) int64. Padding has no larger position than
+    a real token, because some LLMs choose their rotary frequencies by the largest one.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)

@@ -171,8 +171,9 @@ def configure_model(
     The LLM's configuration is changed in place. `text_width` is the width of the hidden states that
     the LLM returns; None for its `hidden_size`.
     """
-    max_text_length, pooling, dense_width = config.max_text_length, config.text_pooling, None
-    bidirectional = config.bidirectional
+    max_text_length, bidirectional = config.max_text_length, config.bidirectional
+    pooling: str = config.text_pooling
+    dense_width = None
     if embedder is None:
         template = resolve_template(
             tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
@@ -181,8 +182,8 @@ def configure_model(
     else:
         is_pooled = embedder.pooling != "mean"
         prompt = derive_own_prompt(tokenizer, embedder.prompt, is_pooled=is_pooled)
-        max_text_length, pooling = embedder.max_length, embedder.pooling
-        bidirectional = embedder.bidirectional
+        max_text_length, bidirectional = embedder.max_length, embedder.bidirectional
+        pooling = embedder.pooling
         if embedder.dense is not None:
             text_width, dense_width = embedder.dense[0].shape
     tokenizer = write_prompt(tokenizer, prompt, max_length=max_text_length)

@@ -100,9 +100,7 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
     return Prompt(*pieces.pop())
 
 
-def derive_own_prompt(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool
-) -> Prompt:
+def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool) -> Prompt:
     """Find the ids that an embedder puts around any caption after a prompt of plain text.
 
     Its last word stays text, because a caption may share a token with it, such as " a" after a
@@ -141,7 +139,7 @@ def write_prompt(
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend = _without_added_whitespace(backend)
-    stripped = [normalizers.Strip()]
+    stripped: list[Any] = [normalizers.Strip()]
     if prompt.joined:
         stripped.append(normalizers.Prepend(prompt.joined))
     if backend.normalizer is not None:
@@ -215,7 +213,7 @@ def _split_around_caption(
     tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Return the ids before and after a caption; None where it is merged with its prompt."""
-    whole = tokenizer(template.replace("{text}", caption))["input_ids"]
+    whole = tokenizer(template.replace("{text}", caption), verbose=False)["input_ids"]
     if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:
         whole = whole[1:]  # the template's own beginning token doubled the tokenizer's
     inner = tokenizer(joined + caption, add_special_tokens=False)["input_ids"]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .._extras import Need, require
+from .._extras import EMBEDDER, require
 from ..configs.build_config import BuildConfig
 from ..encoding.encode import encode_texts
 from ..heads_llm2clip import PooledDense
@@ -30,7 +30,6 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .tower_checks import find_direction_errors
 from .vision_towers import naming
 
-_NEED = Need("sentence_transformers", "sentence-transformers", "the text tower is an embedder")
 # sentence-transformers' names of poolings, and ours where the prompt is pooled too.
 _POOLINGS = {
     "mean": "full_mean",
@@ -76,7 +75,7 @@ class TextEmbedder:
             weight, bias = self.dense
             layer = PooledDense(weight.shape[1], weight.shape[0])
             layer.load_state_dict({"weight": weight, "bias": bias})
-            layer._is_hf_initialized = True  # or transformers would make it random
+            setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (or transformers resets it)
             text_model.pooled_dense = layer.to(text_model.dtype)
         is_causal = not find_direction_errors(text_model, bidirectional=False)
         return replace(self, bidirectional=not is_causal)
@@ -103,7 +102,7 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
 
     ValueError for what cannot be repeated exactly.
     """
-    require(_NEED)
+    require(EMBEDDER)
     from sentence_transformers import SentenceTransformer
 
     _require_modules(source)
@@ -168,7 +167,7 @@ def _split_modules(encoder: Any, source: str | Path) -> tuple[Any, list[Any], bo
     modules = list(encoder)
     normalizes = type(modules[-1]) is Normalize
     first, *denses = modules[: -1 if normalizes else None]
-    pooling = denses.pop(0) if denses else None
+    pooling: Any = denses.pop(0) if denses else None
     errors = []
     if type(first) is not Transformer or type(pooling) is not Pooling:
         errors.append("it does not begin with Transformer and Pooling")

@@ -107,5 +107,6 @@ class BuildConfig(DeviceConfig):
         if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
             raise ValueError(
                 f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
-                "prompt_suffix; own keeps a sentence-transformers model as it is. A prompt is never guessed, because the embeddings depend on it."
+                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it. "
+                "prompt=own keeps a sentence-transformers model as it is."
             )

@@ -22,10 +22,12 @@ from .._suggestions import counted
 from ..building.pretrained_towers import (
     EFFICIENTNET,
     EMBEDDED,
+    MINILM,
     SMOLLM2,
     PretrainedTower,
     find_tower,
 )
+from ..configs.build_config import OWN_PROMPT
 from ..configs.train_config import TrainConfig
 from ..data.captions.caption_groups import count_groups
 from ..data.records.record_loading import find_example_data, load_records
@@ -254,7 +256,8 @@ class _Planner:
     ) -> None:
         self.config, self.train, self.test = config, train, test
         self.paths = RecipePaths(config.output)
-        self.text = measure_tower(config.text_model, embedded=SMOLLM2)
+        embedded = MINILM if config.build.prompt == OWN_PROMPT else SMOLLM2
+        self.text = measure_tower(config.text_model, embedded=embedded)
         self.vision = measure_tower(config.vision_model, embedded=EFFICIENTNET)
         texts = {text for r in train for text in (*r.captions, *r.long_captions)}
         self.num_texts = len(texts)

@@ -25,20 +25,33 @@ EMBEDDERS: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
         "gemma3_text", {**_GEMMA, "use_bidirectional_attention": True}, "mean",
         "<|begin|> $A <|end|>", (48, 24),
     ),
+    "EmbeddingGemma 2": (
+        "embedding_gemma2_text",
+        {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 16,
+         "embedding_dim": 48, "num_key_value_heads": 2},
+        "mean", "<|begin|> $A <|end|>", (),
+    ),
     "RoBERTa": ("roberta", {}, "mean", "<|begin|> $A <|end|>", (24,)),
     "SGPT": ("llama", {"num_key_value_heads": 2}, "weightedmean", "<|begin|> $A <|end|>", ()),
 }  # fmt: skip
 
 
 def tiny_embedder(
-    folder: Path, family: str = "MiniLM", *, max_length: int = 24, normalizes: bool = True,
-    activation: Any = None, include_prompt: bool = True, **settings: Any,
+    folder: Path, family: str = "MiniLM", *, last: list[Any] | None = None,
+    pooling: Any = None, include_prompt: bool = True, **settings: Any,
 ) -> Path:  # fmt: skip
-    """Write an embedder of a shape in `EMBEDDERS`; `settings` are of `SentenceTransformer`."""
+    """Write an embedder of a shape in `EMBEDDERS`.
+
+    Args:
+        last: modules in place of Normalize.
+        pooling: another than the family's.
+        settings: of `SentenceTransformer`.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
-    model_type, extras, pooling, template, widths = EMBEDDERS[family]
+    model_type, extras, own_pooling, template, widths = EMBEDDERS[family]
+    pooling = pooling or own_pooling
     tokenizer = make_word_pieces() if family == "MiniLM" else tiny_tokenizer()
     begin, end = ("[CLS]", "[SEP]") if family == "MiniLM" else ("<|begin|>", "<|end|>")
     template = template.replace("<|begin|>", begin).replace("<|end|>", end)
@@ -60,12 +73,14 @@ def tiny_embedder(
     torch.manual_seed(0)
     AutoModel.from_config(config).save_pretrained(folder / "network")
     tokenizer.save_pretrained(folder / "network")
-    parts: list[Any] = [modules.Transformer(str(folder / "network"), max_seq_length=max_length)]
-    parts.append(modules.Pooling(32, pooling_mode=pooling, include_prompt=include_prompt))
-    for width, wider in zip((32, *widths), widths, strict=False):
-        parts.append(modules.Dense(width, wider, bias=False, activation_function=activation))
-    if normalizes:
-        parts.append(modules.Normalize())
+    parts: list[Any] = [modules.Transformer(str(folder / "network"), max_seq_length=24)]
+    width = extras.get("embedding_dim", 32)
+    parts.append(modules.Pooling(width, pooling_mode=pooling, include_prompt=include_prompt))
+    for narrow, wide in zip((width, *widths), widths, strict=False):
+        parts.append(
+            modules.Dense(narrow, wide, bias=family == "RoBERTa", activation_function=None)
+        )
+    parts += [modules.Normalize()] if last is None else last
     SentenceTransformer(modules=parts, device="cpu", **settings).save(str(folder / "embedder"))
     return folder / "embedder"
 
@@ -78,7 +93,8 @@ def make_word_pieces() -> PreTrainedTokenizerFast:
     texts = ("a dog sits on a mat", "two red apples on a wooden table", "query: find the image")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+        texts,
+        trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
