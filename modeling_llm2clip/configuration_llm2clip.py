@@ -133,8 +133,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.projection_dim = projection_dim
         self.text_width = self.text_config.hidden_size if text_width is None else text_width
         self.text_dense_width = text_dense_width
-        self.bidirectional = bidirectional
-        self.text_pooling = text_pooling
+        self.bidirectional, self.text_pooling = bidirectional, text_pooling
         self.prompt_prefix_ids = [int(i) for i in prompt_prefix_ids]
         self.prompt_suffix_ids = [int(i) for i in prompt_suffix_ids]
         self.prompt_suffix_ends_special = prompt_suffix_ends_special
@@ -143,8 +142,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.normalize_text_before_adapter = normalize_text_before_adapter
         self.text_adapter_layers = text_adapter_layers
         self.text_adapter_expansion = text_adapter_expansion
-        self.vision_pooling = vision_pooling
-        self.visual_projection_bias = visual_projection_bias
+        self.vision_pooling, self.visual_projection_bias = vision_pooling, visual_projection_bias
         self.logit_scale_init_value = logit_scale_init_value
         self.text_adapter_trained = text_adapter_trained
         self.projections_trained = projections_trained

@@ -73,9 +73,7 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    There are none where `pools_prompt`.
-
-    `prompt_length` are the tokens of the instruction when it is tokenized alone, prompt included,
+    With `pools_prompt` there are no such tokens. `prompt_length` are the tokens of the instruction when it is tokenized alone, prompt included,
     as sentence-transformers counts them: without a special token at the end. None or 0 for none.
     """
     if pools_prompt:

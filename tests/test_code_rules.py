@@ -43,26 +43,26 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3110,
-    "building": 1390,
+    ".": 3160,
+    "building": 1630,
     "cli": 1960,
-    "configs": 810,
+    "configs": 830,
     "conversion": 1050,
     "data": 5980,
     "demo": 130,
-    "doctor": 1950,
+    "doctor": 1980,
     "embedding": 1790,
     "encoding": 790,
     "evaluation": 4660,
     "model_folders": 1870,
     "publishing": 1570,
-    "recipes": 630,
+    "recipes": 640,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
     "training": 5100,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 287, 8060
+MOST_FILES, MOST_DOCSTRING_LINES = 288, 8130
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -134,7 +134,9 @@ def test_a_prompt_that_is_not_pooled_is_left_out_of_the_mean(
 
 
 @pytest.mark.parametrize("family", ["MiniLM", "EmbeddingGemma"])
-def test_the_first_dimensions_point_where_the_librarys_do(family: str, tmp_path: Path) -> None:
+def test_the_first_dimensions_point_where_those_of_the_library_do(
+    family: str, tmp_path: Path
+) -> None:
     source = tiny_embedder(tmp_path, family)
     config = BuildConfig(prompt="own", truncate_dim=8, **TINY)
     model, processor = join_towers(tiny_vision(), source, config)
