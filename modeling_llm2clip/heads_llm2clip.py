@@ -73,8 +73,9 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    With `pools_prompt` there are no such tokens. `prompt_length` are the tokens of the instruction when it is tokenized alone, prompt included,
-    as sentence-transformers counts them: without a special token at the end. None or 0 for none.
+    With `pools_prompt` there are no such tokens. `prompt_length` are the tokens of the instruction
+    when it is tokenized alone, prompt included, as sentence-transformers counts them: without a
+    special token at the end. None or 0 for none.
     """
     if pools_prompt:
         return 0

@@ -21,6 +21,7 @@ from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.doctor.served_variants import TextVariants
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.model_folders.fingerprint import describe_prompt
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -73,6 +74,8 @@ def test_embeddings_before_the_adapter_are_the_embedders_own(family: str, tmp_pa
     embeds["padded on the left"] = model.get_caption_embeds(**left).detach()
     distances = {name: measure_distance(found, wanted) for name, found in embeds.items()}
     assert max(distances.values()) < ROUNDING, distances
+    prompt, _ = describe_prompt(processor.tokenizer.backend_tokenizer, model.config)
+    assert prompt.endswith(" query: ")
     # Another prompt would give other embeddings.
     assert measure_distance(embeds["alone"], encode_with_library(source)) > 100 * ROUNDING
 
