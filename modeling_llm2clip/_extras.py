@@ -54,6 +54,7 @@ CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens 
 SENTENCE_TRANSFORMERS = Need(
     "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
 )
+EMBEDDER = Need("sentence_transformers", "sentence-transformers", "the text tower is an embedder")
 RAY = Need("ray", "ray", "the engine is Ray Data")
 RAY_SERVE = Need("ray", "ray", "replicas run under Ray Serve")
 SERVE = tuple(

@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .heads_llm2clip import LogitHead, TextAdapter
+from .heads_llm2clip import LogitHead, PooledDense, TextAdapter
 from .loading_llm2clip import (
     WEIGHT_FILE,
     bounded_by_weights,
@@ -173,6 +173,7 @@ def _write(path: Path, content: Any) -> None:
 KEPT_IN_FULL = [
     "vision_model",
     "visual_projection",
+    "pooled_dense",
     "text_adapter",
     "text_projection",
     "logit_scale",
@@ -485,6 +486,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         self.text_model = text_model or build_tower(config.text_config)
         self.text_model.config = config.text_config  # one object, so that changes reach both
         set_attention_direction(self.text_model, bidirectional=config.bidirectional)
+        # Inside the tower, because whatever freezes, replaces or identifies the tower means it too.
+        if config.text_dense_width is not None and not hasattr(self.text_model, "pooled_dense"):
+            self.text_model.pooled_dense = PooledDense(config.text_dense_width, width)
         self.text_adapter = TextAdapter(
             width,
             num_layers=config.text_adapter_layers,

@@ -21,7 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FORMAT_VERSION = 3
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
-TEXT_POOLINGS = ("mean", "last_token")
+TEXT_POOLINGS = ("mean", "last_token", "cls", "full_mean", "weighted_mean")
+# As sentence-transformers pools by default.
+_POOL_PROMPT = ("cls", "full_mean", "weighted_mean")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
@@ -45,12 +47,17 @@ class LLM2CLIPConfig(PreTrainedConfig):
         projection_dim: Width of the space that images and texts share.
         vision_width: Width of the vision tower's pooled output, where the tower's own configuration
             does not state it; None where it does.
-        text_width: Width of the hidden states that the LLM returns; None for its `hidden_size`.
-            Some LLMs (EmbeddingGemma 2) project to another width.
+        text_width: Width of the caption embeddings; None for the LLM's `hidden_size`. Some LLMs
+            (EmbeddingGemma 2) project to another width.
+        text_dense_width: Width of the pooled hidden states, where a linear layer maps them to
+            `text_width`, as an embedder's Dense modules do; None without one.
         bidirectional: Whether every caption token attends to every other. Also written to
             `text_config.is_causal`, which transformers' attention reads.
-        text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them.
-        prompt_prefix_ids: Token ids before every caption; attended to, not pooled.
+        text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them. For embedders
+            that pool the prompt's prefix too: the first token (`"cls"`), the mean of all tokens
+            (`"full_mean"`), or the mean weighted by position (`"weighted_mean"`).
+        prompt_prefix_ids: Token ids before every caption; attended to, and pooled by the last
+            three poolings alone.
         prompt_suffix_ids: Token ids after every caption; attended to and pooled.
         prompt_suffix_ends_special: Whether the last suffix id is a special token of the
             tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
@@ -94,6 +101,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         projection_dim: int = 512,
         vision_width: int | None = None,
         text_width: int | None = None,
+        text_dense_width: int | None = None,
         bidirectional: bool = True,
         text_pooling: str = "mean",
         prompt_prefix_ids: Sequence[int] = (),
@@ -126,8 +134,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.projection_dim = projection_dim
         self.vision_width = vision_width
         self.text_width = self.text_config.hidden_size if text_width is None else text_width
-        self.bidirectional = bidirectional
-        self.text_pooling = text_pooling
+        self.text_dense_width = text_dense_width
+        self.bidirectional, self.text_pooling = bidirectional, text_pooling
         self.prompt_prefix_ids = [int(i) for i in prompt_prefix_ids]
         self.prompt_suffix_ids = [int(i) for i in prompt_suffix_ids]
         self.prompt_suffix_ends_special = prompt_suffix_ends_special
@@ -136,8 +144,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.normalize_text_before_adapter = normalize_text_before_adapter
         self.text_adapter_layers = text_adapter_layers
         self.text_adapter_expansion = text_adapter_expansion
-        self.vision_pooling = vision_pooling
-        self.visual_projection_bias = visual_projection_bias
+        self.vision_pooling, self.visual_projection_bias = vision_pooling, visual_projection_bias
         self.logit_scale_init_value = logit_scale_init_value
         self.text_adapter_trained = text_adapter_trained
         self.projections_trained = projections_trained
@@ -199,6 +206,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
         """
         self.require_loadable()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def num_unpooled(self) -> int:
+        """Number of tokens at the beginning of each text that are not pooled."""
+        return 0 if self.text_pooling in _POOL_PROMPT else len(self.prompt_prefix_ids)
 
     def require_loadable(self) -> None:
         """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
@@ -283,6 +295,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "projection_dim": _INTEGER,
     "vision_width": _WIDTH,
     "text_width": _WIDTH,
+    "text_dense_width": _WIDTH,
     "bidirectional": _BOOLEAN,
     "prompt_prefix_ids": _IDS,
     "prompt_suffix_ids": _IDS,

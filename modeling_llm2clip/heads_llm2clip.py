@@ -21,19 +21,20 @@ _MODULE = re.sub(r"\W", "_", __name__)
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # unknown to older versions
 _TAKES_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
 _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
+_MEANS = ("mean", "full_mean", "weighted_mean")
 
 
-def build_position_ids(attention_mask: Tensor) -> Tensor:
+def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
     """Build positions that start at each text's first real token, so left padding has no effect.
 
-    Returns (B, L) int64. Padding has no larger position than a real token, because some LLMs choose
-    their rotary frequencies by the largest one.
+    `first` is the position of that token. Returns (B, L) int64. Padding has no larger position than
+    a real token, because some LLMs choose their rotary frequencies by the largest one.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
     last = real.sum(dim=1, keepdim=True) - 1
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (positions - first_real).minimum(last).clamp(min=0)
+    return (positions - first_real).minimum(last).clamp(min=0) + first
 
 
 def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
@@ -63,13 +64,21 @@ def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
 
 
 def count_unpooled(
-    prompt_length: int | None, *, num_prefix: int, num_suffix: int, suffix_ends_special: bool
+    prompt_length: int | None,
+    *,
+    num_prefix: int,
+    pools_prompt: bool,
+    num_suffix: int,
+    suffix_ends_special: bool,
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    `prompt_length` are the tokens of the instruction when it is tokenized alone, prompt included,
-    as sentence-transformers counts them: without a special token at the end. None or 0 for none.
+    With `pools_prompt` there are no such tokens. `prompt_length` are the tokens of the instruction
+    when it is tokenized alone, prompt included, as sentence-transformers counts them: without a
+    special token at the end. None or 0 for none.
     """
+    if pools_prompt:
+        return 0
     if not prompt_length:
         return num_prefix
     num_instruction = int(prompt_length) - num_prefix - num_suffix + bool(suffix_ends_special)
@@ -89,14 +98,19 @@ def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
 
 
 def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
-    """Pool the marked tokens, (B, L, D) to (B, D) float32: their mean, or the last one."""
+    """Pool the marked tokens, (B, L, D) to (B, D) float32, as `text_pooling` describes."""
+    if pooling == "cls":
+        first = pooling_mask.long().argmax(dim=1)  # (B,)
+        return hidden_states[torch.arange(first.shape[0], device=first.device), first].float()
     if pooling == "last_token":
         positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
         last = (positions * pooling_mask).argmax(dim=1)  # (B,)
         return hidden_states[torch.arange(last.shape[0], device=last.device), last].float()
-    if pooling != "mean":
-        raise ValueError(f"pooling={pooling!r} must be 'mean' or 'last_token'.")
+    if pooling not in _MEANS:
+        raise ValueError(f"pooling={pooling!r} must be 'cls', 'last_token' or one of {_MEANS}.")
     weights = pooling_mask.to(torch.float32)
+    if pooling == "weighted_mean":
+        weights = weights * weights.cumsum(dim=1)
     # One matrix product per row computes the masked sum without a (B, L, D) float32 copy. It runs
     # in float32 even under autocast.
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -312,6 +326,14 @@ class AdapterBlock(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the block, (B, D) to (B, D)."""
         return hidden + self.down(F.gelu(self.up(self.norm(hidden))))  # type: ignore[no-any-return]
+
+
+class PooledDense(nn.Linear):
+    """The linear map of an embedder after its pooling, (B, D) to (B, D') float32."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Apply it in the weights' dtype."""
+        return super().forward(pooled.to(self.weight.dtype)).float()
 
 
 class TextAdapter(nn.Module):

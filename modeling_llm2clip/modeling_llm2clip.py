@@ -35,6 +35,7 @@ from .heads_llm2clip import (
     pool_tokens,
 )
 from .packing_llm2clip import (
+    find_first_position,
     is_exported,
     is_traced,
     pool_on_cpu,
@@ -164,7 +165,8 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             input_ids: (B, L) int64 from the model's own tokenizer, padded on either side.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
             prompt_length: Number of tokens of the tokenized instruction alone, as
-                sentence-transformers counts them. The instruction is attended to, not pooled.
+                sentence-transformers counts them. The instruction is attended to, not pooled,
+                unless the pooling includes the prompt.
             output_attentions: Whether to return the LLM's `attentions`. On a CPU the texts then run
                 as one padded batch.
             output_hidden_states: Whether to return the LLM's `hidden_states`, with the same effect.
@@ -260,6 +262,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         num_unpooled = count_unpooled(
             prompt_length,
             num_prefix=len(config.prompt_prefix_ids),
+            pools_prompt=config.num_unpooled < len(config.prompt_prefix_ids),
             num_suffix=len(config.prompt_suffix_ids),
             suffix_ends_special=config.prompt_suffix_ends_special,
         )
@@ -282,17 +285,27 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             and not requested
             and splits_batches(self.text_model, packs_in_training=self.packs_in_training)
         )
+        pool_padded = partial(self._pool_batch, num_unpooled=num_unpooled)
         if not splits:
-            return self._pool_batch(input_ids, mask, num_unpooled=num_unpooled, requested=requested)
-        return pool_on_cpu(
-            self.text_model,
-            input_ids,
-            mask,
-            num_unpooled=num_unpooled,
-            pooling=config.text_pooling,
-            width=config.text_width,
-            pool_padded=partial(self._pool_batch, num_unpooled=num_unpooled),
-            keep_tokens=keep_tokens,
+            output = pool_padded(input_ids, mask, requested=requested)
+        else:
+            output = pool_on_cpu(
+                self.text_model,
+                input_ids,
+                mask,
+                num_unpooled=num_unpooled,
+                pooling=config.text_pooling,
+                width=config.text_dense_width or config.text_width,
+                pool_padded=pool_padded,
+                keep_tokens=keep_tokens,
+            )
+        output.pooler_output = self._apply_dense(output.pooler_output)  # type: ignore[arg-type]
+        return output
+
+    def _apply_dense(self, pooled: Tensor) -> Tensor:
+        """Map pooled states to caption embeddings, (B, D) float32, as an embedder may do."""
+        return (
+            pooled if self.config.text_dense_width is None else self.text_model.pooled_dense(pooled)
         )
 
     def _pool_batch(
@@ -305,7 +318,9 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Run one padded batch through the LLM and pool its output."""
         takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
-        inputs = {"position_ids": build_position_ids(attention_mask)} if takes_positions else {}
+        first = find_first_position(self.text_model)
+        positions = build_position_ids(attention_mask, first=first)
+        inputs = {"position_ids": positions} if takes_positions else {}
         with nullcontext() if is_traced() else text_forward_lock:
             output = self.text_model(
                 input_ids=input_ids,

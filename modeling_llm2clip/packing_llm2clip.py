@@ -133,10 +133,14 @@ def _pool_pack(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the pooled texts, (B, D), and the hidden states of each text, (L_i, D)."""
     of_texts = run_packed(text_model, texts).split([len(text) for text in texts])
-    if pooling == "mean":
-        pooled = [states[num_unpooled:].float().mean(dim=0) for states in of_texts]
+    parts = [states[num_unpooled:].float() for states in of_texts]
+    if pooling in ("cls", "last_token"):
+        pooled = [states[0 if pooling == "cls" else -1] for states in parts]
+    elif pooling == "weighted_mean":
+        weights = [torch.arange(1.0, len(states) + 1, device=states.device) for states in parts]
+        pooled = [w @ states / w.sum() for w, states in zip(weights, parts, strict=True)]
     else:
-        pooled = [states[-1].float() for states in of_texts]
+        pooled = [states.mean(dim=0) for states in parts]
     return torch.stack(pooled), of_texts
 
 
@@ -223,8 +227,10 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     hidden states, (sum of L_i, D).
     """
     lengths = [len(text) for text in texts]
+    first = find_first_position(text_model)
     is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
-    position_ids = torch.cat([torch.arange(length, device=texts[0].device) for length in lengths])
+    device = texts[0].device
+    position_ids = torch.cat([torch.arange(length, device=device) + first for length in lengths])
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     with _packed_attention(text_model, longest=max(lengths)):
         output = text_model(
@@ -236,6 +242,13 @@ def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
+def find_first_position(text_model: nn.Module) -> int:
+    """Return the position of a text's first token: 0, or what RoBERTa's relatives begin with."""
+    table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
+    padding: int | None = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
 @torch.no_grad()  # FSDP reuses weights gathered here in passes with gradients
 def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """Check that three short texts in one pack give the same numbers as each of them alone.
@@ -244,7 +257,8 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     than plain scaled dot products. `device` is that of the inputs, which an offloaded model does
     not report.
     """
-    rows = torch.arange(12, device=device) % text_model.config.vocab_size
+    # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
+    rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
     plain = torch.autocast(device.type, enabled=False)
     try:

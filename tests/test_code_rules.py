@@ -43,14 +43,14 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3140,
-    "building": 1720,
-    "cli": 2020,
-    "configs": 840,
+    ".": 3190,
+    "building": 1960,
+    "cli": 2030,
+    "configs": 860,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,
-    "doctor": 1950,
+    "doctor": 1980,
     "embedding": 1850,
     "encoding": 870,
     "evaluation": 4660,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5400,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 293, 8310
+MOST_FILES, MOST_DOCSTRING_LINES = 294, 8380
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

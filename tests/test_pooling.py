@@ -70,6 +70,25 @@ def test_last_token_is_the_last_real_token(side: str, case: tuple[list[int], int
     assert torch.equal(pooled, torch.stack([row[-1] for row in rows]))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(padded_rows())
+@settings(max_examples=30, deadline=None)
+def test_positions_weigh_from_the_first_pooled_token_on(
+    side: str, case: tuple[list[int], int, int]
+) -> None:
+    lengths, width, num_unpooled = case
+    rows = [torch.randn(length, 4) for length in lengths]
+    hidden, mask = pad(rows, width, side=side)
+    pooling_mask = build_pooling_mask(mask, num_unpooled=num_unpooled)
+    parts = [row[num_unpooled:] for row in rows]
+    weights = [torch.arange(1.0, len(part) + 1)[:, None] for part in parts]
+    wanted = torch.stack([(w * p).sum(0) / w.sum() for w, p in zip(weights, parts, strict=True)])
+    pooled = pool_tokens(hidden, pooling_mask, pooling="weighted_mean")
+    assert torch.allclose(pooled, wanted, atol=1e-5)  # as for the mean
+    first = pool_tokens(hidden, pooling_mask, pooling="cls")
+    assert torch.equal(first, torch.stack([part[0] for part in parts]))
+
+
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
 def test_the_pooling_mask_excludes_padding_on_either_side_and_leading_tokens(
@@ -120,8 +139,8 @@ def test_autocast_does_not_affect_pooling() -> None:
 
 
 def test_an_unknown_pooling_is_rejected() -> None:
-    with pytest.raises(ValueError, match="pooling='cls' must be 'mean' or 'last_token'"):
-        pool_tokens(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), pooling="cls")
+    with pytest.raises(ValueError, match="pooling='max' must be 'cls', 'last_token' or one of"):
+        pool_tokens(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), pooling="max")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])

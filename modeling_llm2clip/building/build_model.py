@@ -9,7 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configs.build_config import DEFAULT_PROJECTION_DIM, BuildConfig, TextTowerConfig
+from ..configs.build_config import (
+    DEFAULT_PROJECTION_DIM,
+    OWN_PROMPT,
+    BuildConfig,
+    TextTowerConfig,
+)
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
@@ -26,7 +31,8 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
-from .prompts import derive_prompt, resolve_template, write_prompt
+from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_prompt
+from .text_embedders import TextEmbedder, read_embedder
 from .text_layers import cut_layers
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
@@ -103,7 +109,8 @@ def join_towers(
         vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
             and its tokenizer. A LoRA is merged into a loaded LLM, and its upper layers are
-            removed, in place.
+            removed, in place. With the prompt `own`, Hub id or folder of a sentence-transformers
+            model, whose embeddings `get_caption_embeds` then returns.
         config: How they are joined; its `dtype` is that of towers that are loaded here.
 
     Returns:
@@ -115,8 +122,10 @@ def join_towers(
             loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
             tower cannot take the image size, or samples at random; the LLM has fewer layers than
             are to be kept, or cannot be cut; the LoRA is for another LLM, or for more layers;
-            the LLM's family cannot be made bidirectional, or kept causal; or the configuration of a
-            tower does not describe its network, so that it would load as another one.
+            the LLM's family cannot be made bidirectional, or kept causal; the configuration of a
+            tower does not describe its network, so that it would load as another one; or an
+            embedder cannot be repeated exactly.
+        MissingExtraError: The prompt is `own`, and sentence-transformers is not installed.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -131,6 +140,11 @@ def join_towers(
     if config.tokenizer_code is not None and text_name is not None:
         require_pinned(text_name, config.tokenizer_code)
     kept = load_shared_projection(vision_name, config) if config.keep_projection else None
+    embedder = None
+    if config.prompt == OWN_PROMPT:
+        if text_name is None:
+            raise ValueError("prompt=own needs the folder or Hub id of an embedder, not its parts.")
+        embedder = read_embedder(text_name, config)
     if isinstance(vision, tuple):
         vision_model, image_processor = vision
         require_pixels_alone(vision_model)
@@ -140,19 +154,25 @@ def join_towers(
             dtype=getattr(torch, config.dtype),
             allow_missing_pooler=config.vision_pooling != "pooler",
         )
-    text_model, tokenizer = take_text_tower(text, config, num_layers=config.text_layers)
+    text_model, tokenizer = take_text_tower(
+        text, config, num_layers=config.text_layers, is_embedder=embedder is not None
+    )
     if config.lora is not None:
         merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
     if kept is not None:
         config = replace(config, projection_dim=len(kept), visual_projection_bias=False)
-    model, processor = _join(vision_model, image_processor, text_model, tokenizer, config)
+    model, processor = _join(vision_model, image_processor, text_model, tokenizer, config, embedder)
     if kept is not None:
         model.visual_projection.weight.data.copy_(kept)
     return model, processor
 
 
 def take_text_tower(
-    text: TextSource, config: TextTowerConfig, *, num_layers: int | None = None
+    text: TextSource,
+    config: TextTowerConfig,
+    *,
+    num_layers: int | None = None,
+    is_embedder: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM and its tokenizer, or take loaded ones; of `num_layers`, or of all layers."""
     if not isinstance(text, tuple):
@@ -161,6 +181,7 @@ def take_text_tower(
             dtype=getattr(torch, config.dtype),
             tokenizer_code=config.tokenizer_code,
             num_layers=num_layers,
+            is_embedder=is_embedder,
         )
     text_model, tokenizer = text
     require_own_tokenizer(text_model.config, tokenizer, "The LLM")
@@ -177,34 +198,47 @@ def configure_model(
     *,
     vision_width: int | None = None,
     text_width: int | None = None,
+    embedder: TextEmbedder | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
     The LLM's configuration is changed in place. The widths are those that the towers return; None
     for those that their configurations state.
     """
-    template = resolve_template(
-        tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
-    )
-    prompt = derive_prompt(tokenizer, template)
-    tokenizer = write_prompt(tokenizer, prompt, max_length=config.max_text_length)
+    max_text_length, bidirectional = config.max_text_length, config.bidirectional
+    pooling: str = config.text_pooling
+    dense_width = None
+    if embedder is None:
+        template = resolve_template(
+            tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
+        )
+        prompt = derive_prompt(tokenizer, template)
+    else:
+        is_pooled = embedder.pooling != "mean"
+        prompt = derive_own_prompt(tokenizer, embedder.prompt, is_pooled=is_pooled)
+        max_text_length, bidirectional = embedder.max_length, embedder.bidirectional
+        pooling = embedder.pooling
+        if embedder.dense is not None:
+            text_width, dense_width = embedder.dense[0].shape
+    tokenizer = write_prompt(tokenizer, prompt, max_length=max_text_length)
     # The saved tokenizer decides: writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
     # A direction that the bare LLM states gives way to the one chosen here.
-    text_config.is_causal = not config.bidirectional
+    text_config.is_causal = not bidirectional
     model_config = LLM2CLIPConfig(
         vision_config,
         text_config,
         projection_dim=config.projection_dim or DEFAULT_PROJECTION_DIM,
         vision_width=vision_width,
         text_width=text_width,
-        bidirectional=config.bidirectional,
-        text_pooling=config.text_pooling,
+        text_dense_width=dense_width,
+        bidirectional=bidirectional,
+        text_pooling=pooling,
         prompt_prefix_ids=prompt.prefix_ids,
         prompt_suffix_ids=prompt.suffix_ids,
         prompt_suffix_ends_special=ends_special,
-        max_text_length=config.max_text_length,
+        max_text_length=max_text_length,
         normalize_text_before_adapter=config.normalize_text_before_adapter,
         text_adapter_layers=config.text_adapter_layers,
         vision_pooling=config.vision_pooling,
@@ -219,12 +253,15 @@ def _join(
     text_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: BuildConfig,
+    embedder: TextEmbedder | None,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     image_processor = set_normalization(image_processor, config.normalization)
     if config.image_size is not None:
         vision_model, image_processor = set_image_size(
             vision_model, image_processor, config.image_size
         )
+    if embedder is not None:
+        embedder = embedder.join_network(text_model)
     model_config, tokenizer = configure_model(
         vision_model.config,
         text_model.config,
@@ -232,6 +269,7 @@ def _join(
         config,
         vision_width=measure_vision_width(vision_model, image_processor, config.vision_pooling),
         text_width=measure_text_width(text_model),
+        embedder=embedder,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -239,11 +277,13 @@ def _join(
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32
-    require_direction(model.text_model, bidirectional=config.bidirectional)
-    processor = LLM2CLIPProcessor(image_processor, tokenizer, config.max_text_length)
+    require_direction(model.text_model, bidirectional=model_config.bidirectional)
+    processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)
     require_pooled_tokens(model, processor)
     require_loadable(model, processor)
+    if embedder is not None:
+        embedder.require_same_embeddings(model, processor)
     return model, processor
 
 

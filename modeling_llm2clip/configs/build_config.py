@@ -23,17 +23,24 @@ PROMPT_PRESETS = {
     "none": "{text}",
 }
 CHAT_TEMPLATE = "chat-template"
+# The text tower is a released embedder, which is kept as it is.
+OWN_PROMPT = "own"
 # In the place of a tower or of data: the one that the package brings, which needs no Hub.
 EMBEDDED = "embedded"
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
 ]
 PROMPT_NAMES: tuple[str, ...] = get_args(Prompt)
+BuildPrompt = Literal[Prompt, "own"]
 TextPooling = Literal["mean", "last_token"]
 VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
 Normalization = Literal["own", "openai", "half", "imagenet"]
 DEFAULT_PROJECTION_DIM = 512
 WeightDtype = Literal["float32", "bfloat16", "float16"]
+# Options that would change an embedder.
+_OF_LLMS = (
+    "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora", "tokenizer_code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,8 @@ class TextTowerConfig(DeviceConfig):
         if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
             raise ValueError(
                 f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
-                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it."
+                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it. "
+                "build also takes prompt=own, which keeps a sentence-transformers model as it is."
             )
 
 
@@ -75,6 +83,15 @@ class TextTowerConfig(DeviceConfig):
 class BuildConfig(TextTowerConfig):
     """Options of `build_model`, which joins a vision tower and a language model."""
 
+    prompt: BuildPrompt | None = None  # type: ignore[assignment]  # one more than its base
+    """Prompt around every caption. No default: give this, or `prompt_prefix` and
+    `prompt_suffix`. `own` keeps a sentence-transformers model as it is."""
+    prompt_name: str | None = None
+    """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
+    `prompt_prefix`, or the one that the embedder uses by itself, mostly none."""
+    truncate_dim: Annotated[int, Interval(ge=1)] | None = None
+    """With prompt=own: first dimensions of its embeddings to keep (Matryoshka). Default: the
+    embedder's."""
     text_layers: Annotated[int, Interval(ge=1)] | None = None
     """Layers of the language model to keep, from the first. Default: all."""
     projection_dim: Annotated[int, Interval(ge=1)] | None = None
@@ -104,7 +121,15 @@ class BuildConfig(TextTowerConfig):
     """Seed of the text adapter and the projections, which are initialized at random."""
 
     def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
+        if self.prompt == OWN_PROMPT:
+            if given := [name for name in self.list_given() if name in _OF_LLMS]:
+                yield f"prompt=own keeps the embedder as it is. Leave out {', '.join(given)}."
+            if self.prompt_name is not None and self.prompt_prefix is not None:
+                yield "prompt_name and prompt_prefix are two prompts. Give one."
+        else:
+            yield from super()._find_conflicts()
+            if given := [name for name in ("prompt_name", "truncate_dim") if getattr(self, name)]:
+                yield f"Only a sentence-transformers model (prompt=own) takes {', '.join(given)}."
         if self.keep_projection and self.vision_pooling != "pooler":
             yield (
                 "keep_projection keeps what follows the tower's pooler, and "

@@ -11,7 +11,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .align_config import AlignConfig
-from .build_config import BuildConfig
+from .build_config import OWN_PROMPT, BuildConfig
 from .config_fields import Config, Device, Seed
 from .data_config import DataConfig
 from .encoding_config import ExtractConfig
@@ -44,7 +44,8 @@ class TrainConfig(DataConfig):
     build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
     """Options of the untrained model."""
     finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
-    """Options of the LLM's fine-tuning; null skips it, for a tower that is a text embedder."""
+    """Options of the LLM's fine-tuning; null skips it. An embedder as it is (build.prompt: own) is
+    not fine-tuned."""
     extract: ExtractConfig = dataclasses.field(default_factory=ExtractConfig)
     """Options of the extraction."""
     align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
@@ -65,6 +66,8 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.build.prompt == OWN_PROMPT:
+            object.__setattr__(self, "finetune", None)
         for name, stage, config in self._list_shared():
             shared = {name: getattr(self, name)}
             object.__setattr__(self, stage, dataclasses.replace(config, **shared))
@@ -77,6 +80,8 @@ class TrainConfig(DataConfig):
                     yield name, stage, config
 
     def _find_conflicts(self) -> Iterator[str]:
+        if self.build.prompt == OWN_PROMPT and self.finetune not in (None, FinetuneConfig()):
+            yield "build.prompt=own keeps the embedder as it is. Leave finetune out."
         if self.finetune is not None and not self.finetune.merge:
             yield "finetune.merge=False leaves no model for the next stages. Leave it out."
         if self.export is not None and self.export.components != "full":

@@ -105,7 +105,7 @@ def check_finite_outputs(tested: ModelUnderTest) -> str:
 
 
 def check_pooled_span(tested: ModelUnderTest) -> str:
-    """Require that caption and suffix alone are pooled, by number of tokens and by value."""
+    """Require that the configured tokens alone are pooled, by number of tokens and by value."""
     config = tested.config
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
@@ -118,13 +118,15 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
                 f"{len(pooled)} are pooled ({pooled[:6]}…, wanted {caption[:6]}…)"
             )
             continue
-        by_hand = tested.pool_by_hand(whole, num_unpooled=len(whole) - num_wanted)
+        by_hand = tested.pool_by_hand(whole, num_unpooled=config.num_unpooled)
         by_model = tested.model.get_caption_embeds(torch.tensor([whole], device=tested.device))
         distance = float((by_hand - by_model).norm() / by_hand.norm())
         if not distance <= find_tolerance(tested.model.dtype):
             errors.append(f"{text!r} is pooled {distance:.1e} away from its caption and suffix")
     if errors:
         raise ValueError(f"{'; '.join(errors[:3])}. Restore prompt_prefix_ids in config.json.")
+    if config.num_unpooled < num_prefix:
+        return "prompt, caption and suffix"
     return f"caption and suffix, after {num_prefix} tokens of prompt"
 
 
@@ -279,11 +281,12 @@ def _encode_with_model(tested: ModelUnderTest, prompts: dict[str, str]) -> dict[
         embeddings["texts"] = tested.encode_texts(SHORT_TEXTS)
     if tested.encodes_images:
         embeddings["images"] = tested.encode_images(render_golden_images())
-    num_prefix = len(tested.config.prompt_prefix_ids)
+    pools_prompt = tested.config.num_unpooled < len(tested.config.prompt_prefix_ids)
     for name, instruction in prompts.items():
-        num_ids = len(tested.list_bare_ids(instruction))
+        num_ids = 0 if pools_prompt else len(tested.list_bare_ids(instruction))
         pooled = tested.pool_by_hand(
-            tested.list_ids(instruction + SHORT_TEXTS[0]), num_unpooled=num_prefix + num_ids
+            tested.list_ids(instruction + SHORT_TEXTS[0]),
+            num_unpooled=tested.config.num_unpooled + num_ids,
         )
         features = tested.model.project_caption_embeds(pooled)
         embeddings[f"texts with {name!r}"] = F.normalize(features, dim=-1).cpu()

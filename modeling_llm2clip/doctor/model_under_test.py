@@ -102,11 +102,23 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Pool the LLM's states after `num_unpooled` tokens by hand; returns (1, D) float32."""
+        """Pool the LLM's states after `num_unpooled` tokens by hand.
+
+        Returns the caption embedding, (1, D) float32.
+        """
         row = torch.tensor([list(ids)], device=self.device)
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
-        ).last_hidden_state[:, num_unpooled:]  # (1, pooled, D)
-        if self.config.text_pooling == "last_token":
-            return hidden[:, -1].float()
-        return to_float64(hidden).mean(1).to(hidden.device, torch.float32)
+        ).last_hidden_state[:, num_unpooled:]  # (1, pooled, width)
+        exact, pooling = to_float64(hidden), self.config.text_pooling
+        if pooling in ("cls", "last_token"):
+            pooled = exact[:, 0 if pooling == "cls" else -1]
+        elif pooling == "weighted_mean":
+            weights = torch.arange(1, exact.shape[1] + 1, dtype=exact.dtype, device=exact.device)
+            pooled = (weights / weights.sum()) @ exact
+        else:
+            pooled = exact.mean(1)
+        if self.config.text_dense_width is not None:
+            dense = self.model.text_model.pooled_dense
+            pooled = pooled @ to_float64(dense.weight).T + to_float64(dense.bias)
+        return pooled.to(hidden.device, torch.float32)

@@ -48,6 +48,18 @@ _COMMON_CUTS = (
 )  # fmt: skip
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "…": "..."})
 _JOINERS = re.compile("[\u200b-\u200d\ufe0e\ufe0f\ufeff]")
+_POOLINGS = {
+    "mean": "the mean",
+    "full_mean": "the mean",
+    "weighted_mean": "the weighted mean",
+    "last_token": "the last token",
+    "cls": "the first token",
+}
+_OTHER_POOLINGS = {
+    "mean": "mean pooling",
+    "last_token": "last-token pooling",
+    "cls": "first-token (CLS) pooling",
+}
 _COMMON_SIDES = (224, 256, 336, 384, 448, 512, 640, 768, 1024)
 _COMMON_QUALITIES = (95, 90, 85, 80, 75, 70, 60, 50)
 
@@ -76,6 +88,7 @@ class TextVariants:
         config = tested.config
         self.prefix = list(config.prompt_prefix_ids)
         self.suffix = list(config.prompt_suffix_ids)
+        self.pools_prefix = config.num_unpooled < len(self.prefix)
         self.limit, self.room = int(config.max_text_length), tested.room
 
     def list_variants(self, texts: Sequence[str]) -> list[Variant]:
@@ -111,7 +124,9 @@ class TextVariants:
     def _encode_unmasked(self, texts: Sequence[str], *, side: str, pools_padding: bool) -> Tensor:
         model = self.tested.model
         batch = self.tested.tokenize(texts, padding_side=side)
-        mask = build_pooling_mask(batch["attention_mask"], num_unpooled=len(self.prefix))
+        mask = build_pooling_mask(
+            batch["attention_mask"], num_unpooled=self.tested.config.num_unpooled
+        )
         if pools_padding:
             mask = mask | (batch["attention_mask"] == 0)
         hidden = model.text_model(
@@ -119,7 +134,9 @@ class TextVariants:
             attention_mask=torch.ones_like(batch["attention_mask"]),
             use_cache=False,
         ).last_hidden_state
-        pooled = pool_tokens(hidden, mask, pooling=self.tested.config.text_pooling)
+        pooled = model._apply_dense(
+            pool_tokens(hidden, mask, pooling=self.tested.config.text_pooling)
+        )
         return F.normalize(model.project_caption_embeds(pooled), dim=-1).cpu()
 
     def _encode_other_direction(self, texts: Sequence[str]) -> Tensor:
@@ -146,8 +163,9 @@ class TextVariants:
             )
         if prefix:
             errors["the prompt's prefix is lost"] = lambda ids: embed([], [*fit(ids), *suffix])
-            errors["the prompt's prefix is pooled too"] = lambda ids: embed(
-                [], [*prefix, *fit(ids), *suffix]
+            change = "not pooled" if self.pools_prefix else "pooled too"
+            errors[f"the prompt's prefix is {change}"] = lambda ids: embed(
+                prefix, [*fit(ids), *suffix], pools_before=not self.pools_prefix
             )
         if suffix:
             errors["the prompt's suffix is lost"] = lambda ids: embed(prefix, fit(ids))
@@ -158,15 +176,15 @@ class TextVariants:
 
     def _list_poolings_and_heads(self) -> dict[str, _EmbedIds]:
         model = self.tested.model
-        if self.tested.config.text_pooling == "mean":
-            other, name = "last_token", "last-token pooling instead of the mean"
-        else:
-            other, name = "mean", "mean pooling instead of the last token"
+        own = self.tested.config.text_pooling
         return {
-            name: partial(self._enclose, pooling=other),
-            "first-token (CLS) pooling": lambda ids: self._embed(
-                [], [*self.prefix, *self._fit(ids), *self.suffix], first=True
-            ),
+            **{
+                f"{name} instead of {_POOLINGS[own]}": partial(
+                    self._enclose, pooling=pooling, pools_before=pooling == "cls" or None
+                )
+                for pooling, name in _OTHER_POOLINGS.items()
+                if pooling not in (own, own.removeprefix("full_"))
+            },
             "the text adapter is left out": partial(self._enclose, head=model.text_projection),
             "text adapter and projection are left out": partial(
                 self._enclose, head=lambda pooled: pooled
@@ -224,21 +242,24 @@ class TextVariants:
         after: Sequence[int] = (),
         *,
         pooling: str | None = None,
-        first: bool = False,
+        pools_before: bool | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Run the LLM on token ids and pool those in the middle; returns (1, width)."""
+        """Run the LLM on token ids and pool those in the middle; returns (1, width).
+
+        With `pools_before` those before them are pooled too; None as the model does.
+        """
         tested = self.tested
         row = torch.tensor([[*before, *pooled, *after]], device=tested.device)
         hidden = tested.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
         ).last_hidden_state  # (1, L, D)
-        if first:
-            embeds = hidden[:, 0].float()
-        else:
-            mask = torch.zeros_like(row, dtype=torch.bool)
-            mask[:, len(before) : len(before) + len(pooled)] = True
-            embeds = pool_tokens(hidden, mask, pooling=pooling or tested.config.text_pooling)
+        pools_before = self.pools_prefix if pools_before is None else pools_before
+        mask = torch.zeros_like(row, dtype=torch.bool)
+        mask[:, 0 if pools_before else len(before) : len(before) + len(pooled)] = True
+        embeds = tested.model._apply_dense(
+            pool_tokens(hidden, mask, pooling=pooling or tested.config.text_pooling)
+        )
         head = head or tested.model.project_caption_embeds
         return F.normalize(head(embeds).float(), dim=-1).cpu()
 

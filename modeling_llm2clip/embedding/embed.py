@@ -22,7 +22,7 @@ from ..data.atomic_files import hash_json
 from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_texts
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
-from ..model_folders.fingerprint import fingerprint_embeddings
+from ..model_folders.fingerprint import describe_prompt, fingerprint_embeddings
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_writing import Source, StageSource, open_source
 from ..model_folders.onnx_folder import fingerprint_graph
@@ -291,6 +291,5 @@ def _write_prompt(folder: Path) -> str:
     """Write the prompt as text, with {text} for the caption."""
     config = LLM2CLIPConfig.from_pretrained(folder)
     tokenizer = LLM2CLIPProcessor.from_pretrained(folder).tokenizer
-    parts = (config.prompt_prefix_ids, config.prompt_suffix_ids)
-    prefix, suffix = (tokenizer.decode(ids, skip_special_tokens=False) for ids in parts)
+    prefix, suffix = describe_prompt(tokenizer.backend_tokenizer, config)
     return f"{prefix}{{text}}{suffix}"

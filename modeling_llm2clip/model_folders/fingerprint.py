@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -86,6 +87,17 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
         "direction": "bidirectional" if config.bidirectional else "causal",
         "max_text_length": str(processor.longest_text),
     }
+
+
+def describe_prompt(backend: Tokenizer, config: LLM2CLIPConfig) -> tuple[str, str]:
+    """Return the prompt before and after a caption as text, special tokens included."""
+    parts = (config.prompt_prefix_ids, config.prompt_suffix_ids)
+    before, after = (backend.decode(ids, skip_special_tokens=False) for ids in parts)
+    # An embedder's prompt may end in text that is tokenized with the caption.
+    steps = backend.normalizer
+    if isinstance(steps, normalizers.Sequence) and len(steps) > 1:
+        before += getattr(steps[1], "prepend", "")
+    return before, after
 
 
 def fingerprint_vision(model: str | Path) -> dict[str, str]:

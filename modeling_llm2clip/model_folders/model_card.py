@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import write_atomically
+from .fingerprint import describe_prompt
 from .model_folder import fetch_hub_file
 from .model_loading import describe_untrained
 from .weights import open_model_weights
@@ -337,13 +338,9 @@ def _describe_images(folder: Path) -> str:
 
 
 def _describe_prompt(folder: Path, config: LLM2CLIPConfig) -> str:
-    if not (config.prompt_prefix_ids or config.prompt_suffix_ids):
+    prefix, suffix = describe_prompt(Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+    if not (prefix or suffix):
         return "none"
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    prefix, suffix = (
-        tokenizer.decode(ids, skip_special_tokens=False)
-        for ids in (config.prompt_prefix_ids, config.prompt_suffix_ids)
-    )
     return f"`{prefix!r}` text `{suffix!r}`, written into the tokenizer"
 
 

@@ -93,6 +93,7 @@ class _AbsentTower(nn.Module):
     """Takes the place of a tower that is not run: has its configuration and no weights."""
 
     config: Any = None
+    pooled_dense: Any = None
 
     def get_input_embeddings(self) -> None:
         """Return nothing; FSDP asks."""

@@ -58,7 +58,7 @@ class _TextGraph(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: Any) -> Tensor:
         # Not `get_text_features`: its count of unpooled tokens would become a constant.
         output = self.model._pool_batch(input_ids, attention_mask, num_unpooled=num_unpooled)
-        return self.model.to_text_embeds(output.pooler_output)  # type: ignore[arg-type]
+        return self.model.to_text_embeds(self.model._apply_dense(output.pooler_output))  # type: ignore[arg-type]
 
 
 class _ImageGraph(nn.Module):
@@ -82,7 +82,7 @@ def write_text_graph(
     config = model.config
     batch = torch.export.Dim("batch_size", max=_LARGEST_BATCH)
     length = torch.export.Dim("sequence_length", min=2, max=config.max_text_length)
-    num_unpooled = torch.tensor(len(config.prompt_prefix_ids))
+    num_unpooled = torch.tensor(config.num_unpooled)
     tower = f"language model {config.text_config.model_type!r}"
     with _explaining(tower, other="vision"):
         program = torch.onnx.export(

@@ -22,10 +22,12 @@ from .._suggestions import counted
 from ..building.pretrained_towers import (
     EFFICIENTNET,
     EMBEDDED,
+    MINILM,
     SMOLLM2,
     PretrainedTower,
     find_tower,
 )
+from ..configs.build_config import OWN_PROMPT
 from ..configs.train_config import TrainConfig
 from ..data.captions.caption_groups import count_groups
 from ..data.captions.sentence_views import with_views
@@ -255,7 +257,8 @@ class _Planner:
     ) -> None:
         self.config, self.train, self.test = config, train, test
         self.paths = RecipePaths(config.output)
-        self.text = measure_tower(config.text_model, embedded=SMOLLM2)
+        embedded = MINILM if config.build.prompt == OWN_PROMPT else SMOLLM2
+        self.text = measure_tower(config.text_model, embedded=embedded)
         self.vision = measure_tower(config.vision_model, embedded=EFFICIENTNET)
         num_views = config.extract.sentence_views or config.align.sentence_views
         texts = {t for r in train for t in (*r.captions, *with_views(r.long_captions, num_views))}

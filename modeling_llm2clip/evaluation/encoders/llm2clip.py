@@ -15,7 +15,12 @@ from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.devices import find_device
 from ...encoding.encode import TorchEncoder
 from ...encoding.tokenized_texts import TokenizedTexts
-from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.fingerprint import (
+    describe_prompt,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+)
 from ...model_folders.model_loading import warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
@@ -92,15 +97,13 @@ class LLM2CLIPEncoder(Encoder):
             "image_processor": vision["image_processor"],
         }
         tokenizer = self._processor.tokenizer
+        prompt = describe_prompt(tokenizer.backend_tokenizer, config)
         return EncoderDescription(
             model_type="llm2clip",
             source=self._source,
             fingerprint=fingerprint,
             text={
-                "prompt": {
-                    "before": tokenizer.decode(config.prompt_prefix_ids),
-                    "after": tokenizer.decode(config.prompt_suffix_ids),
-                },
+                "prompt": dict(zip(("before", "after"), prompt, strict=True)),
                 "max_tokens": self._processor.longest_text,
                 "padding": "none that is pooled",
                 "lower_case": is_uncased(tokenizer),

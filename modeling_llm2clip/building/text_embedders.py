@@ -1,0 +1,214 @@
+"""Reads a sentence-transformers model, so that a text tower gives its embeddings as it is.
+
+sentence-transformers itself loads the model and encodes a few texts. What it does beside the
+network is written down in this package's terms, and the built model must give the same embeddings.
+
+Shapes: N texts, D width of the pooled hidden states, D' width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .._extras import EMBEDDER, require
+from ..configs.build_config import BuildConfig
+from ..encoding.encode import encode_texts
+from ..heads_llm2clip import PooledDense
+from ..loading_llm2clip import naming_code
+from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
+from ..model_folders.model_folder import fetch_hub_file
+from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
+from .tower_checks import find_direction_errors
+from .vision_towers import naming
+
+# sentence-transformers' names of poolings, and ours where the prompt is pooled too.
+_POOLINGS = {
+    "mean": "full_mean",
+    "cls": "cls",
+    "lasttoken": "last_token",
+    "weightedmean": "weighted_mean",
+}
+_TEXTS = (*GOLDEN_TEXTS, "x", '"(1) it\'s 7 p.m.", she said', "a dog on a mat " * 150)
+_WAY_OUT = (
+    "Take another embedder; or build on the network as an ordinary LLM, with another --prompt, and "
+    "fine-tune it."
+)
+
+
+@dataclass(frozen=True)
+class TextEmbedder:
+    """A sentence-transformers model, but for its network.
+
+    Attributes:
+        prompt: Text before every text.
+        pooling: One of `TEXT_POOLINGS`.
+        max_length: Maximum number of tokens of a text.
+        dense: Weight (D', D) and bias (D') of its Dense modules and truncation together; None
+            without any.
+        normalizes: Whether its embeddings have unit length.
+        texts: Samples.
+        embeds: Its embeddings of the samples, (N, D') float32.
+        bidirectional: Whether its tokens attend to later ones.
+    """
+
+    prompt: str
+    pooling: str
+    max_length: int
+    dense: tuple[Tensor, Tensor] | None
+    normalizes: bool
+    texts: tuple[str, ...]
+    embeds: Tensor
+    bidirectional: bool = True
+
+    def join_network(self, text_model: PreTrainedModel) -> TextEmbedder:
+        """Put the Dense modules into the text tower, in its dtype, and measure its direction."""
+        if self.dense is not None:
+            weight, bias = self.dense
+            layer = PooledDense(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (or transformers resets it)
+            text_model.pooled_dense = layer.to(text_model.dtype)
+        is_causal = not find_direction_errors(text_model, bidirectional=False)
+        return replace(self, bidirectional=not is_causal)
+
+    def require_same_embeddings(self, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+        """Refuse a model whose caption embeddings are not this embedder's."""
+        found = encode_texts(model, processor, self.texts, project=False).cpu()
+        if self.normalizes:
+            found = F.normalize(found, dim=-1)
+        wanted = F.normalize(self.embeds, dim=-1) if self.normalizes else self.embeds
+        distances = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        row = int(distances.nan_to_num(nan=torch.inf).argmax())
+        if not distances[row] <= find_tolerance(model.text_model.dtype):
+            raise ValueError(
+                f"The built model does not give the embeddings of sentence-transformers: "
+                f"{self.texts[row][:40]!r} is {distances[row]:.1e} off, with the prompt "
+                f"{self.prompt!r}. {_WAY_OUT}"
+            )
+
+
+@torch.inference_mode()
+def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
+    """Read how an embedder makes embeddings beside its network, and let it encode samples.
+
+    ValueError for what cannot be repeated exactly.
+    """
+    require(EMBEDDER)
+    from sentence_transformers import SentenceTransformer
+
+    _require_modules(source)
+    with naming(source), naming_code(source):
+        encoder = SentenceTransformer(
+            str(source),
+            device="cpu",
+            model_kwargs={"dtype": getattr(torch, config.dtype)},
+            trust_remote_code=False,
+        ).eval()
+    pooling, denses, normalizes = _split_modules(encoder, source)
+    prompt = _choose_prompt(encoder, config, source)
+    encoder.max_seq_length = min(config.max_text_length, encoder.max_seq_length or 2**31)
+    dim = config.truncate_dim or encoder.truncate_dim
+    embeds = encoder.encode(
+        list(_TEXTS), prompt=prompt, truncate_dim=dim, convert_to_tensor=True,
+        show_progress_bar=False,
+    )  # fmt: skip
+    if dim is not None and dim > embeds.shape[1]:
+        raise ValueError(
+            f"truncate_dim={dim}, but the embeddings of {source} have {embeds.shape[1]} dimensions."
+        )
+    # Excluding a prompt that is not there leaves the special tokens in the mean.
+    excludes = bool(prompt) and not pooling.include_prompt and pooling.pooling_mode == "mean"
+    return TextEmbedder(
+        prompt=prompt,
+        pooling="mean" if excludes else _POOLINGS[pooling.pooling_mode],
+        max_length=encoder.max_seq_length,
+        dense=_fold(denses, width=pooling.embedding_dimension, dim=dim),
+        normalizes=normalizes,
+        texts=_TEXTS,
+        embeds=embeds.float().cpu().clone(),
+    )
+
+
+def _require_modules(source: str | Path) -> None:
+    """Refuse what is not a sentence-transformers model, and NV-Embed."""
+    settings, _ = PreTrainedConfig.get_config_dict(source)
+    if "latent_attention_config" in settings:
+        raise ValueError(
+            f"{source} pools by latent attention, as NV-Embed does, which no module of "
+            f"sentence-transformers repeats. {_WAY_OUT}"
+        )
+    is_folder = Path(source).is_dir()
+    file = Path(source) / "modules.json" if is_folder else fetch_hub_file(source, "modules.json")
+    if file is None or not file.is_file():
+        raise ValueError(
+            f"{source} has no modules.json, so it is not a sentence-transformers model, and how it "
+            "pools would be a guess. Choose another --prompt to build on it as an LLM."
+        )
+
+
+def _split_modules(encoder: Any, source: str | Path) -> tuple[Any, list[Any], bool]:
+    """Return the pooling, the Dense modules, and whether embeddings are normalized in the end."""
+    from sentence_transformers.sentence_transformer.modules import (
+        Dense,
+        Normalize,
+        Pooling,
+        Transformer,
+    )
+
+    modules = list(encoder)
+    normalizes = type(modules[-1]) is Normalize
+    first, *denses = modules[: -1 if normalizes else None]
+    pooling: Any = denses.pop(0) if denses else None
+    errors = []
+    if type(first) is not Transformer or type(pooling) is not Pooling:
+        errors.append("it does not begin with Transformer and Pooling")
+    elif pooling.pooling_mode not in _POOLINGS:
+        errors.append(f"pooling_mode={pooling.pooling_mode!r} is not one of {list(_POOLINGS)}")
+    for module in denses:
+        if type(module) is not Dense:
+            errors.append(f"{type(module).__name__} is not a Dense")
+        elif not isinstance(module.activation_function, nn.Identity):
+            errors.append(f"a Dense has the activation {type(module.activation_function).__name__}")
+        elif module.use_residual or module.module_input_name != module.module_output_name:
+            errors.append("a Dense is not applied to the embedding alone")
+    if errors:
+        names = ", ".join(type(module).__name__ for module in modules)
+        raise ValueError(
+            f"{source} cannot be repeated exactly: {'; '.join(errors)}. Its modules are {names}; "
+            f"wanted are Transformer, Pooling, Dense without activation, Normalize. {_WAY_OUT}"
+        )
+    return pooling, denses, normalizes
+
+
+def _choose_prompt(encoder: Any, config: BuildConfig, source: str | Path) -> str:
+    if config.prompt_prefix is not None:
+        return config.prompt_prefix
+    prompts = {name: text for name, text in encoder.prompts.items() if text is not None}
+    name = config.prompt_name or encoder.default_prompt_name
+    if name is not None and name not in prompts:
+        raise ValueError(
+            f"{source} has no prompt {name!r}; it has {sorted(prompts)}. Choose one of them, or "
+            "give its text as prompt_prefix."
+        )
+    return "" if name is None else str(prompts[name])
+
+
+def _fold(denses: Sequence[Any], *, width: int, dim: int | None) -> tuple[Tensor, Tensor] | None:
+    """Multiply Dense modules and the first `dim` rows of the identity; None for neither."""
+    if not denses and dim in (None, width):
+        return None
+    weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    for linear in (module.linear for module in denses):
+        weight, bias = linear.weight.double() @ weight, linear.weight.double() @ bias
+        if linear.bias is not None:
+            bias = bias + linear.bias.double()
+    return weight[:dim].float().clone(), bias[:dim].float().clone()

@@ -1,0 +1,251 @@
+"""A text tower that is a released embedder gives sentence-transformers' own embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_vision
+from tiny_embedders import EMBEDDERS, tiny_embedder
+from torch import Tensor, nn
+
+from modeling_llm2clip.building.build_model import build_model, join_towers
+from modeling_llm2clip.building.pretrained_towers import MINILM, find_tower
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
+from modeling_llm2clip.doctor.served_variants import TextVariants
+from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.model_folders.fingerprint import describe_prompt
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+
+sentence_transformers = pytest.importorskip("sentence_transformers")
+modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+
+# Of several lengths, one of which is truncated, and beginnings that tokenizers merge with a prompt.
+TEXTS = [
+    "a dog", "Two red apples on a wooden table, 1862", "(1) It's", '"x"', "東京の夜景",
+    "a dog on a mat " * 40,
+]  # fmt: skip
+PROMPT = "task: find the image | query: "
+# Sums of float32 numbers in another order, of embeddings of unit length.
+ROUNDING = 1e-6
+TINY = {"projection_dim": 16, "text_adapter_layers": 0}
+
+
+def encode_with_library(source: Path, **settings: Any) -> Tensor:
+    encoder = sentence_transformers.SentenceTransformer(str(source), device="cpu")
+    embeds: Tensor = encoder.encode(TEXTS, convert_to_tensor=True, **settings)
+    return embeds.cpu().clone()
+
+
+def measure_distance(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest distance between embeddings, of which those wanted have unit length."""
+    return float((F.normalize(found, dim=-1) - wanted).norm(dim=-1).max())
+
+
+@pytest.mark.parametrize("family", EMBEDDERS)
+def test_embeddings_before_the_adapter_are_the_embedders_own(family: str, tmp_path: Path) -> None:
+    model_type = EMBEDDERS[family][0].removesuffix("_text")
+    pytest.importorskip(f"transformers.models.{model_type}")
+    source = tiny_embedder(tmp_path, family)
+    wanted = encode_with_library(source, prompt=PROMPT)
+    config = BuildConfig(prompt="own", prompt_prefix=PROMPT, **TINY)
+    folder = save_model(*join_towers(tiny_vision(), source, config), tmp_path / "model")
+    model = LLM2CLIPModel.from_pretrained(folder)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    batch = processor(text=TEXTS)
+    alone = [processor(text=[text]) for text in TEXTS]
+    with torch.no_grad():
+        embeds = {
+            "in a batch": encode_texts(model, processor, TEXTS, project=False),
+            "alone": torch.cat([model.get_caption_embeds(**text) for text in alone]),
+        }
+    # With gradients a batch is padded, without them packed.
+    embeds["padded"] = model.get_caption_embeds(**batch).detach()
+    left = processor(text=TEXTS, padding_side="left")
+    embeds["padded on the left"] = model.get_caption_embeds(**left).detach()
+    distances = {name: measure_distance(found, wanted) for name, found in embeds.items()}
+    assert max(distances.values()) < ROUNDING, distances
+    prompt, _ = describe_prompt(processor.tokenizer.backend_tokenizer, model.config)
+    assert prompt.endswith(" query: ")
+    # Another prompt would give other embeddings.
+    assert measure_distance(embeds["alone"], encode_with_library(source)) > 100 * ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["MiniLM", "gte-ModernBERT", "EmbeddingGemma", "SGPT"])
+def test_the_folder_of_an_embedder_is_healthy_and_errors_of_its_servers_differ(
+    family: str, tmp_path: Path
+) -> None:
+    source = tiny_embedder(tmp_path, family)
+    config = BuildConfig(prompt="own", prompt_prefix=PROMPT, **TINY)
+    folder = build_model(tiny_vision(), source, tmp_path / "model", config)
+    report = check_model(folder)
+    assert report.healthy, str(report)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    model = LLM2CLIPModel.from_pretrained(folder).eval()
+    tested = ModelUnderTest(
+        folder, "cpu", model.config, LLM2CLIPModel, model, processor.tokenizer, processor
+    )
+    texts = TEXTS[:2]
+    right = tested.encode_texts(texts)
+    errors = [v for v in TextVariants(tested).list_variants(texts) if "instead of" in v.name]
+    assert len(errors) >= 2
+    for error in errors:
+        assert float((error.compute(texts) - right).norm(dim=1).max()) > 1e-3, error.name
+    # The doctor pools by hand: another pooling in config.json is another embedding.
+    stated = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**stated, "text_pooling": "last_token"}))
+    assert not check_model(folder).healthy
+
+
+def test_prompts_are_found_by_name_and_by_default(tmp_path: Path) -> None:
+    prompts = {"query": "find: the query: ", "document": "the passage: "}
+    source = tiny_embedder(tmp_path, prompts=prompts, default_prompt_name="document")
+    for name, shown in (("query", "query"), (None, "document")):
+        model, processor = join_towers(
+            tiny_vision(), source, BuildConfig(prompt="own", prompt_name=name, **TINY)
+        )
+        found = encode_texts(model, processor, TEXTS, project=False)
+        wanted = encode_with_library(source, prompt_name=shown)
+        assert measure_distance(found, wanted) < ROUNDING
+    with pytest.raises(ValueError, match=r"has no prompt 'image'; it has .*'query'"):
+        join_towers(tiny_vision(), source, BuildConfig(prompt="own", prompt_name="image", **TINY))
+
+
+@pytest.mark.parametrize("prompt", [None, "find the image: "])
+def test_a_prompt_that_is_not_pooled_is_left_out_of_the_mean(
+    prompt: str | None, tmp_path: Path
+) -> None:
+    source = tiny_embedder(tmp_path, include_prompt=False)
+    config = BuildConfig(prompt="own", prompt_prefix=prompt, **TINY)
+    model, processor = join_towers(tiny_vision(), source, config)
+    assert model.config.num_unpooled == (
+        0 if prompt is None else len(model.config.prompt_prefix_ids)
+    )
+    found = encode_texts(model, processor, TEXTS, project=False)
+    wanted = encode_with_library(source, prompt=prompt or "")
+    assert measure_distance(found, wanted) < ROUNDING
+
+
+@pytest.mark.parametrize("family", ["MiniLM", "EmbeddingGemma"])
+def test_the_first_dimensions_point_where_those_of_the_library_do(
+    family: str, tmp_path: Path
+) -> None:
+    source = tiny_embedder(tmp_path, family)
+    config = BuildConfig(prompt="own", truncate_dim=8, **TINY)
+    model, processor = join_towers(tiny_vision(), source, config)
+    found = encode_texts(model, processor, TEXTS, project=False)
+    assert found.shape[1] == model.config.text_width == 8
+    wanted = F.normalize(encode_with_library(source, truncate_dim=8), dim=-1)
+    # The direction of the first dimensions, which are a part of the length.
+    assert measure_distance(found, wanted) < 3 * ROUNDING
+    with pytest.raises(ValueError, match=r"truncate_dim=99, but the embeddings .* have"):
+        join_towers(tiny_vision(), source, BuildConfig(prompt="own", truncate_dim=99, **TINY))
+
+
+def test_embeddings_that_are_not_normalized_keep_their_length(tmp_path: Path) -> None:
+    source = tiny_embedder(tmp_path, last=[])
+    model, processor = join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
+    found, wanted = (
+        encode_texts(model, processor, TEXTS, project=False),
+        encode_with_library(source),
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # lengths of about six
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "activation": (
+        {"last": [modules.Dense(32, 8, activation_function=nn.Tanh())]},
+        "a Dense has the activation Tanh",
+    ),
+    "residual": (
+        {"last": [modules.Dense(32, 32, activation_function=None, use_residual=True)]},
+        "a Dense is not applied to the embedding alone",
+    ),
+    "module": ({"last": [modules.LayerNorm(32)]}, "LayerNorm is not a Dense"),
+    "order": (
+        {"last": [modules.Normalize(), modules.Dense(32, 8, activation_function=None)]},
+        "Normalize is not a Dense",
+    ),
+    "pooling": ({"pooling": "max"}, "pooling_mode='max' is not one of"),
+    "poolings": ({"pooling": ("cls", "mean"), "last": []}, r"pooling_mode=\('cls', 'mean'\)"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_modules_that_cannot_be_repeated_are_refused_by_name(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = tiny_embedder(tmp_path, **settings)
+    with pytest.raises(
+        ValueError, match=f"cannot be repeated exactly: {message}.*another embedder"
+    ):
+        join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
+
+
+def test_what_is_not_an_embedder_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    config = BuildConfig(prompt="own", **TINY)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"no modules\.json, so it is not a sentence-transformers"):
+        join_towers(tiny_vision(), tmp_path, config)
+    nv_embed = {"model_type": "nvembed", "latent_attention_config": {"num_latents_value": 512}}
+    (tmp_path / "config.json").write_text(json.dumps(nv_embed))
+    with pytest.raises(ValueError, match="pools by latent attention, as NV-Embed does"):
+        join_towers(tiny_vision(), tmp_path, config)
+    with pytest.raises(ValueError, match="needs the folder or Hub id of an embedder"):
+        join_towers(tiny_vision(), tiny_vision(), config)
+
+
+def test_a_network_that_gives_other_embeddings_than_the_library_is_refused(
+    tmp_path: Path,
+) -> None:
+    source = tiny_embedder(tmp_path)
+    # Lowercases what the tokenizer, without a normalizer, takes as it is.
+    tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    tokenizer["normalizer"] = None
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((source / "sentence_bert_config.json").read_text("utf-8"))
+    settings["do_lower_case"] = True
+    (source / "sentence_bert_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not give the embeddings of sentence-transformers"):
+        join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
+
+
+def test_options_that_would_change_an_embedder_are_refused() -> None:
+    with pytest.raises(ValueError, match="Leave out bidirectional, text_pooling"):
+        BuildConfig(prompt="own", bidirectional=False, text_pooling="last_token")
+    with pytest.raises(ValueError, match="are two prompts"):
+        BuildConfig(prompt="own", prompt_name="query", prompt_prefix="query: ")
+    with pytest.raises(ValueError, match=r"Only a sentence-transformers model .* truncate_dim"):
+        BuildConfig(prompt="none", truncate_dim=8)
+
+
+def test_a_recipe_does_not_fine_tune_an_embedder(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {
+        "vision_model": "a", "text_model": "b", "data": "c", "output": tmp_path,
+        "build": BuildConfig(prompt="own"),
+    }  # fmt: skip
+    assert TrainConfig(**recipe).finetune is None
+    with pytest.raises(ValueError, match="Leave finetune out"):
+        TrainConfig(**recipe, finetune={"num_train_epochs": 3})
+
+
+@pytest.mark.slow
+def test_the_packages_own_embedder_is_all_minilm(tmp_path: Path) -> None:
+    if not (source := find_tower(MINILM)).is_dir():
+        pytest.skip("all-MiniLM-L6-v2 is not in the cache")
+    folder = build_model(tiny_vision(), source, tmp_path, BuildConfig(prompt="own", **TINY))
+    model = LLM2CLIPModel.from_pretrained(folder)
+    found = encode_texts(model, LLM2CLIPProcessor.from_pretrained(folder), TEXTS, project=False)
+    # Six layers of real weights instead of two; about 1e-6 was measured.
+    assert measure_distance(found, encode_with_library(source)) < 5e-6
+    assert check_model(folder).healthy
