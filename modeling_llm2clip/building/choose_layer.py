@@ -127,9 +127,9 @@ def choose_layer(
         BuildConfig(**shared, projection_dim=1, text_adapter_layers=0),
         text_width=measure_text_width(text_model),
     )
-    model = LLM2CLIPTextModel(model_config, text_model).eval()
+    model = LLM2CLIPTextModel(model_config, text_model).eval()  # type: ignore[no-untyped-call]
     require_direction(text_model, bidirectional=config.bidirectional)
-    model.to(find_device(config.device))  # type: ignore[arg-type]
+    model.to(find_device(config.device))
     processor = LLM2CLIPProcessor(CLIPImageProcessor(), tokenizer, config.max_text_length)
     texts = [pair[side] for of_one in pairs.values() for side in (0, 1) for pair in of_one.values()]
     tokenized = TokenizedTexts(processor, texts)
