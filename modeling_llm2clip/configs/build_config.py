@@ -37,7 +37,7 @@ WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig(DeviceConfig):
-    """How a language model becomes a text tower."""
+    """Options of making a text tower of a language model."""
 
     prompt: Prompt | None = None
     """Prompt around every caption. No default: give this, or `prompt_prefix` and
