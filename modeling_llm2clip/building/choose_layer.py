@@ -39,7 +39,7 @@ _TOKEN_BUDGET = 1024  # less than elsewhere, as a batch holds the states of all 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How well texts of the same meaning find each other, by the output of one layer.
+    """Score of one layer: texts of the same meaning find each other by its output.
 
     Attributes:
         layer: Number of the layer, from 1; `text_layers` of a model that ends with it.

@@ -45,7 +45,7 @@ _OF_LLMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig(DeviceConfig):
-    """How a language model becomes a text tower."""
+    """Options of making a text tower of a language model."""
 
     prompt: Prompt | None = None
     """Prompt around every caption. No default: give this, or `prompt_prefix` and
