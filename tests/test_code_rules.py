@@ -45,7 +45,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 3110,
     "building": 1420,
-    "cli": 1980,
+    "cli": 1960,
     "configs": 820,
     "conversion": 1050,
     "data": 5990,
@@ -60,7 +60,7 @@ BUDGETS = {
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 5390,
+    "training": 5370,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 289, 8180
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
