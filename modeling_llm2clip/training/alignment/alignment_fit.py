@@ -225,6 +225,7 @@ def collect_weights(
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
     state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
+    model.teacher_model = None  # no part of a folder
     return name_as_saved(model, state, scratch) if trainer.args.should_save else {}
 
 
