@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny import tiny_vision
 from tiny_embedders import EMBEDDERS, tiny_embedder
 from torch import Tensor, nn
+from tuning import RECORDS, SHORT
 
 from modeling_llm2clip.building.build_model import build_model, join_towers
 from modeling_llm2clip.building.pretrained_towers import MINILM, find_tower
@@ -25,6 +26,7 @@ from modeling_llm2clip.model_folders.fingerprint import describe_prompt
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
@@ -237,6 +239,14 @@ def test_a_recipe_does_not_fine_tune_an_embedder(tmp_path: Path) -> None:
     assert TrainConfig(**recipe).finetune is None
     with pytest.raises(ValueError, match="Leave finetune out"):
         TrainConfig(**recipe, finetune={"num_train_epochs": 3})
+
+
+def test_an_embedder_with_dense_modules_is_not_fine_tuned(tmp_path: Path) -> None:
+    source = tiny_embedder(tmp_path, "EmbeddingGemma")
+    built = join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
+    folder = save_model(*built, tmp_path / "model")
+    with pytest.raises(ValueError, match="Align it without fine-tuning"):
+        finetune_llm(folder, RECORDS, tmp_path / "run", SHORT)
 
 
 @pytest.mark.slow

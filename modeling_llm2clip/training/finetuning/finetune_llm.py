@@ -147,8 +147,14 @@ def finetune_llm(
     choose_reports(config.report_to)
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as found:
+        own = LLM2CLIPConfig.from_pretrained(found.folder)
+        if own.text_dense_width is not None:
+            raise ValueError(
+                f"{found.name} keeps a text embedder as it is, and a LoRA would not fit the Dense "
+                "modules after its pooling. Align it without fine-tuning."
+            )
         if config.merge:
-            types = LLM2CLIPConfig.from_pretrained(found.folder).architectures
+            types = own.architectures
             if types != ["LLM2CLIPModel"]:
                 raise ValueError(
                     f"{found.name} is {types}, and merging writes a whole model. Give the whole "
