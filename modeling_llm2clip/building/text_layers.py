@@ -93,7 +93,7 @@ def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
         place, _, own_name = name.rpartition(".")
         buffer = same.get(name, buffer).to(text_model.device)
         setattr(other.get_submodule(place), own_name, buffer)
-    return other.eval()
+    return other.eval()  # type: ignore[no-any-return]
 
 
 @contextmanager
