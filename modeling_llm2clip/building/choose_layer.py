@@ -127,7 +127,8 @@ def choose_layer(
         BuildConfig(**shared, projection_dim=1, text_adapter_layers=0),
         text_width=measure_text_width(text_model),
     )
-    model = LLM2CLIPTextModel(model_config, text_model).eval()  # type: ignore[no-untyped-call]
+    model = LLM2CLIPTextModel(model_config, text_model)
+    model.eval()  # type: ignore[no-untyped-call]
     require_direction(text_model, bidirectional=config.bidirectional)
     model.to(find_device(config.device))
     processor = LLM2CLIPProcessor(CLIPImageProcessor(), tokenizer, config.max_text_length)

@@ -60,7 +60,7 @@ def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) ->
 def require_same_states(
     text_model: PreTrainedModel, config: PreTrainedConfig, source: str | Path
 ) -> None:
-    """Refuse an LLM with few layers that gives other states than the one that it was cut from.
+    """Refuse an LLM with few layers that gives other states than the one with all of them.
 
     The same weights run in both: in an LLM that was built with few layers, and in one that was
     built with all of `config`, which are then removed. They differ where layers depend on how many

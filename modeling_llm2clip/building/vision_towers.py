@@ -102,8 +102,8 @@ def load_shared_projection(source: str | Path | None, config: BuildConfig) -> Te
         kept = torch.eye(whole.vision_config.hidden_size)
     if config.projection_dim not in (None, len(kept)):
         raise ValueError(
-            f"keep_projection keeps the {len(kept)} dimensions of {source}, and projection_dim="
-            f"{config.projection_dim} asks for others. Leave it out."
+            f"keep_projection keeps {counted(len(kept), 'dimension')}, as {source} has, and "
+            f"projection_dim={config.projection_dim} asks for others. Leave it out."
         )
     return kept
 

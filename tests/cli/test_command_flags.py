@@ -336,7 +336,7 @@ OF_A_MODEL = {
     "index": ["index", "MODEL", "FULL", "NEW"],
     "tag": ["tag", "MODEL", "FULL", "--labels", "LABELS"],
     "serve": ["serve", "MODEL", "--port", "0"],
-    "extract": ["extract", "MODEL", "FULL", "NEW", "--modality", "text"],
+    "extract": ["extract", "MODEL", "FULL", "NEW", "--modality", "image"],
     "align": ["align", "MODEL", "FULL", "NEW", "--text-training", "lora"],
     "finetune-llm": ["finetune-llm", "MODEL", "FULL", "NEW"],
     "export": ["export", "MODEL", "NEW"],
@@ -374,7 +374,7 @@ CONVERT = ["convert", "a/b", "NEW", "--source-format", "openai"]
 ALIGN = ["align", "OWN", "FULL", "NEW"]
 STORED = [*ALIGN, "--caption-store", "STORE"]
 TAG = ["tag", "OWN", "FULL", "--labels", "LABELS"]
-TEXT = ["--modality", "text"]
+TEXT, IMAGE = ["--modality", "text"], ["--modality", "image"]
 # Commands that cannot run, and the message; CHEAP_CHECKS runs all in one fresh process.
 REFUSED_AT_ONCE = [
     (["build", "a/b", "c/d", "FULL", "--prompt", "none"], "is not empty"),
@@ -394,7 +394,7 @@ REFUSED_AT_ONCE = [
     (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "must be above 0"),
     (["extract", "OWN", "FULL", "NEW"], "--modality is missing"),
     (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
-    (["extract", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
+    (["extract", "CLIP", "FULL", "NEW", *IMAGE], "An LLM2CLIP model is needed here."),
     (["extract", "OWN", "FULL", "FULL", *TEXT], "is not empty and holds no"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "only for --modality image"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "--image-dir /no: no such fo"),

@@ -150,6 +150,7 @@ def test_an_instruction_is_attended_to_and_not_pooled(source: Path, exported: Pa
     num_unpooled = count_unpooled(
         prompt_length,
         num_prefix=len(config.prompt_prefix_ids),
+        pools_prompt=False,
         num_suffix=len(config.prompt_suffix_ids),
         suffix_ends_special=config.prompt_suffix_ends_special,
     )
