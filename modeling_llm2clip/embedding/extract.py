@@ -319,7 +319,7 @@ def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 
     counts = {"captions": num_captions, "distinct": numbers.num_distinct}
     if num_views:
         counts["sentence views"] = numbers.num_texts - num_captions
-        counts["long captions of one sentence"] = count_undivided(records)
+        counts["single-sentence long captions"] = count_undivided(records)
     return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
 
 

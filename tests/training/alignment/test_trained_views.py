@@ -77,7 +77,7 @@ def test_a_store_has_the_views_after_the_long_captions(
         torch.testing.assert_close(store.read(rows), wanted, **ROUNDING)
     num_views = sum(len(viewed.list_texts(n)) for n in range(24)) - 48 - 45
     assert (
-        f"{num_views:,} sentence views, 1 long captions of one sentence, 0 truncated"
+        f"{num_views:,} sentence views, 1 single-sentence long caption, 0 truncated"
         in (describe_extraction(viewed.store)[0])
     )
     for part in ("1/2", "2/2"):
