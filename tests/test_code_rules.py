@@ -44,7 +44,7 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3190,
-    "building": 1960,
+    "building": 1970,
     "cli": 2030,
     "configs": 860,
     "conversion": 1050,
@@ -60,7 +60,7 @@ BUDGETS = {
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 5400,
+    "training": 5410,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 294, 8380
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

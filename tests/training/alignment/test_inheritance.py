@@ -230,7 +230,7 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
         build(dino, tmp_path / "model")
     with pytest.raises(ValueError, match="Give its folder or Hub id"):
         build((tower, image_processor), tmp_path / "model")
-    with pytest.raises(ValueError, match="keeps the 16 dimensions of"):
+    with pytest.raises(ValueError, match="keeps 16 dimensions, as"):
         build(inheriting.clip, tmp_path / "model", projection_dim=32)
     with pytest.raises(ValueError, match="Choose pooler"):
         BuildConfig(prompt="llama-3", keep_projection=True, vision_pooling="cls")
