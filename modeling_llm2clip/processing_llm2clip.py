@@ -205,6 +205,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         batch = BatchFeature()
         if images is not None:
             batch.update(super().__call__(images=images, **filled))
+            _check_rows(batch["pixel_values"], images)
         if text is not None:
             limit = filled["text_kwargs"]["max_length"]
             with _tokenizing:
@@ -324,6 +325,16 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 f"{long[0] + 1}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
+
+
+def _check_rows(pixel_values: Any, images: Any) -> None:
+    count = len(images) if isinstance(images, list) else 1
+    if len(pixel_values) != count:
+        raise ValueError(
+            f"The image processor makes {len(pixel_values)} rows of {count} images, as those that "
+            "cut an image into tiles do, and an embedding is of one image. Restore "
+            "processor_config.json from the original model folder."
+        )
 
 
 def _map(change: Callable[[Any], Any], images: Any) -> Any:

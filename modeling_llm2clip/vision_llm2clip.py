@@ -99,9 +99,11 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
     if any("interpolat" in method for kind in kinds for method in vars(kind)):
         return False
     patch = find_patch_size(vision_model)
-    num_patches = prod(side // patch for side in size) if patch else 0
-    tables = (v for n, v in _find_own_parameters(vision_model).items() if "position" in n)
-    return any(num_patches in table.shape[:-1] for table in tables)
+    # Lists, because torch.compile cannot trace generators here.
+    num_patches = prod([side // patch for side in size]) if patch else 0
+    lengths = {num_patches, num_patches + has_class_token(vision_model)}
+    tables = [v for n, v in _find_own_parameters(vision_model).items() if "position" in n]
+    return any([not lengths.isdisjoint(table.shape[:-1]) for table in tables])
 
 
 def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:

@@ -43,10 +43,10 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3190,
-    "building": 1970,
+    ".": 3200,
+    "building": 2000,
     "cli": 2030,
-    "configs": 860,
+    "configs": 870,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,
@@ -56,11 +56,11 @@ BUDGETS = {
     "evaluation": 4660,
     "model_folders": 1910,
     "publishing": 1570,
-    "recipes": 640,
+    "recipes": 650,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
-    "training": 5410,
+    "training": 5430,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 294, 8380
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -533,3 +533,15 @@ def test_an_exported_graph_has_no_operator_of_ours() -> None:
     )
     names = {str(node.target) for node in exported.graph.nodes}
     assert names and not {name for name in names if "llm2clip" in name}
+
+
+@pytest.mark.parametrize("family", ["dinov3_vit", "aimv2"])
+def test_images_are_compiled_as_one_graph(family: str) -> None:
+    model, _ = tiny_model(family)
+    torch.compiler.reset()
+    compiled = torch.compile(model.get_image_features, backend="eager", fullgraph=True)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model.get_image_features(pixel_values=pixels).pooler_output
+        found = compiled(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)

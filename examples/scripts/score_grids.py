@@ -6,7 +6,8 @@ A file of `my-grids` is a grid of images that were generated for one prompt, and
 with the three characters that the prompt has in the JSON file of answers. As in OneIG-Bench
 (scripts/reasoning and scripts/utils at 41b4983), a grid is split, wholly black parts are left
 out, the others are saved as JPEG and compared with the answer. The score of a grid is the mean
-of its parts, and the result the mean of all grids. The same command continues what was stopped.
+of its parts, and the result the mean of all grids. The same command continues scores that were
+interrupted.
 
 `scores` gets `parts`, `pairs.jsonl`, `pairs.csv` with a score for each part, and `grids.csv`.
 """
@@ -35,6 +36,9 @@ def main() -> int:
     images = list_images(arguments.grids)
     if skipped := images.describe_skipped():
         print(skipped, file=sys.stderr)
+    scores_csv = arguments.output / "pairs.csv"
+    if scores_csv.exists():
+        raise SystemExit(f"{scores_csv} has scores already. Name a new folder.")
     answers = json.loads(arguments.answers.read_text(encoding="utf-8"))
     answer_of = find_answers([path.name for path in images.readable], answers)
     parts_of = {
@@ -48,7 +52,8 @@ def main() -> int:
     ]
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     (arguments.output / "pairs.jsonl").write_text(lines, encoding="utf-8")
-    scores_csv = arguments.output / "pairs.csv"
+    if not pairs:
+        raise SystemExit(f"All parts of {len(parts_of)} grids are black. Nothing can be scored.")
     found = score_file(arguments.model, arguments.output / "pairs.jsonl", scores_csv)
     with scores_csv.open(encoding="utf-8", newline="") as file:
         score_of = {Path(row["image"]).name: float(row["score"]) for row in csv.DictReader(file)}
@@ -84,11 +89,11 @@ def parse() -> argparse.Namespace:
 
 
 def read_grid(text: str) -> tuple[int, int]:
-    """Read `COLUMNS,ROWS`; argparse reports what is not."""
-    columns, rows = map(int, text.split(","))
-    if columns < 1 or rows < 1:
-        raise ValueError
-    return columns, rows
+    """Read `COLUMNS,ROWS`."""
+    sides = [int(side) for side in text.split(",") if side.isdecimal()]
+    if len(sides) != 2 or 0 in sides:
+        raise argparse.ArgumentTypeError(f"{text!r} is not columns,rows, such as 2,2")
+    return sides[0], sides[1]
 
 
 def find_answers(names: list[str], answers: dict[str, str]) -> dict[str, str]:
@@ -97,14 +102,13 @@ def find_answers(names: list[str], answers: dict[str, str]) -> dict[str, str]:
     if without:
         raise SystemExit(
             f"{len(without)} of {len(names)} files begin with no key of the answers, the first is "
-            f"{without[0]}. Name each as its prompt, such as {min(answers)}.png."
+            f"{without[0]}. Name each as its prompt, such as {min(answers, default='001')}.png."
         )
-    name_of = {name[:_ID_LENGTH]: name for name in names}
-    if len(name_of) < len(names):
-        other = next(name for name in names if name_of[name[:_ID_LENGTH]] != name)
+    ids = [name[:_ID_LENGTH] for name in names]
+    if repeated := sorted({one for one in ids if ids.count(one) > 1}):
         raise SystemExit(
-            f"{other} and {name_of[other[:_ID_LENGTH]]} are of one prompt. Give one grid each, "
-            "and a folder for each image generator."
+            f"Several grids are of one prompt: {', '.join(repeated)}. Give one grid each, and a "
+            "folder for each image generator."
         )
     return {name: answers[name[:_ID_LENGTH]] for name in names}
 
@@ -113,7 +117,10 @@ def save_parts(file: Path, grid: tuple[int, int], folder: Path) -> list[str]:
     """Save the parts of a grid that are not black, and return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    for number, part in enumerate(split(load_images(file), *grid)):
+    image = load_images(file)
+    if image.width < grid[0] or image.height < grid[1]:
+        raise SystemExit(f"{file} has {image.width} × {image.height} pixels, too few for {grid}.")
+    for number, part in enumerate(split(image, *grid)):
         if part.getbbox() is not None:
             names.append(f"{file.stem}-{number}.jpg")
             part.save(folder / names[-1])

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..configs.build_config import (
     DEFAULT_PROJECTION_DIM,
+    DEFAULT_TEXT_LENGTH,
     OWN_PROMPT,
     BuildConfig,
     TextTowerConfig,
@@ -205,7 +206,8 @@ def configure_model(
     The LLM's configuration is changed in place. The widths are those that the towers return; None
     for those that their configurations state.
     """
-    max_text_length, bidirectional = config.max_text_length, config.bidirectional
+    max_text_length = config.max_text_length or DEFAULT_TEXT_LENGTH
+    bidirectional = config.bidirectional
     pooling: str = config.text_pooling
     dense_width = None
     if embedder is None:

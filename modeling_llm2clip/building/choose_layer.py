@@ -131,7 +131,7 @@ def choose_layer(
     model.eval()  # type: ignore[no-untyped-call]
     require_direction(text_model, bidirectional=config.bidirectional)
     model.to(find_device(config.device))
-    processor = LLM2CLIPProcessor(CLIPImageProcessor(), tokenizer, config.max_text_length)
+    processor = LLM2CLIPProcessor(CLIPImageProcessor(), tokenizer, model_config.max_text_length)
     texts = [pair[side] for of_one in pairs.values() for side in (0, 1) for pair in of_one.values()]
     tokenized = TokenizedTexts(processor, texts)
     with all_layers(text_model) as num_layers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .._suggestions import counted
 from ..configs.build_config import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
 
 # Captions of several forms on which the prompt's ids must come out the same.
@@ -137,11 +139,14 @@ def write_prompt(
     added token inside a caption is lost, and whitespace that is an added token stays at the ends.
     So added tokens of whitespace become ordinary ones where that changes nothing else.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend = _without_added_whitespace(backend)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["normalized"] = False  # or the normalizers below would change the token itself
+    backend = _without_added_whitespace(Tokenizer.from_str(json.dumps(content)))
     stripped: list[Any] = [normalizers.Strip()]
     if prompt.joined:
         stripped.append(normalizers.Prepend(prompt.joined))
+        _warn_of_added_tokens(backend, prompt)
     if backend.normalizer is not None:
         stripped.append(backend.normalizer)
     backend.normalizer = normalizers.Sequence(stripped)
@@ -159,6 +164,17 @@ def write_prompt(
     )
     result.model_input_names = ["input_ids", "attention_mask"]
     return result
+
+
+def _warn_of_added_tokens(backend: Tokenizer, prompt: Prompt) -> None:
+    added = [t["content"] for t in json.loads(backend.to_str())["added_tokens"] if not t["special"]]
+    if added:
+        warnings.warn(
+            f"In captions that contain one of {counted(len(added), 'added token')} (such as "
+            f"{added[0]!r}), the end of the prompt, {prompt.joined!r}, is repeated after it, which "
+            "sentence-transformers does not do. Remove such tokens from captions.",
+            stacklevel=2,
+        )
 
 
 def _without_added_whitespace(backend: Tokenizer) -> Tokenizer:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._extras import EMBEDDER, require
-from ..configs.build_config import BuildConfig
+from ..configs.build_config import DEFAULT_TEXT_LENGTH, BuildConfig
 from ..encoding.encode import encode_texts
 from ..heads_llm2clip import PooledDense
 from ..loading_llm2clip import naming_code
@@ -114,8 +114,14 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
             trust_remote_code=False,
         ).eval()
     pooling, denses, normalizes = _split_modules(encoder, source)
+    if normalizes and not config.normalize_text_before_adapter:
+        raise ValueError(
+            f"{source} ends with Normalize, so that the text adapter must get directions alone. "
+            "Leave normalize_text_before_adapter=False out."
+        )
     prompt = _choose_prompt(encoder, config, source)
-    encoder.max_seq_length = min(config.max_text_length, encoder.max_seq_length or 2**31)
+    own_length = encoder.max_seq_length or DEFAULT_TEXT_LENGTH
+    encoder.max_seq_length = min(config.max_text_length or own_length, own_length)
     dim = config.truncate_dim or encoder.truncate_dim
     embeds = encoder.encode(
         list(_TEXTS), prompt=prompt, truncate_dim=dim, convert_to_tensor=True,

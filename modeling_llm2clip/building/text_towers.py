@@ -57,7 +57,7 @@ def load_text_tower(
     model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
     commit at which the code of its tokenizer is run, and everything else is read; None to run no
     code. With `num_layers` only the first layers are loaded. An embedder may be an encoder, and may
-    lack the weights of its pooler, which stay random.
+    lack the weights of its pooler, which become zero.
     """
     if tokenizer_code is not None:
         require_pinned(source, tokenizer_code)
@@ -205,8 +205,11 @@ def _load_decoder(
         cut_config(text_config, num_layers, source)
         above = range(num_layers, uncut.num_hidden_layers)
     decoder, missing = load_part(name, config, text_config, source, above=above, **settings)
-    missing = [key for key in missing if needs_pooler or "pooler" not in key]
-    if missing:
+    unused = {key for key in missing if "pooler" in key} if not needs_pooler else set()
+    for name, parameter in decoder.named_parameters():
+        if any(key.endswith(name) for key in unused):  # the same in every build
+            parameter.data.zero_()
+    if missing := [key for key in missing if key not in unused]:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
     if num_layers is not None:
         require_same_states(decoder, uncut, source)

@@ -54,6 +54,7 @@ _OWN_TOWERS = (
     "in their configuration."
 )
 # What a model passes to a vision tower.
+_LARGE_IMAGE = (2048, 1024)
 _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
 
@@ -73,8 +74,21 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 def measure_vision_width(
     vision_model: PreTrainedModel, image_processor: Any, pooling: str
 ) -> int | None:
-    """Return the width of a vision tower's pooled output; None if it is what the tower states."""
-    image = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt").to(vision_model.device)
+    """Return the width of a vision tower's pooled output; None if it is what the tower states.
+
+    Image processors that cut a large image into several, or that a tower needs more of, are
+    refused.
+    """
+    image = image_processor(Image.new("RGB", _LARGE_IMAGE), return_tensors="pt")
+    found = {name: len(value) for name, value in image.items()}
+    if set(found) - _VISION_INPUTS or found["pixel_values"] != 1:
+        raise ValueError(
+            f"{type(image_processor).__name__} makes {found} of one image of {_LARGE_IMAGE[0]} × "
+            f"{_LARGE_IMAGE[1]} pixels, where a tower is given one row of pixel_values here, as an "
+            "MLLM alone can use more. Give the vision tower with an image processor of its own "
+            "kind, such as CLIPImageProcessor."
+        )
+    image = image.to(vision_model.device)
     image["pixel_values"] = image["pixel_values"].to(vision_model.dtype)
     with _naming_failure(vision_model.config):
         pooled = pool_vision(

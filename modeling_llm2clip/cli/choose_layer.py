@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .._extras import require
-from ..configs.build_config import ChooseLayerConfig, TextTowerConfig
+from ..configs.build_config import DEFAULT_TEXT_LENGTH, ChooseLayerConfig, TextTowerConfig
 from ..configs.data_config import DataConfig
 from .command import command
 from .options import (
@@ -62,7 +62,8 @@ def choose_layer(
     from ..building.choose_layer import choose_layer as run
 
     found = run(text_model, read_captioned_images(data, reading, require_images=False), config)
-    report_truncated(found.num_truncated, found.num_texts, "text", longest=config.max_text_length)
+    longest = config.max_text_length or DEFAULT_TEXT_LENGTH
+    report_truncated(found.num_truncated, found.num_texts, "text", longest=longest)
     report(f"Images compared, by language: {dict(found.num_pairs)}.")
     best, alike = found.best, found.lowest_alike
     print(f"{found}\nThe best layer is {best.layer}, of {best.compute:.0%} of the work. The lowest "

@@ -35,7 +35,7 @@ BuildPrompt = Literal[Prompt, "own"]
 TextPooling = Literal["mean", "last_token"]
 VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
 Normalization = Literal["own", "openai", "half", "imagenet"]
-DEFAULT_PROJECTION_DIM = 512
+DEFAULT_PROJECTION_DIM = DEFAULT_TEXT_LENGTH = 512
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 # Options that would change an embedder.
 _OF_LLMS = (
@@ -54,8 +54,8 @@ class TextTowerConfig(DeviceConfig):
     """Text before every caption, instead of `prompt`. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`. Default: none."""
-    max_text_length: Annotated[int, Interval(ge=1)] = 512
-    """Maximum number of tokens of a text, prompt included."""
+    max_text_length: Annotated[int, Interval(ge=1)] | None = None
+    """Maximum number of tokens of a text, prompt included. Default: 512, or an embedder's own."""
     bidirectional: bool = True
     """Let every token attend to every other token; False keeps the LLM causal, as a baseline."""
     text_pooling: TextPooling = "mean"
@@ -130,11 +130,20 @@ class BuildConfig(TextTowerConfig):
             yield from super()._find_conflicts()
             if given := [name for name in ("prompt_name", "truncate_dim") if getattr(self, name)]:
                 yield f"Only a sentence-transformers model (prompt=own) takes {', '.join(given)}."
-        if self.keep_projection and self.vision_pooling != "pooler":
+        if not self.keep_projection:
+            return
+        if self.vision_pooling != "pooler":
             yield (
                 "keep_projection keeps what follows the tower's pooler, and "
                 f"vision_pooling={self.vision_pooling} takes another embedding. Choose pooler."
             )
+        if self.normalization != "own":
+            yield (
+                "keep_projection keeps images where the tower's CLIP puts them, and "
+                f"normalization={self.normalization} moves them. Choose own."
+            )
+        if self.dtype == "float16":  # in which weights are not rounded as a teacher's are
+            yield "keep_projection takes dtype=float32 or bfloat16, not float16."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoImageProcessor, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from .._extras import is_installed
 from ..base_llm2clip import read_instructions
@@ -22,7 +22,7 @@ from ..building.vision_towers import forget_code
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
-from ..loading_llm2clip import load_without_code
+from ..loading_llm2clip import find_tower_class, load_without_code
 from ..model_folders.atomic_folder import atomic_folder, require_new_folder
 from ..model_folders.golden_embeddings import require_golden
 from ..model_folders.model_card import (
@@ -251,6 +251,12 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
     needs the code that is saved with it.
     """
     require_new_folder(Path(output))  # before the weights are read
+    config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
+    if find_tower_class(config) is not AutoModel:
+        raise ValueError(
+            f"AutoModel of transformers does not know a {config.model_type!r} tower, so that a "
+            "folder of it alone would not load. Export the whole model."
+        )
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     image_processor = forget_code(load_without_code(AutoImageProcessor, folder))
     no_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from ..building.build_model import build_model
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..configs.build_config import DEFAULT_PROJECTION_DIM
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
 from ..configs.export_config import CardConfig
@@ -234,9 +235,11 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 
 def _check_alignment(config: TrainConfig) -> None:
     """Refuse what the alignment of a new model would refuse."""
-    align = config.align
-    if config.build.projection_dim is not None:  # otherwise the alignment checks it
-        require_dims(align.matryoshka_dims, width=config.build.projection_dim)
+    align, build = config.align, config.build
+    if not build.keep_projection:  # otherwise the alignment checks it
+        require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)
+    if "inherit_steps" in align.list_given():
+        raise ValueError("align.inherit_steps needs a teacher, which a recipe does not have.")
     if align.lock_text:
         raise ValueError("align.lock_text keeps the text projection, which a recipe builds anew.")
     if align.zero_shot is not None:

@@ -374,3 +374,13 @@ def test_a_tokenizer_with_neither_padding_nor_end_token_is_refused() -> None:
     bare.pad_token = bare.eos_token = None
     with pytest.raises(ValueError, match="neither a padding nor an end token"):
         write_prompt(bare, prompt, max_length=24)
+
+
+def test_added_tokens_of_whitespace_do_not_tear_texts_apart() -> None:
+    tokenizer = tiny_tokenizer()
+    spaces = [AddedToken(" " * n, normalized=True, special=False) for n in (2, 3)]
+    tokenizer.add_tokens(spaces)
+    written = write_prompt(tokenizer, Prompt((5,), (6,)), max_length=32)
+    for caption in ("a dog", "two red apples", "Édouard, 1862"):
+        own = tokenizer(caption, add_special_tokens=False)["input_ids"]
+        assert written(caption)["input_ids"] == [5, *own, 6]

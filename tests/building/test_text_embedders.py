@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import tiny_vision
 from tiny_embedders import EMBEDDERS, tiny_embedder
 from torch import Tensor, nn
@@ -192,6 +194,24 @@ def test_modules_that_cannot_be_repeated_are_refused_by_name(
         ValueError, match=f"cannot be repeated exactly: {message}.*another embedder"
     ):
         join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
+
+
+def test_an_embedder_keeps_its_length_and_is_the_same_in_every_build(tmp_path: Path) -> None:
+    source = tmp_path / "longer"
+    encoder = sentence_transformers.SentenceTransformer(str(tiny_embedder(tmp_path)), device="cpu")
+    encoder.max_seq_length = 600
+    encoder.save(str(source))
+    weights = load_file(source / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    config = BuildConfig(prompt="own", **TINY)
+    models = [join_towers(tiny_vision(), source, config)[0] for _ in range(2)]
+    assert [model.config.max_text_length for model in models] == [600, 600]
+    first, second = (model.text_model.state_dict() for model in models)
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    with pytest.raises(ValueError, match="must get directions alone"):
+        join_towers(tiny_vision(), source, replace(config, normalize_text_before_adapter=False))
 
 
 def test_what_is_not_an_embedder_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

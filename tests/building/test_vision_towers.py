@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from breaking import drop_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from modeling_llm2clip.building.vision_towers import image_processor_from_timm, 
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 SETTINGS: dict[str, Any] = {
     "input_size": (3, 44, 44),
@@ -173,3 +175,18 @@ def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) 
     loaded, _ = load_vision_tower(tmp_path, allow_missing_pooler=True)
     kept = {n: v for n, v in loaded.state_dict().items() if "pooler" not in n}
     assert kept and all(torch.equal(value, tower.state_dict()[n]) for n, value in kept.items())
+
+
+@pytest.mark.parametrize("name", ["Lfm2VlImageProcessor", "Gemma3ImageProcessor"])
+def test_an_image_processor_that_makes_more_than_a_row_of_pixels_is_refused(name: str) -> None:
+    image_processor = getattr(transformers, name)()
+    family = "siglip2" if name == "Lfm2VlImageProcessor" else "siglip"
+    llm = (tiny_llm(), tiny_tokenizer())
+    with pytest.raises(ValueError, match=f"{name} makes .* of one image"):
+        join_towers((tiny_vision(family)[0], image_processor), llm, BuildConfig(prompt="llama-3"))
+
+
+def test_images_that_become_several_rows_are_refused_by_a_processor_too() -> None:
+    processor = LLM2CLIPProcessor(transformers.Lfm2VlImageProcessor(), tiny_tokenizer(), 32)
+    with pytest.raises(ValueError, match="rows of 1 image"):
+        processor(images=[Image.new("RGB", (2048, 1024))])

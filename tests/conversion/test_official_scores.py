@@ -77,10 +77,19 @@ def test_the_script_gives_grids_the_scores_of_oneig_bench(
         wanted = float(golden[f"grid.{number}.score"])
         # Two resizers, and builds of the JPEG library, round pixels by a gray level.
         assert (name, float(score)) == ("007_x.png", pytest.approx(wanted, abs=1e-4))
+    parts = {path: path.read_bytes() for path in (output / "parts").iterdir()}
+    with pytest.raises(SystemExit, match="has scores already"):
+        run(str(images), str(answers), str(output), "--grid", "1,1")
+    assert parts == {path: path.read_bytes() for path in (output / "parts").iterdir()}
+    Image.new("RGB", (64, 64)).save(tmp_path / "007_black.png")
+    (tmp_path / "black").mkdir()
+    (tmp_path / "007_black.png").rename(tmp_path / "black" / "007.png")
+    with pytest.raises(SystemExit, match="All parts of 1 grids are black"):
+        run(str(tmp_path / "black"), str(answers), str(tmp_path / "none"))
     for name, message in (("007_y.png", "of one prompt"), ("other.png", "1 of 2 files begin")):
         (images / "007_x.png").with_name(name).write_bytes((images / "007_x.png").read_bytes())
         with pytest.raises(SystemExit, match=message):
-            run(str(images), str(answers), str(output))
+            run(str(images), str(answers), str(tmp_path / "none"))
         (images / name).unlink()
 
 

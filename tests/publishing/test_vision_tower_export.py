@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from shared_models import every_vision, shared_model
-from tiny import draw_noise, tiny_images
+from tiny import draw_noise, tiny_images, tiny_model
 from tiny_folders import export_tiny_model
 from torch import Tensor
 from transformers import (
@@ -140,3 +140,10 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(FileExistsError, match="Name a new folder"):
         export_vision_tower(tmp_path / "not even looked for", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_tower_that_automodel_does_not_know_is_not_exported_alone(tmp_path: Path) -> None:
+    source = save_model(*tiny_model("altclip"), tmp_path / "model")
+    with pytest.raises(ValueError, match="does not know a 'altclip_vision_model' tower"):
+        export_vision_tower(source, tmp_path / "tower")
+    assert not (tmp_path / "tower").exists()

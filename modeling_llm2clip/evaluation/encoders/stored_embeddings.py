@@ -250,4 +250,5 @@ def _list_rows(
             yield record.name, int(store.rows_of(item)[0])
             continue
         for is_long, texts in ((False, record.captions), (True, record.long_captions)):
-            yield from zip(texts, store.rows_of(item, long=is_long).tolist(), strict=True)
+            rows = store.rows_of(item, long=is_long)[: len(texts)]  # views of long ones follow
+            yield from zip(texts, rows.tolist(), strict=True)

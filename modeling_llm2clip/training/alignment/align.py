@@ -283,7 +283,7 @@ def _choose(
         choice = Choice(start, length, length.num_trained, 1.0)
         return choice, collect_weights(trainer, adapted, output)
     choice = Choice(start, length, best.best_step, best.best_share)
-    is_source = best.best_step == 0 and start.method == "model"  # nothing was better
+    is_source = best.best_step == 0 and start.cca is None  # nothing was better
     is_refitted = fit.data.is_stored if config.refit is None else config.refit
     if is_refitted and not is_source:
         return choice, None

@@ -124,7 +124,7 @@ class AlignmentDataset(Dataset[Any]):
         """
         epochs, items = np.asarray(samples).T
         numbers = sample_captions(
-            *self._count_texts(items),
+            *self.count_texts(items),
             long_caption_ratio=self.long_caption_ratio,
             seed=self.seed,
             epochs=epochs,
@@ -216,7 +216,7 @@ class AlignmentDataset(Dataset[Any]):
             return {"caption_embeds": self._read_stored(self.caption_store, rows, items)}
         return dict(self.processor(text=self._take_texts(items, numbers)))
 
-    def _count_texts(self, items: Array) -> tuple[Array, Array]:
+    def count_texts(self, items: Array) -> tuple[Array, Array]:
         """Count short and long captions of items, to which views belong."""
         short, long = self.records.count_texts(items)
         if self._stored_long is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import TOO_LONG
 from ...scheduling.graceful_stop import StopRequest
@@ -44,6 +45,7 @@ from .run_data import RecordData
 # These many determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_CAPTIONS_FITTED = 50_000
 _MAX_CAPTIONS_MEASURED = 2_000
+_FEWEST = 2
 _NUM_EVALUATIONS = 20
 _WARMUP = 0.1
 # Standard deviation of the noise on captions' embeddings, as a share of their length. Noise of the
@@ -105,7 +107,7 @@ def inherit(
     parts.to("cpu")
     model.load_state_dict(best, strict=False)
     return {
-        "num_captions": teacher.manifest.num_rows - captions.num_too_long,
+        "num_captions": captions.num_trained,
         "num_too_long": captions.num_too_long,
         "shrinkage": shrinkage,
         "is_held_out": captions.is_held_out,
@@ -137,6 +139,7 @@ class _Captions:
         measured: The same of held-out ones; without any, of some that are trained on.
         is_held_out: Whether those are held out.
         num_too_long: How many captions have no teacher.
+        num_trained: How many of those to train on have one.
     """
 
     def __init__(
@@ -150,13 +153,22 @@ class _Captions:
         is_held = torch.zeros(teacher.manifest.num_rows, dtype=torch.bool)
         if data.held_out is not None:
             items = data.held_out.items
-            short, long = dataset.records.count_texts(items)
+            short, long = dataset.count_texts(items)
             rows = dataset.caption_rows(*list_pairs(short + long, items))
             is_held[torch.from_numpy(rows).long()] = True
         shuffled = torch.randperm(len(is_held), generator=self._generator)
         self._rows = shuffled[~is_held[shuffled]]
         self.fitted = self._read(self._rows[:_MAX_CAPTIONS_FITTED])
-        held = self._read(shuffled[is_held[shuffled]][:_MAX_CAPTIONS_MEASURED])
+        if len(self.fitted[0]) < _FEWEST:
+            raise ValueError(
+                f"{teacher.folder}: the teacher reads {counted(len(self.fitted[0]), 'caption')} of "
+                f"{len(self._rows):,} to train on to the end, so that there is nothing to inherit. "
+                "Give shorter captions, too."
+            )
+        held_rows = shuffled[is_held[shuffled]]
+        num_held = int(teacher.read(held_rows.numpy()).any(dim=1).sum())
+        self.num_trained = teacher.manifest.num_rows - self.num_too_long - num_held
+        held = self._read(held_rows[:_MAX_CAPTIONS_MEASURED])
         self.is_held_out = len(held[0]) > 0
         trained = tuple(part[:_MAX_CAPTIONS_MEASURED] for part in self.fitted)
         self.measured = held if self.is_held_out else trained

@@ -112,7 +112,8 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
             raise ValueError(
                 "max_steps=0 writes the closed form, and this model's random projections cannot "
                 "have it: it needs a bias in the image projection. Build the model with "
-                "visual_projection_bias=True, or train it."
+                "visual_projection_bias=True, or train it; to one with the image projection of "
+                "its CLIP (keep_projection) give inherit_from."
             )
         return unchanged
     before: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,23 @@ def build(vision: Any, output: Path, **changed: Any) -> Path:
     )
 
 
-def prepare(folder: Path, family: str) -> Inheriting:
+def prepare(folder: Path, family: str, *, num_views: int = 0) -> Inheriting:
     clip = save_tiny_encoder(family, folder / "clip")
     data = write_color_data(folder / "data", count=60)
     lines = (data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
     lines[-1] = json.dumps({**json.loads(lines[-1]), "long_captions": [LONG]})
+    if num_views:
+        long = "It is number {}. It is a plane. It has one color. Nothing else is on it."
+        lines = [
+            json.dumps({**json.loads(line), "long_captions": [long.format(number)]})
+            for number, line in enumerate(lines)
+        ]
+    config = replace(EXTRACTED, sentence_views=num_views)
     (data / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     model, records = build(clip, folder / "model"), load_records(data)
-    extract(model, records, folder / "captions", EXTRACTED, modality="text")
+    extract(model, records, folder / "captions", config, modality="text")
     extract(model, records, folder / "images", EXTRACTED, modality="image")
-    extract(clip, records, folder / "teacher", EXTRACTED, modality="text")
+    extract(clip, records, folder / "teacher", config, modality="text")
     return Inheriting(clip, model, data, folder / "captions", folder / "images", folder / "teacher")
 
 
@@ -172,6 +179,31 @@ def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
     assert results[0] == results[1]
 
 
+def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_is(
+    tmp_path: Path,
+) -> None:
+    viewed = prepare(tmp_path, "clip", num_views=3)
+    run = viewed.align(tmp_path / "run", held_out_ratio=0.2)
+    found = run.results["start"]["inheritance"]
+    teacher = EmbeddingStore.open(viewed.teacher)
+    num_taught = int(teacher.read(range(teacher.manifest.num_rows)).any(dim=1).sum())
+    # A caption is trained on or measured.
+    assert found["is_held_out"] and found["num_captions"] + found["num_measured"] == num_taught
+    assert found["num_measured"] > 2 * run.results["held_out"]["best"]["num_images"]
+    # No step followed, so there was nothing to fit once more.
+    inherited = load_file(run.output / "inherited.safetensors")
+    written = load_file(run.model / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in inherited.items())
+    assert "fitted once more" not in " ".join(describe_alignment(run.output))
+    # Evaluation reads the captions themselves from a store that has views.
+    stores = EvaluatedModel(
+        source=str(tmp_path), head=str(run.model), extracted_from=str(viewed.data)
+    )
+    score = EvaluationConfig(output=tmp_path / "scores", device="cpu", show_progress=False)
+    [result] = evaluate(stores, viewed.data, score, tasks=["retrieval"])
+    assert result.counts["texts"] == 120
+
+
 def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
     inheriting: Inheriting, tmp_path: Path
 ) -> None:
@@ -199,6 +231,7 @@ def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
 
     refuse("has caption_embeds, wanted teacher_text_embeds", inherit_from=inheriting.captions)
     refuse("has teacher_text_embeds, wanted caption_embeds", caption_store=inheriting.teacher)
+    refuse("inherit_steps needs inherit_from", inherit_from=None, inherit_steps=9)
     refuse("lock_text keeps the text side", lock_text=True, max_steps=None)
     refuse("leave projection_init out", projection_init="cca")
     refuse("needs a caption_store", caption_store=None, text_training="frozen-online", max_steps=1)
@@ -232,8 +265,13 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
         build((tower, image_processor), tmp_path / "model")
     with pytest.raises(ValueError, match="keeps 16 dimensions, as"):
         build(inheriting.clip, tmp_path / "model", projection_dim=32)
-    with pytest.raises(ValueError, match="Choose pooler"):
-        BuildConfig(prompt="llama-3", keep_projection=True, vision_pooling="cls")
+    for changed, message in (
+        ({"vision_pooling": "cls"}, "Choose pooler"),
+        ({"normalization": "imagenet"}, "Choose own"),
+        ({"dtype": "float16"}, "not float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BuildConfig(prompt="llama-3", keep_projection=True, **changed)
     words = ["extract", str(dino), str(inheriting.data), str(tmp_path / "s"), "--modality", "text"]
     assert main(words) != 0
     assert "or a CLIP or SigLIP with its own text encoder" in capsys.readouterr().err
