@@ -331,8 +331,8 @@ def _check_rows(pixel_values: Any, images: Any) -> None:
     count = len(images) if isinstance(images, list) else 1
     if len(pixel_values) != count:
         raise ValueError(
-            f"The image processor makes {len(pixel_values)} rows of {count} images, as those that "
-            "cut an image into tiles do, and an embedding is of one image. Restore "
+            f"The image processor made another number of rows than there are images ({count} "
+            f"given, {len(pixel_values)} made), as those that cut an image into tiles do. Restore "
             "processor_config.json from the original model folder."
         )
 

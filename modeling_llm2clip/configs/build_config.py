@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, Seed
+from .config_fields import DeviceConfig, Seed, WeightDtype
 
 # Templates of the official text towers (upstream `llm2vec.py`, prepare_for_tokenization). The
 # tokenizer's own beginning-of-text token comes in front, where it has one.
@@ -36,7 +36,6 @@ TextPooling = Literal["mean", "last_token"]
 VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
 Normalization = Literal["own", "openai", "half", "imagenet"]
 DEFAULT_PROJECTION_DIM = DEFAULT_TEXT_LENGTH = 512
-WeightDtype = Literal["float32", "bfloat16", "float16"]
 # Options that would change an embedder.
 _OF_LLMS = (
     "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora", "tokenizer_code",

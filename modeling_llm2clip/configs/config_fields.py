@@ -18,6 +18,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    Literal,
     TypeVar,
     Union,
     get_args,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # What all of torch, NumPy and transformers take.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+# One alias, because Python takes unions of one set of choices in another order for the same.
+WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once: every construction asks for one
 # pydantic's types of errors → what is wanted.

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, ShardSize
+from .config_fields import DeviceConfig, ShardSize, WeightDtype
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
@@ -70,7 +70,7 @@ class ExtractConfig(EncodingConfig):
     `token_budget` and `sentence_views`.
     """
 
-    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    store_dtype: WeightDtype = "float16"
     """Dtype of the stored embeddings; values that it cannot hold are refused, never clipped."""
     max_shard_size: ShardSize = "512MB"
     """Maximum size of a file of the store, such as 512MB or 1GiB, and at most 65,536 embeddings. An

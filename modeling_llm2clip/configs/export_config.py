@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .config_fields import Config, DeviceConfig, Matches, ShardSize
+from .config_fields import Config, DeviceConfig, Matches, ShardSize, WeightDtype
 from .encoding_config import TextWeights
 
 License = Annotated[
@@ -53,7 +53,7 @@ class CardConfig(Config):
 class ExportConfig(CardConfig, DeviceConfig):
     """Options of `export_model`."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: WeightDtype | None = None
     """Dtype of the weights. Default: unchanged."""
     max_shard_size: ShardSize = "50GB"
     """Maximum size of a weight file."""
@@ -100,7 +100,7 @@ class ExportConfig(CardConfig, DeviceConfig):
 class ConvertConfig(CardConfig, DeviceConfig):
     """Options of `convert_checkpoint`."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: WeightDtype = "float32"
     """Dtype of all weights except the temperature, which is float32."""
     max_shard_size: ShardSize = "1GB"
     """Maximum size of a weight file; the conversion needs twice as much memory."""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from .config_fields import WeightDtype
 from .training_config import TrainingConfig
 
 
@@ -56,7 +57,7 @@ class FinetuneConfig(TrainingConfig):
     """Dropout of the LoRA."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers that get a LoRA, as in peft."""
-    lora_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    lora_dtype: WeightDtype = "float32"
     """Dtype of the saved LoRA."""
     merge: bool = True
     """Merge the LoRA into a new model, output/model; False leaves it at output/lora."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, Matches
+from .config_fields import DeviceConfig, Matches, WeightDtype
 from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
@@ -125,7 +125,7 @@ class ServerCheckConfig(DeviceConfig):
     model_name: str | None = None
     """Name of the model in requests. Default: the only model in the server's /v1/models, or else
     the folder's name."""
-    served_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    served_dtype: WeightDtype | None = None
     """Dtype that the server should compute in, which sets the tolerance. Default: the dtype of the
     folder's weights."""
     api_key_env: Annotated[

@@ -41,7 +41,7 @@ def test_too_few_images_for_a_batch_are_refused_before_anything_runs(tmp_path):
             {"num_pairings": 0, "num_held_out": 0},
             "num_pairings=0 must be at least 1.*num_held_out=0 must be at least 2",
         ),
-        ({"lora_dtype": "fp16"}, "lora_dtype='fp16' must be one of float32, float16, bfloat16"),
+        ({"lora_dtype": "fp16"}, "lora_dtype='fp16' must be one of float32, bfloat16, float16"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"warmup_steps": 2.5}, "warmup_steps=2.5 must be a share below 1 or an integer"),
         ({"learning_rate": math.inf, "scale": math.nan}, "learning_rate=inf.*scale=nan"),
@@ -89,7 +89,7 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     )
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llm2clip"}')
+    tiny_model()[0].config.save_pretrained(model)
     command = ["finetune-llm", "--no-merge", str(model), str(data)]
     assert main([*command, str(tmp_path / "new"), "--per-device-train-batch-size", "1000"]) == 2
     assert "1000" in capsys.readouterr().err
