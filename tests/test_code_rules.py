@@ -52,9 +52,9 @@ BUDGETS = {
     "demo": 130,
     "doctor": 1980,
     "embedding": 1850,
-    "encoding": 870,
-    "evaluation": 4660,
-    "model_folders": 1910,
+    "encoding": 880,
+    "evaluation": 4670,
+    "model_folders": 1920,
     "publishing": 1570,
     "recipes": 650,
     "scheduling": 110,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5430,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 294, 8380
+MOST_FILES, MOST_DOCSTRING_LINES = 294, 8390
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     CLIPImageProcessor,
-    CLIPVisionModelWithProjection,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,7 +27,7 @@ from transformers.image_utils import PILImageResampling
 
 from .._suggestions import counted
 from ..configs.build_config import BuildConfig
-from ..encoding.clip_texts import read_dual_encoder
+from ..encoding.clip_texts import load_dual_encoder, read_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
 from .text_layers import KEEP_ALL
@@ -87,19 +86,13 @@ def load_shared_projection(source: str | Path | None, config: BuildConfig) -> Te
             "keep_projection takes the image projection of a dual encoder, and a loaded vision "
             "tower has none. Give its folder or Hub id."
         )
-    whole = read_dual_encoder(source)
-    if whole.model_type == "clip":
-        part = whole.vision_config
-        part.projection_dim = whole.projection_dim  # which checkpoints may state there alone
-        model: Any
-        model, info = load_with_account(CLIPVisionModelWithProjection, source, config=part)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{source} lacks {missing[:_NAMES_SHOWN]}. Save the whole model again."
-            )
-        kept: Tensor = model.visual_projection.weight.detach()
-    else:
-        kept = torch.eye(whole.vision_config.hidden_size)
+    own = read_dual_encoder(source)
+    projection = getattr(load_dual_encoder(source), "visual_projection", None)
+    kept = (
+        torch.eye(own.vision_config.hidden_size)
+        if projection is None
+        else projection.weight.detach()
+    )
     if config.projection_dim not in (None, len(kept)):
         raise ValueError(
             f"keep_projection keeps {counted(len(kept), 'dimension')}, as {source} has, and "

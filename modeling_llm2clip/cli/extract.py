@@ -49,7 +49,7 @@ def extract(
 
     Args:
         model: Hub id or folder of a model that build, finetune-llm or export wrote; or of a CLIP,
-            SigLIP or SigLIP2, whose own text encoder is the teacher of align.
+            SigLIP or the like, whose own text encoder is the teacher of align.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json, or shards at URLs.
         output: Folder of the store, new or from an interrupted run.
         modality: Modality to embed: the captions or the images. No default, required.

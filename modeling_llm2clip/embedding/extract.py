@@ -100,7 +100,7 @@ def extract(
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
-            `modality="text"` also of a CLIP, SigLIP or SigLIP2 model.
+            `modality="text"` also of CLIP, SigLIP or the like.
         data: Records; item i of the store is record i.
         output: Folder of the store: new, empty, or of the same store, which is continued.
         config: Options; None for the defaults. `token_budget` and `sentence_views` are for captions

@@ -1,12 +1,13 @@
-"""The texts of transformers' dual encoders: CLIP, SigLIP, SigLIP2, with their own text towers.
+"""The texts of transformers' dual encoders, such as CLIP and SigLIP, with their own text towers.
 
 Each family was trained with texts of its own form, which processors leave to the caller:
 
 | family | texts |
 | --- | --- |
-| `clip` | 77 tokens, padded to the longest of the batch and masked |
 | `siglip`, `siglip2` | lower case, 64 tokens, padded to 64 and **not** masked: the last token is
 pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
+| the others | as many tokens as their tokenizer states (77 in CLIP), padded to the longest of the
+batch and masked |
 """
 
 from __future__ import annotations
@@ -24,7 +25,25 @@ from ..heads_llm2clip import LogitRule
 from ..loading_llm2clip import load_without_code
 from .encoder_interface import Encoder
 
-FAMILIES = ("clip", "siglip", "siglip2")
+_UNMASKED = ("siglip", "siglip2")
+FAMILIES = (
+    "clip", *_UNMASKED, "metaclip_2", "aimv2", "chinese_clip", "altclip",
+    "vision-text-dual-encoder",
+)  # fmt: skip
+
+
+def is_unmasked(config: Any) -> bool:
+    """Tell whether a family's texts are in lower case, and padding is read as a part of them."""
+    return config.model_type in _UNMASKED
+
+
+def count_tokens_read(config: Any, tokenizer: Any) -> int:
+    """Return the maximum number of tokens of a text."""
+    text = config.text_config
+    positions = int(text.max_position_embeddings)
+    if any(name in text.model_type for name in ("roberta", "altclip")):
+        positions -= text.pad_token_id + 1  # they begin after that of padding
+    return positions if is_unmasked(config) else min(positions, int(tokenizer.model_max_length))
 
 
 def read_dual_encoder(source: str | Path) -> Any:
@@ -38,7 +57,7 @@ def read_dual_encoder(source: str | Path) -> Any:
     return config
 
 
-def load_dual_encoder(folder: Path, *, dtype: str = "auto") -> Any:
+def load_dual_encoder(folder: str | Path, *, dtype: str = "auto") -> Any:
     """Load a whole dual encoder, in evaluation mode."""
     model, info = load_without_code(AutoModel, folder, dtype=dtype, output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -62,18 +81,18 @@ class _Tokens:
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
         self.tokenizer = tokenizer
-        self.longest_text = int(config.text_config.max_position_embeddings)
-        self.is_siglip = config.model_type != "clip"
+        self.longest_text = count_tokens_read(config, tokenizer)
+        self.is_unmasked = is_unmasked(config)
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
         """Return the token ids of each text, and whether it was truncated."""
-        spelled = [text.lower() if self.is_siglip else text for text in texts]
+        spelled = [text.lower() if self.is_unmasked else text for text in texts]
         whole = self.tokenizer(spelled, truncation=False, verbose=False)["input_ids"]
         encoded = self.tokenizer(
             spelled,
             truncation=True,
             max_length=self.longest_text,
-            padding="max_length" if self.is_siglip else False,
+            padding="max_length" if self.is_unmasked else False,
         )
         return encoded["input_ids"], [len(ids) > self.longest_text for ids in whole]
 
@@ -95,14 +114,13 @@ class ClipTextEncoder(Encoder):
     def __init__(self, folder: Path, device: torch.device) -> None:
         config = read_dual_encoder(folder)
         tokens = _Tokens(load_without_code(AutoProcessor, folder).tokenizer, config)
-        self._is_masked = not tokens.is_siglip
+        self._is_masked = not tokens.is_unmasked
         self._model = load_dual_encoder(folder).to(device)
         self.processor = cast(Any, tokens)
         self.device = device
         self.token_budget = 4096 if device.type == "cpu" else 16384
-        is_clip = config.model_type == "clip"
         self.embedding_dim = int(
-            config.projection_dim if is_clip else config.text_config.projection_size
+            config.text_config.projection_size if tokens.is_unmasked else config.projection_dim
         )
 
     @torch.no_grad()

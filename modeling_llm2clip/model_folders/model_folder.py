@@ -45,7 +45,10 @@ _NAMES_SHOWN = 6
 # Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
 ONNX_RECORD = "onnx_export.json"
 # Whole models with a text encoder of their own.
-_CLIPS = {"clip", "siglip", "siglip2", "chinese_clip", "altclip"}
+_CLIPS = {
+    "clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip",
+    "vision-text-dual-encoder",
+}  # fmt: skip
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
 _FOLDERS_SHOWN = 4
 

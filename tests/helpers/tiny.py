@@ -192,12 +192,14 @@ def tiny_vision(family: str = "clip", *, seed: int = 0) -> tuple[PreTrainedModel
     )
 
 
-def tiny_dual_encoder(family: str, *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
+def tiny_dual_encoder(
+    family: str, *, seed: int = 0, **text_settings: Any
+) -> tuple[PreTrainedModel, Any]:
     """Build a vision tower and a text encoder as one model, and the image processor."""
     tower, image_processor = tiny_vision(family)
     text = {name: value for name, value in _TRANSFORMER_SIZE.items() if name != "initializer_range"}
     text |= {"intermediate_size": 48, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3}
-    text |= {"project_dim": 32} if family == "altclip" else {}
+    text |= ({"project_dim": 32} if family == "altclip" else {}) | text_settings
     config = AutoConfig.for_model(family, vision_config=tower.config.to_dict(), text_config=text)
     return _build(config, seed), image_processor
 

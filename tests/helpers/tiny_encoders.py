@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import IMAGE_SIZE, tiny_tokenizer
+from tiny import IMAGE_SIZE, tiny_dual_encoder, tiny_tokenizer, tiny_vision
 from tiny_folders import export_tiny_model
 from tokenizers import processors
 from torch import Tensor
 from transformers import (
+    AltCLIPProcessor,
+    BertConfig,
+    BertModel,
+    ChineseCLIPProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -30,6 +35,8 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
 )
 
 from modeling_llm2clip.data.named_embeddings import side_file
@@ -200,7 +207,30 @@ def _widen(model: torch.nn.Module) -> Any:
     return model.eval()
 
 
-_SAVERS = {
+def _save_dual_encoder(family: str, processor_class: type, folder: Path) -> None:
+    tokenizer = _tokenizer("<|begin|> $A <|end|>")
+    model, image_processor = tiny_dual_encoder(
+        family, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    _widen(model).save_pretrained(folder)
+    processor_class(image_processor, tokenizer).save_pretrained(folder)
+
+
+def _save_joined(folder: Path) -> None:
+    tokenizer, (tower, image_processor) = _tokenizer("<|begin|> $A <|end|>"), tiny_vision("vit")
+    text = BertConfig(**_SIZE, vocab_size=len(tokenizer), max_position_embeddings=64)
+    model = VisionTextDualEncoderModel(vision_model=tower, text_model=BertModel(text))
+    _widen(model).save_pretrained(folder)
+    VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
+_SAVERS: dict[str, Callable[[Path], None]] = {
+    "metaclip_2": partial(_save_dual_encoder, "metaclip_2", CLIPProcessor),
+    "aimv2": partial(_save_dual_encoder, "aimv2", CLIPProcessor),
+    "chinese_clip": partial(_save_dual_encoder, "chinese_clip", ChineseCLIPProcessor),
+    "altclip": partial(_save_dual_encoder, "altclip", AltCLIPProcessor),
+    "vision-text-dual-encoder": _save_joined,
     "clip": _save_clip,
     "siglip": _save_siglip,
     "siglip2": _save_siglip2,

@@ -1,4 +1,4 @@
-"""The dual encoders of transformers: CLIP, SigLIP, SigLIP2, with their own text towers.
+"""The dual encoders of transformers, such as CLIP and SigLIP, with their own text towers.
 
 `encoding/clip_texts.py` has the form of texts that each family was trained with.
 """
@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
 from ...configs.evaluation_config import EncoderConfig
-from ...encoding.clip_texts import FAMILIES, find_pooled, load_dual_encoder
+from ...encoding.clip_texts import (
+    FAMILIES,
+    count_tokens_read,
+    find_pooled,
+    is_unmasked,
+    load_dual_encoder,
+)
 from ...encoding.devices import find_device
 from ...encoding.tokenized_texts import TokenizedText
 from ...loading_llm2clip import list_weight_files, load_without_code
@@ -30,7 +36,7 @@ from .encoder import (
 
 
 class ClipSiglipEncoder(ModelEncoder):
-    """A CLIP, SigLIP or SigLIP2 folder as transformers saves it, of no other `model_type`."""
+    """A folder of a dual encoder in `FAMILIES` as transformers saves it."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         super().__init__(folder, config, source=source)
@@ -40,28 +46,28 @@ class ClipSiglipEncoder(ModelEncoder):
                 f"{source} is a {self._config.model_type!r} model; the model type transformers "
                 f"takes {', '.join(FAMILIES)}."
             )
-        self._is_siglip = self._config.model_type != "clip"
+        self._is_unmasked = is_unmasked(self._config)
         self._processor: Any = load_without_code(AutoProcessor, folder)
 
     @property
     def _max_tokens(self) -> int:
-        return int(self._config.text_config.max_position_embeddings)
+        return count_tokens_read(self._config, self._processor.tokenizer)
 
     def _spell(self, text: str) -> str:
-        return text.lower() if self._is_siglip else text
+        return text.lower() if self._is_unmasked else text
 
     def _list_ids(self, texts: list[str]) -> list[list[int]]:
         return list(self._processor.tokenizer(texts, truncation=False, verbose=False)["input_ids"])
 
     def _prepare_texts(self, texts: list[TokenizedText]) -> dict[str, Tensor]:
         tokenizer, limit = self._processor.tokenizer, self._max_tokens
-        padding = "max_length" if self._is_siglip else "longest"
+        padding = "max_length" if self._is_unmasked else "longest"
         options = {"padding": padding, "max_length": limit, "return_tensors": "pt"}
         if max(len(one.ids) for one in texts) > limit:  # only the tokenizer knows what it keeps
             inputs = tokenizer([one.text for one in texts], truncation=True, **options)
         else:
             inputs = tokenizer.pad({"input_ids": [one.ids for one in texts]}, **options)
-        names = ("input_ids",) if self._is_siglip else ("input_ids", "attention_mask")
+        names = ("input_ids",) if self._is_unmasked else ("input_ids", "attention_mask")
         return self._to_device({name: inputs[name] for name in names})
 
     def _embed_texts(self, prepared: dict[str, Tensor]) -> Tensor:
@@ -94,8 +100,8 @@ class ClipSiglipEncoder(ModelEncoder):
             text={
                 "prompt": None,
                 "max_tokens": self._max_tokens,
-                "padding": "max_length, seen" if self._is_siglip else "longest, masked",
-                "lower_case": self._is_siglip or is_uncased(self._processor.tokenizer),
+                "padding": "max_length, seen" if self._is_unmasked else "longest, masked",
+                "lower_case": self._is_unmasked or is_uncased(self._processor.tokenizer),
                 "activation": describe_activation(self._config.text_config),
             },
             images={

@@ -39,7 +39,10 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.losses.distillation import distill
 
-FAMILIES = ("clip", "siglip", "siglip2")
+FAMILIES = (
+    "clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip",
+    "vision-text-dual-encoder",
+)  # fmt: skip
 EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
 LONG = "red and green " * 60  # no teacher reads it to the end
 STAGE: dict[str, Any] = {"device": "cpu", "max_steps": 0, "inherit_steps": 40}
