@@ -42,18 +42,26 @@ def pad(rows: list[Tensor], width: int, *, side: str) -> tuple[Tensor, Tensor]:
     return values, mask
 
 
+def make_batch(
+    case: tuple[list[int], int, int], side: str
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Make what is pooled of random rows, the rows padded, and the mask of what is pooled."""
+    lengths, width, num_unpooled = case
+    rows = [torch.randn(length, 4) for length in lengths]
+    hidden, mask = pad(rows, width, side=side)
+    parts = [row[num_unpooled:] for row in rows]
+    return parts, hidden, build_pooling_mask(mask, num_unpooled=num_unpooled)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
 def test_mean_is_the_plain_mean_of_the_pooled_tokens(
     side: str, case: tuple[list[int], int, int]
 ) -> None:
-    lengths, width, num_unpooled = case
-    rows = [torch.randn(length, 4) for length in lengths]
-    hidden, mask = pad(rows, width, side=side)
-    pooling_mask = build_pooling_mask(mask, num_unpooled=num_unpooled)
+    parts, hidden, pooling_mask = make_batch(case, side)
     pooled = pool_tokens(hidden, pooling_mask, pooling="mean")
-    wanted = torch.stack([row[num_unpooled:].mean(dim=0) for row in rows])
+    wanted = torch.stack([part.mean(dim=0) for part in parts])
     # Sums of at most 12 float32 numbers in another order; the padding's 99 cancels out exactly.
     assert torch.allclose(pooled, wanted, atol=1e-5)
 
@@ -62,12 +70,9 @@ def test_mean_is_the_plain_mean_of_the_pooled_tokens(
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
 def test_last_token_is_the_last_real_token(side: str, case: tuple[list[int], int, int]) -> None:
-    lengths, width, num_unpooled = case
-    rows = [torch.randn(length, 4) for length in lengths]
-    hidden, mask = pad(rows, width, side=side)
-    pooling_mask = build_pooling_mask(mask, num_unpooled=num_unpooled)
+    parts, hidden, pooling_mask = make_batch(case, side)
     pooled = pool_tokens(hidden, pooling_mask, pooling="last_token")
-    assert torch.equal(pooled, torch.stack([row[-1] for row in rows]))
+    assert torch.equal(pooled, torch.stack([part[-1] for part in parts]))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -76,11 +81,7 @@ def test_last_token_is_the_last_real_token(side: str, case: tuple[list[int], int
 def test_positions_weigh_from_the_first_pooled_token_on(
     side: str, case: tuple[list[int], int, int]
 ) -> None:
-    lengths, width, num_unpooled = case
-    rows = [torch.randn(length, 4) for length in lengths]
-    hidden, mask = pad(rows, width, side=side)
-    pooling_mask = build_pooling_mask(mask, num_unpooled=num_unpooled)
-    parts = [row[num_unpooled:] for row in rows]
+    parts, hidden, pooling_mask = make_batch(case, side)
     weights = [torch.arange(1.0, len(part) + 1)[:, None] for part in parts]
     wanted = torch.stack([(w * p).sum(0) / w.sum() for w, p in zip(weights, parts, strict=True)])
     pooled = pool_tokens(hidden, pooling_mask, pooling="weighted_mean")

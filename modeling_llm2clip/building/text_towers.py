@@ -206,8 +206,8 @@ def _load_decoder(
         above = range(num_layers, uncut.num_hidden_layers)
     decoder, missing = load_part(name, config, text_config, source, above=above, **settings)
     unused = {key for key in missing if "pooler" in key} if not needs_pooler else set()
-    for name, parameter in decoder.named_parameters():
-        if any(key.endswith(name) for key in unused):  # the same in every build
+    for own_name, parameter in decoder.named_parameters():
+        if any(key.endswith(own_name) for key in unused):  # the same in every build
             parameter.data.zero_()
     if missing := [key for key in missing if key not in unused]:
         raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")

@@ -53,8 +53,9 @@ _OWN_TOWERS = (
     "Give towers as transformers and timm load them: sizes, windows and further layers are set "
     "in their configuration."
 )
-# What a model passes to a vision tower.
+# Width and height, beyond what a tower takes at once.
 _LARGE_IMAGE = (2048, 1024)
+# What a model passes to a vision tower.
 _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
 

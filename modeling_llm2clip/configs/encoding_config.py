@@ -27,6 +27,11 @@ EmbeddingColumn: TypeAlias = Literal[
     "place",
     "image_file",
 ]
+# transformers' model types of an image encoder and a text encoder that share a space.
+DUAL_ENCODERS = (
+    "clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip",
+    "vision-text-dual-encoder",
+)  # fmt: skip
 _MOST_ROWS_PER_SHARD = 2**16
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -21,15 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from ..configs.encoding_config import DUAL_ENCODERS
 from ..heads_llm2clip import LogitRule
 from ..loading_llm2clip import load_without_code
 from .encoder_interface import Encoder
 
 _UNMASKED = ("siglip", "siglip2")
-FAMILIES = (
-    "clip", *_UNMASKED, "metaclip_2", "aimv2", "chinese_clip", "altclip",
-    "vision-text-dual-encoder",
-)  # fmt: skip
 
 
 def is_unmasked(config: Any) -> bool:
@@ -49,10 +46,10 @@ def count_tokens_read(config: Any, tokenizer: Any) -> int:
 def read_dual_encoder(source: str | Path) -> Any:
     """Read the configuration of a dual encoder with a text encoder of its own."""
     config = load_without_code(AutoConfig, source)
-    if config.model_type not in FAMILIES:
+    if config.model_type not in DUAL_ENCODERS:
         raise ValueError(
             f"{source} is a {config.model_type!r}, whose text encoder is not known here, if it has "
-            f"one. Give a whole model of transformers' {', '.join(FAMILIES)}."
+            f"one. Give a whole model of transformers' {', '.join(DUAL_ENCODERS)}."
         )
     return config
 

@@ -25,6 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from huggingface_hub.file_download import repo_folder_name
 
 from ..configs.build_config import EMBEDDED
+from ..configs.encoding_config import DUAL_ENCODERS
 
 # What a converted model was made of, written by its conversion.
 RECORD_FILE = "conversion.json"
@@ -44,11 +45,6 @@ _SECONDS = 5.0
 _NAMES_SHOWN = 6
 # Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
 ONNX_RECORD = "onnx_export.json"
-# Whole models with a text encoder of their own.
-_CLIPS = {
-    "clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip",
-    "vision-text-dual-encoder",
-}  # fmt: skip
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
 _FOLDERS_SHOWN = 4
 
@@ -317,7 +313,7 @@ def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
             f"{name} is an official LLM2CLIP checkpoint. `llm2clip convert {name} OUTPUT "
             "--source-format NAME --text-model TEXT_MODEL` makes a model of it.",
         )
-    if model_type in _CLIPS:
+    if model_type in DUAL_ENCODERS:
         return FoundModel(
             "clip",
             f"{name} is a {model_type!r}, which has a text encoder of its own. `llm2clip build "

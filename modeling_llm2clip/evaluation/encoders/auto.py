@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ...configs.encoding_config import DUAL_ENCODERS
 from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
 from ...data.sources.json_files import read_json
-from ...encoding.clip_texts import FAMILIES
 from ...model_folders.model_folder import find_model_folder
 from .clip_siglip import ClipSiglipEncoder
 from .encoder import Encoder
@@ -81,7 +81,7 @@ def detect_model_type(folder: Path) -> str:
         return "llm2clip"
     if (folder / "modules.json").is_file():
         return "sentence-transformers"
-    if model_type in FAMILIES:
+    if model_type in DUAL_ENCODERS:
         return "transformers"
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return "open_clip"

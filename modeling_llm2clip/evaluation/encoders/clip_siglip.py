@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
+from ...configs.encoding_config import DUAL_ENCODERS
 from ...configs.evaluation_config import EncoderConfig
 from ...encoding.clip_texts import (
-    FAMILIES,
     count_tokens_read,
     find_pooled,
     is_unmasked,
@@ -36,15 +36,15 @@ from .encoder import (
 
 
 class ClipSiglipEncoder(ModelEncoder):
-    """A folder of a dual encoder in `FAMILIES` as transformers saves it."""
+    """A folder of a dual encoder in `DUAL_ENCODERS` as transformers saves it."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         super().__init__(folder, config, source=source)
         self._config: Any = load_without_code(AutoConfig, folder)
-        if self._config.model_type not in FAMILIES:
+        if self._config.model_type not in DUAL_ENCODERS:
             raise ValueError(
                 f"{source} is a {self._config.model_type!r} model; the model type transformers "
-                f"takes {', '.join(FAMILIES)}."
+                f"takes {', '.join(DUAL_ENCODERS)}."
             )
         self._is_unmasked = is_unmasked(self._config)
         self._processor: Any = load_without_code(AutoProcessor, folder)

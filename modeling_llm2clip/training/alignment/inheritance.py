@@ -210,8 +210,9 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
     require_varied(captions=embeds, teacher=wanted)
     if not model.config.text_adapter_trained:
         make_identity(model.text_adapter)
-    side, mean = Side(model.text_adapter(embeds).float()), wanted.mean(0).double()
-    rotated = side.rotate(model.text_adapter(embeds).float()).double()
+    adapted = model.text_adapter(embeds).float()
+    side, mean = Side(adapted), wanted.mean(0).double()
+    rotated = side.rotate(adapted).double()
     cross = rotated.T @ (wanted - mean) / len(wanted)
 
     def solve(shrinkage: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import Run, write_color_data
+from aligning import Prepared, Run, write_color_data
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_encoders import save_tiny_encoder
@@ -29,7 +29,6 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluationConfig,
 )
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.evaluation.encoders.clip_siglip import ClipSiglipEncoder
@@ -49,19 +48,11 @@ STAGE: dict[str, Any] = {"device": "cpu", "max_steps": 0, "inherit_steps": 40}
 
 
 @dataclass(frozen=True)
-class Inheriting:
-    """Folders of a dual encoder, a model that keeps its projection, data and three stores."""
+class Inheriting(Prepared):
+    """With a dual encoder, whose projection the model keeps, and its store of captions."""
 
     clip: Path
-    model: Path
-    data: Path
-    captions: Path
-    images: Path
     teacher: Path
-
-    @property
-    def records(self) -> list[CaptionedImage]:
-        return load_records(self.data)
 
     def align(self, output: Path, *, resume: bool = False, **changed: Any) -> Run:
         stores = {"caption_store": self.captions, "image_store": self.images}
@@ -102,7 +93,9 @@ def prepare(folder: Path, family: str, *, num_views: int = 0) -> Inheriting:
     extract(model, records, folder / "captions", config, modality="text")
     extract(model, records, folder / "images", EXTRACTED, modality="image")
     extract(clip, records, folder / "teacher", config, modality="text")
-    return Inheriting(clip, model, data, folder / "captions", folder / "images", folder / "teacher")
+    return Inheriting(
+        data, model, folder / "captions", folder / "images", clip=clip, teacher=folder / "teacher"
+    )
 
 
 @pytest.fixture(scope="module")
