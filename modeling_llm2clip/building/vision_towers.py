@@ -27,7 +27,7 @@ from transformers.image_utils import PILImageResampling
 
 from .._suggestions import counted
 from ..configs.build_config import BuildConfig
-from ..encoding.clip_texts import load_dual_encoder, read_dual_encoder
+from ..encoding.dual_encoder import load_dual_encoder, read_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
 from .text_layers import KEEP_ALL

@@ -21,7 +21,7 @@ from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
 from ..data.records.records import Modality
 from ..encoding.batches import split_evenly
-from ..encoding.clip_texts import ClipTextEncoder
+from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
@@ -76,7 +76,7 @@ def load_shard_encoder(
         encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
         dim = encoder.embedding_dim
     elif is_teacher:
-        encoder = ClipTextEncoder(folder, device)
+        encoder = DualEncoder(folder, DualEncoderProcessor(folder), device)
         dim = encoder.embedding_dim
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel

@@ -92,9 +92,9 @@ class Encoder(ABC):
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
         """Run one batch of images as the processor prepares them, (B, 3, H, W) float32."""
 
-    @abstractmethod
-    def project(self, modality: str, embeds: Tensor) -> Tensor:
-        """Map what `encode_tokens` or `encode_pixels` gives to unit embeddings."""
+    def project(self, modality: str, embeds: Tensor) -> Tensor:  # noqa: ARG002
+        """Map what `encode_tokens` or `encode_pixels` gives to unit embeddings, if they are not."""
+        return embeds
 
     def encode_texts(
         self,

@@ -72,10 +72,6 @@ class OnnxEncoder(Encoder):
         raise_malloc_thresholds()
         return _run(self._sessions["image"], IMAGE_OUTPUT, {IMAGE_INPUT: pixel_values.numpy()})
 
-    def project(self, modality: str, embeds: Tensor) -> Tensor:  # noqa: ARG002
-        """Return embeddings as they are: the graph has projected them."""
-        return embeds
-
 
 def _run(session: Any, output: str, inputs: dict[str, Any]) -> Tensor:
     from onnxruntime.capi import onnxruntime_pybind11_state as errors

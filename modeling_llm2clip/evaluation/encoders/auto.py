@@ -4,7 +4,7 @@
 | --- | --- |
 | `config.json` with `model_type` `llm2clip` | `llm2clip` |
 | `modules.json` | `sentence-transformers` |
-| `config.json` with `model_type` `clip`, `siglip` or `siglip2` | `transformers` |
+| `config.json` with a `model_type` in `DUAL_ENCODERS`, such as `clip` | `transformers` |
 | `open_clip_config.json` | `open_clip` |
 | `texts.safetensors`, `images.safetensors`, or a store of `llm2clip extract` | `embeddings` |
 
@@ -20,18 +20,18 @@ from ...configs.encoding_config import DUAL_ENCODERS
 from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
 from ...data.sources.json_files import read_json
 from ...model_folders.model_folder import find_model_folder
-from .clip_siglip import ClipSiglipEncoder
 from .encoder import Encoder
 from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG
 from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
+from .transformers_models import TransformersEncoder
 
 _ENCODERS: dict[str, Callable[..., Encoder]] = {
     "llm2clip": LLM2CLIPEncoder,
     "sentence-transformers": SentenceTransformerEncoder,
-    "transformers": ClipSiglipEncoder,
+    "transformers": TransformersEncoder,
     "open_clip": OpenClipEncoder,
     "embeddings": StoredEmbeddingsEncoder,
 }

@@ -20,9 +20,9 @@ from torch import Tensor
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.images.image_sources import open_image
-from ...encoding.batches import encode_distinct, list_keys, split_evenly
+from ...encoding.batches import OnBatch, encode_distinct, list_keys, split_evenly
 from ...encoding.devices import find_device
-from ...encoding.tokenized_texts import TokenizedText
+from ...encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ...image_loading_llm2clip import load_images
 from ...model_folders.model_loading import find_untrained_parts
 from ...processing_llm2clip import check_texts
@@ -36,6 +36,8 @@ OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
 ACTIVATIONS = ("gelu", "quick_gelu")
 OF_ITS_TOWER = "of its tower"
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj")
+# A batch of texts is that many tokens per text.
+_TOKENS_PER_TEXT = 64
 _SAME_BUT_FOR_CASE = ["A Red Cat on Two Mats", "a red cat on two mats"]
 
 
@@ -163,19 +165,14 @@ class ModelEncoder(Encoder):
     def _embed_images(self, prepared: Any) -> Tensor:
         """Encode a batch, (B, D) of any float dtype."""
 
-    def _spell(self, text: str) -> str:
-        """Return a text as the tokenizer gets it."""
-        return text
-
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
         """Encode texts, truncated at the model's maximum length, the longest first."""
         check_texts(list(texts))
-        spelled = [self._spell(text) for text in texts]
-        distinct = list(dict.fromkeys(spelled))
+        distinct = list(dict.fromkeys(texts))
         limit = self._max_tokens
         ids: list[list[int]] = [[]] * len(distinct) if limit is None else self._list_ids(distinct)
         ids_of = dict(zip(distinct, map(np.array, ids), strict=True))
-        items = [TokenizedText(text, ids_of[text]) for text in spelled]
+        items = [TokenizedText(text, ids_of[text]) for text in texts]
         sizes = [len(one.text if limit is None else one.ids) for one in items]
         prepare, embed = self._prepare_texts, self._embed_texts
         embeds = self._encode(items, prepare, embed, unit=" texts", sizes=sizes)
@@ -220,6 +217,36 @@ class ModelEncoder(Encoder):
             unit=unit,
             show_progress=config.show_progress,
         )
+
+
+class PackageEncoder(Encoder):
+    """Base of the models that this package runs through one interface, `_model`."""
+
+    _processor: Any
+    _model: Any
+    _on_batch: OnBatch | None = None  # of images
+
+    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts, truncated at the model's maximum length, the longest first."""
+        size = self._run_config.batch_size
+        tokens = TokenizedTexts(self._processor, texts)
+        embeds = self._model.encode_texts(
+            tokens,
+            token_budget=None if size is None else size * _TOKENS_PER_TEXT,
+            show_progress=self._run_config.show_progress,
+        )
+        return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
+
+    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+        """Encode images as the model's processor prepares them."""
+        embeds: Tensor = self._model.encode_images(
+            images,
+            batch_size=self._run_config.batch_size,
+            num_workers=self._run_config.num_workers,
+            show_progress=self._run_config.show_progress,
+            on_batch=self._on_batch,
+        )
+        return embeds
 
 
 class OnceEncoder(Encoder):

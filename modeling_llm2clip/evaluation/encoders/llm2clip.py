@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.devices import find_device
 from ...encoding.encode import TorchEncoder
-from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.fingerprint import (
     describe_prompt,
     fingerprint_model,
@@ -26,9 +20,8 @@ from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .encoder import (
-    EncodedTexts,
-    Encoder,
     EncoderDescription,
+    PackageEncoder,
     choose_dtype,
     describe_activation,
     describe_image_processor,
@@ -37,11 +30,8 @@ from .encoder import (
     is_uncased,
 )
 
-# A batch of texts is that many tokens per text.
-_TOKENS_PER_TEXT = 64
 
-
-class LLM2CLIPEncoder(Encoder):
+class LLM2CLIPEncoder(PackageEncoder):
     """A model folder of this package."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
@@ -50,26 +40,8 @@ class LLM2CLIPEncoder(Encoder):
         self._config = LLM2CLIPConfig.from_pretrained(folder)
         self._training_images = read_training_images(folder)
         self._tally = ImageTally()
+        self._on_batch = lambda _, tower_embeds: self._tally.add(tower_embeds)
         warn_of_untrained(self._config, source)
-
-    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        size = self._run_config.batch_size
-        tokens = TokenizedTexts(self._processor, texts)
-        embeds = self._model.encode_texts(
-            tokens,
-            token_budget=None if size is None else size * _TOKENS_PER_TEXT,
-            show_progress=self._run_config.show_progress,
-        )
-        return EncodedTexts(embeds, torch.from_numpy(tokens.is_truncated))
-
-    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
-        return self._model.encode_images(
-            images,
-            batch_size=self._run_config.batch_size,
-            num_workers=self._run_config.num_workers,
-            show_progress=self._run_config.show_progress,
-            on_batch=lambda _, vision_embeds: self._tally.add(vision_embeds),
-        )
 
     def take_far_images(self) -> str | None:
         tally, self._tally = self._tally, ImageTally()

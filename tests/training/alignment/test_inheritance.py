@@ -31,7 +31,7 @@ from modeling_llm2clip.configs.evaluation_config import (
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
-from modeling_llm2clip.evaluation.encoders.clip_siglip import ClipSiglipEncoder
+from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
@@ -109,7 +109,7 @@ def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too
 ) -> None:
     found = prepare(tmp_path, family)
     store = EmbeddingStore.open(found.teacher, check="full")
-    evaluated = ClipSiglipEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
+    evaluated = TransformersEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
     captions = [(*record.captions, *record.long_captions) for record in found.records]
     pairs = [(item, number) for item in range(len(store)) for number in range(len(captions[item]))]
     texts = [captions[item][number] for item, number in pairs]

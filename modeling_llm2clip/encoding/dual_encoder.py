@@ -1,0 +1,139 @@
+"""The dual encoders of transformers, such as CLIP and SigLIP, with their own text encoders.
+
+Each family was trained with texts of its own form, which processors leave to the caller:
+
+| family | texts |
+| --- | --- |
+| `siglip`, `siglip2` | lower case, 64 tokens, padded to 64 and **not** masked: the last token is
+pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
+| the others | as many tokens as their tokenizer states (77 in CLIP), padded to the longest of the
+batch and masked |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from ..configs.encoding_config import DUAL_ENCODERS
+from ..image_loading_llm2clip import load_images
+from ..loading_llm2clip import load_without_code
+from .encoder_interface import Encoder
+
+
+def read_dual_encoder(source: str | Path) -> Any:
+    """Read the configuration of a dual encoder with a text encoder of its own."""
+    config = load_without_code(AutoConfig, source)
+    if config.model_type not in DUAL_ENCODERS:
+        raise ValueError(
+            f"{source} is a {config.model_type!r}, whose text encoder is not known here, if it has "
+            f"one. Give a whole model of transformers' {', '.join(DUAL_ENCODERS)}."
+        )
+    return config
+
+
+def load_dual_encoder(folder: str | Path, *, dtype: str = "auto") -> Any:
+    """Load a whole dual encoder, in evaluation mode."""
+    model, info = load_without_code(AutoModel, folder, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        raise ValueError(
+            f"{folder} lacks weights, which would be random: {lost[:5]}. Save the whole model "
+            "again."
+        )
+    return model.eval()
+
+
+class DualEncoderProcessor:
+    """Prepares texts and images for a dual encoder, as `LLM2CLIPProcessor` does for a model.
+
+    Attributes:
+        config: The model's configuration.
+        is_unmasked: Whether texts are in lower case, and padding is read as a part of them.
+        longest_text: Maximum number of tokens of a text.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_dual_encoder(folder)
+        processor = load_without_code(AutoProcessor, folder)
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.is_unmasked = self.config.model_type in ("siglip", "siglip2")
+        text = self.config.text_config
+        self.longest_text = int(text.max_position_embeddings)
+        if any(name in text.model_type for name in ("roberta", "altclip")):
+            self.longest_text -= text.pad_token_id + 1  # they begin after that of padding
+        if not self.is_unmasked:
+            self.longest_text = min(self.longest_text, int(self.tokenizer.model_max_length))
+
+    def spell(self, text: str) -> str:
+        """Return a text as the tokenizer gets it."""
+        return text.lower() if self.is_unmasked else text
+
+    def list_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """Return the token ids of each text, and whether it was truncated."""
+        spelled = [self.spell(text) for text in texts]
+        ids = list(self.tokenizer(spelled, truncation=False, verbose=False)["input_ids"])
+        is_truncated = [len(row) > self.longest_text for row in ids]
+        for row in (row for row, is_long in enumerate(is_truncated) if is_long):
+            ids[row] = self.tokenizer(  # only it knows what it keeps
+                spelled[row], truncation=True, max_length=self.longest_text
+            )["input_ids"]
+        if self.is_unmasked:
+            options = {"padding": "max_length", "max_length": self.longest_text}
+            ids = self.tokenizer.pad({"input_ids": ids}, **options)["input_ids"]
+        return ids, is_truncated
+
+    def __call__(self, *, images: Sequence[Any]) -> dict[str, Tensor]:
+        """Load images, upright, on white and as RGB, and make tensors of them."""
+        return dict(self.image_processor(load_images(list(images)), return_tensors="pt"))
+
+
+class DualEncoder(Encoder):
+    """A dual encoder of transformers, into the space that its texts and images share.
+
+    Args:
+        folder: Its folder.
+        processor: Its processor.
+        device: Where it computes.
+        dtype: Dtype of its weights, by default that of the files.
+    """
+
+    projects_at_once = True
+    modalities = ("text", "image")
+    logit_rule = None
+
+    def __init__(
+        self,
+        folder: Path,
+        processor: DualEncoderProcessor,
+        device: torch.device,
+        *,
+        dtype: str = "auto",
+    ) -> None:
+        self._model = load_dual_encoder(folder, dtype=dtype).to(device)
+        self._is_masked = not processor.is_unmasked
+        self.processor = cast(Any, processor)
+        self.device = device
+        self.token_budget, self.batch_size = (4096, 16) if device.type == "cpu" else (16384, 128)
+        with torch.no_grad():
+            self.embedding_dim = self.encode_tokens(*torch.ones(2, 1, 1, dtype=torch.long)).shape[1]
+
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run one batch of texts, (B, L) int64 each; returns (B, P) of unit length."""
+        mask = {"attention_mask": attention_mask.to(self.device)} if self._is_masked else {}
+        features = self._model.get_text_features(input_ids=input_ids.to(self.device), **mask)
+        return F.normalize(features.pooler_output.float(), dim=-1)
+
+    def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
+        """Run one batch of images, as the processor prepares it; returns (B, P) of unit length."""
+        inputs = {"pixel_values": pixel_values.to(self._model.dtype), **others}
+        features = self._model.get_image_features(
+            **{name: value.to(self.device) for name, value in inputs.items()}
+        )
+        return F.normalize(features.pooler_output.float(), dim=-1)
