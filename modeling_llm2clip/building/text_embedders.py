@@ -27,8 +27,8 @@ from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
 from ..model_folders.model_folder import fetch_hub_file
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .part_loading import naming
 from .tower_checks import find_direction_errors
-from .vision_towers import naming
 
 # sentence-transformers' names of poolings, and ours where the prompt is pooled too.
 _POOLINGS = {

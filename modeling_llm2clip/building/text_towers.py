@@ -27,8 +27,9 @@ from transformers import (
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import load_without_code, naming_code
+from .part_loading import forget_origin, load_part, naming
 from .text_layers import cut_config, require_same_states
-from .vision_towers import forget_origin, load_part, naming, takes_images
+from .vision_towers import takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
 # Model types that have a text encoder of their own, which cannot take the place of an LLM.

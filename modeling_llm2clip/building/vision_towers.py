@@ -1,21 +1,12 @@
-"""Loads the vision tower that a new model is built from, and its image processor.
-
-Here is also the part that loading an LLM shares: an account of every key, and errors that name the
-source.
-"""
+"""Loads the vision tower that a new model is built from, and its image processor."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,12 +20,10 @@ from .._suggestions import counted
 from ..configs.build_config import BuildConfig
 from ..encoding.dual_encoder import load_dual_encoder, read_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
-from .text_layers import KEEP_ALL
-from .tower_checks import list_layers, require_pixels_alone
+from ..loading_llm2clip import build_tower, load_without_code
+from .part_loading import forget_code, forget_origin, load_part, naming
+from .tower_checks import require_pixels_alone
 
-# Causal masks, which older checkpoints hold beside the weights.
-_MASKS = ("attn.bias", "attention.bias")
 _NAMES_SHOWN = 8
 _CROP_MODES = ("center", "squash")
 
@@ -142,142 +131,3 @@ def takes_images(config: PreTrainedConfig) -> bool:
     """Return whether a configuration is a vision tower's."""
     fields = ("image_size", "num_channels", "patch_size", "architecture")
     return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
-
-
-@contextmanager
-def naming(source: str | Path) -> Iterator[None]:
-    """Name the source in transformers' errors about files that are not there."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{source} cannot be loaded: {error}") from error
-
-
-def load_with_account(
-    model_class: Any, name: str | Path, **settings: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load as `from_pretrained` does, without its table of keys, which the caller judges.
-
-    Returns the model and, among others, its `missing_keys` and `unexpected_keys`.
-    """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_needed)
-    try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = load_without_code(
-            model_class, name, output_loading_info=True, **settings
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{name}: a weight file is truncated or damaged ({error}). Download or save it again."
-        ) from error
-    finally:
-        logger.removeFilter(_is_needed)
-    return loaded
-
-
-def load_part(
-    name: str | Path,
-    config: PreTrainedConfig,
-    part_config: PreTrainedConfig,
-    source: str | Path,
-    *,
-    above: range = range(0),
-    **settings: Any,
-) -> tuple[PreTrainedModel, list[str]]:
-    """Load the part of a model that has this configuration, which may be all of it.
-
-    Returns the part and the names of its weights that the source lacks. Weights that the part does
-    not read are refused, but for its layers of the numbers `above`, which it leaves out.
-    """
-    if above:
-        settings["ignore_mismatched_sizes"] = True  # they are named below
-    # As the whole, because only its class knows how published weights of the parts are named.
-    whole, info = load_with_account(find_tower_class(config), name, config=config, **settings)
-    if misshapen := sorted(key for key, *_ in info["mismatched_keys"]):
-        raise ValueError(
-            f"{source} cannot be cut to {above.start} layers: {misshapen[:_NAMES_SHOWN]} would be "
-            f"of another shape, as weights that have a part for each layer. {KEEP_ALL}"
-        )
-    part, prefix = whole, ""
-    if part_config is not config:
-        with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
-            wanted = type(build_tower(part_config))
-        prefix, part = _find_part(whole, wanted, source)
-        part.config._name_or_path = whole.config._name_or_path
-    if above:
-        _account_for_layers(whole, part, above, info)
-    if part_config.model_type != "timm_wrapper":  # in which a head left out is still a module
-        _refuse_unread_weights(whole, part, info, source)
-    return part, sorted(key for key in info["missing_keys"] if key.startswith(prefix))
-
-
-def _find_part(
-    whole: PreTrainedModel, wanted: type, source: str | Path
-) -> tuple[str, PreTrainedModel]:
-    for name, module in whole.named_modules():
-        if type(module) is wanted and isinstance(module, PreTrainedModel):
-            return f"{name}.", module
-    raise ValueError(
-        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
-        "configuration promises. Give the tower alone."
-    )
-
-
-def _account_for_layers(
-    whole: PreTrainedModel, part: PreTrainedModel, above: range, info: dict[str, Any]
-) -> None:
-    """Remove the weights of layers that a part leaves out from the unexpected keys, in place."""
-    layers = list_layers(part)
-    places = [name for name, module in whole.named_modules() if module is layers]
-    left_out = [f".{place}.{number}." for place in places for number in above]
-    unread = info["unexpected_keys"]
-    info["unexpected_keys"] = {k for k in unread if not any(one in f".{k}" for one in left_out)}
-
-
-def _refuse_unread_weights(
-    whole: PreTrainedModel, tower: PreTrainedModel, info: dict[str, Any], source: str | Path
-) -> None:
-    """Refuse weights in a module of the tower that the tower does not read.
-
-    Other parts of the checkpoint, such as a head, are beside the tower's modules; buffers are not
-    weights.
-    """
-    parts = set(tower.modules()) - {tower}
-    inside = {
-        name
-        for name, module in whole.named_modules()
-        if not isinstance(module, nn.ModuleList) and module in parts
-    }
-    unread = []
-    for key in sorted(info["unexpected_keys"]):
-        parents = accumulate(
-            key.removeprefix(f"{whole.base_model_prefix}.").split(".")[:-1], "{}.{}".format
-        )
-        is_weight = key.endswith((".weight", ".bias")) and not key.endswith(_MASKS)
-        if is_weight and not inside.isdisjoint(parents):
-            unread.append(key)
-    if unread:
-        raise ValueError(
-            f"{source} has {counted(len(unread), 'weight')} that {type(tower).__name__} does not "
-            f"read, so it would give other hidden states: {unread[:_NAMES_SHOWN]}. Correct "
-            "config.json, or take the transformers version that the checkpoint names."
-        )
-
-
-def forget_code(holder: Any) -> Any:
-    """Remove the name of a repository's code from a configuration or image processor."""
-    holder.__dict__.pop("auto_map", None)
-    return holder
-
-
-def forget_origin(config: Any, source: str | Path) -> None:
-    """Forget the path that a tower came from, since configurations are published, and its code."""
-    if Path(source).exists():
-        config._name_or_path = Path(source).name
-    forget_code(config)
-
-
-def _is_needed(record: logging.LogRecord) -> bool:
-    """Drop tables of keys from the log, but for those that an error refers to."""
-    text = record.getMessage()
-    return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text

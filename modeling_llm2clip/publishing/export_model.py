@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, PreTrai
 
 from .._extras import is_installed
 from ..base_llm2clip import read_instructions
-from ..building.vision_towers import forget_code
+from ..building.part_loading import forget_code
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
