@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     paths = sorted(arguments.images.glob("*.jpg"))[: arguments.count]
-    tower, processor = load_vision_tower(fetch_tower(EFFICIENTNET))
+    tower, processor, _ = load_vision_tower(fetch_tower(EFFICIENTNET))
     rows = [_measure(size, paths, tower, processor, arguments.rounds) for size in _MEGAPIXELS]
     result = {
         "command": " ".join(["python", "benchmarks/image_decoding.py", *sys.argv[1:]]),

@@ -155,7 +155,7 @@ def _make_towers(
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, Path], dict[str, Any]]:
     """Export the tower before and after the alignment; returns their folders, and how it went."""
-    vision_model, image_processor = load_vision_tower(fetch_tower(DINOV2))
+    vision_model, image_processor, _ = load_vision_tower(fetch_tower(DINOV2))
     side = {"height": arguments.pixels, "width": arguments.pixels}
     image_processor = CLIPImageProcessor(
         size=side, do_center_crop=False,

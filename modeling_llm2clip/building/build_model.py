@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .._suggestions import counted
 from ..configs.build_config import (
     DEFAULT_PROJECTION_DIM,
     DEFAULT_TEXT_LENGTH,
@@ -45,7 +46,7 @@ from .tower_checks import (
     require_pixels_alone,
     require_pooled_tokens,
 )
-from .vision_towers import load_shared_projection, load_vision_tower
+from .vision_towers import load_vision_tower
 
 # A Hub id or folder, or a loaded tower with its image processor.
 VisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
@@ -140,28 +141,39 @@ def join_towers(
     require_sources(vision=vision_name, text=text_name, lora=config.lora)
     if config.tokenizer_code is not None and text_name is not None:
         require_pinned(text_name, config.tokenizer_code)
-    kept = load_shared_projection(vision_name, config) if config.keep_projection else None
+    kept = None
+    if isinstance(vision, tuple):
+        if config.keep_projection:
+            raise ValueError(
+                "keep_projection takes the image projection of a dual encoder, and a loaded vision "
+                "tower has none. Give its folder or Hub id."
+            )
+        vision_model, image_processor = vision
+        require_pixels_alone(vision_model)
+    else:
+        vision_model, image_processor, kept = load_vision_tower(
+            vision,
+            dtype=getattr(torch, config.dtype),
+            allow_missing_pooler=config.vision_pooling != "pooler",
+            keep_projection=config.keep_projection,
+        )
+    if kept is not None:
+        if config.projection_dim not in (None, len(kept)):
+            raise ValueError(
+                f"keep_projection keeps {counted(len(kept), 'dimension')}, as {vision_name} has, "
+                f"and projection_dim={config.projection_dim} asks for others. Leave it out."
+            )
+        config = replace(config, projection_dim=len(kept), visual_projection_bias=False)
     embedder = None
     if config.prompt == OWN_PROMPT:
         if text_name is None:
             raise ValueError("prompt=own needs the folder or Hub id of an embedder, not its parts.")
         embedder = read_embedder(text_name, config)
-    if isinstance(vision, tuple):
-        vision_model, image_processor = vision
-        require_pixels_alone(vision_model)
-    else:
-        vision_model, image_processor = load_vision_tower(
-            vision,
-            dtype=getattr(torch, config.dtype),
-            allow_missing_pooler=config.vision_pooling != "pooler",
-        )
     text_model, tokenizer = take_text_tower(
         text, config, num_layers=config.text_layers, is_embedder=embedder is not None
     )
     if config.lora is not None:
         merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
-    if kept is not None:
-        config = replace(config, projection_dim=len(kept), visual_projection_bias=False)
     model, processor = _join(vision_model, image_processor, text_model, tokenizer, config, embedder)
     if kept is not None:
         model.visual_projection.weight.data.copy_(kept)

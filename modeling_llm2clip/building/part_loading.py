@@ -6,7 +6,7 @@ Errors name the source as the user gave it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -64,13 +64,15 @@ def load_part(
     part_config: PreTrainedConfig,
     source: str | Path,
     *,
+    beside: Sequence[str] = (),
     above: range = range(0),
     **settings: Any,
-) -> tuple[PreTrainedModel, list[str]]:
+) -> tuple[PreTrainedModel, PreTrainedModel, list[str]]:
     """Load the part of a model that has this configuration, which may be all of it.
 
-    Returns the part and the names of its weights that the source lacks. Weights that the part does
-    not read are refused, but for its layers of the numbers `above`, which it leaves out.
+    Returns the part, the whole, and the names of weights that the source lacks: the part's, and
+    those that begin with one of `beside`. Weights that the part does not read are refused, but for
+    its layers of the numbers `above`, which it leaves out.
     """
     if above:
         settings["ignore_mismatched_sizes"] = True  # they are named below
@@ -91,7 +93,8 @@ def load_part(
         _account_for_layers(whole, part, above, info)
     if part_config.model_type != "timm_wrapper":  # in which a head left out is still a module
         _refuse_unread_weights(whole, part, info, source)
-    return part, sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    needed = (prefix, *beside)
+    return part, whole, sorted(key for key in info["missing_keys"] if key.startswith(needed))
 
 
 def _find_part(

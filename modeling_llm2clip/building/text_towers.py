@@ -205,7 +205,7 @@ def _load_decoder(
     if num_layers is not None:
         cut_config(text_config, num_layers, source)
         above = range(num_layers, uncut.num_hidden_layers)
-    decoder, missing = load_part(name, config, text_config, source, above=above, **settings)
+    decoder, _, missing = load_part(name, config, text_config, source, above=above, **settings)
     unused = {key for key in missing if "pooler" in key} if not needs_pooler else set()
     for own_name, parameter in decoder.named_parameters():
         if any(key.endswith(own_name) for key in unused):  # the same in every build

@@ -17,8 +17,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from .._suggestions import counted
-from ..configs.build_config import BuildConfig
-from ..encoding.dual_encoder import load_dual_encoder, read_dual_encoder
+from ..encoding.dual_encoder import require_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .part_loading import forget_code, forget_origin, load_part, naming
@@ -33,17 +32,21 @@ def load_vision_tower(
     *,
     dtype: torch.dtype = torch.float32,
     allow_missing_pooler: bool = False,
-) -> tuple[PreTrainedModel, Any]:
-    """Load a vision tower, in evaluation mode, and its image processor.
+    keep_projection: bool = False,
+) -> tuple[PreTrainedModel, Any, Tensor | None]:
+    """Load a vision tower, in evaluation mode, its image processor, and the projection to keep.
 
     The source is a Hub id or folder of a vision tower of transformers, or of a timm network in its
     wrapper. Of a model that has a `vision_config`, such as CLIP, the vision tower is taken. A tower
     may be saved without pooler weights, which stay random, where its pooler is not going to be
-    used.
+    used. With `keep_projection`, the source is a dual encoder, and the projection, (P, D), that of
+    its images into the space of its own texts; what SigLIP's tower pools is in that space already.
     """
     with naming(source):
         config = load_without_code(AutoConfig, source)
-    vision_config = getattr(config, "vision_config", None) or config
+    if keep_projection:
+        require_dual_encoder(config, source)
+    vision_config: Any = getattr(config, "vision_config", None) or config
     if not takes_images(vision_config):
         raise ValueError(
             f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
@@ -51,7 +54,10 @@ def load_vision_tower(
         )
     with torch.device("meta"):  # before the weights are read
         require_pixels_alone(build_tower(vision_config))
-    model, missing = load_part(source, config, vision_config, source, dtype=dtype)
+    beside = ("visual_projection.",) if keep_projection else ()
+    model, whole, missing = load_part(
+        source, config, vision_config, source, beside=beside, dtype=dtype
+    )
     missing = [k for k in missing if not (allow_missing_pooler and "pooler" in k)]
     if missing:
         raise ValueError(
@@ -59,35 +65,17 @@ def load_vision_tower(
             f"stay random: {missing[:_NAMES_SHOWN]}. If only the pooler is missing, choose "
             "vision_pooling 'cls', 'mean' or 'patch_mean'."
         )
+    kept = None
+    if keep_projection:
+        projection: Any = getattr(whole, "visual_projection", None)
+        width = vision_config.hidden_size
+        kept = torch.eye(width) if projection is None else projection.weight.detach()
     forget_origin(model.config, source)
     if vision_config.model_type == "timm_wrapper":
-        return model.eval(), image_processor_from_timm(model.config.pretrained_cfg)
-    return model.eval(), forget_code(load_without_code(AutoImageProcessor, source))
-
-
-def load_shared_projection(source: str | Path | None, config: BuildConfig) -> Tensor:
-    """Load the image projection of a dual encoder, (P, D), into the space of its own texts.
-
-    SigLIP has none: what its tower pools is in that space already.
-    """
-    if source is None:
-        raise ValueError(
-            "keep_projection takes the image projection of a dual encoder, and a loaded vision "
-            "tower has none. Give its folder or Hub id."
-        )
-    own = read_dual_encoder(source)
-    projection = getattr(load_dual_encoder(source), "visual_projection", None)
-    kept = (
-        torch.eye(own.vision_config.hidden_size)
-        if projection is None
-        else projection.weight.detach()
-    )
-    if config.projection_dim not in (None, len(kept)):
-        raise ValueError(
-            f"keep_projection keeps {counted(len(kept), 'dimension')}, as {source} has, and "
-            f"projection_dim={config.projection_dim} asks for others. Leave it out."
-        )
-    return kept
+        image_processor: Any = image_processor_from_timm(model.config.pretrained_cfg)
+    else:
+        image_processor = forget_code(load_without_code(AutoImageProcessor, source))
+    return model.eval(), image_processor, kept
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:

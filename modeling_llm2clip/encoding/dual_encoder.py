@@ -27,27 +27,13 @@ from ..loading_llm2clip import load_without_code
 from .encoder_interface import Encoder
 
 
-def read_dual_encoder(source: str | Path) -> Any:
-    """Read the configuration of a dual encoder with a text encoder of its own."""
-    config = load_without_code(AutoConfig, source)
+def require_dual_encoder(config: Any, source: str | Path) -> None:
+    """Refuse a configuration that is not of a dual encoder with a known text encoder."""
     if config.model_type not in DUAL_ENCODERS:
         raise ValueError(
             f"{source} is a {config.model_type!r}, whose text encoder is not known here, if it has "
             f"one. Give a whole model of transformers' {', '.join(DUAL_ENCODERS)}."
         )
-    return config
-
-
-def load_dual_encoder(folder: str | Path, *, dtype: str = "auto") -> Any:
-    """Load a whole dual encoder, in evaluation mode."""
-    model, info = load_without_code(AutoModel, folder, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-        raise ValueError(
-            f"{folder} lacks weights, which would be random: {lost[:5]}. Save the whole model "
-            "again."
-        )
-    return model.eval()
 
 
 class DualEncoderProcessor:
@@ -60,7 +46,8 @@ class DualEncoderProcessor:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.config = read_dual_encoder(folder)
+        self.config: Any = load_without_code(AutoConfig, folder)
+        require_dual_encoder(self.config, folder)
         processor = load_without_code(AutoProcessor, folder)
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.is_unmasked = self.config.model_type in ("siglip", "siglip2")
@@ -116,7 +103,14 @@ class DualEncoder(Encoder):
         *,
         dtype: str = "auto",
     ) -> None:
-        self._model = load_dual_encoder(folder, dtype=dtype).to(device)
+        model, info = load_without_code(AutoModel, folder, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+            raise ValueError(
+                f"{folder} lacks weights, which would be random: {lost[:5]}. Save the whole model "
+                "again."
+            )
+        self._model = model.eval().to(device)
         self._is_masked = not processor.is_unmasked
         self.processor = cast(Any, processor)
         self.device = device

@@ -104,7 +104,7 @@ def test_of_a_dual_encoder_given_whole_the_vision_tower_is_taken_bit_for_bit(
     whole, image_processor = tiny_dual_encoder(family)
     whole.save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
-    loaded, _ = load_vision_tower(tmp_path)
+    loaded, *_ = load_vision_tower(tmp_path)
     weights = whole.vision_model.state_dict()
     assert loaded.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
@@ -172,7 +172,7 @@ def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) 
         ValueError, match=r"lacks 2 weights .*vision_pooling 'cls', 'mean' or 'patch_mean'"
     ):
         load_vision_tower(tmp_path)
-    loaded, _ = load_vision_tower(tmp_path, allow_missing_pooler=True)
+    loaded, *_ = load_vision_tower(tmp_path, allow_missing_pooler=True)
     kept = {n: v for n, v in loaded.state_dict().items() if "pooler" not in n}
     assert kept and all(torch.equal(value, tower.state_dict()[n]) for n, value in kept.items())
 

@@ -298,7 +298,7 @@ def test_a_tower_that_names_code_it_does_not_need_is_built_without_the_name(tmp_
     change(vision / "config.json", name_code("AutoModel"))
     change(vision / "preprocessor_config.json", name_code("AutoImageProcessor"))
     change(llm / "config.json", name_code("AutoModel"))
-    vision_model, image_processor = load_vision_tower(vision)
+    vision_model, image_processor, _ = load_vision_tower(vision)
     text_model, _ = load_text_tower(llm)
     for part in (vision_model.config, image_processor, text_model.config):
         assert list_foreign_code(part.to_dict()) == []

@@ -42,7 +42,7 @@ def build_llava(
     Raises: ValueError when a weight is missing or has no place, the tower has no tokens to give, or
         the LLM is bidirectional, or would be another one inside these classes.
     """
-    vision_tower, image_processor = load_vision_tower(tower, allow_missing_pooler=True)
+    vision_tower, image_processor, _ = load_vision_tower(tower, allow_missing_pooler=True)
     tokens = find_visual_tokens(vision_tower, image_processor, layer=layer)
     causal_lm, tokenizer = _load_llm(llm)
     if chat_template is not None:
