@@ -114,13 +114,15 @@ def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> l
             _refuse_stray_shards(path, name, files)
             return files
     more = (
-        " From a repository on the Hub, .bin files are not fetched: download such a file yourself "
+        "From a repository on the Hub, .bin files are not fetched: download such a file yourself "
         "and give its folder."
+        if any(name.endswith(".bin") for name in names)
+        else "A pytorch_model.bin is not read: transformers saves it as safetensors "
+        "(AutoModel.from_pretrained(SOURCE).save_pretrained(FOLDER))."
     )
     raise ValueError(
         f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
-        f"of a saved model, or the weight file itself."
-        f"{more if any(name.endswith('.bin') for name in names) else ''}"
+        f"of a saved model, or the weight file itself. {more}"
     )
 
 

@@ -16,18 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .._extras import EMBEDDER, require
 from ..configs.build_config import DEFAULT_TEXT_LENGTH, BuildConfig
 from ..encoding.encode import encode_texts
 from ..heads_llm2clip import PooledDense
-from ..loading_llm2clip import naming_code
+from ..loading_llm2clip import load_without_code, naming_code
 from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
 from ..model_folders.model_folder import fetch_hub_file
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .part_loading import naming
+from .text_towers import require_decoder
 from .tower_checks import find_direction_errors
 
 # sentence-transformers' names of poolings, and ours where the prompt is pooled too.
@@ -106,6 +107,8 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
     from sentence_transformers import SentenceTransformer
 
     _require_modules(source)
+    with naming(source):
+        require_decoder(load_without_code(AutoConfig, source), source, takes_encoders=True)
     with naming(source), naming_code(source):
         encoder = SentenceTransformer(
             str(source),

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..configs.encoding_config import DUAL_ENCODERS
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import load_without_code, naming_code
 from .part_loading import forget_origin, load_part, naming
@@ -32,8 +33,8 @@ from .text_layers import cut_config, require_same_states
 from .vision_towers import takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
-# Model types that have a text encoder of their own, which cannot take the place of an LLM.
-_NOT_LLMS = {"clip", "clip_text_model", "siglip", "siglip2", "siglip_text_model"}
+# Text encoders that cannot take the place of an LLM.
+_NOT_LLMS = {*DUAL_ENCODERS, *(f"{name}_text_model" for name in DUAL_ENCODERS)}
 _ENCODERS = {"bert", "roberta"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMES_SHOWN = 8
@@ -69,7 +70,8 @@ def load_text_tower(
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
         config = load_without_code(AutoConfig, name, **where)
-    require_decoder(config, source, takes_encoders=is_embedder)
+    if not is_embedder:  # which `read_embedder` has checked
+        require_decoder(config, source)
     tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
@@ -94,12 +96,18 @@ def require_decoder(
             f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Give the LLM it "
             "was built from; what fine-tuning taught that LLM comes with --lora."
         )
-    config = config.get_text_config(decoder=True)
-    refused = _NOT_LLMS if takes_encoders else _NOT_LLMS | _ENCODERS
-    if config.model_type in refused or takes_images(config):
+    if config.is_encoder_decoder or hasattr(config, "num_decoder_layers"):
         raise ValueError(
-            f"{source} is a {config.model_type!r}; LLM2CLIP needs a decoder language model in its "
-            "place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like), or a "
+            f"{source} is a {config.model_type!r}, an encoder with a decoder as in T5, of which "
+            "neither is taken alone. Give a decoder language model, or with --prompt own an "
+            "embedder on one or on an encoder such as BERT."
+        )
+    text_config = config.get_text_config(decoder=True)
+    refused = _NOT_LLMS if takes_encoders else _NOT_LLMS | _ENCODERS
+    if {config.model_type, text_config.model_type} & refused or takes_images(text_config):
+        raise ValueError(
+            f"{source} is a {text_config.model_type!r}; LLM2CLIP needs a decoder language model in "
+            "its place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like), or a "
             "sentence-transformers model with --prompt own."
         )
 

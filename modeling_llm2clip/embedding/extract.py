@@ -57,7 +57,7 @@ from ..model_folders.fingerprint import (
     fingerprint_text,
     fingerprint_vision,
 )
-from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_folder import find_model_folder, require_own_model
 from ..model_folders.model_writing import Source, open_source
 from ..processing_llm2clip import check_texts
 from ..scheduling.processes import choose_device
@@ -139,6 +139,7 @@ def extract(
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
     with open_stops(engine) as stop, open_source(source, output) as found:
+        require_own_model(found.folder, or_teacher=modality == "text")
         _require_inputs(table, modality, config)
         encoder = load_shard_encoder(found.folder, modality, config, device)
         planned = plan_store(found.folder, table, encoder, config, modality)

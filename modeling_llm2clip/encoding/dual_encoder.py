@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..image_loading_llm2clip import load_images
-from ..loading_llm2clip import load_without_code
+from ..loading_llm2clip import list_weight_files, load_without_code
 from .encoder_interface import Encoder
 
 
@@ -103,6 +103,7 @@ class DualEncoder(Encoder):
         *,
         dtype: str = "auto",
     ) -> None:
+        list_weight_files(folder)  # safetensors alone, as the fingerprint reads them
         model, info = load_without_code(AutoModel, folder, dtype=dtype, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))

@@ -217,6 +217,11 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     if path.is_dir():
         if (path / file).is_file():
             return None
+        if (path / "modules.json").is_file():
+            return (
+                f"{source}: a sentence-transformers model of an old layout, with its network in a "
+                f"folder within. Save it again: SentenceTransformer({str(source)!r}).save(FOLDER)"
+            )
         return f"{source}: the folder has no {file}, so it does not hold a {what}"
     if path.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
@@ -247,15 +252,16 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
             f"{folder} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
             "--backend onnx, for `llm2clip search` with --model, and for load_onnx_encoder.",
         )
-    if (folder / "config.json").is_file():
-        config = read_json_object(folder / "config.json")
-        is_own = config is not None and config.get("model_type") == "llm2clip"
-        if (folder / "modules.json").is_file() and not is_own:
-            return FoundModel(
-                "sentence-transformers",
-                f"{folder} is a sentence-transformers model. `llm2clip evaluate {folder}` "
-                "measures it as it is.",
-            )
+    has_config = (folder / "config.json").is_file()
+    config = read_json_object(folder / "config.json") if has_config else None
+    is_own = config is not None and config.get("model_type") == "llm2clip"
+    if (folder / "modules.json").is_file() and not is_own:
+        return FoundModel(
+            "sentence-transformers",
+            f"{folder} is a sentence-transformers model. `llm2clip evaluate {folder}` measures it "
+            "as it is.",
+        )
+    if has_config:
         return None if config is None else _judge_config(str(folder), config)
     return _judge_other_files(folder)
 

@@ -358,6 +358,15 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def find_pooler(text_model: nn.Module) -> str | None:
+    """Return the pattern of the modules of an encoder's pooler, which nothing reads; None for none.
+
+    BERT has one, and a LoRA in it would get no gradient.
+    """
+    has_pooler = any("pooler" in name.split(".") for name, _ in text_model.named_modules())
+    return r"(.*\.)?pooler\..*" if has_pooler else None
+
+
 def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
     """List the parameters that ask for a gradient and get none in a backward pass.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from aligning import write_color_data
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vision
 from tiny_embedders import EMBEDDERS, tiny_embedder
@@ -18,16 +20,20 @@ from tuning import RECORDS, SHORT
 
 from modeling_llm2clip.building.build_model import build_model, join_towers
 from modeling_llm2clip.building.pretrained_towers import MINILM, find_tower
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.doctor.served_variants import TextVariants
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.fingerprint import describe_prompt
+from modeling_llm2clip.model_folders.model_folder import find_model_type
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -227,6 +233,28 @@ def test_what_is_not_an_embedder_is_refused_before_it_is_loaded(tmp_path: Path) 
         join_towers(tiny_vision(), tiny_vision(), config)
 
 
+def test_an_old_layout_and_t5_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = BuildConfig(prompt="own", **TINY)
+    source = tiny_embedder(tmp_path)
+    old = tmp_path / "old"
+    shutil.copytree(source, old / "0_Transformer")
+    shutil.move(old / "0_Transformer" / "1_Pooling", old)
+    modules_file = old / "modules.json"
+    shutil.move(old / "0_Transformer" / "modules.json", modules_file)
+    first, *others = json.loads(modules_file.read_text("utf-8"))
+    modules_file.write_text(json.dumps([{**first, "path": "0_Transformer"}, *others][:2]))
+    with pytest.raises(ValueError, match=r"an old layout, .* Save it again: SentenceTransformer"):
+        join_towers(tiny_vision(), old, config)
+    assert find_model_type(old).content == "sentence-transformers"  # what `evaluate` takes
+    encoder = sentence_transformers.SentenceTransformer(str(old), device="cpu")
+    encoder.save(str(tmp_path / "saved again"))
+    join_towers(tiny_vision(), tmp_path / "saved again", config)
+    (source / "config.json").write_text('{"model_type": "t5"}')
+    for prompt in ("own", "llama-3"):
+        with pytest.raises(ValueError, match="is a 't5', an encoder with a decoder"):
+            join_towers(tiny_vision(), source, replace(config, prompt=prompt))
+
+
 def test_a_network_that_gives_other_embeddings_than_the_library_is_refused(
     tmp_path: Path,
 ) -> None:
@@ -267,6 +295,28 @@ def test_an_embedder_with_dense_modules_is_not_fine_tuned(tmp_path: Path) -> Non
     folder = save_model(*built, tmp_path / "model")
     with pytest.raises(ValueError, match="Align it without fine-tuning"):
         finetune_llm(folder, RECORDS, tmp_path / "run", SHORT)
+
+
+def test_a_lora_leaves_out_the_pooler_of_an_encoder_which_nothing_reads(tmp_path: Path) -> None:
+    built = join_towers(tiny_vision(), tiny_embedder(tmp_path), BuildConfig(prompt="own", **TINY))
+    source = save_model(*built, tmp_path / "model")
+    tuned = finetune_llm(source, RECORDS, tmp_path / "tuned", replace(SHORT, merge=True))
+    data = write_color_data(tmp_path / "data", count=12)
+    config = AlignConfig(
+        text_training="lora", max_steps=1, global_batch_size=8, held_out_ratio=0.0,
+        warmup_steps=0, projection_init="model", device="cpu",
+    )  # fmt: skip
+    aligned = align(source, load_records(data), tmp_path / "aligned", config)
+    assert not [
+        n for n in load_file(tmp_path / "tuned/lora/adapter_model.safetensors") if "pooler" in n
+    ]
+    before = built[0].text_model.state_dict()
+    for folder in (tuned, aligned):
+        after = LLM2CLIPModel.from_pretrained(folder).text_model.state_dict()
+        changed = [name for name, value in before.items() if not torch.equal(after[name], value)]
+        layers = [name for name in changed if name.startswith("encoder.layer.")]
+        # Six linear layers in each of two, all of which a LoRA has.
+        assert changed == layers and len(changed) == 12
 
 
 @pytest.mark.slow

@@ -19,7 +19,12 @@ from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs
 from ..run_folder import list_trained
-from ..trainer_mixins import find_without_gradient, recompute_activations, require_gradients
+from ..trainer_mixins import (
+    find_pooler,
+    find_without_gradient,
+    recompute_activations,
+    require_gradients,
+)
 
 TOWERS = ("text_model", "vision_model")
 _LAYER_LISTS = ("blocks", "layer", "layers", "stages")
@@ -151,13 +156,17 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     elif config.vision_training == "lora":
         adapted["vision_model"] = _add_lora(
             model.vision_model,
-            find_attention_linears(model.vision_model),
-            rank=config.vision_lora_rank,
-            alpha=config.vision_lora_alpha,
+            target_modules=find_attention_linears(model.vision_model),
+            r=config.vision_lora_rank,
+            lora_alpha=config.vision_lora_alpha,
         )
     if config.text_training == "lora":
         adapted["text_model"] = _add_lora(
-            model.text_model, "all-linear", rank=config.lora_rank, alpha=config.lora_alpha
+            model.text_model,
+            target_modules="all-linear",
+            exclude_modules=find_pooler(model.text_model),
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
         )
     model.trains_vision = config.vision_training != "frozen"
     model.trains_text = config.text_training == "lora"
@@ -289,8 +298,7 @@ def find_learning_rates(
     return rates
 
 
-def _add_lora(tower: nn.Module, targets: str | list[str], *, rank: int, alpha: int) -> Any:
+def _add_lora(tower: nn.Module, **settings: Any) -> Any:
     from peft import LoraConfig, get_peft_model  # needed for LoRA alone
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    return get_peft_model(tower, config)
+    return get_peft_model(tower, LoraConfig(**settings))

@@ -46,6 +46,7 @@ from ..trainer_mixins import (
     LogLastStepCallback,
     ResumedMetricsMixin,
     count_warmup_steps,
+    find_pooler,
     training_arguments_on,
 )
 from .finetune_data import FinetuneData
@@ -91,6 +92,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         self.llm2clip.packs_in_training = True
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        lora.exclude_modules = find_pooler(model.text_model)
         # The wrapper changes the LLM in place. It alone can write a LoRA; in a list, it is no
         # second path to the same parameters.
         self._adapted: list[PeftModel] = [get_peft_model(model.text_model, lora)]

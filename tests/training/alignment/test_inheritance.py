@@ -268,6 +268,14 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
     ):
         with pytest.raises(ValueError, match=message):
             BuildConfig(prompt="llama-3", keep_projection=True, **changed)
+    lacking = "An LLM2CLIP model is needed here"
+    with pytest.raises(ValueError, match=rf"is a 'clip', .*{lacking}"):
+        extract(inheriting.clip, inheriting.records, tmp_path / "s", EXTRACTED, modality="image")
+    pickled = shutil.copytree(inheriting.clip, tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"A pytorch_model\.bin is not read: .*save_pretrained"):
+        extract(pickled, inheriting.records, tmp_path / "s", EXTRACTED, modality="text")
     words = ["extract", str(dino), str(inheriting.data), str(tmp_path / "s"), "--modality", "text"]
     assert main(words) != 0
     assert "or a CLIP or SigLIP with its own text encoder" in capsys.readouterr().err
