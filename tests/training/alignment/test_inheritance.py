@@ -235,6 +235,14 @@ def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
         inheriting.clip, inheriting.records[:-1], tmp_path / "fewer", EXTRACTED, modality="text"
     )
     refuse("other captions than", inherit_from=tmp_path / "fewer")
+    long = [
+        replace(one, captions=(f"{LONG} {number}",), long_captions=())
+        for number, one in enumerate(inheriting.records)
+    ]
+    stores = {"caption_store": inheriting.model, "inherit_from": inheriting.clip}
+    for name, source in stores.items():
+        extract(source, long, tmp_path / name, EXTRACTED, modality="text")
+    refuse("every caption is longer than", **{name: tmp_path / name for name in stores})
     # Of other models the captions' store is made by the same LLM.
     plain = build(inheriting.clip, tmp_path / "plain", keep_projection=False, projection_dim=16)
     refuse("--keep-projection", model=plain)
