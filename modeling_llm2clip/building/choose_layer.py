@@ -87,7 +87,7 @@ class LayerChoice:
         return next(one for one in self.scores if one.is_alike)
 
     def __str__(self) -> str:
-        """Show a line per layer."""
+        """Show a line per layer, and what the scores are of."""
         lines = [f"{'layer':>5} {'compute':>7} {'CRA':>6}  95 % interval   behind the best"]
         for one in self.scores:
             line = f"{one.layer:5} {one.compute:7.0%} {one.cra['value']:6.1%}  "
@@ -95,6 +95,7 @@ class LayerChoice:
                 line += f"{of['low']:5.1%} to {of['high']:5.1%}  "
             alike = "no difference" if one.is_alike else ""
             lines.append(line + ("best" if one is self.best else alike))
+        lines.append("The same texts chose the best layer, so expect a lower score of it on others.")
         return "\n".join(lines)
 
 

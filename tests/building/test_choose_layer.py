@@ -146,7 +146,8 @@ def test_the_command_prints_how_to_build_with_the_best_layer(
     assert main(["choose-layer", llm, str(data), "--output", str(scores), *options]) == 0
     written = json.loads(scores.read_text(encoding="utf-8"))
     assert written["num_pairs"] == {"en": len(THINGS)} and len(written["scores"]) == 2
-    *_, following = capsys.readouterr().out.splitlines()
+    *shown, following = capsys.readouterr().out.splitlines()
+    assert "The same texts chose the best layer, so expect a lower score of it on others." in shown
     words = shlex.split(following.removeprefix("Next: llm2clip "))
     places = {"VISION_MODEL": str(tmp_path / "vision"), "OUTPUT": str(tmp_path / "built")}
     assert main([places.get(word, word) for word in words]) == 0
