@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .doctor.server_checks import check_server
     from .embedding.embed import embed
     from .embedding.extract import extract, merge_store
-    from .embedding.pair_scores import score_file
+    from .embedding.score_file import score_file
     from .encoding.encode import encode_images, encode_texts
     from .encoding.score_pairs import score_pairs
     from .evaluation.datasets.dataset_registry import load_dataset
@@ -133,7 +133,7 @@ _HOMES = {
     "training.alignment.align": ("align",),
     "training.alignment.interpolate": ("interpolate",),
     "embedding.extract": ("extract", "merge_store"),
-    "embedding.pair_scores": ("score_file",),
+    "embedding.score_file": ("score_file",),
     "training.finetuning.finetune_llm": ("finetune_llm",),
     "scheduling.graceful_stop": ("StageInterrupt",),
     "training.losses.loss": ("LossInputs",),

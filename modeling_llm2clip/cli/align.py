@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,14 @@ def align(
     folder = output / "model"
     stores: dict[str, Any] = {"caption_store": caption_store, "image_store": image_store}
     stores["inherit_from"] = inherit_from
-    _require_stores(config, stores)
+    has_captions, has_images, has_teacher = (store is not None for store in stores.values())
+    config.require_stores(captions=has_captions, images=has_images, teacher=has_teacher)
+    for name, store in stores.items():
+        if store is not None and not store.is_dir():
+            raise ValueError(
+                f"--{name.replace('_', '-')} {store}: no such folder. Give one that llm2clip "
+                "extract wrote."
+            )
     clear_leftovers(folder)
     require_new_folder(folder)
     require_fresh_or_resumed(output, resume=resume)
@@ -95,7 +102,7 @@ def align(
     from ..training.alignment.alignment_report import describe_alignment
 
     find_model_folder(model)  # reading the data may take long
-    check_align(config, **stores)
+    stores = dict(zip(stores, check_align(config, **stores), strict=True))
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading, streaming)
@@ -107,18 +114,3 @@ def align(
     if PartialState().is_main_process:
         print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))
     return 0
-
-
-def _require_stores(config: AlignConfig, stores: Mapping[str, Path | None]) -> None:
-    """Raise ValueError for a store that is missing, before anything is imported."""
-    if config.text_training == "stored" and stores["caption_store"] is None:
-        raise ValueError(
-            "--text-training stored needs a caption store. Make one with llm2clip extract and "
-            "give it as --caption-store, or choose --text-training frozen-online or lora."
-        )
-    for name, store in stores.items():
-        if store is not None and not store.is_dir():
-            raise ValueError(
-                f"--{name.replace('_', '-')} {store}: no such folder. Give one that llm2clip "
-                "extract wrote."
-            )

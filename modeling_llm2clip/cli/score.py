@@ -47,7 +47,7 @@ def score(
     require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
-    from ..embedding.pair_scores import score_file
+    from ..embedding.score_file import score_file
 
     found = score_file(model, pairs, output, config)
     report_truncated(found.num_truncated, found.num_pairs, "text", longest=found.max_text_length)

@@ -147,6 +147,52 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."
 
+    def require_stores(self, *, captions: bool, images: bool, teacher: bool = False) -> None:
+        """Refuse options that contradict the stores that are given.
+
+        Args:
+            captions: Whether there is a store of captions.
+            images: Whether there is a store of images.
+            teacher: Whether there is a store of a teacher's embeddings of the captions.
+
+        Raises:
+            ValueError: A store is missing or of no use; all that is wrong is named.
+        """
+        is_frozen = self.vision_training == "frozen"
+        is_stored = captions and images and is_frozen
+        needs_both = "needs a caption_store and an image_store, and vision_training=frozen"
+        refused = {
+            "inherit_steps needs inherit_from, the store of a teacher": (
+                not teacher and "inherit_steps" in self.list_given()
+            ),
+            "lock_text keeps the text side as it is, and inherit_from trains it": (
+                teacher and self.lock_text
+            ),
+            "inherit_from is a start of its own: leave projection_init out": (
+                teacher and self.projection_init != "auto"
+            ),
+            "inherit_from needs a caption_store, whose embeddings learn the teacher's": (
+                teacher and not captions
+            ),
+            "text_training=stored needs a caption_store, which llm2clip extract writes; or choose "
+            "text_training=frozen-online or text_training=lora": (
+                self.text_training == "stored" and not captions
+            ),
+            f"text_training={self.text_training} runs the LLM and reads no caption_store": (
+                self.text_training != "stored" and captions
+            ),
+            f"vision_training={self.vision_training} changes the image embeddings, so an "
+            "image_store is of no use without distillation_weight": (
+                images and not (is_frozen or self.distillation_weight)
+            ),
+            f"projection_init=cca {needs_both}": self.projection_init == "cca" and not is_stored,
+            f"max_steps=0 writes the closed form, which {needs_both}": (
+                self.max_steps == 0 and not is_stored
+            ),
+        }
+        if errors := [message for message, is_refused in refused.items() if is_refused]:
+            raise ValueError("; ".join(errors) + ".")
+
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateConfig(ChoiceConfig):

@@ -41,7 +41,7 @@ from ..publishing.export_model import export_model
 from ..scheduling.graceful_stop import StageInterrupt
 from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
-from ..training.alignment.align_checks import check_data, check_options
+from ..training.alignment.align_checks import check_data
 from ..training.alignment.alignment_report import describe_alignment
 from ..training.alignment.zero_shot import load_labeled_images
 from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
@@ -221,7 +221,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
         if not is_complete(paths.fine_tuned / "model"):
             yield lambda: check_finetuning(train, finetune)
     captions, images = uses_stores(config)
-    yield lambda: check_options(align, has_caption_store=captions, has_image_store=images)
+    yield lambda: align.require_stores(captions=captions, images=images)
     yield lambda: build_loss(align)
     yield lambda: _check_alignment(config)
     yield lambda: choose_reports(align.report_to)

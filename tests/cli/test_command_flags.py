@@ -404,7 +404,7 @@ REFUSED_AT_ONCE = [
     (["embed", "OWN", "FULL", "FULL", *TEXT], "is not empty and holds no embeddings"),
     (["embed", "OWN", "FULL", "NEW", *TEXT, "--skip-invalid"], "only for --modality image"),
     (["embed", "OWN", "FULL", "NEW", *TEXT, "--columns", "price"], "price"),
-    (ALIGN, "needs a caption store"),
+    (ALIGN, "needs a --caption-store"),
     ([*ALIGN, "--learning-rate", "0", "--device", "mps"], "--learning-rate 0.0 must be above 0"),
     ([*ALIGN, "--caption-store", "/nowhere"], "--caption-store /nowhere"),
     (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "has no run.json"),

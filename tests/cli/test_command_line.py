@@ -204,7 +204,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_an_image_is_decoded(
     (full / "thesis.txt").write_text("mine", encoding="utf-8")
     align = ["align", str(tmp_path / "model"), str(data)]
     assert main([*align, str(tmp_path / "new")]) == 2
-    assert "needs a caption store" in capsys.readouterr().err
+    assert "needs a --caption-store" in capsys.readouterr().err
     assert main([*align, str(full), "--text-training", "frozen-online"]) == 2
     assert "is not empty and has no run.json" in capsys.readouterr().err
     assert main(["extract", "no-model", str(data), "new", "--modality", "image"]) == 2

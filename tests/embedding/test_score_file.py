@@ -15,8 +15,8 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import EncodingConfig
 from modeling_llm2clip.data.validation_errors import DataValidationError
-from modeling_llm2clip.embedding import pair_scores
-from modeling_llm2clip.embedding.pair_scores import score_file
+from modeling_llm2clip.embedding import score_file as stage
+from modeling_llm2clip.embedding.score_file import score_file
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.encoding.score_pairs import score_pairs
 from modeling_llm2clip.model_folders.model_loading import load_model
@@ -67,7 +67,7 @@ def test_a_file_of_scores_is_that_of_an_uninterrupted_run(
     rows = read_rows(tmp_path / "whole.csv")
     assert [row["text"] for row in rows] == TEXTS
     assert whole.mean == pytest.approx(sum(float(r["score"]) for r in rows) / 5, abs=1e-6)
-    monkeypatch.setattr(pair_scores, "_PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr(stage, "_PAIRS_AT_ONCE", 2)
     compute = TorchEncoder.encode_images
     calls: list[int] = []
     output = tmp_path / "new" / "scores.csv"
@@ -102,7 +102,7 @@ def test_scores_of_other_pairs_are_not_continued(
     model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(pair_scores, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patched.setattr(stage, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
     draw_noise(9, 9, seed=9).save(pairs.parent / "images/0.png")

@@ -42,15 +42,11 @@ def check_align(
     inherit_from: str | Path | EmbeddingStore | None = None,
 ) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
     """Refuse options and stores that contradict each other, and open the stores; reads no data."""
-    check_options(
-        config,
-        has_caption_store=caption_store is not None,
-        has_image_store=image_store is not None,
-        has_teacher=inherit_from is not None,
-    )
+    given = (caption_store, image_store, inherit_from)
+    has_captions, has_images, has_teacher = (store is not None for store in given)
+    config.require_stores(captions=has_captions, images=has_images, teacher=has_teacher)
     captions, images, teacher = stores = [
-        EmbeddingStore.open(store) if isinstance(store, str | Path) else store
-        for store in (caption_store, image_store, inherit_from)
+        EmbeddingStore.open(store) if isinstance(store, str | Path) else store for store in given
     ]
     contents = (CAPTION_EMBEDS, VISION_EMBEDS, TEACHER_TEXT_EMBEDS)
     errors = [
@@ -102,53 +98,6 @@ def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
         )
 
 
-def check_options(
-    config: AlignConfig,
-    *,
-    has_caption_store: bool,
-    has_image_store: bool,
-    has_teacher: bool = False,
-) -> None:
-    """Refuse options that contradict the stores that are given."""
-    errors = []
-    if not has_teacher and "inherit_steps" in config.list_given():
-        errors.append("inherit_steps needs inherit_from, the store of a teacher")
-    if has_teacher and config.lock_text:
-        errors.append("lock_text keeps the text side as it is, and inherit_from trains it")
-    if has_teacher and config.projection_init != "auto":
-        errors.append("inherit_from is a start of its own: leave projection_init out")
-    if has_teacher and not has_caption_store:
-        errors.append("inherit_from needs a caption_store, whose embeddings learn the teacher's")
-    if config.text_training == "stored" and not has_caption_store:
-        errors.append(
-            "text_training=stored needs a caption_store, which llm2clip extract writes; or choose "
-            "text_training=frozen-online or text_training=lora"
-        )
-    if config.text_training != "stored" and has_caption_store:
-        errors.append(
-            f"text_training={config.text_training} runs the LLM and reads no caption_store"
-        )
-    is_frozen = config.vision_training == "frozen"
-    if has_image_store and not (is_frozen or config.distillation_weight):
-        errors.append(
-            f"vision_training={config.vision_training} changes the image embeddings, so an "
-            "image_store is of no use without distillation_weight"
-        )
-    is_stored = has_caption_store and has_image_store and is_frozen
-    if config.projection_init == "cca" and not is_stored:
-        errors.append(
-            "projection_init=cca needs a caption_store and an image_store, and "
-            "vision_training=frozen"
-        )
-    if config.max_steps == 0 and not is_stored:
-        errors.append(
-            "max_steps=0 writes the closed form, which needs a caption_store and an image_store, "
-            "and vision_training=frozen"
-        )
-    if errors:
-        raise ValueError("; ".join(errors) + ".")
-
-
 def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
     """Refuse data that no batch can be made of."""
     if not records:
@@ -184,7 +133,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
 def check_stream(config: AlignConfig, *, has_image_store: bool, has_teacher: bool = False) -> None:
     """Refuse what a stream cannot do, before anything is read."""
-    errors = []  # of what `check_options` allows
+    errors = []  # of what `AlignConfig.require_stores` allows
     if config.max_steps is None:
         errors.append("a stream has no known length: give max_steps")
     if has_image_store:
