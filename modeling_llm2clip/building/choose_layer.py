@@ -95,7 +95,9 @@ class LayerChoice:
                 line += f"{of['low']:5.1%} to {of['high']:5.1%}  "
             alike = "no difference" if one.is_alike else ""
             lines.append(line + ("best" if one is self.best else alike))
-        lines.append("The same texts chose the best layer, so expect a lower score of it on others.")
+        lines.append(
+            "These texts chose the best layer, so expect a lower score of it on others."
+        )
         return "\n".join(lines)
 
 

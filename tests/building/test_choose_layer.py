@@ -147,7 +147,7 @@ def test_the_command_prints_how_to_build_with_the_best_layer(
     written = json.loads(scores.read_text(encoding="utf-8"))
     assert written["num_pairs"] == {"en": len(THINGS)} and len(written["scores"]) == 2
     *shown, following = capsys.readouterr().out.splitlines()
-    assert "The same texts chose the best layer, so expect a lower score of it on others." in shown
+    assert "These texts chose the best layer, so expect a lower score of it on others." in shown
     words = shlex.split(following.removeprefix("Next: llm2clip "))
     places = {"VISION_MODEL": str(tmp_path / "vision"), "OUTPUT": str(tmp_path / "built")}
     assert main([places.get(word, word) for word in words]) == 0
