@@ -29,7 +29,7 @@ EmbeddingColumn: TypeAlias = Literal[
 ]
 # transformers' model types of an image encoder and a text encoder that share a space.
 DUAL_ENCODERS = (
-    "clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip",
+    "clip", "siglip", "siglip2", "metaclip_2", "tipsv2", "aimv2", "chinese_clip", "altclip",
     "vision-text-dual-encoder",
 )  # fmt: skip
 _MOST_ROWS_PER_SHARD = 2**16

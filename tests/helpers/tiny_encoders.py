@@ -217,6 +217,18 @@ def _save_dual_encoder(family: str, processor_class: type, folder: Path) -> None
     processor_class(image_processor, tokenizer).save_pretrained(folder)
 
 
+def _save_tipsv2(folder: Path) -> None:
+    model, _ = tiny_dual_encoder("tipsv2", vocab_size=512, pad_token_id=0)
+    from transformers import Tipsv2ImageProcessor, Tipsv2Processor, Tipsv2Tokenizer
+
+    pieces = ("<pad>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)))
+    letters = ("▁", *(chr(code) for code in range(ord("a"), ord("z") + 1)))
+    tokenizer = Tipsv2Tokenizer(vocab={t: number for number, t in enumerate((*pieces, *letters))})
+    image_processor = Tipsv2ImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    _widen(model).save_pretrained(folder)
+    Tipsv2Processor(image_processor, tokenizer).save_pretrained(folder)
+
+
 def _save_joined(folder: Path) -> None:
     tokenizer, (tower, image_processor) = _tokenizer("<|begin|> $A <|end|>"), tiny_vision("vit")
     text = BertConfig(**_SIZE, vocab_size=len(tokenizer), max_position_embeddings=64)
@@ -231,6 +243,7 @@ _SAVERS: dict[str, Callable[[Path], None]] = {
     "chinese_clip": partial(_save_dual_encoder, "chinese_clip", ChineseCLIPProcessor),
     "altclip": partial(_save_dual_encoder, "altclip", AltCLIPProcessor),
     "vision-text-dual-encoder": _save_joined,
+    "tipsv2": _save_tipsv2,
     "clip": _save_clip,
     "siglip": _save_siglip,
     "siglip2": _save_siglip2,

@@ -22,7 +22,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.configs.encoding_config import DUAL_ENCODERS, ExtractConfig
 from modeling_llm2clip.configs.evaluation_config import (
     EncoderConfig,
     EvaluatedModel,
@@ -38,10 +38,6 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.losses.distillation import distill
 
-FAMILIES = (
-    "clip", "siglip", "siglip2", "metaclip_2", "aimv2", "chinese_clip", "altclip",
-    "vision-text-dual-encoder",
-)  # fmt: skip
 EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
 LONG = "red and green " * 60  # no teacher reads it to the end
 STAGE: dict[str, Any] = {"device": "cpu", "max_steps": 0, "inherit_steps": 40}
@@ -103,7 +99,7 @@ def inheriting(tmp_path_factory: pytest.TempPathFactory) -> Inheriting:
     return prepare(tmp_path_factory.mktemp("clip"), "clip")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DUAL_ENCODERS)
 def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too_long(
     tmp_path: Path, family: str
 ) -> None:
