@@ -104,7 +104,14 @@ class DualEncoder(Encoder):
         dtype: str = "auto",
     ) -> None:
         list_weight_files(folder)  # safetensors alone, as the fingerprint reads them
-        model, info = load_without_code(AutoModel, folder, dtype=dtype, output_loading_info=True)
+        model, info = load_without_code(
+            AutoModel,
+            folder,
+            dtype=dtype,
+            # With another, AIMv2's texts see later tokens in a batch without padding.
+            attn_implementation={"text_config": "eager"},
+            output_loading_info=True,
+        )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
             raise ValueError(
