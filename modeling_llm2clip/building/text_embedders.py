@@ -56,8 +56,7 @@ class TextEmbedder:
         dense: Weight (D', D) and bias (D') of its Dense modules and truncation together; None
             without any.
         normalizes: Whether its embeddings have unit length.
-        texts: Samples.
-        embeds: Its embeddings of the samples, (N, D') float32.
+        embeds: Its embeddings of samples, (N, D') float32.
         bidirectional: Whether its tokens attend to later ones.
     """
 
@@ -66,7 +65,6 @@ class TextEmbedder:
     max_length: int
     dense: tuple[Tensor, Tensor] | None
     normalizes: bool
-    texts: tuple[str, ...]
     embeds: Tensor
     bidirectional: bool = True
 
@@ -83,7 +81,7 @@ class TextEmbedder:
 
     def require_same_embeddings(self, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
         """Refuse a model whose caption embeddings are not this embedder's."""
-        found = encode_texts(model, processor, self.texts, project=False).cpu()
+        found = encode_texts(model, processor, _TEXTS, project=False).cpu()
         if self.normalizes:
             found = F.normalize(found, dim=-1)
         wanted = F.normalize(self.embeds, dim=-1) if self.normalizes else self.embeds
@@ -92,7 +90,7 @@ class TextEmbedder:
         if not distances[row] <= find_tolerance(model.text_model.dtype):
             raise ValueError(
                 f"The built model does not give the embeddings of sentence-transformers: "
-                f"{self.texts[row][:40]!r} is {distances[row]:.1e} off, with the prompt "
+                f"{_TEXTS[row][:40]!r} is {distances[row]:.1e} off, with the prompt "
                 f"{self.prompt!r}. {_WAY_OUT}"
             )
 
@@ -142,7 +140,6 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
         max_length=encoder.max_seq_length,
         dense=_fold(denses, width=pooling.embedding_dimension, dim=dim),
         normalizes=normalizes,
-        texts=_TEXTS,
         embeds=embeds.float().cpu().clone(),
     )
 

@@ -76,7 +76,7 @@ def load_text_tower(
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     model = _load_decoder(
-        name, config, source, num_layers, needs_pooler=not is_embedder, dtype=dtype, **where
+        name, config, source, num_layers, is_embedder=is_embedder, dtype=dtype, **where
     )
     # A GGUF file's weights are plain numbers after loading; the mark would break saving.
     for holder in (model, model.config):
@@ -204,7 +204,7 @@ def _load_decoder(
     source: str | Path,
     num_layers: int | None,
     *,
-    needs_pooler: bool,
+    is_embedder: bool,
     **settings: Any,
 ) -> PreTrainedModel:
     """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
@@ -214,12 +214,11 @@ def _load_decoder(
         cut_config(text_config, num_layers, source)
         above = range(num_layers, uncut.num_hidden_layers)
     decoder, _, missing = load_part(name, config, text_config, source, above=above, **settings)
-    unused = {key for key in missing if "pooler" in key} if not needs_pooler else set()
+    if lost := [key for key in missing if not (is_embedder and "pooler" in key)]:
+        raise ValueError(f"{source} lacks weights of its LLM: {lost[:_NAMES_SHOWN]}.")
     for own_name, parameter in decoder.named_parameters():
-        if any(key.endswith(own_name) for key in unused):  # the same in every build
+        if any(key.endswith(own_name) for key in missing):  # the same in every build
             parameter.data.zero_()
-    if missing := [key for key in missing if key not in unused]:
-        raise ValueError(f"{source} lacks weights of its LLM: {missing[:_NAMES_SHOWN]}.")
     if num_layers is not None:
         require_same_states(decoder, uncut, source)
     return decoder

@@ -77,8 +77,7 @@ def align(
     folder = output / "model"
     stores: dict[str, Any] = {"caption_store": caption_store, "image_store": image_store}
     stores["inherit_from"] = inherit_from
-    has_captions, has_images, has_teacher = (store is not None for store in stores.values())
-    config.require_stores(captions=has_captions, images=has_images, teacher=has_teacher)
+    config.require_stores(**stores)
     for name, store in stores.items():
         if store is not None and not store.is_dir():
             raise ValueError(

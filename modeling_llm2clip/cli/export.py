@@ -9,7 +9,7 @@ from .._extras import ONNX_EXPORT, require
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.export_config import ExportConfig
 from .command import command
-from .options import list_needs_of_model, use_device, use_image_limits
+from .options import require_model, use_device, use_image_limits
 
 _OF_VISION_TOWER = {"components", "license", "device"}
 
@@ -42,9 +42,8 @@ def export(
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
         dry_run: Check the model, and list files and sizes; write nothing.
     """
-    require(*list_needs_of_model(model, revision=revision))
+    require_model(model, revision=revision)
     from ..model_folders.atomic_folder import require_new_folder
-    from ..model_folders.model_folder import require_own_model
 
     is_tower = config.components == "vision-tower"
     if is_tower:
@@ -54,7 +53,6 @@ def export(
         raise ValueError(f"{named} is for --onnx, which reads images. Leave it out.")
     use_image_limits(limits)
     require_new_folder(output)
-    require_own_model(model, revision=revision)
     if config.onnx:
         return _export_onnx(model, output, config, revision, dry_run=dry_run)
     config = replace(config, device=str(use_device(config.device)))

@@ -9,9 +9,9 @@ from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
 from .options import (
-    list_needs_of_model,
     read_captioned_images,
     require_data,
+    require_model,
     use_device,
     use_image_limits,
 )
@@ -44,9 +44,8 @@ def finetune_llm(
         resume: Continue an interrupted run.
     """
     require(*CAPTION_TUNING)  # before the Hub is asked what the model needs
-    require(*list_needs_of_model(model, extra="train"))
+    require_model(model, extra="train")
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
-    from ..model_folders.model_folder import require_own_model
     from ..training.run_folder import require_fresh_or_resumed
 
     merged = output / "model"
@@ -54,7 +53,6 @@ def finetune_llm(
         clear_leftovers(merged)
         require_new_folder(merged)
     require_fresh_or_resumed(output, resume=resume)
-    require_own_model(model)
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)

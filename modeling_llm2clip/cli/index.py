@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import FAISS, list_needs_of_index, require
+from .._extras import FAISS, list_needs_of_index
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import IndexConfig
 from .command import command
-from .options import list_needs_of_model, report, require_image_folder, use_device, use_image_limits
+from .options import report, require_image_folder, require_model, use_device, use_image_limits
 
 
 @command(
@@ -40,16 +40,12 @@ def index(
         limits: Which images are decoded.
         config: How to encode the images, and when to build an approximate index.
     """
-    needs = [*list_needs_of_index(db), *list_needs_of_model(model)]
-    require(*needs, *([FAISS] if faiss is not None else []))
-    from ..model_folders.model_folder import require_own_model
-
+    require_model(model, *list_needs_of_index(db), *([FAISS] if faiss is not None else []))
     if faiss is not None:
         from ..search.faiss_export import require_new_files
 
         require_new_files(faiss)
     require_image_folder(images)
-    require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.image_index import ImageIndex

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import require
 from ..configs.align_config import InterpolateConfig
 from ..configs.data_config import DataConfig, ImageLimitsConfig
 from .command import command
 from .options import (
-    list_needs_of_model,
     read_captioned_images,
     require_data,
+    require_model,
     use_device,
     use_image_limits,
 )
@@ -46,13 +45,11 @@ def interpolate(
         limits: Which images are decoded.
         config: Which weights are tried, and what chooses.
     """
-    require(*list_needs_of_model(before, extra="train"))
+    for model in (before, after):
+        require_model(model, extra="train")
     from ..model_folders.atomic_folder import require_new_folder
-    from ..model_folders.model_folder import require_own_model
 
     require_new_folder(output)
-    for model in (before, after):
-        require_own_model(model)
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import EncodingConfig
 from .command import command
 from .options import (
-    list_needs_of_model,
     report,
     report_truncated,
+    require_model,
     use_device,
     use_image_limits,
 )
@@ -39,12 +38,10 @@ def score(
         limits: Which images are decoded.
         config: How to run the model.
     """
-    require(*list_needs_of_model(model))
+    require_model(model)
     from ..data.atomic_files import require_new_file
-    from ..model_folders.model_folder import require_own_model
 
     require_new_file(output)
-    require_own_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..embedding.score_file import score_file

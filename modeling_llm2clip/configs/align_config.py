@@ -147,17 +147,21 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
         if self.refit and not self.held_out_ratio:
             yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."
 
-    def require_stores(self, *, captions: bool, images: bool, teacher: bool = False) -> None:
+    def require_stores(
+        self, caption_store: object, image_store: object, inherit_from: object = None
+    ) -> None:
         """Refuse options that contradict the stores that are given.
 
         Args:
-            captions: Whether there is a store of captions.
-            images: Whether there is a store of images.
-            teacher: Whether there is a store of a teacher's embeddings of the captions.
+            caption_store: A store of captions, in any form; None for none.
+            image_store: A store of images.
+            inherit_from: A store of a teacher's embeddings of the captions.
 
         Raises:
             ValueError: A store is missing or of no use; all that is wrong is named.
         """
+        given = (caption_store, image_store, inherit_from)
+        captions, images, teacher = (store is not None for store in given)
         is_frozen = self.vision_training == "frozen"
         is_stored = captions and images and is_frozen
         needs_both = "needs a caption_store and an image_store, and vision_training=frozen"

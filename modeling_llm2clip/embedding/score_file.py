@@ -22,12 +22,13 @@ from ..data.atomic_files import (
 )
 from ..data.sources.json_files import read_json_lines
 from ..data.validation_errors import DataValidationError, ErrorCollector
-from ..encoding.encode import TorchEncoder
+from ..encoding.score_pairs import score_pairs
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model, require_trained
 from ..modeling_llm2clip import LLM2CLIPModel
+from ..processing_llm2clip import LLM2CLIPProcessor
 
 _FIELDS = ("image", "text")
 _PAIRS_AT_ONCE = 256
@@ -112,7 +113,7 @@ def score_file(
             raise ValueError(f"Another run writes {unfinished}. Wait, or name another output.")
         scores = _begin_or_continue(file, unfinished, plan)
         num_continued = len(scores)
-        _score_rest(TorchEncoder(model, processor), images, tokens, scores, file, config)
+        _score_rest((model, processor), images, tokens, scores, file, config)
         _write(output, found, scores)
         unfinished.unlink()
     mean, longest = sum(scores) / len(scores), processor.longest_text
@@ -120,7 +121,7 @@ def score_file(
 
 
 def _score_rest(
-    encoder: TorchEncoder,
+    model: tuple[LLM2CLIPModel, LLM2CLIPProcessor],
     images: list[str],
     texts: TokenizedTexts,
     scores: list[float],
@@ -133,13 +134,10 @@ def _score_rest(
     ) as progress:
         while len(scores) < len(images):
             rows = range(len(images))[len(scores) : len(scores) + _PAIRS_AT_ONCE]
-            text_embeds = encoder.encode_texts([texts[row] for row in rows])
-            image_embeds = encoder.encode_images(
-                [images[row] for row in rows],
-                batch_size=config.batch_size,
-                num_workers=config.num_workers,
-            )
-            found = (image_embeds * text_embeds).sum(dim=1).tolist()
+            found = score_pairs(
+                *model, [images[row] for row in rows], [texts[row] for row in rows],
+                batch_size=config.batch_size, num_workers=config.num_workers,
+            ).tolist()  # fmt: skip
             file.write(json.dumps(found).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

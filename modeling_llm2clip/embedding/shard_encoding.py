@@ -74,17 +74,15 @@ def load_shard_encoder(
     if isinstance(config, EmbedConfig) and config.backend == "onnx":
         weights, plan = config.text_weights, {"backend": "onnx"}
         encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
-        dim = encoder.embedding_dim
     elif is_teacher:
         encoder = DualEncoder(folder, DualEncoderProcessor(folder), device)
-        dim = encoder.embedding_dim
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
         model = kind.from_pretrained(folder).to(device)
         encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
-        dim = encoder.embedding_dim if project else head.in_features
+    dim = encoder.embedding_dim if project else head.in_features
     if modality == "text":
         budget = config.token_budget or encoder.token_budget
         plan = {"token_budget": str(budget), **plan}

@@ -221,7 +221,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
         if not is_complete(paths.fine_tuned / "model"):
             yield lambda: check_finetuning(train, finetune)
     captions, images = uses_stores(config)
-    yield lambda: align.require_stores(captions=captions, images=images)
+    yield lambda: align.require_stores(captions or None, images or None)
     yield lambda: build_loss(align)
     yield lambda: _check_alignment(config)
     yield lambda: choose_reports(align.report_to)

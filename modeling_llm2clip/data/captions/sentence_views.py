@@ -60,9 +60,9 @@ def list_views(caption: str, num_views: int) -> list[str]:
 
     The number of sentences is uniform from one to all but the first. They keep their order.
     """
-    others = split_sentences(caption)[1:]
+    others = split_sentences(caption)[1:] if num_views else []
     views: dict[str, None] = {}
-    for number in range(num_views if others else 0):
+    for number in range(num_views) if others else ():
         seed = blake2b(f"{number} {caption}".encode(), digest_size=8).digest()
         sample = Random(int.from_bytes(seed, "little")).random  # the same in every Python
         size = 1 + int(sample() * len(others))
@@ -75,7 +75,7 @@ def list_views(caption: str, num_views: int) -> list[str]:
 def with_views(long_captions: Sequence[str], num_views: int) -> tuple[str, ...]:
     """Return long captions, and after them their views."""
     views = (view for caption in long_captions for view in list_views(caption, num_views))
-    return (*long_captions, *views) if num_views else tuple(long_captions)
+    return (*long_captions, *views)
 
 
 def add_views(batch: pa.RecordBatch, num_views: int) -> pa.RecordBatch:

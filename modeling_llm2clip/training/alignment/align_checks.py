@@ -43,8 +43,7 @@ def check_align(
 ) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
     """Refuse options and stores that contradict each other, and open the stores; reads no data."""
     given = (caption_store, image_store, inherit_from)
-    has_captions, has_images, has_teacher = (store is not None for store in given)
-    config.require_stores(captions=has_captions, images=has_images, teacher=has_teacher)
+    config.require_stores(*given)
     captions, images, teacher = stores = [
         EmbeddingStore.open(store) if isinstance(store, str | Path) else store for store in given
     ]
