@@ -44,9 +44,9 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3200,
-    "building": 2000,
+    "building": 2020,
     "cli": 2030,
-    "configs": 870,
+    "configs": 910,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5430,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 294, 8390
+MOST_FILES, MOST_DOCSTRING_LINES = 295, 8400
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
