@@ -217,7 +217,7 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     if path.is_dir():
         if (path / file).is_file():
             return None
-        if (path / "modules.json").is_file():
+        if what == "language model" and (path / "modules.json").is_file():
             return (
                 f"{source}: a sentence-transformers model of an old layout, with its network in a "
                 f"folder within. Save it again: SentenceTransformer({str(source)!r}).save(FOLDER)"
