@@ -34,6 +34,7 @@ from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.align_checks import require_same_space
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.losses.distillation import distill
@@ -116,6 +117,7 @@ def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too
     torch.testing.assert_close(store.read(rows), wanted, atol=1e-5, rtol=0)
     assert store.manifest.counts["too long"] == 1
     assert "1 too long" in describe_extraction(found.teacher)[0]
+    require_same_space(store, found.model)  # by the weights of both
     # And the model's images are where that encoder puts them: nothing of it is lost.
     model = LLM2CLIPModel.from_pretrained(found.model)
     images = EmbeddingStore.open(found.images)
