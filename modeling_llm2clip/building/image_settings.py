@@ -34,10 +34,7 @@ _COUNTS_PATCHES = "max_num_patches"
 
 
 def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
-    """Return the image processor with another mean and standard deviation.
-
-    Of one that does not normalize, as that of TIPSv2, they become 0 and 1, which exports read.
-    """
+    """Return the image processor with another mean and std; 0 and 1 where it has none (TIPSv2)."""
     if normalization == "own" and getattr(image_processor, "do_normalize", True):
         return image_processor
     mean, std = MEAN_AND_STD.get(normalization, ([0.0] * 3, [1.0] * 3))
