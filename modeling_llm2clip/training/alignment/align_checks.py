@@ -112,7 +112,9 @@ def check_options(
     """Refuse options that contradict the stores that are given."""
     errors = []
     if not has_teacher and "inherit_steps" in config.list_given():
-        errors.append("inherit_steps needs inherit_from, the store of a teacher")
+        errors.append(
+            "inherit_steps needs inherit_from, the store of a teacher (in a recipe, inherit=True)"
+        )
     if has_teacher and config.lock_text:
         errors.append("lock_text keeps the text side as it is, and inherit_from trains it")
     if has_teacher and config.projection_init != "auto":
