@@ -239,10 +239,13 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 def _check_alignment(config: TrainConfig) -> None:
     """Refuse what the alignment of a new model would refuse."""
     align, build = config.align, config.build
-    if not build.keep_projection:  # otherwise the alignment checks it
+    if not (build.keep_projection or build.keep_embeddings):  # otherwise the alignment checks it
         require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)
-    if align.lock_text:
-        raise ValueError("align.lock_text keeps the text projection, which a recipe builds anew.")
+    if align.lock_text and not build.keep_embeddings:
+        raise ValueError(
+            "align.lock_text keeps the text side, which a recipe builds anew. Keep that of an "
+            "embedder (build.prompt=own, build.keep_embeddings=True)."
+        )
     if align.zero_shot is not None:
         load_labeled_images(align.zero_shot)
 
