@@ -46,7 +46,7 @@ BUDGETS = {
     ".": 3200,
     "building": 2000,
     "cli": 2030,
-    "configs": 870,
+    "configs": 890,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,
@@ -56,13 +56,13 @@ BUDGETS = {
     "evaluation": 4670,
     "model_folders": 1920,
     "publishing": 1570,
-    "recipes": 650,
+    "recipes": 680,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,
     "training": 5430,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 294, 8390
+MOST_FILES, MOST_DOCSTRING_LINES = 294, 8400
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

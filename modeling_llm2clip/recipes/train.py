@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from ..building.build_model import build_model
-from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, fetch_embedded
 from ..configs.build_config import DEFAULT_PROJECTION_DIM
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
@@ -63,6 +63,7 @@ from .recipe_plan import (
     is_complete,
     is_complete_store,
     list_eval_data,
+    measure_tower,
     plan_recipe,
     read_split,
     uses_stores,
@@ -239,8 +240,11 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 def _check_alignment(config: TrainConfig) -> None:
     """Refuse what the alignment of a new model would refuse."""
     align, build = config.align, config.build
-    if not (build.keep_projection or build.keep_embeddings):  # otherwise the alignment checks it
-        require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)
+    width: float = build.projection_dim or DEFAULT_PROJECTION_DIM
+    if build.keep_projection:
+        width = measure_tower(config.vision_model, embedded=EFFICIENTNET, part="text").width
+    if not build.keep_embeddings:  # otherwise the alignment checks it
+        require_dims(align.matryoshka_dims, width=width)
     if align.lock_text and not build.keep_embeddings:
         raise ValueError(
             "align.lock_text keeps the text side, which a recipe builds anew. Keep that of an "

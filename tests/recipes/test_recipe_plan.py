@@ -126,6 +126,7 @@ def test_a_teacher_is_planned_and_what_has_none_is_refused_before_the_first_stag
     refuse("Give build.keep_projection=True", build={"prompt": "none"})
     refuse("leave build.image_size out", build={**recipe["build"], "image_size": 64})
     refuse(r"inherit_steps needs inherit_from.*\(in a recipe, inherit=True\)", inherit=False)
+    refuse(r"\[16\] must be below .* projection_dim, 16", align={"matryoshka_dims": [16, 8]})
     refuse("leave projection_init out", align={"projection_init": "cca"})
     refuse("needs a caption_store", align={"text_training": "frozen-online"})
     assert not (tmp_path / "run").exists()
