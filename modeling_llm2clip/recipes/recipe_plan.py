@@ -230,8 +230,8 @@ def measure_tower(
     try:
         files_metadata = get_safetensors_metadata(source).files_metadata.values()
         tensors = {name: info for file in files_metadata for name, info in file.tensors.items()}
-        shapes = {name: info.shape for name, info in tensors.items()}
-        num_parameters = _count_parameters(shapes, part)
+        on_hub = {name: info.shape for name, info in tensors.items()}
+        num_parameters = _count_parameters(on_hub, part)
     except (OSError, ValueError, NotASafetensorsRepoError):  # no Hub, no such repository or files
         num_parameters = math.nan
     return _read_config(fetch_hub_file(source, "config.json"), num_parameters, part)
