@@ -40,7 +40,6 @@ DEFAULT_PROJECTION_DIM = DEFAULT_TEXT_LENGTH = 512
 _OF_LLMS = (
     "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora", "tokenizer_code",
 )  # fmt: skip
-
 _OF_EMBEDDERS = ("prompt_name", "truncate_dim", "keep_embeddings")
 # Options that would change what texts get from it.
 _OF_TEXT_SIDE = ("projection_dim", "keep_projection", "text_adapter_layers")
