@@ -24,6 +24,7 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe
 from modeling_llm2clip.recipes.train import check_recipe, train
+from modeling_llm2clip.training.run_folder import read_results
 
 FILES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 RECORDS = [
@@ -169,6 +170,7 @@ def test_images_learn_an_embedder_whose_texts_stay_bit_for_bit(
     config = make_config(TrainConfig, recipe)
     folder = train(config, report=lambda _: None)
     assert check_model(folder, device="cpu", text_like=config.output / "built").healthy
+    assert not read_results(config.output / "aligned")["held_out"]["maybe_trained_on"]
     texts = ["a dog", "two red apples on a wooden table"]
     before, after = (
         LLM2CLIPModel.from_pretrained(f).eval() for f in (config.output / "built", folder)
