@@ -67,7 +67,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         normalize_text_before_adapter: Whether caption embeddings get unit length before the
             adapter. True for most official models, False for those trained with the LLM in the
             loop.
-        text_adapter_layers: Number of residual blocks in the text adapter.
+        text_adapter_layers: Number of residual blocks in the text adapter; None for no adapter at
+            all, not even its LayerNorm.
         text_adapter_expansion: Width of a block's inner layer, as a multiple of the LLM's width.
         vision_pooling: How an image is pooled: the tower's own `"pooler"` output, its `"cls"`
             token, the `"mean"` of all its tokens (class token and registers included), or the
@@ -110,7 +111,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         max_text_length: int = 512,
         instructions: Mapping[str, str] | None = None,
         normalize_text_before_adapter: bool = True,
-        text_adapter_layers: int = 4,
+        text_adapter_layers: int | None = 4,
         text_adapter_expansion: int = 2,
         vision_pooling: str = "pooler",
         visual_projection_bias: bool = False,
@@ -285,7 +286,7 @@ def _is_text_by_name(value: Any) -> bool:
 
 # Types are never converted: in Python, "false" is true and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
-_WIDTH = ("an integer or None", lambda value: value is None or _is_integer(value))
+_OPTIONAL = ("an integer or None", lambda value: value is None or _is_integer(value))
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _IDS = (
     "a list of token ids",
@@ -293,9 +294,9 @@ _IDS = (
 )
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "projection_dim": _INTEGER,
-    "vision_width": _WIDTH,
-    "text_width": _WIDTH,
-    "text_dense_width": _WIDTH,
+    "vision_width": _OPTIONAL,
+    "text_width": _OPTIONAL,
+    "text_dense_width": _OPTIONAL,
     "bidirectional": _BOOLEAN,
     "prompt_prefix_ids": _IDS,
     "prompt_suffix_ids": _IDS,
@@ -303,7 +304,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_text_length": _INTEGER,
     "instructions": ("a dictionary of strings, or None", _is_text_by_name),
     "normalize_text_before_adapter": _BOOLEAN,
-    "text_adapter_layers": _INTEGER,
+    "text_adapter_layers": _OPTIONAL,
     "text_adapter_expansion": _INTEGER,
     "visual_projection_bias": _BOOLEAN,
     "logit_scale_init_value": ("a finite number", _is_number),

@@ -341,23 +341,25 @@ class TextAdapter(nn.Module):
 
     Args:
         width: D.
-        num_layers: Number of blocks.
+        num_layers: Number of blocks; None for an adapter that leaves embeddings as they are.
         expansion: Width of their inner layers, as a multiple of D.
         normalize: Scale caption embeddings to unit length first.
     """
 
-    def __init__(self, width: int, *, num_layers: int, expansion: int, normalize: bool) -> None:
+    def __init__(
+        self, width: int, *, num_layers: int | None, expansion: int, normalize: bool
+    ) -> None:
         super().__init__()
         self.normalize = normalize
-        self.blocks = nn.ModuleList(AdapterBlock(width, expansion) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(AdapterBlock(width, expansion) for _ in range(num_layers or 0))
+        self.norm = nn.Identity() if num_layers is None else nn.LayerNorm(width)
 
     def forward(self, caption_embeds: Tensor) -> Tensor:
         """Apply the adapter to (B, D) of any float dtype; the result has the weights' dtype."""
         if self.normalize:
             caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
         # The norm is never quantized, so its dtype is the one to compute in.
-        hidden = caption_embeds.to(self.norm.weight.dtype)
+        hidden = caption_embeds.to(getattr(self.norm, "weight", caption_embeds).dtype)
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)  # type: ignore[no-any-return]

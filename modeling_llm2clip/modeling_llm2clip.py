@@ -224,7 +224,8 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             ValueError: These are token ids, or their width is not the LLM's.
         """
         check_width(caption_embeds, self.config.text_width, name="caption_embeds")
-        return self.text_projection(self.text_adapter(caption_embeds)).float()  # type: ignore[no-any-return]
+        adapted = self.text_adapter(caption_embeds).to(self.text_projection.weight.dtype)
+        return self.text_projection(adapted).float()  # type: ignore[no-any-return]
 
     def to_text_embeds(self, caption_embeds: Tensor) -> Tensor:
         """Map caption embeddings into the shared space of texts and images.

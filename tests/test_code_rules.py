@@ -56,7 +56,7 @@ BUDGETS = {
     "evaluation": 4670,
     "model_folders": 1920,
     "publishing": 1570,
-    "recipes": 650,
+    "recipes": 680,
     "scheduling": 110,
     "search": 2150,
     "serving": 2090,

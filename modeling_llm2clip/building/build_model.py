@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._suggestions import counted
@@ -222,6 +223,7 @@ def configure_model(
     bidirectional = config.bidirectional
     pooling: str = config.text_pooling
     dense_width = None
+    projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
     if embedder is None:
         template = resolve_template(
             tokenizer, config.prompt, prefix=config.prompt_prefix, suffix=config.prompt_suffix
@@ -234,6 +236,8 @@ def configure_model(
         pooling = embedder.pooling
         if embedder.dense is not None:
             text_width, dense_width = embedder.dense[0].shape
+        if config.keep_embeddings:
+            projection_dim = text_width or text_config.hidden_size
     tokenizer = write_prompt(tokenizer, prompt, max_length=max_text_length)
     # The saved tokenizer decides: writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
@@ -243,7 +247,7 @@ def configure_model(
     model_config = LLM2CLIPConfig(
         vision_config,
         text_config,
-        projection_dim=config.projection_dim or DEFAULT_PROJECTION_DIM,
+        projection_dim=projection_dim,
         vision_width=vision_width,
         text_width=text_width,
         text_dense_width=dense_width,
@@ -253,8 +257,10 @@ def configure_model(
         prompt_suffix_ids=prompt.suffix_ids,
         prompt_suffix_ends_special=ends_special,
         max_text_length=max_text_length,
-        normalize_text_before_adapter=config.normalize_text_before_adapter,
-        text_adapter_layers=config.text_adapter_layers,
+        normalize_text_before_adapter=(
+            config.normalize_text_before_adapter and not config.keep_embeddings
+        ),
+        text_adapter_layers=None if config.keep_embeddings else config.text_adapter_layers,
         vision_pooling=config.vision_pooling,
         visual_projection_bias=config.visual_projection_bias,
     )
@@ -288,6 +294,10 @@ def _join(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LLM2CLIPModel(model_config, vision_model, text_model)
+    if config.keep_embeddings:
+        nn.init.eye_(model.text_projection.weight)
+        nn.init.zeros_(model.text_projection.bias)
+        model.config.text_adapter_trained = True  # there is none
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32

@@ -45,7 +45,7 @@ def load_vision_tower(
     with naming(source):
         config = load_without_code(AutoConfig, source)
     if keep_projection:
-        require_dual_encoder(config, source)
+        require_dual_encoder(config.model_type, source)
     vision_config: Any = getattr(config, "vision_config", None) or config
     if not takes_images(vision_config):
         raise ValueError(
@@ -71,7 +71,7 @@ def load_vision_tower(
         width = vision_config.hidden_size
         kept = torch.eye(width) if projection is None else projection.weight.detach()
     forget_origin(model.config, source)
-    if vision_config.model_type == "timm_wrapper":
+    if config.model_type == "timm_wrapper":  # which has no image processor of its own
         image_processor: Any = image_processor_from_timm(model.config.pretrained_cfg)
     else:
         image_processor = forget_code(load_without_code(AutoImageProcessor, source))

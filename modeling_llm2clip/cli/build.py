@@ -63,8 +63,9 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         text_license="apache-2.0" if "text" in embedded else None,
     )
     folder = build_model(vision_model, text_model, output, config, card=card)
-    random = "text projection" if config.keep_projection else "projections"
-    print(f"Wrote {folder}. Text adapter and {random} are random: align it before use.")
+    random = f"text adapter and {'text projection' if config.keep_projection else 'projections'}"
+    random = "image projection" if config.keep_embeddings else random
+    print(f"Wrote {folder}. Weights are random in its {random}: align it before use.")
     print(f"Next: llm2clip extract {folder} DATA STORE --modality text")
     return 0
 

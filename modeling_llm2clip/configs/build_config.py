@@ -40,6 +40,9 @@ DEFAULT_PROJECTION_DIM = DEFAULT_TEXT_LENGTH = 512
 _OF_LLMS = (
     "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora", "tokenizer_code",
 )  # fmt: skip
+_OF_EMBEDDERS = ("prompt_name", "truncate_dim", "keep_embeddings")
+# Options that would change what texts get from it.
+_OF_TEXT_SIDE = ("projection_dim", "keep_projection", "text_adapter_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +94,13 @@ class BuildConfig(TextTowerConfig):
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
     """With prompt=own: first dimensions of its embeddings to keep (Matryoshka). Default: the
     embedder's."""
+    keep_embeddings: bool = False
+    """With prompt=own: give texts the embedder's own embeddings, at unit length, without a text
+    adapter, so that an index of them stays valid. Images learn them (align --lock-text)."""
     text_layers: Annotated[int, Interval(ge=1)] | None = None
     """Layers of the language model to keep, from the first. Default: all."""
     projection_dim: Annotated[int, Interval(ge=1)] | None = None
-    """Width of the shared embedding space. Default: 512, or that of `keep_projection`."""
+    """Width of the shared embedding space. Default: 512, or that of what is kept."""
     keep_projection: bool = False
     """Keep the image projection of a CLIP or SigLIP, so that images stay in the space that they
     share with its own text encoder, which the text side can inherit (align --inherit-from)."""
@@ -123,11 +129,14 @@ class BuildConfig(TextTowerConfig):
         if self.prompt == OWN_PROMPT:
             if given := [name for name in self.list_given() if name in _OF_LLMS]:
                 yield f"prompt=own keeps the embedder as it is. Leave out {', '.join(given)}."
+            given = [name for name in self.list_given() if name in _OF_TEXT_SIDE]
+            if self.keep_embeddings and given:
+                yield f"keep_embeddings leaves nothing to choose of these: {', '.join(given)}."
             if self.prompt_name is not None and self.prompt_prefix is not None:
                 yield "prompt_name and prompt_prefix are two prompts. Give one."
         else:
             yield from super()._find_conflicts()
-            if given := [name for name in ("prompt_name", "truncate_dim") if getattr(self, name)]:
+            if given := [name for name in _OF_EMBEDDERS if getattr(self, name)]:
                 yield f"Only a sentence-transformers model (prompt=own) takes {', '.join(given)}."
         if not self.keep_projection:
             return

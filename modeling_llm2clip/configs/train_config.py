@@ -11,7 +11,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .align_config import AlignConfig
-from .build_config import OWN_PROMPT, BuildConfig
+from .build_config import EMBEDDED, OWN_PROMPT, BuildConfig
 from .config_fields import Config, Device, Seed
 from .data_config import DataConfig
 from .encoding_config import ExtractConfig
@@ -46,6 +46,9 @@ class TrainConfig(DataConfig):
     finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
     """Options of the LLM's fine-tuning; null skips it. An embedder as it is (build.prompt: own) is
     not fine-tuned."""
+    inherit: bool = False
+    """Let the text side first learn what the vision model's own text encoder, the teacher, gives to
+    the captions (ProCLIP, arXiv:2510.18795). Give build.keep_projection, too."""
     extract: ExtractConfig = dataclasses.field(default_factory=ExtractConfig)
     """Options of the extraction."""
     align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
@@ -82,6 +85,13 @@ class TrainConfig(DataConfig):
     def _find_conflicts(self) -> Iterator[str]:
         if self.build.prompt == OWN_PROMPT and self.finetune not in (None, FinetuneConfig()):
             yield "build.prompt=own keeps the embedder as it is. Leave finetune out."
+        if self.inherit and not (self.build.keep_projection and self.build.image_size is None):
+            yield (
+                "inherit=True needs images in the space of the vision model's own text encoder. "
+                "Give build.keep_projection=True, and leave build.image_size out."
+            )
+        if self.build.keep_projection and self.vision_model == EMBEDDED:
+            yield "vision_model=embedded has no text encoder: leave build.keep_projection out."
         if self.finetune is not None and not self.finetune.merge:
             yield "finetune.merge=False leaves no model for the next stages. Leave it out."
         if self.export is not None and self.export.components != "full":

@@ -27,11 +27,11 @@ from ..loading_llm2clip import list_weight_files, load_without_code
 from .encoder_interface import Encoder
 
 
-def require_dual_encoder(config: Any, source: str | Path) -> None:
-    """Refuse a configuration that is not of a dual encoder with a known text encoder."""
-    if config.model_type not in DUAL_ENCODERS:
+def require_dual_encoder(model_type: str, source: str | Path) -> None:
+    """Refuse what is not a dual encoder with a known text encoder."""
+    if model_type not in DUAL_ENCODERS:
         raise ValueError(
-            f"{source} is a {config.model_type!r}, whose text encoder is not known here, if it has "
+            f"{source} is a {model_type!r}, whose text encoder is not known here, if it has "
             f"one. Give a whole model of transformers' {', '.join(DUAL_ENCODERS)}."
         )
 
@@ -47,7 +47,7 @@ class DualEncoderProcessor:
 
     def __init__(self, folder: Path) -> None:
         self.config: Any = load_without_code(AutoConfig, folder)
-        require_dual_encoder(self.config, folder)
+        require_dual_encoder(self.config.model_type, folder)
         processor = load_without_code(AutoProcessor, folder)
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.is_unmasked = self.config.model_type in ("siglip", "siglip2")

@@ -58,7 +58,10 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ADAM_BYTES = 12  # of a trained weight: itself and two moments in float32
 # Where the configuration says neither image nor patch size, as of a convolutional network.
 _DEFAULT_TOKENS_PER_IMAGE = 200
-_VISION_PREFIX = "vision_model."
+_WIDTHS = {
+    "vision": ("hidden_size", "num_features"),
+    "text": ("projection_size", "projection_dim", "hidden_size"),
+}
 
 
 class RecipePaths:
@@ -69,6 +72,7 @@ class RecipePaths:
         self.fine_tuned = output / "fine-tuned"  # a run, with the model in `model`
         self.captions = output / "captions"
         self.images = output / "images"
+        self.teacher = output / "teacher"
         self.aligned = output / "aligned"  # as `fine_tuned`
         self.exported = output / "model"
         self.evaluation = output / "evaluation"
@@ -209,36 +213,44 @@ class TowerSize:
         return f"{self.num_parameters / 1e9:,.1f}B"
 
 
-def measure_tower(source: str, *, embedded: PretrainedTower) -> TowerSize:
-    """Read the size of a tower from its configuration and the headers of its weight files."""
+def measure_tower(
+    source: str, *, embedded: PretrainedTower, part: Literal["vision", "text"] = "vision"
+) -> TowerSize:
+    """Read the size of a tower from its configuration and the headers of its weight files.
+
+    Of a dual encoder, it is that of one part; the width of its texts is that of the shared space.
+    """
     folder = find_tower(embedded) if source == EMBEDDED else Path(source)
     if folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
         shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
-        return _read_config(folder / "config.json", _count_parameters(shapes))
+        return _read_config(folder / "config.json", _count_parameters(shapes, part), part)
     if folder.exists() or not is_hub_id(source) or explain_missing(source):
         return TowerSize()
     try:
         files_metadata = get_safetensors_metadata(source).files_metadata.values()
         tensors = {name: info for file in files_metadata for name, info in file.tensors.items()}
-        num_parameters = _count_parameters({name: info.shape for name, info in tensors.items()})
+        on_hub = {name: info.shape for name, info in tensors.items()}
+        num_parameters = _count_parameters(on_hub, part)
     except (OSError, ValueError, NotASafetensorsRepoError):  # no Hub, no such repository or files
         num_parameters = math.nan
-    return _read_config(fetch_hub_file(source, "config.json"), num_parameters)
+    return _read_config(fetch_hub_file(source, "config.json"), num_parameters, part)
 
 
-def _count_parameters(shapes: Mapping[str, Sequence[int]]) -> float:
-    """Count weights by name; of a dual encoder only those of its vision tower."""
-    of_tower = {name: shape for name, shape in shapes.items() if name.startswith(_VISION_PREFIX)}
-    return sum(map(math.prod, (of_tower or shapes).values())) or math.nan
+def _count_parameters(shapes: Mapping[str, Sequence[int]], part: str) -> float:
+    """Count weights by name; of a dual encoder only those of one part."""
+    of_part = {name: shape for name, shape in shapes.items() if name.startswith(f"{part}_model.")}
+    return sum(map(math.prod, (of_part or shapes).values())) or math.nan
 
 
-def _read_config(file: Path | None, num_parameters: float) -> TowerSize:
+def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSize:
     config: dict[str, Any] = {}
     if file is not None and file.is_file():
         config = json.loads(file.read_text("utf-8"))
-    config = {**config, **(config.get("vision_config") or {})}
-    width = config.get("hidden_size") or config.get("num_features")
+    own = config.get(f"{part}_config") or {}
+    # The width of the shared space at the top is the one that holds.
+    config = {**config, **own} if part == "vision" else {**own, **config}
+    width = next((config[name] for name in _WIDTHS[part] if config.get(name)), None)
     image, patch = config.get("image_size"), config.get("patch_size")
     tokens = _DEFAULT_TOKENS_PER_IMAGE
     if isinstance(image, int) and isinstance(patch, int):
@@ -276,6 +288,9 @@ class _Planner:
         if images:
             num_images = _count_images(self.train)
             stages.append(self._plan_extraction("image", paths.images, num_images, self.vision))
+        if config.inherit:
+            teacher = measure_tower(config.vision_model, embedded=EFFICIENTNET, part="text")
+            stages.append(self._plan_extraction("teacher", paths.teacher, self.num_texts, teacher))
         stages.append(self._plan_alignment())
         final = paths.aligned / "model"
         if config.export is not None:
@@ -331,11 +346,12 @@ class _Planner:
     def _plan_extraction(
         self, modality: str, store: Path, num_rows: int, tower: TowerSize
     ) -> PlannedStage:
-        tokens = self.num_tokens if modality == "text" else num_rows * tower.tokens_per_image
+        reads_images = modality == "image"
+        tokens = num_rows * tower.tokens_per_image if reads_images else self.num_tokens
         width = _BYTES[self.config.extract.store_dtype]
         return PlannedStage(
             f"extract {modality}",
-            counted(num_rows, "caption" if modality == "text" else "image"),
+            counted(num_rows, "image" if reads_images else "caption"),
             store,
             _find_store_state(store),
             flops=_count_flops_per_token(tower, passes=1) * tokens,

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 
 from ..building.build_model import build_model
-from ..building.pretrained_towers import EMBEDDED, fetch_embedded
+from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, fetch_embedded
 from ..configs.build_config import DEFAULT_PROJECTION_DIM
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
@@ -32,10 +32,12 @@ from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
 from ..embedding.extract import describe_extraction, extract
+from ..encoding.dual_encoder import require_dual_encoder
 from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
-from ..model_folders.model_folder import LORA_WEIGHTS, require_sources
+from ..loading_llm2clip import load_without_code
+from ..model_folders.model_folder import LORA_WEIGHTS, find_model_type, require_sources
 from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model
 from ..scheduling.graceful_stop import StageInterrupt
@@ -62,6 +64,7 @@ from .recipe_plan import (
     is_complete,
     is_complete_store,
     list_eval_data,
+    measure_tower,
     plan_recipe,
     read_split,
     uses_stores,
@@ -221,7 +224,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
         if not is_complete(paths.fine_tuned / "model"):
             yield lambda: check_finetuning(train, finetune)
     captions, images = uses_stores(config)
-    yield lambda: align.require_stores(captions or None, images or None)
+    yield lambda: align.require_stores(captions or None, images or None, config.inherit or None)
     yield lambda: build_loss(align)
     yield lambda: _check_alignment(config)
     yield lambda: choose_reports(align.report_to)
@@ -236,12 +239,16 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 def _check_alignment(config: TrainConfig) -> None:
     """Refuse what the alignment of a new model would refuse."""
     align, build = config.align, config.build
-    if not build.keep_projection:  # otherwise the alignment checks it
-        require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)
-    if "inherit_steps" in align.list_given():
-        raise ValueError("align.inherit_steps needs a teacher, which a recipe does not have.")
-    if align.lock_text:
-        raise ValueError("align.lock_text keeps the text projection, which a recipe builds anew.")
+    width: float = build.projection_dim or DEFAULT_PROJECTION_DIM
+    if build.keep_projection:
+        width = measure_tower(config.vision_model, embedded=EFFICIENTNET, part="text").width
+    if not build.keep_embeddings:  # otherwise the alignment checks it
+        require_dims(align.matryoshka_dims, width=width)
+    if align.lock_text and not build.keep_embeddings:
+        raise ValueError(
+            "align.lock_text keeps the text side, which a recipe builds anew. Keep that of an "
+            "embedder (build.prompt=own, build.keep_embeddings=True)."
+        )
     if align.zero_shot is not None:
         load_labeled_images(align.zero_shot)
 
@@ -254,6 +261,9 @@ def _check_towers(config: TrainConfig) -> None:
         text=None if config.text_model == EMBEDDED else config.text_model,
         lora=config.build.lora,
     )
+    if config.build.keep_projection and find_model_type(config.vision_model) is not None:
+        tower = load_without_code(AutoConfig, config.vision_model)
+        require_dual_encoder(tower.model_type, config.vision_model)
 
 
 class _Recipe:
@@ -299,7 +309,7 @@ class _Recipe:
             self._say_lines(describe_finetuning, run)
         return folder
 
-    def _extract(self, model: Path, store: Path, modality: Literal["text", "image"]) -> Path:
+    def _extract(self, model: Path | str, store: Path, modality: Literal["text", "image"]) -> Path:
         if not is_complete_store(store):
             extract(model, self.train, store, self.config.extract, modality=modality)
             self._say_lines(describe_extraction, store)
@@ -311,6 +321,7 @@ class _Recipe:
         if is_complete(folder):
             return folder
         captions, images = uses_stores(self.config)
+        clip = self.config.vision_model
         align(
             model,
             self.train,
@@ -318,6 +329,9 @@ class _Recipe:
             self.config.align,
             caption_store=self._extract(model, self.paths.captions, "text") if captions else None,
             image_store=self._extract(model, self.paths.images, "image") if images else None,
+            inherit_from=(
+                self._extract(clip, self.paths.teacher, "text") if self.config.inherit else None
+            ),
             data_name=_name_data(self.config.data),
             resume=(run / RUN_FILE).is_file(),
             callbacks=self.callbacks,
@@ -369,6 +383,7 @@ class _Recipe:
             "fine-tuned": self.paths.fine_tuned,
             "captions": self.paths.captions,
             "images": self.paths.images,
+            "teacher": self.paths.teacher,
             "aligned": self.paths.aligned,
         }
         return "\n".join(f"{name:<12} {path}" for name, path in named.items() if path.exists())

@@ -30,6 +30,7 @@ from modeling_llm2clip.doctor.served_variants import TextVariants
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.fingerprint import describe_prompt
 from modeling_llm2clip.model_folders.model_folder import find_model_type
+from modeling_llm2clip.model_folders.model_loading import find_untrained_parts
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -88,6 +89,34 @@ def test_embeddings_before_the_adapter_are_the_embedders_own(family: str, tmp_pa
     assert prompt.endswith(" query: ")
     # Another prompt would give other embeddings.
     assert measure_distance(embeds["alone"], encode_with_library(source)) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("family", "last"), [("Qwen3-Embedding", None), ("RoBERTa", []), ("EmbeddingGemma", None)]
+)
+def test_texts_get_embeddings_that_are_kept_bit_for_bit(
+    family: str, last: list[Any] | None, tmp_path: Path
+) -> None:
+    """With and without Dense modules, and of an embedder that does not normalize."""
+    source = tiny_embedder(tmp_path, family, last=last)
+    config = BuildConfig(prompt="own", keep_embeddings=True)
+    folder = save_model(*join_towers(tiny_vision(), source, config), tmp_path / "model")
+    model = LLM2CLIPModel.from_pretrained(folder)
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    found = encode_texts(model, processor, TEXTS)
+    unprojected = encode_texts(model, processor, TEXTS, project=False)
+    assert torch.equal(found, F.normalize(unprojected, dim=-1))
+    assert measure_distance(found, F.normalize(encode_with_library(source), dim=-1)) < ROUNDING
+    assert find_untrained_parts(model.config) == ("projections",)
+
+
+def test_what_does_not_go_with_kept_embeddings_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="nothing to choose of these: projection_dim, text_adapter"
+    ):
+        BuildConfig(prompt="own", keep_embeddings=True, **TINY)
+    with pytest.raises(ValueError, match=r"Only a sentence-transformers model .* keep_embeddings"):
+        BuildConfig(prompt="none", keep_embeddings=True)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from aligning import write_data
+from tiny_encoders import save_tiny_encoder
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip.configs.config_fields import read_config
@@ -23,8 +24,8 @@ SHORT: dict[str, Any] = {
               "eval_steps": 2},
 }  # fmt: skip
 # Where the weights are that must not depend on how often a run was stopped.
-WEIGHTS = ("built", "fine-tuned/lora", "fine-tuned/model", "captions", "images", "aligned/model",
-           "model")  # fmt: skip
+WEIGHTS = ("built", "fine-tuned/lora", "fine-tuned/model", "captions", "images", "teacher",
+           "aligned/model", "model")  # fmt: skip
 
 
 def prepare_sources(folder: Path) -> Path:
@@ -33,6 +34,17 @@ def prepare_sources(folder: Path) -> Path:
     save_tiny_llm(folder / "llm")
     write_data(folder / "data", count=30)
     return folder
+
+
+def prepare_proclip(folder: Path) -> dict[str, Any]:
+    """Write a tiny CLIP, and return what of a recipe ProCLIP's terms need."""
+    return {
+        "vision_model": str(save_tiny_encoder("clip", folder / "clip")),
+        "finetune": None,
+        "inherit": True,
+        "build": {"projection_dim": None, "keep_projection": True, "text_adapter_layers": 1},
+        "align": {"vision_training": "full", "distillation_weight": 1.0, "inherit_steps": 4},
+    }
 
 
 def write_recipe(sources: Path, file: Path, *, output: Path | str, **changed: Any) -> Path:

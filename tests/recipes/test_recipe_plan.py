@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from stores import change_manifest
-from tiny_recipe import make_recipe, read_files, write_recipe
+from tiny_recipe import make_recipe, prepare_proclip, read_files, write_recipe
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET
@@ -28,7 +28,7 @@ from modeling_llm2clip.recipes.recipe_plan import (
     show_bytes,
     show_seconds,
 )
-from modeling_llm2clip.recipes.train import train
+from modeling_llm2clip.recipes.train import plan_train, train
 from modeling_llm2clip.training.run_folder import read_results
 
 
@@ -98,7 +98,40 @@ def test_stages_that_a_recipe_does_not_need_are_not_listed(
     )
 
 
-@pytest.mark.slow
+def test_a_teacher_is_planned_and_what_has_none_is_refused_before_the_first_stage(
+    sources: Path, tmp_path: Path
+) -> None:
+    recipe = prepare_proclip(tmp_path)
+    stages = {
+        stage.name: stage
+        for stage in plan_of(make_recipe(sources, tmp_path / "run", **recipe)).stages
+    }
+    assert list(stages) == [
+        "build", "extract text", "extract image", "extract teacher", "align", "export", "doctor",
+        "evaluate",
+    ]  # fmt: skip
+    text, teacher = stages["extract text"], stages["extract teacher"]
+    # Half as wide as the LLM, and the captions are the same; the checksums are 8 bytes per row.
+    assert text.size == teacher.size and 0 < teacher.flops < text.flops
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    assert teacher.num_bytes == int(text.size.split()[0]) * (2 * config["projection_dim"] + 8)
+
+    def refuse(message: str, **changed: Any) -> None:
+        changed = {**recipe, **changed}
+        with pytest.raises(ValueError, match=message):
+            plan_train(make_recipe(sources, tmp_path / "run", **changed))
+
+    refuse("text encoder is not known here", vision_model=str(sources / "vision"))
+    refuse("leave build.keep_projection out", vision_model="embedded")
+    refuse("Give build.keep_projection=True", build={"prompt": "none"})
+    refuse("leave build.image_size out", build={**recipe["build"], "image_size": 64})
+    refuse(r"inherit_steps needs inherit_from.*\(in a recipe, inherit=True\)", inherit=False)
+    refuse(r"\[16\] must be below .* projection_dim, 16", align={"matryoshka_dims": [16, 8]})
+    refuse("leave projection_init out", align={"projection_init": "cca"})
+    refuse("needs a caption_store", align={"text_training": "frozen-online"})
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_plan_writes_nothing(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
     config = make_recipe(sources, tmp_path / "new")

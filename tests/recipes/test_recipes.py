@@ -7,16 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from sentence_transformers import SentenceTransformer
+from tiny_embedders import tiny_embedder
+from tiny_recipe import make_recipe
 
-from modeling_llm2clip.building.pretrained_towers import EMBEDDED
-from modeling_llm2clip.configs.config_fields import read_config
+from modeling_llm2clip.configs.config_fields import make_config, read_config, read_yaml
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.datasets.dataset_registry import resolve_dataset
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe
-from modeling_llm2clip.recipes.train import check_recipe
+from modeling_llm2clip.recipes.train import check_recipe, train
+from modeling_llm2clip.training.run_folder import read_results
 
 FILES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 RECORDS = [
@@ -48,6 +56,7 @@ PAPER = {
     "eva02-l14-336": Published(CC15M, 303_645_632, 577, 8.03e9, 4096),
     "eva02-l14-336-llama-1b": Published(CC15M, 303_645_632, 577, 1.236e9, 2048),
     "siglip2-so400m": Published(60e6, 427_680_704, 256, 8.03e9, 4096),
+    "proclip-l14": Published(30e6, 303_179_776, 257, 8.03e9, 4096),
 }
 
 
@@ -59,7 +68,7 @@ def read_header(file: Path) -> str:
 
 
 def test_there_is_a_recipe_for_each_run() -> None:
-    assert {file.stem for file in FILES} == {"embedded", *PAPER}
+    assert {file.stem for file in FILES} == {"embedded", "locked-embedder", *PAPER}
 
 
 @every_recipe
@@ -69,7 +78,8 @@ def test_a_recipe_plans_without_a_network(file: Path) -> None:
     plan = plan_recipe(config, (RECORDS, []))
     names = [stage.name for stage in plan.stages]
     assert names[0] == "build" and {"extract text", "align", "export", "doctor"} <= set(names)
-    assert ("finetune-llm" in names) == (config.text_model != EMBEDDED)
+    assert ("finetune-llm" in names) == (file.stem in PAPER)
+    assert ("extract teacher" in names) == (file.stem == "proclip-l14")
     assert ("evaluate" in names) == bool(config.eval_datasets)
     # The towers are not here, so that their sizes are open.
     assert "(?)" in plan.stages[0].size and "Left: a time on cpu that is known once" in str(plan)
@@ -108,9 +118,12 @@ def test_a_run_of_the_paper_has_its_settings(name: str) -> None:
     is_siglip = name.startswith("siglip2")
     assert align.layer_decay == (1 if is_siglip else 0.85) and align.vision_training == "full"
     assert (build.prompt, build.max_text_length) == ("llama-3", 512)
-    assert build.projection_dim == (1152 if is_siglip else 1280)
+    if name == "proclip-l14":
+        assert config.inherit and build.keep_projection and align.distillation_weight == 1
+    else:
+        assert build.projection_dim == (1152 if is_siglip else 1280)
+        assert build.visual_projection_bias is not name.startswith("openai")
     assert build.normalize_text_before_adapter is not is_siglip
-    assert build.visual_projection_bias is not name.startswith("openai")
     # The paper does not have what regularizes small data.
     assert align.caption_noise == 0 and align.held_out_ratio == 0 and config.test_size == 0
 
@@ -141,3 +154,41 @@ def test_a_run_of_the_paper_states_source_cost_and_deviations(name: str) -> None
     assert f"Disk, computed: {store:,.0f} GB for the embeddings of two captions" in header
     model = (paper.vision + paper.text) * 2 / 1e9
     assert f"{model:,.{0 if model > 9 else 1}f} GB for each of four models" in header
+
+
+@pytest.mark.slow
+def test_images_learn_an_embedder_whose_texts_stay_bit_for_bit(
+    sources: Path, tmp_path: Path
+) -> None:
+    """The recipe as it is, but for its towers, its data and the number of steps."""
+    source = tiny_embedder(tmp_path, "Qwen3-Embedding")
+    recipe = read_yaml(FILES[0].with_name("locked-embedder.yaml")) | {
+        "vision_model": str(sources / "vision"), "text_model": str(source),
+        "data": str(sources / "data"), "output": str(tmp_path / "run"), "device": "cpu",
+    }  # fmt: skip
+    recipe["align"] |= {"max_steps": 6, "global_batch_size": 4}
+    config = make_config(TrainConfig, recipe)
+    folder = train(config, report=lambda _: None)
+    assert check_model(folder, device="cpu", text_like=config.output / "built").healthy
+    assert not read_results(config.output / "aligned")["held_out"]["maybe_trained_on"]
+    texts = ["a dog", "two red apples on a wooden table"]
+    before, after = (
+        LLM2CLIPModel.from_pretrained(f).eval() for f in (config.output / "built", folder)
+    )
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    found = encode_texts(after, processor, texts)
+    assert torch.equal(found, encode_texts(before, processor, texts))
+    library = SentenceTransformer(str(source), device="cpu")
+    # Sums of float32 numbers in another order, of embeddings of unit length.
+    wanted = library.encode(texts, convert_to_tensor=True).clone()
+    assert float((found - wanted).norm(dim=-1).max()) < 1e-6
+    moved = [n for n, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[n])]
+    assert {name.split(".")[0] for name in moved} == {
+        "vision_model", "visual_projection", "logit_scale",
+    }  # fmt: skip
+
+
+def test_a_text_side_that_is_built_anew_is_not_locked(sources: Path, tmp_path: Path) -> None:
+    config = make_recipe(sources, tmp_path / "run", align={"lock_text": True})
+    with pytest.raises(ValueError, match=r"Keep that of an embedder .*build\.keep_embeddings=True"):
+        check_recipe(config, (RECORDS, []))

@@ -18,17 +18,20 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_recipe import WEIGHTS, make_recipe, read_files, write_recipe
+from tiny_recipe import WEIGHTS, make_recipe, prepare_proclip, read_files, write_recipe
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
+from modeling_llm2clip.training.alignment.align import align
 
 ROOT = Path(__file__).parents[2]
 # What says when and how fast something ran, beside what came of it.
@@ -420,6 +423,58 @@ def test_sigterm_stops_in_good_order_and_the_same_call_continues(
     continued = run(config)
     whole = run(replace(config, output=tmp_path / "whole"))
     assert names_that_differ(continued.config.output, whole.config.output) == []
+
+
+@pytest.mark.slow
+def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_it_stopped(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = prepare_proclip(tmp_path)
+    recipe["align"] |= {"max_steps": 20, "save_steps": 100, "logging_steps": 1, "eval_steps": 10}
+    config = make_recipe(sources, tmp_path / "run", **recipe)
+
+    def stop(*_: Any, **given: Any) -> None:
+        assert given["inherit_from"] == config.output / "teacher"
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(stages, "align", stop)
+        train(config, report=lambda _: None)
+    states = {stage.name: stage.state for stage in plan_recipe(config, read_split(config)).stages}
+    assert states["extract teacher"] == "finished" and states["align"] == "to do"
+    extracted = read_files(config.output / "teacher")
+    file = config.output / "aligned" / "metrics.jsonl"
+    with signal_at(file), pytest.raises(StageInterrupt):
+        train(config, report=lambda _: None)
+    done = run(config)
+    assert read_files(config.output / "teacher") == extracted
+    assert "inherited" in done.text and f"teacher      {config.output}" in done.text
+    assert len(run(config).reported) == 3
+
+    by_hand, (records, _) = tmp_path / "by-hand", read_split(config)
+    clip = Path(config.vision_model)
+    build_model(clip, config.text_model, by_hand / "built", config.build)
+    stores = {
+        name: extract(source, records, by_hand / name, config.extract, modality=modality)
+        for name, source, modality in (
+            ("captions", by_hand / "built", "text"), ("images", by_hand / "built", "image"),
+            ("teacher", clip, "text"),
+        )
+    }  # fmt: skip
+    align(
+        by_hand / "built", records, by_hand / "aligned", config.align,
+        caption_store=stores["captions"], image_store=stores["images"],
+        inherit_from=stores["teacher"],
+    )  # fmt: skip
+    parts = ("teacher", "aligned/model")
+    ours, theirs = (
+        {n: b for n, b in read_files(folder, parts=parts).items() if n.endswith(".safetensors")}
+        for folder in (config.output, by_hand)
+    )
+    # But for the name of the data in the summary of the images.
+    summary = "aligned/model/training_images.safetensors"
+    assert ours.keys() == theirs.keys() and len(ours) > 2
+    assert [n for n in ours if ours[n] != theirs[n] and n != summary] == []
 
 
 # New files that show where in the run a kill hits: each stage at its beginning, within, or while

@@ -232,10 +232,10 @@ def _require_fitting(
         require_same_space(teacher, folder)
     of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
-    if config.lock_text and not of_model.projections_trained:
+    if config.lock_text and not (of_model.projections_trained or of_model.text_adapter_trained):
         raise ValueError(
             "lock_text keeps the text projection as it is, and that of this model is random. Align "
-            "the model without it first."
+            "the model without it first, or build it on an embedder with keep_embeddings."
         )
     return {"text": text, "vision": vision, "all": fingerprint_model(folder)}
 

@@ -54,7 +54,7 @@ def check_align(
         if opened is not None and opened.manifest.content != content
     ]
     if errors:
-        raise ValueError("; ".join(errors) + ".")
+        raise ValueError("; ".join(errors) + ". Give each store as what it has (llm2clip extract).")
     if captions is not None and teacher is not None:
         _check_teacher(teacher, captions)
     return captions, images, teacher

@@ -61,12 +61,11 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
     if data.held_out is None:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
-    was_trained = config.projections_trained or config.text_adapter_trained
     results = read_card_data(source).results
     was_held_out = any(result.dataset.endswith(_name_groups(groups)) for result in results)
     return {
         "groups": groups,
-        "maybe_trained_on": was_trained and not was_held_out,
+        "maybe_trained_on": config.projections_trained and not was_held_out,
     }
 
 

@@ -36,7 +36,7 @@ class MatryoshkaLoss(nn.Module):
         return torch.stack(losses).mean()
 
 
-def require_dims(dims: Sequence[int], *, width: int) -> None:
+def require_dims(dims: Sequence[int], *, width: float) -> None:
     """Refuse sizes that embeddings of a width cannot be cut to."""
     if too_wide := [size for size in dims if size >= width]:
         raise ValueError(
