@@ -65,6 +65,7 @@ CONDITIONS: dict[str, Mapping[str, Any]] = {
     "inheritance, self-distillation": {**DISTILL, **INHERIT},
 }
 BEFORE = "before"
+FOLDERS = ("all", "aligned", "chosen", "test", "labeled")
 
 
 def main() -> None:
@@ -91,13 +92,17 @@ def main() -> None:
             record = {
                 **describe_run("torch", "transformers", "modeling_llm2clip"),
                 "image_size": IMAGE_SIZE, "epochs": arguments.epochs, "steps": arguments.steps,
-                "num_images": {
-                    name: len(load_records(work / name)) for name in ("all", "aligned", "test")
-                },
+                "num_images": {name: count_images(work / name) for name in FOLDERS},
+                "num_categories": len(list((work / "labeled").iterdir())),
                 "runs": runs,
             }  # fmt: skip
             arguments.output.write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
             print(json.dumps(runs[-2:], indent=2), flush=True)
+
+
+def count_images(folder: Path) -> int:
+    """Count the images below a folder."""
+    return sum(1 for path in folder.rglob("*") if path.suffix in {".png", ".jpg"})
 
 
 def write_data(sources: Mapping[str, str], work: Path) -> None:
@@ -105,8 +110,7 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
 
     Held-out images of the others go into a folder for each category.
     """
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in ("all", "aligned", "test")}
-    lines["chosen"] = []
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in FOLDERS if name != "labeled"}
     for name, source in sources.items():
         found = [json.loads(line) for line in (Path(source) / "captions.jsonl").open("r")]
         found = [line for line in found if line.get("lang", "en") == "en"]
