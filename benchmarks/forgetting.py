@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,8 @@ def prepare(work: Path) -> None:
     records = load_records(work / "aligned")
     extract(work / "kept", records, work / "captions", modality="text")
     extract(work / "kept", records, work / "images", modality="image")
+    chosen = load_records(work / "chosen")
+    extract(work / "kept", chosen, work / "chosen-captions", modality="text")
     extract(work / "clip", records, work / "teacher", modality="text")
 
 
@@ -240,16 +244,21 @@ def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dic
             ),
             caption_store=work / "captions", **stores,
         )  # fmt: skip
-    between = folder / "between"
-    if not between.exists():
-        interpolate(
-            work / "kept", folder / "model", load_records(work / "chosen"), between,
-            InterpolateConfig(),
-        )  # fmt: skip
+    shutil.rmtree(folder / "between", ignore_errors=True)
+    between = interpolate(
+        work / "kept", folder / "model", load_records(work / "chosen"), folder / "between",
+        InterpolateConfig(num_shares=4, zero_shot=f"image-folder={work / 'labeled'}"),
+        caption_store=work / "chosen-captions",
+    )  # fmt: skip
+    shares = {str(share): asdict(scores) for share, scores in between.scores.items()}
+    after, interpolated = measure(folder / "model", work), measure(folder / "between", work)
     return [
-        {"condition": condition, "seed": seed, **measure(folder / "model", work)},
-        {"condition": f"{condition}, interpolated", "seed": seed, **measure(between, work)},
-    ]
+        {"condition": condition, "seed": seed, **after},
+        {
+            "condition": f"{condition}, interpolated", "seed": seed, **interpolated,
+            "share": between.chosen, "shares": shares,
+        },
+    ]  # fmt: skip
 
 
 def measure(model: Path, work: Path) -> dict[str, float]:
