@@ -71,7 +71,7 @@ def load_vision_tower(
             "vision_pooling 'cls', 'mean' or 'patch_mean'."
         )
     forget_origin(model.config, source)
-    if vision_config.model_type == "timm_wrapper":
+    if config.model_type == "timm_wrapper":  # which has no image processor of its own
         return model.eval(), image_processor_from_timm(model.config.pretrained_cfg)
     return model.eval(), forget_code(load_without_code(AutoImageProcessor, source))
 
