@@ -24,7 +24,7 @@ def _render_forgetting(report: dict[str, Any]) -> str:
         f"Top-1 accuracy on {counts['labeled']} held-out drawings of {report['num_categories']} "
         f"categories, and R@1 among {counts['test']} held-out photographs; means of {seeds} seeds "
         f"(lowest to highest). Dual encoder: {counts['all']:,} images at {report['image_size']} "
-        f"pixels, {report['epochs']} epochs; alignment: {counts['aligned']} photographs, "
+        f"pixels, {report['epochs']} epochs; alignment: {counts['aligned']:,} of these, "
         f"{report['steps']} steps of 64. {report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(('weights', *columns.values()), rows)}\n{note}\n"

@@ -2,10 +2,11 @@
 
     python benchmarks/forgetting.py emoji=FOLDER openclipart=FOLDER photographs=FOLDER --work WORK
 
-A dual encoder of EfficientNet-Lite0 and all-MiniLM is trained on all three datasets. Then its
-vision tower is trained with SmolLM2 on the last one alone: plainly, near its frozen self
+A dual encoder of EfficientNet-Lite0 and all-MiniLM is trained on captions, keywords and categories
+of all three datasets. Then its vision tower is trained with SmolLM2 on a part of them, half of the
+first two and all of the last, whose captions name no categories: plainly, near its frozen self
 (self-distillation), after the text side inherited the dual encoder's own text embeddings, with
-both, and in between the weights before and after. Held-out images of the other two are classified
+both, and in between the weights before and after. Held-out images of the first two are classified
 by their category, those of the last one are found by their captions. Everything is repeated with
 several seeds; the dual encoder is trained once. `--work` keeps it, so that a second call goes on
 from there, and what is measured is written after each run.
@@ -123,11 +124,13 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
         is_last = name == list(sources)[-1]
         if is_last:
             lines["test"], lines["chosen"] = found[:count], found[count : 2 * count]
-            lines["aligned"] = found[2 * count :]
-            lines["all"] += lines["aligned"]
+            lines["aligned"] += found[2 * count :]
+            lines["all"] += found[2 * count :]
         else:
             link_by_category(found[:count], work / "labeled")
-            lines["all"] += [add_words(line) for line in found[count:]]
+            described = [add_keywords(line) for line in found[count:]]
+            lines["all"] += [add_category(line) for line in described]
+            lines["aligned"] += described[::2]
     for name, chosen in lines.items():
         folder = work / name
         folder.mkdir(parents=True)
@@ -138,10 +141,15 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
         (folder / "captions.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-def add_words(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Add keywords and category to the captions, as texts of the web have them."""
-    words = [", ".join(line.get("keywords", ())[:NUM_KEYWORDS]), name_category(line)]
-    return {**line, "captions": [*line["captions"], *filter(None, words)]}
+def add_keywords(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the keywords to the captions, as texts of the web have them."""
+    words = ", ".join(line.get("keywords", ())[:NUM_KEYWORDS])
+    return {**line, "captions": [*line["captions"], *([words] if words else [])]}
+
+
+def add_category(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the category to the captions: the dual encoder knows it, an alignment has to keep it."""
+    return {**line, "captions": [*line["captions"], name_category(line)]}
 
 
 def name_category(line: Mapping[str, Any]) -> str:
