@@ -5,8 +5,8 @@
 A dual encoder of EfficientNet-Lite0 and all-MiniLM is trained on captions, keywords and categories
 of all three datasets. Then its vision tower is trained with SmolLM2 on a part of them, half of the
 first two and all of the last, whose captions name no categories: plainly, near its frozen self
-(self-distillation), after the text side inherited the dual encoder's own text embeddings, with
-both, and in between the weights before and after. Held-out images of the first two are classified
+(self-distillation), after the text side inherited the dual encoder's own text embeddings (and no
+further), with both, and in between the weights before and after. Held-out images of the first two are classified
 by their category, those of the last one are found by their captions. Everything is repeated with
 several seeds; the dual encoder is trained once. `--work` keeps it, so that a second call goes on
 from there, and what is measured is written after each run.
@@ -64,8 +64,9 @@ DISTILL, INHERIT = {"distillation_weight": 1.0}, {"inherit_from": "teacher"}
 CONDITIONS: dict[str, Mapping[str, Any]] = {
     "plain": {},
     "self-distillation": DISTILL,
+    "inheritance alone": {**INHERIT, "max_steps": 0},
     "inheritance": INHERIT,
-    "inheritance, self-distillation": {**DISTILL, **INHERIT},
+    "inheritance, self-distillation": {**INHERIT, **DISTILL},
 }
 BEFORE = "before"
 FOLDERS = ("all", "aligned", "chosen", "test", "labeled")
@@ -237,34 +238,36 @@ def prepare(work: Path) -> None:
 
 def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dict[str, Any]]:
     """Align, go back some of the way, and measure both."""
-    options = dict(CONDITIONS[condition])
+    options = {"max_steps": steps, **CONDITIONS[condition]}
     stores = {"image_store": work / "images"} if "distillation_weight" in options else {}
     if "inherit_from" in options:
-        stores["inherit_from"] = work / options.pop("inherit_from")
-    folder = work / f"{condition.replace(', ', '-')}-{seed}"
+        stores["inherit_from"] = work / str(options.pop("inherit_from"))
+    folder = work / f"{condition.replace(', ', '-').replace(' ', '-')}-{seed}"
     if not (folder / "model").exists():
+        # Nothing is held out: the dual encoder was trained on these images.
         align(
             work / "kept", load_records(work / "aligned"), folder,
             AlignConfig(
-                vision_training="full", max_steps=steps, global_batch_size=64, seed=seed,
-                learning_rate=1e-3, vision_learning_rate=1e-4, layer_decay=1.0,
-                early_stopping_patience=0, **options,
+                vision_training="full", global_batch_size=64, seed=seed, held_out_ratio=0.0,
+                vision_learning_rate=1e-4, layer_decay=1.0, **options,
             ),
             caption_store=work / "captions", **stores,
         )  # fmt: skip
+    after = {"condition": condition, "seed": seed, **measure(folder / "model", work)}
+    if options["max_steps"] == 0:  # which leaves the tower as it was
+        return [after]
     shutil.rmtree(folder / "between", ignore_errors=True)
     between = interpolate(
         work / "kept", folder / "model", load_records(work / "chosen"), folder / "between",
         InterpolateConfig(num_shares=4, zero_shot=f"image-folder={work / 'labeled'}"),
         caption_store=work / "chosen-captions",
     )  # fmt: skip
-    shares = {str(share): asdict(scores) for share, scores in between.scores.items()}
-    after, interpolated = measure(folder / "model", work), measure(folder / "between", work)
     return [
-        {"condition": condition, "seed": seed, **after},
+        after,
         {
-            "condition": f"{condition}, interpolated", "seed": seed, **interpolated,
-            "share": between.chosen, "shares": shares,
+            "condition": f"{condition}, interpolated", "seed": seed,
+            **measure(folder / "between", work), "share": between.chosen,
+            "shares": {str(share): asdict(scores) for share, scores in between.scores.items()},
         },
     ]  # fmt: skip
 
