@@ -5,11 +5,12 @@
 A dual encoder of EfficientNet-Lite0 and all-MiniLM is trained on captions, keywords and categories
 of all three datasets. Then its vision tower is trained with SmolLM2 on a part of them, half of the
 first two and all of the last, whose captions name no categories: plainly, near its frozen self
-(self-distillation), after the text side inherited the dual encoder's own text embeddings (and no
-further), with both, and in between the weights before and after. Held-out images of the first two are classified
-by their category, those of the last one are found by their captions. Everything is repeated with
-several seeds; the dual encoder is trained once. `--work` keeps it, so that a second call goes on
-from there, and what is measured is written after each run.
+(self-distillation), after the text side inherited the dual encoder's own text embeddings, and with
+both. Beside them are the inherited text side alone, and weights between those before and after.
+Held-out images of the first two are classified by their category, those of the last one are found
+by their captions. Everything is repeated with several seeds; the dual encoder is trained once.
+`--work` keeps it, so that a second call goes on from there, and what is measured is written after
+each run.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ DISTILL, INHERIT = {"distillation_weight": 1.0}, {"inherit_from": "teacher"}
 CONDITIONS: dict[str, Mapping[str, Any]] = {
     "plain": {},
     "self-distillation": DISTILL,
-    "inheritance alone": {**INHERIT, "max_steps": 0},
+    "inheritance alone": {**INHERIT, "max_steps": 0, "vision_training": "frozen"},
     "inheritance": INHERIT,
     "inheritance, self-distillation": {**INHERIT, **DISTILL},
 }
@@ -238,8 +239,10 @@ def prepare(work: Path) -> None:
 
 def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dict[str, Any]]:
     """Align, go back some of the way, and measure both."""
-    options = {"max_steps": steps, **CONDITIONS[condition]}
-    stores = {"image_store": work / "images"} if "distillation_weight" in options else {}
+    options = {"max_steps": steps, "vision_training": "full", **CONDITIONS[condition]}
+    is_frozen = options["vision_training"] == "frozen"
+    has_images = is_frozen or "distillation_weight" in options
+    stores = {"image_store": work / "images"} if has_images else {}
     if "inherit_from" in options:
         stores["inherit_from"] = work / str(options.pop("inherit_from"))
     folder = work / f"{condition.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -248,13 +251,13 @@ def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dic
         align(
             work / "kept", load_records(work / "aligned"), folder,
             AlignConfig(
-                vision_training="full", global_batch_size=64, seed=seed, held_out_ratio=0.0,
-                vision_learning_rate=1e-4, layer_decay=1.0, **options,
+                global_batch_size=64, seed=seed, held_out_ratio=0.0, layer_decay=1.0,
+                vision_learning_rate=None if is_frozen else 1e-4, **options,
             ),
             caption_store=work / "captions", **stores,
         )  # fmt: skip
     after = {"condition": condition, "seed": seed, **measure(folder / "model", work)}
-    if options["max_steps"] == 0:  # which leaves the tower as it was
+    if is_frozen:  # nothing is between
         return [after]
     shutil.rmtree(folder / "between", ignore_errors=True)
     between = interpolate(
