@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from effect_tables import EFFECT_TABLES
 from markdown_tables import draw_table, percent
 from product_tables import PRODUCT_TABLES
 
@@ -552,6 +553,7 @@ def _or_dash(seconds: float | None) -> str:
 
 _RENDERERS: dict[str, Callable[[Any], str]] = {
     **PRODUCT_TABLES,
+    **EFFECT_TABLES,
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
     "finetune_llm": _render_finetuning,

@@ -166,9 +166,8 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
         is_stored = captions and images and is_frozen
         needs_both = "needs a caption_store and an image_store, and vision_training=frozen"
         refused = {
-            "inherit_steps needs inherit_from, the store of a teacher, or inherit=True in a recipe": (
-                not teacher and "inherit_steps" in self.list_given()
-            ),
+            "inherit_steps needs inherit_from, the store of a teacher (in a recipe, "
+            "inherit=True)": (not teacher and "inherit_steps" in self.list_given()),
             "lock_text keeps the text side as it is, and inherit_from trains it": (
                 teacher and self.lock_text
             ),

@@ -21,7 +21,13 @@ from tiny import (
     tiny_vision,
 )
 from tiny_folders import save_tiny_llm, save_tiny_vision
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    VisionTextDualEncoderModel,
+)
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import image_processor_from_timm, load_vision_tower
@@ -95,6 +101,20 @@ def test_settings_that_no_image_processor_follows_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         image_processor_from_timm({**SETTINGS, **settings})
+
+
+def test_a_timm_network_of_a_dual_encoder_gets_the_images_that_it_was_trained_with(
+    tmp_path: Path,
+) -> None:
+    tower, image_processor = tiny_vision("timm with batch norm")
+    tower.config.hidden_size = tower.timm_model.num_features
+    text = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    VisionTextDualEncoderModel(vision_model=tower, text_model=text).save_pretrained(tmp_path)
+    image_processor.size, image_processor.image_mean = {"height": 48, "width": 40}, [0.4, 0.5, 0.6]
+    image_processor.save_pretrained(tmp_path)
+    _, found, _ = load_vision_tower(tmp_path)
+    wanted = image_processor(render(96, 120), return_tensors="pt")["pixel_values"]
+    assert torch.equal(found(render(96, 120), return_tensors="pt")["pixel_values"], wanted)
 
 
 @pytest.mark.parametrize("family", DUAL_ENCODERS)
