@@ -43,10 +43,10 @@ MOST_FUNCTION_LINES = 60
 # Lines of code proper by folder. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3200,
-    "building": 2020,
+    ".": 3210,
+    "building": 2030,
     "cli": 2030,
-    "configs": 910,
+    "configs": 930,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,
@@ -62,7 +62,7 @@ BUDGETS = {
     "serving": 2090,
     "training": 5430,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 295, 8400
+MOST_FILES, MOST_DOCSTRING_LINES = 295, 8410
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
