@@ -1,6 +1,6 @@
 """Caption retrieval accuracy (CRA) beyond that of the shipped LoRA: each idea with its figure.
 
-    python benchmarks/caption_tuning_ideas.py --captions captions_val2017.json --mpnet FOLDER \
+    python benchmarks/finetuning_ideas.py --captions captions_val2017.json --mpnet FOLDER \
         --texts FOLDER … --work WORK
 
 The LoRA, the captions and the 1,000 held-out images are those of `finetune_llm.py`. Ideas that
@@ -38,7 +38,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor
 
 from modeling_llm2clip.building.lora_merging import merge_lora
-from modeling_llm2clip.building.pretrained_towers import MINILM, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import MINILM, SMOLLM2_BASE, fetch_tower
 from modeling_llm2clip.building.text_layers import all_layers
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.captions.caption_groups import (
@@ -63,7 +63,13 @@ from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 LORA = find_example_data() / "caption_lora"
 STEPS = replace(
-    SECOND_ROUND, max_steps=40, num_hard_negatives=0, init_lora=LORA, eval_steps=0, save_steps=5
+    SECOND_ROUND,
+    max_steps=40,
+    num_hard_negatives=0,
+    init_lora=LORA,
+    eval_steps=0,
+    save_steps=5,
+    report_to=("none",),
 )
 LARGE_BATCH = 256
 NUM_CAPTIONS = 4  # nearly every image has five, one has four
@@ -83,7 +89,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps what was computed")
     parser.add_argument("--steps", type=int, default=STEPS.max_steps)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
-    output = Path(__file__).parent / "results" / "caption_tuning_ideas.json"
+    output = Path(__file__).parent / "results" / "finetuning_ideas.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -193,7 +199,7 @@ def encode_layers(texts: list[str], *, bidirectional: bool) -> Tensor:
     """Encode by the causal LLM, or by the tuned one, all layers in one pass."""
     model, processor = build(bidirectional=bidirectional)
     if bidirectional:
-        merge_lora(model.text_model, LORA)
+        merge_lora(model.text_model, LORA, accepted_base=SMOLLM2_BASE)
     with all_layers(model.text_model) as num_layers:
         model.config.text_width *= num_layers
         embeds = encode_texts(model, processor, texts, project=False, token_budget=1024)
@@ -477,6 +483,7 @@ def train(
     folder = bench.work / name
     folder.mkdir(exist_ok=True)
     model, processor = build(bidirectional=True)
+    model.text_model.config._name_or_path = SMOLLM2_BASE  # a folder in the cache, as it was built
     if config.init_lora is None:
         merge_lora(model.text_model, LORA)
     torch.manual_seed(config.seed)
