@@ -65,6 +65,7 @@ LORA = find_example_data() / "caption_lora"
 STEPS = replace(
     SECOND_ROUND,
     max_steps=40,
+    warmup_steps=0.125,
     num_hard_negatives=0,
     init_lora=LORA,
     eval_steps=0,
@@ -437,7 +438,6 @@ def train_large_batches(bench: Bench) -> dict[str, Any]:
         per_device_train_batch_size=LARGE_BATCH,
         mini_batch_size=size,
         max_steps=max(1, bench.config.max_steps * size // LARGE_BATCH),
-        warmup_steps=1,
         num_hard_negatives=SECOND_ROUND.num_hard_negatives,
     )
     return train(bench, "large_batches", config)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_model
+from torch import Tensor
+from tuning import RECORDS, SHORT, tune
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +92,52 @@ def test_what_was_not_run_is_named() -> None:
     assert "| layer 29 | 43.8 % | 40.7 to 46.9 | -0.2 | -1.0 to +0.6 |" in table
     assert "Not run yet: more steps, nothing else (control). a machine" in table
     assert "Not run" not in _render_finetuning_ideas({**report, "not_run": []})
+
+
+def embed_by_checksum(texts: list[str]) -> Tensor:
+    rows = [np.random.default_rng(zlib.crc32(text.encode())).normal(size=6) for text in texts]
+    return torch.from_numpy(np.array(rows, np.float32))
+
+
+@pytest.mark.slow
+def test_every_idea_trains_the_lora_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import finetuning_ideas as script
+
+    lines = [json.dumps({"group_id": r.group_id, "captions": r.captions}) for r in RECORDS]
+    for folder in ("captions", "texts", "work"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "captions" / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    others = [json.dumps({"captions": [f"{n} more", f"others {n}"]}) for n in range(20)]
+    (tmp_path / "texts" / "captions.jsonl").write_text("\n".join(others), encoding="utf-8")
+    lora = tune(tmp_path / "first").lora
+    steps = replace(SHORT, init_lora=lora, save_steps=1, report_to=("none",))
+    # Parts of this size stand in for the real ones; the LLM is tiny and random.
+    for name, value in {
+        "build": lambda bidirectional: tiny_model(bidirectional=bidirectional), "LORA": lora,
+        "STEPS": steps, "SECOND_ROUND": replace(steps, num_hard_negatives=2), "LARGE_BATCH": 16,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(script, name, value)
+    bench = script.Bench(
+        argparse.Namespace(
+            captions=tmp_path / "captions",
+            mpnet=None,
+            texts=[tmp_path / "texts"],
+            work=tmp_path / "work",
+            steps=4,
+            output=tmp_path / "ideas.json",
+        )
+    )
+    bench.minilm = bench.mpnet = embed_by_checksum
+    found = {name: idea(bench) for name, idea in script.IDEAS.items() if "measure" not in str(idea)}
+    assert list(found) == ["control", "distilled", "rank_64", "more_texts", "large_batches"]
+    assert found["more_texts"]["num_pairs"] == len(others)
+    for name, idea in found.items():
+        [(steps_taken, scores)] = idea["rows"].items()
+        assert steps_taken == ("2 steps" if name == "large_batches" else "4 steps")
+        assert 0 <= scores["cra"]["value"] <= 1
+    # The same start and the same batches: each idea changes what is learned.
+    folders = [tmp_path / "work" / name / "checkpoints" for name in found]
+    last = [max(folder.glob("checkpoint-*")) / "adapter_model.safetensors" for folder in folders]
+    assert len({file.read_bytes() for file in last}) == len(found)
