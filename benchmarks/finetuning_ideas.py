@@ -41,38 +41,25 @@ from modeling_llm2clip.building.lora_merging import merge_lora
 from modeling_llm2clip.building.pretrained_towers import MINILM, SMOLLM2_BASE, fetch_tower
 from modeling_llm2clip.building.text_layers import all_layers
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
-from modeling_llm2clip.data.captions.caption_groups import (
-    CaptionGroup,
-    CaptionGroups,
-    group_captions,
-)
+from modeling_llm2clip.data.captions import caption_groups
 from modeling_llm2clip.data.records.record_loading import find_example_data
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.metrics.scores import hits_at, mean_with_interval
 from modeling_llm2clip.evaluation.tasks.retrieval import rank_pairs
+from modeling_llm2clip.training.finetuning import finetune_trainer
 from modeling_llm2clip.training.finetuning.finetune_data import FinetuneData, prepare_data
-from modeling_llm2clip.training.finetuning.finetune_trainer import (
-    CaptionEncoder,
-    FinetuneTrainer,
-    make_lora_config,
-    make_trainer,
-)
 from modeling_llm2clip.training.finetuning.nearest_groups import write_nearest_groups
 from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator
 from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 LORA = find_example_data() / "caption_lora"
 STEPS = replace(
-    SECOND_ROUND,
-    max_steps=40,
-    warmup_steps=0.125,
-    num_hard_negatives=0,
-    init_lora=LORA,
-    eval_steps=0,
-    save_steps=5,
-    report_to=("none",),
-)
+    SECOND_ROUND, max_steps=40, warmup_steps=0.125, num_hard_negatives=0, init_lora=LORA,
+    eval_steps=0, save_steps=5, report_to=("none",),
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "sentence-transformers", "peft")
 LARGE_BATCH = 256
+EMBEDDERS = {"all-MiniLM-L6-v2": "minilm", "all-mpnet-base-v2": "mpnet"}  # attributes of Bench
 NUM_CAPTIONS = 4  # nearly every image has five, one has four
 NUM_PARTS = 5  # of the 5,000 images
 TEACHER_SCALE = 20.0  # at which sentence-transformers trained all-mpnet-base-v2
@@ -101,10 +88,7 @@ def main() -> None:
             started = time.process_time()
             found = IDEAS[name](bench)
             seconds = round(time.process_time() - started)
-            run = describe_run(
-                "torch", "transformers", "sentence-transformers", "peft",
-                threads=torch.get_num_threads(), note="beside other work",
-            )  # fmt: skip
+            run = describe_run(*PACKAGES, threads=torch.get_num_threads(), note="beside other work")
             file.write_text(json.dumps({**run, "cpu_seconds": seconds, **found}), "utf-8")
         write(bench)
 
@@ -138,8 +122,8 @@ class Bench:
         _, self.held_out, _ = self.groups.hold_out(self.config.num_held_out, seed=self.config.seed)
 
     @property
-    def groups(self) -> CaptionGroups:
-        return group_captions(self.records)
+    def groups(self) -> caption_groups.CaptionGroups:
+        return caption_groups.group_captions(self.records)
 
     @cached_property
     def minilm(self) -> Callable[[list[str]], Tensor]:
@@ -157,6 +141,13 @@ class Bench:
     @property
     def last(self) -> Tensor:
         return self.tuned[-1]
+
+    @cached_property
+    def encoders(self) -> dict[str, Tensor]:
+        """The embeddings of the pairs, by encoder."""
+        number = 2 * len(self.held_out)
+        others = {name: self.embed(key)[:number] for name, key in EMBEDDERS.items()}
+        return {"SmolLM2-135M with the shipped LoRA": self.last, **others}
 
     @property
     def pairs(self) -> list[str]:
@@ -177,9 +168,6 @@ class Bench:
         texts = list_captions(self.held_out, NUM_CAPTIONS)
         return self.keep(name, lambda: getattr(self, name)(texts))
 
-    def embed_pairs(self, name: str) -> Tensor:
-        return self.embed(name)[: 2 * len(self.held_out)]
-
     def score(self, embeds: Tensor) -> dict[str, Any]:
         """CRA, and the paired difference from the shipped LoRA."""
         hits, before = find_hits(embeds), find_hits(self.last)
@@ -191,7 +179,7 @@ def load_embedder(folder: Path) -> Callable[[list[str]], Tensor]:
     return lambda texts: torch.from_numpy(model.encode(texts))
 
 
-def list_captions(groups: Sequence[CaptionGroup], count: int) -> list[str]:
+def list_captions(groups: Sequence[caption_groups.CaptionGroup], count: int) -> list[str]:
     """All first captions, then all second ones, and so on."""
     return [group.captions[number] for number in range(count) for group in groups]
 
@@ -220,12 +208,7 @@ def join(*parts: Tensor, shares: Sequence[float] | None = None) -> Tensor:
 
 def measure_embedders(bench: Bench) -> dict[str, Any]:
     """The bar, and an embedder that is five times larger, as they are."""
-    rows = {
-        "SmolLM2-135M with the shipped LoRA": bench.score(bench.last),
-        "all-MiniLM-L6-v2": bench.score(bench.embed_pairs("minilm")),
-        "all-mpnet-base-v2": bench.score(bench.embed_pairs("mpnet")),
-    }
-    return {"rows": rows}
+    return {"rows": {name: bench.score(embeds) for name, embeds in bench.encoders.items()}}
 
 
 def measure_layers(bench: Bench) -> dict[str, Any]:
@@ -254,11 +237,11 @@ def measure_causal(bench: Bench) -> dict[str, Any]:
 
 def measure_joined_embedders(bench: Bench) -> dict[str, Any]:
     """What a perfect distillation could add: the cosines of two or three encoders averaged."""
-    minilm, mpnet = bench.embed_pairs("minilm"), bench.embed_pairs("mpnet")
+    tuned, minilm, mpnet = bench.encoders.values()
     parts = {
-        "joined with all-MiniLM": (bench.last, minilm),
-        "joined with all-mpnet": (bench.last, mpnet),
-        "joined with both": (bench.last, minilm, mpnet),
+        "joined with all-MiniLM": (tuned, minilm),
+        "joined with all-mpnet": (tuned, mpnet),
+        "joined with both": (tuned, minilm, mpnet),
         "all-MiniLM joined with all-mpnet": (minilm, mpnet),
     }
     return {"rows": {name: bench.score(join(*some)) for name, some in parts.items()}}
@@ -266,18 +249,12 @@ def measure_joined_embedders(bench: Bench) -> dict[str, Any]:
 
 def measure_ceiling(bench: Bench) -> dict[str, Any]:
     """How far the captions themselves tell which image they are of."""
-    encoders = {
-        "SmolLM2-135M with the shipped LoRA": bench.last,
-        "all-MiniLM-L6-v2": bench.embed_pairs("minilm"),
-        "all-mpnet-base-v2": bench.embed_pairs("mpnet"),
-    }
-    number = len(bench.held_out)
+    encoders, number = bench.encoders, len(bench.held_out)
     words = [find_words(text) for text in bench.pairs]
     first, second = words[:number], words[number:]
-    own = torch.arange(number)
     nearest = {name: find_nearest(embeds) for name, embeds in encoders.items()}
-    hits = torch.stack([found == own for found in nearest.values()])
     choices = torch.stack([*nearest.values()])
+    hits = choices == torch.arange(number)
     missed_by_all = ~hits.any(dim=0)
     agreed = (choices == choices[0]).all(dim=0) & missed_by_all
     return {
@@ -290,14 +267,12 @@ def measure_ceiling(bench: Bench) -> dict[str, Any]:
             np.mean([not one & other for one, other in zip(first, second, strict=True)])
         ),
         "by_number_of_captions": {
-            name: measure_mean_of_captions(bench.embed(key))
-            for name, key in (("all-MiniLM-L6-v2", "minilm"), ("all-mpnet-base-v2", "mpnet"))
+            name: measure_mean_of_captions(bench.embed(key)) for name, key in EMBEDDERS.items()
         },
     }
 
 
 def find_words(text: str) -> set[str]:
-    """Find the words that say what is shown."""
     return set(re.findall(r"[a-z]+", text.lower())) - ENGLISH_STOP_WORDS
 
 
@@ -309,13 +284,7 @@ def find_nearest(embeds: Tensor) -> Tensor:
 def describe_errors(
     first: Sequence[set[str]], second: Sequence[set[str]], nearest: Tensor
 ) -> dict[str, float]:
-    """Compare the words of a wrong caption with those of the right one.
-
-    Returns:
-        `errors`, and the shares of them in which the wrong caption has the right one's words
-        (`same_words`), at least half of the words of both (`half_of_words`), and at least as many
-        of the query's as the right one has (`fits_as_well`).
-    """
+    """Count how often a wrong caption has the right one's words, or as many of the query's."""
     wrong = [(number, found) for number, found in enumerate(nearest.tolist()) if number != found]
     overlaps = [share_words(second[number], second[found]) for number, found in wrong]
     fits = [
@@ -362,9 +331,9 @@ def measure_all_images(bench: Bench) -> dict[str, Any]:
     groups = list(bench.groups)
     random.Random(bench.config.seed).shuffle(groups)
     found = {}
-    for name in ("minilm", "mpnet"):
-        encode = getattr(bench, name)
-        embeds = bench.keep(f"all_{name}", lambda encode=encode: encode(list_captions(groups, 2)))
+    for name, key in EMBEDDERS.items():
+        encode = getattr(bench, key)
+        embeds = bench.keep(f"all_{key}", lambda encode=encode: encode(list_captions(groups, 2)))
         first, second = embeds.chunk(2)
         parts = zip(first.chunk(NUM_PARTS), second.chunk(NUM_PARTS), strict=True)
         found[name] = {
@@ -374,15 +343,10 @@ def measure_all_images(bench: Bench) -> dict[str, Any]:
     return {"num_images": len(groups), "encoders": found}
 
 
-def train_control(bench: Bench) -> dict[str, Any]:
-    """Train on as before, which the other ideas are compared with."""
-    return train(bench, "control", bench.config)
-
-
 def train_distilled(bench: Bench) -> dict[str, Any]:
     """Add the divergence from a stronger embedder's similarities within the batch."""
 
-    def add_teacher(trainer: FinetuneTrainer) -> None:
+    def add_teacher(trainer: finetune_trainer.FinetuneTrainer) -> None:
         loss = trainer.loss
         assert isinstance(loss, MultipleNegativesRankingLoss)
         trainer.loss = DistillationLoss(loss)
@@ -477,7 +441,7 @@ def train(
     name: str,
     config: FinetuneConfig,
     *,
-    adjust: Callable[[FinetuneTrainer], None] | None = None,
+    adjust: Callable[[finetune_trainer.FinetuneTrainer], None] | None = None,
 ) -> dict[str, Any]:
     """Train from the shipped LoRA, perhaps from the last checkpoint, and measure."""
     folder = bench.work / name
@@ -487,13 +451,15 @@ def train(
     if config.init_lora is None:
         merge_lora(model.text_model, LORA)
     torch.manual_seed(config.seed)
-    encoder = CaptionEncoder(model, processor, make_lora_config(config))
+    encoder = finetune_trainer.CaptionEncoder(
+        model, processor, finetune_trainer.make_lora_config(config)
+    )
     if config.init_lora is not None:
         encoder.load_lora(config.init_lora)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         data = prepare_data(bench.groups, config.text_pairs, config, Path(scratch))
         nearest = find_hard_images(bench, data, config, folder)
-        trainer = make_trainer(encoder, data, nearest, folder, config, ())
+        trainer = finetune_trainer.make_trainer(encoder, data, nearest, folder, config, ())
         if adjust is not None:
             adjust(trainer)
         last = find_last_checkpoint(folder)
@@ -522,7 +488,7 @@ IDEAS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "joined_embedders": measure_joined_embedders,
     "ceiling": measure_ceiling,
     "all_images": measure_all_images,
-    "control": train_control,
+    "control": lambda bench: train(bench, "control", bench.config),
     "distilled": train_distilled,
     "rank_64": train_rank_64,
     "more_texts": train_on_more_texts,

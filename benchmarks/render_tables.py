@@ -223,12 +223,11 @@ def _draw_ceiling(found: dict[str, Any]) -> str:
 
 def _draw_all_images(found: dict[str, Any]) -> str:
     encoders = found["encoders"]
-    names = {"minilm": "all-MiniLM-L6-v2", "mpnet": "all-mpnet-base-v2"}
     heads = ("encoder", f"CRA of {found['num_images']:,} images", "95 %", "of fifths of them")
     rows = [
-        [names[key], percent(scores["cra"]["value"]), _show_interval(scores["cra"]),
+        [name, percent(scores["cra"]["value"]), _show_interval(scores["cra"]),
          ", ".join(percent(part) for part in scores["by_part"])]
-        for key, scores in encoders.items()
+        for name, scores in encoders.items()
     ]  # fmt: skip
     return draw_table(heads, rows)
 
