@@ -157,15 +157,17 @@ def _render_finetuning(report: dict[str, Any]) -> str:
 
 
 _IDEAS = {
+    "all_images": "all images",
+    "ceiling": "where the captions are ambiguous",
     "embedders": "the encoders as they are",
     "layers": "another last layer",
     "causal": "with the causal LLM",
     "joined_embedders": "with other embedders",
-    "control": "more steps, nothing else (control)",
+    "control": "more steps and nothing else (control)",
     "distilled": "distilled from all-mpnet-base-v2",
     "rank_64": "new LoRA of rank 64",
-    "more_texts": "texts of other images, too",
-    "large_batches": "batches of 256, hard negatives",
+    "more_texts": "texts of other images as well",
+    "large_batches": "batches of 256 with hard negatives",
 }
 
 
@@ -181,8 +183,13 @@ def _render_finetuning_ideas(report: dict[str, Any]) -> str:
     if "ceiling" in ideas:
         tables.append(_draw_ceiling(ideas["ceiling"]))
     if "all_images" in ideas:
-        tables.append(_draw_all_images(ideas["all_images"]))
-    missing = ", ".join(_IDEAS.get(name, name) for name in report["not_run"])
+        found = ideas["all_images"]
+        tables.append(
+            f"all-MiniLM-L6-v2 on all {found['num_images']:,} images: "
+            f"{percent(found['cra']['value'])} ({_show_interval(found['cra'])}); on fifths of them "
+            f"{', '.join(percent(part) for part in found['by_part'])}.\n"
+        )
+    missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
     hardware = " and ".join(dict.fromkeys(found["hardware"] for found in ideas.values()))
     tables.append(
         f"{report['data']}. Trainings: {report['steps']} steps of {report['batch_size']} pairs. "
@@ -219,17 +226,6 @@ def _draw_ceiling(found: dict[str, Any]) -> str:
         "one does."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
-
-
-def _draw_all_images(found: dict[str, Any]) -> str:
-    encoders = found["encoders"]
-    heads = ("encoder", f"CRA of {found['num_images']:,} images", "95 %", "of fifths of them")
-    rows = [
-        [name, percent(scores["cra"]["value"]), _show_interval(scores["cra"]),
-         ", ".join(percent(part) for part in scores["by_part"])]
-        for name, scores in encoders.items()
-    ]  # fmt: skip
-    return draw_table(heads, rows)
 
 
 def _render_alignment(report: dict[str, Any]) -> str:
