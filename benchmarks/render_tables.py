@@ -184,10 +184,11 @@ def _render_finetuning_ideas(report: dict[str, Any]) -> str:
         tables.append(_draw_ceiling(ideas["ceiling"]))
     if "all_images" in ideas:
         found = ideas["all_images"]
+        parts = ", ".join(percent(part) for part in found["by_part"])
         tables.append(
             f"all-MiniLM-L6-v2 on all {found['num_images']:,} images: "
             f"{percent(found['cra']['value'])} ({_show_interval(found['cra'])}); on fifths of them "
-            f"{', '.join(percent(part) for part in found['by_part'])}.\n"
+            f"{parts}, of which the first is the one held out.\n"
         )
     missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
     hardware = " and ".join(dict.fromkeys(found["hardware"] for found in ideas.values()))
@@ -222,8 +223,9 @@ def _draw_ceiling(found: dict[str, Any]) -> str:
         f"encoders, {percent(found['found_by_all'])} by all. Where all miss, all choose the same "
         f"wrong caption in {percent(found['same_wrong_one'])}. The two captions of "
         f"{percent(found['without_a_shared_word'])} of the images share no word but stop words. "
-        "Fits as well: the wrong caption shares at least as many words with the query as the right "
-        "one does."
+        "Shares are those of the wrong captions. Fits as well: of the words of both, without stop "
+        "words, it shares at least as many with the query as the right one does; half of the "
+        "words, same words: it shares them with the right one."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
