@@ -124,8 +124,8 @@ def _parse() -> argparse.Namespace:
 def load_in_order(captions: Path) -> RecordTable:
     """Load captions by the names of their images, so that every file holds the same ones out.
 
-    The published file has another order. The LoRA in `examples/data` did not see the images that
-    this order holds out; it saw most of the others.
+    The published file has another order. The LoRA in `examples/data` saw all images but those that
+    this order holds out.
 
     Args:
         captions: COCO's captions file.

@@ -16,6 +16,8 @@ from tiny import tiny_model
 from torch import Tensor
 from tuning import RECORDS, SHORT, tune
 
+from modeling_llm2clip.data.captions.caption_groups import group_captions
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -36,6 +38,19 @@ def test_the_cosine_of_joined_embeddings_is_the_weighted_mean_of_the_cosines() -
     joined = join(wide, narrow, shares=(0.25, 0.75))
     # Rounding of float32 alone.
     assert torch.allclose(joined[0] @ joined[1], torch.as_tensor(wanted), atol=1e-6)
+
+
+def test_the_order_of_a_file_does_not_change_what_is_held_out(tmp_path: Path) -> None:
+    from finetune_llm import load_in_order
+
+    held_out = []
+    for number, records in enumerate((RECORDS, RECORDS[::-1])):
+        lines = [json.dumps({"group_id": r.group_id, "captions": r.captions}) for r in records]
+        file = tmp_path / str(number) / "captions.jsonl"
+        file.parent.mkdir()
+        file.write_text("\n".join(lines), encoding="utf-8")
+        held_out.append(group_captions(load_in_order(file)).hold_out(4, seed=0)[1])
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 4
 
 
 def test_a_student_that_agrees_with_its_teacher_has_the_plain_loss() -> None:
