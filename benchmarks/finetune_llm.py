@@ -35,6 +35,7 @@ from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.captions.caption_groups import group_captions
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.model_folder import LORA_WEIGHTS
@@ -75,10 +76,10 @@ def main() -> None:
         init_lora=arguments.init_lora,
     )
     config = replace(config, max_steps=arguments.steps or config.max_steps)
-    records = load_records(arguments.captions, require_images=False)
+    records = load_in_order(arguments.captions)
     groups = group_captions(records)
     trained, held_out, _ = groups.hold_out(config.num_held_out, seed=config.seed)
-    model, processor = _build(bidirectional=True)
+    model, processor = build(bidirectional=True)
     output = arguments.output_folder
     lora = finetune_llm((model, processor), records, output, config, resume=arguments.resume)
     results = read_results(output)
@@ -120,13 +121,31 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _build(*, bidirectional: bool) -> tuple[Any, Any]:
+def load_in_order(captions: Path) -> RecordTable:
+    """Load captions by the names of their images, so that every file holds the same ones out.
+
+    The published file has another order. The LoRA in `examples/data` saw all images but those that
+    this order holds out.
+
+    Args:
+        captions: COCO's captions file.
+    """
+    records = load_records(captions, require_images=False)
+    return RecordTable.from_records(sorted(records, key=lambda record: record.group_id))
+
+
+def build(*, bidirectional: bool) -> tuple[Any, Any]:
+    """Build the untuned model on the embedded towers.
+
+    Args:
+        bidirectional: False leaves the LLM causal.
+    """
     chosen = BuildConfig(prompt="chatml", visual_projection_bias=True, bidirectional=bidirectional)
     return join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), chosen)
 
 
 def _measure_untuned(held_out: Any, *, bidirectional: bool) -> float:
-    model, processor = _build(bidirectional=bidirectional)
+    model, processor = build(bidirectional=bidirectional)
     return measure_caption_retrieval(
         lambda texts: encode_texts(model, processor, texts, project=False), held_out
     )
