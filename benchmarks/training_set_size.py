@@ -26,7 +26,17 @@ import torch
 from provenance import describe_run
 from torch import Tensor
 
-from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_records
+from modeling_llm2clip import (
+    AlignConfig,
+    BuildConfig,
+    EmbeddingStore,
+    align,
+    build_model,
+    extract,
+    load_records,
+)
+from modeling_llm2clip.building.pretrained_towers import fetch_embedded
+from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
@@ -53,7 +63,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.work / "model"
     if not model.exists():
-        build_model("embedded", "embedded", model)
+        build_untrained(model, BuildConfig())
     datasets = {
         name: Dataset.prepare(name, Path(folder), model, arguments.work)
         for name, _, folder in (text.partition("=") for text in arguments.data)
@@ -66,6 +76,12 @@ def main() -> None:
                 found["runs"].append(run)
                 record = json.dumps(make_record(measured), indent=2)
                 arguments.output.write_text(f"{record}\n", "utf-8")
+
+
+def build_untrained(folder: Path, config: BuildConfig) -> None:
+    """Build a model on the demo's towers."""
+    vision, text, config = fetch_embedded(EMBEDDED, EMBEDDED, config)
+    build_model(vision, text, folder, config)
 
 
 def make_record(measured: dict[str, Any]) -> dict[str, Any]:
@@ -129,16 +145,21 @@ def split_things(records: RecordTable, *, seed: int) -> tuple[list[int], list[in
 
 
 def train(
-    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+    model: Path,
+    records: RecordTable,
+    part: list[int],
+    stores: dict[str, EmbeddingStore],
+    to: Path,
+    config: AlignConfig | None = None,
 ) -> Path:
-    """Align with the defaults, on some records and their stored embeddings."""
+    """Align on some records and their stored embeddings; by default with the defaults."""
     rows = np.array(sorted(part))
     chosen = records.select(rows)
     captions, images = (
         copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
         for modality, store in stores.items()
     )
-    return align(model, chosen, to / "aligned", caption_store=captions, image_store=images)
+    return align(model, chosen, to / "aligned", config, caption_store=captions, image_store=images)
 
 
 def copy_rows(
@@ -177,13 +198,18 @@ def find_rows(
 
 
 @torch.no_grad()
-def score(folder: Path, captions: Tensor, images: Tensor) -> dict[str, float]:
-    """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair."""
+def score(
+    folder: Path, captions: Tensor, images: Tensor, *, dim: int | None = None
+) -> dict[str, float]:
+    """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair.
+
+    Embeddings are cut to their first `dim` dimensions.
+    """
     head = AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
     pairs = [str(number) for number in range(len(images))]
     ranking = rank_retrieval(
-        head.project_vision_embeds(images),
-        head.project_caption_embeds(captions),
+        head.project_vision_embeds(images)[:, :dim],
+        head.project_caption_embeds(captions)[:, :dim],
         Correspondence.from_group_ids(pairs, pairs),
     )
     t2i, i2t = hit_rate_at(ranking.t2i, k=1), hit_rate_at(ranking.i2t, k=1)
