@@ -3,10 +3,11 @@
     python benchmarks/loss_effects.py emoji=FOLDER openclipart=FOLDER photographs=FOLDER --work WORK
 
 The datasets, as the README describes them, become one; their English captions are used. In each
-split 300 of the things shown are set aside, and every loss is trained on the same others: those of
-`SIZES` with and without STRUCTURE, and all of them with the rest. Embeddings are cut to each of
-`DIMS`. The demo's towers run once: `--work` keeps the model and the stores, so that a second call
-trains at once. What is measured is written after each run.
+split 300 of the things shown are set aside, and every loss is trained on the same others. All but
+STRUCTURE, which is for small data, are trained on the largest of `SIZES` alone. The trainings are
+short ones, as the record says. Embeddings are cut to each of `DIMS`. The demo's towers run once:
+`--work` keeps the model and the stores. What is measured is written after each run, and a second
+call of the same commit goes on from there, perhaps with other `--starts`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,26 @@ from training_set_size import (
     MOST_TEST_IMAGES,
     Dataset,
     build_untrained,
+    load_head,
     read_first,
     score,
     split_things,
-    train,
+    take_part,
 )
 
-from modeling_llm2clip import AlignConfig, BuildConfig
-from modeling_llm2clip.training.run_folder import read_results
+from modeling_llm2clip import AlignConfig, BuildConfig, EmbeddingStore, LLM2CLIPProcessor
+from modeling_llm2clip.data.records.record_table import RecordTable
+from modeling_llm2clip.encoding.float32 import float32_as_such
+from modeling_llm2clip.scheduling.graceful_stop import stop_on_signals
+from modeling_llm2clip.training.alignment.align import _choose
+from modeling_llm2clip.training.alignment.alignment_fit import AlignmentFit, Choice
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.run_data import open_records
+from modeling_llm2clip.training.losses.choose_loss import build_loss
 
 DIMS = (768, 256, 64)
 SIZES = (500, 1_000, 3_000)
+NUM_EVALUATIONS = 10
 NUM_IMAGES = max(SIZES) + MOST_TEST_IMAGES
 PLAIN = "contrastive"
 # With every number of images, and with most of them.
@@ -51,8 +61,6 @@ AT_LAST_SIZE: dict[str, Mapping[str, Any]] = {
 }
 # A start from random weights shows what a loss does; the default one starts near the best.
 STARTS = {"closed form": {}, "random": {"projection_init": "model"}}
-# The last fit on all images would double the time, and repeats what was chosen.
-SHARED = {"refit": False}
 
 
 def main() -> None:
@@ -60,6 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--num-splits", type=int, default=3)
+    parser.add_argument("--max-steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--work", type=Path, required=True, help="keeps the model and the stores")
     output = Path(__file__).parent / "results" / "loss_effects.json"
     parser.add_argument("--output", type=Path, default=output)
@@ -71,19 +82,22 @@ def main() -> None:
     if not data.exists():
         join_datasets(dict(text.partition("=")[::2] for text in arguments.data), data)
     dataset = Dataset.prepare("data", data, model, arguments.work)
+    # The last fit on all images would double the time, and repeats what was chosen.
+    shared = {"max_steps": arguments.max_steps, "global_batch_size": arguments.batch_size}
+    shared |= {"eval_steps": max(1, arguments.max_steps // NUM_EVALUATIONS), "refit": False}
     record = {
         **describe_run(
             "torch", "transformers", "modeling_llm2clip", threads=torch.get_num_threads()
         ),
         **dataset.describe(),
-        "config": SHARED,
+        "config": shared,
     }
     runs = read_earlier(arguments.output, record)
-    done = [{name: run[name] for name in ("split", *list_trainings()[0])} for run in runs]
+    done = [{name: run[name] for name in ("split", *list_trainings(STARTS)[0])} for run in runs]
     for split in range(arguments.num_splits):
-        for training in list_trainings():
+        for training in list_trainings(arguments.starts):
             if {"split": split, **training} not in done:
-                runs.append(measure(dataset, model, split, training))
+                runs.append(measure(dataset, model, split, training, shared))
                 print(runs[-1], flush=True)
                 text = json.dumps({**record, "runs": runs}, indent=2)
                 arguments.output.write_text(f"{text}\n", "utf-8")
@@ -110,35 +124,60 @@ def join_datasets(sources: Mapping[str, str], folder: Path) -> None:
     (folder / "captions.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
 
-def list_trainings() -> list[dict[str, Any]]:
+def list_trainings(starts: Iterable[str]) -> list[dict[str, Any]]:
     """List start, number of images and name of the loss of every training of a split."""
     return [
         {"start": start, "num_images": size, "loss": loss}
-        for start in STARTS
+        for start in starts
         for size in SIZES
         for loss in (AT_EACH_SIZE if size < max(SIZES) else {**AT_EACH_SIZE, **AT_LAST_SIZE})
     ]
 
 
 def measure(
-    dataset: Dataset, model: Path, split: int, training: Mapping[str, Any]
+    dataset: Dataset,
+    model: Path,
+    split: int,
+    training: Mapping[str, Any],
+    shared: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train once, and find the images that were set aside with embeddings of each size."""
     test, others = split_things(dataset.records, seed=split)
     captions, images = (read_first(store, test) for store in dataset.stores.values())
     of_loss = {**AT_EACH_SIZE, **AT_LAST_SIZE}[training["loss"]]
-    config = AlignConfig(**SHARED, **of_loss, **STARTS[training["start"]])
+    config = AlignConfig(**shared, **of_loss, **STARTS[training["start"]])
     started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         part = others[: training["num_images"]]
-        aligned = train(model, dataset.records, part, dataset.stores, Path(scratch), config)
-        scores = {str(dim): score(aligned, captions, images, dim=dim) for dim in DIMS}
-        chosen = read_results(aligned.parent)["held_out"]
+        records, copies = take_part(dataset.records, part, dataset.stores, Path(scratch))
+        opened = {modality: EmbeddingStore.open(copy) for modality, copy in copies.items()}
+        head, choice = choose_weights(model, records, opened, Path(scratch) / "run", config)
+        scores = {str(dim): score(head, captions, images, dim=dim) for dim in DIMS}
     return {
-        **training, "split": split, "scores": scores, "best_step": chosen["best_step"],
-        "best_share": chosen["best_share"],
+        **training, "split": split, "scores": scores,
+        "best_step": choice.step, "best_share": choice.share,
         "cpu_seconds": round(time.process_time() - started, 1),
     }  # fmt: skip
+
+
+def choose_weights(
+    model: Path,
+    records: RecordTable,
+    stores: Mapping[str, EmbeddingStore],
+    output: Path,
+    config: AlignConfig,
+) -> tuple[AlignmentModel, Choice]:
+    """Train as `align` does, to the weights that held-out images choose, and write no model."""
+    processor = LLM2CLIPProcessor.from_pretrained(model)
+    data = open_records(records, processor, config, stores["text"], stores["image"])
+    fit = AlignmentFit(model, data, output, config, build_loss(config), resume=False)
+    with float32_as_such(), stop_on_signals() as stop:
+        choice, weights = _choose(fit, {}, stop)
+    assert weights  # nothing is fitted once more
+    head = load_head(model)
+    _, unknown = head.load_state_dict(weights, strict=False)
+    assert not unknown
+    return head, choice
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from provenance import describe_run
 from torch import Tensor
 
 from modeling_llm2clip import (
-    AlignConfig,
     BuildConfig,
     EmbeddingStore,
     align,
@@ -144,22 +143,33 @@ def split_things(records: RecordTable, *, seed: int) -> tuple[list[int], list[in
     return shuffled[:num_test], shuffled[num_test:]
 
 
-def train(
-    model: Path,
-    records: RecordTable,
-    part: list[int],
-    stores: dict[str, EmbeddingStore],
-    to: Path,
-    config: AlignConfig | None = None,
-) -> Path:
-    """Align on some records and their stored embeddings; by default with the defaults."""
+def take_part(
+    records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+) -> tuple[RecordTable, dict[str, Path]]:
+    """Return some records, and the stores that an extraction of them would write."""
     rows = np.array(sorted(part))
     chosen = records.select(rows)
-    captions, images = (
-        copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
+    copies = {
+        modality: copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
         for modality, store in stores.items()
+    }
+    return chosen, copies
+
+
+def train(
+    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+) -> AlignmentModel:
+    """Align with the defaults, on some records and their stored embeddings."""
+    chosen, copies = take_part(records, part, stores, to)
+    aligned = align(
+        model, chosen, to / "aligned", caption_store=copies["text"], image_store=copies["image"]
     )
-    return align(model, chosen, to / "aligned", config, caption_store=captions, image_store=images)
+    return load_head(aligned)
+
+
+def load_head(model: Path) -> AlignmentModel:
+    """Load what `align` trains, without the towers."""
+    return AlignmentModel.from_pretrained(model, with_llm=False, with_vision_tower=False).eval()
 
 
 def copy_rows(
@@ -199,13 +209,12 @@ def find_rows(
 
 @torch.no_grad()
 def score(
-    folder: Path, captions: Tensor, images: Tensor, *, dim: int | None = None
+    head: AlignmentModel, captions: Tensor, images: Tensor, *, dim: int | None = None
 ) -> dict[str, float]:
     """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair.
 
     Embeddings are cut to their first `dim` dimensions.
     """
-    head = AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
     pairs = [str(number) for number in range(len(images))]
     ranking = rank_retrieval(
         head.project_vision_embeds(images)[:, :dim],
