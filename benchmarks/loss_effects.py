@@ -50,10 +50,14 @@ SIZES = (500, 1_000, 3_000)
 NUM_EVALUATIONS = 10
 NUM_IMAGES = max(SIZES) + MOST_TEST_IMAGES
 PLAIN = "contrastive"
-# With every number of images, and with most of them.
+STRUCTURE = {"structure_weight": 10.0}
+# Noise hides which neighbors a stored embedding has, which STRUCTURE keeps.
+NO_NOISE = {"image_noise": 0.0, "caption_noise": 0.0}
 AT_EACH_SIZE: dict[str, Mapping[str, Any]] = {
     PLAIN: {},
-    "with STRUCTURE": {"structure_weight": 10.0},
+    "with STRUCTURE": STRUCTURE,
+    f"{PLAIN}, without noise": NO_NOISE,
+    "with STRUCTURE, without noise": {**STRUCTURE, **NO_NOISE},
 }
 AT_LAST_SIZE: dict[str, Mapping[str, Any]] = {
     "sigmoid": {"loss": "sigmoid"},
