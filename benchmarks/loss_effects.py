@@ -3,11 +3,10 @@
     python benchmarks/loss_effects.py emoji=FOLDER openclipart=FOLDER photographs=FOLDER --work WORK
 
 The datasets, as the README describes them, become one; their English captions are used. In each
-split 300 of the things shown are set aside, and every loss is trained on the same others. All but
-STRUCTURE, which is for small data, are trained on the largest of `SIZES` alone. The trainings are
-short ones, as the record says. Embeddings are cut to each of `DIMS`. The demo's towers run once:
-`--work` keeps the model and the stores. What is measured is written after each run, and a second
-call of the same commit goes on from there, perhaps with other `--starts`.
+split 300 of the things shown are set aside, and every loss is trained on the same others. The
+trainings are short ones, as the record says. Embeddings are cut to each of `DIMS`. The demo's
+towers run once: `--work` keeps the model and the stores. What is measured is written after each
+run, and a second call of the same commit goes on from there, perhaps with other `--starts`.
 """
 
 from __future__ import annotations
@@ -44,27 +43,34 @@ from modeling_llm2clip.training.alignment.alignment_fit import AlignmentFit, Cho
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.run_data import open_records
 from modeling_llm2clip.training.losses.choose_loss import build_loss
+from modeling_llm2clip.training.run_folder import METRICS_FILE
 
 DIMS = (768, 256, 64)
-SIZES = (500, 1_000, 3_000)
 NUM_EVALUATIONS = 10
-NUM_IMAGES = max(SIZES) + MOST_TEST_IMAGES
-PLAIN = "contrastive"
-STRUCTURE = {"structure_weight": 10.0}
-# Noise hides which neighbors a stored embedding has, which STRUCTURE keeps.
-NO_NOISE = {"image_noise": 0.0, "caption_noise": 0.0}
-AT_EACH_SIZE: dict[str, Mapping[str, Any]] = {
+PLAIN, SIGMOID, MATRYOSHKA = "contrastive", "sigmoid", "Matryoshka, 256 and 64"
+STRUCTURE, NO_NOISE, BOTH = "with STRUCTURE", "without noise", "with STRUCTURE, without noise"
+LOSSES: dict[str, Mapping[str, Any]] = {
     PLAIN: {},
-    "with STRUCTURE": STRUCTURE,
-    f"{PLAIN}, without noise": NO_NOISE,
-    "with STRUCTURE, without noise": {**STRUCTURE, **NO_NOISE},
-}
-AT_LAST_SIZE: dict[str, Mapping[str, Any]] = {
-    "sigmoid": {"loss": "sigmoid"},
-    "Matryoshka, 256 and 64": {"matryoshka_dims": (256, 64)},
+    STRUCTURE: {"structure_weight": 10.0},
+    # Noise hides which neighbors a stored embedding has, which STRUCTURE keeps.
+    NO_NOISE: {"image_noise": 0.0, "caption_noise": 0.0},
+    BOTH: {"structure_weight": 10.0, "image_noise": 0.0, "caption_noise": 0.0},
+    SIGMOID: {"loss": "sigmoid"},
+    MATRYOSHKA: {"matryoshka_dims": DIMS[1:]},
 }
 # A start from random weights shows what a loss does; the default one starts near the best.
-STARTS = {"closed form": {}, "random": {"projection_init": "model"}}
+STARTS: dict[str, Mapping[str, Any]] = {
+    "random": {"projection_init": "model"},
+    "closed form": {},
+}
+TRAININGS = {
+    ("random", 500): (PLAIN, STRUCTURE, NO_NOISE, BOTH),
+    ("random", 1_000): (PLAIN, STRUCTURE),
+    ("random", 3_000): (PLAIN, STRUCTURE, SIGMOID, MATRYOSHKA),
+    ("closed form", 500): (PLAIN, STRUCTURE),
+    ("closed form", 3_000): (PLAIN, SIGMOID, MATRYOSHKA),
+}
+NUM_IMAGES = max(size for _, size in TRAININGS) + MOST_TEST_IMAGES
 
 
 def main() -> None:
@@ -132,9 +138,9 @@ def list_trainings(starts: Iterable[str]) -> list[dict[str, Any]]:
     """List start, number of images and name of the loss of every training of a split."""
     return [
         {"start": start, "num_images": size, "loss": loss}
-        for start in starts
-        for size in SIZES
-        for loss in (AT_EACH_SIZE if size < max(SIZES) else {**AT_EACH_SIZE, **AT_LAST_SIZE})
+        for (start, size), losses in TRAININGS.items()
+        for loss in losses
+        if start in starts
     ]
 
 
@@ -148,18 +154,23 @@ def measure(
     """Train once, and find the images that were set aside with embeddings of each size."""
     test, others = split_things(dataset.records, seed=split)
     captions, images = (read_first(store, test) for store in dataset.stores.values())
-    of_loss = {**AT_EACH_SIZE, **AT_LAST_SIZE}[training["loss"]]
-    config = AlignConfig(**shared, **of_loss, **STARTS[training["start"]])
+    config = AlignConfig(**shared, **LOSSES[training["loss"]], **STARTS[training["start"]])
     started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         part = others[: training["num_images"]]
         records, copies = take_part(dataset.records, part, dataset.stores, Path(scratch))
         opened = {modality: EmbeddingStore.open(copy) for modality, copy in copies.items()}
         head, choice = choose_weights(model, records, opened, Path(scratch) / "run", config)
+        lines = map(json.loads, (Path(scratch) / "run" / METRICS_FILE).open(encoding="utf-8"))
+        held_out = [
+            {name: line[name] for name in ("step", "held_out_loss", "held_out_t2i_r1")}
+            for line in lines
+            if "held_out_loss" in line
+        ]
         scores = {str(dim): score(head, captions, images, dim=dim) for dim in DIMS}
     return {
         **training, "split": split, "scores": scores,
-        "best_step": choice.step, "best_share": choice.share,
+        "best_step": choice.step, "best_share": choice.share, "held_out": held_out,
         "cpu_seconds": round(time.process_time() - started, 1),
     }  # fmt: skip
 
