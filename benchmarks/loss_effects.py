@@ -4,7 +4,7 @@
 
 The datasets, as the README describes them, become one; their English captions are used. In each
 split 300 of the things shown are set aside, and every loss is trained on the same others. The
-trainings are short ones, as the record says. Embeddings are cut to each of `DIMS`. The demo's
+trainings are short ones, as the record says. Embeddings are truncated to each of `DIMS`. The demo's
 towers run once: `--work` keeps the model and the stores. What is measured is written after each
 run, and a second call of the same commit goes on from there, perhaps with other `--starts`.
 """
@@ -52,7 +52,7 @@ STRUCTURE, NO_NOISE, BOTH = "with STRUCTURE", "without noise", "with STRUCTURE, 
 LOSSES: dict[str, Mapping[str, Any]] = {
     PLAIN: {},
     STRUCTURE: {"structure_weight": 10.0},
-    # Noise hides which neighbors a stored embedding has, which STRUCTURE keeps.
+    # Noise makes neighbors, which STRUCTURE keeps, less alike.
     NO_NOISE: {"image_noise": 0.0, "caption_noise": 0.0},
     BOTH: {"structure_weight": 10.0, "image_noise": 0.0, "caption_noise": 0.0},
     SIGMOID: {"loss": "sigmoid"},

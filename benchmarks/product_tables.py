@@ -393,13 +393,15 @@ def _render_loss_effects(report: dict[str, Any]) -> str:
             )
             for dim in dims
         ]
-        rows.append([start, f"{num_images:,}", loss, *cells])
-    heads = ("start", "images", "loss", *(f"{dim} dimensions" for dim in dims))
+        rows.append([start, f"{num_images:,}", loss, str(len(scores)), *cells])
+    heads = ("start", "images", "loss", "splits", *(f"{dim} dimensions" for dim in dims))
+    config = report["config"]
     note = (
-        f"R@1, mean of both directions, among {report['num_test_images']} images (chance "
-        f"{percent(report['chance_r1'])}); means of {len(next(iter(found.values())))} splits. In "
-        f"parentheses: percentage points more than {plain}, and their standard error. "
-        f"{report['hardware']}; commit {report['commit']}."
+        f"R@1, mean of both directions and of the splits, among {report['num_test_images']} images "
+        f"(chance {percent(report['chance_r1'])}), after at most {config['max_steps']} steps of "
+        f"{config['global_batch_size']}. In parentheses: percentage points more than {plain} on "
+        f"the same splits, and their standard error. {report['hardware']}; commit "
+        f"{report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 

@@ -213,7 +213,7 @@ def score(
 ) -> dict[str, float]:
     """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair.
 
-    Embeddings are cut to their first `dim` dimensions.
+    Embeddings are truncated to their first `dim` dimensions.
     """
     pairs = [str(number) for number in range(len(images))]
     ranking = rank_retrieval(

@@ -76,12 +76,14 @@ def test_a_row_shows_its_distance_from_the_plain_loss_of_the_same_start_and_spli
     ]  # fmt: skip
     report = {
         "hardware": "a machine", "commit": "abc", "num_test_images": 50, "chance_r1": 0.02,
-        "runs": runs,
+        "config": {"max_steps": 9, "global_batch_size": 5}, "runs": runs,
     }  # fmt: skip
     shown = PRODUCT_TABLES["loss_effects"](report)
-    assert "| start | images | loss | 8 dimensions | 4 dimensions |" in shown
-    assert "| closed form | 1,000 | contrastive | 30.0 % | 15.0 % |" in shown
+    assert "| start | images | loss | splits | 8 dimensions | 4 dimensions |" in shown
+    assert "| closed form | 1,000 | contrastive | 2 | 30.0 % | 15.0 % |" in shown
     # Gains of 2 and 6 points: their standard deviation is 2.83, of the mean of two 2.
-    assert "| closed form | 1,000 | sigmoid | 34.0 % (+4.0 ± 2.0) | 17.0 % (+2.0 ± 1.0) |" in shown
-    assert "| random | 1,000 | sigmoid | 8.0 % (-2.0) | 4.0 % (-1.0) |" in shown
-    assert "chance 2.0 %); means of 2 splits" in shown
+    assert (
+        "| closed form | 1,000 | sigmoid | 2 | 34.0 % (+4.0 ± 2.0) | 17.0 % (+2.0 ± 1.0) |" in shown
+    )
+    assert "| random | 1,000 | sigmoid | 1 | 8.0 % (-2.0) | 4.0 % (-1.0) |" in shown
+    assert "among 50 images (chance 2.0 %), after at most 9 steps of 5." in shown
