@@ -26,7 +26,16 @@ import torch
 from provenance import describe_run
 from torch import Tensor
 
-from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_records
+from modeling_llm2clip import (
+    BuildConfig,
+    EmbeddingStore,
+    align,
+    build_model,
+    extract,
+    load_records,
+)
+from modeling_llm2clip.building.pretrained_towers import fetch_embedded
+from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
@@ -53,7 +62,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.work / "model"
     if not model.exists():
-        build_model("embedded", "embedded", model)
+        build_untrained(model, BuildConfig())
     datasets = {
         name: Dataset.prepare(name, Path(folder), model, arguments.work)
         for name, _, folder in (text.partition("=") for text in arguments.data)
@@ -66,6 +75,12 @@ def main() -> None:
                 found["runs"].append(run)
                 record = json.dumps(make_record(measured), indent=2)
                 arguments.output.write_text(f"{record}\n", "utf-8")
+
+
+def build_untrained(folder: Path, config: BuildConfig) -> None:
+    """Build a model on the demo's towers."""
+    vision, text, config = fetch_embedded(EMBEDDED, EMBEDDED, config)
+    build_model(vision, text, folder, config)
 
 
 def make_record(measured: dict[str, Any]) -> dict[str, Any]:
@@ -128,17 +143,33 @@ def split_things(records: RecordTable, *, seed: int) -> tuple[list[int], list[in
     return shuffled[:num_test], shuffled[num_test:]
 
 
-def train(
-    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
-) -> Path:
-    """Align with the defaults, on some records and their stored embeddings."""
+def take_part(
+    records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+) -> tuple[RecordTable, dict[str, Path]]:
+    """Return some records, and the stores that an extraction of them would write."""
     rows = np.array(sorted(part))
     chosen = records.select(rows)
-    captions, images = (
-        copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
+    copies = {
+        modality: copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
         for modality, store in stores.items()
+    }
+    return chosen, copies
+
+
+def train(
+    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+) -> AlignmentModel:
+    """Align with the defaults, on some records and their stored embeddings."""
+    chosen, copies = take_part(records, part, stores, to)
+    aligned = align(
+        model, chosen, to / "aligned", caption_store=copies["text"], image_store=copies["image"]
     )
-    return align(model, chosen, to / "aligned", caption_store=captions, image_store=images)
+    return load_head(aligned)
+
+
+def load_head(model: Path) -> AlignmentModel:
+    """Load what `align` trains, without the towers."""
+    return AlignmentModel.from_pretrained(model, with_llm=False, with_vision_tower=False).eval()
 
 
 def copy_rows(
@@ -177,13 +208,17 @@ def find_rows(
 
 
 @torch.no_grad()
-def score(folder: Path, captions: Tensor, images: Tensor) -> dict[str, float]:
-    """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair."""
-    head = AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
+def score(
+    head: AlignmentModel, captions: Tensor, images: Tensor, *, dim: int | None = None
+) -> dict[str, float]:
+    """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair.
+
+    Embeddings are truncated to their first `dim` dimensions.
+    """
     pairs = [str(number) for number in range(len(images))]
     ranking = rank_retrieval(
-        head.project_vision_embeds(images),
-        head.project_caption_embeds(captions),
+        head.project_vision_embeds(images)[:, :dim],
+        head.project_caption_embeds(captions)[:, :dim],
         Correspondence.from_group_ids(pairs, pairs),
     )
     t2i, i2t = hit_rate_at(ranking.t2i, k=1), hit_rate_at(ranking.i2t, k=1)
