@@ -72,10 +72,11 @@ class AlignmentDataset(Dataset[Any]):
     sentence views of these, which training alone samples. A caption store says how many views a
     long caption has, and `sentence_views` where there is none.
 
-    Both kinds of noise are standard deviations, as a share of an embedding's length, and are added
-    to stored embeddings in training alone. With `is_part`, the stores may have further records, and
-    captions are compared by number alone. With `is_teacher`, images are decoded for a tower that is
-    trained, and the image store has what the frozen one gives for them.
+    Both kinds of noise are standard deviations, as a share of an embedding's length. A batch of
+    training has what is added to its stored embeddings before they are projected. With `is_part`,
+    the stores may have further records, and captions are compared by number alone. With
+    `is_teacher`, images are decoded for a tower that is trained, and the image store has what the
+    frozen one gives for them.
     """
 
     data: InitVar[Sequence[CaptionedImage]]
@@ -133,14 +134,14 @@ class AlignmentDataset(Dataset[Any]):
         times = InputTimes()
         batch = self.read_pairs(items, numbers, times)
         for name, noise, side in (
-            ("vision_embeds", self.image_noise, 2),
-            ("caption_embeds", self.caption_noise, 3),
+            ("vision", self.image_noise, 2),
+            ("caption", self.caption_noise, 3),
         ):
-            if noise and name in batch:
-                embeds = batch[name]
+            if noise and f"{name}_embeds" in batch:
+                embeds = batch[f"{name}_embeds"]
                 normal = sample_normal(self.seed, epochs, items, side, width=embeds.shape[1])
                 share = noise * embeds.shape[1] ** -0.5 * embeds.norm(dim=1, keepdim=True)
-                batch[name] = normal.mul_(share).add_(embeds)
+                batch[f"{name}_noise"] = normal.mul_(share)
         return {
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),

@@ -63,6 +63,8 @@ class AlignmentModel(PartialModel):
         attention_mask: Tensor | None = None,
         caption_embeds: Tensor | None = None,
         teacher_embeds: Tensor | None = None,
+        vision_noise: Tensor | None = None,
+        caption_noise: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         group_ids: Tensor | None = None,
@@ -70,7 +72,8 @@ class AlignmentModel(PartialModel):
     ) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
 
-        In training, and where the groups are given, it also computes the loss.
+        Noise is projected with them, and a loss gets the embeddings without it. In training, and
+        where the groups are given, it also computes the loss.
         """
         if vision_embeds is None:
             assert pixel_values is not None
@@ -88,8 +91,8 @@ class AlignmentModel(PartialModel):
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
         inputs = LossInputs(
-            self.to_image_embeds(vision_embeds),
-            self.to_text_embeds(caption_embeds),
+            self.to_image_embeds(_add(vision_embeds, vision_noise)),
+            self.to_text_embeds(_add(caption_embeds, caption_noise)),
             self.logit_head.rule(),
             group_ids,  # type: ignore[arg-type]  # None where nothing is compared
             text_keys,
@@ -131,6 +134,10 @@ class AlignmentModel(PartialModel):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
+
+
+def _add(embeds: Tensor, noise: Tensor | None) -> Tensor:
+    return embeds if noise is None else embeds + noise
 
 
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:

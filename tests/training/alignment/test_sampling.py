@@ -25,7 +25,8 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.remote import file_places
-from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_data import INPUT_SECONDS, AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.run_data import RecordData, count_workers
 from modeling_llm2clip.training.alignment.sampling import (
     ResumableBatchSampler,
@@ -142,6 +143,30 @@ def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> 
         wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])
     # Another batch, so sums in another order; embeddings of length about 5.
     torch.testing.assert_close(embeddings, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_noise_is_projected_and_a_loss_gets_embeddings_without_it(prepared: Prepared) -> None:
+    """STRUCTURE keeps the neighbors of the latter: noise leaves an image hardly any."""
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    stores = {"caption_store": prepared.caption_store, "image_store": prepared.image_store}
+    samples = np.array([(3, item) for item in range(NUM_RECORDS)])
+    clean, noisy = (
+        AlignmentDataset(
+            prepared.records, processor, seed=5, image_noise=noise, caption_noise=noise, **stores
+        ).__getitems__(samples)
+        for noise in (0.0, 1.0)
+    )
+    model = AlignmentModel.from_pretrained(prepared.model, with_llm=False, with_vision_tower=False)
+    for batch in (clean, noisy):
+        del batch[INPUT_SECONDS]
+    with torch.no_grad():
+        (_, wanted), (_, found) = (model.eval()(**batch) for batch in (clean, noisy))
+        moved = model.to_image_embeds(noisy["vision_embeds"] + noisy["vision_noise"])
+    assert torch.equal(found.vision_embeds, wanted.vision_embeds)
+    assert torch.equal(found.caption_embeds, wanted.caption_embeds)
+    assert torch.equal(found.image_embeds, moved)
+    for side in ("image_embeds", "text_embeds"):
+        assert not torch.isclose(getattr(found, side), getattr(wanted, side)).all(dim=1).any()
 
 
 def test_training_and_extraction_see_the_same_pixels_of_a_large_jpeg(
