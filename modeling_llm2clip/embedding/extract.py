@@ -139,8 +139,8 @@ def extract(
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
     with open_stops(engine) as stop, open_source(source, output) as found:
-        require_own_model(found.folder, or_teacher=modality == "text")
         _require_inputs(table, modality, config)
+        require_own_model(found.folder, or_teacher=modality == "text")
         encoder = load_shard_encoder(found.folder, modality, config, device)
         planned = plan_store(found.folder, table, encoder, config, modality)
         list_items = partial(LIST_ITEMS[modality], table)

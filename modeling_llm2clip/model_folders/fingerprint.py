@@ -27,7 +27,9 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
 _ADAPTER_SETTING = "normalize_text_before_adapter"
-_VISION_PREFIX = re.compile(r".*\bvision_(model|encoder)\.")  # the latter in TIPSv2's files
+# Some files name a vision tower otherwise than those of the tower alone: TIPSv2's `vision_encoder`,
+# and AltCLIP's layers `layer`.
+_VISION_PREFIX = re.compile(r".*\bvision_(model|encoder)\.")
 # Fields of a tower's configuration that change no number, or have an entry of their own.
 _NOT_OF_THE_TOWER = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
@@ -145,7 +147,7 @@ def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
     """
     files = list(files)
     tower = (
-        (_VISION_PREFIX.sub("", name), tensor.to(torch.bfloat16))
+        (_VISION_PREFIX.sub("", name).replace(".layer.", ".layers."), tensor.to(torch.bfloat16))
         for name, tensor in iterate_tensors(files, prefix="vision_")
         if tensor.is_floating_point()
     )
