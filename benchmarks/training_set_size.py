@@ -26,7 +26,14 @@ import torch
 from provenance import describe_run
 from torch import Tensor
 
-from modeling_llm2clip import EmbeddingStore, align, build_model, extract, load_records
+from modeling_llm2clip import (
+    AlignConfig,
+    EmbeddingStore,
+    align,
+    build_model,
+    extract,
+    load_records,
+)
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
@@ -110,7 +117,7 @@ class Dataset:
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as scratch:
                 aligned = train(model, self.records, training[:size], self.stores, Path(scratch))
-                scores = score(aligned, captions, images)
+                scores = score(load_head(aligned), captions, images)
             seconds = round(time.monotonic() - started, 1)
             run = {"split": split, "num_images": size, "seconds": seconds, **scores}
             print(self.name, run, flush=True)
@@ -129,16 +136,21 @@ def split_things(records: RecordTable, *, seed: int) -> tuple[list[int], list[in
 
 
 def train(
-    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+    model: Path,
+    records: RecordTable,
+    part: list[int],
+    stores: dict[str, EmbeddingStore],
+    to: Path,
+    config: AlignConfig | None = None,
 ) -> Path:
-    """Align with the defaults, on some records and their stored embeddings."""
+    """Align on some records and their stored embeddings, by default with the defaults."""
     rows = np.array(sorted(part))
     chosen = records.select(rows)
     captions, images = (
         copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
         for modality, store in stores.items()
     )
-    return align(model, chosen, to / "aligned", caption_store=captions, image_store=images)
+    return align(model, chosen, to / "aligned", config, caption_store=captions, image_store=images)
 
 
 def copy_rows(
@@ -176,10 +188,14 @@ def find_rows(
     return rows
 
 
+def load_head(folder: Path) -> AlignmentModel:
+    """Load the adapter and the projections of a model alone."""
+    return AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
+
+
 @torch.no_grad()
-def score(folder: Path, captions: Tensor, images: Tensor) -> dict[str, float]:
+def score(head: AlignmentModel, captions: Tensor, images: Tensor) -> dict[str, float]:
     """R@1 of both directions, and their mean, of stored embeddings; row n of both is a pair."""
-    head = AlignmentModel.from_pretrained(folder, with_llm=False, with_vision_tower=False).eval()
     pairs = [str(number) for number in range(len(images))]
     ranking = rank_retrieval(
         head.project_vision_embeds(images),
