@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from statistics import fmean, stdev
 from typing import Any
 
 from markdown_tables import draw_table, percent
@@ -376,15 +377,83 @@ def _render_losses(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_text_towers(report: dict[str, Any]) -> str:
+    names = {
+        "causal": "SmolLM2-135M, causal",
+        "bidirectional": "the same, made bidirectional",
+        "tuned": "the same, fine-tuned on captions (`embedded`)",
+        "minilm": "all-MiniLM-L6-v2 as it is (`embedded --prompt own`)",
+    }
+    heads = (
+        "text tower", "short, text to image", "image to text", "long, text to image",
+        "image to text", "CRA",
+    )  # fmt: skip
+    rows = []
+    for name in dict.fromkeys(run["tower"] for run in report["runs"]):
+        runs = [run for run in report["runs"] if run["tower"] == name]
+        scores = [
+            _show_mean([run[length][way] for run in runs])
+            for length in ("short", "long")
+            for way in ("t2i_r1", "i2t_r1")
+        ]
+        rows.append([names[name], *scores, percent(report["cra"][name])])
+    num_splits = len({run["split"] for run in report["runs"]})
+    note = (
+        f"R@1, means of {num_splits} splits with standard errors. Trained on "
+        f"{report['num_images']} photographs with {report['captions_per_image']} captions each, "
+        f"{report['alignment']['max_steps']} steps. Short: the other "
+        f"{report['num_test_images']}, chance {percent(1 / report['num_test_images'])}. Long: "
+        f"{report['num_long_images']} photographs with a paragraph each, chance "
+        f"{percent(1 / report['num_long_images'])}. CRA: {report['cra_data']}. "
+        f"{report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_languages(report: dict[str, Any]) -> str:
+    columns: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        columns.setdefault((run["tower"], run["setting"]), []).append(run)
+    heads = ("language", *(f"{tower}, {setting}" for tower, setting in columns))
+    rows = [
+        [lang, *(percent(fmean(run["languages"][lang]["t2i_r1"] for run in runs))
+                 for runs in columns.values())]
+        for lang in report["languages"]
+    ]  # fmt: skip
+    rows.append(
+        ["mean but for English",
+         *(_show_mean([run["mean_of_others"]["t2i_r1"] for run in runs])
+           for runs in columns.values())]
+    )  # fmt: skip
+    layers = ", ".join(
+        f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
+    )
+    note = (
+        f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
+        f"in English; means of {max(map(len, columns.values()))} splits, the last row with "
+        f"standard errors; chance {percent(report['chance_r1'])}. Share of translations of "
+        f"{report['layers']['num_images']} other emoji that find the English name, by layer of "
+        f"Gemma: {layers}. {report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _show_mean(values: list[float]) -> str:
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{100 * fmean(values):.1f} ± {100 * error:.1f} %"
+
+
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,
     "command_pairs": _render_command_pairs,
     "losses": _render_losses,
     "embed_speed": _render_embed_speed,
+    "languages": _render_languages,
     "onnx": _render_onnx,
     "readme_image": _render_readme_image,
     "scale": _render_scale,
     "search": _render_search,
     "serving": _render_serving,
+    "text_towers": _render_text_towers,
     "training_data_distance": _render_training_data_distance,
 }

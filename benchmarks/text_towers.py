@@ -18,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("photographs", nargs="+", type=Path)
     parser.add_argument("--long", type=Path, required=True, help="images with paragraphs")
     parser.add_argument("--captions-per-image", type=int, default=5, help="the first ones")
+    parser.add_argument("--most-images", type=int, help="of PHOTOGRAPHS; default: all")
     parser.add_argument("--num-splits", type=int, default=3)
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=TOWERS)
     parser.add_argument("--work", type=Path, required=True, help="keeps the models and the stores")
@@ -76,14 +78,16 @@ def main() -> None:
         "cra_data": recorded["data"],
         "runs": [],
     }
+    stores = {}
     for name in arguments.towers:
-        model = arguments.work / name
-        if not model.exists():
-            build_tower(name, model)
-        stores = images.extract(model, arguments.work)
-        for split in range(arguments.num_splits):
+        if not (arguments.work / name).exists():
+            build_tower(name, arguments.work / name)
+        stores[name] = images.extract(arguments.work / name, arguments.work)
+    for split in range(arguments.num_splits):
+        for name in arguments.towers:
             with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-                found = images.measure(model, stores, split, Path(scratch))
+                model = arguments.work / name
+                found = images.measure(model, stores[name], split, Path(scratch))
             record["runs"].append({"tower": name, "split": split, **found})
             print(record["runs"][-1], flush=True)
             frame = describe_run("torch", "transformers", threads=1, note="beside other work")
@@ -109,10 +113,10 @@ class Images:
     def load(cls, arguments: argparse.Namespace) -> Images:
         """Read all folders, and keep the captions that are used."""
         count = arguments.captions_per_image
+        records = (r for folder in arguments.photographs for r in read_english(folder))
         short = (
             replace(record, captions=record.captions[:count])
-            for folder in arguments.photographs
-            for record in read_english(folder)
+            for record in islice(records, arguments.most_images)
         )
         long = (
             replace(record, captions=(max(record.captions, key=len),))
