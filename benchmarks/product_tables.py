@@ -425,12 +425,17 @@ def _render_languages(report: dict[str, Any]) -> str:
          *(_show_mean([run["mean_of_others"]["t2i_r1"] for run in runs])
            for runs in columns.values())]
     )  # fmt: skip
+    rows.append(
+        ["the same, each language centered",
+         *(_show_mean([run["centered_mean_of_others"]["t2i_r1"] for run in runs])
+           for runs in columns.values())]
+    )  # fmt: skip
     layers = ", ".join(
         f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
     )
     note = (
         f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
-        f"in English; means of {max(map(len, columns.values()))} splits, the last row with "
+        f"in English; means of {max(map(len, columns.values()))} splits, the means with "
         f"standard errors; chance {percent(report['chance_r1'])}. Share of translations of "
         f"{report['layers']['num_images']} other emoji that find the English name, by layer of "
         f"Gemma: {layers}. {report['hardware']}; commit {report['commit']}."
