@@ -10,9 +10,10 @@ its SHA-256 with `GEMMA_SHA256`, which this script requires.
 
 The embedded emoji have names in twelve languages. For each split, 300 emoji are held out with all
 their images and names. English names align the demo's towers, and the same vision tower with Gemma
-as it comes, cut at the layer whose outputs find translations best, and with all of its layers. The
-layer is measured on emoji that no split holds out. The towers run once over all texts: `--work`
-keeps models and embedding stores. What is measured is written after each run.
+as it comes, cut at a layer whose outputs find translations well: all layers are measured on emoji
+that no split holds out. What a language moves all of its texts by is measured, too. The towers run
+once over all texts: `--work` keeps models and embedding stores. What is measured is written after
+each run.
 """
 
 from __future__ import annotations
