@@ -411,10 +411,10 @@ def _render_text_towers(report: dict[str, Any]) -> str:
 
 
 def _render_languages(report: dict[str, Any]) -> str:
-    columns: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    columns: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        columns.setdefault((run["tower"], run["setting"]), []).append(run)
-    heads = ("language", *(f"{tower}, {setting}" for tower, setting in columns))
+        columns.setdefault(run["tower"], []).append(run)
+    heads = ("language", *columns)
     rows = [
         [lang, *(percent(fmean(run["languages"][lang]["t2i_r1"] for run in runs))
                  for runs in columns.values())]
