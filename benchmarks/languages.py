@@ -9,11 +9,11 @@ are in the first wheel. A 4-bit file that somebody else packed is not Google's o
 its SHA-256 with `GEMMA_SHA256`, which this script requires.
 
 The embedded emoji have names in twelve languages. For each split, 300 emoji are held out with all
-their images and names. English names align (in closed form) the demo's towers, and the same vision tower with Gemma
-as it comes, cut at a layer whose outputs find translations well: all layers are measured on emoji
-that no split holds out. What a language moves all of its texts by is measured, too. The towers run
-once over all texts: `--work` keeps models and embedding stores. What is measured is written after
-each run.
+their images and names. English names align the demo's towers, in closed form, and the same vision
+tower with Gemma as it comes, cut at a layer whose outputs find translations well: all layers are
+measured on emoji that no split holds out. What a language moves all of its texts by is measured,
+too. The towers run once over all texts: `--work` keeps models and embedding stores. What is
+measured is written after each run.
 """
 
 from __future__ import annotations
