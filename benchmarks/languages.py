@@ -35,7 +35,7 @@ from training_set_size import load_head, read_first, score, train
 
 from modeling_llm2clip import AlignConfig, BuildConfig, EmbeddingStore, build_model, extract
 from modeling_llm2clip.building.choose_layer import choose_layer
-from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import fetch_embedded
 from modeling_llm2clip.configs.build_config import EMBEDDED, ChooseLayerConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
@@ -69,7 +69,10 @@ def main() -> None:
     emoji = Emoji.load(arguments.num_splits)
     towers = {
         SMOLLM2: (EMBEDDED, BuildConfig()),
-        f"{GEMMA}, layer {LAYER}": (arguments.gemma, BuildConfig(prompt="none", text_layers=LAYER)),
+        f"{GEMMA}, layer {LAYER}": (
+            str(arguments.gemma),
+            BuildConfig(prompt="none", text_layers=LAYER),
+        ),
     }
     record = {
         "data": f"{len(emoji.english):,} images of the embedded emoji",
@@ -83,7 +86,7 @@ def main() -> None:
     for name, (text, build) in towers.items():
         model = arguments.work / to_file_name(name)
         if not model.exists():
-            vision = EMBEDDED if text == EMBEDDED else fetch_tower(EFFICIENTNET)
+            vision, text, build = fetch_embedded(EMBEDDED, text, build)
             build_model(vision, text, model, build)
         stores = emoji.extract(model, arguments.work)
         for split in range(arguments.num_splits):

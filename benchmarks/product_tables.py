@@ -398,10 +398,12 @@ def _render_text_towers(report: dict[str, Any]) -> str:
         ]
         rows.append([names[name], *scores, percent(report["cra"][name])])
     num_splits = len({run["split"] for run in report["runs"]})
+    num_steps = report["alignment"]["max_steps"]
+    steps = f"{num_steps} steps" if num_steps else "in closed form"
     note = (
         f"R@1, means of {num_splits} splits with standard errors. Trained on "
         f"{report['num_images']} photographs with {report['captions_per_image']} captions each, "
-        f"{report['alignment']['max_steps']} steps. Short: the other "
+        f"{steps}. Short: the other "
         f"{report['num_test_images']}, chance {percent(1 / report['num_test_images'])}. Long: "
         f"{report['num_long_images']} photographs with a paragraph each, chance "
         f"{percent(1 / report['num_long_images'])}. CRA: {report['cra_data']}. "

@@ -34,13 +34,12 @@ from modeling_llm2clip import (
     extract,
     load_records,
 )
-from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, SMOLLM2, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_embedded, fetch_tower
 from modeling_llm2clip.configs.build_config import EMBEDDED, OWN_PROMPT
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 
 RESULTS = Path(__file__).parent / "results"
-ALIGNMENT = AlignConfig(max_steps=100, global_batch_size=256)
 # Names in the table of `finetune_llm.py`, and how the towers are built; an LLM that is given by its
 # folder comes without the LoRA.
 TOWERS = {
@@ -60,11 +59,13 @@ def main() -> None:
     parser.add_argument("--captions-per-image", type=int, default=5, help="the first ones")
     parser.add_argument("--most-images", type=int, help="of PHOTOGRAPHS; default: all")
     parser.add_argument("--num-splits", type=int, default=3)
+    parser.add_argument("--max-steps", type=int, default=100, help="0: the closed form alone")
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=TOWERS)
     parser.add_argument("--work", type=Path, required=True, help="keeps the models and the stores")
     parser.add_argument("--output", type=Path, default=RESULTS / "text_towers.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    config = AlignConfig(max_steps=arguments.max_steps, global_batch_size=256)
     images = Images.load(arguments)
     test, training = split_things(images.short, seed=0)
     recorded = json.loads((RESULTS / "finetune_llm.json").read_text("utf-8"))
@@ -73,7 +74,7 @@ def main() -> None:
         "num_test_images": len(test),
         "num_long_images": len(images.long),
         "captions_per_image": arguments.captions_per_image,
-        "alignment": asdict(ALIGNMENT),
+        "alignment": asdict(config),
         "cra": {name: recorded["cra"][name] for name in arguments.towers},
         "cra_data": recorded["data"],
         "runs": [],
@@ -87,7 +88,9 @@ def main() -> None:
         for name in arguments.towers:
             with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
                 model = arguments.work / name
-                found = images.measure(model, stores[name], split, Path(scratch))
+                found = images.measure(
+                    model, stores[name], replace(config, seed=split), Path(scratch)
+                )
             record["runs"].append({"tower": name, "split": split, **found})
             print(record["runs"][-1], flush=True)
             frame = describe_run("torch", "transformers", threads=1, note="beside other work")
@@ -98,8 +101,8 @@ def main() -> None:
 def build_tower(name: str, model: Path) -> None:
     """Build the model of a text tower on the demo's vision tower."""
     text = str(fetch_tower(SMOLLM2)) if name in UNTUNED else EMBEDDED
-    vision = str(fetch_tower(EFFICIENTNET)) if name in UNTUNED else EMBEDDED
-    build_model(vision, text, model, TOWERS[name])
+    vision, text, config = fetch_embedded(EMBEDDED, text, TOWERS[name])
+    build_model(vision, text, model, config)
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,11 @@ class Images:
         }
 
     def measure(
-        self, model: Path, stores: dict[str, EmbeddingStore], split: int, scratch: Path
+        self, model: Path, stores: dict[str, EmbeddingStore], config: AlignConfig, scratch: Path
     ) -> dict[str, dict[str, float]]:
         """Align on the photographs that are not set aside, and score short and long captions."""
-        test, training = split_things(self.short, seed=split)
+        test, training = split_things(self.short, seed=config.seed)
         both = {name: stores[name] for name in ("text", "image")}
-        config = replace(ALIGNMENT, seed=split)
         head = load_head(train(model, self.short, training, both, scratch, config))
         every = list(range(len(self.long)))
         return {

@@ -28,12 +28,15 @@ from torch import Tensor
 
 from modeling_llm2clip import (
     AlignConfig,
+    BuildConfig,
     EmbeddingStore,
     align,
     build_model,
     extract,
     load_records,
 )
+from modeling_llm2clip.building.pretrained_towers import fetch_embedded
+from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
@@ -60,7 +63,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.work / "model"
     if not model.exists():
-        build_model("embedded", "embedded", model)
+        vision, text, config = fetch_embedded(EMBEDDED, EMBEDDED, BuildConfig())
+        build_model(vision, text, model, config)
     datasets = {
         name: Dataset.prepare(name, Path(folder), model, arguments.work)
         for name, _, folder in (text.partition("=") for text in arguments.data)
