@@ -435,19 +435,23 @@ def _render_languages(report: dict[str, Any]) -> str:
     layers = ", ".join(
         f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
     )
+    splits = "; ".join(f"{name}: {len(runs)}" for name, runs in columns.items())
     note = (
         f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
-        f"in English; means of {max(map(len, columns.values()))} splits, the means with "
-        f"standard errors; chance {percent(report['chance_r1'])}. Share of translations of "
+        f"in English, in closed form; means over splits ({splits}), the last rows with standard "
+        f"errors; chance {percent(report['chance_r1'])}. Centered: texts of a language are moved "
+        f"by the distance of its mean, over other emoji, from that of English. Translations of "
         f"{report['layers']['num_images']} other emoji that find the English name, by layer of "
-        f"Gemma: {layers}. {report['hardware']}; commit {report['commit']}."
+        f"Gemma 3 270M: {layers}. {report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
 def _show_mean(values: list[float]) -> str:
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{100 * fmean(values):.1f} ± {100 * error:.1f} %"
+    """Show a mean with its standard error, which a single value does not have."""
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{100 * fmean(values):.1f} ± {100 * stdev(values) / len(values) ** 0.5:.1f} %"
 
 
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
