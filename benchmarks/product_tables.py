@@ -415,7 +415,8 @@ def _render_text_towers(report: dict[str, Any]) -> str:
 def _render_languages(report: dict[str, Any]) -> str:
     columns: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        columns.setdefault(run["tower"], []).append(run)
+        name = ", ".join(run[part] for part in ("tower", "setting") if part in run)
+        columns.setdefault(name, []).append(run)
     heads = ("language", *columns)
     rows = [
         [lang, *(percent(fmean(run["languages"][lang]["t2i_r1"] for run in runs))
@@ -427,20 +428,20 @@ def _render_languages(report: dict[str, Any]) -> str:
          *(_show_mean([run["mean_of_others"]["t2i_r1"] for run in runs])
            for runs in columns.values())]
     )  # fmt: skip
-    rows.append(
-        ["the same, each language centered",
-         *(_show_mean([run["centered_mean_of_others"]["t2i_r1"] for run in runs])
-           for runs in columns.values())]
-    )  # fmt: skip
+    if "centered" in report["runs"][0]:  # texts moved to the mean of the English ones
+        rows.append(
+            ["the same, each language centered",
+             *(_show_mean([run["centered_mean_of_others"]["t2i_r1"] for run in runs])
+               for runs in columns.values())]
+        )  # fmt: skip
     layers = ", ".join(
         f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
     )
     splits = "; ".join(f"{name}: {len(runs)}" for name, runs in columns.items())
     note = (
         f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
-        f"in English, in closed form; means over splits ({splits}), the last rows with standard "
-        f"errors; chance {percent(report['chance_r1'])}. Centered: texts of a language are moved "
-        f"by the distance of its mean, over other emoji, from that of English. Translations of "
+        f"in English; means over splits ({splits}), those of languages with standard errors; "
+        f"chance {percent(report['chance_r1'])}. Translations of "
         f"{report['layers']['num_images']} other emoji that find the English name, by layer of "
         f"Gemma 3 270M: {layers}. {report['hardware']}; commit {report['commit']}."
     )
