@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from statistics import fmean, stdev
 from typing import Any
 
 from markdown_tables import draw_table, percent
@@ -377,49 +376,9 @@ def _render_losses(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
-def _render_loss_effects(report: dict[str, Any]) -> str:
-    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for run in report["runs"]:
-        key = (run["start"], run["num_images"], run["loss"])
-        found.setdefault(key, []).append(run["scores"])
-    plain, dims = report["runs"][0]["loss"], list(report["runs"][0]["scores"])
-    rows = []
-    for (start, num_images, loss), scores in found.items():
-        others = found[start, num_images, plain]
-        cells = [
-            _show_effect(
-                [score[dim]["r1"] for score in scores],
-                [] if loss == plain else [score[dim]["r1"] for score in others],
-            )
-            for dim in dims
-        ]
-        rows.append([start, f"{num_images:,}", loss, str(len(scores)), *cells])
-    heads = ("start", "images", "loss", "splits", *(f"{dim} dimensions" for dim in dims))
-    config = report["config"]
-    note = (
-        f"R@1, mean of both directions and of the splits, among {report['num_test_images']} images "
-        f"(chance {percent(report['chance_r1'])}), after at most {config['max_steps']} steps of "
-        f"{config['global_batch_size']}. In parentheses: percentage points more than {plain} on "
-        f"the same splits, and their standard error. {report['hardware']}; commit "
-        f"{report['commit']}."
-    )
-    return f"{draw_table(heads, rows)}\n{note}\n"
-
-
-def _show_effect(values: list[float], others: list[float]) -> str:
-    """Show a mean, and its distance from that of others on the same splits if there are any."""
-    if not others:
-        return percent(fmean(values))
-    # A run that was interrupted has fewer of the last losses.
-    gains = [100 * (value - other) for value, other in zip(values, others, strict=False)]
-    error = f" ± {stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
-    return f"{percent(fmean(values))} ({fmean(gains):+.1f}{error})"
-
-
 PRODUCT_TABLES: dict[str, Callable[[Any], str]] = {
     "busy_machine": _render_busy_machine,
     "command_pairs": _render_command_pairs,
-    "loss_effects": _render_loss_effects,
     "losses": _render_losses,
     "embed_speed": _render_embed_speed,
     "onnx": _render_onnx,

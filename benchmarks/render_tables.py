@@ -157,80 +157,6 @@ def _render_finetuning(report: dict[str, Any]) -> str:
     return draw_table(("text encoder", "CRA"), rows) + f"\n{note}\n"
 
 
-_IDEAS = {
-    "all_images": "all images",
-    "ceiling": "where the captions are ambiguous",
-    "embedders": "the encoders as they are",
-    "layers": "another last layer",
-    "causal": "with the causal LLM",
-    "joined_embedders": "with other embedders",
-    "control": "more steps and nothing else (control)",
-    "distilled": "distilled from all-mpnet-base-v2",
-    "rank_64": "new LoRA of rank 64",
-    "more_texts": "texts of other images as well",
-    "large_batches": "batches of 256 with hard negatives",
-}
-
-
-def _render_finetuning_ideas(report: dict[str, Any]) -> str:
-    heads = ("idea", "what is compared", "CRA", "95 %", "beyond the shipped LoRA, points", "95 %")
-    ideas = report["ideas"]
-    rows = [
-        [_IDEAS[idea], name, percent(scores["cra"]["value"]), _show_interval(scores["cra"]),
-         f"{100 * scores['gain']['value']:+.1f}", _show_interval(scores["gain"], form="+.1f")]
-        for idea, found in ideas.items() for name, scores in found.get("rows", {}).items()
-    ]  # fmt: skip
-    tables = [draw_table(heads, rows)]
-    if "ceiling" in ideas:
-        tables.append(_draw_ceiling(ideas["ceiling"]))
-    if "all_images" in ideas:
-        found = ideas["all_images"]
-        parts = ", ".join(percent(part) for part in found["by_part"])
-        tables.append(
-            f"all-MiniLM-L6-v2 on all {found['num_images']:,} images: "
-            f"{percent(found['cra']['value'])} ({_show_interval(found['cra'])}); on fifths of them "
-            f"{parts}, of which the first is the one held out.\n"
-        )
-    missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
-    hardware = " and ".join(dict.fromkeys(found["hardware"] for found in ideas.values()))
-    tables.append(
-        f"{report['data']}. Trainings: {report['steps']} steps of {report['batch_size']} pairs. "
-        f"{f'Not run yet: {missing}. ' if missing else ''}{hardware}.\n"
-    )
-    return "\n".join(tables)
-
-
-def _show_interval(found: dict[str, float], form: str = ".1f") -> str:
-    return f"{100 * found['low']:{form}} to {100 * found['high']:{form}}"
-
-
-def _draw_ceiling(found: dict[str, Any]) -> str:
-    heads = (
-        "encoder", "wrong", "fits as well", "half of the words", "same words", "right one in 5",
-        "a caption and one other", "a caption and the mean of 3",
-    )  # fmt: skip
-    rows = []
-    for name, errors in found["errors"].items():
-        by_number = found["by_number_of_captions"].get(name)
-        shares = (percent(errors[key]) for key in ("fits_as_well", "half_of_words", "same_words"))
-        several = (
-            [percent(by_number["one"]), percent(by_number["mean_of_3"])] if by_number else ["", ""]
-        )
-        rows.append(
-            [name, str(errors["errors"]), *shares, percent(found["hit_at_5"][name]), *several]
-        )
-    note = (
-        f"{percent(found['found_by_any'])} of the images are found by at least one of the "
-        f"encoders, {percent(found['found_by_all'])} by all. Where all miss, all choose the same "
-        f"wrong caption in {percent(found['same_wrong_one'])}. The two captions of "
-        f"{percent(found['without_a_shared_word'])} of the images share no word but stop words. "
-        "Shares are those of the wrong captions. Fits as well: of the words of both, without stop "
-        "words, it shares at least as many with the query as the right one does; half of the "
-        "words, same words: it shares them with the right one."
-    )
-    return f"{draw_table(heads, rows)}\n{note}\n"
-
-
 def _render_alignment(report: dict[str, Any]) -> str:
     seeds = [str(run["seed"]) for run in next(iter(report["recalls"].values()))]
     heads = ("text encoder", *(f"seed {seed}" for seed in seeds), "mean")
@@ -632,7 +558,6 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "encoding_speed": _render_encoding_speed,
     "finetune_llm": _render_finetuning,
     "finetune_llm_hard": _render_finetuning,
-    "finetuning_ideas": _render_finetuning_ideas,
     "alignment": _render_alignment,
     "first_run": _render_first_run,
     "existing_model": _render_existing_model,

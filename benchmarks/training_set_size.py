@@ -27,6 +27,7 @@ from provenance import describe_run
 from torch import Tensor
 
 from modeling_llm2clip import (
+    AlignConfig,
     BuildConfig,
     EmbeddingStore,
     align,
@@ -124,8 +125,8 @@ class Dataset:
         for size in (size for size in sizes if size <= len(training)):
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as scratch:
-                aligned = train(model, self.records, training[:size], self.stores, Path(scratch))
-                scores = score(aligned, captions, images)
+                head = train(model, self.records, training[:size], self.stores, Path(scratch))
+                scores = score(head, captions, images)
             seconds = round(time.monotonic() - started, 1)
             run = {"split": split, "num_images": size, "seconds": seconds, **scores}
             print(self.name, run, flush=True)
@@ -157,13 +158,19 @@ def take_part(
 
 
 def train(
-    model: Path, records: RecordTable, part: list[int], stores: dict[str, EmbeddingStore], to: Path
+    model: Path,
+    records: RecordTable,
+    part: list[int],
+    stores: dict[str, EmbeddingStore],
+    to: Path,
+    config: AlignConfig | None = None,
 ) -> AlignmentModel:
-    """Align with the defaults, on some records and their stored embeddings."""
+    """Align on some records and their stored embeddings, by default with the defaults."""
     chosen, copies = take_part(records, part, stores, to)
     aligned = align(
-        model, chosen, to / "aligned", caption_store=copies["text"], image_store=copies["image"]
-    )
+        model, chosen, to / "aligned", config,
+        caption_store=copies["text"], image_store=copies["image"],
+    )  # fmt: skip
     return load_head(aligned)
 
 
