@@ -94,7 +94,7 @@ def test_pairs_are_captions_or_sentences_of_one_image(tmp_path: Path) -> None:
 
 
 def test_what_was_not_run_is_named() -> None:
-    from benchmarks.render_tables import _render_finetuning_ideas
+    from benchmarks.effect_tables import _render_finetuning_ideas
 
     score = {"value": 0.438, "low": 0.407, "high": 0.469}
     gain = {"value": -0.002, "low": -0.01, "high": 0.006}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aligning import prepare
 
-from benchmarks.product_tables import PRODUCT_TABLES
+from benchmarks.effect_tables import EFFECT_TABLES
 from modeling_llm2clip import load_records
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_a_row_shows_its_distance_from_the_plain_loss_of_the_same_start_and_spli
         "hardware": "a machine", "commit": "abc", "num_test_images": 50, "chance_r1": 0.02,
         "config": {"max_steps": 9, "global_batch_size": 5}, "runs": runs,
     }  # fmt: skip
-    shown = PRODUCT_TABLES["loss_effects"](report)
+    shown = EFFECT_TABLES["loss_effects"](report)
     assert "| start | images | loss | splits | 8 dimensions | 4 dimensions |" in shown
     assert "| closed form | 1,000 | contrastive | 2 | 30.0 % | 15.0 % |" in shown
     # Gains of 2 and 6 points: their standard deviation is 2.83, of the mean of two 2.
