@@ -10,7 +10,7 @@ its SHA-256 with `GEMMA_SHA256`, which this script requires.
 
 The embedded emoji have names in twelve languages. For each split, 300 emoji are held out with all
 their images and names. English names align the demo's towers, in closed form, and the same vision
-tower with Gemma as it comes, cut at a layer whose outputs find translations well: all layers are
+tower with Gemma as it comes, cut at the layer whose outputs find translations best: all layers are
 measured on emoji that no split holds out. What a language moves all of its texts by is measured,
 too. The towers run once over all texts: `--work` keeps models and embedding stores. What is
 measured is written after each run.
@@ -48,7 +48,6 @@ FIRST = "en"
 LANGUAGES = (FIRST, "de", "fr", "es", "it", "pt", "ru", "ar", "hi", "zh", "ja", "ko")
 SMOLLM2 = "SmolLM2-135M, fine-tuned on English captions"
 GEMMA = "Gemma 3 270M"
-LAYER = 12
 # The closed form alone, which takes seconds.
 ALIGNMENT = AlignConfig(max_steps=0)
 
@@ -67,11 +66,13 @@ def main() -> None:
         raise ValueError(f"{arguments.gemma} has SHA-256 {found}; wanted is {GEMMA_SHA256}.")
     torch.set_num_threads(1)
     emoji = Emoji.load(arguments.num_splits)
+    layers = measure_layers(arguments, emoji)
+    best = layers["best"]
     towers = {
         SMOLLM2: (EMBEDDED, BuildConfig()),
-        f"{GEMMA}, layer {LAYER}": (
+        f"{GEMMA}, layer {best}": (
             str(arguments.gemma),
-            BuildConfig(prompt="none", text_layers=LAYER),
+            BuildConfig(prompt="none", text_layers=best),
         ),
     }
     record = {
@@ -80,7 +81,7 @@ def main() -> None:
         "chance_r1": 1 / NUM_TEST_GROUPS,
         "languages": LANGUAGES,
         "alignment": asdict(ALIGNMENT),
-        "layers": measure_layers(arguments, emoji),
+        "layers": layers,
         "runs": [],
     }
     for name, (text, build) in towers.items():
