@@ -25,6 +25,7 @@ from ..configs.encoding_config import DUAL_ENCODERS
 from ..image_loading_llm2clip import load_images
 from ..loading_llm2clip import list_weight_files, load_without_code
 from .encoder_interface import Encoder
+from .float32 import float32_as_such
 
 
 def require_dual_encoder(model_type: str, source: str | Path) -> None:
@@ -123,7 +124,7 @@ class DualEncoder(Encoder):
         self.processor = cast(Any, processor)
         self.device = device
         self.token_budget, self.batch_size = (4096, 16) if device.type == "cpu" else (16384, 128)
-        with torch.no_grad():
+        with torch.no_grad(), float32_as_such():
             self.embedding_dim = self.encode_tokens(*torch.ones(2, 1, 1, dtype=torch.long)).shape[1]
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
