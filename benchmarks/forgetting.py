@@ -178,7 +178,7 @@ def link(image: Path, folder: Path) -> str:
 def train_dual_encoder(work: Path, *, epochs: int) -> None:
     """Train both towers and projections on all training images, and save them as one model."""
     torch.manual_seed(0)
-    vision, image_processor = load_vision_tower(fetch_tower(EFFICIENTNET))
+    vision, image_processor, _ = load_vision_tower(fetch_tower(EFFICIENTNET))
     image_processor.size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor.do_center_crop = False
     vision.config.hidden_size = vision.config.num_features = vision.timm_model.num_features

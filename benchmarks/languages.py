@@ -62,6 +62,10 @@ def main() -> None:
     output = Path(__file__).parent / "results" / "languages.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
+    if arguments.num_splits < 2:
+        parser.error(
+            "--num-splits: languages are centered by emoji of other splits; give 2 or more"
+        )
     if (found := hash_file(arguments.gemma)) != GEMMA_SHA256:
         raise ValueError(f"{arguments.gemma} has SHA-256 {found}; wanted is {GEMMA_SHA256}.")
     torch.set_num_threads(1)

@@ -52,7 +52,7 @@ STRUCTURE, NO_NOISE, BOTH = "with STRUCTURE", "without noise", "with STRUCTURE, 
 LOSSES: dict[str, Mapping[str, Any]] = {
     PLAIN: {},
     STRUCTURE: {"structure_weight": 10.0},
-    # Noise makes neighbors, which STRUCTURE keeps, less alike.
+    # With few images noise decides much, and STRUCTURE may take its place.
     NO_NOISE: {"image_noise": 0.0, "caption_noise": 0.0},
     BOTH: {"structure_weight": 10.0, "image_noise": 0.0, "caption_noise": 0.0},
     SIGMOID: {"loss": "sigmoid"},

@@ -67,6 +67,8 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     random = "image projection" if config.keep_embeddings else random
     print(f"Wrote {folder}. Weights are random in its {random}: align it before use.")
     print(f"Next: llm2clip extract {folder} DATA STORE --modality text")
+    if config.keep_embeddings:
+        print("Align it with --lock-text, which keeps the text embeddings as they are.")
     return 0
 
 

@@ -90,6 +90,13 @@ class TrainConfig(DataConfig):
                 "inherit=True needs images in the space of the vision model's own text encoder. "
                 "Give build.keep_projection=True, and leave build.image_size out."
             )
+        if self.inherit and self.align.text_training != "stored":
+            yield "inherit=True teaches stored captions: leave align.text_training out."
+        if self.build.keep_embeddings and not self.align.lock_text:
+            yield (
+                "build.keep_embeddings=True keeps an embedder's own embeddings, and the alignment "
+                "would change them. Give align.lock_text=True."
+            )
         if self.build.keep_projection and self.vision_model == EMBEDDED:
             yield "vision_model=embedded has no text encoder: leave build.keep_projection out."
         if self.finetune is not None and not self.finetune.merge:

@@ -36,7 +36,7 @@ from ..encoding.dual_encoder import require_dual_encoder
 from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
-from ..loading_llm2clip import load_without_code
+from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import LORA_WEIGHTS, find_model_type, require_sources
 from ..publishing.card_results import add_card_results
 from ..publishing.export_model import export_model
@@ -264,6 +264,8 @@ def _check_towers(config: TrainConfig) -> None:
     if config.build.keep_projection and find_model_type(config.vision_model) is not None:
         tower = load_without_code(AutoConfig, config.vision_model)
         require_dual_encoder(tower.model_type, config.vision_model)
+        if config.inherit and Path(config.vision_model).is_dir():
+            list_weight_files(Path(config.vision_model))
 
 
 class _Recipe:

@@ -128,7 +128,12 @@ def test_a_teacher_is_planned_and_what_has_none_is_refused_before_the_first_stag
     refuse(r"inherit_steps needs inherit_from.*\(in a recipe, inherit=True\)", inherit=False)
     refuse(r"\[16\] must be below .* projection_dim, 16", align={"matryoshka_dims": [16, 8]})
     refuse("leave projection_init out", align={"projection_init": "cca"})
-    refuse("needs a caption_store", align={"text_training": "frozen-online"})
+    refuse("leave align.text_training out", align={"text_training": "frozen-online"})
+    kept = {"prompt": "own", "keep_embeddings": True, "projection_dim": None}
+    refuse("Give align.lock_text=True", inherit=False, finetune=None, build=kept)
+    pickled = shutil.copytree(tmp_path / "clip", tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refuse("pytorch_model.bin is not read", vision_model=str(pickled))
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import TOO_LONG
 from ...scheduling.graceful_stop import StopRequest
@@ -44,6 +45,7 @@ from .run_data import RecordData
 # These many determine a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_CAPTIONS_FITTED = 50_000
 _MAX_CAPTIONS_MEASURED = 2_000
+_FEWEST = 2
 _NUM_EVALUATIONS = 20
 _WARMUP = 0.1
 # Standard deviation of the noise on captions' embeddings, as a share of their length. Noise of the
@@ -157,6 +159,12 @@ class _Captions:
         shuffled = torch.randperm(len(is_held), generator=self._generator)
         self._rows = shuffled[~is_held[shuffled]]
         self.fitted = self._read(self._rows[:_MAX_CAPTIONS_FITTED])
+        if len(self.fitted[0]) < _FEWEST:
+            raise ValueError(
+                f"{teacher.folder}: the teacher reads {counted(len(self.fitted[0]), 'caption')} of "
+                f"{len(self._rows):,} to train on to the end, so that there is nothing to inherit. "
+                "Give shorter captions, too."
+            )
         held_rows = shuffled[is_held[shuffled]]
         num_held = int(teacher.read(held_rows.numpy()).any(dim=1).sum())
         self.num_trained = teacher.manifest.num_rows - self.num_too_long - num_held

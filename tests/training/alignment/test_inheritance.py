@@ -241,6 +241,16 @@ def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
     for name, source in stores.items():
         extract(source, long, tmp_path / name, EXTRACTED, modality="text")
     refuse("every caption is longer than", **{name: tmp_path / name for name in stores})
+    few = [inheriting.records[0], *long[1:]]
+    captions, teacher = (
+        extract(source, few, tmp_path / f"few-{name}", EXTRACTED, modality="text")
+        for name, source in stores.items()
+    )
+    with pytest.raises(ValueError, match="nothing to inherit"):
+        align(
+            inheriting.model, few, tmp_path / "few", AlignConfig(**STAGE), caption_store=captions,
+            image_store=inheriting.images, inherit_from=teacher,
+        )  # fmt: skip
     # Of other models the captions' store is made by the same LLM.
     plain = build(inheriting.clip, tmp_path / "plain", keep_projection=False, projection_dim=16)
     refuse("--keep-projection", model=plain)
