@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from markdown_tables import draw_table, percent
+from markdown_tables import draw_table, find_standard_error, percent, percent_with_error
 
 
 def _render_forgetting(report: dict[str, Any]) -> str:
@@ -106,8 +106,9 @@ def _show_effect(values: list[float], others: list[float]) -> str:
         return percent(fmean(values))
     # A run that was interrupted has fewer of the last losses.
     gains = [100 * (value - other) for value, other in zip(values, others, strict=False)]
-    error = f" ± {stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
-    return f"{percent(fmean(values))} ({fmean(gains):+.1f}{error})"
+    error = find_standard_error(gains)
+    shown = "" if error is None else f" ± {error:.1f}"
+    return f"{percent(fmean(values))} ({fmean(gains):+.1f}{shown})"
 
 
 def _render_languages(report: dict[str, Any]) -> str:
@@ -147,10 +148,7 @@ def _render_languages(report: dict[str, Any]) -> str:
 
 
 def _show_mean(values: list[float]) -> str:
-    """Show a mean with its standard error, which a single value does not have."""
-    if len(values) == 1:
-        return percent(values[0])
-    return f"{100 * fmean(values):.1f} ± {100 * stdev(values) / len(values) ** 0.5:.1f} %"
+    return percent_with_error(fmean(values), find_standard_error(values))
 
 
 _IDEAS = {

@@ -30,11 +30,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+from markdown_tables import find_standard_error
 from provenance import describe_run
 from torch import Tensor
 
@@ -232,7 +233,7 @@ def summarize(splits: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 def describe(values: list[float]) -> dict[str, Any]:
     """Mean, standard error of the mean (None of one value), and the values."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    error = find_standard_error(values)
     return {"mean": mean(values), "standard_error": error, "by_split": values}
 
 

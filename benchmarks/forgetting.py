@@ -28,6 +28,7 @@ import torch
 from provenance import describe_run
 from torch import Tensor
 from tqdm import tqdm
+from training_set_size import build_untrained
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -40,7 +41,6 @@ from modeling_llm2clip import (
     BuildConfig,
     EvaluationConfig,
     align,
-    build_model,
     evaluate,
     extract,
     load_images,
@@ -49,12 +49,10 @@ from modeling_llm2clip import (
 from modeling_llm2clip.building.pretrained_towers import (
     EFFICIENTNET,
     MINILM,
-    fetch_embedded,
     fetch_tower,
 )
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import InterpolateConfig
-from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.heads_llm2clip import contrastive_loss
 from modeling_llm2clip.training.alignment.interpolate import interpolate
 
@@ -227,8 +225,8 @@ def prepare_pixels(image_processor: Any, images: Sequence[Any]) -> Tensor:
 def prepare(work: Path) -> None:
     """Build the model that is aligned, and extract what no run changes."""
     if not (work / "kept").exists():
-        towers = fetch_embedded(str(work / "clip"), EMBEDDED, BuildConfig(keep_projection=True))
-        build_model(towers[0], towers[1], work / "kept", towers[2])
+        clip = str(work / "clip")
+        build_untrained(work / "kept", BuildConfig(keep_projection=True), vision=clip)
     records = load_records(work / "aligned")
     extract(work / "kept", records, work / "captions", modality="text")
     extract(work / "kept", records, work / "images", modality="image")

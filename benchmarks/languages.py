@@ -31,11 +31,10 @@ import torch
 import torch.nn.functional as F
 from provenance import describe_run
 from torch import Tensor
-from training_set_size import read_first, score, train
+from training_set_size import build_untrained, read_first, score, train
 
-from modeling_llm2clip import AlignConfig, BuildConfig, EmbeddingStore, build_model, extract
+from modeling_llm2clip import AlignConfig, BuildConfig, EmbeddingStore, extract
 from modeling_llm2clip.building.choose_layer import choose_layer
-from modeling_llm2clip.building.pretrained_towers import fetch_embedded
 from modeling_llm2clip.configs.build_config import EMBEDDED, ChooseLayerConfig
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
@@ -91,8 +90,7 @@ def main() -> None:
     for name, (text, build) in towers.items():
         model = arguments.work / to_file_name(name)
         if not model.exists():
-            vision, text, build = fetch_embedded(EMBEDDED, text, build)
-            build_model(vision, text, model, build)
+            build_untrained(model, build, text=text)
         stores = emoji.extract(model, arguments.work)
         for split in range(arguments.num_splits):
             with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import stdev
 
 
 def draw_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -23,3 +24,22 @@ def percent(share: float) -> str:
         share: From 0 to 1.
     """
     return f"{100 * share:.1f} %"
+
+
+def percent_with_error(mean: float, error: float | None) -> str:
+    """Write a mean with its standard error, which a single value does not have.
+
+    Args:
+        mean: From 0 to 1.
+        error: In the same unit; None for a single value.
+    """
+    return percent(mean) if error is None else f"{100 * mean:.1f} ± {100 * error:.1f} %"
+
+
+def find_standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of a mean, or None for a single value.
+
+    Args:
+        values: What the mean is of.
+    """
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from effect_tables import EFFECT_TABLES
-from markdown_tables import draw_table, percent
+from markdown_tables import draw_table, percent, percent_with_error
 from product_tables import PRODUCT_TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,11 +210,7 @@ def _count_splits(number: int) -> str:
 
 
 def _percent_with_error(found: dict[str, Any]) -> str:
-    """Show a mean over splits with its standard error, which a single split does not have."""
-    error = found["standard_error"]
-    if error is None:
-        return percent(found["mean"])
-    return f"{100 * found['mean']:.1f} ± {100 * error:.1f} %"
+    return percent_with_error(found["mean"], found["standard_error"])
 
 
 def _render_existing_model(report: dict[str, Any]) -> str:

@@ -24,17 +24,16 @@ from typing import Any
 
 import torch
 from provenance import describe_run
-from training_set_size import read_first, score, split_things, train
+from training_set_size import build_untrained, read_first, score, split_things, train
 
 from modeling_llm2clip import (
     AlignConfig,
     BuildConfig,
     EmbeddingStore,
-    build_model,
     extract,
     load_records,
 )
-from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_embedded, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
 from modeling_llm2clip.configs.build_config import EMBEDDED, OWN_PROMPT
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -101,8 +100,7 @@ def main() -> None:
 def build_tower(name: str, model: Path) -> None:
     """Build the model of a text tower on the demo's vision tower."""
     text = str(fetch_tower(SMOLLM2)) if name in UNTUNED else EMBEDDED
-    vision, text, config = fetch_embedded(EMBEDDED, text, TOWERS[name])
-    build_model(vision, text, model, config)
+    build_untrained(model, TOWERS[name], text=text)
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,12 @@ def main() -> None:
                 arguments.output.write_text(f"{record}\n", "utf-8")
 
 
-def build_untrained(folder: Path, config: BuildConfig) -> None:
-    """Build a model on the demo's towers."""
-    vision, text, config = fetch_embedded(EMBEDDED, EMBEDDED, config)
-    build_model(vision, text, folder, config)
+def build_untrained(
+    folder: Path, config: BuildConfig, *, vision: str = EMBEDDED, text: str = EMBEDDED
+) -> None:
+    """Build a model, by default of the demo's towers."""
+    vision_model, text_model, config = fetch_embedded(vision, text, config)
+    build_model(vision_model, text_model, folder, config)
 
 
 def make_record(measured: dict[str, Any]) -> dict[str, Any]:
