@@ -114,25 +114,21 @@ def _show_effect(values: list[float], others: list[float]) -> str:
 def _render_languages(report: dict[str, Any]) -> str:
     columns: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        name = ", ".join(run[part] for part in ("tower", "setting") if part in run)
-        columns.setdefault(name, []).append(run)
+        columns.setdefault(run["tower"], []).append(run)
     heads = ("language", *columns)
     rows = [
         [lang, *(percent(fmean(run["languages"][lang]["t2i_r1"] for run in runs))
                  for runs in columns.values())]
         for lang in report["languages"]
     ]  # fmt: skip
-    rows.append(
-        ["mean but for English",
-         *(_show_mean([run["mean_of_others"]["t2i_r1"] for run in runs])
-           for runs in columns.values())]
-    )  # fmt: skip
-    if "centered" in report["runs"][0]:  # texts moved to the mean of the English ones
-        rows.append(
-            ["the same, each language centered",
-             *(_show_mean([run["centered_mean_of_others"]["t2i_r1"] for run in runs])
-               for runs in columns.values())]
-        )  # fmt: skip
+    means = {
+        "mean but for English": "mean_of_others",
+        "the same, each language centered": "centered_mean_of_others",
+    }
+    rows += [
+        [shown, *(_show_mean([run[name]["t2i_r1"] for run in runs]) for runs in columns.values())]
+        for shown, name in means.items()
+    ]
     layers = ", ".join(
         f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
     )
