@@ -182,7 +182,8 @@ def _render_finetuning_ideas(report: dict[str, Any]) -> str:
             f"{parts}, of which the first is the one held out.\n"
         )
     missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
-    hardware = " and ".join(dict.fromkeys(found["hardware"] for found in ideas.values()))
+    runs = (f"{found['hardware']}; commit {found['commit']}" for found in ideas.values())
+    hardware = " and ".join(dict.fromkeys(runs))
     tables.append(
         f"{report['data']}. Trainings: {report['steps']} steps of {report['batch_size']} pairs. "
         f"{f'Not run yet: {missing}. ' if missing else ''}{hardware}.\n"

@@ -220,8 +220,9 @@ def configure_model(
     for those that their configurations state.
     """
     max_text_length = config.max_text_length or DEFAULT_TEXT_LENGTH
-    bidirectional = config.bidirectional
-    pooling: str = config.text_pooling
+    bidirectional = config.bidirectional is not False
+    pooling: str = config.text_pooling or "mean"
+    num_blocks = 4 if config.text_adapter_layers is None else config.text_adapter_layers
     dense_width = None
     projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
     if embedder is None:
@@ -260,7 +261,7 @@ def configure_model(
         normalize_text_before_adapter=(
             config.normalize_text_before_adapter and not config.keep_embeddings
         ),
-        text_adapter_layers=None if config.keep_embeddings else config.text_adapter_layers,
+        text_adapter_layers=None if config.keep_embeddings else num_blocks,
         vision_pooling=config.vision_pooling,
         visual_projection_bias=config.visual_projection_bias,
     )

@@ -130,7 +130,7 @@ def choose_layer(
     )
     model = LLM2CLIPTextModel(model_config, text_model)
     model.eval()  # type: ignore[no-untyped-call]
-    require_direction(text_model, bidirectional=config.bidirectional)
+    require_direction(text_model, bidirectional=model_config.bidirectional)
     model.to(find_device(config.device))  # type: ignore[arg-type]
     processor = LLM2CLIPProcessor(CLIPImageProcessor(), tokenizer, model_config.max_text_length)
     texts = [pair[side] for of_one in pairs.values() for side in (0, 1) for pair in of_one.values()]

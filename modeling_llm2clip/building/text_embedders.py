@@ -122,7 +122,11 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
         )
     prompt = _choose_prompt(encoder, config, source)
     own_length = encoder.max_seq_length or DEFAULT_TEXT_LENGTH
-    encoder.max_seq_length = min(config.max_text_length or own_length, own_length)
+    if (length := config.max_text_length or own_length) > own_length:
+        raise ValueError(
+            f"max_text_length={length}, but {source} reads {own_length} tokens. Leave it out."
+        )
+    encoder.max_seq_length = length
     dim = config.truncate_dim or encoder.truncate_dim
     embeds = encoder.encode(
         list(_TEXTS), prompt=prompt, truncate_dim=dim, convert_to_tensor=True,

@@ -63,7 +63,8 @@ def finetune_llm(
     from ..training.finetuning.finetune_llm import finetune_llm as run
 
     records = read_captioned_images(data, reading, require_images=False)
-    folder = run(model, records, output, config, resume=resume)
+    name = Path(data).resolve().name
+    folder = run(model, records, output, config, data_name=name, resume=resume)
     if PartialState().is_main_process:
         print("\n".join(describe_finetuning(output)))
         if config.merge:

@@ -8,24 +8,12 @@ from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import EncodingConfig
 from .command import command
-from .options import (
-    report,
-    report_truncated,
-    require_model,
-    use_device,
-    use_image_limits,
-)
+from .options import report, report_truncated, require_model, use_device, use_image_limits
 
 
 @command(group="Use", examples=("llm2clip score aligned/model pairs.jsonl scores.csv",))
 def score(
-    model: str,
-    pairs: Path,
-    output: Path,
-    /,
-    *,
-    limits: ImageLimitsConfig,
-    config: EncodingConfig,
+    model: str, pairs: Path, output: Path, /, *, limits: ImageLimitsConfig, config: EncodingConfig
 ) -> int:
     """Scores how well texts describe images, pair by pair, and writes CSV.
 

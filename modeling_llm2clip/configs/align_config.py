@@ -31,6 +31,14 @@ class ChoiceConfig(DeviceConfig):
             yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
 
 
+# Options of one way of training, and of no use in others.
+_OF_WAYS = {
+    "vision_training=full": {"vision_learning_rate"},
+    "vision_training=lora": {"vision_lora_rank", "vision_lora_alpha"},
+    "text_training=lora": {"lora_rank", "lora_alpha"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(TrainingConfig, ChoiceConfig):
     """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
@@ -104,7 +112,8 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     eval_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between evaluations on the held-out images. Default: a twentieth of the run."""
     early_stopping_patience: Annotated[int, Interval(ge=0)] = 6
-    """Stop after this many consecutive evaluations without a lower held-out loss; 0 for never."""
+    """Stop after this many consecutive evaluations without a better score, as `choose_by` says; 0
+    for never."""
     loss_chunk_size: Annotated[int, Interval(ge=1)] | None = None
     """Rows of the logits computed at a time. Default: all at once."""
     lora_rank: Annotated[int, Interval(ge=1)] = 16
@@ -142,6 +151,10 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
                 "distillation_weight keeps a trained vision tower near its frozen self, and "
                 "vision_training=frozen trains none. Choose vision_training=lora or full."
             )
+        ways = (f"vision_training={self.vision_training}", f"text_training={self.text_training}")
+        for way, names in _OF_WAYS.items():
+            if way not in ways and (given := sorted(names.intersection(self.list_given()))):
+                yield f"Only {way} uses {', '.join(given)}, and this is {' and '.join(ways)}."
         if self.zero_shot and not self.held_out_ratio:
             yield "zero_shot is measured with held-out images, and held_out_ratio=0 has none."
         if self.refit and not self.held_out_ratio:

@@ -58,10 +58,12 @@ class TextTowerConfig(DeviceConfig):
     """Text after every caption, instead of `prompt`. Default: none."""
     max_text_length: Annotated[int, Interval(ge=1)] | None = None
     """Maximum number of tokens of a text, prompt included. Default: 512, or an embedder's own."""
-    bidirectional: bool = True
-    """Let every token attend to every other token; False keeps the LLM causal, as a baseline."""
-    text_pooling: TextPooling = "mean"
-    """Embedding of a text: the mean of its tokens, or its last token."""
+    bidirectional: bool | None = None
+    """Let every token attend to every other token; False keeps the LLM causal, as a baseline.
+    Default: yes, or as an embedder does."""
+    text_pooling: TextPooling | None = None
+    """Embedding of a text: the mean of its tokens, or its last token. Default: mean, or an
+    embedder's own."""
     tokenizer_code: str | None = None
     """Commit of the LLM's Hub repository whose tokenizer code may run. Default: none runs."""
     dtype: WeightDtype = "float32"
@@ -107,8 +109,8 @@ class BuildConfig(TextTowerConfig):
     vision_pooling: VisionPooling = "pooler"
     """Embedding of an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
     registers included), or the mean of the patches."""
-    text_adapter_layers: Annotated[int, Interval(ge=0)] = 4
-    """Residual blocks of the text adapter."""
+    text_adapter_layers: Annotated[int, Interval(ge=0)] | None = None
+    """Residual blocks of the text adapter. Default: 4."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     visual_projection_bias: bool = True

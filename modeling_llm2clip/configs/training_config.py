@@ -41,5 +41,6 @@ class TrainingConfig(DeviceConfig):
     """Seed of all random numbers."""
 
     def _find_conflicts(self) -> Iterator[str]:
+        yield from super()._find_conflicts()
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             yield f"warmup_steps={self.warmup_steps} must be a share below 1 or an integer."

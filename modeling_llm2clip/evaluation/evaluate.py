@@ -25,13 +25,7 @@ from .encoders.encoder import EncoderDescription, OnceEncoder
 from .metrics.ranking import ranking_memory
 from .plots import plot_confusion
 from .report import EvaluationResults
-from .results import (
-    Result,
-    build_protocol,
-    find_finished,
-    find_result_file,
-    write_result,
-)
+from .results import Result, build_protocol, find_finished, find_result_file, write_result
 from .tasks.task import Datasets, Task
 from .tasks.task_registry import DEFAULT_TASKS, find_task
 

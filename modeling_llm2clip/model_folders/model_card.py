@@ -148,6 +148,13 @@ def read_card_data(folder: Path) -> CardData:
     )
 
 
+def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData:
+    """Read what a card states that still holds when the weights are trained on some more data."""
+    stated = read_card_data(folder)
+    data = dict.fromkeys((*stated.training_data, *training_data))
+    return replace(stated, results=(), caution=None, training_data=tuple(data))
+
+
 def update_card_data(
     card: CardData, config: CardConfig, *, results: Sequence[CardResult] | None = None
 ) -> CardData:

@@ -32,7 +32,7 @@ from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVision
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
 from .golden_embeddings import compare_golden, require_golden, write_golden
-from .model_card import CardData, CardResult, read_card_data, write_model_card
+from .model_card import CardData, CardResult, read_card_data, read_card_of_trained, write_model_card
 from .model_folder import (
     RECORD_BEFORE_TRAINING,
     RECORD_FILE,
@@ -170,9 +170,7 @@ def save_trained_model(
     }
     model.config.text_adapter_trained = text_adapter_trained
     model.config.projections_trained = projections_trained
-    stated = read_card_data(source)
-    data = dict.fromkeys((*stated.training_data, *training_data))
-    card = replace(stated, results=(), caution=None, training_data=tuple(data))
+    card = read_card_of_trained(source, training_data)
 
     def measure_and_state(unfinished: Path) -> None:
         if measure is not None:

@@ -172,9 +172,14 @@ def _identify_source(source: str | Path | None) -> str | None:
     """Hash the files of a local tower or LoRA but its card; None for one of the Hub."""
     if source is None or not Path(source).exists():
         return None
-    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).iterdir())
-    kept = [f for f in files if f.is_file() and f.suffix != ".md" and not f.name.startswith(".")]
-    return hash_json([[file.name, _hash_sample(file)] for file in kept])
+    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*"))
+    named = [(file.relative_to(source).parts, file) for file in files if file.is_file()]
+    kept = [
+        [*parts, _hash_sample(file)]
+        for parts, file in named
+        if file.suffix != ".md" and not any(part.startswith(".") for part in parts)
+    ]
+    return hash_json(kept)
 
 
 def _hash_sample(file: Path) -> str:
@@ -222,7 +227,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     if finetune is not None:
         yield lambda: choose_reports(finetune.report_to)
         if not is_complete(paths.fine_tuned / "model"):
-            yield lambda: check_finetuning(train, finetune)
+            yield lambda: check_finetuning(train, paths.fine_tuned, finetune)
     captions, images = uses_stores(config)
     yield lambda: align.require_stores(captions or None, images or None, config.inherit or None)
     yield lambda: build_loss(align)
@@ -304,10 +309,12 @@ class _Recipe:
             return model
         folder = run / "model"
         if not is_complete(folder):
-            resume = (run / RUN_FILE).is_file()
             folder = finetune_llm(
-                model, self.train, run, config, resume=resume, callbacks=self.callbacks
-            )
+                model, self.train, run, config,
+                data_name=_name_data(self.config.data),
+                resume=(run / RUN_FILE).is_file(),
+                callbacks=self.callbacks,
+            )  # fmt: skip
             self._say_lines(describe_finetuning, run)
         return folder
 
@@ -362,7 +369,7 @@ class _Recipe:
     def _evaluate(self, model: Path) -> None:
         data = list_eval_data(self.config, self.test)
         if self.is_main_process and data:
-            evaluated = EvaluatedModel(source=str(model), name=self.config.output.resolve().name)
+            evaluated = EvaluatedModel(source=str(model), name="model")
             config = replace(self.config.evaluate, output=self.paths.evaluation)
             self.say(str(evaluate(evaluated, data, config, tasks=self.config.eval_tasks)))
             add_card_results(model, list_result_files(config.output))

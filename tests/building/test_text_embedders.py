@@ -108,6 +108,10 @@ def test_texts_get_embeddings_that_are_kept_bit_for_bit(
     assert torch.equal(found, F.normalize(unprojected, dim=-1))
     assert measure_distance(found, F.normalize(encode_with_library(source), dim=-1)) < ROUNDING
     assert find_untrained_parts(model.config) == ("projections",)
+    records, run = load_records(write_color_data(tmp_path / "data", count=30)), tmp_path / "run"
+    online = AlignConfig(text_training="frozen-online", device="cpu")
+    with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
+        align(folder, records, run, online)
 
 
 def test_what_does_not_go_with_kept_embeddings_is_refused() -> None:
@@ -243,6 +247,8 @@ def test_an_embedder_keeps_its_length_and_is_the_same_in_every_build(tmp_path: P
     config = BuildConfig(prompt="own", **TINY)
     models = [join_towers(tiny_vision(), source, config)[0] for _ in range(2)]
     assert [model.config.max_text_length for model in models] == [600, 600]
+    with pytest.raises(ValueError, match=r"max_text_length=601, but .* reads 600 tokens"):
+        join_towers(tiny_vision(), source, replace(config, max_text_length=601))
     first, second = (model.text_model.state_dict() for model in models)
     assert all(torch.equal(first[name], value) for name, value in second.items())
     with pytest.raises(ValueError, match="must get directions alone"):
@@ -302,6 +308,8 @@ def test_a_network_that_gives_other_embeddings_than_the_library_is_refused(
 def test_options_that_would_change_an_embedder_are_refused() -> None:
     with pytest.raises(ValueError, match="Leave out bidirectional, text_pooling"):
         BuildConfig(prompt="own", bidirectional=False, text_pooling="last_token")
+    with pytest.raises(ValueError, match="Leave out bidirectional, text_pooling"):
+        BuildConfig(prompt="own", bidirectional=True, text_pooling="mean")  # as of other LLMs
     with pytest.raises(ValueError, match="are two prompts"):
         BuildConfig(prompt="own", prompt_name="query", prompt_prefix="query: ")
     with pytest.raises(ValueError, match=r"Only a sentence-transformers model .* truncate_dim"):

@@ -99,7 +99,7 @@ def test_the_card_of_the_model_has_its_scores_beside_those_of_the_alignment(done
 def test_it_reports_the_plan_the_scores_and_where_everything_is(done: Done) -> None:
     assert done.reported[0].startswith("27 images to train on, 3 to evaluate on.")
     scores = next(text for text in done.reported if "text to image R@1" in text)
-    assert "run " in scores and "chance" in scores
+    assert "model " in scores and "chance" in scores
     shown = dict(line.split(maxsplit=1) for line in done.reported[-1].splitlines())
     assert set(shown) == {"model", "results", "fine-tuned", "captions", "images", "aligned"}
     assert all(Path(path).is_dir() for path in shown.values())
@@ -116,6 +116,11 @@ def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) 
     assert {path: path.stat().st_mtime_ns for path in times} == times
     # The plan, the scores, the paths: no stage said that it wrote something.
     assert len(again.reported) == 3 and "text to image R@1" in again.text
+
+
+def test_a_finished_run_may_move(copied: TrainConfig) -> None:
+    moved = copied.output.rename(copied.output.with_name("moved"))
+    assert "text to image R@1" in run(replace(copied, output=moved)).text
 
 
 def change_section(config: TrainConfig, section: str, **options: Any) -> TrainConfig:
@@ -223,9 +228,16 @@ def test_towers_that_were_replaced_are_refused(
     with pytest.raises(RuntimeError, match="stopped"):
         train(config, report=lambda _: None)
     (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
     save_file(
         {name: value + 0.1 for name, value in load_file(file).items()}, file, {"format": "pt"}
     )
+    with pytest.raises(ValueError, match=r"another run: towers\.(vision|text)_model"):
+        train(config, report=lambda _: None)
+    file.write_bytes(content)
+    # As of an embedder, whose pooling is there.
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(" " * 64, "utf-8")
     with pytest.raises(ValueError, match=r"another run: towers\.(vision|text)_model"):
         train(config, report=lambda _: None)
 

@@ -24,13 +24,7 @@ from ...data.remote.remote_files import is_remote
 from . import choice_dataset, classification_dataset
 from .catalog import caption_readers, custom_folder
 from .catalog.caption_readers import JsonCaptions, ParquetCaptions
-from .dataset_spec import (
-    DatasetReading,
-    DatasetSpec,
-    DatasetType,
-    EvaluationDataset,
-    ReadingCache,
-)
+from .dataset_spec import DatasetReading, DatasetSpec, DatasetType, EvaluationDataset, ReadingCache
 from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
 
 DatasetSource: TypeAlias = str | Path | DatasetSpec | Sequence[CaptionedImage]

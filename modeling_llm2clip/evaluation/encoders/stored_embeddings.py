@@ -35,10 +35,7 @@ from ...model_folders.fingerprint import (
     fingerprint_weights,
 )
 from ...model_folders.model_folder import find_model_folder
-from ...model_folders.model_loading import (
-    load_partial_model,
-    warn_of_untrained,
-)
+from ...model_folders.model_loading import load_partial_model, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
 from .encoder import EncodedTexts, Encoder, EncoderDescription, choose_dtype, describe_untrained
 
@@ -197,10 +194,7 @@ def _open_named(file: Path) -> _Side:
         read=lambda rows: found.embeddings[rows].float(),
         width=found.embeddings.shape[1],
         dtype=str(found.embeddings.dtype).removeprefix("torch."),
-        made_by={
-            **fingerprint_weights([file]),
-            "names": hash_json(found.names),
-        },
+        made_by={**fingerprint_weights([file]), "names": hash_json(found.names)},
     )
 
 

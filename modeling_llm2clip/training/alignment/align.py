@@ -31,12 +31,7 @@ from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card import CardResult
-from ...model_folders.model_writing import (
-    Source,
-    open_source,
-    require_intact,
-    save_trained_model,
-)
+from ...model_folders.model_writing import Source, open_source, require_intact, save_trained_model
 from ...model_folders.weights import open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
@@ -52,12 +47,7 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..trainer_mixins import (
-    computes_in_bfloat16,
-    count_warmup_steps,
-    is_sharded,
-    raise_if_stopped,
-)
+from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps, is_sharded, raise_if_stopped
 from .align_checks import (
     check_align,
     check_batch,
@@ -67,17 +57,8 @@ from .align_checks import (
     require_same_space,
 )
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
-from .alignment_model import (
-    LOSS,
-    TOWERS,
-    AlignmentModel,
-    merge_loras,
-)
-from .alignment_report import (
-    make_card_results,
-    make_caution,
-    note_held_out,
-)
+from .alignment_model import LOSS, TOWERS, AlignmentModel, merge_loras
+from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_trainer import (
     AlignmentTrainer,
     RunLength,
@@ -85,11 +66,7 @@ from .alignment_trainer import (
     count_steps,
     make_training_arguments,
 )
-from .best_weights import (
-    BEST_FILE,
-    BestWeightsCallback,
-    copy_trained,
-)
+from .best_weights import BEST_FILE, BestWeightsCallback, copy_trained
 from .held_out import embed_batches
 from .image_summary import write_image_summary
 from .inheritance import inherit, save_inherited
@@ -236,6 +213,13 @@ def _require_fitting(
         raise ValueError(
             "lock_text keeps the text projection as it is, and that of this model is random. Align "
             "the model without it first, or build it on an embedder with keep_embeddings."
+        )
+    if of_model.text_adapter_layers is None and not (
+        of_model.projections_trained or config.lock_text
+    ):
+        raise ValueError(
+            "The model keeps an embedder's own embeddings (build --keep-embeddings), and this "
+            "alignment would change them. Give lock_text=True."
         )
     return {"text": text, "vision": vision, "all": fingerprint_model(folder)}
 

@@ -34,24 +34,9 @@ from ..trainer_mixins import (
     raise_if_stopped,
     show_progress,
 )
-from .alignment_model import (
-    LOSS,
-    AlignmentModel,
-    choose_trained_parts,
-    freeze_unused,
-    merge_loras,
-)
-from .alignment_trainer import (
-    AlignmentTrainer,
-    RunLength,
-    make_training_arguments,
-)
-from .best_weights import (
-    BestWeightsCallback,
-    TrainingObjective,
-    copy_trained,
-    set_between,
-)
+from .alignment_model import LOSS, AlignmentModel, choose_trained_parts, freeze_unused, merge_loras
+from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
+from .best_weights import BestWeightsCallback, TrainingObjective, copy_trained, set_between
 from .projection_init import ProjectionInit, repeat_init
 from .run_data import RecordData, RunData
 from .zero_shot import ZeroShotImages

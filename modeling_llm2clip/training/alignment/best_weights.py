@@ -124,7 +124,10 @@ class BestWeightsCallback(TrainerCallback):
     def read_earlier(self, step: int) -> None:
         """Read what an earlier part of this run kept, and whether the run stopped early."""
         if not self.file.is_file():
-            return
+            raise ValueError(
+                f"{self.file} is missing, and with it the best weights so far. Restore it, or "
+                "train anew in another folder."
+            )
         with safe_open(self.file, framework="pt") as file:
             entry = json.loads(file.metadata()[_METADATA])
         self.before = HeldOutScores(**entry["before"])

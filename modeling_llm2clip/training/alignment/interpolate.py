@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._suggestions import counted
-from ...configs.align_config import InterpolateConfig
+from ...configs.align_config import AlignConfig, InterpolateConfig
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
@@ -31,6 +31,7 @@ from ...model_folders.training_images import TRAINING_IMAGES_FILE
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.processes import choose_device
 from ..losses.contrastive import ContrastiveLoss
+from .align_checks import check_data
 from .alignment_data import AlignmentDataset
 from .alignment_fit import name_as_saved
 from .alignment_model import AlignmentModel
@@ -111,6 +112,7 @@ def interpolate(
         caption_store = EmbeddingStore.open(caption_store)
     of_images = _require_same_parts(first, last, caption_store)
     records, processor = RecordTable.from_records(data), LLM2CLIPProcessor.from_pretrained(last)
+    check_data(records, AlignConfig())
     dataset = AlignmentDataset(records, processor, caption_store=caption_store)
     held_out = HeldOutImages(dataset, np.arange(len(records)))
     zero_shot = None if labeled is None else ZeroShotImages(labeled, last, processor)
@@ -144,6 +146,7 @@ def interpolate(
         weights,
         output,
         text_adapter_trained=model.config.text_adapter_trained,
+        projections_trained=model.config.projections_trained,
         measure=measure,
     )
     return Interpolation(scores, chosen)

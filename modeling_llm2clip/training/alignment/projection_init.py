@@ -106,12 +106,13 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
     if wanted == "auto":
         has_bias = model.visual_projection.bias is not None
         is_possible = data.is_stored and has_bias and not config.lock_text
-        wanted = "cca" if is_possible and not (trained and held_out is None) else "model"
+        is_wanted = not trained or held_out is not None or config.max_steps == 0
+        wanted = "cca" if is_possible and is_wanted else "model"
     if wanted == "model":
-        if config.max_steps == 0 and not trained:
+        if config.max_steps == 0:
             raise ValueError(
-                "max_steps=0 writes the closed form, and this model's random projections cannot "
-                "have it: it needs a bias in the image projection. Build the model with "
+                "max_steps=0 writes the closed form, and this model's projections cannot have it: "
+                "it needs a bias in the image projection. Build the model with "
                 "visual_projection_bias=True, or train it; to one with the image projection of "
                 "its CLIP (keep_projection) give inherit_from."
             )

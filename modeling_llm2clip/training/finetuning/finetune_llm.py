@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +35,7 @@ from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.golden_embeddings import compare_golden, require_golden
-from ...model_folders.model_card import read_card_data
+from ...model_folders.model_card import read_card_of_trained
 from ...model_folders.model_folder import LORA_WEIGHTS
 from ...model_folders.model_writing import (
     Source,
@@ -105,6 +104,7 @@ def finetune_llm(
     output: str | Path,
     config: FinetuneConfig | None = None,
     *,
+    data_name: str | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
@@ -119,6 +119,7 @@ def finetune_llm(
         data: Records with at least two captions per image; the images are not read.
         output: Folder of the run: new, or that of the same run with `resume`.
         config: Options; None for the defaults.
+        data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`.
         callbacks: Callbacks of transformers' Trainer.
 
@@ -180,15 +181,17 @@ def finetune_llm(
             del model, encoder  # the merged one takes its place in memory
         state = PartialState()
         if config.merge and state.is_main_process:
-            _write_merged(found.folder, output, prepared.held_out, device)
+            _write_merged(found.folder, output, prepared.held_out, device, data_name)
         state.wait_for_everyone()
     return model_folder if config.merge else output / LORA_FOLDER
 
 
-def check_finetuning(records: Sequence[CaptionedImage], config: FinetuneConfig) -> None:
+def check_finetuning(
+    records: Sequence[CaptionedImage], output: Path, config: FinetuneConfig
+) -> None:
     """Refuse options and data that `finetune_llm` would refuse, without a model."""
-    with TemporaryDirectory() as scratch:
-        _prepare(RecordTable.from_records(records), config, Path(scratch))
+    with _open_scratch(output) as scratch:
+        _prepare(RecordTable.from_records(records), config, scratch)
 
 
 def describe_finetuning(output: Path) -> list[str]:
@@ -377,7 +380,11 @@ def _find_nearest(
 
 
 def _write_merged(
-    source: Path, output: Path, held_out: Sequence[CaptionGroup], device: torch.device
+    source: Path,
+    output: Path,
+    held_out: Sequence[CaptionGroup],
+    device: torch.device,
+    data_name: str | None,
 ) -> None:
     """Write the model with the LoRA added to the weights of its LLM, and measure what is written.
 
@@ -406,7 +413,7 @@ def _write_merged(
         processor,
         output / MODEL_FOLDER,
         instructions=read_instructions(source),
-        card=replace(read_card_data(source), results=()),  # measured with other weights
+        card=read_card_of_trained(source, [] if data_name is None else [data_name]),
         files=find_carried_files(source, trained_since=True),
         verify=measure,
     )

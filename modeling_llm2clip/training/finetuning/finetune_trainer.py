@@ -256,6 +256,10 @@ class FinetuneTrainer(
         require_finite(self.encoder.trained_weights, step=self.state.global_step)
         super()._save_checkpoint(model, trial)
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.should_save:  # every process is asked, and one writes
+            super()._save(*args, **kwargs)
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.encoder.load_lora(Path(checkpoint_path))
 

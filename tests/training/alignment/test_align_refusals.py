@@ -52,6 +52,23 @@ def test_impossible_options_are_all_named(changed: dict[str, Any], message: str)
         AlignConfig(**changed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"choose_by": "zero_shot"}, "choose_by=zero_shot needs labeled images"),
+        (
+            {"vision_learning_rate": 1e-6, "vision_training": "lora", "lora_rank": 2},
+            "Only vision_training=full uses vision_learning_rate, .* vision_training=lora.*"
+            "Only text_training=lora uses lora_rank, .* text_training=stored",
+        ),
+        ({"vision_lora_rank": 2, "vision_training": "full"}, "uses vision_lora_rank"),
+    ],
+)
+def test_options_without_effect_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlignConfig(**changed)
+
+
 def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None:
     """Call align with something wrong; no tower may be loaded before it says so."""
     changed = {k: given.pop(k) for k in list(given) if k in AlignConfig.__dataclass_fields__}

@@ -28,6 +28,7 @@ from killed_writers import leave_unfinished
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.training.alignment.best_weights import BEST_FILE
 from modeling_llm2clip.training.run_folder import discard_later_steps, write_run_record
 
 pytestmark = pytest.mark.slow
@@ -205,3 +206,12 @@ def test_a_run_that_stopped_early_and_was_killed_before_its_model_takes_no_furth
     assert killed.results["steps"] == whole.results["steps"] < 100
     # Bit for bit.
     assert not names_that_differ(killed.model, whole.model)
+
+
+def test_a_run_that_lost_its_best_weights_is_not_continued(tmp_path: Path) -> None:
+    few = prepare(tmp_path / "few", num_colored=60, trained=False)
+    run = few.align_stored(tmp_path / "run", max_steps=4)
+    shutil.rmtree(run.model)
+    (run.output / BEST_FILE).unlink()
+    with pytest.raises(ValueError, match=r"best\.safetensors is missing.*anew in another folder"):
+        few.align_stored(tmp_path / "run", resume=True, max_steps=4)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from aligning import Prepared, Run, prepare
 from labeled_colors import write_classes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import InterpolateConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
@@ -112,6 +113,22 @@ def test_random_projections_are_not_on_the_way(tmp_path: Path) -> None:
     of_heads = [name for name in last if not name.startswith(("vision_model.", "text_model."))]
     assert of_heads and all(torch.equal(between[name], last[name]) for name in of_heads)
     assert isinstance(found, Interpolation)
+
+
+def test_two_untrained_models_give_an_untrained_one(tmp_path: Path) -> None:
+    one, other = (prepare(tmp_path / name, num_colored=20, trained=False) for name in ("a", "b"))
+    weights = weights_of(other.model)
+    weights[next(name for name in weights if name.startswith("vision_model."))] += 1
+    save_file(weights, other.model / "model.safetensors", {"format": "pt"})
+    (other.model / "golden_embeddings.safetensors").unlink()
+    interpolate(one.model, other.model, one.records, tmp_path / "model", CPU)
+    config = LLM2CLIPConfig.from_pretrained(tmp_path / "model")
+    assert not config.projections_trained
+
+
+def test_one_image_chooses_nothing(colored: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no image has a negative"):
+        interpolate(colored.model, colored.model, colored.records[:1], tmp_path / "model", CPU)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from aligning import Prepared, prepare
+from aligning import Prepared, names_that_differ, prepare
 
 
 @pytest.fixture(scope="module", params=[100, 800])
@@ -50,3 +50,14 @@ def test_auto_keeps_a_trained_model_that_is_better_than_cca(few: Prepared, tmp_p
     poor = prepare(tmp_path / "poor", num_colored=200, trained=True)
     start = poor.align_stored(tmp_path / "fitted", max_steps=1).results["start"]
     assert start["method"] == "cca"
+
+
+def test_no_steps_are_the_closed_form_also_of_a_trained_model(
+    few: Prepared, tmp_path: Path
+) -> None:
+    trained = Prepared(
+        few.data, few.align_stored(tmp_path / "first").model, few.captions, few.images
+    )
+    run = trained.align_stored(tmp_path / "run", max_steps=0, held_out_ratio=0.0)
+    assert run.results["start"]["method"] == "cca"
+    assert names_that_differ(run.model, trained.model)

@@ -21,6 +21,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.base_llm2clip import read_instructions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
+from modeling_llm2clip.model_folders.model_card import CardData, read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -160,10 +161,12 @@ def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tmp_pat
 
 def test_merging_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     instructions = {"query": "Find the image: "}
-    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions)
+    card = CardData(caution="Near chance.", training_data=("first",))
+    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions, card=card)
     (source / "conversion.json").write_text("{}")
     config = replace(SHORT, max_steps=1, merge=True)
-    merged = finetune_llm(source, RECORDS, tmp_path / "run", config)
+    merged = finetune_llm(source, RECORDS, tmp_path / "run", config, data_name="second")
+    assert read_card_data(merged) == CardData(training_data=("first", "second"))
     assert read_instructions(merged) == instructions
     assert LLM2CLIPConfig.from_pretrained(merged).instructions == instructions
     assert (merged / "conversion_before_training.json").read_text() == "{}"
