@@ -46,7 +46,7 @@ BUDGETS = {
     ".": 3210,
     "building": 2030,
     "cli": 2030,
-    "configs": 930,
+    "configs": 940,
     "conversion": 1050,
     "data": 6070,
     "demo": 130,

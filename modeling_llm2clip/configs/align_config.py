@@ -112,8 +112,7 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     eval_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between evaluations on the held-out images. Default: a twentieth of the run."""
     early_stopping_patience: Annotated[int, Interval(ge=0)] = 6
-    """Stop after this many consecutive evaluations without a better score, as `choose_by` says; 0
-    for never."""
+    """Stop after this many evaluations in a row without a better score (choose_by); 0 for never."""
     loss_chunk_size: Annotated[int, Interval(ge=1)] | None = None
     """Rows of the logits computed at a time. Default: all at once."""
     lora_rank: Annotated[int, Interval(ge=1)] = 16

@@ -62,8 +62,7 @@ class TextTowerConfig(DeviceConfig):
     """Let every token attend to every other token; False keeps the LLM causal, as a baseline.
     Default: yes, or as an embedder does."""
     text_pooling: TextPooling | None = None
-    """Embedding of a text: the mean of its tokens, or its last token. Default: mean, or an
-    embedder's own."""
+    """Embedding of a text: mean of its tokens, or last token. Default: mean, or an embedder's."""
     tokenizer_code: str | None = None
     """Commit of the LLM's Hub repository whose tokenizer code may run. Default: none runs."""
     dtype: WeightDtype = "float32"

@@ -101,11 +101,11 @@ def test_what_was_not_run_is_named() -> None:
     rows = {"layer 29": {"cra": score, "gain": gain}}
     report = {
         "data": "captions", "steps": 40, "batch_size": 64, "not_run": ["control"],
-        "ideas": {"layers": {"hardware": "a machine", "rows": rows}},
+        "ideas": {"layers": {"hardware": "a machine", "commit": "abc", "rows": rows}},
     }  # fmt: skip
     table = _render_finetuning_ideas(report)
     assert "| layer 29 | 43.8 % | 40.7 to 46.9 | -0.2 | -1.0 to +0.6 |" in table
-    assert "Not run yet: more steps and nothing else (control). a machine" in table
+    assert "Not run yet: more steps and nothing else (control). a machine; commit abc" in table
     assert "Not run" not in _render_finetuning_ideas({**report, "not_run": []})
 
 

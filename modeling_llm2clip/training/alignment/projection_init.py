@@ -76,10 +76,7 @@ def init_projections(
     config: AlignConfig,
     inheritance: Mapping[str, Any] | None = None,
 ) -> ProjectionInit:
-    """Choose the start of the projections, and set them and the loss's parameters in place.
-
-    A model whose text side inherited is the start itself; its temperature is fitted.
-    """
+    """Choose the start, and set projections, the loss's parameters and temperature in place."""
     if inheritance is None:
         start = _choose_start(model, data, config)
     else:
