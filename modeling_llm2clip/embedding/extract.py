@@ -34,7 +34,7 @@ from ..data.captions.sentence_views import (
     require_views,
 )
 from ..data.images.image_sources import ImageSource
-from ..data.records.data_hashes import hash_image_sizes, hash_texts
+from ..data.records.data_hashes import hash_images, hash_texts
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..data.records.shared_images import (
@@ -274,7 +274,7 @@ def plan_store(
     """Make the manifest of a store whose items are not known."""
     causes = {"data": hash_texts(records)}
     if modality == "image":
-        causes["images"] = hash_image_sizes(records)
+        causes["images"] = hash_images(records)
     else:
         causes |= describe_views(config.sentence_views)
     content, fingerprint = {

@@ -13,7 +13,7 @@ from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
 from ...data.captions.sentence_views import add_views, read_num_views
 from ...data.key_arrays import find_first_rows
-from ...data.records.data_hashes import hash_image_sizes, hash_texts
+from ...data.records.data_hashes import hash_images, hash_texts
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
 from ...data.records.records import CaptionedImage
@@ -222,17 +222,17 @@ def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array
 
 
 def require_same_images(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
-    """Require that a store was made from these images, by name and size, whatever their captions.
+    """Require that a store was made from these images, by `hash_images`, whatever their captions.
 
     Where the images are not there, only the hash of the captions is left.
     """
     stored = store.manifest.plan.get("images")
     if stored is not None and not _lacks_image(records).any():
-        compared, now = "images", hash_image_sizes(records)
+        compared, now = "images", hash_images(records)
     else:
         compared, stored = "data", store.manifest.plan.get("data")
         now = hash_texts(_in_order(records, items))
-    if stored != now:
+    if not (now.startswith(str(stored)) or str(stored).startswith(now)):  # remote ones are not read
         raise ValueError(
             f"{store.folder} was made from other images of these names ({compared} {stored} then, "
             f"{now} now). Extract these again (--modality image), or give the data that the "
