@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import ParquetImage, TarImage, count_bytes
+from ..images.image_sources import ParquetImage, TarImage, count_bytes, explain_reading_failure
 from ..key_arrays import iterate_ranges
+from ..remote.remote_access import find_reading_failure
 from ..remote.remote_files import is_remote
 from ..remote.shard_urls import drop_signature
 from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
@@ -91,8 +92,10 @@ def _hash_content(records: RecordTable) -> str:
         if image is not None and not is_remote(str(image)):
             try:
                 content = image.read_bytes()
-            except ValueError:  # which those who decode it report, or skip
-                content = b""
+            except (OSError, ValueError) as error:
+                if failure := find_reading_failure(error):
+                    raise explain_reading_failure(image, failure) from error
+                content = b""  # those who decode it report it, or skip it
             digests.append(hashlib.sha256(content).hexdigest())
     return _join(digests) if digests else ""
 

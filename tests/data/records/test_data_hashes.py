@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from captioned_files import (
@@ -69,6 +70,22 @@ def test_another_image_of_the_same_size_has_another_hash(equal_sizes: list[Capti
         assert hash_images(equal_sizes) != before
         file.write_bytes(content)
         assert hash_images(equal_sizes) == before
+
+
+def test_an_image_without_content_does_not_stop_the_hash(tmp_path: Path) -> None:
+    """A run that skips invalid images goes on; one whose file is lost is named."""
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"image": [b"an image", None]}), file)
+    records = [
+        CaptionedImage(ParquetImage(file, "image", row), f"{row}", "", ("a",)) for row in range(2)
+    ]
+    assert hash_images(records) != hash_images(records[:1])
+    file.rename(tmp_path / "elsewhere")
+    table = RecordTable.from_records(
+        [CaptionedImage(ParquetImage(file, "image", 0, 9), "0", "", ("a",))]
+    )
+    with pytest.raises(OSError, match=r"rows\.parquet: row 0: cannot be read .*Run the same"):
+        hash_images(table)
 
 
 @pytest.mark.parametrize("num_read", [5, 1000])
