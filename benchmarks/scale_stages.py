@@ -144,7 +144,7 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
 
 def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
     """Write stores of random embeddings that pass for those of the model."""
-    from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
+    from modeling_llm2clip.data.records.data_hashes import hash_images, hash_texts
     from modeling_llm2clip.data.records.record_loading import load_records
     from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
     from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
@@ -154,7 +154,7 @@ def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
     for name, content, fingerprint, plan, list_items in (
         ("captions", "caption_embeds", fingerprint_text, data, list_caption_items),
         ("images", "vision_embeds", fingerprint_vision,
-         {**data, "images": hash_image_sizes(records)}, list_image_items),
+         {**data, "images": hash_images(records)}, list_image_items),
     ):  # fmt: skip
         _write_store(
             folder / f"{name}-{count}", content, fingerprint(folder / "model"), plan,

@@ -238,7 +238,7 @@ def _make_items(num_items: int, num_rows: int) -> Iterator[pa.RecordBatch]:
         langs = pa.array(["en"]).take(pa.array(np.zeros(len(items), np.int64)))
         counts = pa.array(np.diff(ends), pa.int32())
         keys = pa.array(items)
-        columns = [names, names, langs, keys, keys, counts, lists]
+        columns = [names, names, langs, keys, keys, keys, counts, lists]
         yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 

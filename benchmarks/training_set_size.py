@@ -37,7 +37,7 @@ from modeling_llm2clip import (
 )
 from modeling_llm2clip.building.pretrained_towers import fetch_embedded
 from modeling_llm2clip.configs.build_config import EMBEDDED
-from modeling_llm2clip.data.records.data_hashes import hash_image_sizes, hash_texts
+from modeling_llm2clip.data.records.data_hashes import hash_images, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from modeling_llm2clip.embedding.extract import LIST_ITEMS
@@ -191,7 +191,7 @@ def copy_rows(
     """Write the store that `extract` would write of some items, from the embeddings of all."""
     plan = {**store.manifest.plan, "data": hash_texts(records)}
     if "images" in plan:
-        plan["images"] = hash_image_sizes(records)
+        plan["images"] = hash_images(records)
     begun = replace(store.manifest, complete=False, shards=(), counts={}, plan=plan)
     writer = EmbeddingStoreWriter.open(folder, begun, lambda scratch: list_items(records, scratch))
     embeds = store.read(find_rows(writer, store, items))

@@ -19,7 +19,7 @@ from .._suggestions import counted
 from ..configs.encoding_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_json
-from ..data.records.data_hashes import hash_columns, hash_image_sizes, hash_texts
+from ..data.records.data_hashes import hash_columns, hash_images, hash_texts
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..model_folders.fingerprint import describe_prompt, fingerprint_embeddings
@@ -184,7 +184,7 @@ def _plan_output(
     count_values(dim, config.dtype)
     plan = {**encoder.plan, "data": hash_texts(records)}
     if modality == "image":
-        plan["images"] = hash_image_sizes(records)
+        plan["images"] = hash_images(records)
     if others := sorted(set(config.columns) - _OF_TEXTS):
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":

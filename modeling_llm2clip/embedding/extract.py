@@ -34,7 +34,7 @@ from ..data.captions.sentence_views import (
     require_views,
 )
 from ..data.images.image_sources import ImageSource
-from ..data.records.data_hashes import hash_image_sizes, hash_texts
+from ..data.records.data_hashes import hash_images, hash_texts
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..data.records.shared_images import (
@@ -78,7 +78,7 @@ from .shard_computation import (
 )
 from .shard_encoding import ShardEncoder, is_teaching, load_shard_encoder
 
-_ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key")
+_ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key", "text_keys")
 
 
 def extract(
@@ -274,7 +274,7 @@ def plan_store(
     """Make the manifest of a store whose items are not known."""
     causes = {"data": hash_texts(records)}
     if modality == "image":
-        causes["images"] = hash_image_sizes(records)
+        causes["images"] = hash_images(records)
     else:
         causes |= describe_views(config.sentence_views)
     content, fingerprint = {
@@ -314,7 +314,7 @@ def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 
     def make_batches() -> Iterator[pa.RecordBatch]:
         batches = records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS))
         for batch, rows in zip(batches, numbers, strict=True):
-            flat = flatten_captions(add_views(batch, num_views))
+            flat = flatten_captions(add_views(batch.select(list(CAPTION_COLUMNS)), num_views))
             yield make_batch(batch, flat.num_short, flat.ends, rows)
 
     counts = {"captions": num_captions, "distinct": numbers.num_distinct}

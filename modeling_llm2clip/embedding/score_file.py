@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..configs.encoding_config import EncodingConfig
 from ..data.atomic_files import (
+    hash_file,
     hash_json,
     list_differences,
     lock_unless_held,
@@ -98,9 +99,9 @@ def score_file(
     require_trained(model, purpose="scoring", source=source)
     if not isinstance(model, LLM2CLIPModel):
         raise ValueError(f"{source} has one tower alone. Scores need a whole model.")
-    sizes = [(pairs.parent / pair.image).stat().st_size for pair in found]
+    hashes = {name: hash_file(pairs.parent / name) for name in {pair.image for pair in found}}
     plan = {
-        "pairs": hash_json([found, sizes]),
+        "pairs": hash_json([found, hashes]),
         "model": hash_json([fingerprint_embeddings(folder, side) for side in ("text", "image")]),
         "device": model.device.type,
     }

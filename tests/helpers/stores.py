@@ -40,7 +40,7 @@ BATCHES = [np.array([7, 2, 0]), np.array([5]), np.array([1, 3, 4, 6])]
 def list_items(_: Path) -> StoreItems:
     rows = [[*short, *long] for short, long in zip(SHORT, LONG, strict=True)]
     ends = np.cumsum([0, *map(len, rows)])
-    [records] = TABLE.iterate_columns(("name", "group_id", "lang", "key", "group_key"))
+    [records] = TABLE.iterate_columns(("name", "group_id", "lang", "key", "group_key", "text_keys"))
     flat = np.array([row for of_item in rows for row in of_item])
     batch = make_batch(records, np.array([len(short) for short in SHORT]), ends, flat)
     return StoreItems(NUM_ROWS, 3, {"captions": 21}, iter([batch]))

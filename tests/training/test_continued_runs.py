@@ -52,6 +52,14 @@ def replace_image(here: Prepared) -> Prepared:
     return here
 
 
+def change_bytes(here: Prepared) -> Prepared:
+    """As many others: the last ones of a JPEG are of its pixels and its end."""
+    file = here.data / "07.jpg"
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    return here
+
+
 def move_images(here: Prepared) -> Prepared:
     """As many bytes of each name in another folder, which `--image-dir` may say."""
     return replace(here, data=Path(shutil.copytree(here.data, here.data.parent / "other")))
@@ -68,7 +76,8 @@ def store_in_another_dtype(here: Prepared) -> Prepared:
     ("change", "named"),
     [
         (move_head, "fingerprint.all.weights"),
-        (replace_image, "images.sizes"),
+        (replace_image, "images.content"),
+        (change_bytes, "images.content"),
         (move_images, "images.first"),
         (store_in_another_dtype, "caption_store.manifest"),
     ],
@@ -160,8 +169,11 @@ def open_dataset(here: Prepared, records: Any) -> AlignmentDataset:
     return AlignmentDataset(records, processor, image_store=here.image_store)
 
 
-def test_a_store_of_other_images_of_the_same_names_is_refused(here: Prepared) -> None:
-    replace_image(here)
+@pytest.mark.parametrize("change", [replace_image, change_bytes])
+def test_a_store_of_other_images_of_the_same_names_is_refused(
+    here: Prepared, change: Callable[[Prepared], Prepared]
+) -> None:
+    change(here)
     with pytest.raises(ValueError, match=r"other images of these names \(images \w+ then, \w+"):
         open_dataset(here, here.records)
 

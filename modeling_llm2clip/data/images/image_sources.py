@@ -173,12 +173,16 @@ def decode_image(image: ImageSource) -> Image.Image:
             failure = _find_missing(image)
         if failure is None:
             raise
-        raise OSError(
-            f"{image}: cannot be read ({describe(failure)}), so that nothing is known of the "
-            "image, and it is not taken for an invalid one. Run the same command again when its "
-            "disk or server works."
-        ) from error
+        raise explain_reading_failure(image, failure) from error
     return decoded
+
+
+def explain_reading_failure(image: ImageSource, failure: OSError) -> OSError:
+    return OSError(
+        f"{image}: cannot be read ({describe(failure)}), so that nothing is known of the image, "
+        "and it is not taken for an invalid one. Run the same command again when its disk or "
+        "server works."
+    )
 
 
 def _find_missing(file: Path) -> OSError | None:

@@ -1,4 +1,4 @@
-"""Hashes that identify a dataset: its texts, and its images by name and size; no image is read."""
+"""Hashes that identify a dataset: its texts, and its images by name, size and a sample of bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import ParquetImage, TarImage, count_bytes
+from ..images.image_sources import ParquetImage, TarImage, count_bytes, explain_reading_failure
 from ..key_arrays import iterate_ranges
+from ..remote.remote_access import find_reading_failure
 from ..remote.remote_files import is_remote
 from ..remote.shard_urls import drop_signature
 from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
@@ -20,6 +21,7 @@ from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
 _ODD = np.int64(-7046029254386353131)  # splitmix64's 0x9E3779B97F4A7C15
+_IMAGES_READ = 1000
 
 
 def hash_records(records: Iterable[CaptionedImage]) -> str:
@@ -44,12 +46,12 @@ def hash_columns(records: Iterable[CaptionedImage], columns: Sequence[str]) -> s
     return _join(digest.hexdigest() for digest in digests)
 
 
-def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names of images and their sizes in bytes, as `count_bytes` has them.
+def hash_images(records: Iterable[CaptionedImage]) -> str:
+    """Hash names and sizes of images, and the bytes of up to 1,000 that are not remote.
 
-    Neither their order matters nor how many languages share an image. Another image of exactly the
-    same size is not noticed. Sizes are those of the index, where it has them: images that are files
-    are not looked at again.
+    Neither their order matters nor how many languages share an image. Among more than 1,000,
+    another image of the same size may pass. Sizes are those of the index, where it has them. The
+    hash of remote images is the first part of that of the same images on a disk.
     """
     table = RecordTable.from_records(records)
     measured = [_measure(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
@@ -61,10 +63,13 @@ def hash_image_sizes(records: Iterable[CaptionedImage]) -> str:
             # The key is a hash already, and the factor is odd: other sizes give other numbers.
             yield np.asarray(batch.column(0)) + known * _ODD
 
-    digest = hashlib.sha256()
-    for numbers, _ in iterate_ranges(mix, len(table)):
-        digest.update(np.unique(numbers).tobytes())
-    return digest.hexdigest()
+    digest, sample = hashlib.sha256(), np.empty(0, np.int64)
+    for numbers, rows in iterate_ranges(mix, len(table)):
+        # Without a sign they ascend from range to range, however many ranges there are.
+        distinct, first = np.unique(numbers.view(np.uint64), return_index=True)
+        digest.update(distinct.tobytes())
+        sample = np.append(sample, rows[first[: _IMAGES_READ - len(sample)]])
+    return digest.hexdigest() + _hash_content(table.select(sample))
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
@@ -77,7 +82,22 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
     if isinstance(shard, str):
         first = first.replace(shard, drop_signature(shard), 1)
     first = first if is_remote(first) else str(Path(first).absolute())
-    return {"first": first, "sizes": hash_image_sizes(table)}
+    return {"first": first, "content": hash_images(table)}
+
+
+def _hash_content(records: RecordTable) -> str:
+    """Hash the bytes of the images that are on a disk; nothing if none is."""
+    digests = []
+    for image in records.iterate_images():
+        if image is not None and not is_remote(str(image)):
+            try:
+                content = image.read_bytes()
+            except (OSError, ValueError) as error:
+                if failure := find_reading_failure(error):
+                    raise explain_reading_failure(image, failure) from error
+                content = b""  # those who decode it report it, or skip it
+            digests.append(hashlib.sha256(content).hexdigest())
+    return _join(digests) if digests else ""
 
 
 def _measure(batch: pa.RecordBatch) -> Array | None:

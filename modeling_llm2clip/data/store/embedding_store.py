@@ -5,7 +5,7 @@ A store is a folder:
 | file | content |
 | --- | --- |
 | `manifest.json` | what the embeddings are, which model made them, checksums of all other files |
-| `index.arrow` | which rows an item has; names, group ids and languages of the items |
+| `index.arrow` | which rows an item has; names, group ids, languages, hashes of captions |
 | `shard-00000.safetensors`, … | tensors `checksums` (rows,) and `embeddings` (rows, dim) |
 | `shard-00000.json`, … | while it is written: one file per complete shard, later in the manifest |
 | `shard-00000.part`, `.journal`, … | while it is written: a shard that is not complete |

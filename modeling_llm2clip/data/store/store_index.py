@@ -3,8 +3,8 @@
 | column | content |
 | --- | --- |
 | `name`, `group_id`, `lang` | of the record; name and language together identify an item |
-| `key` | hash of name and language, as in a `RecordTable` |
-| `group_key` | hash of the group id |
+| `key`, `group_key` | hashes of name and language, and of the group id, as in a `RecordTable` |
+| `text_key` | hash of the captions of the record, in their order, without sentence views |
 | `num_short` | how many of its rows are those of short captions |
 | `rows` | rows of its short captions, then of its long ones; one row for an image |
 
@@ -37,11 +37,13 @@ SCHEMA = pa.schema(
         ("lang", pa.string()),
         ("key", pa.int64()),
         ("group_key", pa.int64()),
+        ("text_key", pa.int64()),
         ("num_short", pa.int32()),
         ("rows", pa.list_(pa.int64())),
     ]
 )
 _HASHED_AT_ONCE = 2**22  # bytes
+_ODD = np.int64(-7046029254386353131)  # its powers differ in each of many places
 
 
 class ItemTexts(Sequence[str]):
@@ -108,7 +110,7 @@ class StoreIndex:
             self._forget_pages(number)
 
     def iterate_numbers(self, column: str) -> Iterator[Array]:
-        """Yield the column `key`, `group_key` or `num_short` in such batches."""
+        """Yield a column of numbers, such as `key`, in such batches."""
         for batch in self.iterate_batches():
             yield np.asarray(batch.column(column))
 
@@ -240,11 +242,23 @@ def make_batch(
     records: pa.RecordBatch, num_short: Array, ends: Array, rows: Array
 ) -> pa.RecordBatch:
     """Make a batch of an index."""
+    text_keys = pa.array(hash_own_texts(records.column("text_keys"), num_short))
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
     columns = [records.column(name) for name in SCHEMA.names[:5]]
     return pa.RecordBatch.from_arrays(
-        [*columns, pa.array(num_short, pa.int32()), lists], schema=SCHEMA
+        [*columns, text_keys, pa.array(num_short, pa.int32()), lists], schema=SCHEMA
     )
+
+
+def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
+    """Hash the texts of each record by their keys, their order and how many are short; (n,)."""
+    ends = np.asarray(text_keys.offsets)
+    ends = ends - ends[0]  # of a slice, whose keys are flattened alone
+    counts = np.diff(ends)
+    places = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # which may wrap around, as sums do
+    sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[places]))
+    return np.asarray(np.diff(sums[ends]) + num_short)
 
 
 def _hash_part(file: Path, start: int, end: int) -> str:

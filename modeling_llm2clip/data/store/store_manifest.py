@@ -192,7 +192,7 @@ class StoreManifest(ShardedManifest):
     """
 
     FILE = MANIFEST_FILE
-    VERSION = 3
+    VERSION = 4
     CONTENT = "embedding store"
     OTHER = "another store"
     COMMAND = "extract"

@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 
 from ...data.captions.sentence_views import read_num_views, require_views, with_views
 from ...data.images.image_sources import open_image
-from ...data.records.record_columns import hash_identity, hash_text
+from ...data.records.record_columns import hash_identity, hash_text, make_text_keys
 from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
+from ...data.store.store_index import hash_own_texts
 from ...data.streams.record_streams import RecordStream
 from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -30,7 +31,6 @@ from .align_checks import (
     pair_items,
     require_directions,
     require_images,
-    require_same_counts,
     require_same_images,
     require_same_texts,
 )
@@ -74,9 +74,8 @@ class AlignmentDataset(Dataset[Any]):
 
     Both kinds of noise are standard deviations, as a share of an embedding's length. A batch of
     training has what is added to its stored embeddings before they are projected. With `is_part`,
-    the stores may have further records, and captions are compared by number alone. With
-    `is_teacher`, images are decoded for a tower that is trained, and the image store has what the
-    frozen one gives for them.
+    the stores may have further records. With `is_teacher`, images are decoded for a tower that is
+    trained, and the image store has what the frozen one gives for them.
     """
 
     data: InitVar[Sequence[CaptionedImage]]
@@ -101,10 +100,7 @@ class AlignmentDataset(Dataset[Any]):
         if (store := self.caption_store) is not None:
             self.sentence_views = num_views = read_num_views(store.manifest.plan)
             self._caption_items = items = pair_items(self.records, store, is_part=is_part)
-            if is_part or not num_views:  # views take a while, and their number follows from texts
-                require_same_counts(self.records, store, items, num_views=num_views)
-            if not is_part:
-                require_same_texts(self.records, store, items)
+            require_same_texts(self.records, store, items)
             if num_views:
                 _, self._stored_long = store.count_rows()
         else:
@@ -276,10 +272,10 @@ class AlignmentStream:
             keys = self.caption_store.keys
             self._order = np.argsort(keys)
             self._keys = keys[self._order]
-            self._counts = self.caption_store.count_rows()
+            self._text_keys = np.concatenate([*self.caption_store.iterate_numbers("text_key")])
 
     def collate(self, samples: Sequence[DecodedSample]) -> dict[str, Tensor]:
-        records = [sample.record for sample in samples]
+        records = own = [sample.record for sample in samples]
         if num_views := self.sentence_views:
             viewed = (with_views(record.long_captions, num_views) for record in records)
             records = [replace(r, long_captions=v) for r, v in zip(records, viewed, strict=True)]
@@ -301,7 +297,7 @@ class AlignmentStream:
             if self.caption_store is None:
                 captions = dict(self.processor(text=texts))
             else:
-                rows = self.caption_store.rows_at(self._find_items(records, keys, counts), numbers)
+                rows = self.caption_store.rows_at(self._find_items(own, keys), numbers)
                 embeds = require_directions(
                     self.caption_store.read(rows),
                     self.caption_store,
@@ -323,18 +319,19 @@ class AlignmentStream:
         """Name groups by their hashes: a stream is not read again for the sake of an error."""
         return [f"(hash {group_id})" for group_id in group_ids.tolist()]
 
-    def _find_items(self, records: Sequence[CaptionedImage], keys: Array, counts: Array) -> Array:
+    def _find_items(self, records: Sequence[CaptionedImage], keys: Array) -> Array:
         assert self.caption_store is not None
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         items: Array = self._order[places]
-        short, long = (stored[items] for stored in self._counts)
-        differs = (self._keys[places] != keys) | (short != counts[0]) | (long != counts[1])
+        texts = make_text_keys([(*r.captions, *r.long_captions) for r in records])
+        hashes = hash_own_texts(texts, np.array([len(r.captions) for r in records]))
+        differs = (self._keys[places] != keys) | (self._text_keys[items] != hashes)
         if differs.any():
             lacking = [records[row] for row in np.flatnonzero(differs).tolist()]
             names = ", ".join(f"{r.name} ({r.lang})" for r in lacking[:_NAMES_SHOWN])
             raise ValueError(
                 f"{len(lacking)} of {len(records)} records of a batch are not in "
-                f"{self.caption_store.folder}, or with another number of captions: {names}. Give "
+                f"{self.caption_store.folder}, or with other captions: {names}. Give "
                 "the store of these records, or text_training=frozen-online."
             )
         return items

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.atomic_files import hash_json
 from ...encoding.encode import TorchEncoder, project_stored
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...evaluation.datasets.dataset_registry import load_dataset
+from ...evaluation.results import hash_dataset
 from ...evaluation.tasks.classification import average_prompts, list_prompts, rank_classes
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_model import AlignmentModel
@@ -53,12 +53,11 @@ class ZeroShotImages:
     def identify(self) -> dict[str, Any]:
         """Describe the images for the record of a run."""
         dataset = self._dataset
-        content = [dataset.image_names, dataset.labels, dataset.class_names, dataset.templates]
         return {
             "dataset": dataset.name,
             "num_images": len(dataset.labels),
             "num_classes": len(dataset.class_names),
-            "digest": hash_json(content),
+            "digest": hash_dataset(dataset),
         }
 
     def measure(self, model: AlignmentModel) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from captioned_files import (
@@ -16,21 +17,23 @@ from captioned_files import (
     write_shards,
 )
 
+from modeling_llm2clip.data import key_arrays
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, count_bytes
-from modeling_llm2clip.data.records import record_columns, record_table
+from modeling_llm2clip.data.records import data_hashes, record_columns, record_table
 from modeling_llm2clip.data.records.data_hashes import (
     describe_images,
     hash_columns,
-    hash_image_sizes,
+    hash_images,
     hash_records,
 )
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 
 
 def test_images_have_the_same_sizes_in_files_and_shards(tmp_path: Path) -> None:
     sources = [write(tmp_path / write.__name__) for write in (write_folder, write_shards)]
-    hashes = {hash_image_sizes(load_records(source)) for source in sources}
+    hashes = {hash_images(load_records(source)) for source in sources}
     assert len(hashes) == 1
 
 
@@ -43,9 +46,70 @@ def test_images_of_parquet_are_known_by_the_size_of_their_row_group(tmp_path: Pa
     assert count_bytes(records[0].image) == count_bytes(records[1].image) == size
     # An address that was made by hand finds the same in the footer.
     assert count_bytes(ParquetImage(source / "part-0.parquet", "image", 1)) == size
-    assert hash_image_sizes(records) == hash_image_sizes(load_records(source))
+    assert hash_images(records) == hash_images(load_records(source))
     shorter = write_parquet(tmp_path / "other", image=lambda name: encode(name)[:-1])
-    assert hash_image_sizes(load_records(shorter)) != hash_image_sizes(records)
+    assert hash_images(load_records(shorter)) != hash_images(records)
+
+
+@pytest.fixture
+def equal_sizes(tmp_path: Path) -> list[CaptionedImage]:
+    """Forty images of one size, one in two languages."""
+    files = [tmp_path / f"{number}.bmp" for number in range(40)]
+    for file in files:
+        file.write_bytes(file.name.encode().ljust(8))
+    records = [CaptionedImage(file, file.name, file.name, ("a",)) for file in files]
+    return [*records, replace(records[7], lang="de")]
+
+
+def test_another_image_of_the_same_size_has_another_hash(equal_sizes: list[CaptionedImage]) -> None:
+    before = hash_images(equal_sizes)
+    for record in equal_sizes[:40:13]:
+        file = Path(str(record.image))
+        content = file.read_bytes()
+        file.write_bytes(content[::-1])
+        assert hash_images(equal_sizes) != before
+        file.write_bytes(content)
+        assert hash_images(equal_sizes) == before
+
+
+def test_an_image_without_content_does_not_stop_the_hash(tmp_path: Path) -> None:
+    """A run that skips invalid images goes on; one whose file is lost is named."""
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"image": [b"an image", None]}), file)
+    records = [
+        CaptionedImage(ParquetImage(file, "image", row), f"{row}", "", ("a",)) for row in range(2)
+    ]
+    assert hash_images(records) != hash_images(records[:1])
+    file.rename(tmp_path / "elsewhere")
+    table = RecordTable.from_records(
+        [CaptionedImage(ParquetImage(file, "image", 0, 9), "0", "", ("a",))]
+    )
+    with pytest.raises(OSError, match=r"rows\.parquet: row 0: cannot be read .*Run the same"):
+        hash_images(table)
+
+
+@pytest.mark.parametrize("num_read", [5, 1000])
+@pytest.mark.parametrize("few", [3, 2**17])
+def test_neither_order_nor_languages_nor_ranges_change_the_hash_of_images(
+    equal_sizes: list[CaptionedImage], num_read: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_hashes, "_IMAGES_READ", num_read)
+    expected = hash_images(equal_sizes)
+    monkeypatch.setattr(key_arrays, "_FEW_KEYS", few)
+    for others in (equal_sizes[::-1], equal_sizes[:40], equal_sizes[7:] + equal_sizes[:9]):
+        assert hash_images(others) == expected
+        assert hash_images(RecordTable.from_records(others).select(range(len(others)))) == expected
+
+
+def test_of_many_images_some_are_read(
+    equal_sizes: list[CaptionedImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file) or read_bytes(file))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(data_hashes, "_IMAGES_READ", 5)
+    hash_images(equal_sizes)
+    assert len(set(read)) == len(read) == 5
 
 
 def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> None:

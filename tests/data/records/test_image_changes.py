@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from modeling_llm2clip.data.records import record_index
-from modeling_llm2clip.data.records.data_hashes import hash_image_sizes
+from modeling_llm2clip.data.records.data_hashes import hash_images
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
@@ -53,13 +53,13 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_an_image_of_another_size_is_found(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = count_builds(monkeypatch)
-    before = hash_image_sizes(load_records(source))
-    assert hash_image_sizes(load_records(source)) == before and len(built) == 1
+    before = hash_images(load_records(source))
+    assert hash_images(load_records(source)) == before and len(built) == 1
     other = source / "other"
     other.write_bytes(b"another image")
     other.replace(source / CHANGED)
     after = load_records(source)
-    assert len(built) == 2 and hash_image_sizes(after) != before
+    assert len(built) == 2 and hash_images(after) != before
     assert load_records(source) == after and len(built) == 2
 
 

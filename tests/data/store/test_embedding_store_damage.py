@@ -158,7 +158,7 @@ def test_every_damaged_file_is_named_at_once(store: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2, this code reads 3"),
+        ({"format_version": 3}, "format_version 3, this code reads 4.*otherwise extract again"),
         ({"content": "audio"}, "content is 'audio'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"shards": []}, "do not make up its rows"),

@@ -191,7 +191,7 @@ def test_other_captions_than_the_stored_ones_are_refused(
     write_data(edited)
     (edited / "captions.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     refuse(
-        prepared, tmp_path / "run", r"1 record with other numbers of captions .*00.jpg",
+        prepared, tmp_path / "run", r"1 record with other captions than in .*: 00.jpg",
         records=load_records(edited),
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_a_store_of_captions_that_were_edited_since_is_refused(
 ) -> None:
     edited = edit_captions(tmp_path / "edited")
     refuse(
-        prepared, tmp_path / "run", r"made from other captions .*Extract these again",
+        prepared, tmp_path / "run", r"other captions than in .*Extract these again",
         records=edited,
     )  # fmt: skip
 

@@ -28,7 +28,11 @@ from modeling_llm2clip.data.streams.stream_report import StreamReport, TooManyLo
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
-from modeling_llm2clip.training.alignment.alignment_data import AlignmentStream, decode_sample
+from modeling_llm2clip.training.alignment.alignment_data import (
+    AlignmentDataset,
+    AlignmentStream,
+    decode_sample,
+)
 from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
@@ -387,9 +391,29 @@ def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path
         stream_records(shards), processor, caption_store=prepared.caption_store
     )
     record = next(iter(stream_records(shards)))
-    for changed in ({"name": "other.jpg"}, {"captions": ("one",)}):
+    # Another record, fewer captions, and as many others.
+    for changed in (
+        {"name": "other.jpg"},
+        {"captions": ("one",)},
+        {"captions": ("another", *record.captions[1:])},
+    ):
         with pytest.raises(ValueError, match=r"1 of 1 records of a batch are not in .*\(en\)"):
             dataset.collate([decode_sample(replace(record, **changed))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_part", [True, False])
+def test_records_whose_captions_changed_since_they_were_stored_are_named(
+    prepared: Prepared, is_part: bool
+) -> None:
+    """Those held out of a stream too, which are a part of the store."""
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    records = [*prepared.records][::-1]
+    records[3] = replace(records[3], captions=records[3].captions[::-1])
+    with pytest.raises(ValueError, match=rf"1 record with other captions .*: {records[3].name} "):
+        AlignmentDataset(
+            records[: 9 if is_part else None], processor,
+            caption_store=prepared.caption_store, is_part=is_part,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
+from modeling_llm2clip.training.alignment.zero_shot import ZeroShotImages, load_labeled_images
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,23 @@ def test_a_frozen_tower_beside_the_trained_one_teaches_as_its_stored_embeddings_
     assert others == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses.items()}
     assert runs[1].after.loss == pytest.approx(runs[0].after.loss, rel=1e-5)
     assert losses[4] != losses[1]
+
+
+def test_labeled_images_are_known_by_their_bytes_too(tmp_path: Path) -> None:
+    """Two of a class change places, which leaves every name and label as it was."""
+    folder = write_classes(tmp_path / "classes")
+
+    def identify() -> dict[str, Any]:
+        images = load_labeled_images(f"image-folder={folder}")
+        return ZeroShotImages(images, tmp_path, cast(LLM2CLIPProcessor, None)).identify()
+
+    before = identify()
+    one, other = sorted(next(folder.iterdir()).iterdir())[:2]
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    after = identify()
+    assert after != before and {**after, "digest": before["digest"]} == before
 
 
 @pytest.mark.slow

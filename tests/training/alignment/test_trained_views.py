@@ -125,7 +125,7 @@ def test_a_stream_samples_views_too(prepared: Prepared, viewed: Viewed) -> None:
     fewer = replace(viewed.records[4], long_captions=("A photo. It is big.", "A wall."))
     with pytest.raises(ValueError, match="1 of 1 records of a batch are not in"):
         joined.collate([decode_sample(fewer)])
-    with pytest.raises(ValueError, match="1 record with other numbers of captions"):
+    with pytest.raises(ValueError, match="1 record with other captions"):
         AlignmentDataset([fewer], viewed.processor, caption_store=store, is_part=True)
 
 
@@ -174,7 +174,7 @@ def test_views_that_cannot_be_made_are_refused(
     with pytest.raises(ValueError, match="sentence_views"):
         extract(prepared.model, viewed.records, viewed.store, other, modality="text")
     changed = [*viewed.records[:-1], replace(viewed.records[-1], long_captions=("One. Two.",) * 2)]
-    with pytest.raises(ValueError, match="was made from other captions of these images"):
+    with pytest.raises(ValueError, match="1 record with other captions than in "):
         AlignmentDataset(changed, viewed.processor, caption_store=EmbeddingStore.open(viewed.store))
 
 
