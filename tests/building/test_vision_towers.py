@@ -94,6 +94,8 @@ def test_a_published_network_that_squashes_gets_the_whole_image() -> None:
         ({"crop_mode": "border"}, r"crop_mode='border' must be one of \('center', 'squash'\)"),
         ({"input_size": (3, 24, 40)}, "needs a square input, not 24 × 40"),
         ({"interpolation": "random"}, "interpolation='random' must be one of"),
+        ({"interpolation": "nearest"}, "interpolation='nearest' must be one of .*'bicubic'"),
+        ({"interpolation": "hamming"}, "interpolation='hamming' must be one of"),
     ],
 )
 def test_settings_that_no_image_processor_follows_are_refused(
