@@ -49,6 +49,8 @@ def load_vision_tower(
     if keep_projection:
         require_dual_encoder(config.model_type, source)
     vision_config: Any = getattr(config, "vision_config", None) or config
+    # timm may write it here and above; transformers always builds a network without classes.
+    (getattr(vision_config, "model_args", None) or {}).pop("num_classes", None)
     if not takes_images(vision_config):
         raise ValueError(
             f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
