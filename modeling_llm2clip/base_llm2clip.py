@@ -200,10 +200,8 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
             "quantization_config out; dtype=torch.bfloat16 needs half the memory."
         )
     config = copy.deepcopy(config)
-    config.llm_int8_skip_modules = [
-        *(config.llm_int8_skip_modules or ()),
-        *(part for part in KEPT_IN_FULL if part not in (config.llm_int8_skip_modules or ())),
-    ]
+    skipped = config.llm_int8_skip_modules or ()
+    config.llm_int8_skip_modules = [*dict.fromkeys((*skipped, *KEPT_IN_FULL))]
     return config
 
 
@@ -337,6 +335,14 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if hasattr(model, "vision_model"):
             require_restored_buffers(model.vision_model)
         refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
+        quantized: Any = getattr(model.config, "quantization_config", None)
+        if getattr(quantized, "load_in_8bit", False) and quantized.llm_int8_threshold > 0:
+            warnings.warn(
+                f"llm_int8_threshold={quantized.llm_int8_threshold}: bitsandbytes looks for "
+                "outliers in a whole batch, so a text's embedding depends on the other texts. Set "
+                "it to 0.0 in the BitsAndBytesConfig, or in the folder's config.json.",
+                stacklevel=2,
+            )
         return (model, info) if wants_info else model
 
     def save_pretrained(  # type: ignore[override]

@@ -80,7 +80,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 
 CONFIGS = {
     "4bit": BitsAndBytesConfig(load_in_4bit=True),
-    "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "8bit": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
     "4bit without o_proj": BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["o_proj"]),
     "4bit as a dictionary": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
@@ -106,6 +106,57 @@ def test_quantizing_a_two_tower_model_quantizes_the_llm_alone(
     assert F.cosine_similarity(after.text_embeds, before.text_embeds).min() > 0.6
     if isinstance(given, BitsAndBytesConfig):  # the caller's configuration is not changed
         assert given.llm_int8_skip_modules == CONFIGS[name].llm_int8_skip_modules
+
+
+@pytest.fixture
+def outlying(saved: tuple[Path, Any, Any], tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A folder whose layers get numbers above bitsandbytes' own threshold, and batches of texts."""
+    model = copy.deepcopy(saved[1])
+    for layer in model.text_model.layers:
+        layer.input_layernorm.weight.data *= 4
+        layer.post_attention_layernorm.weight.data *= 4
+    model.save_pretrained(tmp_path / "outlying")
+    names = ("input_ids", "attention_mask")
+    rows = [{name: saved[2][name][part] for name in names} for part in (slice(2), [0], [1])]
+    return tmp_path / "outlying", rows
+
+
+def measure_influence(model: Any, batches: list[Any]) -> float:
+    """Return how far the embeddings of two texts in one batch are from those of each alone."""
+    with torch.no_grad():
+        both, *alone = (model.get_caption_embeds(**batch) for batch in batches)
+    return float((both / torch.cat(alone) - 1).abs().max())
+
+
+def test_in_8_bits_a_text_has_the_same_embedding_in_every_batch(
+    outlying: tuple[Path, list[Any]], recwarn: pytest.WarningsRecorder
+) -> None:
+    folder, batches = outlying
+    model = LLM2CLIPModel.from_pretrained(
+        folder, quantization_config=text_quantization_config("8bit"), device_map={"": "cpu"}
+    )
+    assert measure_influence(model, batches) < 1e-5  # sums in another order
+    assert not [each for each in recwarn if "llm_int8" in str(each.message)]
+
+
+def test_a_threshold_that_mixes_the_texts_of_a_batch_is_named_wherever_it_comes_from(
+    outlying: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    folder, batches = outlying
+    with pytest.warns(UserWarning, match=r"llm_int8_threshold=6\.0: .* depends on the other texts"):
+        model = AutoModel.from_pretrained(
+            folder, quantization_config={"load_in_8bit": True}, device_map={"": "cpu"}
+        )
+    assert measure_influence(model, batches) > 1e-2
+    model.save_pretrained(tmp_path / "quantized")
+    with pytest.warns(UserWarning, match=r"0\.0 in the BitsAndBytesConfig, or .* config\.json"):
+        LLM2CLIPTextModel.from_pretrained(tmp_path / "quantized")
+    file = tmp_path / "quantized" / "config.json"
+    stated = json.loads(file.read_text("utf-8"))
+    stated["quantization_config"]["llm_int8_threshold"] = 0.0
+    file.write_text(json.dumps(stated), "utf-8")
+    again = LLM2CLIPTextModel.from_pretrained(tmp_path / "quantized")
+    assert measure_influence(again, batches) < 1e-5
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])

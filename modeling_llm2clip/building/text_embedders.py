@@ -38,7 +38,7 @@ _POOLINGS = {
     "lasttoken": "last_token",
     "weightedmean": "weighted_mean",
 }
-_TEXTS = (*GOLDEN_TEXTS, "x", '"(1) it\'s 7 p.m.", she said', "a dog on a mat " * 150)
+_TEXTS = (*GOLDEN_TEXTS, "x", '"(1) it\'s 7 p.m.", she said', " ".join(["a dog on a mat"] * 150))
 _WAY_OUT = (
     "Take another embedder; or build on the network as an ordinary LLM, with another --prompt, and "
     "fine-tune it."

@@ -25,6 +25,8 @@ from .tower_checks import require_pixels_alone
 
 _NAMES_SHOWN = 8
 _CROP_MODES = ("center", "squash")
+# torchvision takes other pixels for the nearest one than Pillow does, and lacks the rest.
+_INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
 
 def load_vision_tower(
@@ -47,6 +49,8 @@ def load_vision_tower(
     if keep_projection:
         require_dual_encoder(config.model_type, source)
     vision_config: Any = getattr(config, "vision_config", None) or config
+    # timm may write it here and above; transformers always builds a network without classes.
+    (getattr(vision_config, "model_args", None) or {}).pop("num_classes", None)
     if not takes_images(vision_config):
         raise ValueError(
             f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
@@ -86,16 +90,15 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
     """
     _, height, width = pretrained_cfg["input_size"]
     crop_mode = str(pretrained_cfg.get("crop_mode") or "center")
-    interpolation = str(pretrained_cfg.get("interpolation") or "bicubic").upper()
+    interpolation = str(pretrained_cfg.get("interpolation") or "bicubic")
     ratio = float(pretrained_cfg.get("crop_pct") or 1.0)
     errors = []
     if crop_mode not in _CROP_MODES:
         errors.append(f"crop_mode={crop_mode!r} must be one of {_CROP_MODES}")
     if crop_mode == "center" and height != width:
         errors.append(f"crop_mode='center' needs a square input, not {height} × {width}")
-    if interpolation not in PILImageResampling.__members__:
-        names = [name.lower() for name in PILImageResampling.__members__]
-        errors.append(f"interpolation={interpolation.lower()!r} must be one of {names}")
+    if interpolation not in _INTERPOLATIONS:
+        errors.append(f"interpolation={interpolation!r} must be one of {_INTERPOLATIONS}")
     if errors:
         raise ValueError(
             f"No image processor of transformers prepares images as this timm network needs them: "
@@ -108,7 +111,7 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
         size={"shortest_edge": resized["height"]} if crop_mode == "center" else resized,
         do_center_crop=crops,
         crop_size={"height": height, "width": width},
-        resample=getattr(PILImageResampling, interpolation),
+        resample=getattr(PILImageResampling, interpolation.upper()),
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
         do_convert_rgb=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .._suggestions import counted
 from ..encoding.devices import find_device
-from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_folder import find_model_folder, require_own_model
 from . import file_checks, forward_checks
 from .model_report import Check, ModelReport, PlannedCheck, describe_error, run_checks
 from .model_under_test import ModelUnderTest
@@ -77,7 +77,7 @@ def check_model(
         Every check, in order; one that cannot run is marked as skipped with its reason.
 
     Raises:
-        ValueError: The device is not there.
+        ValueError: The device is not there, or `text_like` is not an LLM2CLIP model.
 
     Examples:
         >>> check_model("my-model").healthy
@@ -94,6 +94,7 @@ def check_model(
     tested = ModelUnderTest(folder, device)
     planned = _PLANNED_CHECKS
     if text_like is not None:
+        require_own_model(text_like)
         compare = partial(file_checks.check_text_like, other=find_model_folder(text_like))
         planned = (*planned, PlannedCheck("text like", compare, ("config",), _TEXT))
 

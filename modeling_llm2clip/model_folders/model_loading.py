@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -154,16 +154,16 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     cannot be loaded again, and `save_pretrained` refuses it, as it does a 4-bit model that has run
     on a CPU.
     """
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=KEPT_IN_FULL,
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT_IN_FULL)
-    raise ValueError(f"quantization={quantization!r} must be '4bit' or '8bit'.")
+    if quantization not in get_args(Quantization):
+        raise ValueError(f"quantization={quantization!r} must be '4bit' or '8bit'.")
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_threshold=0.0,  # above, a text's embedding depends on the others of its batch
+        llm_int8_skip_modules=KEPT_IN_FULL,
+    )
 
 
 def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:

@@ -214,7 +214,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     images = render_golden_images()
     try:
         found = torch.from_numpy(encode_onnx.encode_images(images, folder))
-    except (KeyError, TypeError) as error:
+    except Exception as error:  # of NumPy, or of ONNX Runtime, whose errors have no common class
         return f"its image processor has other settings ({error!r})"
     lowest = float(measure_cosines(found, encoder.encode_images(images)).min())
     if lowest < MIN_COSINE_OF_SCRIPT:

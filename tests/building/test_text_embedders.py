@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_vision
 from tiny_embedders import EMBEDDERS, tiny_embedder
 from torch import Tensor, nn
+from transformers import AutoModel
 from tuning import RECORDS, SHORT
 
 from modeling_llm2clip.building.build_model import build_model, join_towers
@@ -43,7 +44,7 @@ modules = pytest.importorskip("sentence_transformers.sentence_transformer.module
 # Of several lengths, one of which is truncated, and beginnings that tokenizers merge with a prompt.
 TEXTS = [
     "a dog", "Two red apples on a wooden table, 1862", "(1) It's", '"x"', "東京の夜景",
-    "a dog on a mat " * 40,
+    " ".join(["a dog on a mat"] * 40),
 ]  # fmt: skip
 PROMPT = "task: find the image | query: "
 # Sums of float32 numbers in another order, of embeddings of unit length.
@@ -253,6 +254,43 @@ def test_an_embedder_keeps_its_length_and_is_the_same_in_every_build(tmp_path: P
     assert all(torch.equal(first[name], value) for name, value in second.items())
     with pytest.raises(ValueError, match="must get directions alone"):
         join_towers(tiny_vision(), source, replace(config, normalize_text_before_adapter=False))
+
+
+@pytest.mark.parametrize("family", ["EmbeddingGemma", "Qwen3-Embedding"])
+def test_an_embedder_of_long_texts_is_repeated_beyond_its_window(
+    family: str, tmp_path: Path
+) -> None:
+    """The longest sample is encoded whole, and exceeds the window by far."""
+    source = tmp_path / "longer"
+    encoder = sentence_transformers.SentenceTransformer(
+        str(tiny_embedder(tmp_path, family)), device="cpu"
+    )
+    encoder.max_seq_length = 1000
+    encoder.save(str(source))
+    folder = build_model(
+        tiny_vision(), source, tmp_path / "model", BuildConfig(prompt="own", **TINY)
+    )
+    model = LLM2CLIPModel.from_pretrained(folder)
+    assert model.config.max_text_length == 1000
+    found = encode_texts(model, LLM2CLIPProcessor.from_pretrained(folder), TEXTS, project=False)
+    assert measure_distance(found, encode_with_library(source)) < ROUNDING
+
+
+def test_a_bidirectional_network_keeps_its_window_with_a_prompt_of_ours(tmp_path: Path) -> None:
+    source = tiny_embedder(tmp_path, "EmbeddingGemma")
+    network = AutoModel.from_pretrained(source)
+    ids = torch.arange(4, 44).unsqueeze(0)
+    wanted = network(ids).last_hidden_state
+    config = BuildConfig(prompt="llama-3", **TINY)
+    built, processor = join_towers(tiny_vision(), source, config)
+    folder = save_model(built, processor, tmp_path / "model")
+    for model in (built, LLM2CLIPModel.from_pretrained(folder)):
+        for attention in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+            found = model.text_model(ids).last_hidden_state
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # rounding, of about 1
+    network.config.sliding_window += 1  # a window wider by one token is seen
+    assert (network(ids).last_hidden_state - wanted).abs().max() > 1e-3
 
 
 def test_what_is_not_an_embedder_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_a_published_network_that_squashes_gets_the_whole_image() -> None:
         ({"crop_mode": "border"}, r"crop_mode='border' must be one of \('center', 'squash'\)"),
         ({"input_size": (3, 24, 40)}, "needs a square input, not 24 × 40"),
         ({"interpolation": "random"}, "interpolation='random' must be one of"),
+        ({"interpolation": "nearest"}, "interpolation='nearest' must be one of .*'bicubic'"),
+        ({"interpolation": "hamming"}, "interpolation='hamming' must be one of"),
     ],
 )
 def test_settings_that_no_image_processor_follows_are_refused(
@@ -101,6 +103,24 @@ def test_settings_that_no_image_processor_follows_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         image_processor_from_timm({**SETTINGS, **settings})
+
+
+def test_a_network_that_timm_saved_with_arguments_of_its_own_is_loaded(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", img_size=32, num_classes=7).eval()
+    settings = {"img_size": 32, "num_classes": 7}  # some versions of timm add the latter
+    timm.models.save_for_hf(network, tmp_path, model_args=settings, safe_serialization=True)
+    tower, image_processor, _ = load_vision_tower(tmp_path)
+    pixels = image_processor(render(32, 32), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        wanted = network.forward_features(pixels[..., :32, :32])
+        found = tower(pixels[..., :32, :32]).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # rounding
+    llm = (tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer())
+    built = join_towers((tower, image_processor), llm, BuildConfig(prompt="none"))
+    folder = save_model(*built, tmp_path / "model")
+    again = AutoModel.from_pretrained(folder).vision_model
+    assert torch.equal(again.timm_model.norm.weight, network.norm.weight)
 
 
 def test_a_timm_network_of_a_dual_encoder_gets_the_images_that_it_was_trained_with(

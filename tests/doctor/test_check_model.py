@@ -42,6 +42,13 @@ def test_missing_golden_embeddings_are_reported(copy: Path) -> None:
     )
 
 
+def test_texts_are_compared_with_a_model_of_this_kind_alone(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"sentence-transformers.* LLM2CLIP model is needed here"):
+        check_model(good, text_like=tmp_path)
+
+
 def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

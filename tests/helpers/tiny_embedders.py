@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 # Family → model type, fields of its configuration, pooling, ids around a text, and Dense modules.
 _SIZE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 600, "initializer_range": 0.2,
+    "max_position_embeddings": 1000, "initializer_range": 0.2,
 }  # fmt: skip
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-_GEMMA = {"sliding_window": 512, "query_pre_attn_scalar": 8, **_GROUPED}
+_GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 8, **_GROUPED}
 EMBEDDERS: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
     "MiniLM": ("bert", {}, "mean", "<|begin|> $A <|end|>", ()),
     "gte-ModernBERT": ("modernbert", {"local_attention": 16}, "cls", "<|begin|> $A <|end|>", ()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session, read_onnx_record
 from modeling_llm2clip.publishing import onnx_graphs
+from modeling_llm2clip.publishing.onnx_checks import check_script
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = """
@@ -214,6 +216,22 @@ def test_the_script_refuses_what_the_model_refuses(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AssertionError, match=message):
         run_script(exported, ["a dog"], [str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [({"shortest_edge": 40}, "same shape"), ({"height": 40, "width": 40}, "Got invalid dim")],
+)
+def test_a_script_that_images_do_not_fit_is_explained_and_ends_nothing(
+    size: dict[str, int], error: str, exported: Path, tmp_path: Path
+) -> None:
+    """Images that cannot be stacked, and images that the graph refuses."""
+    folder = shutil.copytree(exported, tmp_path / "graphs")
+    file = folder / "preprocessor_config.json"
+    settings = {**json.loads(file.read_text("utf-8")), "size": size, "do_center_crop": False}
+    file.write_text(json.dumps(settings), "utf-8")
+    reason = check_script(folder, load_onnx_encoder(exported), None)
+    assert reason is not None and error in reason
 
 
 def run_script(folder: Path, texts: list[str], images: list[str]) -> list[np.ndarray]:
