@@ -44,7 +44,7 @@ MOST_FUNCTION_LINES = 60
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
     ".": 3210,
-    "building": 2030,
+    "building": 2040,
     "cli": 2030,
     "configs": 940,
     "conversion": 1050,
@@ -53,7 +53,7 @@ BUDGETS = {
     "doctor": 1980,
     "embedding": 1850,
     "encoding": 880,
-    "evaluation": 4670,
+    "evaluation": 4650,
     "model_folders": 1920,
     "publishing": 1570,
     "recipes": 670,
