@@ -243,12 +243,7 @@ def configure_model(
     # The saved tokenizer decides: writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
-    if bidirectional and text_config.model_type == "gemma3_text":
-        # Of its own, it leaves a window's bound out. With `is_causal=False` the bound is within.
-        text_config.sliding_window -= bool(text_config.use_bidirectional_attention)
-        text_config.use_bidirectional_attention = False
-    # A direction that the bare LLM states gives way to the one chosen here.
-    text_config.is_causal = not bidirectional
+    _set_direction(text_config, bidirectional=bidirectional)
     model_config = LLM2CLIPConfig(
         vision_config,
         text_config,
@@ -270,6 +265,15 @@ def configure_model(
         visual_projection_bias=config.visual_projection_bias,
     )
     return model_config, tokenizer
+
+
+def _set_direction(text_config: PreTrainedConfig, *, bidirectional: bool) -> None:
+    """Let the direction that was chosen take the place of the one that the bare LLM states."""
+    if bidirectional and text_config.model_type == "gemma3_text":
+        # Of its own, it leaves a window's bound out. With `is_causal=False` the bound is within.
+        text_config.sliding_window -= bool(text_config.use_bidirectional_attention)
+        text_config.use_bidirectional_attention = False
+    text_config.is_causal = not bidirectional
 
 
 def _join(
