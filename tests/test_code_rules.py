@@ -47,7 +47,7 @@ BUDGETS = {
     "building": 2040,
     "cli": 2030,
     "configs": 940,
-    "conversion": 1050,
+    "conversion": 1060,
     "data": 6095,
     "demo": 130,
     "doctor": 1980,

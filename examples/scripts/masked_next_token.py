@@ -112,7 +112,7 @@ def _tokenize(tokenizer: Any, arguments: argparse.Namespace) -> Dataset:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("llm", help="Hub id or folder")
-    parser.add_argument("data", type=Path, help="captions, in any form that llm2clip reads")
+    parser.add_argument("data", help="captions, in any form that llm2clip reads")
     parser.add_argument("output", type=Path)
     parser.add_argument("--max-steps", type=int, default=1000)
     parser.add_argument("--per-device-train-batch-size", type=int, default=32)

@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,8 @@ _CAMERA_NAME = re.compile(
     r"(?i)^(img|dsc[fn]?|dcim|pxl|mvimg|wa|fb|screenshot|image|photo|untitled)$"
 )
 _HASH = re.compile(r"(?i)(?=.*\d)[\da-f]{8,}|[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}")
+# Neither the marks of letters, as Hindi has them, nor an apostrophe within a word.
+_BETWEEN_WORDS = re.compile(r"(?:[\s\d_.,;:!?()\[\]{}+&=@#~–—-]|(?<!\w)['’]|['’](?!\w))+")
 _NAMES_SHOWN = 5
 
 
@@ -163,8 +166,8 @@ class Captioner:
 
 def read_file_name(name: str) -> tuple[str | None, str]:
     """Return the words of a file's name, or why it says nothing."""
-    stem = PurePosixPath(name).stem
-    words = [] if _HASH.fullmatch(stem) else re.findall(r"[^\W\d_]+", stem)
+    stem = unicodedata.normalize("NFC", PurePosixPath(name).stem)  # macOS decomposes letters
+    words = [] if _HASH.fullmatch(stem) else _BETWEEN_WORDS.split(stem)
     words = [word for word in words if len(word) > 1 and not _CAMERA_NAME.match(word)]
     if not words:
         return None, "its name has no words"

@@ -121,7 +121,7 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
             "Leave normalize_text_before_adapter=False out."
         )
     prompt = _choose_prompt(encoder, config, source)
-    own_length = encoder.max_seq_length or DEFAULT_TEXT_LENGTH
+    own_length = encoder.max_seq_length or config.max_text_length or DEFAULT_TEXT_LENGTH
     if (length := config.max_text_length or own_length) > own_length:
         raise ValueError(
             f"max_text_length={length}, but {source} reads {own_length} tokens. Leave it out."

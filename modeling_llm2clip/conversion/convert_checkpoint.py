@@ -391,6 +391,9 @@ def _read_adapter_sizes(
 ) -> _AdapterSizes:
     num_layers = _count_blocks(prefix, tensors)
     last = tensors.get(f"{prefix}{num_layers + 1}.weight")
+    found = sorted(key for key in tensors if key.startswith(prefix))
+    if found and (last is None or f"{prefix}0.fn.0.weight" not in tensors):
+        raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(found)}.")
     if last is None or not num_layers:
         raise ValueError(
             f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
@@ -426,7 +429,13 @@ def _fit(
         for name, shape in wanted.items()
         if name in renamed.weights and renamed.weights[name].shape != shape
     )
+    integers = sorted(
+        f"{name}: {weight.dtype}"
+        for name, weight in renamed.weights.items()
+        if name.endswith((".weight", ".bias")) and not weight.dtype.is_floating_point
+    )
     errors = {"missing": missing, "without a place": unknown, "of another shape": misshapen}
+    errors["not of real numbers (quantized weights are not converted)"] = integers
     if any(errors.values()):
         shown = "".join(
             f"\n{len(names)} {what}:\n  " + "\n  ".join(names)

@@ -50,7 +50,7 @@ _PIPELINES = {
 _PURPOSE = re.compile(r"## Intended use\n.*?(?=## )", re.DOTALL)
 _UNTRAINED = """## Untrained: not for use yet
 
-This model was built from two towers and not trained. It is {state}.
+The two towers of this model are not aligned yet. It is {state}.
 
 Until then its similarities are random. Align it first (`llm2clip align`): the aligned model has a
 card of its own, and this one is not for publication.

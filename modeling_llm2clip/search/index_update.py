@@ -134,6 +134,7 @@ def _update_ann(
     about = database.about
     if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
         if about.ann is not None:
+            report(f"ann={config.ann}: dropped the approximate index; all images are compared.")
             with database.changing() as table:
                 table.drop_ann()
             database.write_about(replace(about, ann=None))

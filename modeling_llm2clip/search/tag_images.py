@@ -75,7 +75,7 @@ def tag_folder(
     else:
         index_config = IndexConfig(
             device=config.device, batch_size=config.batch_size, num_workers=config.num_workers,
-            show_progress=config.show_progress, ann="never",
+            show_progress=config.show_progress,
         )  # fmt: skip
         index = ImageIndex.build(model, image_dir, config.index, index_config, report=report)
         parts = ((paths, torch.tensor(embeds)) for paths, embeds in index.iterate_embeddings())

@@ -50,6 +50,8 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
     except (OSError, ValueError) as error:
         message = str(error).removeprefix(f"{file} ")
         raise ValueError(f"{file}: {message}") from error
+    if list(templates) != ["{}"] and all(prompts for _, prompts in prompts_of):
+        raise ValueError(f"{file}: every label has its own prompts. Leave the templates out.")
     return _fill_templates(prompts_of, templates)
 
 

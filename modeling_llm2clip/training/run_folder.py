@@ -32,8 +32,9 @@ CHECKPOINTS = "checkpoints"
 LOCK_FILE = "run.lock"
 # The last file of a checkpoint: without it, the checkpoint is incomplete.
 _COMPLETE = "complete"
-# Options that change no number, so that a run may be resumed with other values.
-_MAY_DIFFER = {"num_workers", "report_to"}
+# What changes no number, so that a run may be resumed with other values. Weights and stores are
+# compared by their content, wherever they are.
+_MAY_DIFFER = {"num_workers", "report_to", "source", "folder"}
 _CHECKPOINTS_KEPT = 2
 _NAMES_SHOWN = 5
 _ATTEMPTS = 100

@@ -110,9 +110,14 @@ def test_texts_get_embeddings_that_are_kept_bit_for_bit(
     assert measure_distance(found, F.normalize(encode_with_library(source), dim=-1)) < ROUNDING
     assert find_untrained_parts(model.config) == ("projections",)
     records, run = load_records(write_color_data(tmp_path / "data", count=30)), tmp_path / "run"
-    online = AlignConfig(text_training="frozen-online", device="cpu")
+    online = AlignConfig(text_training="frozen-online", device="cpu", max_steps=1)
     with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
         align(folder, records, run, online)
+    aligned = align(folder, records, tmp_path / "locked", replace(online, lock_text=True))
+    with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
+        align(aligned, records, run, online)
+    with pytest.raises(ValueError, match="a LoRA would change embeddings that are to be kept"):
+        finetune_llm(folder, RECORDS, tmp_path / "tuned", SHORT)
 
 
 def test_what_does_not_go_with_kept_embeddings_is_refused() -> None:

@@ -216,6 +216,19 @@ def test_a_checkpoint_without_its_adapter(tmp_path) -> None:
     refuse("eva02", tmp_path, "has no text adapter .*a bare vision tower", state=state)
 
 
+def test_a_part_of_an_adapter_is_named(tmp_path) -> None:
+    state = read_checkpoint("eva02")
+    (first,) = (key for key in state if key.startswith("text.") and key.endswith(".0.fn.0.weight"))
+    del state[first]
+    refuse("eva02", tmp_path, "has a part of a text adapter alone: text", state=state)
+
+
+def test_integers_in_the_place_of_weights(tmp_path) -> None:
+    state = read_checkpoint("openai")
+    state["visual.conv1.weight"] = state["visual.conv1.weight"].to(torch.int8)
+    refuse("openai", tmp_path, r"(?s)1 not of real numbers.*torch\.int8", state=state)
+
+
 def test_a_lora_where_its_base_belongs(tmp_path) -> None:
     refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Give its base",
            llm=LLMSource(LLM2VEC / "llama_lora"))  # fmt: skip

@@ -19,6 +19,7 @@ from indexes import (
     save_model,
 )
 
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.search import ann_index, image_index, index_update
 from modeling_llm2clip.search.ann_index import (
     find_greatest_cosines,
@@ -200,7 +201,8 @@ def test_a_command_that_asks_for_it_gets_it_measured_with_texts(tmp_path: Path) 
         "recall@10 1.000 of 200 texts" in build(model, images, tmp_path / "index", ann="always")[1]
     )
     assert "recall" not in build(model, images, tmp_path / "index", ann="always")[1]  # unchanged
-    assert build(model, images, tmp_path / "index")[0].about.ann is None  # six are too few
+    index, report = build(model, images, tmp_path / "index")
+    assert index.about.ann is None and "dropped the approximate index" in report  # six are too few
     assert build(model, images, tmp_path / "never", ann="never")[0].about.ann is None
 
 
@@ -212,6 +214,10 @@ def test_from_enough_images_on_one_is_built_unasked(
     index, report = build(model, images, tmp_path / "index")
     assert index.about.ann is not None and "Approximate index:" in report
     assert "Approximate" not in build(model, images, tmp_path / "index")[1]  # nor tried each time
+    (tmp_path / "labels.txt").write_text("a dog\n")
+    words = [str(model), str(images), "--labels", str(tmp_path / "labels.txt")]
+    assert main(["tag", *words, "--index", str(tmp_path / "index")]) == 0
+    assert ImageIndex.open(tmp_path / "index").about.ann is not None
 
 
 def test_recall_is_the_share_of_the_nearest_that_is_found() -> None:

@@ -192,6 +192,12 @@ def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
     assert {label.name: label.prompts for label in found} == wanted
 
 
+def test_templates_that_no_label_uses_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("label,prompt\ndog,pup\n")
+    with pytest.raises(ValueError, match="every label has its own prompts"):
+        read_labels(tmp_path / "l.csv", templates=("a {}",))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [

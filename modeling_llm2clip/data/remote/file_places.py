@@ -44,7 +44,10 @@ def name_place(place: FilePlace) -> str:
 
 def find_version(place: FilePlace) -> Hashable:
     """Return what changes when a local file does, or when a remote one is described anew."""
-    return place.stat().st_mtime_ns if isinstance(place, Path) else _find_described(place)
+    if not isinstance(place, Path):
+        return _find_described(place)
+    status = place.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_place(place: FilePlace) -> io.RawIOBase:

@@ -291,9 +291,9 @@ def _walk_class_folders(
     for folder in folders:
         before = len(images)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            if file.name.startswith("."):  # of the system
-                continue
             name = file.relative_to(root).as_posix()
+            if "/." in name:  # of the system
+                continue
             if is_image(file):
                 images.append((name, file, folder.name))
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -115,6 +116,12 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     """
     written = str(text)
     if written in _SPECS:
+        if Path(written).exists():
+            warnings.warn(
+                f"{written} is taken for the dataset of this name. For what is at this path, give "
+                f"./{written}.",
+                stacklevel=2,
+            )
         return EvaluatedDataset(name=written)
     name, sign, folder = written.partition("=")
     is_url = is_remote(written) and not (sign and _NAME.fullmatch(name))  # a URL may have the sign

@@ -22,7 +22,7 @@ from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
-from ...data.records.data_hashes import hash_texts
+from ...data.records.data_hashes import hash_images, hash_texts
 from ...data.records.record_loading import load_records
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
@@ -222,6 +222,15 @@ def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) ->
                 f"{counted(len(store), 'item')}, here {len(records)}. Name its own, with "
                 "the same languages."
             )
+        images = store.manifest.plan.get("images", "")
+        is_there = [image is not None for image in records.iterate_images()]
+        if images and any(is_there):
+            now = hash_images(records) if all(is_there) else "some are missing"
+            if not (now.startswith(images) or images.startswith(now)):  # remote ones are not read
+                raise ValueError(
+                    f"{store.folder} was made from other images of these names, or from more of "
+                    "them. Extract these again."
+                )
         side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision

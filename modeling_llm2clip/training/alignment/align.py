@@ -214,9 +214,7 @@ def _require_fitting(
             "lock_text keeps the text projection as it is, and that of this model is random. Align "
             "the model without it first, or build it on an embedder with keep_embeddings."
         )
-    if of_model.text_adapter_layers is None and not (
-        of_model.projections_trained or config.lock_text
-    ):
+    if of_model.text_adapter_layers is None and not config.lock_text:
         raise ValueError(
             "The model keeps an embedder's own embeddings (build --keep-embeddings), and this "
             "alignment would change them. Give lock_text=True."

@@ -215,7 +215,8 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
     Where the images are not there, only the hash of the captions is left.
     """
     stored = store.manifest.plan.get("images")
-    if stored is not None and not _lacks_image(records).any():
+    if stored is not None and not _lacks_image(records).all():
+        require_images(records)
         compared, now = "images", hash_images(records)
     else:
         compared, stored = "data", store.manifest.plan.get("data")

@@ -28,7 +28,7 @@ NEAR_CHANCE = (
 
 WORSE = (
     "Warning: the training made this loss higher than it was at the start. Take more steps "
-    "(--max-steps), a lower --learning-rate, or with both stores the start alone (--max-steps 0)."
+    "(--max-steps), a lower --learning-rate, or the model as it was at the start."
 )
 NOT_JUDGED = (
     "The loss of a training batch was not compared either, since a stream is not read twice: "
@@ -41,7 +41,7 @@ LOWER = (
 )
 CLEARLY_LOWER = (
     "Warning: its R@1 is clearly lower than at the start, although its loss is lower. Where R@1 is "
-    "what counts, keep the start (with both stores --max-steps 0)."
+    "what counts, keep the start: --max-steps 0 writes it if it is the closed form."
 )
 
 FORGOT = "Warning: the training made the model classify clearly worse."

@@ -149,10 +149,10 @@ def finetune_llm(
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as found:
         own = LLM2CLIPConfig.from_pretrained(found.folder)
-        if own.text_dense_width is not None:
+        if own.text_adapter_layers is None or own.text_dense_width is not None:
             raise ValueError(
-                f"{found.name} keeps a text embedder as it is, and a LoRA would not fit the Dense "
-                "modules after its pooling. Align it without fine-tuning."
+                f"{found.name} keeps a text embedder as it is: a LoRA would change embeddings that "
+                "are to be kept, and would not fit Dense modules. Align it without fine-tuning."
             )
         if config.merge:
             types = own.architectures

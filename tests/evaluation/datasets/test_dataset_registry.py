@@ -131,7 +131,9 @@ def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     for name in ("emoji", "mine", "a=b"):
         (tmp_path / name).mkdir()
-    assert parse_dataset("emoji") == EvaluatedDataset(name="emoji")
+    with pytest.warns(UserWarning, match=r"emoji is taken for the dataset.*give \./emoji"):
+        assert parse_dataset("emoji") == EvaluatedDataset(name="emoji")
+    assert parse_dataset("./emoji") == EvaluatedDataset(name="folder", folder="./emoji")
     assert parse_dataset("mine") == EvaluatedDataset(name="folder", folder="mine")
     # What exists is a path, whatever signs are in it.
     assert parse_dataset("a=b") == EvaluatedDataset(name="folder", folder="a=b")

@@ -178,6 +178,17 @@ def test_stores_without_their_data_or_with_another_are_refused(
         open_stores(root / "stores" / "captions", data)
 
 
+def test_a_store_of_other_images_of_the_same_names_is_refused(
+    extracted: Any, tmp_path: Path
+) -> None:
+    root, model, records = extracted
+    data = Path(shutil.copytree(root / "data", tmp_path / "data"))
+    assert open_stores(root / "stores", data, head=model)
+    shutil.copy(data / records[1].name, data / records[0].name)
+    with pytest.raises(ValueError, match=r"made from other images of these names"):
+        open_stores(root / "stores", data, head=model)
+
+
 def test_stores_have_the_scores_of_the_model_that_computed_them(
     extracted: Any, tmp_path: Path
 ) -> None:

@@ -90,6 +90,9 @@ def test_all_errors_of_class_folders_are_reported_at_once(tmp_path: Path) -> Non
     (folder / "val" / "empty").mkdir()
     (folder / "val" / "n01440764" / "notes.txt").write_text("no image", encoding="utf-8")
     (folder / "val" / "n01440764" / ".DS_Store").write_text("", encoding="utf-8")
+    hidden = folder / "val" / "n01440764" / ".ipynb_checkpoints" / "no image.png"
+    hidden.parent.mkdir()
+    hidden.write_bytes(b"no image")
     (folder / "val" / "n01443537" / "ILSVRC2012_val_1.JPEG").write_bytes(b"no image")
     names = {"n01440764": "tench", "n01443537": "goldfish", "gone": "gone", "empty": "empty"}
     assert errors_of("image-folder", folder / "val", class_names=names) == {
