@@ -43,16 +43,19 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts(queries)
         images = encoder.encode_images(dataset.images, names=dataset.image_names)
-        ranking = rank_retrieval(images, texts.embeds, dataset.correspondence).t2i
+        pairs = dataset.correspondence
+        ranking = rank_retrieval(images, texts.embeds, pairs).t2i
         asked = ranking.select(torch.arange(len(queries)))
+        clusters = torch.zeros(len(queries), dtype=torch.long)
+        clusters[pairs.text_of_pair] = pairs.image_of_pair
         lengths = [lengths[row] for row in asked.tolist()]
     else:
-        pairs = _split_captions(dataset)
-        queries = [first for first, _ in pairs]
+        parts = _split_captions(dataset)
+        queries = [first for first, _ in parts]
         lengths = count_clip_tokens(queries)
-        texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
+        texts = encoder.encode_texts([*queries, *(second for _, second in parts)])
         ranking = rank_pairs(texts.embeds).i2t
-        asked = torch.arange(len(queries))
+        asked = clusters = torch.arange(len(queries))
     counts = {
         "images": len(dataset.images),
         "captions": len(dataset.captions),
@@ -60,7 +63,7 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         **count_texts(texts),
     }
     is_truncated = None if texts.is_truncated is None else texts.is_truncated[asked]
-    return TaskScores(score_lengths(ranking, lengths, is_truncated), counts)
+    return TaskScores(score_lengths(ranking, lengths, is_truncated, clusters[asked]), counts)
 
 
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:
@@ -113,7 +116,7 @@ def split_in_half(text: str) -> tuple[str, str] | None:
 
 
 def score_lengths(
-    ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None
+    ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None, clusters: Tensor
 ) -> dict[str, Any]:
     """Compute the hit rate at 1 of every bucket that has queries, of all queries, and by chance."""
     hits = hits_at(ranking, k=1)
@@ -123,24 +126,24 @@ def score_lengths(
         assert low is not None
         chosen = (tokens > low) & (tokens <= (tokens.max() if high is None else high))
         if chosen.any():
-            scores = _score_bucket(hits, tokens, is_truncated, chosen)
+            scores = _score_bucket(hits, tokens, is_truncated, clusters, chosen)
             buckets.append({"from_clip_tokens": low + 1, "to_clip_tokens": high, **scores})
     everything = torch.ones_like(tokens, dtype=torch.bool)
     return {
-        "all": _score_bucket(hits, tokens, is_truncated, everything),
+        "all": _score_bucket(hits, tokens, is_truncated, clusters, everything),
         "buckets": buckets,
         "chance": compute_chance(ranking),
     }
 
 
 def _score_bucket(
-    hits: Tensor, tokens: Tensor, is_truncated: Tensor | None, chosen: Tensor
+    hits: Tensor, tokens: Tensor, is_truncated: Tensor | None, clusters: Tensor, chosen: Tensor
 ) -> dict[str, Any]:
     beyond = (tokens[chosen] - CLIP_TEXT_TOKENS).clamp(min=0)
     return {
         "queries": int(chosen.sum()),
         "mean_clip_tokens": float(tokens[chosen].double().mean()),
-        "hit_rate_at_1": mean_with_interval(hits[chosen]),
+        "hit_rate_at_1": mean_with_interval(hits[chosen], clusters=clusters[chosen]),
         "share_of_tokens_beyond_clip": int(beyond.sum()) / int(tokens[chosen].sum()),
         "share_truncated": None
         if is_truncated is None
@@ -157,7 +160,7 @@ LENGTH = Task(
         "length": "tokens of CLIP's vocabulary without begin and end",
         "buckets": list(BUCKET_BOUNDS),
         "beyond_clip": f"after the {CLIP_TEXT_TOKENS}th token of a query",
-        "interval": INTERVAL_PROTOCOL.replace("images", "queries"),
+        "interval": f"{INTERVAL_PROTOCOL}; over queries where there are no images",
     },
     headline={
         "R@1": ("all", "hit_rate_at_1", "value"),

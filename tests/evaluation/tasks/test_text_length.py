@@ -29,7 +29,7 @@ def test_clip_tokens_are_those_of_clips_tokenizer() -> None:
 
 def share_beyond_clip(lengths: list[int]) -> float:
     first = torch.ones(len(lengths), dtype=torch.int64)
-    scores = score_lengths(Ranking(len(lengths), first, first), lengths, None)
+    scores = score_lengths(Ranking(len(lengths), first, first), lengths, None, first.cumsum(0))
     return float(scores["all"]["share_of_tokens_beyond_clip"])
 
 
@@ -51,6 +51,15 @@ def test_the_length_task_scores_each_bucket_by_itself(tmp_path: Path) -> None:
     assert found["all"]["queries"] == 2 and found["all"]["hit_rate_at_1"]["value"] == 0.5
     assert found["all"]["share_of_tokens_beyond_clip"] == pytest.approx(25 / 102)
     assert found["all"]["share_truncated"] is None
+
+
+def test_captions_of_one_image_are_sampled_together(tmp_path: Path) -> None:
+    captions = [f"dog {number}" for number in range(6)]
+    encoder = open_embeddings(tmp_path, dict.fromkeys(captions, EAST), {"p0": EAST, "p1": NORTH})
+    found = LENGTH.run(encoder, (make_retrieval_dataset(captions, [0, 0, 0, 1, 1, 1]),)).scores
+    # All captions of the first image are right, and those of the second wrong: a sample of two
+    # images has only the first in a quarter of the cases, and only the second in another.
+    assert found["all"]["hit_rate_at_1"] == {"value": 0.5, "low": 0.0, "high": 1.0}
 
 
 @pytest.mark.parametrize(
