@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .._suggestions import counted
 from ..configs.build_config import (
+    DEFAULT_ADAPTER_LAYERS,
     DEFAULT_PROJECTION_DIM,
     DEFAULT_TEXT_LENGTH,
     OWN_PROMPT,
@@ -222,7 +223,8 @@ def configure_model(
     max_text_length = config.max_text_length or DEFAULT_TEXT_LENGTH
     bidirectional = config.bidirectional is not False
     pooling: str = config.text_pooling or "mean"
-    num_blocks = 4 if config.text_adapter_layers is None else config.text_adapter_layers
+    num_blocks = config.text_adapter_layers
+    num_blocks = DEFAULT_ADAPTER_LAYERS if num_blocks is None else num_blocks
     dense_width = None
     projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
     if embedder is None:

@@ -36,6 +36,7 @@ TextPooling = Literal["mean", "last_token"]
 VisionPooling = Literal["pooler", "cls", "mean", "patch_mean"]
 Normalization = Literal["own", "openai", "half", "imagenet"]
 DEFAULT_PROJECTION_DIM = DEFAULT_TEXT_LENGTH = 512
+DEFAULT_ADAPTER_LAYERS = 4
 # Options that would change an embedder.
 _OF_LLMS = (
     "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora", "tokenizer_code",

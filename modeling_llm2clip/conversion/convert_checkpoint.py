@@ -392,14 +392,14 @@ def _read_adapter_sizes(
     num_layers = _count_blocks(prefix, tensors)
     last = tensors.get(f"{prefix}{num_layers + 1}.weight")
     found = sorted(key for key in tensors if key.startswith(prefix))
-    if found and (last is None or f"{prefix}0.fn.0.weight" not in tensors):
-        raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(found)}.")
-    if last is None or not num_layers:
+    if not found:
         raise ValueError(
             f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
             "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official "
             "EVA02 repositories keep it in their .pt file)."
         )
+    if last is None or f"{prefix}0.fn.0.weight" not in tensors:
+        raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(found)}.")
     inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
     return _AdapterSizes(width, last.shape[0], num_layers, inner // width)
 
@@ -434,8 +434,12 @@ def _fit(
         for name, weight in renamed.weights.items()
         if name.endswith((".weight", ".bias")) and not weight.dtype.is_floating_point
     )
-    errors = {"missing": missing, "without a place": unknown, "of another shape": misshapen}
-    errors["not of real numbers (quantized weights are not converted)"] = integers
+    errors = {
+        "missing": missing,
+        "without a place": unknown,
+        "of another shape": misshapen,
+        "not of real numbers (quantized weights are not converted)": integers,
+    }
     if any(errors.values()):
         shown = "".join(
             f"\n{len(names)} {what}:\n  " + "\n  ".join(names)

@@ -29,6 +29,7 @@ from ..data.captions.sentence_views import require_views
 from ..data.records.data_hashes import hash_images, hash_records
 from ..data.records.record_table import RecordTable
 from ..data.remote.remote_files import is_remote
+from ..data.remote.shard_urls import drop_signature
 from ..doctor.check_model import check_model
 from ..embedding.extract import describe_extraction, extract
 from ..encoding.dual_encoder import require_dual_encoder
@@ -221,7 +222,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     yield lambda: _check_alignment(config)
     yield lambda: choose_reports(align.report_to)
     if not is_complete(paths.aligned / "model"):
-        yield lambda: check_data(train, align)
+        yield lambda: check_data(train, batch_size=align.global_batch_size)
         num_views = config.extract.sentence_views or align.sentence_views
         yield lambda: require_views(RecordTable.from_records(train), num_views)
     if data := list_eval_data(config, test):
@@ -264,11 +265,7 @@ class _Recipe:
     """One run of a recipe, in one process."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        split: Split,
-        say: Report,
-        callbacks: Sequence[TrainerCallback],
+        self, config: TrainConfig, split: Split, say: Report, callbacks: Sequence[TrainerCallback]
     ) -> None:
         self.config, self.say, self.callbacks = config, say, callbacks
         self.train, self.test = split
@@ -400,4 +397,4 @@ def _build_towers(config: TrainConfig, folder: Path) -> None:
 
 
 def _name_data(data: str) -> str:
-    return "embedded emoji" if data == EMBEDDED else Path(data).resolve().name
+    return "embedded emoji" if data == EMBEDDED else Path(drop_signature(data)).resolve().name

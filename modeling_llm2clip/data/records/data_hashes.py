@@ -20,7 +20,8 @@ from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
-_ODD = np.int64(-7046029254386353131)  # splitmix64's 0x9E3779B97F4A7C15
+# splitmix64's 0x9E3779B97F4A7C15, whose powers differ in each of many places
+_ODD = np.int64(-7046029254386353131)
 _IMAGES_READ = 1000
 
 
@@ -34,6 +35,17 @@ def hash_texts(records: Iterable[CaptionedImage]) -> str:
     """Hash the names, languages and texts of a dataset, in its order, whatever its groups are."""
     table = RecordTable.from_records(records)
     return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
+
+
+def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
+    """Hash the texts of each record by their keys, their order and how many are short; (n,)."""
+    ends = np.asarray(text_keys.offsets)
+    ends = ends - ends[0]  # of a slice, whose keys are flattened alone
+    counts = np.diff(ends)
+    places = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # which may wrap around, as sums do
+    sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[places]))
+    return np.asarray(np.diff(sums[ends]) + num_short)
 
 
 def hash_columns(records: Iterable[CaptionedImage], columns: Sequence[str]) -> str:
@@ -72,6 +84,11 @@ def hash_images(records: Iterable[CaptionedImage]) -> str:
     return digest.hexdigest() + _hash_content(table.select(sample))
 
 
+def are_of_same_images(one: str, other: str) -> bool:
+    """Compare hashes by `hash_images`; of remote images only names and sizes count."""
+    return one.startswith(other) or other.startswith(one)
+
+
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
     """Describe the images that a run reads, to compare them with those of another run."""
     table = RecordTable.from_records(records)
@@ -86,7 +103,6 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
 
 
 def _hash_content(records: RecordTable) -> str:
-    """Hash the bytes of the images that are on a disk; nothing if none is."""
     digests = []
     for image in records.iterate_images():
         if image is not None and not is_remote(str(image)):

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..key_arrays import Array
+from ..records.data_hashes import hash_own_texts
 from ..records.record_columns import ROWS_PER_BATCH
 from ..records.record_table import split_by_batch
 from .store_manifest import INDEX_FILE, IndexRecord, StoreManifest
@@ -43,7 +44,6 @@ SCHEMA = pa.schema(
     ]
 )
 _HASHED_AT_ONCE = 2**22  # bytes
-_ODD = np.int64(-7046029254386353131)  # its powers differ in each of many places
 
 
 class ItemTexts(Sequence[str]):
@@ -248,17 +248,6 @@ def make_batch(
     return pa.RecordBatch.from_arrays(
         [*columns, text_keys, pa.array(num_short, pa.int32()), lists], schema=SCHEMA
     )
-
-
-def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
-    """Hash the texts of each record by their keys, their order and how many are short; (n,)."""
-    ends = np.asarray(text_keys.offsets)
-    ends = ends - ends[0]  # of a slice, whose keys are flattened alone
-    counts = np.diff(ends)
-    places = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
-    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # which may wrap around, as sums do
-    sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[places]))
-    return np.asarray(np.diff(sums[ends]) + num_short)
 
 
 def _hash_part(file: Path, start: int, end: int) -> str:

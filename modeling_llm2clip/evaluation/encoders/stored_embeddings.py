@@ -22,8 +22,9 @@ from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...data.atomic_files import hash_json
 from ...data.named_embeddings import SIDES, read_named_embeddings, side_file
-from ...data.records.data_hashes import hash_images, hash_texts
+from ...data.records.data_hashes import are_of_same_images, hash_images, hash_texts
 from ...data.records.record_loading import load_records
+from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import MANIFEST_FILE
@@ -222,15 +223,7 @@ def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) ->
                 f"{counted(len(store), 'item')}, here {len(records)}. Name its own, with "
                 "the same languages."
             )
-        images = store.manifest.plan.get("images", "")
-        is_there = [image is not None for image in records.iterate_images()]
-        if images and any(is_there):
-            now = hash_images(records) if all(is_there) else "some are missing"
-            if not (now.startswith(images) or images.startswith(now)):  # remote ones are not read
-                raise ValueError(
-                    f"{store.folder} was made from other images of these names, or from more of "
-                    "them. Extract these again."
-                )
+        _require_same_images(store, records)
         side = _SIDE_OF_CONTENT[store.manifest.content]
         if head is not None:
             of_head = fingerprint_text if side == "texts" else fingerprint_vision
@@ -243,6 +236,18 @@ def _open_stores(folder: Path, extracted_from: str | None, head: Path | None) ->
             made_by=store.manifest.fingerprint | {"data": store.manifest.plan["data"]},
         )
     return sides
+
+
+def _require_same_images(store: EmbeddingStore, records: RecordTable) -> None:
+    is_there = [image is not None for image in records.iterate_images()]
+    stored = store.manifest.plan.get("images")
+    if stored is None or not any(is_there):  # of captions, or nothing to compare
+        return
+    if not (all(is_there) and are_of_same_images(hash_images(records), stored)):
+        raise ValueError(
+            f"{store.folder} was made from other images of these names, or from more of them. "
+            "Extract these again."
+        )
 
 
 def _list_rows(

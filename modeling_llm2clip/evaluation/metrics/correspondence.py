@@ -131,6 +131,13 @@ class Correspondence:
         """Number of pairs of an image and a text."""
         return len(self.image_of_pair)
 
+    @property
+    def image_of_text(self) -> Tensor:
+        """Image of each text, of several the last, (num_texts,) int64; 0 for a distractor."""
+        images = torch.zeros(self.num_texts, dtype=torch.int64)
+        images[self.text_of_pair] = self.image_of_pair
+        return images
+
     def list_distractors(self) -> tuple[Tensor, Tensor]:
         """List the images without a text, and the texts without an image, as ascending rows."""
         images, texts = (

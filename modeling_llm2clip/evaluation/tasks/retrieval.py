@@ -84,14 +84,12 @@ def _rank(encoder: Encoder, dataset: RetrievalDataset) -> tuple[_Directions, dic
     texts = encoder.encode_texts(dataset.captions)
     images = encoder.encode_images(dataset.images, names=dataset.image_names)
     found = rank_retrieval(images, texts.embeds, correspondence, all_positives=True)
-    image_of_text = torch.zeros(correspondence.num_texts, dtype=torch.long)
-    image_of_text[correspondence.text_of_pair] = correspondence.image_of_pair
     counts: dict[str, Any] = {"images": len(images), **count_texts(texts)}
     if correspondence.allows_distractors:
         of_images, of_texts = correspondence.list_distractors()
         counts |= {"image_distractors": len(of_images), "text_distractors": len(of_texts)}
     directions = {
-        "t2i": (found.t2i, found.t2i.select(image_of_text)),
+        "t2i": (found.t2i, found.t2i.select(correspondence.image_of_text)),
         "i2t": (found.i2t, found.i2t.select(torch.arange(correspondence.num_images))),
     }
     return directions, counts

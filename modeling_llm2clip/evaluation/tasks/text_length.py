@@ -43,17 +43,15 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts(queries)
         images = encoder.encode_images(dataset.images, names=dataset.image_names)
-        pairs = dataset.correspondence
-        ranking = rank_retrieval(images, texts.embeds, pairs).t2i
+        ranking = rank_retrieval(images, texts.embeds, dataset.correspondence).t2i
         asked = ranking.select(torch.arange(len(queries)))
-        clusters = torch.zeros(len(queries), dtype=torch.long)
-        clusters[pairs.text_of_pair] = pairs.image_of_pair
+        clusters = ranking.select(dataset.correspondence.image_of_text)
         lengths = [lengths[row] for row in asked.tolist()]
     else:
-        parts = _split_captions(dataset)
-        queries = [first for first, _ in parts]
+        pairs = _split_captions(dataset)
+        queries = [first for first, _ in pairs]
         lengths = count_clip_tokens(queries)
-        texts = encoder.encode_texts([*queries, *(second for _, second in parts)])
+        texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
         ranking = rank_pairs(texts.embeds).i2t
         asked = clusters = torch.arange(len(queries))
     counts = {
@@ -63,7 +61,7 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         **count_texts(texts),
     }
     is_truncated = None if texts.is_truncated is None else texts.is_truncated[asked]
-    return TaskScores(score_lengths(ranking, lengths, is_truncated, clusters[asked]), counts)
+    return TaskScores(score_lengths(ranking, lengths, is_truncated, clusters), counts)
 
 
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:

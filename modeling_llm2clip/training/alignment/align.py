@@ -148,7 +148,7 @@ def align(
         check_stream(config, has_image_store=images is not None, has_teacher=teacher is not None)
     else:
         data = RecordTable.from_records(data)
-        check_data(data, config)
+        check_data(data, batch_size=config.global_batch_size)
     require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     device = choose_device(config.device)

@@ -13,12 +13,11 @@ from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
 from ...data.captions.sentence_views import read_num_views
 from ...data.key_arrays import find_first_rows
-from ...data.records.data_hashes import hash_images, hash_texts
+from ...data.records.data_hashes import are_of_same_images, hash_images, hash_own_texts, hash_texts
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
-from ...data.store.store_index import hash_own_texts
 from ...data.store.store_manifest import (
     CAPTION_EMBEDS,
     TEACHER_TEXT_EMBEDS,
@@ -98,11 +97,11 @@ def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
         )
 
 
-def check_data(records: Sequence[CaptionedImage], config: AlignConfig) -> None:
+def check_data(records: Sequence[CaptionedImage], *, batch_size: int | None = None) -> None:
     """Refuse data that no batch can be made of."""
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
-    check_batch(config.global_batch_size or 1, len(records))
+    check_batch(batch_size or 1, len(records))
     _check_group_ids(RecordTable.from_records(records))
 
 
@@ -218,10 +217,12 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
     if stored is not None and not _lacks_image(records).all():
         require_images(records)
         compared, now = "images", hash_images(records)
+        is_same = are_of_same_images(now, stored)
     else:
         compared, stored = "data", store.manifest.plan.get("data")
         now = hash_texts(_in_order(records, items))
-    if not (now.startswith(str(stored)) or str(stored).startswith(now)):  # remote ones are not read
+        is_same = now == stored
+    if not is_same:
         raise ValueError(
             f"{store.folder} was made from other images of these names ({compared} {stored} then, "
             f"{now} now). Extract these again (--modality image), or give the data that the "

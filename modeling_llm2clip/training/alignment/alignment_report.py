@@ -63,10 +63,7 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
     results = read_card_data(source).results
     was_held_out = any(result.dataset.endswith(_name_groups(groups)) for result in results)
-    return {
-        "groups": groups,
-        "maybe_trained_on": config.projections_trained and not was_held_out,
-    }
+    return {"groups": groups, "maybe_trained_on": config.projections_trained and not was_held_out}
 
 
 def describe_alignment(output: Path) -> list[str]:

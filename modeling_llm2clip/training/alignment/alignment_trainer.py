@@ -340,8 +340,7 @@ class InputTimesCallback(TrainerCallback):
     """Writes lines to stderr at ends of epochs, each after twice the time, and one at the end.
 
     So a run of ten minutes has about six of them, and one of a day 13. Each is about the time since
-    the one before, and says what share of it the process waited for batches: a GPU is never waited
-    for.
+    the one before, and says what share of it the process waited for batches, never for a GPU.
     """
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:

@@ -73,10 +73,7 @@ class HeldOutScores:
     @property
     def is_near_chance(self) -> bool:
         """True unless both directions are above three times chance, with 95 % confidence."""
-        directions = (
-            (self.t2i_r1, self.chance_t2i_r1),
-            (self.i2t_r1, self.chance_i2t_r1),
-        )
+        directions = ((self.t2i_r1, self.chance_t2i_r1), (self.i2t_r1, self.chance_i2t_r1))
         return any(
             self.find_interval(score)[0] <= _TIMES_CHANCE * chance for score, chance in directions
         )

@@ -84,10 +84,7 @@ def _summarize(
         images = list(dataset.records.select(items).iterate_images())
         vision_embeds = encode_images(model, dataset.processor, images, project=False)
     return summarize_images(
-        vision_embeds,
-        is_first_part,
-        name=name,
-        num_images=count_images(dataset.records),
+        vision_embeds, is_first_part, name=name, num_images=count_images(dataset.records)
     )
 
 

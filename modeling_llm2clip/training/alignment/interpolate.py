@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._suggestions import counted
-from ...configs.align_config import AlignConfig, InterpolateConfig
+from ...configs.align_config import InterpolateConfig
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
@@ -112,7 +112,7 @@ def interpolate(
         caption_store = EmbeddingStore.open(caption_store)
     of_images = _require_same_parts(first, last, caption_store)
     records, processor = RecordTable.from_records(data), LLM2CLIPProcessor.from_pretrained(last)
-    check_data(records, AlignConfig())
+    check_data(records)
     dataset = AlignmentDataset(records, processor, caption_store=caption_store)
     held_out = HeldOutImages(dataset, np.arange(len(records)))
     zero_shot = None if labeled is None else ZeroShotImages(labeled, last, processor)

@@ -37,12 +37,7 @@ from ...data.streams.stream_run import hash_shards
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
-from .held_out import (
-    HeldOutImages,
-    choose_held_out,
-    count_shared_captions,
-    hold_out_of_stream,
-)
+from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream
 from .sampling import NOISE_SAMPLING, ResumableBatchSampler
 
 

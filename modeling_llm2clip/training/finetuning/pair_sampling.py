@@ -23,13 +23,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from sentence_transformers.base.sampler import (
-    DefaultBatchSampler,
-    MultiDatasetDefaultBatchSampler,
-)
-from sentence_transformers.sentence_transformer.data_collator import (
-    SentenceTransformerDataCollator,
-)
+from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from ..._suggestions import counted
 from ...data.captions.caption_groups import CaptionGroups

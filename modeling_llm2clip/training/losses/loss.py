@@ -14,10 +14,7 @@ from ...heads_llm2clip import LogitRule
 
 # Name in `AlignConfig.loss` → file of this folder and class, imported when it is used. Every class
 # is an `nn.Module` that takes `chunk_size`: rows of the logits computed at a time, or None for all.
-LOSSES = {
-    "contrastive": ("contrastive", "ContrastiveLoss"),
-    "sigmoid": ("sigmoid", "SigmoidLoss"),
-}
+LOSSES = {"contrastive": ("contrastive", "ContrastiveLoss"), "sigmoid": ("sigmoid", "SigmoidLoss")}
 
 
 class LossInputs(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,8 @@ from captioned_files import (
     write_parquet,
     write_shards,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modeling_llm2clip.data import key_arrays
 from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage, count_bytes
@@ -24,6 +27,7 @@ from modeling_llm2clip.data.records.data_hashes import (
     describe_images,
     hash_columns,
     hash_images,
+    hash_own_texts,
     hash_records,
 )
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -168,3 +172,17 @@ def test_a_hash_of_columns_depends_on_their_values_and_order_alone(
     for module in (record_columns, record_table):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", 3)
     assert hash_columns(records, names) == found
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=4), min_size=1, max_size=5), st.data())
+def test_items_have_one_hash_exactly_if_they_have_the_same_texts_in_the_same_order(
+    texts: list[list[str]], data: st.DataObject
+) -> None:
+    short = np.array([data.draw(st.integers(0, len(of_item))) for of_item in texts])
+    keys = record_columns.make_text_keys(texts)
+    hashes = hash_own_texts(keys, short)
+    first = data.draw(st.integers(0, len(texts) - 1))
+    assert np.array_equal(hash_own_texts(keys[first:], short[first:]), hashes[first:])
+    items = list(zip(map(tuple, texts), short.tolist(), strict=True))
+    same = np.array([[one == other for other in items] for one in items])
+    assert np.array_equal(hashes[:, None] == hashes, same)

@@ -100,20 +100,6 @@ def test_the_fingerprint_of_another_model_is_refused_with_both_values(store: Pat
     assert "prompt:" not in str(caught.value)
 
 
-@given(st.lists(st.lists(st.sampled_from("abc"), max_size=4), min_size=1, max_size=5), st.data())
-def test_items_have_one_hash_exactly_if_they_have_the_same_texts_in_the_same_order(
-    texts: list[list[str]], data: st.DataObject
-) -> None:
-    short = np.array([data.draw(st.integers(0, len(of_item))) for of_item in texts])
-    keys = record_columns.make_text_keys(texts)
-    hashes = store_index.hash_own_texts(keys, short)
-    first = data.draw(st.integers(0, len(texts) - 1))
-    assert np.array_equal(store_index.hash_own_texts(keys[first:], short[first:]), hashes[first:])
-    items = list(zip(map(tuple, texts), short.tolist(), strict=True))
-    same = np.array([[one == other for other in items] for one in items])
-    assert np.array_equal(hashes[:, None] == hashes, same)
-
-
 def test_many_items_are_found_at_once_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
