@@ -13,6 +13,7 @@ from .command import command
 from .options import (
     is_streamed,
     list_needs_of_model,
+    name_data,
     read_captioned_images,
     require_data,
     stream_captioned_images,
@@ -108,7 +109,7 @@ def align(
     else:
         reads_images = image_store is None or config.distillation_weight > 0
         records = read_captioned_images(data, reading, require_images=reads_images, resume=resume)
-    name = data if streamed else Path(data).resolve().name
+    name = name_data(data, is_elsewhere=streamed)
     folder = run(model, records, output, config, **stores, data_name=name, resume=resume)
     if PartialState().is_main_process:
         print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))

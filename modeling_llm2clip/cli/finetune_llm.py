@@ -9,6 +9,7 @@ from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
 from .options import (
+    name_data,
     read_captioned_images,
     require_data,
     require_model,
@@ -59,11 +60,12 @@ def finetune_llm(
 
     from accelerate import PartialState
 
+    from ..data.remote.shard_urls import has_remote_shards
     from ..training.finetuning.finetune_llm import describe_finetuning
     from ..training.finetuning.finetune_llm import finetune_llm as run
 
     records = read_captioned_images(data, reading, require_images=False)
-    name = Path(data).resolve().name
+    name = name_data(data, is_elsewhere=has_remote_shards(data))
     folder = run(model, records, output, config, data_name=name, resume=resume)
     if PartialState().is_main_process:
         print("\n".join(describe_finetuning(output)))

@@ -160,6 +160,13 @@ def require_data(data: str, reading: DataConfig) -> None:
         raise ValueError(f"image_dir={reading.image_dir}: no such folder.")
 
 
+def name_data(data: str, *, is_elsewhere: bool) -> str:
+    """Name data on a card: a folder by its own name, shards by their URLs without signatures."""
+    from ..data.remote.shard_urls import drop_signature
+
+    return drop_signature(data) if is_elsewhere else Path(data).resolve().name
+
+
 def is_streamed(data: str, streaming: StreamConfig) -> bool:
     """Tell whether data are streamed: shards elsewhere always, local ones if asked for."""
     from ..data.remote.shard_urls import has_remote_shards

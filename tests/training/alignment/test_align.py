@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.cli.options import name_data
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.doctor.check_model import check_model
@@ -203,6 +204,11 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     command[2] = "."
     assert main(command) == 0
     assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)
+
+
+def test_the_name_of_shards_on_a_card_gives_nobody_access() -> None:
+    signed = "https://host/{00..09}.tar?version=2&X-Amz-Signature=secret"
+    assert name_data(signed, is_elsewhere=True) == "https://host/{00..09}.tar?version=2"
 
 
 @pytest.mark.slow
