@@ -56,6 +56,10 @@ class Source:
         }
         return len(used - docstrings), len(docstrings)
 
+    def count_statements(self) -> int:
+        """Statements of the syntax tree (`ast.stmt`), which no packing of lines changes."""
+        return sum(isinstance(node, ast.stmt) for node in ast.walk(self.tree))
+
     def list_imported(self) -> set[str]:
         """List what the file imports, by absolute names: `a.b.c` for `from a.b import c`.
 
@@ -125,6 +129,7 @@ def count_sources(sources: list[Source]) -> dict[str, Any]:
     uses = _count_uses(sources)
     importers = _count_importers(sources)
     return {
+        "statements": sum(source.count_statements() for source in sources),
         "code_lines": sum(code for code, _ in lines),
         "docstring_lines": sum(docstring for _, docstring in lines),
         "files": len(sources),
@@ -144,13 +149,14 @@ def count_by_folder(sources: list[Source]) -> dict[str, dict[str, int]]:
         sources: All files of the package.
 
     Returns:
-        `code_lines`, `docstring_lines` and `files` by folder; the root's own files are `.`.
+        `statements`, `docstring_lines` and `files` by folder; the root's own files are `.`.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for source in sources:
         folder = source.path.parts[0] if len(source.path.parts) > 1 else "."
-        code, docstring = source.count_lines()
-        counts[folder].update(code_lines=code, docstring_lines=docstring, files=1)
+        counts[folder].update(
+            statements=source.count_statements(), docstring_lines=source.count_lines()[1], files=1
+        )
     return {folder: dict(count) for folder, count in sorted(counts.items())}
 
 

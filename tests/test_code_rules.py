@@ -40,27 +40,27 @@ MOST_LINES_OF = {"modeling_llm2clip.py": 700}
 FEWEST_LINES = 25
 SHORTER: set[str] = set()
 MOST_FUNCTION_LINES = 60
-# Lines of code proper by folder. What is new replaces something old, or raises the budget of its
+# Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces something old, or raises the budget of its
 # folder in the same commit, with a sentence that says why.
 BUDGETS = {
-    ".": 3210,
-    "building": 2040,
-    "cli": 2030,
-    "configs": 940,
-    "conversion": 1060,
-    "data": 6100,
-    "demo": 130,
-    "doctor": 1980,
-    "embedding": 1850,
-    "encoding": 880,
-    "evaluation": 4650,
-    "model_folders": 1920,
-    "publishing": 1570,
-    "recipes": 670,
-    "scheduling": 110,
-    "search": 2150,
-    "serving": 2090,
-    "training": 5400,
+    ".": 2342,
+    "building": 1463,
+    "cli": 1465,
+    "configs": 1054,
+    "conversion": 655,
+    "data": 5626,
+    "demo": 107,
+    "doctor": 1541,
+    "embedding": 1465,
+    "encoding": 712,
+    "evaluation": 3458,
+    "modelfolders": 1433,
+    "publishing": 1222,
+    "recipes": 543,
+    "scheduling": 118,
+    "search": 1776,
+    "serving": 1631,
+    "training": 4220,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 295, 8410
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
@@ -147,9 +147,9 @@ def test_every_folder_keeps_its_budget() -> None:
     counts = count_by_folder(list(read_package().values()))
     assert counts.keys() == BUDGETS.keys()
     over = {
-        folder: (count["code_lines"], BUDGETS[folder])
+        folder: (count["statements"], BUDGETS[folder])
         for folder, count in counts.items()
-        if count["code_lines"] > BUDGETS[folder]
+        if count["statements"] > BUDGETS[folder]
     }
     assert not over
     assert sum(count["files"] for count in counts.values()) <= MOST_FILES
