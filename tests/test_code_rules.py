@@ -40,8 +40,8 @@ MOST_LINES_OF = {"modeling_llm2clip.py": 700}
 FEWEST_LINES = 25
 SHORTER: set[str] = set()
 MOST_FUNCTION_LINES = 60
-# Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces something old, or raises the budget of its
-# folder in the same commit, with a sentence that says why.
+# Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
+# something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2342,
     "building": 1463,
@@ -54,7 +54,7 @@ BUDGETS = {
     "embedding": 1465,
     "encoding": 712,
     "evaluation": 3458,
-    "modelfolders": 1433,
+    "model_folders": 1433,
     "publishing": 1222,
     "recipes": 543,
     "scheduling": 118,
