@@ -32,13 +32,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def list_first(items: Iterable[object], separator: str = ", ", *, total: int | None = None) -> str:
-    """List the first items and count the rest, such as "a, b, c, d, e and 3 more".
-
-    Args:
-        items: names, places or errors; quote them with `map(repr, items)`.
-        separator: what separates them, such as ", ", "; " or a line break.
-        total: how many there are, where `items` has only the first `MAX_LISTED` of them.
-    """
+    """List the first items and count the rest, such as "a, b, c, d, e and 3 more"."""
+    # `total` counts them where `items` has only the first `MAX_LISTED`.
     listed = list(map(str, items))
     rest = (len(listed) if total is None else total) - len(listed[:MAX_LISTED])
     before_rest = " " if separator == ", " else separator
