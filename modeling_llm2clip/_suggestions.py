@@ -10,10 +10,7 @@ MAX_LISTED = 5  # names, places or errors that a message lists
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the closest known word.
-
-    Returns a sentence that begins with a space, such as " Did you mean --data?", or nothing.
-    """
+    """Suggest the closest known word: a sentence that begins with a space, or an empty string."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     word = word.lower()
     close = [candidate for candidate in by_lower if candidate.startswith(word)]
