@@ -109,7 +109,7 @@ def test_a_mask_selects_what_it_marks_and_other_rows_are_refused() -> None:
             table.select(rows)
 
 
-def test_the_key_tells_a_name_and_a_language_from_each_other() -> None:
+def test_a_name_and_a_language_that_swap_places_have_another_key() -> None:
     pairs = [("de", "en"), ("en", "de"), ("de", "de")]
     keys = RecordTable.from_records([CaptionedImage(None, n, n, (), lang=la) for n, la in pairs])
     assert len(set(keys.keys.tolist())) == 3
