@@ -434,7 +434,6 @@ def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_files(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Say if the files are the published ones, as far as that is known."""
     differing = dict.fromkeys(name for part in parts for name in _list_differing_files(part))
     if differing:
         return f"{', '.join(differing)}: not as published"

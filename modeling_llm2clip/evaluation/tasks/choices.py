@@ -29,7 +29,6 @@ _CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 
 
 def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Answer every item, and score all of them and each category."""
     [dataset] = datasets
     assert isinstance(dataset, ChoiceDataset)
     captions = [caption for item in dataset.items for caption in item.captions]

@@ -21,7 +21,6 @@ _NEAR = 1e-4  # of a cosine in float32, far above its rounding error
 
 
 def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Compare every image with every class: the mean of its prompts' unit embeddings."""
     [dataset] = datasets
     assert isinstance(dataset, ClassificationDataset)
     texts = encoder.encode_texts(list_prompts(dataset))

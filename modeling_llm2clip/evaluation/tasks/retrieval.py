@@ -51,7 +51,6 @@ def _run_retrieval(encoder: Encoder, datasets: Datasets) -> TaskScores:
 
 
 def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Score each language by itself, and take the mean."""
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     numbers: dict[str, int] = {}
@@ -80,7 +79,6 @@ def compute_chance(ranking: Ranking) -> float:
 
 
 def _rank(encoder: Encoder, dataset: RetrievalDataset) -> tuple[_Directions, dict[str, Any]]:
-    """Encode a dataset and rank `t2i` and `i2t`; also count its images and texts."""
     correspondence = dataset.correspondence
     texts = encoder.encode_texts(dataset.captions)
     images = encoder.encode_images(dataset.images, names=dataset.image_names)
@@ -167,7 +165,6 @@ def rank_pairs(embeds: Tensor) -> RetrievalRanks:
 
 
 def _run_cra(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Compute the accuracy, and that of the other direction."""
     groups = _require_pairs(datasets)
     texts = encoder.encode_texts(_list_pairs(groups))
     found = rank_pairs(texts.embeds)
