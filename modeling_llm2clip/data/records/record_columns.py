@@ -109,7 +109,7 @@ def hash_identity(name: str, lang: str) -> int:
 
 
 def _join_keys(name_keys: Integers, lang_keys: Integers) -> Integers:
-    """Hash pairs by their hashes; an odd factor keeps a pair and its reverse apart. Sums may wrap."""
+    """Hash pairs by their hashes; the factor keeps a pair and its reverse apart. Sums may wrap."""
     return name_keys * 31 + lang_keys
 
 
