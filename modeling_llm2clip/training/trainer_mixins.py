@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -100,10 +101,13 @@ def training_arguments_on(
     **options: Any,
 ) -> Arguments:
     """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
+    in_bfloat16 = computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda")
+    # A launcher writes its own choice here, and accelerate follows it where a Trainer makes none.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     arguments = arguments_class(
         use_cpu=device.type == "cpu",
         output_dir=str(output / CHECKPOINTS),
-        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
+        bf16=in_bfloat16,
         save_strategy="steps",
         save_steps=config.save_steps,
         ddp_find_unused_parameters=False,  # what gets no gradient is frozen, or refused
