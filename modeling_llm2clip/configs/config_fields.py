@@ -161,6 +161,9 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     """Read a YAML file (version 1.2: `1e-4` is a number, `no` is a string) with one mapping."""
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except OSError as error:
+        shown = f"{file} cannot be read: {error.strerror}. Give a YAML file of options."
+        raise ValueError(shown) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         shown = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as YAML: {shown}") from None
