@@ -185,7 +185,6 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
 def _read_jobs(
     data: DataSource | Sequence[DataSource], names: Sequence[str], config: EvaluationConfig
 ) -> list[_Job]:
-    """Choose the tasks of every dataset, and read it as they want it."""
     sources = _list_datasets(data)
     if len(set(names)) < len(names):
         raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
+from .._suggestions import counted
 from ..data.atomic_files import hash_json
 from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_differences, select_comparable
@@ -419,6 +420,8 @@ def _describe_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
     amounts = {}
     for lang, data in languages.items():
         amount = ", ".join(_list_amounts(data)) or ABSENT
+        if shared := data.get("captions_of_several_images"):
+            amount += f"; {counted(shared, 'text')} of several images"
         is_captions_only = data.get("with_images") is False
         amounts[lang] = f"{amount}; only captions were read" if is_captions_only else amount
     lang, first = next(iter(amounts.items()))
@@ -431,7 +434,6 @@ def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_files(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Say if the files are the published ones, as far as that is known."""
     differing = dict.fromkeys(name for part in parts for name in _list_differing_files(part))
     if differing:
         return f"{', '.join(differing)}: not as published"

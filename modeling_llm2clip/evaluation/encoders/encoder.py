@@ -293,7 +293,6 @@ class OnceEncoder(Encoder):
         return self._images.take(wanted)
 
     def take_far_images(self) -> str | None:
-        """Ask the encoder, which sees each image once."""
         return self._encoder.take_far_images()
 
 

@@ -16,7 +16,6 @@ from ..metrics.scores import CONFIDENCE_LEVEL, NUM_RESAMPLES
 
 # Part of the protocol of every task that has intervals.
 BY_COSINE = {"similarity": "cosine", "ties": TIE_RULE}
-INTERVAL_PROTOCOL = f"bootstrap over images, {NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
@@ -63,6 +62,11 @@ class Task:
     check: Callable[[Datasets], object] = lambda datasets: None  # noqa: ARG005
     describe_data: Callable[[Datasets], Mapping[str, Any]] = lambda datasets: {}  # noqa: ARG005
     needs: tuple[Need, ...] = ()
+
+
+def describe_interval(sampled: str) -> str:
+    """Describe the confidence intervals, for the protocol of a task."""
+    return f"bootstrap over {sampled}, {NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:
