@@ -32,8 +32,6 @@ DOCUMENTS = (
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
-# Tables that share the file of another one.
-_RECORDED_WITH = {"existing_model": "first_run"}
 # A record keeps the words of its time; tables use those of the documents.
 _RECORDED_WORDS = {"pictures": "images"}
 # A setting that is the recipe itself, which has a column of its own.
@@ -65,7 +63,7 @@ def _render(name: str, results: Path) -> str:
         return _read_card_sections()
     if name not in _RENDERERS:
         raise ValueError(f"No table is called {name!r}; known are {sorted(_RENDERERS)}.")
-    file = results / f"{_RECORDED_WITH.get(name, name)}.json"
+    file = results / f"{name}.json"
     if not file.is_file():
         return f"\n{NOT_RECORDED}\n\n"
     table = _RENDERERS[name](json.loads(file.read_text(encoding="utf-8")))
@@ -211,23 +209,6 @@ def _count_splits(number: int) -> str:
 
 def _percent_with_error(found: dict[str, Any]) -> str:
     return percent_with_error(found["mean"], found["standard_error"])
-
-
-def _render_existing_model(report: dict[str, Any]) -> str:
-    heads = ("images", "the demo's model", "fine-tuned", "the recipe with new projections")
-    rows = [
-        [
-            name,
-            _percent_with_error(found["existing_model"]["before"]["r1"]),
-            _percent_with_error(found["existing_model"]["after"]["r1"]),
-            _percent_with_error(found["scores"][_RECIPE]["r1"]),
-        ]
-        for name, found in report["datasets"].items()
-        if found["existing_model"] is not None
-    ]
-    if not rows:
-        return f"{NOT_RECORDED}\n"
-    return draw_table(heads, rows) + "\nR@1 as above, among the same images.\n"
 
 
 def _render_training_efficiency(report: dict[str, Any]) -> str:
@@ -556,7 +537,6 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "finetune_llm_hard": _render_finetuning,
     "alignment": _render_alignment,
     "first_run": _render_first_run,
-    "existing_model": _render_existing_model,
     "training_set_size": _render_training_set_size,
     "training_efficiency": _render_training_efficiency,
     "retrieval_ranking": _render_retrieval_ranking,
