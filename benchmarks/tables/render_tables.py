@@ -22,10 +22,10 @@ from benchmarks.tables.product_tables import PRODUCT_TABLES
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
     RESULTS / "README.md",
-    ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "build.md",
     ROOT / "docs" / "choose-a-model.md",
     ROOT / "examples" / "data" / "caption_lora" / "README.md",
@@ -320,8 +320,7 @@ def _render_evaluation(report: dict[str, Any]) -> str:
     table = draw_table(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
     images = next(iter(emoji[0]["counts"]["languages"].values()))["images"]
     note = f"Text to image R@1 among {images} emoji unseen in training, which was in English."
-    parts = [f"{table}\n{note} {report['hardware']}.\n", _draw_lengths(report), _draw_cra(report)]
-    return "".join([*parts, _draw_tiny(report)])
+    return f"{table}\n{note} {report['hardware']}.\n{_draw_lengths(report)}{_draw_cra(report)}"
 
 
 def _draw_lengths(report: dict[str, Any]) -> str:
@@ -367,23 +366,6 @@ def _draw_cra(report: dict[str, Any]) -> str:
         f"{percent(results[0]['scores']['chance'])}."
     )
     return f"\n{draw_table(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
-
-
-def _draw_tiny(report: dict[str, Any]) -> str:
-    if "tiny" not in report:
-        return ""
-    paths = {
-        "cross-lingual": ("mean", "t2i", "hit_rate_at_1"),
-        "cra": ("cra", "value"),
-    }
-    rows = [
-        [result["model"], result["task"], result["dataset"],
-         percent(_follow(result["scores"], paths[result["task"]]))]
-        for result in report["results"]
-        if result["model"] in report["tiny"]["models"]
-    ]  # fmt: skip
-    table = draw_table(("model", "task", "dataset", "R@1"), rows)
-    return f"\nThe same command on other model types, {report['tiny']['label']}:\n\n{table}"
 
 
 def _follow(scores: Any, path: Sequence[str]) -> float:
