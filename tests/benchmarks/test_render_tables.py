@@ -7,9 +7,9 @@ from typing import Any
 
 from tiny import MORE_VISION_FAMILIES, VISION_FAMILIES
 
-from benchmarks.product_tables import PRODUCT_TABLES
-from benchmarks.render_tables import RESULTS, _render_evaluation, _render_vision_towers
-from benchmarks.vision_towers import FAMILIES
+from benchmarks.compatibility.vision_towers import FAMILIES
+from benchmarks.tables.product_tables import PRODUCT_TABLES
+from benchmarks.tables.render_tables import RESULTS, _render_evaluation, _render_vision_towers
 
 LABEL = "tiny random weights: shows the path, not a score"
 
