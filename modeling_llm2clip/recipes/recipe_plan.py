@@ -419,8 +419,8 @@ def _count_images(records: Sequence[CaptionedImage]) -> int:
 
 def _count_shared_captions(train: Sequence[CaptionedImage], test: Sequence[CaptionedImage]) -> int:
     """Count the captions to train on that an image to evaluate on has, too."""
-    keys = [list_text_keys(RecordTable.from_records(records)) for records in (train, test)]
-    return int(np.isin(*keys).sum())
+    ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in (train, test))
+    return int(np.isin(ours, theirs).sum())
 
 
 def _count_tokens(text: str) -> int:
