@@ -323,7 +323,7 @@ class AlignmentStream:
 
     @property
     def has_noise(self) -> bool:
-        """Whether batches have noise on stored embeddings."""
+        """True where batches have noise on stored captions."""
         return bool(self.caption_noise and self.caption_store is not None)
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:

@@ -166,7 +166,7 @@ def test_temperature_and_bias_start_where_the_loss_that_is_trained_is_lowest(
     with torch.no_grad():
         bias.copy_(torch.tensor(next(iter(fit.parameters.values()))))
         assert float(loss(inputs.at_scale(math.exp(fit.log_scale or 0)))) == fit.loss
-        # Of a grid of both, which is no finer than what is asked for.
+        # A grid of both finds nothing lower.
         for log_scale in torch.arange(0, math.log(100), 0.1).tolist():
             for ratio in torch.arange(0.2, 1.5, 0.1).tolist():
                 bias.fill_(-4 - ratio * math.exp(log_scale))
