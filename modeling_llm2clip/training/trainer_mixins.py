@@ -125,10 +125,7 @@ def training_arguments_on(
 
 
 class CheckpointMarkMixin:
-    """Marks a checkpoint when all of it is written, and stops before a gradient that is not finite.
-
-    A step with it would make every weight NaN, since the gradient is clipped as a whole.
-    """
+    """Marks a checkpoint when all of it is written, and stops before a gradient that is not finite."""
 
     state: Any
     args: Any
@@ -150,10 +147,9 @@ class CheckpointMarkMixin:
 
 
 class ResumedMetricsMixin:
-    """Keeps numbers of the whole run out of a Trainer's log if it ran only a part of it.
+    """Keeps mean loss and speed out of the log of a resumed run.
 
-    These are the mean loss and the speed: some versions of transformers divide the sums of the
-    part by the steps of the whole.
+    Some versions of transformers divide the sums of the part by the steps of the whole.
     """
 
     state: Any
@@ -363,10 +359,7 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
 
 
 def find_pooler(text_model: nn.Module) -> str | None:
-    """Return the pattern of the modules of an encoder's pooler, which nothing reads; None for none.
-
-    BERT has one, and a LoRA in it would get no gradient.
-    """
+    """Return the pattern of an encoder's pooler, such as BERT's, whose LoRA gets no gradient."""
     has_pooler = any("pooler" in name.split(".") for name, _ in text_model.named_modules())
     return r"(.*\.)?pooler\..*" if has_pooler else None
 

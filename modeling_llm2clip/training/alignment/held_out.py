@@ -93,15 +93,9 @@ class HeldOutScores:
 
 
 class LossFit(NamedTuple):
-    """Where the loss of some pairs is lowest.
+    """The lowest loss of some pairs, and the temperature and the loss's parameters that give it."""
 
-    Attributes:
-        log_scale: Logarithm of the inverse temperature; None where it was kept.
-        loss: The loss there, of all pairs.
-        parameters: Parameters of the loss that were fitted, by name.
-    """
-
-    log_scale: float | None
+    log_scale: float | None  # of the inverse temperature; None where it was kept
     loss: float
     parameters: dict[str, list[float]]
 
@@ -341,15 +335,9 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
 
 
 def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:
-    """Fit the temperature, and with it the parameters of a loss that it names, to some pairs.
+    """Fit temperature and parameters of a loss to pairs, from `embed_batches`; changes neither.
 
-    The loss stays as it is, and the temperature of the pairs does not matter: every fit starts from
-    the same numbers, so that losses of different pairs can be compared.
-
-    Args:
-        loss: The loss that is trained, as a whole.
-        inputs: Pairs, from `embed_batches`.
-        keep_scale: Keep the temperature of the pairs, and fit the parameters alone.
+    Every fit starts from the same numbers, so that the losses of different models compare.
     """
     loss = deepcopy(loss)
     fitted = list_fitted(loss)

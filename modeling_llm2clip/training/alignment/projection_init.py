@@ -315,10 +315,8 @@ class Side:
 
 
 def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
-    """Singular directions of both sides, each times its singular value, largest first.
-
-    From the smaller Gram matrix: several times as fast as a singular value decomposition.
-    """
+    """Singular directions of both sides, each times its singular value, largest first."""
+    # The smaller Gram matrix is several times as fast as a singular value decomposition.
     if whitened.shape[0] > whitened.shape[1]:
         right, left = _split_by_correlation(whitened.T, num_directions)
         return left, right

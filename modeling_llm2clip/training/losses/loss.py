@@ -116,10 +116,7 @@ def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
 
 
 def identify_loss(loss: Any) -> str:
-    """Name a loss for the record of a run: its class or function, and its settings.
-
-    A part of another loss is named in it, and so are the arguments of a `functools.partial`.
-    """
+    """Name a loss for the record of a run: its class or function, its settings and its parts."""
     if is_dataclass(loss):
         return repr(loss)
     if isinstance(loss, partial):
