@@ -125,7 +125,7 @@ def training_arguments_on(
 
 
 class CheckpointMarkMixin:
-    """Marks a checkpoint when all of it is written, and stops before a gradient that is not finite."""
+    """Marks a checkpoint once it is written as a whole; stops at a gradient that is not finite."""
 
     state: Any
     args: Any

@@ -218,7 +218,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by start, learning rate and decay (none of vectors: arXiv:2103.00020)."""
+        """Group parameters by start, learning rate, and decay: of matrices alone (arXiv:2103.00020)."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
@@ -330,7 +330,7 @@ class ClampTemperatureCallback(TrainerCallback):
 
 
 class InputTimesCallback(TrainerCallback):
-    """Writes the share of time that batches were waited for, at ends of epochs, ever more rarely."""
+    """Writes which share of time batches were waited for, at ends of epochs, ever more rarely."""
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
         self._epoch_at = epoch_at
