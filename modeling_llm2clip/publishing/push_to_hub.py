@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -143,7 +144,14 @@ def push_to_hub(
         # Its BadRequestError is a ValueError too.
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             raise
-        raise RuntimeError(_explain(error, folder, repo_id)) from error
+        again = shlex.join([
+            "llm2clip", "push", str(folder), repo_id,
+            *([] if private else ["--no-private"]),
+            *([] if revision == "main" else ["--revision", revision]),
+            *([] if commit_message == COMMIT_MESSAGE else ["--commit-message", commit_message]),
+            *(["--allow-files", *allow_files] if allow_files else []),
+        ])  # fmt: skip
+        raise RuntimeError(_explain(error, repo_id, again)) from error
     return str(commit.commit_url)
 
 
@@ -211,7 +219,8 @@ def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: st
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def _explain(error: Exception, folder: Path, repo_id: str) -> str:
+def _explain(error: Exception, repo_id: str, again: str) -> str:
+    """Say why an upload failed; `again` is the command that repeats it."""
     response: Any = error.response if isinstance(error, HfHubHTTPError) else None
     reason = _REFUSED.get(getattr(response, "status_code", 0))
     if reason is not None:
@@ -221,7 +230,7 @@ def _explain(error: Exception, folder: Path, repo_id: str) -> str:
         )
     return (
         f"The upload to {repo_id} broke off, and nothing of it is visible there "
-        f"({type(error).__name__}: {error}). Repeat it with `llm2clip push {folder} {repo_id}`: "
+        f"({type(error).__name__}: {error}). Repeat it with `{again}`: "
         "files that had arrived are not sent again."
     )
 
