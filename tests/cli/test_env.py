@@ -7,11 +7,11 @@ import platform
 import pytest
 import torch
 
-from modeling_llm2clip.cli.env import env
+from modeling_llm2clip.__main__ import main
 
 
 def test_it_prints_versions_and_hardware_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert env.function() == 0
+    assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("- ") for line in lines)
     shown = dict(line[2:].split(": ", 1) for line in lines)

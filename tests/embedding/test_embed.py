@@ -357,9 +357,9 @@ def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int4"}, "dtype='int4' must be one of float32"),
+        ({"dtype": "int4"}, "dtype='int4': Input should be 'float32'"),
         ({"columns": ("text", "text")}, "names a column twice"),
-        ({"columns": ("price",)}, "'price' must be one of text"),
+        ({"columns": ("price",)}, "columns.0='price': Input should be 'text'"),
         ({"int8_ranges": "folder"}, "needs dtype='int8', not 'float32'"),
         ({"rows_per_shard": 0}, "rows_per_shard=0"),
     ],

@@ -28,6 +28,7 @@ from tiny import tiny_model
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.model_folders.model_card import CardData, read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -47,6 +48,7 @@ PRELUDE = """
 import contextlib, io, json, os, sys
 sys.modules["sentence_transformers"] = None
 from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 answers = []
 def run(*arguments):
     out, err = io.StringIO(), io.StringIO()
@@ -189,7 +191,7 @@ def test_what_the_hub_calls_a_bad_request_is_explained_with_the_whole_command(
             allow_files=["token.txt"],
         )  # fmt: skip
     [again] = re.findall(r"`llm2clip (push .*)`", str(raised.value))
-    call = LINE.parse(shlex.split(again))
+    call = parse(LINE, shlex.split(again))
     assert call.args == (folder, NAME)
     expected = {
         "private": False, "revision": "next", "commit_message": "New towers",
