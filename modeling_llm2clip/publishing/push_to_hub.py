@@ -25,7 +25,7 @@ from ..doctor.check_model import check_model
 from ..model_folders.model_card import read_card_data, relicense, require_license, update_model_card
 from ..model_folders.model_folder import is_inside
 from ..model_folders.model_loading import require_trained
-from ..model_folders.model_writing import is_legal_file
+from ..model_folders.model_writing import explain_incomplete, is_legal_file
 
 COMMIT_MESSAGE = "Upload LLM2CLIP model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,18 +164,19 @@ def check_publishable(
 ) -> dict[str, int]:
     """Refuse a folder that others should not get; nothing is sent or changed.
 
-    It must be a trained, healthy model with a license, without links that leave it, files that can
-    carry code, or files that look like credentials (but for `allow_files`). There is no way around
-    health: a folder that gives wrong embeddings here gives wrong embeddings everywhere. Returns
-    path → bytes of the files that would be uploaded.
+    It must be a trained, healthy and complete model with a license, without links that leave it,
+    files that can carry code, or files that look like credentials (but for `allow_files`). There is
+    no way around health: a folder that gives wrong embeddings here gives wrong embeddings
+    everywhere. Returns path → bytes of the files that would be uploaded.
     """
     folder = Path(model_folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is not a model folder: it has no config.json. Export a model first."
         )
-    card = read_card_data(folder)
-    require_license(relicense(card, license), folder)
+    if incomplete := explain_incomplete(folder):
+        raise ValueError(incomplete)
+    require_license(relicense(read_card_data(folder), license), folder)
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)

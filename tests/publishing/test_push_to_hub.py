@@ -269,6 +269,23 @@ def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     assert "states no license" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_a_trainer_is_refused_with_the_command_that_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in shared_model():  # as transformers' and sentence-transformers' trainers save them
+        part.save_pretrained(tmp_path / "checkpoint-9")
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", "checkpoint-9", NAME, "--license", "mit", "--dry-run"]) == 2
+    refusal = capsys.readouterr().err
+    assert "golden embeddings" in refusal and "licenses" in refusal
+    [command] = re.findall(r"`llm2clip (export .*)`", refusal)
+    words = [{"LICENSE": "mit", "NAME": "my-images"}.get(word, word) for word in command.split()]
+    with pytest.warns(UserWarning, match="has no golden embeddings"):
+        assert main(words) == 0
+    assert main(["push", "COMPLETE", NAME, "--dry-run"]) == 0
+    assert read_card_data(tmp_path / "COMPLETE").training_data == ("my-images",)
+
+
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])
 def test_a_name_that_is_not_a_hub_id_is_refused(repo_id: str) -> None:
     with pytest.raises(ValueError, match=r"owner/name|repo"):
