@@ -18,8 +18,8 @@ from PIL import Image
 from tiny import tiny_images
 from tiny_folders import export_tiny_model
 
-from benchmarks.render_tables import DOCUMENTS as TABLED
-from benchmarks.render_tables import NOT_RECORDED, RESULTS, render_document
+from benchmarks.tables.render_tables import DOCUMENTS as TABLED
+from benchmarks.tables.render_tables import NOT_RECORDED, RESULTS, render_document
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig

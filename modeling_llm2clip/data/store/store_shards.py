@@ -8,8 +8,8 @@ first batch of random rows does not have to wait until whole shards were read. W
 not checked again.
 
 SHA-256 is in Python's standard library and is what model hubs publish. With rows of 8 KB, one
-processor core checks about 150,000 rows per second (1.2 GB/s; `benchmarks/scale_store.py` measures
-it), once per row and process.
+processor core checks about 150,000 rows per second (1.2 GB/s, measured by
+`benchmarks/scale/scale_store.py`), once per row and process.
 """
 
 from __future__ import annotations
