@@ -372,7 +372,7 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--modality", "text", "--skip-invalid"], "--skip-invalid: only for --modality image"),
+        (["--modality", "text", "--skip-invalid"], "skip_invalid: only for --modality image"),
         (["--modality", "image", "--token-budget", "9"], "only for --modality text"),
         (["--modality", "image", "--partition", "3/2"], "must be such as 2/8"),
         (["--modality", "image", "--columns", "text"], "text is for modality text alone"),
