@@ -100,9 +100,7 @@ def test_the_command_counts_the_captions_of_a_folder(
     for least, wanted in ((1, 6), (8, 2)):  # "eine Katze" and "ein Hund" have 8 and more
         parse(line, ["count", str(folder), "--min-length", str(least)])()
         assert capsys.readouterr().out == f"{wanted}\n"
-    with pytest.raises(
-        ValueError, match="--min-length 0: Input should be greater"
-    ):
+    with pytest.raises(ValueError, match="--min-length 0: Input should be greater"):
         parse(line, ["count", str(folder), "--min-length", "0"])
 
 
