@@ -133,6 +133,7 @@ def find_patch_size(vision_model: nn.Module) -> int:
     stage covers, as each stage leaves out what its steps do not divide.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
+    size: Any
     if timm_model is None:
         config: Any = vision_model.config
         size = getattr(config, "patch_size", 0) or 0
@@ -148,7 +149,7 @@ def find_patch_size(vision_model: nn.Module) -> int:
         merged = getattr(config, "query_stride", [1])[0] ** getattr(config, "num_query_pool", 0)
         return int(getattr(config, "patch_stride", size)[0] * merged)  # Hiera's overlap
     patches: Any = getattr(timm_model, "patch_embed", getattr(timm_model, "embeds", None))
-    size: Any = getattr(patches, "patch_size", 0)
+    size = getattr(patches, "patch_size", 0)
     side = int(size if isinstance(size, int) else size[0])
     step = getattr(getattr(patches, "proj", None), "stride", (side,))[0]
     return int(timm_model.feature_info[-1]["reduction"]) if step < side else side
@@ -243,7 +244,8 @@ def pool_vision(
 
     `patch_mask`, (B, L), is 0 where a patch is padding.
     """
-    num_images, tower = pixel_values.shape[0], f"this {vision_model.config.model_type!r} tower"
+    config: Any = vision_model.config
+    num_images, tower = pixel_values.shape[0], f"this {config.model_type!r} tower"
     hidden_states: Tensor = output.last_hidden_state
     if hidden_states.shape[0] != num_images:
         raise ValueError(
