@@ -122,6 +122,11 @@ def iterate_batches(
     with closing(in_threads) as prepared, float32_as_such():
         for rows, batch in zip(plan, prepared, strict=True):
             embeds = encode(batch).float().cpu()
+            if embeds.ndim != 2 or len(embeds) != len(rows):
+                raise ValueError(
+                    f"The model gives embeddings of shape {tuple(embeds.shape)} for {len(rows)} "
+                    "inputs; a row per input is expected. Take another vision tower or encoder."
+                )
             require_finite(embeds, rows, inputs)
             yield rows, embeds
 
@@ -178,17 +183,6 @@ def prepare_batches(
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-
-
-def pad_ids(processor: LLM2CLIPProcessor, texts: Sequence[TokenizedText]) -> dict[str, Tensor]:
-    """Pad token ids on the right; returns ids and mask, each (B, L) int64."""
-    longest = max(len(one.ids) for one in texts)
-    input_ids = torch.full((len(texts), longest), processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros(len(texts), longest, dtype=torch.long)
-    for line, one in enumerate(texts):
-        input_ids[line, : len(one.ids)] = torch.from_numpy(one.ids)
-        attention_mask[line, : len(one.ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
