@@ -136,7 +136,7 @@ def test_the_card_of_a_space_is_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--handler", "--components", "vision-tower"], "handler=True serves models of this package"),
+        (["--handler", "--components", "vision-tower"], "handler=True serves models of this pack"),
         (["--space", "--components", "text"], "space=True needs both towers"),
     ],
 )
