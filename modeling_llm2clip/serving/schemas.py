@@ -13,7 +13,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from typing_extensions import Self
 
 MOST_INPUTS = 2048
 """Maximum texts and images per request, as OpenAI's."""
@@ -21,6 +30,8 @@ MOST_CHARACTERS = 100_000
 """Maximum length of a text: no model reads as much, and tokenizing more takes seconds."""
 MOST_HITS = 1000
 """Maximum images per query of a search."""
+MOST_RESULTS = 20_000
+"""Maximum images of all queries of a search: the response has a line of columns for each."""
 
 
 def _require_text(text: str) -> str:
@@ -270,6 +281,16 @@ class SearchRequest(_Options):
     where: str | None = Field(
         None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."
     )
+
+    @model_validator(mode="after")
+    def _require_few_results(self) -> Self:
+        count = len(self.queries) * self.top_k
+        if count > MOST_RESULTS:
+            raise ValueError(
+                f"{len(self.queries)} queries with top_k={self.top_k} ask for {count:,} images, "
+                f"the maximum is {MOST_RESULTS:,}. Send fewer queries, or a smaller top_k"
+            )
+        return self
 
 
 class Usage(BaseModel):
