@@ -1,4 +1,4 @@
-"""Words in messages: suggestions, and numbers with nouns. Imports the standard library alone."""
+"""Words in messages: suggestions, counts, the first of many. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MAX_LISTED = 5  # names, places or errors that a message lists
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the closest known word.
-
-    Returns a sentence that begins with a space, such as " Did you mean --data?", or nothing.
-    """
+    """Suggest the closest known word: a sentence that begins with a space, or an empty string."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     word = word.lower()
     close = [candidate for candidate in by_lower if candidate.startswith(word)]
@@ -27,3 +26,12 @@ def counted(number: int, noun: str) -> str:
         return f"1 {noun}"
     ends_in_ies = noun.endswith("y") and noun[-2] not in "aeiou"
     return f"{number:,} {noun[:-1]}ies" if ends_in_ies else f"{number:,} {noun}s"
+
+
+def list_first(items: Iterable[object], separator: str = ", ", *, total: int | None = None) -> str:
+    """List the first items and count the rest, such as "a, b, c, d, e and 3 more"."""
+    # `total` counts them where `items` has only the first `MAX_LISTED`.
+    listed = list(map(str, items))
+    rest = (len(listed) if total is None else total) - len(listed[:MAX_LISTED])
+    before_rest = " " if separator == ", " else separator
+    return separator.join(listed[:MAX_LISTED]) + (f"{before_rest}and {rest:,} more" if rest else "")

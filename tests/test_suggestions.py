@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import modeling_llm2clip
-from modeling_llm2clip._suggestions import counted
+from modeling_llm2clip._suggestions import counted, list_first
 
 PACKAGE = Path(modeling_llm2clip.__file__).parent
 # A number, which no "of" precedes, is followed by a plural within two words.
@@ -61,6 +61,24 @@ NEVER_ONE = {
 )
 def test_a_number_and_its_noun_agree(number: int, noun: str, wanted: str) -> None:
     assert counted(number, noun) == wanted
+
+
+@pytest.mark.parametrize(
+    ("items", "separator", "total", "expected"),
+    [
+        ([], ", ", None, ""),
+        (["a"], ", ", None, "a"),
+        (list("abcde"), ", ", None, "a, b, c, d, e"),
+        (list("abcdefgh"), ", ", None, "a, b, c, d, e and 3 more"),
+        (range(1_006), "; ", None, "0; 1; 2; 3; 4; and 1,001 more"),
+        (list("abcdef"), "\n", None, "a\nb\nc\nd\ne\nand 1 more"),
+        (["a", "b"], ", ", 4, "a, b and 2 more"),
+    ],
+)
+def test_a_list_names_its_first_items_and_counts_the_rest(
+    items: Sequence[object], separator: str, total: int | None, expected: str
+) -> None:
+    assert list_first(iter(items), separator, total=total) == expected
 
 
 def find_plurals(path: Path) -> Iterator[str]:
