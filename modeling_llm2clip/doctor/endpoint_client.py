@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .._suggestions import counted
 from ..configs.serve_config import ServerCheckConfig, ServerSchema
 
 _PATHS: dict[ServerSchema, tuple[str, ...]] = {
@@ -99,16 +100,14 @@ class EndpointClient:
         """Embed one text, (1, width), and keep the first path that the server knows."""
         *others, last = self.urls
         for url in others:
+            self.urls = [url]
             try:
-                embeds = self.embed_texts([text], url=url)
+                return self.embed([text])
             except EndpointError as error:
                 if error.status != 404:
                     raise
-            else:
-                self.urls = [url]
-                return embeds
         self.urls = [last]
-        return self.embed_texts([text])
+        return self.embed([text])
 
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
@@ -122,37 +121,32 @@ class EndpointClient:
         name = models[0].get("id")
         return name if isinstance(name, str) else None
 
-    def embed_texts(
-        self, texts: Sequence[str], *, url: str | None = None, **options: Any
-    ) -> Tensor:
-        """Embed N texts in one request, (N, width) float32 as they came."""
-        body: dict[str, Any] = {"input": list(texts)}
-        if self.schema == "cohere":
-            body = {"texts": list(texts), "embedding_types": ["float"]}
-        elif self.schema == "jina":
-            body = {"input": [{"text": text} for text in texts]}
-        return self._embed({**body, **options}, count=len(texts), url=url)
+    def embed(self, inputs: Sequence[str | Image.Image], **options: Any) -> Tensor:
+        """Embed N texts or images, jina also both, (N, width) float32 as they came.
 
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed N images, (N, width), in one request if the schema has batches."""
-        addresses = [_to_data_url(image) for image in images]
-        if self.schema == "chat":
-            parts = [{"type": "image_url", "image_url": {"url": one}} for one in addresses]
-            bodies = [{"messages": [{"role": "user", "content": [part]}]} for part in parts]
-            return torch.cat([self._embed(body, count=1) for body in bodies])
-        body: dict[str, Any] = {"input": [{"image": one} for one in addresses]}
-        if self.schema == "cohere":
-            body = {"images": addresses, "embedding_types": ["float"]}
-        return self._embed(body, count=len(images))
-
-    def _embed(self, body: dict[str, Any], *, count: int, url: str | None = None) -> Tensor:
-        body = {"model": self.model_name, **body}
-        if self.schema != "cohere":
-            body = {"encoding_format": "float", **body}
-        content = self._load(self._send(url or self.urls[0], body))
-        rows = _find_rows(content)
-        if len(rows) != count:
-            raise EndpointError(f"The reply has {len(rows)} embeddings for {count} inputs.")
+        They are in one request, except that chat has one image per request.
+        """
+        values = [one if isinstance(one, str) else _to_data_url(one) for one in inputs]
+        are_images = [not isinstance(one, str) for one in inputs]
+        body: dict[str, Any] = {"model": self.model_name, "encoding_format": "float"}
+        if self.schema == "jina":
+            names = ["image" if is_image else "text" for is_image in are_images]
+            body["input"] = [{name: one} for name, one in zip(names, values, strict=True)]
+        elif self.schema == "cohere":
+            name = "images" if any(are_images) else "texts"
+            body = {"model": self.model_name, "embedding_types": ["float"], name: values}
+        elif not any(are_images):
+            body["input"] = values
+        elif len(values) > 1:
+            return torch.cat([self.embed([one], **options) for one in inputs])
+        else:
+            part = {"type": "image_url", "image_url": {"url": values[0]}}
+            body["messages"] = [{"role": "user", "content": [part]}]
+        rows = _find_rows(self._load(self._send(self.urls[0], {**body, **options})))
+        if len(rows) != len(inputs):
+            raise EndpointError(
+                f"The reply has {len(rows)} embeddings for {counted(len(inputs), 'input')}."
+            )
         return _to_tensor(rows)
 
     def _send(self, url: str, body: dict[str, Any] | None) -> bytes:

@@ -85,8 +85,14 @@ class Encoder(ABC):
         return self.processor.longest_text
 
     @abstractmethod
-    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run one batch of texts, each (B, L) int64, padded on the right."""
+    def encode_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None
+    ) -> Tensor:
+        """Run one batch of texts, each (B, L) int64, padded on the right.
+
+        `num_unpooled` counts the tokens of prompt and instruction that are not pooled; None for
+        those of the prompt alone.
+        """
 
     @abstractmethod
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
@@ -104,8 +110,12 @@ class Encoder(ABC):
         token_budget: int | None = None,
         show_progress: bool = False,
         on_batch: OnBatch | None = None,
+        num_unpooled: int | None = None,
     ) -> Tensor:
-        """Encode texts, tokenized already or not; see the function `encode_texts`."""
+        """Encode texts, tokenized already or not; see the function `encode_texts`.
+
+        `num_unpooled` is that of `encode_tokens`.
+        """
         self._require("text", project=project)
         first = texts[0] if isinstance(texts, list) and texts else None
         if not isinstance(texts, TokenizedTexts) and not isinstance(first, TokenizedText):
@@ -124,7 +134,7 @@ class Encoder(ABC):
                 [lengths[row] for row in rows], token_budget=budget
             ),
             prepare=partial(pad_ids, self.processor),
-            encode=lambda inputs: self.encode_tokens(**inputs),
+            encode=lambda inputs: self.encode_tokens(**inputs, num_unpooled=num_unpooled),
             on_batch=on_batch,
             sizes=lengths,  # tokens cost about the same each, and the longest texts come first
             unit=" tokens",

@@ -207,7 +207,12 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         """Embed texts and images; a body has exactly one of the five fields for them."""
         _require_model(service, body.model)
         inputs = await _read_inputs(_list_items(body), images)
-        found = await service.embed(inputs, dimensions=body.dimensions, truncate=body.truncate)
+        found = await service.embed(
+            inputs,
+            dimensions=body.dimensions,
+            truncate=body.truncate,
+            prompt_name=body.prompt_name,
+        )
 
         def make_response() -> Response:
             rows = _encode(found.embeds, body.encoding_format or "float")
@@ -227,7 +232,10 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         _require_model(service, body.model)
         inputs = await _read_inputs(_list_items(body), images)
         found = await service.embed(
-            inputs, dimensions=body.output_dimension, truncate=body.truncate == "END"
+            inputs,
+            dimensions=body.output_dimension,
+            truncate=body.truncate == "END",
+            prompt_name=body.prompt_name,
         )
         texts = [text for text in inputs if isinstance(text, str)]
         units = {"input_tokens": found.num_tokens, "images": len(inputs) - len(texts)}
@@ -277,7 +285,9 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         lists = [query if isinstance(query, list) else [query] for query in body.queries]
         inputs = iter(await _read_inputs([item for items in lists for item in items], images))
         queries = [[next(inputs) for _ in items] for items in lists]
-        found = await service.search(queries, top_k=body.top_k, where=body.where)
+        found = await service.search(
+            queries, top_k=body.top_k, where=body.where, prompt_name=body.prompt_name
+        )
 
         def make_response() -> Response:
             data = [

@@ -24,6 +24,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from .._suggestions import counted
+
 MOST_INPUTS = 2048
 """Maximum texts and images per request, as OpenAI's."""
 MOST_CHARACTERS = 100_000
@@ -150,7 +152,16 @@ class _Options(_Strict):
     model: str | None = Field(None, description="Name of the served model; it may be left out.")
 
 
-class _OpenAIOptions(_Options):
+class _TextOptions(_Options):
+    prompt_name: str | None = Field(
+        None,
+        max_length=100,
+        description="Name of the model's instruction that texts get, such as query, as with "
+        "`encode_query` of sentence-transformers.",
+    )
+
+
+class _OpenAIOptions(_TextOptions):
     dimensions: int | None = Field(
         None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
     )
@@ -161,13 +172,24 @@ class _OpenAIOptions(_Options):
     truncate: bool = Field(True, description="false refuses texts that would be truncated.")
 
 
-class _CohereOptions(_Options):
-    input_type: str | None = Field(None, description="Changes nothing.")
+class _CohereOptions(_TextOptions):
+    input_type: str | None = Field(
+        None,
+        description="search_query and search_document are the instructions query and document "
+        "without `prompt_name`; other types change nothing.",
+    )
     output_dimension: int | None = Field(None, ge=1)
     embedding_types: Annotated[
         list[Literal["float", "base64"]], Field(min_length=1, max_length=2)
     ] = Field(["float"])
     truncate: Literal["NONE", "END"] = "END"
+
+    @model_validator(mode="after")
+    def _name_prompt(self) -> Self:
+        if self.prompt_name is None:
+            names = {"search_query": "query", "search_document": "document"}
+            self.prompt_name = names.get(self.input_type or "")
+        return self
 
 
 class _HasTexts(_Strict):
@@ -271,7 +293,7 @@ class ClassifyRequest(_Options):
     top_k: int | None = Field(None, ge=1, description="Labels per image; all by default.")
 
 
-class SearchRequest(_Options):
+class SearchRequest(_TextOptions):
     """Texts and images to find images for."""
 
     queries: Annotated[list[ItemOrItems], Field(min_length=1, max_length=MOST_INPUTS)] = Field(
@@ -287,7 +309,7 @@ class SearchRequest(_Options):
         count = len(self.queries) * self.top_k
         if count > MOST_RESULTS:
             raise ValueError(
-                f"{len(self.queries)} queries with top_k={self.top_k} ask for {count:,} images, "
+                f"{counted(len(self.queries), 'query')} with top_k={self.top_k} ask for {count:,} images, "
                 f"the maximum is {MOST_RESULTS:,}. Send fewer queries, or a smaller top_k"
             )
         return self
