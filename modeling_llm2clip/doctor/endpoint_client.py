@@ -144,9 +144,8 @@ class EndpointClient:
             body["messages"] = [{"role": "user", "content": [part]}]
         rows = _find_rows(self._load(self._send(self.urls[0], {**body, **options})))
         if len(rows) != len(inputs):
-            raise EndpointError(
-                f"The reply has {len(rows)} embeddings for {counted(len(inputs), 'input')}."
-            )
+            count = counted(len(inputs), "input")
+            raise EndpointError(f"The reply has {len(rows)} embeddings for {count}.")
         return _to_tensor(rows)
 
     def _send(self, url: str, body: dict[str, Any] | None) -> bytes:

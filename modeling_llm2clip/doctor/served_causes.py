@@ -160,9 +160,8 @@ def _list_text_causes(tested: ModelUnderTest, texts: Sequence[str]) -> Iterator[
     )
     start, change = (0, "pooled too") if config.num_unpooled else (len(prefix), "not pooled")
     yield f"the prompt's prefix is {change}", [one._replace(start=start) for one in right]
-    for pooling in sorted(
-        {"mean", "last_token", "cls"} - {config.text_pooling.removeprefix("full_")}
-    ):
+    right_pooling = config.text_pooling.removeprefix("full_")
+    for pooling in sorted({"mean", "last_token", "cls"} - {right_pooling}):
         start = 0 if pooling == "cls" else config.num_unpooled
         name = f"{pooling!r} pooling instead of {config.text_pooling!r}"
         yield name, [one._replace(pooling=pooling, start=start) for one in right]

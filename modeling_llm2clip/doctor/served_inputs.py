@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ def list_exact_texts() -> list[str]:
 
     A cache that is keyed by a rewritten text gives one the embedding of the other.
     """
-    changes = (*REWRITINGS.values(), lambda text: re.sub(r"[^\w\s]", "", text))
+    changes: list[Callable[[str], str]] = [*REWRITINGS.values(), partial(re.sub, r"[^\w\s]", "")]
     return list(
         dict.fromkeys(
             changed

@@ -126,6 +126,7 @@ class Encoder(ABC):
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
 
         lengths = [len(one.ids) for one in tokens]
+        options: Any = {} if num_unpooled is None else {"num_unpooled": num_unpooled}
         return self._encode(
             "text",
             tokens,
@@ -134,7 +135,7 @@ class Encoder(ABC):
                 [lengths[row] for row in rows], token_budget=budget
             ),
             prepare=partial(pad_ids, self.processor),
-            encode=lambda inputs: self.encode_tokens(**inputs, num_unpooled=num_unpooled),
+            encode=lambda inputs: self.encode_tokens(**inputs, **options),
             on_batch=on_batch,
             sizes=lengths,  # tokens cost about the same each, and the longest texts come first
             unit=" tokens",
@@ -191,7 +192,7 @@ class Encoder(ABC):
         """Yield the embeddings of each batch of a plan, which has the rows of its texts."""
         self._require("text", project=project)
 
-        def encode(inputs: dict[str, Tensor]) -> Tensor:
+        def encode(inputs: Any) -> Tensor:
             embeds = self.encode_tokens(**inputs)
             return self.project("text", embeds) if project else embeds
 

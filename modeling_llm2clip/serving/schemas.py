@@ -309,8 +309,8 @@ class SearchRequest(_TextOptions):
         count = len(self.queries) * self.top_k
         if count > MOST_RESULTS:
             raise ValueError(
-                f"{counted(len(self.queries), 'query')} with top_k={self.top_k} ask for {count:,} images, "
-                f"the maximum is {MOST_RESULTS:,}. Send fewer queries, or a smaller top_k"
+                f"{counted(len(self.queries), 'query')} with top_k={self.top_k} ask for {count:,} "
+                f"images, the maximum is {MOST_RESULTS:,}. Send fewer queries, or a smaller top_k"
             )
         return self
 

@@ -153,7 +153,8 @@ class EmbeddingService:
             return encoder.encode_images(images, num_workers=1, on_batch=count).numpy()
 
         def encode_texts(texts: Sequence[Any], lane: str) -> NDArray[np.float32]:
-            return encoder.encode_texts(texts, num_unpooled=unpooled[lane]).numpy()
+            options = {} if lane == "text" else {"num_unpooled": unpooled[lane]}
+            return encoder.encode_texts(texts, **options).numpy()  # type: ignore[arg-type]
 
         # Texts share batches if the same number of tokens is not pooled.
         self._instructions, unpooled = _list_instructions(encoder, model_config)
@@ -531,7 +532,9 @@ def _list_instructions(
     """
     lanes: dict[str, int | None] = {"text": None}
     instructions = {"query": ("", "text"), "document": ("", "text")}
-    for name, text in (config.instructions if config else {}).items():
+    if config is None:
+        return instructions, lanes
+    for name, text in config.instructions.items():
         lane = "text"
         if config.num_unpooled == len(config.prompt_prefix_ids):  # the prompt is not pooled
             ids = encoder.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
