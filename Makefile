@@ -20,7 +20,7 @@ docs:
 	python .ci/write_references.py && zensical build --clean --strict --config-file mkdocs.yml
 
 benchmarks:
-	python benchmarks/code_size.py --label after --run-tests && python benchmarks/render_tables.py
+	python -m benchmarks.codebase.code_size --label after --run-tests && python -m benchmarks.tables.render_tables
 
 distributions:
 	.ci/build

@@ -18,12 +18,17 @@ import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_llm2clip
-from benchmarks.code_counts import Source, count_by_folder, find_folder_circles, read_sources
+from benchmarks.codebase.code_counts import (
+    Source,
+    count_by_folder,
+    find_folder_circles,
+    read_sources,
+)
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_llm2clip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 # Files at the package's root without an underscore are copied beside the weights.
 UPLOADED = sorted(path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_"))
 # Installed wherever transformers, torch and an image library are, or Python's own.
@@ -353,20 +358,18 @@ def test_tests_can_reach_their_own_server() -> None:
 @pytest.mark.slow
 def test_benchmarks_import_what_is_there() -> None:
     """Also what they import only once they run."""
-    scripts = [path.stem for path in BENCHMARKS]
+    scripts = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in BENCHMARKS]
     names = [
         (node.module, alias.name)
         for path in BENCHMARKS
         for node in ast.walk(parse(path))
         if isinstance(node, ast.ImportFrom) and node.module and not node.level
-        and node.module.partition(".")[0] in ("modeling_llm2clip", "benchmarks", *scripts)
+        and node.module.partition(".")[0] in ("modeling_llm2clip", "benchmarks")
         for alias in node.names
     ]  # fmt: skip
     assert names
     code = f"""
-import sys
 from importlib import import_module
-sys.path.insert(0, "benchmarks")
 for name in {scripts!r}:
     import_module(name)
 for module, name in {sorted(set(names))!r}:

@@ -25,6 +25,7 @@ from statistics import fmean
 from PIL import Image
 
 from modeling_llm2clip import load_images, score_file
+from modeling_llm2clip.data.sources.json_files import read_json
 from modeling_llm2clip.search.image_files import list_images
 
 _ID_LENGTH = 3
@@ -39,7 +40,9 @@ def main() -> int:
     scores_csv = arguments.output / "pairs.csv"
     if scores_csv.exists():
         raise SystemExit(f"{scores_csv} has scores already. Name a new folder.")
-    answers = json.loads(arguments.answers.read_text(encoding="utf-8"))
+    answers = read_json(arguments.answers)
+    if not isinstance(answers, dict) or not all(isinstance(a, str) for a in answers.values()):
+        raise ValueError(f"{arguments.answers} is not a JSON object of texts, by prompt.")
     answer_of = find_answers([path.name for path in images.readable], answers)
     parts_of = {
         path.name: save_parts(path, arguments.grid, arguments.output / "parts")
@@ -136,4 +139,7 @@ def split(image: Image.Image, columns: int, rows: int) -> Iterator[Image.Image]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_llm2clip.data.images.image_sources import decode_image
+from modeling_llm2clip.data.sources.json_files import iterate_lines, parse_object
 from modeling_llm2clip.search.image_files import list_images
 
 PROMPT = "Describe this image in one sentence, as a caption."
@@ -102,9 +103,13 @@ def read_names(captions: Path) -> set[str]:
     """Return the images that have a line."""
     if not captions.is_file():
         return set()
-    lines = captions.read_text(encoding="utf-8").split("\n")  # a caption may have other breaks
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return {row.get("image") or row.get("file_name") for row in rows}
+    names = set()
+    for number, line in iterate_lines(captions):
+        fields = parse_object(line)
+        if isinstance(fields, str):
+            raise ValueError(f"{captions} line {number}: {fields}. Correct or remove it.")
+        names.add(str(fields.get("image") or fields.get("file_name")))
+    return names
 
 
 def end_last_line(captions: Path, file: TextIO) -> None:
@@ -193,7 +198,10 @@ class _AltTexts(HTMLParser):
 def read_alt_texts(page: Path) -> dict[str, list[str]]:
     """Return the alt texts of a page by the names of the files that it shows."""
     parser = _AltTexts()
-    parser.feed(page.read_text(encoding="utf-8"))
+    try:
+        parser.feed(page.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{page} is not in UTF-8 ({error}). Save it in UTF-8.") from error
     return parser.found
 
 
@@ -211,4 +219,7 @@ def match_alt_texts(alt_texts: dict[str, list[str]], names: list[str]) -> Found:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -44,7 +44,7 @@ _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # milliseconds, in which a thread that waits takes a core from the one that computes, wherever there
 # are fewer free cores than threads. On an idle machine the default, these rounds and threads that
 # sleep at once (OMP_WAIT_POLICY=PASSIVE) differ by no more than single runs do; see
-# benchmarks/busy_machine.py.
+# benchmarks/speed/busy_machine.py.
 _SPIN_COUNT = 10_000
 
 

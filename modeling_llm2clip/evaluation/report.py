@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
+from .._suggestions import counted
 from ..data.atomic_files import hash_json
 from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_differences, select_comparable
@@ -345,7 +346,10 @@ def _describe_model(result: Result) -> list[str]:
     counts = result.counts.get("languages", {"": result.counts}).values()
     truncated = [count.get("texts_truncated") for count in counts]
     num_texts = sum(count["texts"] for count in counts)
-    batch, case = result.run.get("batch_size"), text.get("lower_case")
+    run, case, batches = result.run, text.get("lower_case"), ABSENT
+    if "device" in run:
+        batches = f"{run['device']}, {run['images_per_batch']} images or "
+        batches += f"{run['tokens_per_batch']:,} tokens at a time"
     return [
         model["model_type"],
         _format_prompt(text.get("prompt"), result),
@@ -358,7 +362,7 @@ def _describe_model(result: Result) -> list[str]:
         ", ".join(dict.fromkeys(s["activation"] for s in (text, images) if s.get("activation")))
         or ABSENT,
         model["dtype"],
-        f"{result.run['device']}, {batch} at a time" if batch else ABSENT,
+        batches,
         hash_json(result.fingerprint)[:_SHOWN_OF_DIGEST],
     ]
 
@@ -419,6 +423,8 @@ def _describe_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
     amounts = {}
     for lang, data in languages.items():
         amount = ", ".join(_list_amounts(data)) or ABSENT
+        if shared := data.get("captions_of_several_images"):
+            amount += f"; {counted(shared, 'text')} of several images"
         is_captions_only = data.get("with_images") is False
         amounts[lang] = f"{amount}; only captions were read" if is_captions_only else amount
     lang, first = next(iter(amounts.items()))
@@ -431,7 +437,6 @@ def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_files(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Say if the files are the published ones, as far as that is known."""
     differing = dict.fromkeys(name for part in parts for name in _list_differing_files(part))
     if differing:
         return f"{', '.join(differing)}: not as published"

@@ -33,7 +33,7 @@ _FEWEST_IN_CLUSTER = 3
 _ITERATIONS = 10
 # Shares of the spread of the training images. Of emoji, drawings and photographs no set of held-out
 # images reaches it, random or as alike as can be, and each kind is farther from another; cut-out
-# photographs and drawings are not: see `benchmarks/training_data_distance.py`.
+# photographs and drawings are not: see `benchmarks/accuracy/training_data_distance.py`.
 _FAR = 0.1
 _TIMES_OWN = 2
 _MIXING_STEPS = 300

@@ -36,7 +36,6 @@ from ..data.records.records import CaptionedImage
 from ..data.records.splits import split_records
 from ..data.safetensors_files import read_shapes
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
-from ..data.store.store_shards import CHECKSUM_BYTES
 from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
@@ -355,7 +354,7 @@ class _Planner:
             store,
             _find_store_state(store),
             flops=_count_flops_per_token(tower, passes=1) * tokens,
-            num_bytes=num_rows * (tower.width * width + CHECKSUM_BYTES),
+            num_bytes=num_rows * tower.width * width,
         )
 
     def _plan_alignment(self) -> PlannedStage:

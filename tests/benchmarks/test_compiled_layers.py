@@ -12,7 +12,7 @@ from shared_models import ROUNDING, shared_model
 from tiny import LLM_FAMILIES, tiny_model
 from torch._dynamo.utils import counters
 
-from benchmarks.compiled_layers import compiled_layers
+from benchmarks.speed.compiled_layers import compiled_layers
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.packing_llm2clip import run_packed
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.dinov2_tower import read_onnx_weights
+from benchmarks.mllm.dinov2_tower import read_onnx_weights
 from modeling_llm2clip._extras import MissingExtraError
 
 

@@ -1,4 +1,4 @@
-"""Laws of what `benchmarks/finetuning_ideas.py` measures and trains with."""
+"""Laws of what `benchmarks/training/finetuning_ideas.py` measures and trains with."""
 
 from __future__ import annotations
 
@@ -18,16 +18,9 @@ from tuning import RECORDS, SHORT, tune
 
 from modeling_llm2clip.data.captions.caption_groups import group_captions
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def find_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
 
 def test_the_cosine_of_joined_embeddings_is_the_weighted_mean_of_the_cosines() -> None:
-    from finetuning_ideas import join
+    from benchmarks.training.finetuning_ideas import join
 
     torch.manual_seed(0)
     wide, narrow = torch.randn(2, 8), 100 * torch.randn(2, 3)  # lengths must not weigh
@@ -41,7 +34,7 @@ def test_the_cosine_of_joined_embeddings_is_the_weighted_mean_of_the_cosines() -
 
 
 def test_the_order_of_a_file_does_not_change_what_is_held_out(tmp_path: Path) -> None:
-    from finetune_llm import load_in_order
+    from benchmarks.training.finetune_llm import load_in_order
 
     held_out = []
     for number, records in enumerate((RECORDS, RECORDS[::-1])):
@@ -54,8 +47,9 @@ def test_the_order_of_a_file_does_not_change_what_is_held_out(tmp_path: Path) ->
 
 
 def test_a_student_that_agrees_with_its_teacher_has_the_plain_loss() -> None:
-    from finetuning_ideas import TEACHER_SCALE, DistillationLoss
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from benchmarks.training.finetuning_ideas import TEACHER_SCALE, DistillationLoss
 
     torch.manual_seed(0)
     anchors, positives = torch.randn(2, 4, 8)
@@ -70,7 +64,7 @@ def test_a_student_that_agrees_with_its_teacher_has_the_plain_loss() -> None:
 
 
 def test_a_wrong_caption_is_compared_with_the_query_and_the_right_one() -> None:
-    from finetuning_ideas import describe_errors, find_words
+    from benchmarks.training.finetuning_ideas import describe_errors, find_words
 
     assert find_words("A Dog, and the ball!") == {"dog", "ball"}
     first = [{"dog", "ball"}, {"cat", "sofa"}, {"bus"}]
@@ -81,7 +75,7 @@ def test_a_wrong_caption_is_compared_with_the_query_and_the_right_one() -> None:
 
 
 def test_pairs_are_captions_or_sentences_of_one_image(tmp_path: Path) -> None:
-    from finetuning_ideas import read_pairs
+    from benchmarks.training.finetuning_ideas import read_pairs
 
     sentences = [f"This is sentence number {number} of a long description." for number in range(8)]
     captions = [["one", "two", "one"], ["alone"], [" ".join(sentences)]]
@@ -94,7 +88,7 @@ def test_pairs_are_captions_or_sentences_of_one_image(tmp_path: Path) -> None:
 
 
 def test_what_was_not_run_is_named() -> None:
-    from benchmarks.effect_tables import _render_finetuning_ideas
+    from benchmarks.tables.effect_tables import _render_finetuning_ideas
 
     score = {"value": 0.438, "low": 0.407, "high": 0.469}
     gain = {"value": -0.002, "low": -0.01, "high": 0.006}
@@ -118,7 +112,7 @@ def embed_by_checksum(texts: list[str]) -> Tensor:
 def test_every_idea_trains_the_lora_it_starts_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import finetuning_ideas as script
+    import benchmarks.training.finetuning_ideas as script
 
     lines = [json.dumps({"group_id": r.group_id, "captions": r.captions}) for r in RECORDS]
     for folder in ("captions", "texts", "work"):

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aligning import prepare
 
-from benchmarks.effect_tables import EFFECT_TABLES
+from benchmarks.accuracy import loss_effects, training_set_size
+from benchmarks.tables.effect_tables import EFFECT_TABLES
 from modeling_llm2clip import load_records
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    yield
 
 
 def write_dataset(folder: Path, lines: list[dict[str, Any]]) -> str:
@@ -32,15 +24,13 @@ def write_dataset(folder: Path, lines: list[dict[str, Any]]) -> str:
 
 
 def test_joined_datasets_are_in_english_and_share_no_name_or_group(tmp_path: Path) -> None:
-    import loss_effects as script
-
     line = {"image": "1.png", "captions": ["a dog"], "group_id": "dog"}
     german = {**line, "captions": ["ein Hund"], "lang": "de"}
     sources = {
         "one": write_dataset(tmp_path / "one", [line, german]),
         "two": write_dataset(tmp_path / "two", [line, {**line, "image": "2.png"}]),
     }
-    script.join_datasets(sources, tmp_path / "joined")
+    loss_effects.join_datasets(sources, tmp_path / "joined")
     records = load_records(tmp_path / "joined")
     assert {record.lang for record in records} == {"en"}
     assert sorted(record.name for record in records) == ["one/1.png", "two/1.png", "two/2.png"]
@@ -49,18 +39,17 @@ def test_joined_datasets_are_in_english_and_share_no_name_or_group(tmp_path: Pat
 
 @pytest.mark.slow
 def test_cut_embeddings_are_scored_by_their_first_dimensions(tmp_path: Path) -> None:
-    import training_set_size as script
-
     made = prepare(tmp_path)
     items = list(range(len(made.records)))
     captions, images = (
-        script.read_first(store, items) for store in (made.caption_store, made.image_store)
+        training_set_size.read_first(store, items)
+        for store in (made.caption_store, made.image_store)
     )
-    head = script.load_head(made.model)
-    whole = script.score(head, captions, images)
-    assert script.score(head, captions, images, dim=head.config.projection_dim) == whole
+    head = training_set_size.load_head(made.model)
+    whole = training_set_size.score(head, captions, images)
+    assert training_set_size.score(head, captions, images, dim=head.config.projection_dim) == whole
     # Of one dimension only the sign is left: all but one of many are ties, which are misses.
-    assert script.score(head, captions, images, dim=1)["r1"] == 0.0
+    assert training_set_size.score(head, captions, images, dim=1)["r1"] == 0.0
 
 
 def make_run(loss: str, split: int, r1: float, start: str = "closed form") -> dict[str, Any]:

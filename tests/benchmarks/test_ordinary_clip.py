@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny_encoders import TEXTS, save_tiny_images
 
-from benchmarks.ordinary_clip import (
+from benchmarks.accuracy.ordinary_clip import (
     OrdinaryClipConfig,
     build_ordinary_clip,
     encode_tower,

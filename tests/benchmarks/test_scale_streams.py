@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.scale import scale_streams
 
 
 @pytest.mark.slow  # a process that serves the shards
-def test_small_measures_have_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "scale_streams", raising=False)
-    import scale_streams
-
+def test_small_measures_have_every_number(tmp_path: Path) -> None:
     parquet = scale_streams.measure_parquet_images(
         tmp_path, num_files=10, image_bytes=500, num_reads=20
     )

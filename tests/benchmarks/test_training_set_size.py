@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,17 @@ import pytest
 import torch
 from aligning import prepare
 
-from benchmarks.render_tables import _render_training_set_size
+from benchmarks.accuracy import training_set_size
+from benchmarks.tables.render_tables import _render_training_set_size
 from modeling_llm2clip import EmbeddingStore, align, extract
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import Modality
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    yield
-
 
 @pytest.mark.slow
 def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_path: Path) -> None:
-    import training_set_size as script
-
     made = prepare(tmp_path)
     records = RecordTable.from_records(made.records)
     rows = np.arange(1, len(records), 2)
@@ -40,8 +30,8 @@ def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_pat
     sources: dict[Modality, EmbeddingStore]
     sources = {"text": made.caption_store, "image": made.image_store}
     for modality, store in sources.items():
-        copies[modality] = script.copy_rows(
-            store, rows, part, script.LIST_ITEMS[modality], tmp_path / f"part-{modality}"
+        copies[modality] = training_set_size.copy_rows(
+            store, rows, part, training_set_size.LIST_ITEMS[modality], tmp_path / f"part-{modality}"
         )
         copy = EmbeddingStore.open(copies[modality], check="full")
         again = tmp_path / f"wanted-{modality}"
@@ -59,11 +49,9 @@ def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_pat
 
 
 def test_no_thing_is_on_both_sides_and_splits_differ(tmp_path: Path) -> None:
-    import training_set_size as script
-
     records = RecordTable.from_records(prepare(tmp_path).records)
     group_ids = [record.group_id for record in records]
-    splits = [script.split_things(records, seed=seed) for seed in (0, 1)]
+    splits = [training_set_size.split_things(records, seed=seed) for seed in (0, 1)]
     for test, training in splits:
         chosen = [group_ids[number] for number in [*test, *training]]
         assert len(test) == len(set(group_ids)) // 5

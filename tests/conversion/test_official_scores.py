@@ -91,6 +91,12 @@ def test_the_script_gives_grids_the_scores_of_oneig_bench(
         with pytest.raises(SystemExit, match=message):
             run(str(images), str(answers), str(tmp_path / "none"))
         (images / name).unlink()
+    for content, message in (("[]", "not a JSON object of texts"), ("{", "not JSON")):
+        answers.write_text(content, encoding="utf-8")
+        with pytest.raises(SystemExit, match=f"error: .*answers.json.*{message}"):
+            run(str(images), str(answers), str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match=r"error: .*nowhere\.json"):
+        run(str(images), str(tmp_path / "nowhere.json"), str(tmp_path / "none"))
 
 
 def test_imports_of_the_official_code_fail() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import arguments, read_table
+from evaluating import arguments, read_table, write_data
 from published_datasets import write_coco_test
 
 from modeling_llm2clip.__main__ import main
@@ -188,6 +188,19 @@ def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path
     assert row["samples"] == "3 of 5,000 images, 15 of 25,000 captions"
     assert row["files"] == "coco_karpathy_test.json: not as published"
     assert row["split"] == "test (Karpathy)" and row["skipped"] == "0"
+
+
+def test_texts_of_several_images_are_counted_beside_the_samples(
+    sources: Any, tmp_path: Path
+) -> None:
+    folder = write_data(tmp_path / "data")
+    captions = folder / "captions.jsonl"
+    captions.write_text(captions.read_text("utf-8").replace("again night", "again a dog"))
+    config = EvaluationConfig(output=tmp_path / "out", languages=("en",))
+    results = evaluate(sources("clip"), str(folder), config, tasks=["retrieval"])
+    shared = results[0].protocol["data"]["captions_of_several_images"]
+    (row,) = read_table(render_results(results, style="markdown", details=True), "the data")
+    assert shared == 1 and row["samples"].endswith("; 1 text of several images")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -148,3 +148,14 @@ def test_a_file_whose_last_line_has_no_end_gets_lines_of_its_own(tmp_path: Path)
     (images / "captions.jsonl").write_text(line, encoding="utf-8")
     assert write_captions("file-names", images).returncode == 0
     assert read_captions(images) == {"dog.png": "one two", "red kite.png": "red kite"}
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", "a dog.png")
+    done = write_captions("alt-texts", images, tmp_path / "nowhere.html")
+    assert done.returncode == 1 and "nowhere.html" in done.stderr
+    assert "Traceback" not in done.stderr
+    (images / "captions.jsonl").write_text('{"image": ', encoding="utf-8")
+    done = write_captions("file-names", images)
+    assert done.returncode == 1 and "captions.jsonl line 1: not JSON" in done.stderr
+    assert "Traceback" not in done.stderr

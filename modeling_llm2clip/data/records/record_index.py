@@ -68,7 +68,7 @@ from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
-_FORMAT_VERSION = 5
+_FORMAT_VERSION = 6
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.

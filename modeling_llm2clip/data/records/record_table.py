@@ -146,14 +146,26 @@ class RecordTable(Sequence[CaptionedImage]):
         """Return a table of some of the records; nothing is copied but their numbers.
 
         Args:
-            rows: Numbers of records of this table, in any order.
+            rows: Numbers of records of this table, in any order, or (N,) bool: a mask of them.
+
+        Raises:
+            IndexError: A number is not that of a record, or a mask has another length.
         """
         chosen = _shrink(self._locate(rows))
         return RecordTable(self._batches, file=self.file, rows=chosen, hold=self._hold)
 
     def _locate(self, rows: Sequence[int] | Array) -> Array:
         """Return the rows that records have in the batches."""
-        return np.asarray(rows) if self.rows is None else self.rows[np.asarray(rows)]
+        numbers = np.asarray(rows) if len(rows) else np.empty(0, np.int64)
+        if numbers.dtype == np.bool_ and numbers.shape == (len(self),):
+            numbers = np.flatnonzero(numbers)
+        is_valid = numbers.dtype.kind in "iu" and numbers.ndim == 1
+        if not is_valid or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self)):
+            raise IndexError(
+                f"rows={rows!r} are not numbers of {len(self)} records, from 0, or a mask of "
+                f"{len(self)} values."
+            )
+        return numbers if self.rows is None else self.rows[numbers]
 
     @property
     def keys(self) -> Array:

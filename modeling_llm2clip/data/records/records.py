@@ -135,7 +135,7 @@ def check_record(
     """
     image_dir, require_images, ignore_fields, modality = rules
     found: list[str] = []
-    lang = _read_word(raw.fields, "lang", found) or "en"
+    lang = _read_word(raw.fields, "lang", found, may_be_number=False) or "en"
     given = _sort_fields(tuple(raw.fields))
     name = _read_name([raw.fields[field] for field in given.names], found)
     is_text = modality == "text" and not given.names and raw.packed is None
@@ -147,7 +147,7 @@ def check_record(
     if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
-    name = name or raw.default_name or group_id or (raw.text_name if is_text else None)
+    name = name or raw.default_name or (raw.text_name if is_text else None) or group_id
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, given, found, required=modality != "image")
@@ -217,10 +217,12 @@ def _read_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str
     return all_cleaned
 
 
-def _read_word(fields: Mapping[str, Any], name: str, found: list[str]) -> str | None:
+def _read_word(
+    fields: Mapping[str, Any], name: str, found: list[str], *, may_be_number: bool = True
+) -> str | None:
     """Read a non-blank text; an integer becomes one, since many datasets number their groups."""
     value = fields.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if may_be_number and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is None:
         return None

@@ -14,7 +14,6 @@ Web servers list no files: name their shards by braces or in a `.txt`.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -79,6 +78,8 @@ def find_base(shards: Sequence[str]) -> str:
 
 def name_beside(url: str, path: str) -> str:
     """Return the place of a file that is named by its path from another one's folder."""
+    if not is_remote(url):
+        return str(Path(url).parent / path)  # an absolute path stays
     if not url.startswith(_HTTP):
         return url[: url.rfind("/") + 1] + path
     bare = url.partition("#")[0].partition("?")[0]
@@ -150,13 +151,14 @@ def has_remote_shards(source: str) -> bool:
 
 
 def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
-    """Find the local files that a pattern matches."""
-    wildcard = _WILDCARD.search(pattern)
-    if wildcard is None:
-        return Path(pattern).parent, []
-    start = max(pattern.rfind(mark, 0, wildcard.start()) for mark in ("/", os.sep)) + 1
-    base = Path(pattern[:start])
-    return base, sorted(file for file in base.glob(pattern[start:]) if file.is_file())
+    """Find the local files that a pattern matches, and the folder in front of its wildcards."""
+    parts = Path(pattern).parts
+    # A folder may be called x[1], which as a pattern would be x1.
+    depth = next((n for n in range(1, len(parts)) if not Path(*parts[:n]).is_dir()), len(parts)) - 1
+    base, rest = Path(*parts[:depth]), "/".join(parts[depth:])
+    if _WILDCARD.search(rest) is None:
+        return base, []
+    return base, sorted(file for file in base.glob(rest) if file.is_file())
 
 
 def _expand(source: str, policy: RetryPolicy) -> list[str]:

@@ -34,7 +34,8 @@ class ChoiceItem:
             in the other forms the first is true and the second is false.
         images: Two in form `images`, one in form `image`, none in form `text`.
         anchor: In form `text`, another true caption of the same image, in place of the image.
-        image_names: Paths in the folder of images, for a reader that does not give `images`.
+        image_names: Paths in the folder of images, for a reader that does not give `images`; in
+            form `text`, of the image that the texts describe.
         place: Where it is written, for errors.
     """
 
@@ -45,6 +46,11 @@ class ChoiceItem:
     anchor: str | None = None
     image_names: tuple[str, ...] = ()
     place: str = ""
+
+    @property
+    def shown(self) -> tuple[object, ...]:
+        """Identify the images that the question is about; several questions may share them."""
+        return self.image_names or self.images or (self.name,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +130,7 @@ def _check_item(
     elif first == second:
         found.append("the two captions are the same")
     images = item.images
-    if item.image_names:
+    if item.image_names and anchor is None:
         image_dir = reading.image_dir or reading.data_folder
         candidates = [find_image(image_dir, name) for name in item.image_names]
         images = tuple(image for image in candidates if image is not None)
@@ -177,7 +183,7 @@ def read_sugarcrepe_text(reading: DatasetReading) -> Iterator[ChoiceItem]:
         if anchor is None:
             reading.errors.add("no other caption of the image", item.place)
         else:
-            yield replace(item, image_names=(), anchor=anchor)
+            yield replace(item, anchor=anchor)
 
 
 def read_winoground(reading: DatasetReading) -> Iterator[ChoiceItem]:

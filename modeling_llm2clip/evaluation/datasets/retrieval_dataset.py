@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 from ...data.captions.caption_groups import CaptionGroup
 from ...data.images.image_sources import ImageSource
 from ...data.records.records import CaptionedImage, clean_text
@@ -36,8 +39,17 @@ class RetrievalDataset(EvaluationDataset):
         return bool(self.images)
 
     @property
+    def group_ids(self) -> tuple[str, ...]:
+        """Group of each image; images of one group share their captions."""
+        return self.image_group_ids or self.image_names
+
+    def number_groups(self) -> Tensor:
+        """Number the groups in their order, from 0: (num_images,) int64, the group of each."""
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(g, len(numbers)) for g in self.group_ids])
+
+    @property
     def records(self) -> list[CaptionedImage]:
-        group_ids = self.image_group_ids or self.image_names
         texts = self.correspondence.texts_of_images()
         return [
             CaptionedImage(
@@ -48,7 +60,9 @@ class RetrievalDataset(EvaluationDataset):
                 lang=self.lang,
                 place=f"{self.name} image {name}",
             )
-            for row, (name, group_id) in enumerate(zip(self.image_names, group_ids, strict=True))
+            for row, (name, group_id) in enumerate(
+                zip(self.image_names, self.group_ids, strict=True)
+            )
         ]
 
     def group_captions(self) -> list[CaptionGroup]:

@@ -18,18 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..datasets.choice_dataset import ChoiceDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..metrics.ranking import TIE_TOLERANCE
 from ..metrics.scores import mean_with_interval
-from .task import INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
+from .task import Datasets, Task, TaskScores, count_texts, describe_interval
 
 # Of Winoground: two comparisons right by luck, and the share of orders of four numbers in which all
 # four comparisons are right.
 _CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 
 
-def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Answer every item, and score all of them and each category."""
+def _run_choices(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, ChoiceDataset)
     captions = [caption for item in dataset.items for caption in item.captions]
@@ -71,8 +70,11 @@ def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
 
 def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:
     categories = [item.category for item in dataset.items]
+    numbers: dict[tuple[object, ...], int] = {}
+    # Questions about one image succeed and fail together.
+    images = torch.tensor([numbers.setdefault(i.shown, len(numbers)) for i in dataset.items])
     scores: dict[str, Any] = {
-        name: {**mean_with_interval(right.double()), "chance": _CHANCES[name]}
+        name: {**mean_with_interval(right.double(), clusters=images), "chance": _CHANCES[name]}
         for name, right in answers.items()
     }
     of_category = {}
@@ -96,7 +98,7 @@ CHOICES = Task(
     protocol={
         "similarity": "cosine",
         "ties": f"cosines that differ by no more than {TIE_TOLERANCE:g} are a wrong answer",
-        "interval": INTERVAL_PROTOCOL.replace("images", "items"),
+        "interval": describe_interval("images, with all items of one together"),
     },
     headline={title: (name, "value") for title, name in _COLUMNS.items()},
     chance={title: (name, "chance") for title, name in _COLUMNS.items()},

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..datasets.classification_dataset import ClassificationDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..metrics.ranking import TIE_TOLERANCE
 from ..metrics.scores import mean_with_interval
-from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
+from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_interval
 
 _KS = (1, 5)
 _NUM_CONFUSED = 20
@@ -20,8 +20,7 @@ _ROWS_AT_ONCE = 1024
 _NEAR = 1e-4  # of a cosine in float32, far above its rounding error
 
 
-def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Compare every image with every class: the mean of its prompts' unit embeddings."""
+def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, ClassificationDataset)
     texts = encoder.encode_texts(list_prompts(dataset))
@@ -125,7 +124,7 @@ CLASSIFICATION = Task(
     protocol={
         **BY_COSINE,
         "class_embedding": "mean of the unit embeddings of its prompts, normalized again",
-        "interval": INTERVAL_PROTOCOL,
+        "interval": describe_interval("images"),
     },
     headline={
         "top-1": ("top_1", "value"),

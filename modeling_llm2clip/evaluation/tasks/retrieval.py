@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...data.captions.caption_groups import CaptionGroup
 from ..datasets.retrieval_dataset import RetrievalDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import Ranking, RetrievalRanks, rank_retrieval
 from ..metrics.scores import (
@@ -29,29 +29,28 @@ from ..metrics.scores import (
     mean_with_interval,
     summarize,
 )
-from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
+from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_interval
 
 _KS = (1, 5, 10)
 _PROTOCOL = {
     **BY_COSINE,
     "hit_rate_at_k": "a positive is among the first k: R@K of CLIP papers",
     "recall_at_k": "share of the positives among the first k",
-    "interval": INTERVAL_PROTOCOL,
+    "interval": describe_interval("groups of images that share their captions"),
 }
-# For each direction its ranking and, for each query, the row of its image: the captions of an image
-# are sampled together for an interval.
+# For each direction its ranking, and the group of each query: images that share their captions
+# succeed and fail together, and so do the captions, so that an interval samples groups.
 _Directions: TypeAlias = Mapping[str, tuple[Ranking, Tensor]]
 
 
-def _run_retrieval(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_retrieval(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
     directions, counts = _rank(encoder, dataset)
     return TaskScores(_score(directions), counts)
 
 
-def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Score each language by itself, and take the mean."""
+def _run_cross_lingual(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     numbers: dict[str, int] = {}
@@ -60,11 +59,12 @@ def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
         assert isinstance(dataset, RetrievalDataset)
         directions, counts[dataset.lang] = _rank(encoder, dataset)
         scores[dataset.lang] = _score(directions)
-        # An image has the same number in all languages.
-        number = torch.tensor([numbers.setdefault(n, len(numbers)) for n in dataset.image_names])
-        for name, (ranking, queries) in directions.items():
+        # A group has the same number in all languages.
+        of_groups = [numbers.setdefault(g, len(numbers)) for g in dict.fromkeys(dataset.group_ids)]
+        for name, (ranking, groups) in directions.items():
+            numbered = torch.tensor(of_groups)[groups]
             for k in _KS:
-                hits.setdefault((name, k), []).append((hits_at(ranking, k=k), number[queries]))
+                hits.setdefault((name, k), []).append((hits_at(ranking, k=k), numbered))
     mean = {direction: _average(scores, direction) for direction in directions}
     for direction, of_mean in mean.items():
         of_mean["intervals"] = {
@@ -78,8 +78,9 @@ def compute_chance(ranking: Ranking) -> float:
     return float((ranking.num_positives.double() / ranking.num_candidates).mean())
 
 
-def _rank(encoder: Encoder, dataset: RetrievalDataset) -> tuple[_Directions, dict[str, Any]]:
-    """Encode a dataset and rank `t2i` and `i2t`; also count its images and texts."""
+def _rank(
+    encoder: EvaluationEncoder, dataset: RetrievalDataset
+) -> tuple[_Directions, dict[str, Any]]:
     correspondence = dataset.correspondence
     texts = encoder.encode_texts(dataset.captions)
     images = encoder.encode_images(dataset.images, names=dataset.image_names)
@@ -88,9 +89,10 @@ def _rank(encoder: Encoder, dataset: RetrievalDataset) -> tuple[_Directions, dic
     if correspondence.allows_distractors:
         of_images, of_texts = correspondence.list_distractors()
         counts |= {"image_distractors": len(of_images), "text_distractors": len(of_texts)}
+    groups = dataset.number_groups()
     directions = {
-        "t2i": (found.t2i, found.t2i.select(correspondence.image_of_text)),
-        "i2t": (found.i2t, found.i2t.select(torch.arange(correspondence.num_images))),
+        "t2i": (found.t2i, found.t2i.select(groups[correspondence.image_of_text])),
+        "i2t": (found.i2t, found.i2t.select(groups)),
     }
     return directions, counts
 
@@ -101,11 +103,11 @@ def _score(directions: _Directions) -> dict[str, Any]:
             **summarize(ranking, ks=_KS),
             "chance_hit_rate_at_1": compute_chance(ranking),
             "intervals": {
-                f"hit_rate_at_{k}": mean_with_interval(hits_at(ranking, k=k), clusters=images)
+                f"hit_rate_at_{k}": mean_with_interval(hits_at(ranking, k=k), clusters=groups)
                 for k in _KS
             },
         }
-        for name, (ranking, images) in directions.items()
+        for name, (ranking, groups) in directions.items()
     }
 
 
@@ -164,8 +166,7 @@ def rank_pairs(embeds: Tensor) -> RetrievalRanks:
     return rank_retrieval(embeds[:number], embeds[number:], own)
 
 
-def _run_cra(encoder: Encoder, datasets: Datasets) -> TaskScores:
-    """Compute the accuracy, and that of the other direction."""
+def _run_cra(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     groups = _require_pairs(datasets)
     texts = encoder.encode_texts(_list_pairs(groups))
     found = rank_pairs(texts.embeds)
@@ -202,7 +203,7 @@ CRA = Task(
         **BY_COSINE,
         "queries": "first caption of every image",
         "candidates": "second caption of every image",
-        "interval": INTERVAL_PROTOCOL,
+        "interval": describe_interval("images"),
     },
     headline={"CRA": ("cra", "value")},
     chance={"CRA": ("chance",)},

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..._extras import Need
 from ..datasets.dataset_spec import DatasetType, EvaluationDataset
-from ..encoders.encoder import EncodedTexts, Encoder
+from ..encoders.encoder import EncodedTexts, EvaluationEncoder
 from ..metrics.ranking import TIE_RULE
 from ..metrics.scores import CONFIDENCE_LEVEL, NUM_RESAMPLES
 
 # Part of the protocol of every task that has intervals.
 BY_COSINE = {"similarity": "cosine", "ties": TIE_RULE}
-INTERVAL_PROTOCOL = f"bootstrap over images, {NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
@@ -57,12 +56,17 @@ class Task:
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
     chance: Mapping[str, tuple[str, ...]]
-    run: Callable[[Encoder, Datasets], TaskScores]
+    run: Callable[[EvaluationEncoder, Datasets], TaskScores]
     needs_images: bool | None = None
     all_languages: bool = False
     check: Callable[[Datasets], object] = lambda datasets: None  # noqa: ARG005
     describe_data: Callable[[Datasets], Mapping[str, Any]] = lambda datasets: {}  # noqa: ARG005
     needs: tuple[Need, ...] = ()
+
+
+def describe_interval(sampled: str) -> str:
+    """Describe the confidence intervals, for the protocol of a task."""
+    return f"bootstrap over {sampled}, {NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:

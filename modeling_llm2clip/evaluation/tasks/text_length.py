@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..._extras import CLIP_TOKENS
 from ..datasets.retrieval_dataset import RetrievalDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..encoders.open_clip_models import import_open_clip
 from ..metrics.ranking import Ranking, rank_retrieval
 from ..metrics.scores import hits_at, mean_with_interval
 from .retrieval import compute_chance, rank_pairs
-from .task import BY_COSINE, INTERVAL_PROTOCOL, Datasets, Task, TaskScores, count_texts
+from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_interval
 
 # 77 positions, two of which are the begin and the end of the text (arXiv:2103.00020).
 CLIP_TEXT_TOKENS = 75
@@ -35,7 +35,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _WORD_END = re.compile(r"\s+")
 
 
-def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_length(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
     if dataset.images:
@@ -45,7 +45,7 @@ def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
         images = encoder.encode_images(dataset.images, names=dataset.image_names)
         ranking = rank_retrieval(images, texts.embeds, dataset.correspondence).t2i
         asked = ranking.select(torch.arange(len(queries)))
-        clusters = ranking.select(dataset.correspondence.image_of_text)
+        clusters = ranking.select(dataset.number_groups()[dataset.correspondence.image_of_text])
         lengths = [lengths[row] for row in asked.tolist()]
     else:
         pairs = _split_captions(dataset)
@@ -158,7 +158,9 @@ LENGTH = Task(
         "length": "tokens of CLIP's vocabulary without begin and end",
         "buckets": list(BUCKET_BOUNDS),
         "beyond_clip": f"after the {CLIP_TEXT_TOKENS}th token of a query",
-        "interval": f"{INTERVAL_PROTOCOL}; over queries where there are no images",
+        "interval": describe_interval(
+            "groups of images, or over queries where there are no images"
+        ),
     },
     headline={
         "R@1": ("all", "hit_rate_at_1", "value"),

@@ -58,6 +58,7 @@ class HeldOutScores:
         chance_i2t_r1: Expected `i2t_r1` of a random order.
         num_images: Images that were compared, each once, whatever its languages.
         num_texts: Texts that were compared.
+        num_groups: Groups of these images; images of one group share their texts.
         zero_shot: Share of labeled images whose nearest class is their own; None without any.
     """
 
@@ -68,6 +69,7 @@ class HeldOutScores:
     chance_i2t_r1: float
     num_images: int
     num_texts: int
+    num_groups: int
     zero_shot: float | None = None
 
     @property
@@ -81,13 +83,13 @@ class HeldOutScores:
     def find_interval(self, score: float) -> tuple[float, float]:
         """Find the 95 % confidence interval of a score.
 
-        The texts of an image succeed and fail together, so that images alone are counted.
+        The images and texts of a group succeed and fail together, so that groups are counted.
         """
-        return find_interval(score, self.num_images)
+        return find_interval(score, self.num_groups)
 
 
 def find_interval(score: float, count: int) -> tuple[float, float]:
-    """Find Wilson's 95 % interval of a share of images (doi:10.1080/01621459.1927.10502953)."""
+    """Find Wilson's 95 % interval of a share of a count (doi:10.1080/01621459.1927.10502953)."""
     square = _NORMAL_QUANTILE**2
     center = score + square / (2 * count)
     spread = _NORMAL_QUANTILE * (score * (1 - score) / count + square / (4 * count**2)) ** 0.5
@@ -257,6 +259,7 @@ class HeldOutImages:
             chance_i2t_r1=float((to_text.num_positives / to_text.num_candidates).mean()),
             num_images=len(of_image),
             num_texts=len(of_text),
+            num_groups=len(set(of_text)),
         )
 
 

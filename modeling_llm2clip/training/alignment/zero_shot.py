@@ -27,7 +27,7 @@ def load_labeled_images(source: str) -> ClassificationDataset:
     if not isinstance(dataset, ClassificationDataset):
         raise ValueError(
             f"zero_shot={source}: these images have captions and no classes. Give labeled images, "
-            "such as image-folder=FOLDER with a folder per class, or imagenet-1k=FOLDER."
+            "such as image-folder=FOLDER with a folder per class, or imagenet=FOLDER."
         )
     return dataset
 

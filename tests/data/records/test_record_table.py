@@ -96,6 +96,26 @@ def test_a_record_that_is_not_there_is_an_error() -> None:
         RecordTable([])[0]
 
 
+def test_a_mask_selects_what_it_marks_and_other_rows_are_refused() -> None:
+    names = "abcde"
+    table = RecordTable.from_records([CaptionedImage(None, n, n, ("x",)) for n in names])
+    mask = np.array([False, True, False, True, True])
+    for rows in (mask, mask.tolist(), np.flatnonzero(mask)):
+        assert [record.name for record in table.select(rows)] == ["b", "d", "e"]
+    assert [record.name for record in table.select(mask).select([True, False, True])] == ["b", "e"]
+    wrong: list[Any] = [mask[:4], [5], [-1], [0.0, 1.0], [[0, 1]]]
+    for rows in wrong:
+        with pytest.raises(IndexError, match="not numbers of 5 records"):
+            table.select(rows)
+
+
+def test_a_name_and_a_language_that_swap_places_have_another_key() -> None:
+    pairs = [("de", "en"), ("en", "de"), ("de", "de")]
+    keys = RecordTable.from_records([CaptionedImage(None, n, n, (), lang=la) for n, la in pairs])
+    assert len(set(keys.keys.tolist())) == 3
+    assert keys.keys.tolist() == [hash_identity(*pair) for pair in pairs]
+
+
 def test_half_a_character_is_an_error() -> None:
     with pytest.raises(UnicodeEncodeError):
         RecordTable.from_records([CaptionedImage(None, "a", "a", ("\ud83d",))])

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from captioned_files import (
     add_member,
@@ -33,6 +35,7 @@ from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.records import records as records_module
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import RawRecord, RecordRules, check_record
+from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.data.validation_errors import DataValidationError, ErrorCollector
 
 
@@ -328,3 +331,23 @@ def test_a_disk_that_fails_is_no_missing_image(
         patch.setattr(records_module.os, "stat", fail)
         with pytest.raises(OSError, match=os.strerror(number)):
             check_record(raw, errors, RecordRules(tmp_path))
+
+
+@pytest.mark.parametrize("lang", [0, 5, True, ["en"], " "])
+def test_a_language_is_a_text(lang: Any, tmp_path: Path) -> None:
+    line = {"image": "images/red.png", "caption": "a", "lang": lang}
+    write_images(tmp_path)
+    write_lines(tmp_path, [line])
+    assert errors_of(tmp_path).counts == {"'lang' is not a non-blank text": 1}
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(tmp_path: Path) -> None:
+    for name in ("x1", "x[1]"):
+        (tmp_path / name).mkdir()
+        rows = [{"group_id": name, "caption": name}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "0.parquet")
+    for pattern, names in (("x[1]/*.parquet", {"x[1]"}), ("x[0-9]/*.parquet", {"x1"})):
+        records = load_records(f"{tmp_path}/{pattern}", require_images=False)
+        assert {record.group_id for record in records} == names
+        streamed = stream_records(f"{tmp_path}/{pattern}", require_images=False)
+        assert {record.group_id for record in streamed} == names

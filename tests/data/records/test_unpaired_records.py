@@ -144,7 +144,7 @@ def test_captions_whose_images_are_absent_keep_the_names_of_the_images(tmp_path:
     cat = {"image": "gone.png", "caption": "a cat"}
     dog = {"group_id": "g", "caption": "a dog"}
     records = load_records(write_lines(tmp_path, [cat, dog]), modality="text")
-    assert [record.name for record in records] == ["gone.png", "g"]
+    assert [record.name for record in records] == ["gone.png", "captions.jsonl/2"]
     error = errors_of(write_lines(tmp_path, [{**cat, "id": "7"}]), modality="text")
     assert error.counts == {"unknown field 'id'": 1}
 
@@ -242,3 +242,19 @@ def test_a_dataset_object_may_hold_texts_or_images_alone() -> None:
     assert [record.name for record in records] == ["7", "dataset/1"]
     with pytest.raises(DataValidationError, match="unknown field 'id': 1"):
         records_from_dataset(rows, require_images=False)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_texts_of_one_group_are_texts_of_their_own_in_every_format(
+    suffix: str, tmp_path: Path
+) -> None:
+    rows = [{"text": f"text {n}", "group_id": "g"} for n in range(3)]
+    file = tmp_path / f"texts{suffix}"
+    if suffix == ".jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    records = load_records(file, modality="text")
+    first = 1 if suffix == ".jsonl" else 0  # lines count from 1, rows from 0
+    assert [record.name for record in records] == [f"{file.name}/{first + n}" for n in range(3)]
+    assert {record.group_id for record in records} == {"g"}

@@ -885,6 +885,16 @@ def test_names_of_images_beside_json_lines_are_quoted_in_urls(tmp_path: Path, qu
     assert [read(r) for r in stream_records(tmp_path / "0.jsonl", buffer_size=1)] == local
 
 
+def test_absolute_paths_of_images_are_read_as_the_local_source_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encode_noise(1))
+    line = json.dumps({"image": str(tmp_path / "images" / "a.png"), "caption": "a"})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.jsonl").write_text(line, encoding="utf-8")
+    local = [read(record) for record in load_records(tmp_path / "data" / "0.jsonl")]
+    assert [read(record) for record in stream_records(tmp_path / "data" / "0.jsonl")] == local
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text_in_a_tar(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     members = {

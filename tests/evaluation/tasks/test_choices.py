@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,24 @@ def test_the_true_caption_must_be_nearer_and_a_tie_is_wrong(tmp_path: Path) -> N
     assert found.scores["accuracy"]["value"] == pytest.approx(1 / 3)
     assert found.scores["categories"]["swap"] == {"items": 2, "accuracy": 0.5}
     assert found.counts["items"] == 3 and found.counts["images"] == 2
+
+
+def test_questions_about_one_image_are_sampled_together(tmp_path: Path) -> None:
+    texts = {"true": EAST, "false": NORTH}
+    answers = {f"p{number}": EAST if number % 3 else NORTH for number in range(24)}
+    encoder = open_embeddings(
+        tmp_path, texts, answers | {f"{n} again": e for n, e in answers.items()}
+    )
+    once = [
+        ChoiceItem(name=name, category="all", captions=("true", "false"), images=(Path(name),))
+        for name in answers
+    ]
+    twice = [*once, *(replace(item, name=f"{item.name} again") for item in once)]
+    expected, scores = (
+        CHOICES.run(encoder, (make_choices("image", items),)).scores["accuracy"]
+        for items in (once, twice)
+    )
+    assert scores == expected and expected["low"] < expected["value"] < expected["high"]
 
 
 def test_an_anchor_takes_the_place_of_the_image(tmp_path: Path) -> None:

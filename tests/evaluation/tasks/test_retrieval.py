@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ from embeddings_by_hand import (
     open_embeddings,
 )
 
+from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.tasks.retrieval import CROSS_LINGUAL, RETRIEVAL
-from modeling_llm2clip.evaluation.tasks.text_length import (
-    LENGTH,
-)
+from modeling_llm2clip.evaluation.tasks.text_length import LENGTH
 
 
 def test_directions_are_not_swapped(tmp_path: Path) -> None:
@@ -65,6 +65,28 @@ def test_an_interval_surrounds_its_score(tmp_path: Path) -> None:
     interval = found["intervals"]["hit_rate_at_5"]
     assert interval["value"] == found["hit_rate_at_5"]
     assert 0 <= interval["low"] < interval["value"] < interval["high"] <= 1
+
+
+def test_copies_of_an_image_in_its_group_make_no_interval_narrower(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = {f"t{i}": torch.randn(8, generator=generator).tolist() for i in range(30)}
+    once = {f"p{i}": torch.randn(8, generator=generator).tolist() for i in range(30)}
+    copies = {f"{name}{copy}": embed for copy in "abc" for name, embed in once.items()}
+    encoder = open_embeddings(tmp_path, texts, {**once, **copies})
+    alone = make_retrieval_dataset(list(texts), list(range(30)))
+    repeated = replace(
+        alone,
+        images=tuple(map(Path, copies)),
+        image_names=tuple(copies),
+        image_group_ids=tuple(name[:-1] for name in copies),
+        correspondence=Correspondence.from_group_ids([name[:-1] for name in copies], list(once)),
+    )
+    expected, scores = (RETRIEVAL.run(encoder, (data,)).scores for data in (alone, repeated))
+    # The same sums and sizes, three times as large: the means of the samples are the same.
+    assert scores["i2t"]["intervals"] == expected["i2t"]["intervals"]
+    across = CROSS_LINGUAL.run(encoder, (repeated, replace(repeated, lang="de"))).scores["mean"]
+    for name, interval in across["i2t"]["intervals"].items():
+        assert interval == pytest.approx(expected["i2t"]["intervals"][name])
 
 
 def test_every_language_counts_the_same_in_the_mean(tmp_path: Path) -> None:

@@ -189,7 +189,16 @@ def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared)
     assert (scores.chance_t2i_r1, scores.chance_i2t_r1) == pytest.approx((0.1, 0.1))
     # With 95 % confidence, half of 30 images are above 0.33, and half of ten above 0.24 only.
     few = dataclasses.replace(scores, t2i_r1=0.5, i2t_r1=0.5)
-    assert few.is_near_chance and not dataclasses.replace(few, num_images=30).is_near_chance
+    assert few.is_near_chance and not dataclasses.replace(few, num_groups=30).is_near_chance
+    # As three images of a group each, they are more images, and no more groups.
+    records = [
+        dataclasses.replace(record, name=f"{record.name} {record.lang}", lang="en")
+        for record in records
+    ]
+    grouped = HeldOutImages(AlignmentDataset(records, processor), range(30))
+    scores = grouped.score(ContrastiveLoss(), inputs._replace(group_ids=grouped.group_ids))
+    assert (scores.num_images, scores.num_groups) == (30, 10)
+    assert scores.find_interval(0.5) == few.find_interval(0.5)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +209,7 @@ def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared)
 def test_near_chance_is_what_does_not_exceed_three_times_chance(
     score: float, count: int, is_near: bool
 ) -> None:
-    scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count)
+    scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count, count)
     assert scores.is_near_chance == is_near
 
 
@@ -321,7 +330,7 @@ def test_a_choice_that_looks_worse_than_the_start_is_explained(
     few: Prepared, tmp_path: Path, t2i_r1: float, line: str | None
 ) -> None:
     run = few.align_stored(tmp_path / "run", max_steps=0)
-    before = HeldOutScores(3.0, 0.45, 0.5, 0.0125, 0.0125, 80, 90)
+    before = HeldOutScores(3.0, 0.45, 0.5, 0.0125, 0.0125, 80, 90, 80)
     best = dataclasses.replace(before, loss=2.9, t2i_r1=t2i_r1)
     held_out = run.results["held_out"]
     scores = {"before": dataclasses.asdict(before), "best": dataclasses.asdict(best)}

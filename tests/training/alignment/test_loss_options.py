@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from aligning import COLORS, SHORT_RUN, Prepared, Run, prepare, read_losses
 from labeled_colors import write_classes
+from tiny_encoders import save_tiny_images
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
+from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
@@ -93,6 +97,15 @@ def test_a_frozen_tower_beside_the_trained_one_teaches_as_its_stored_embeddings_
     assert others == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses.items()}
     assert runs[1].after.loss == pytest.approx(runs[0].after.loss, rel=1e-5)
     assert losses[4] != losses[1]
+
+
+def test_images_without_classes_are_refused_with_names_of_datasets(tmp_path: Path) -> None:
+    lines = [{"image": path.name, "caption": "a dog"} for path in save_tiny_images(tmp_path, 2)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="captions and no classes") as refused:
+        load_labeled_images(str(tmp_path))
+    proposed = re.findall(r"([\w-]+)=FOLDER", str(refused.value))
+    assert proposed and {find_dataset(name).dataset_type for name in proposed} == {"classification"}
 
 
 def test_labeled_images_are_known_by_their_bytes_too(tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""The tables of what the parts of the method change in the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+from benchmarks.tables.markdown_tables import (
+    draw_table,
+    find_standard_error,
+    percent,
+    percent_with_error,
+)
+
+
+def _render_forgetting(report: dict[str, Any]) -> str:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        found.setdefault(run["condition"], []).append(run)
+    columns = {"accuracy": "classification", "t2i_r1": "text to image", "i2t_r1": "image to text"}
+    rows = [
+        [condition, *(_show_runs([run[name] for run in runs]) for name in columns)]
+        for condition, runs in found.items()
+    ]
+    counts = report["num_images"]
+    seeds = len({run["seed"] for run in report["runs"]} - {None})
+    note = (
+        f"Top-1 accuracy on {counts['labeled']} held-out drawings of {report['num_categories']} "
+        f"categories, and R@1 among {counts['test']} held-out photographs; means of {seeds} seeds "
+        f"(lowest to highest). Dual encoder: {counts['all']:,} images at {report['image_size']} "
+        f"pixels, {report['epochs']} epochs; alignment: {counts['aligned']:,} of these, "
+        f"{report['steps']} steps of 64. {report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(('weights', *columns.values()), rows)}\n{note}\n"
+
+
+def _show_runs(scores: list[float]) -> str:
+    if len(scores) == 1:
+        return percent(scores[0])
+    return f"{percent(fmean(scores))} ({percent(min(scores))} to {percent(max(scores))})"
+
+
+def _render_loss_effects(report: dict[str, Any]) -> str:
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        key = (run["start"], run["num_images"], run["loss"])
+        found.setdefault(key, []).append(run["scores"])
+    plain, dims = report["runs"][0]["loss"], list(report["runs"][0]["scores"])
+    rows = []
+    for (start, num_images, loss), scores in found.items():
+        others = found[start, num_images, plain]
+        cells = [
+            _show_effect(
+                [score[dim]["r1"] for score in scores],
+                [] if loss == plain else [score[dim]["r1"] for score in others],
+            )
+            for dim in dims
+        ]
+        rows.append([start, f"{num_images:,}", loss, str(len(scores)), *cells])
+    heads = ("start", "images", "loss", "splits", *(f"{dim} dimensions" for dim in dims))
+    config = report["config"]
+    note = (
+        f"R@1, mean of both directions and of the splits, among {report['num_test_images']} images "
+        f"(chance {percent(report['chance_r1'])}), after at most {config['max_steps']} steps of "
+        f"{config['global_batch_size']}. In parentheses: percentage points more than {plain} on "
+        f"the same splits, and their standard error. {report['hardware']}; commit "
+        f"{report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_text_towers(report: dict[str, Any]) -> str:
+    names = {
+        "causal": "SmolLM2-135M, causal",
+        "bidirectional": "the same, made bidirectional",
+        "tuned": "the same, fine-tuned on captions (`embedded`)",
+        "minilm": "all-MiniLM-L6-v2 as it is (`embedded --prompt own`)",
+    }
+    heads = (
+        "text tower", "short, text to image", "image to text", "long, text to image",
+        "image to text", "CRA",
+    )  # fmt: skip
+    rows = []
+    for name in dict.fromkeys(run["tower"] for run in report["runs"]):
+        runs = [run for run in report["runs"] if run["tower"] == name]
+        scores = [
+            _show_mean([run[length][way] for run in runs])
+            for length in ("short", "long")
+            for way in ("t2i_r1", "i2t_r1")
+        ]
+        rows.append([names[name], *scores, percent(report["cra"][name])])
+    num_splits = len({run["split"] for run in report["runs"]})
+    num_steps = report["alignment"]["max_steps"]
+    steps = f"{num_steps} steps" if num_steps else "in closed form"
+    note = (
+        f"R@1, means of {num_splits} splits with standard errors. Trained on "
+        f"{report['num_images']} photographs with {report['captions_per_image']} captions each, "
+        f"{steps}. Short: the other "
+        f"{report['num_test_images']}, chance {percent(1 / report['num_test_images'])}. Long: "
+        f"{report['num_long_images']} photographs with a paragraph each, chance "
+        f"{percent(1 / report['num_long_images'])}. CRA: {report['cra_data']}. "
+        f"{report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _show_effect(values: list[float], others: list[float]) -> str:
+    """Show a mean, and its distance from that of others on the same splits if there are any."""
+    if not others:
+        return percent(fmean(values))
+    # A run that was interrupted has fewer of the last losses.
+    gains = [100 * (value - other) for value, other in zip(values, others, strict=False)]
+    error = find_standard_error(gains)
+    shown = "" if error is None else f" ± {error:.1f}"
+    return f"{percent(fmean(values))} ({fmean(gains):+.1f}{shown})"
+
+
+def _render_languages(report: dict[str, Any]) -> str:
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for run in report["runs"]:
+        columns.setdefault(run["tower"], []).append(run)
+    heads = ("language", *columns)
+    rows = [
+        [lang, *(percent(fmean(run["languages"][lang]["t2i_r1"] for run in runs))
+                 for runs in columns.values())]
+        for lang in report["languages"]
+    ]  # fmt: skip
+    means = {
+        "mean but for English": "mean_of_others",
+        "the same, each language centered": "centered_mean_of_others",
+    }
+    rows += [
+        [shown, *(_show_mean([run[name]["t2i_r1"] for run in runs]) for runs in columns.values())]
+        for shown, name in means.items()
+    ]
+    layers = ", ".join(
+        f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
+    )
+    splits = "; ".join(f"{name}: {len(runs)}" for name, runs in columns.items())
+    note = (
+        f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
+        f"in English; means over splits ({splits}), those of languages with standard errors; "
+        f"chance {percent(report['chance_r1'])}. Translations of "
+        f"{report['layers']['num_images']} other emoji that find the English name, by layer of "
+        f"Gemma 3 270M: {layers}. {report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _show_mean(values: list[float]) -> str:
+    return percent_with_error(fmean(values), find_standard_error(values))
+
+
+_IDEAS = {
+    "all_images": "all images",
+    "ceiling": "where the captions are ambiguous",
+    "embedders": "the encoders as they are",
+    "layers": "another last layer",
+    "causal": "with the causal LLM",
+    "joined_embedders": "with other embedders",
+    "control": "more steps and nothing else (control)",
+    "distilled": "distilled from all-mpnet-base-v2",
+    "rank_64": "new LoRA of rank 64",
+    "more_texts": "texts of other images as well",
+    "large_batches": "batches of 256 with hard negatives",
+}
+
+
+def _render_finetuning_ideas(report: dict[str, Any]) -> str:
+    heads = ("idea", "what is compared", "CRA", "95 %", "beyond the shipped LoRA, points", "95 %")
+    ideas = report["ideas"]
+    rows = [
+        [_IDEAS[idea], name, percent(scores["cra"]["value"]), _show_interval(scores["cra"]),
+         f"{100 * scores['gain']['value']:+.1f}", _show_interval(scores["gain"], form="+.1f")]
+        for idea, found in ideas.items() for name, scores in found.get("rows", {}).items()
+    ]  # fmt: skip
+    tables = [draw_table(heads, rows)]
+    if "ceiling" in ideas:
+        tables.append(_draw_ceiling(ideas["ceiling"]))
+    if "all_images" in ideas:
+        found = ideas["all_images"]
+        parts = ", ".join(percent(part) for part in found["by_part"])
+        tables.append(
+            f"all-MiniLM-L6-v2 on all {found['num_images']:,} images: "
+            f"{percent(found['cra']['value'])} ({_show_interval(found['cra'])}); on fifths of them "
+            f"{parts}, of which the first is the one held out.\n"
+        )
+    missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
+    runs = (f"{found['hardware']}; commit {found['commit']}" for found in ideas.values())
+    hardware = " and ".join(dict.fromkeys(runs))
+    tables.append(
+        f"{report['data']}. Trainings: {report['steps']} steps of {report['batch_size']} pairs. "
+        f"{f'Not run yet: {missing}. ' if missing else ''}{hardware}.\n"
+    )
+    return "\n".join(tables)
+
+
+def _show_interval(found: dict[str, float], form: str = ".1f") -> str:
+    return f"{100 * found['low']:{form}} to {100 * found['high']:{form}}"
+
+
+def _draw_ceiling(found: dict[str, Any]) -> str:
+    heads = (
+        "encoder", "wrong", "fits as well", "half of the words", "same words", "right one in 5",
+        "a caption and one other", "a caption and the mean of 3",
+    )  # fmt: skip
+    rows = []
+    for name, errors in found["errors"].items():
+        by_number = found["by_number_of_captions"].get(name)
+        shares = (percent(errors[key]) for key in ("fits_as_well", "half_of_words", "same_words"))
+        several = (
+            [percent(by_number["one"]), percent(by_number["mean_of_3"])] if by_number else ["", ""]
+        )
+        rows.append(
+            [name, str(errors["errors"]), *shares, percent(found["hit_at_5"][name]), *several]
+        )
+    note = (
+        f"{percent(found['found_by_any'])} of the images are found by at least one of the "
+        f"encoders, {percent(found['found_by_all'])} by all. Where all miss, all choose the same "
+        f"wrong caption in {percent(found['same_wrong_one'])}. The two captions of "
+        f"{percent(found['without_a_shared_word'])} of the images share no word but stop words. "
+        "Shares are those of the wrong captions. Fits as well: of the words of both, without stop "
+        "words, it shares at least as many with the query as the right one does; half of the "
+        "words, same words: it shares them with the right one."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+EFFECT_TABLES: dict[str, Callable[[Any], str]] = {
+    "finetuning_ideas": _render_finetuning_ideas,
+    "forgetting": _render_forgetting,
+    "languages": _render_languages,
+    "loss_effects": _render_loss_effects,
+    "text_towers": _render_text_towers,
+}

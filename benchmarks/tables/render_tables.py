@@ -1,0 +1,538 @@
+"""Writes the tables of the documents from what the benchmarks recorded.
+
+Run `python -m benchmarks.tables.render_tables` after a file in `benchmarks/results` has changed.
+Text between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched. The
+sections of every model card come from the template that the package fills.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.tables.effect_tables import EFFECT_TABLES
+from benchmarks.tables.markdown_tables import draw_table, percent, percent_with_error
+from benchmarks.tables.product_tables import PRODUCT_TABLES
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "MODEL_CARD.md",
+    RESULTS / "README.md",
+    ROOT / "docs" / "build.md",
+    ROOT / "docs" / "choose-a-model.md",
+    ROOT / "examples" / "data" / "caption_lora" / "README.md",
+)
+CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"
+NOT_RECORDED = "not yet recorded"
+# A record keeps the words of its time; tables use those of the documents.
+_RECORDED_WORDS = {"pictures": "images"}
+# A setting that is the recipe itself, which has a column of its own.
+_RECIPE = "README's recipe"
+_SETTINGS = {_RECIPE: "the same"}
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_SCORES = (
+    "unseen_t2i_r1",
+    "unseen_t2i_r10",
+    "unseen_i2t_r1",
+    "chance_r1",
+)
+
+
+def render_document(text: str, results: Path) -> str:
+    """Return the document with every table written anew.
+
+    Args:
+        results: folder with one `NAME.json` per table; a missing file gives "not yet recorded".
+    Raises: ValueError for a table that has no renderer, or has no end.
+    """
+    if text.count("<!-- table:") != len(_TABLE.findall(text)):
+        raise ValueError("A table has no '<!-- end -->', or its name is not one word.")
+    return _TABLE.sub(lambda match: match[1] + _render(match[2], results) + match[4], text)
+
+
+def _render(name: str, results: Path) -> str:
+    if name == "model_card_sections":
+        return _read_card_sections()
+    if name not in _RENDERERS:
+        raise ValueError(f"No table is called {name!r}; known are {sorted(_RENDERERS)}.")
+    file = results / f"{name}.json"
+    if not file.is_file():
+        return f"\n{NOT_RECORDED}\n\n"
+    table = _RENDERERS[name](json.loads(file.read_text(encoding="utf-8")))
+    for recorded, word in _RECORDED_WORDS.items():
+        table = re.sub(rf"\b{recorded}\b", word, table)
+    return f"\n{table}\n"
+
+
+def _read_card_sections() -> str:
+    """What the card of every model says, so that it is written once."""
+    text = CARD_TEMPLATE.read_text(encoding="utf-8")
+    start, end = text.index("## Intended use"), text.index("## Check before use")
+    return f"\n{text[start:end]}"
+
+
+def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
+    heads = (
+        "seed", "text to image R@1", "R@10", "image to text R@1", "chance", "seconds",
+        "peak memory, GB",
+    )  # fmt: skip
+    rows = [[str(report["seed"]), *_demo_cells([report])] for report in reports]
+    if len(reports) > 1:
+        rows.append(["mean", *_demo_cells(reports)])
+    versions = ", ".join(f"{name} {number}" for name, number in reports[0]["versions"].items())
+    counts = (
+        f"Seed {reports[0]['seed']}: {reports[0]['num_images']:,} images to train on, "
+        f"{reports[0]['num_held_out']} held out. {reports[0].get('hardware', 'unknown hardware')}. "
+        f"{versions}."
+    )
+    return f"{draw_table(heads, rows)}\n{counts}\n"
+
+
+def _demo_cells(reports: Sequence[dict[str, Any]]) -> list[str]:
+    def mean(name: str, form: str, *, factor: float = 1) -> str:
+        values = [factor * report[name] for report in reports if name in report]
+        return format(fmean(values), form) if values else "–"
+
+    scores = [f"{mean(name, '.1f', factor=100)} %" for name in _SCORES]
+    return [*scores, mean("seconds_after_download", ".0f"), mean("peak_rss_gb", ".1f")]
+
+
+def _render_encoding_speed(report: dict[str, Any]) -> str:
+    heads = ("method", "captions per second", "of fp32 peak", "peak memory, GB", "smallest cosine")
+    rows = [
+        [
+            row["name"],
+            f"{row['captions_per_second']:.1f}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['peak_rss_gb']:.2f}",
+            f"{row['min_cosine']:.4f}" if "min_cosine" in row else "",
+        ]
+        for row in report["rows"]
+    ]
+    notes = [
+        f"{label}{report[name]}."
+        for name, label in (
+            ("captions", "Captions: "),
+            ("hardware", "Machine: "),
+            ("min_cosine_against", "The cosine compares with the embeddings of: "),
+        )
+        if name in report
+    ]
+    notes += [f"{row['name']}: {row['setting']}." for row in report["rows"] if "setting" in row]
+    return draw_table(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
+
+
+def _render_finetuning(report: dict[str, Any]) -> str:
+    names = {
+        "causal": "SmolLM2-135M, causal, mean pooled",
+        "bidirectional": "the same, made bidirectional",
+        "before": "the same, after the first round",
+        "tuned": "the same, fine-tuned on captions",
+        "minilm": "all-MiniLM-L6-v2",
+    }
+    cra = dict(report["cra"])
+    if report.get("start") is None:
+        cra.pop("before", None)  # it is the untuned one once more
+    rows = [[names[key], percent(value)] for key, value in cra.items()]
+    trained = report.get("cra_on_trained_images")
+    if trained is not None:
+        rows.append(["the same, on an equal number of training images", percent(trained)])
+    config = report["config"]
+    note = (
+        f"{report['data']}; {config['max_steps']} steps of "
+        f"{config['per_device_train_batch_size']} pairs in {report['seconds'] / 60:.0f} minutes"
+        f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
+        f"{report['hardware']}."
+    )
+    return draw_table(("text encoder", "CRA"), rows) + f"\n{note}\n"
+
+
+def _render_alignment(report: dict[str, Any]) -> str:
+    seeds = [str(run["seed"]) for run in next(iter(report["recalls"].values()))]
+    heads = ("text encoder", *(f"seed {seed}" for seed in seeds), "mean")
+    rows = [
+        [name, *(percent(run["unseen_t2i_r1"]) for run in runs),
+         percent(report["mean_t2i_r1"][name])]
+        for name, runs in report["recalls"].items()
+    ]  # fmt: skip
+    return draw_table(heads, rows) + f"\nText to image R@1. {report['data']}.\n"
+
+
+def _render_first_run(report: dict[str, Any]) -> str:
+    heads = (
+        "images", "trained on", "the recipe", "text to image", "image to text",
+        "closed form only", "best of the settings tried", "from random weights", "chance",
+        "seconds",
+    )  # fmt: skip
+    rows = []
+    for name, found in report["datasets"].items():
+        scores = found["scores"]
+        recipe, best = scores[_RECIPE], _SETTINGS.get(found["best"], found["best"])
+        random = [s["r1"] for setting, s in scores.items() if setting.startswith("from random")]
+        rows.append(
+            [
+                name,
+                f"{found['num_images']:,}",
+                *(_percent_with_error(recipe[measure]) for measure in ("r1", "t2i_r1", "i2t_r1")),
+                _percent_with_error(scores["closed form alone"]["r1"]),
+                f"{percent(found['best_r1'])} ({best})" if len(scores) > 2 else "",
+                percent(max(s["mean"] for s in random)) if random else "",
+                percent(found["chance_r1"]),
+                "" if found["seconds"] is None else str(found["seconds"]),
+            ]
+        )
+    counts = ", ".join(
+        f"{found['num_test_images']} {name} ({_count_splits(found['num_splits'])})"
+        for name, found in report["datasets"].items()
+    )
+    # What no dataset has, such as settings that were not tried, has no column.
+    kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    table = draw_table([heads[p] for p in kept], [[row[p] for p in kept] for row in rows])
+    return table + (
+        "\nR@1 on test images, the mean of both directions unless a column names one: "
+        f"{counts}. Means over the splits with standard errors. "
+        f"{report['hardware']}.\n"
+    )
+
+
+def _count_splits(number: int) -> str:
+    return "1 split" if number == 1 else f"{number} splits"
+
+
+def _percent_with_error(found: dict[str, Any]) -> str:
+    return percent_with_error(found["mean"], found["standard_error"])
+
+
+def _render_training_efficiency(report: dict[str, Any]) -> str:
+    heads = (
+        "at each step", "images per second", "times LoRA", "with extraction, 4 epochs",
+        "peak memory, GB", "vision trained: images per second",
+    )  # fmt: skip
+    modes = {
+        "lora": "LLM with LoRA, vision tower",
+        "frozen_online": "frozen LLM, vision tower",
+        "stored_captions": "stored captions, vision tower",
+        "stored_both": "stored captions and images",
+    }
+    amortized = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
+    rows = [
+        [
+            label,
+            f"{report[mode]['samples_per_second']:.1f}",
+            f"{report['times_as_fast_as_lora'][mode]:.1f}",
+            f"{amortized[mode]:.1f}" if mode in amortized else "–",
+            f"{report[mode]['peak_rss_gb']:.1f}",
+            f"{report['vision_trained'][mode]['samples_per_second']:.1f}"
+            if mode in report["vision_trained"]
+            else "–",
+        ]
+        for mode, label in modes.items()
+    ]
+    return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
+
+
+def _render_training_set_size(report: dict[str, Any]) -> str:
+    """A row per number of images: R@1, and its range where there are several splits."""
+    by_size: dict[int, dict[str, list[float]]] = {}
+    for name, found in report["datasets"].items():
+        for run in found["runs"]:
+            by_size.setdefault(run["num_images"], {}).setdefault(name, []).append(run["r1"])
+    rows = [
+        [f"{size:,}", *(_show_range(by_size[size].get(name)) for name in report["datasets"])]
+        for size in sorted(by_size)
+    ]
+    rows.append(["chance", *(percent(found["chance_r1"]) for found in report["datasets"].values())])
+    splits = {run["split"] for found in report["datasets"].values() for run in found["runs"]}
+    shown = f"Splits: {len(splits)}" + ("; mean, lowest and highest" if len(splits) > 1 else "")
+    counts = ", ".join(
+        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
+    )
+    note = (
+        f"R@1 on test images, the mean of both directions: {counts}. {shown}. "
+        f"{report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
+
+
+def _show_range(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def _render_retrieval_ranking(report: dict[str, Any]) -> str:
+    heads = (
+        "embeddings", "images × texts", "products, s", "ranks of both directions, s", "ratio",
+    )  # fmt: skip
+    cases = {
+        "large": "related",
+        "all_positives": "related, ranks of all positives",
+        "all_positives_small": "related, ranks of all positives",
+        "unrelated": "unrelated",
+    }
+    cases = {case: label for case, label in cases.items() if case in report}
+    rows = [
+        [
+            label,
+            f"{report[case]['images']:,} × {report[case]['texts']:,}",
+            f"{median(report[case]['bare_products_s']):.1f}",
+            f"{median(report[case]['ranks_s']):.1f}",
+            f"{report[case]['median_ratio']:.2f}",
+        ]
+        for case, label in cases.items()
+    ]
+    note = (
+        f"Width {report['width']:,}; {report['repeats']} pairs of runs, medians; "
+        f"{_highest_resident_mb(report) / 1000:.1f} GB resident in total. "
+        f"{report['hardware']}."
+    )
+    return draw_table(heads, rows) + f"\n{note}\n"
+
+
+def _highest_resident_mb(report: dict[str, Any]) -> float:
+    cases = [case for case in report.values() if isinstance(case, dict)]
+    return max(case["highest_resident_mb"] for case in cases if "highest_resident_mb" in case)
+
+
+def _render_evaluation(report: dict[str, Any]) -> str:
+    tiny = report.get("tiny", {"models": []})["models"]
+    real = [result for result in report["results"] if result["model"] not in tiny]
+    emoji = [result for result in real if result["task"] == "cross-lingual"]
+    models = [result["model"] for result in emoji]
+    languages = [result["scores"]["languages"] for result in emoji]
+    path = ("t2i", "hit_rate_at_1")
+    rows = [
+        [lang, *(percent(_follow(scores[lang], path)) for scores in languages),
+         percent(languages[0][lang]["t2i"]["chance_hit_rate_at_1"])]
+        for lang in languages[0]
+    ]  # fmt: skip
+    means = [percent(_follow(result["scores"]["mean"], path)) for result in emoji]
+    table = draw_table(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
+    images = next(iter(emoji[0]["counts"]["languages"].values()))["images"]
+    note = f"Text to image R@1 among {images} emoji unseen in training, which was in English."
+    return f"{table}\n{note} {report['hardware']}.\n{_draw_lengths(report)}{_draw_cra(report)}"
+
+
+def _draw_lengths(report: dict[str, Any]) -> str:
+    results = [result for result in report["results"] if result["task"].startswith("length")]
+    if not results:
+        return ""
+    rows = [
+        [
+            f"{bucket['from_clip_tokens']} to {bucket['to_clip_tokens'] or '…'}",
+            str(bucket["queries"]),
+            percent(bucket["share_of_tokens_beyond_clip"]),
+            *(
+                percent(result["scores"]["buckets"][number]["hit_rate_at_1"]["value"])
+                for result in results
+            ),
+        ]
+        for number, bucket in enumerate(results[0]["scores"]["buckets"])
+    ]
+    heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
+    note = (
+        f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
+        f"no image is used; chance {percent(results[0]['scores']['chance'])}. "
+        "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder "
+        "would truncate."
+    )
+    return f"\n{draw_table(heads, rows)}\n{note}\n"
+
+
+def _draw_cra(report: dict[str, Any]) -> str:
+    tiny = report.get("tiny", {"models": []})["models"]
+    results = [r for r in report["results"] if r["task"] == "cra" and r["model"] not in tiny]
+    if not results:
+        return ""
+    rows = [
+        [result["model"], percent(result["scores"]["cra"]["value"]),
+         f"{result['counts']['texts_truncated']} of {result['counts']['texts']}"]
+        for result in results
+    ]  # fmt: skip
+    images = results[0]["counts"]["images"]
+    note = (
+        f"A long caption finds the other one of its image among {images} "
+        f"({results[0]['dataset']}); no image is used; chance "
+        f"{percent(results[0]['scores']['chance'])}."
+    )
+    return f"\n{draw_table(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
+
+
+def _follow(scores: Any, path: Sequence[str]) -> float:
+    for name in path:
+        scores = scores[name]
+    return float(scores)
+
+
+def _render_mllm_captioning(report: dict[str, Any]) -> str:
+    seeds = [str(run["seed"]) for run in next(iter(report["runs"].values()))]
+    heads = ("tower", "after", *(f"seed {seed}" for seed in seeds), "mean", "other image")
+    names = {"before": "original", "after": "aligned"}
+    rows = []
+    for step in ("projector", "instructions"):
+        for tower, runs in report["runs"].items():
+            losses = [run[step]["caption_loss"] for run in runs]
+            others = [run[step]["caption_loss_other_image"] for run in runs]
+            cells = [f"{loss:.3f}" for loss in (*losses, fmean(losses), fmean(others))]
+            rows.append([names[tower], f"step {1 + (step == 'instructions')}", *cells])
+    steps, instruction_steps = report["recipe"]["steps"]
+    note = (
+        f"Nats per token of held-out names. {report['data']}; {steps} and {instruction_steps} "
+        f"steps of {report['recipe']['batch_size']}, {report['recipe']['pixels']} pixels. "
+        f"Alignment: {report['alignment']['steps']} steps of {report['alignment']['batch_size']}, "
+        f"held-out text to image R@1 {percent(report['alignment']['unseen_t2i_r1'])}, chance "
+        f"{percent(report['alignment']['chance_r1'])}. {report['hardware']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_conversion(report: dict[str, Any]) -> str:
+    heads = ("source, GB", "written, GB", "seconds", "peak memory, GB", "times the source")
+    row = [
+        f"{report['source_gb']:.2f}",
+        f"{report['written_gb']:.2f}",
+        f"{report['seconds']:.0f}",
+        f"{report['peak_rss_gb']:.2f}",
+        f"{report['times_the_source']:.2f} (bound {report['bound']})",
+    ]
+    return draw_table(heads, [row]) + f"\n{report['hardware']}.\n"
+
+
+def _render_llm2vec_parity(report: dict[str, Any]) -> str:
+    names = {"plain": "alone", "instructed": "with an instruction"}
+    rows = [
+        [
+            label,
+            str(report[key]["same_ids"]),
+            str(report[key]["same_spans"]),
+            f"{report[key]['smallest_cosine']:.7f}",
+            f"{report[key]['smallest_cosine_given_their_span']:.7f}",
+        ]
+        for key, label in names.items()
+    ]
+    heads = (
+        "captions", "same ids", "same span", "smallest cosine of these",
+        "smallest cosine of the others, with LLM2Vec's span",
+    )  # fmt: skip
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
+
+
+def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
+    heads = ("files", "dataset", "languages", "samples read in all languages", "checksums")
+    return draw_table(
+        heads,
+        [
+            [
+                row["title"],
+                f"`{row['dataset']}`",
+                str(row["languages"]),
+                ", ".join(
+                    f"{number:,} {what}"
+                    for what, number in row["summed_over_languages"].items()
+                    if number and what != "captions_of_several_images"
+                ),
+                " and ".join(sorted(set(row["checksums"].values()))) or "none known",
+            ]
+            for row in rows
+            if row["dataset"] != "folder"
+        ],
+    )
+
+
+def _render_vision_towers(report: dict[str, Any]) -> str:
+    heads = ("vision tower", "text encoder in the same model", "`--vision-pooling`", "result")
+    rows = [
+        [
+            row["name"],
+            "yes" if row["text_encoder"] else "–",
+            row["pooling"],
+            row.get("error") or ", ".join(row["failed_checks"]) or "ok",
+        ]
+        for row in report["rows"]
+    ]
+    largest = max((row.get("largest_difference", 0.0) for row in report["rows"]), default=0.0)
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    note = (
+        "Tiny random towers, each built, trained for a step with `--vision-training full`, saved, "
+        "loaded and checked with `llm2clip doctor`. Embeddings by AutoModel and "
+        f"sentence-transformers differ by at most {largest:.0e}. {versions}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_code_size(report: dict[str, Any]) -> str:
+    walks = {
+        "caption": "`extract` to the stored row", "image": "`index` to the row of the table",
+        "request": "a request to its answer", "pair": "`align` to the optimizer step",
+    }  # fmt: skip
+    measures: dict[str, Callable[[dict[str, Any]], str]] = {
+        "lines of code proper": lambda entry: f"{entry['code_lines']:,}",
+        "lines of docstrings": lambda entry: f"{entry['docstring_lines']:,}",
+        "files": lambda entry: str(entry["files"]),
+        **{
+            f"functions / files from {way}": partial(_show_walk, name=name)
+            for name, way in walks.items()
+        },
+        "modules with one importer": lambda entry: str(entry["modules_with_one_importer"]),
+        "definitions used once": lambda entry: f"{entry['definitions_used_once']:,}",
+        "folder circles": lambda entry: str(len(entry["folder_circles"])),
+        "uploaded files": lambda entry: str(entry["uploaded_files"]),
+        "root modules": lambda entry: str(entry["root_modules"]),
+        "lines of the tests": lambda entry: f"{entry['test_lines']:,}",
+        "tests, except slow and GPU tests": lambda entry: f"{entry['num_tests']:,}",
+        "seconds to run the tests, two processes": lambda entry: _or_dash(entry["test_seconds"]),
+        "seconds of `import modeling_llm2clip`": lambda entry: f"{entry['import_seconds']:.3f}",
+        "seconds of `llm2clip --help`": lambda entry: f"{entry['help_seconds']:.2f}",
+    }
+    labels = [label for label in ("before", "after") if label in report]
+    heads = ("", *(f"{label} ({report[label]['commit']})" for label in labels))
+    rows = [[name, *(show(report[label]) for label in labels)] for name, show in measures.items()]
+    hardware = " and ".join(dict.fromkeys(report[label]["hardware"] for label in labels))
+    return draw_table(heads, rows) + f"\n{hardware}.\n"
+
+
+def _show_walk(entry: dict[str, Any], name: str) -> str:
+    return f"{entry['walks'][name]['functions']} / {entry['walks'][name]['files']}"
+
+
+def _or_dash(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:.0f}"
+
+
+_RENDERERS: dict[str, Callable[[Any], str]] = {
+    **PRODUCT_TABLES,
+    **EFFECT_TABLES,
+    "demo": _render_demo,
+    "encoding_speed": _render_encoding_speed,
+    "finetune_llm": _render_finetuning,
+    "finetune_llm_hard": _render_finetuning,
+    "alignment": _render_alignment,
+    "first_run": _render_first_run,
+    "training_set_size": _render_training_set_size,
+    "training_efficiency": _render_training_efficiency,
+    "retrieval_ranking": _render_retrieval_ranking,
+    "evaluation": _render_evaluation,
+    "mllm_captioning": _render_mllm_captioning,
+    "conversion": _render_conversion,
+    "llm2vec_parity": _render_llm2vec_parity,
+    "datasets_read": _render_datasets_read,
+    "code_size": _render_code_size,
+    "vision_towers": _render_vision_towers,
+}
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(render_document(document.read_text(encoding="utf-8"), RESULTS), "utf-8")
+        print(f"Wrote the tables of {document.relative_to(ROOT)}.")
