@@ -126,13 +126,7 @@ class DualEncoder(Encoder):
         with torch.no_grad(), float32_as_such():
             self.embedding_dim = self.encode_tokens(*torch.ones(2, 1, 1, dtype=torch.long)).shape[1]
 
-    def encode_tokens(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        num_unpooled: int | None = None,  # noqa: ARG002 (these models have no instructions)
-    ) -> Tensor:
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Run one batch of texts, (B, L) int64 each; returns (B, P) of unit length."""
         mask = {"attention_mask": attention_mask.to(self.device)} if self._is_masked else {}
         features = self._model.get_text_features(input_ids=input_ids.to(self.device), **mask)

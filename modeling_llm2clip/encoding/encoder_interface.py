@@ -108,14 +108,8 @@ class Encoder(ABC):
         return prepare_images(self.processor, images)
 
     @abstractmethod
-    def encode_tokens(
-        self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None
-    ) -> Tensor:
-        """Run one batch of texts, each (B, L) int64, padded on the right.
-
-        `num_unpooled` counts the tokens of prompt and instruction that are not pooled; None for
-        those of the prompt alone.
-        """
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run one batch of texts, each (B, L) int64, padded on the right."""
 
     @abstractmethod
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
@@ -137,7 +131,8 @@ class Encoder(ABC):
     ) -> Tensor:
         """Encode texts, tokenized already or not; see the function `encode_texts`.
 
-        `num_unpooled` is that of `encode_tokens`.
+        `num_unpooled` counts the tokens of prompt and instruction that are not pooled, for models
+        of this package; None for those of the prompt alone.
         """
         self._require("text", project=project)
         first = texts[0] if isinstance(texts, list) and texts else None
