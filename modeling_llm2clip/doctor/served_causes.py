@@ -58,7 +58,7 @@ _IMAGE_ERRORS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 class TextInput(NamedTuple):
-    """What the LLM reads of a text, and what becomes of its states."""
+    """Input of the LLM for a text, and the use of its states."""
 
     ids: tuple[int, ...]
     start: int  # first token that is pooled
@@ -69,7 +69,7 @@ class TextInput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageInput:
-    """What the vision tower reads of an image."""
+    """Input of the vision tower for an image."""
 
     batch: Any  # as the processor returns it
 
@@ -87,7 +87,7 @@ Cause: TypeAlias = tuple[str, list[Any]]
 def list_causes(tested: ModelUnderTest, inputs: Sequence[Any]) -> Iterator[Cause]:
     """Yield the errors that change what the model reads of these texts or images.
 
-    The first one is no error: it is what the model reads, under an empty name.
+    The right input comes first, under an empty name.
     """
     list_all = _list_text_causes if isinstance(inputs[0], str) else _list_image_causes
     causes = list_all(tested, inputs)

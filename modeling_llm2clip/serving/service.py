@@ -106,7 +106,7 @@ class EmbeddingService:
         encoder: The model.
         config: Limits, and how inputs are batched.
         model_name: What requests and responses call the model.
-        model_config: Configuration of the model, with its instructions; None for a model without.
+        model_config: Configuration of the model, with its instructions; None if there are none.
         index: Images to search, of the same model.
         training_data: Names of the datasets that the model was trained on.
         training_images: Which images the model was trained on; None where that is not known.
