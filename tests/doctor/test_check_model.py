@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
 from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
-from modeling_llm2clip.doctor.model_report import Check
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_folder import list_uploaded_files
 from modeling_llm2clip.model_folders.model_writing import save_model
