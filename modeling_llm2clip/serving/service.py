@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -140,7 +140,7 @@ class EmbeddingService:
     ) -> None:
         self.encoder = encoder
         self.config = config = config or ServeConfig()
-        self._limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
+        self._limits = get_image_limits(**config.list_limits())
         self.model_name = model_name
         self.index = index
         self.training_data = tuple(training_data)
