@@ -106,7 +106,7 @@ class ShardInputs(Protocol):
 
 @dataclass(frozen=True)
 class ShardWork:
-    """What a process needs to compute shards.
+    """Computes the shards of an output in one process.
 
     Attributes:
         writer: Writer of the output.

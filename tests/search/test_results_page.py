@@ -216,6 +216,15 @@ def test_a_file_of_someone_else_is_not_replaced_whatever_its_name(
     assert file.read_bytes() == b"mine" and len(list(file.parent.iterdir())) == 1
 
 
+def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
+    index: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", index, str(images / "a.png"), "a.png"]) == 0
+    hint = f"is searched as a sentence. To search with the image: --image {images / 'a.png'}\n"
+    shown = capsys.readouterr().err
+    assert hint in shown and shown.count("is searched as") == 1  # no file has the other name
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
