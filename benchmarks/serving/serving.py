@@ -72,18 +72,18 @@ for _ in sys.stdin:
     print(seconds, flush=True)
 """
 _BESIDE = """
-import asyncio, json, sys, time
+import asyncio, json, sys, time, torch
 from pathlib import Path
-from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
+from modeling_llm2clip.encoding.encode import TorchEncoder
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.serving.service import EmbeddingService
 folder, texts = Path(sys.argv[1]), json.load(open(sys.argv[2]))
 service = EmbeddingService.open(
     folder, ServeConfig(device="cpu", max_wait_ms=0, max_queue=len(texts))
 )
-config = EncoderConfig(device="cpu", show_progress=False)
-evaluated = LLM2CLIPEncoder(folder, config, source="small")
+processor = LLM2CLIPProcessor.from_pretrained(folder)
+evaluated = TorchEncoder(folder, processor, device=torch.device("cpu"))
 runs = {
     "requests": lambda: asyncio.run(ask(16)),
     "one request": lambda: asyncio.run(ask(len(texts))),

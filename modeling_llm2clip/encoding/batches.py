@@ -180,17 +180,6 @@ def prepare_batches(
             yield running.popleft().result()
 
 
-def pad_ids(processor: LLM2CLIPProcessor, texts: Sequence[TokenizedText]) -> dict[str, Tensor]:
-    """Pad token ids on the right; returns ids and mask, each (B, L) int64."""
-    longest = max(len(one.ids) for one in texts)
-    input_ids = torch.full((len(texts), longest), processor.tokenizer.pad_token_id)
-    attention_mask = torch.zeros(len(texts), longest, dtype=torch.long)
-    for line, one in enumerate(texts):
-        input_ids[line, : len(one.ids)] = torch.from_numpy(one.ids)
-        attention_mask[line, : len(one.ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
 def split_evenly(count: int, *, size: int) -> list[range]:
     """Split rows into batches in their order."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..image_loading_llm2clip import load_images
 from ..loading_llm2clip import list_weight_files, load_without_code
-from .encoder_interface import Encoder
+from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
 
 
@@ -94,7 +94,6 @@ class DualEncoder(Encoder):
 
     projects_at_once = True
     modalities = ("text", "image")
-    logit_rule = None
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class DualEncoder(Encoder):
         self._is_masked = not processor.is_unmasked
         self.processor = cast(Any, processor)
         self.device = device
-        self.token_budget, self.batch_size = (4096, 16) if device.type == "cpu" else (16384, 128)
+        self.token_budget, self.batch_size = choose_batches(device)
         with torch.no_grad(), float32_as_such():
             self.embedding_dim = self.encode_tokens(*torch.ones(2, 1, 1, dtype=torch.long)).shape[1]
 

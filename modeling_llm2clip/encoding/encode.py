@@ -26,7 +26,7 @@ from ..packing_llm2clip import plan_packs, plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import OnBatch, require_finite
 from .devices import find_device
-from .encoder_interface import Encoder
+from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
@@ -176,8 +176,7 @@ class TorchEncoder(Encoder):
             self.modalities = tuple(self._models)
         self.embedding_dim = int(config.projection_dim)
         on_cpu = self.device.type == "cpu"
-        # A CPU divides a batch further, and larger batches of images overflow its caches.
-        self.token_budget, self.batch_size = (4096, 8) if on_cpu else (16384, 64)
+        self.token_budget, self.batch_size = choose_batches(self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
         self._plan_texts = plan_packs if on_cpu else plan_token_batches
 

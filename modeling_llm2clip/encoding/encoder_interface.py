@@ -20,9 +20,9 @@ from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import (
     OnBatch,
+    PreparedImages,
     encode_distinct,
     iterate_batches,
-    pad_ids,
     prepare_batches,
     prepare_images,
     require_finite,
@@ -30,6 +30,16 @@ from .batches import (
 )
 from .float32 import float32_as_such
 from .tokenized_texts import TokenizedText, TokenizedTexts
+
+_TOKENS_PER_TEXT = 64  # where a batch size is given
+
+
+def choose_batches(device: torch.device, batch_size: int | None = None) -> tuple[int, int]:
+    """Choose the most tokens and the most images of a batch, where one is not given by device."""
+    if batch_size is not None:
+        return batch_size * _TOKENS_PER_TEXT, batch_size
+    # A CPU divides a batch further, and larger batches of images overflow its caches.
+    return (4096, 8) if device.type == "cpu" else (16384, 64)
 
 
 class EncodedImages(NamedTuple):
@@ -66,7 +76,6 @@ class Encoder(ABC):
     projects_at_once: ClassVar[bool]
     _lacks: ClassVar[str]  # error of a modality that it cannot encode
     _plan_texts: Callable[..., list[list[int]]] = staticmethod(plan_token_batches)
-
     processor: LLM2CLIPProcessor
     modalities: tuple[str, ...]
     embedding_dim: int
@@ -75,14 +84,28 @@ class Encoder(ABC):
     batch_size: int
 
     @property
-    @abstractmethod
     def logit_rule(self) -> LogitRule | None:
-        """Rule that turns cosines into logits; None where there is one tower alone."""
+        """Rule that turns cosines into logits; None where there is none."""
+        return None
 
     @property
     def max_text_length(self) -> int:
         """Maximum tokens per text; the rest is truncated."""
         return self.processor.longest_text
+
+    def prepare_texts(self, texts: Sequence[TokenizedText]) -> dict[str, Any]:
+        """Prepare a batch of texts for `encode_tokens`, in a thread: ids and mask, both (B, L)."""
+        longest = max(len(text.ids) for text in texts)
+        input_ids = torch.full((len(texts), longest), self.processor.tokenizer.pad_token_id)
+        attention_mask = torch.zeros(len(texts), longest, dtype=torch.long)
+        for row, text in enumerate(texts):
+            input_ids[row, : len(text.ids)] = torch.from_numpy(text.ids)
+            attention_mask[row, : len(text.ids)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
+        """Prepare a batch of images for `encode_pixels`, in a thread."""
+        return prepare_images(self.processor, images)
 
     @abstractmethod
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -123,7 +146,7 @@ class Encoder(ABC):
             batches=lambda rows: self._plan_texts(
                 [lengths[row] for row in rows], token_budget=budget
             ),
-            prepare=partial(pad_ids, self.processor),
+            prepare=self.prepare_texts,
             encode=lambda inputs: self.encode_tokens(**inputs),
             on_batch=on_batch,
             sizes=lengths,  # tokens cost about the same each, and the longest texts come first
@@ -154,7 +177,7 @@ class Encoder(ABC):
             images,
             project=project,
             batches=lambda rows: split_evenly(len(rows), size=size),
-            prepare=partial(prepare_images, self.processor),
+            prepare=self.prepare_images,
             encode=lambda prepared: self.encode_pixels(**prepared.inputs),
             num_workers=num_workers,
             on_batch=on_batch,
@@ -186,7 +209,7 @@ class Encoder(ABC):
             return self.project("text", embeds) if project else embeds
 
         for _, embeds in iterate_batches(
-            texts, plan, prepare=partial(pad_ids, self.processor), encode=encode, device=self.device
+            texts, plan, prepare=self.prepare_texts, encode=encode, device=self.device
         ):
             yield embeds
 

@@ -21,7 +21,7 @@ from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
 from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import EncoderDescription, OnceEncoder
+from .encoders.encoder import EncoderDescription, EvaluationEncoder
 from .metrics.ranking import ranking_memory
 from .plots import plot_confusion
 from .report import EvaluationResults
@@ -102,7 +102,7 @@ def evaluate(
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
     for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):
-        encoder = OnceEncoder(encoders.pop(name))  # so that a model is freed after its turn
+        encoder = encoders.pop(name)  # so that a model is freed after its turn
         for job, plan in zip(jobs, planned[name], strict=True):
             file = find_result_file(config.output, plan)
             with ranking_memory(config.max_memory_mb):
@@ -310,7 +310,7 @@ def _require_abilities(description: EncoderDescription, job: _Job) -> None:
         )
 
 
-def _run(encoder: OnceEncoder, job: _Job, planned: Result, file: Path) -> Result:
+def _run(encoder: EvaluationEncoder, job: _Job, planned: Result, file: Path) -> Result:
     before = dict(encoder.encoded)
     started = time.monotonic()
     try:

@@ -346,7 +346,10 @@ def _describe_model(result: Result) -> list[str]:
     counts = result.counts.get("languages", {"": result.counts}).values()
     truncated = [count.get("texts_truncated") for count in counts]
     num_texts = sum(count["texts"] for count in counts)
-    batch, case = result.run.get("batch_size"), text.get("lower_case")
+    run, case, batches = result.run, text.get("lower_case"), ABSENT
+    if "device" in run:
+        batches = f"{run['device']}, {run['images_per_batch']} images or "
+        batches += f"{run['tokens_per_batch']:,} tokens at a time"
     return [
         model["model_type"],
         _format_prompt(text.get("prompt"), result),
@@ -359,7 +362,7 @@ def _describe_model(result: Result) -> list[str]:
         ", ".join(dict.fromkeys(s["activation"] for s in (text, images) if s.get("activation")))
         or ABSENT,
         model["dtype"],
-        f"{result.run['device']}, {batch} at a time" if batch else ABSENT,
+        batches,
         hash_json(result.fingerprint)[:_SHOWN_OF_DIGEST],
     ]
 

@@ -29,7 +29,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation import evaluate as evaluation
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
-from modeling_llm2clip.evaluation.encoders.encoder import KnownRows, OnceEncoder
+from modeling_llm2clip.evaluation.encoders.encoder import KnownRows
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.report import EvaluationResults, render_results
 from modeling_llm2clip.evaluation.results import (
@@ -108,7 +108,7 @@ def test_a_result_has_everything_that_its_score_depends_on(
     assert protocol["model"]["dtype"] == "float32"
     assert "ties count against the model" in protocol["task"]["ties"]
     assert found["counts"] == {"images": 8, "texts": 16, "texts_truncated": 0}
-    assert found["run"]["batch_size"] == 16 and found["run"]["device"] == "cpu"
+    assert found["run"]["images_per_batch"] == 8 and found["run"]["device"] == "cpu"
     assert len(found["fingerprint"]["weights"]) == 64
     assert found["versions"]["torch"] == version("torch")  # some builds have another __version__
     assert found["seconds"] >= 0
@@ -475,13 +475,12 @@ def test_an_output_that_cannot_take_the_results_is_refused_first(
 
 
 def test_what_was_encoded_is_not_encoded_again(tmp_path: Path) -> None:
-    inner = open_embeddings(tmp_path, {"a": EAST, "b": NORTH}, {"p0": EAST})
-    encoder = OnceEncoder(inner)
+    encoder = open_embeddings(tmp_path, {"a": EAST, "b": NORTH}, {"p0": EAST})
     first = encoder.encode_texts(["a", "b", "a"]).embeds
     image = encoder.encode_images([None], names=["p0"])
     asked: list[Any] = []
-    inner.encode_texts = asked.append  # type: ignore[method-assign, assignment]
-    inner.encode_images = asked.append  # type: ignore[method-assign, assignment]
+    encoder._encode_new_texts = asked.append  # type: ignore[method-assign, assignment]
+    encoder._encode_new_images = asked.append  # type: ignore[method-assign, assignment]
     assert torch.equal(encoder.encode_texts(["b", "a"]).embeds, first[[1, 0]])
     assert torch.equal(encoder.encode_images([None], names=["p0"]), image)
     assert asked == []

@@ -12,7 +12,7 @@ from modeling_llm2clip.evaluation.datasets.choice_dataset import ChoiceDataset, 
 from modeling_llm2clip.evaluation.datasets.classification_dataset import ClassificationDataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import Encoder
+from modeling_llm2clip.evaluation.encoders.encoder import EvaluationEncoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 
 EAST, NORTH, WEST = (1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)
@@ -21,7 +21,9 @@ NORTH_EAST = (1.0, 1.0)
 Embeddings = Mapping[str, Sequence[float]]
 
 
-def open_embeddings(folder: Path, texts: Embeddings, images: Embeddings | None = None) -> Encoder:
+def open_embeddings(
+    folder: Path, texts: Embeddings, images: Embeddings | None = None
+) -> EvaluationEncoder:
     """An encoder that has these embeddings."""
     return load_encoder(save_named_embeddings(folder, dict(texts), dict(images or {})))
 

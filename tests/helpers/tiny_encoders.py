@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.data.named_embeddings import side_file
-from modeling_llm2clip.evaluation.encoders.encoder import Encoder
+from modeling_llm2clip.evaluation.encoders.encoder import EvaluationEncoder
 
 MODEL_TYPES = ("llm2clip", "clip", "siglip", "siglip2", "open_clip", "sentence-transformers")
 TEXTS = (
@@ -252,7 +252,7 @@ _SAVERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def encode(encoder: Encoder, images: Sequence[Path]) -> tuple[Tensor, Tensor]:
+def encode(encoder: EvaluationEncoder, images: Sequence[Path]) -> tuple[Tensor, Tensor]:
     """Embeddings of the texts and of as many images."""
     names = [image.name for image in images]
     return encoder.encode_texts(TEXTS).embeds, encoder.encode_images(images, names=names)

@@ -20,7 +20,7 @@ from ...configs.encoding_config import DUAL_ENCODERS
 from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
 from ...data.sources.json_files import read_json
 from ...model_folders.model_folder import find_model_folder
-from .encoder import Encoder
+from .encoder import EvaluationEncoder
 from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG
 from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
@@ -28,7 +28,7 @@ from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
 from .transformers_models import TransformersEncoder
 
-_ENCODERS: dict[str, Callable[..., Encoder]] = {
+_ENCODERS: dict[str, Callable[..., EvaluationEncoder]] = {
     "llm2clip": LLM2CLIPEncoder,
     "sentence-transformers": SentenceTransformerEncoder,
     "transformers": TransformersEncoder,
@@ -46,7 +46,7 @@ _OPTIONS = {
 
 def load_encoder(
     model: str | Path | EvaluatedModel, config: EncoderConfig | None = None
-) -> Encoder:
+) -> EvaluationEncoder:
     """Open a model for evaluation; its weights are loaded when they are needed.
 
     The source is a folder, a Hub id, or, of open_clip alone, a weights file with the name of its

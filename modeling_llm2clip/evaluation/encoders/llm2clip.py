@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...encoding.devices import find_device
 from ...encoding.encode import TorchEncoder
 from ...model_folders.fingerprint import (
     describe_prompt,
@@ -21,17 +20,16 @@ from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .encoder import (
     EncoderDescription,
-    PackageEncoder,
+    EvaluationEncoder,
     choose_dtype,
     describe_activation,
     describe_image_processor,
-    describe_run,
     describe_untrained,
     is_uncased,
 )
 
 
-class LLM2CLIPEncoder(PackageEncoder):
+class LLM2CLIPEncoder(EvaluationEncoder):
     """A model folder of this package."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
@@ -52,8 +50,7 @@ class LLM2CLIPEncoder(PackageEncoder):
         model = LLM2CLIPModel.from_pretrained(
             self._path, dtype=choose_dtype(self._run_config, "auto")
         )
-        device = find_device(self._run_config.device)
-        return TorchEncoder(model.to(device).eval(), self._processor)
+        return TorchEncoder(model.to(self._device).eval(), self._processor)
 
     @cached_property
     def description(self) -> EncoderDescription:
@@ -89,5 +86,5 @@ class LLM2CLIPEncoder(PackageEncoder):
                 "activation": describe_activation(config.vision_config),
             },
             dtype=choose_dtype(self._run_config, saved),
-            run=describe_run(self._run_config) | describe_untrained(config),
+            run=self._describe_run() | describe_untrained(config),
         )

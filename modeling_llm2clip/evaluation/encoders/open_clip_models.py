@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..._extras import OPEN_CLIP, Need, require
 from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
-from ...encoding.devices import find_device
+from ...encoding.encoder_interface import Encoder
 from ...encoding.tokenized_texts import TokenizedText
+from ...image_loading_llm2clip import load_images
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from .encoder import (
-    ACTIVATIONS,
-    OF_ITS_TOWER,
-    OPENING,
-    EncoderDescription,
-    ModelEncoder,
-    describe_run,
-)
+from .encoder import ACTIVATIONS, OF_ITS_TOWER, OPENING, EncoderDescription, EvaluationEncoder
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
@@ -47,7 +43,63 @@ _QUICK_GELU_SUFFIX = "-quickgelu"
 _SHOWN = 4
 
 
-class OpenClipEncoder(ModelEncoder):
+class _OpenClipProcessor:
+    """Prepares texts and images with a model's own tokenizer and transform."""
+
+    transform: Callable[[Any], Tensor]
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.longest_text = int(tokenizer.context_length)
+        self.is_clips_own = isinstance(tokenizer, import_open_clip().SimpleTokenizer)
+
+    def list_ids(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """List the ids of each text, padded as the tokenizer does, and if it was truncated."""
+        tokenizer, longest = self.tokenizer, self.longest_text
+        if self.is_clips_own:
+            begin, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+            ids = [[begin, *tokenizer.encode(text), end] for text in texts]
+        else:
+            cleaned = map(tokenizer.clean_fn, texts)
+            ids = [tokenizer.tokenizer(text, truncation=False)["input_ids"] for text in cleaned]
+        is_truncated = [len(row) > longest for row in ids]
+        for row, is_long in enumerate(is_truncated):
+            if is_long or not self.is_clips_own or tokenizer.reduction_fn is not None:
+                ids[row] = tokenizer([texts[row]])[0].tolist()
+            else:
+                ids[row] += [0] * (longest - len(ids[row]))
+        return ids, is_truncated
+
+    def __call__(self, *, images: Sequence[Any]) -> dict[str, Tensor]:
+        loaded = load_images(list(images))
+        return {"pixel_values": torch.stack([self.transform(image) for image in loaded])}
+
+
+class _OpenClipModel(Encoder):
+    """A loaded model; its texts are padded to one length and not masked."""
+
+    projects_at_once = True
+    modalities = ("text", "image")
+
+    def __init__(
+        self, model: Any, processor: Any, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._model, self.processor, self.device, self._dtype = model, processor, device, dtype
+
+    def prepare_texts(self, texts: Sequence[TokenizedText]) -> dict[str, Any]:
+        ids = torch.from_numpy(np.stack([text.ids for text in texts]))
+        return {"input_ids": ids.long(), "attention_mask": torch.ones_like(ids)}
+
+    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ARG002
+        embeds: Tensor = self._model.encode_text(input_ids.to(self.device))
+        return embeds
+
+    def encode_pixels(self, pixel_values: Tensor, **_: Tensor) -> Tensor:
+        embeds: Tensor = self._model.encode_image(pixel_values.to(self.device, self._dtype))
+        return embeds
+
+
+class OpenClipEncoder(EvaluationEncoder):
     """An open_clip model with its own tokenizer and preprocessing.
 
     A weights file, unlike a folder with `open_clip_config.json`, needs open_clip's name of its
@@ -94,40 +146,7 @@ class OpenClipEncoder(ModelEncoder):
                 "model_cfg": {**model_config, "quick_gelu": chosen == "quick_gelu"},
                 "preprocess_cfg": preprocessing,
             }
-        self._tokenizer = self._open_clip.get_tokenizer(self._name)
-        self._is_clips_own = isinstance(self._tokenizer, self._open_clip.SimpleTokenizer)
-
-    @property
-    def _max_tokens(self) -> int:
-        return int(self._tokenizer.context_length)
-
-    def _list_ids(self, texts: list[str]) -> list[list[int]]:
-        tokenizer = self._tokenizer
-        if self._is_clips_own:
-            begin, end = tokenizer.sot_token_id, tokenizer.eot_token_id
-            return [[begin, *tokenizer.encode(text), end] for text in texts]
-        cleaned = map(tokenizer.clean_fn, texts)
-        return [tokenizer.tokenizer(text, truncation=False)["input_ids"] for text in cleaned]
-
-    def _prepare_texts(self, texts: list[TokenizedText]) -> Tensor:
-        tokenizer, limit = self._tokenizer, self._max_tokens
-        is_too_long = max(len(one.ids) for one in texts) > limit
-        if is_too_long or not self._is_clips_own or tokenizer.reduction_fn is not None:
-            return torch.as_tensor(tokenizer([one.text for one in texts]))
-        return torch.tensor([[*one.ids, *[0] * (limit - len(one.ids))] for one in texts])
-
-    def _embed_texts(self, prepared: Tensor) -> Tensor:
-        embeds: Tensor = self._model.encode_text(prepared.to(find_device(self._run_config.device)))
-        return embeds
-
-    def _prepare_images(self, images: list[Any]) -> Tensor:
-        return torch.stack([self._transform(image) for image in images])
-
-    def _embed_images(self, prepared: Tensor) -> Tensor:
-        dtype = getattr(torch, self.description.dtype)
-        pixels = prepared.to(find_device(self._run_config.device), dtype=dtype)
-        embeds: Tensor = self._model.encode_image(pixels)
-        return embeds
+        self._processor = _OpenClipProcessor(self._open_clip.get_tokenizer(self._name))
 
     def _check_architecture(self, architecture: str | None) -> str:
         if self._path.suffix not in _WEIGHT_SUFFIXES:
@@ -145,16 +164,20 @@ class OpenClipEncoder(ModelEncoder):
         return architecture
 
     @cached_property
-    def _model(self) -> Any:
+    def _model(self) -> _OpenClipModel:
+        from open_clip.transform import image_transform_v2
+
         model = self._open_clip.create_model(
             self._name,
             pretrained=self._pretrained,
             force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
             precision=_PRECISIONS[self.description.dtype],
-            device=find_device(self._run_config.device),
+            device=self._device,
             require_pretrained=True,
         )
-        return model.eval()
+        self._processor.transform = image_transform_v2(self._preprocessing, is_train=False)
+        dtype = getattr(torch, self.description.dtype)
+        return _OpenClipModel(model.eval(), self._processor, self._device, dtype)
 
     @cached_property
     def _preprocessing(self) -> Any:
@@ -165,12 +188,6 @@ class OpenClipEncoder(ModelEncoder):
         merged = merge_preprocess_dict(dict(vars(PreprocessCfg())), written)
         size = self._written["model_cfg"]["vision_cfg"]["image_size"]
         return PreprocessCfg(**merged | {"size": size})
-
-    @cached_property
-    def _transform(self) -> Any:
-        from open_clip.transform import image_transform_v2
-
-        return image_transform_v2(self._preprocessing, is_train=False)
 
     @cached_property
     def description(self) -> EncoderDescription:
@@ -193,10 +210,10 @@ class OpenClipEncoder(ModelEncoder):
             fingerprint={"weights": found["weights"], "files": files},
             text={
                 "prompt": None,
-                "max_tokens": self._max_tokens,
+                "max_tokens": self._processor.longest_text,
                 "padding": "max_length",
-                "lower_case": True if self._is_clips_own else "as its tokenizer does",
-                "tokenizer": type(self._tokenizer).__name__,
+                "lower_case": True if self._processor.is_clips_own else "as its tokenizer does",
+                "tokenizer": type(self._processor.tokenizer).__name__,
                 "activation": OF_ITS_TOWER if has_own_text else own,
             },
             images={
@@ -212,7 +229,7 @@ class OpenClipEncoder(ModelEncoder):
             },
             # What open_clip saves in half precision it still runs in float32 by default.
             dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
-            run={**describe_run(self._run_config), "saved_dtype": found["dtype"]},
+            run={**self._describe_run(), "saved_dtype": found["dtype"]},
         )
 
 

@@ -8,6 +8,7 @@ modules do, such as static embeddings.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +20,21 @@ from transformers import AutoConfig, AutoProcessor
 
 from ..._extras import SENTENCE_TRANSFORMERS, require
 from ...configs.evaluation_config import EncoderConfig
-from ...encoding.devices import find_device
+from ...data.images.image_sources import open_image
+from ...encoding.batches import PreparedImages
+from ...encoding.encoder_interface import Encoder
+from ...encoding.tokenized_texts import TokenizedText
+from ...image_loading_llm2clip import load_images
 from ...loading_llm2clip import load_without_code, naming_code
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from .encoder import (
     OF_ITS_TOWER,
+    EncodedTexts,
     EncoderDescription,
-    ModelEncoder,
+    EvaluationEncoder,
     choose_dtype,
     describe_activation,
     describe_image_processor,
-    describe_run,
     is_uncased,
 )
 
@@ -40,7 +45,7 @@ _MODEL_FILE = "config_sentence_transformers.json"
 _NO_LIMIT = 10**9
 
 
-class SentenceTransformerEncoder(ModelEncoder):
+class SentenceTransformerEncoder(EvaluationEncoder):
     """A folder with `modules.json`.
 
     No prompt is added but the model's own default one. Only modules of sentence-transformers
@@ -53,38 +58,25 @@ class SentenceTransformerEncoder(ModelEncoder):
         first = _list_modules(folder)[:1]
         self._has_readable_files = [module["class"] for module in first] == ["Transformer"]
 
-    @property
-    def _max_tokens(self) -> int | None:
-        return self._facts.max_tokens
-
-    def _list_ids(self, texts: list[str]) -> list[list[int]]:
-        whole = [(self._facts.default_prompt or "") + text for text in texts]
-        if self._facts.lower_case:
-            whole = [text.lower() for text in whole]
-        return list(self._facts.tokenizer(whole, truncation=False, verbose=False)["input_ids"])
-
-    def _embed_texts(self, prepared: list[Any]) -> Tensor:
-        embeddings: Tensor = self._model.encode(
-            prepared,
-            batch_size=len(prepared),
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
-        return embeddings
-
-    _embed_images = _embed_texts
+    def _encode_new_texts(self, texts: list[str]) -> EncodedTexts:
+        encoded = super()._encode_new_texts(texts)
+        return encoded if self._processor.longest_text else EncodedTexts(encoded.embeds, None)
 
     @cached_property
-    def _facts(self) -> _SentenceFacts:
-        return _read_files(self._path) if self._has_readable_files else _ask_model(self._model)
+    def _processor(self) -> _SentenceProcessor:
+        return _read_files(self._path) if self._has_readable_files else _ask_model(self._loaded)
 
     @cached_property
-    def _model(self) -> Any:
+    def _model(self) -> _SentenceModel:
+        return _SentenceModel(self._loaded, self._processor, self._device)
+
+    @cached_property
+    def _loaded(self) -> Any:
         dtype = choose_dtype(self._run_config, "auto")
         with naming_code(self._path):
             model = _import_sentence_transformers().SentenceTransformer(
                 str(self._path),
-                device=str(find_device(self._run_config.device)),
+                device=str(self._device),
                 model_kwargs={"dtype": dtype if dtype == "auto" else getattr(torch, dtype)},
                 trust_remote_code=False,
                 local_files_only=True,
@@ -95,14 +87,14 @@ class SentenceTransformerEncoder(ModelEncoder):
     def description(self) -> EncoderDescription:
         weights = fingerprint_weights(self._path.glob("**/*.safetensors"), base=self._path)
         files = hash_model_files(self._path, ("**/*.json", "**/*.txt", "**/*.model"))
-        facts = self._facts
+        facts = self._processor
         return EncoderDescription(
             model_type="sentence-transformers",
             source=self._source,
             fingerprint={"weights": weights["weights"], "files": files},
             text={
                 "prompt": facts.default_prompt,
-                "max_tokens": facts.max_tokens,
+                "max_tokens": facts.longest_text,
                 "padding": "longest, masked",
                 "lower_case": facts.lower_case,
                 "modules": list(facts.modules),
@@ -110,7 +102,7 @@ class SentenceTransformerEncoder(ModelEncoder):
             },
             images=facts.images,
             dtype=choose_dtype(self._run_config, weights["dtype"]),
-            run=describe_run(self._run_config),
+            run=self._describe_run(),
         )
 
 
@@ -122,16 +114,51 @@ def _import_sentence_transformers() -> Any:
 
 
 @dataclass(frozen=True)
-class _SentenceFacts:
+class _SentenceProcessor:
     """Facts that decide the embeddings besides the weights. None means no limit."""
 
     modules: tuple[str, ...]
     default_prompt: str | None
-    max_tokens: int | None
+    longest_text: int | None
     lower_case: bool
     activation: str
     images: dict[str, Any] | None
     tokenizer: Any
+
+    def list_ids(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """List the ids of each text, and if it is truncated; characters if there is no limit."""
+        if self.longest_text is None:
+            return [[*map(ord, text)] for text in texts], [False] * len(texts)
+        whole = [(self.default_prompt or "") + text for text in texts]
+        if self.lower_case:
+            whole = [text.lower() for text in whole]
+        ids = list(self.tokenizer(whole, truncation=False, verbose=False)["input_ids"])
+        return ids, [len(row) > self.longest_text for row in ids]
+
+
+class _SentenceModel(Encoder):
+    """A loaded model, which prepares texts and images itself."""
+
+    projects_at_once = True
+
+    def __init__(self, model: Any, processor: Any, device: torch.device) -> None:
+        self._model, self.processor, self.device = model, processor, device
+        self.modalities = ("text", "image") if processor.images else ("text",)
+
+    def prepare_texts(self, texts: Sequence[TokenizedText]) -> dict[str, Any]:
+        return {"inputs": [text.text for text in texts]}
+
+    def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
+        loaded: Any = load_images([open_image(image) for image in images])
+        return PreparedImages({"inputs": loaded}, list(range(len(images))), {})
+
+    def encode_tokens(self, inputs: list[Any]) -> Tensor:  # type: ignore[override]
+        embeds: Tensor = self._model.encode(
+            inputs, batch_size=len(inputs), convert_to_tensor=True, show_progress_bar=False
+        )
+        return embeds
+
+    encode_pixels = encode_tokens  # type: ignore[assignment]
 
 
 def _list_modules(folder: Path) -> list[dict[str, Any]]:
@@ -140,7 +167,7 @@ def _list_modules(folder: Path) -> list[dict[str, Any]]:
     return [{**module, "class": str(module["type"]).rpartition(".")[2]} for module in modules]
 
 
-def _read_files(folder: Path) -> _SentenceFacts:
+def _read_files(folder: Path) -> _SentenceProcessor:
     """Read the files of a model that begins with `Transformer`, as sentence-transformers does."""
     modules = _list_modules(folder)
     inside = folder / modules[0]["path"]
@@ -160,10 +187,10 @@ def _read_files(folder: Path) -> _SentenceFacts:
             **describe_image_processor(getattr(processor, "image_processor", processor)),
             "activation": describe_activation(getattr(config, "vision_config", config)),
         }
-    return _SentenceFacts(
+    return _SentenceProcessor(
         modules=tuple(module["class"] for module in modules),
         default_prompt=prompts.get("prompts", {}).get(prompts.get("default_prompt_name")),
-        max_tokens=_find_limit(written, tokenizer, config),
+        longest_text=_find_limit(written, tokenizer, config),
         lower_case=bool(written.get("do_lower_case")) or is_uncased(tokenizer),
         activation=describe_activation(config.get_text_config()),
         images=images,
@@ -171,17 +198,17 @@ def _read_files(folder: Path) -> _SentenceFacts:
     )
 
 
-def _ask_model(model: Any) -> _SentenceFacts:
+def _ask_model(model: Any) -> _SentenceProcessor:
     limit = model.max_seq_length
     images = None
     if model.supports("image"):
         processor = model.processor
         image_processor = getattr(processor, "image_processor", processor)
         images = {**describe_image_processor(image_processor), "activation": OF_ITS_TOWER}
-    return _SentenceFacts(
+    return _SentenceProcessor(
         modules=tuple(type(module).__name__ for module in model),
         default_prompt=model.prompts.get(model.default_prompt_name),
-        max_tokens=int(limit) if limit is not None and limit < _NO_LIMIT else None,
+        longest_text=int(limit) if limit is not None and limit < _NO_LIMIT else None,
         lower_case=bool(getattr(model[0], "do_lower_case", False)),
         activation=OF_ITS_TOWER,
         images=images,

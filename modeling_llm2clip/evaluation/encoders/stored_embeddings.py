@@ -38,7 +38,13 @@ from ...model_folders.fingerprint import (
 from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_loading import load_partial_model, warn_of_untrained
 from ...modeling_llm2clip import LLM2CLIPModel
-from .encoder import EncodedTexts, Encoder, EncoderDescription, choose_dtype, describe_untrained
+from .encoder import (
+    EncodedTexts,
+    EncoderDescription,
+    EvaluationEncoder,
+    choose_dtype,
+    describe_untrained,
+)
 
 _SHOWN = 5
 _ROWS_AT_ONCE = 2**14
@@ -61,7 +67,7 @@ class _Side:
     made_by: dict[str, str]
 
 
-class StoredEmbeddingsEncoder(Encoder):
+class StoredEmbeddingsEncoder(EvaluationEncoder):
     """Looks embeddings up.
 
     Stores need the data that they were `extracted_from`, to know which row belongs to what, and for
@@ -108,10 +114,10 @@ class StoredEmbeddingsEncoder(Encoder):
                 f"{source}: the embeddings have widths {widths} and cannot be compared."
             )
 
-    def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+    def _encode_new_texts(self, texts: list[str]) -> EncodedTexts:
         return EncodedTexts(self._look_up("texts", texts, "text"), None)
 
-    def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:  # noqa: ARG002
+    def _encode_new_images(self, images: list[Any], names: list[str]) -> Tensor:  # noqa: ARG002
         return self._look_up("images", names, "image")
 
     def _look_up(self, name: str, wanted: Sequence[str], modality: str) -> Tensor:

@@ -10,23 +10,21 @@ from functools import cached_property
 from pathlib import Path
 
 from ...configs.evaluation_config import EncoderConfig
-from ...encoding.devices import find_device
 from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ...loading_llm2clip import list_weight_files
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
-    PackageEncoder,
+    EvaluationEncoder,
     choose_dtype,
     describe_activation,
     describe_image_processor,
-    describe_run,
     is_uncased,
 )
 
 
-class TransformersEncoder(PackageEncoder):
+class TransformersEncoder(EvaluationEncoder):
     """A folder of a dual encoder in `DUAL_ENCODERS` as transformers saves it."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
@@ -39,9 +37,8 @@ class TransformersEncoder(PackageEncoder):
 
     @cached_property
     def _model(self) -> DualEncoder:
-        device = find_device(self._run_config.device)
         dtype = choose_dtype(self._run_config, "auto")
-        return DualEncoder(self._path, self._processor, device, dtype=dtype)
+        return DualEncoder(self._path, self._processor, self._device, dtype=dtype)
 
     @cached_property
     def description(self) -> EncoderDescription:
@@ -64,5 +61,5 @@ class TransformersEncoder(PackageEncoder):
                 "activation": describe_activation(config.vision_config),
             },
             dtype=choose_dtype(self._run_config, weights["dtype"]),
-            run=describe_run(self._run_config),
+            run=self._describe_run(),
         )

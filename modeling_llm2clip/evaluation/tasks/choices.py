@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..datasets.choice_dataset import ChoiceDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..metrics.ranking import TIE_TOLERANCE
 from ..metrics.scores import mean_with_interval
 from .task import Datasets, Task, TaskScores, count_texts, describe_interval
@@ -28,7 +28,7 @@ from .task import Datasets, Task, TaskScores, count_texts, describe_interval
 _CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 
 
-def _run_choices(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_choices(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, ChoiceDataset)
     captions = [caption for item in dataset.items for caption in item.captions]

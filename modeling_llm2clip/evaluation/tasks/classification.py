@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..datasets.classification_dataset import ClassificationDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..metrics.ranking import TIE_TOLERANCE
 from ..metrics.scores import mean_with_interval
 from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_interval
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 1024
 _NEAR = 1e-4  # of a cosine in float32, far above its rounding error
 
 
-def _run_classification(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, ClassificationDataset)
     texts = encoder.encode_texts(list_prompts(dataset))

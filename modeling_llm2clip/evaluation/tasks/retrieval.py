@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...data.captions.caption_groups import CaptionGroup
 from ..datasets.retrieval_dataset import RetrievalDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..metrics.correspondence import Correspondence
 from ..metrics.ranking import Ranking, RetrievalRanks, rank_retrieval
 from ..metrics.scores import (
@@ -43,14 +43,14 @@ _PROTOCOL = {
 _Directions: TypeAlias = Mapping[str, tuple[Ranking, Tensor]]
 
 
-def _run_retrieval(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_retrieval(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
     directions, counts = _rank(encoder, dataset)
     return TaskScores(_score(directions), counts)
 
 
-def _run_cross_lingual(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_cross_lingual(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     numbers: dict[str, int] = {}
@@ -78,7 +78,9 @@ def compute_chance(ranking: Ranking) -> float:
     return float((ranking.num_positives.double() / ranking.num_candidates).mean())
 
 
-def _rank(encoder: Encoder, dataset: RetrievalDataset) -> tuple[_Directions, dict[str, Any]]:
+def _rank(
+    encoder: EvaluationEncoder, dataset: RetrievalDataset
+) -> tuple[_Directions, dict[str, Any]]:
     correspondence = dataset.correspondence
     texts = encoder.encode_texts(dataset.captions)
     images = encoder.encode_images(dataset.images, names=dataset.image_names)
@@ -164,7 +166,7 @@ def rank_pairs(embeds: Tensor) -> RetrievalRanks:
     return rank_retrieval(embeds[:number], embeds[number:], own)
 
 
-def _run_cra(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_cra(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     groups = _require_pairs(datasets)
     texts = encoder.encode_texts(_list_pairs(groups))
     found = rank_pairs(texts.embeds)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._extras import Need
 from ..datasets.dataset_spec import DatasetType, EvaluationDataset
-from ..encoders.encoder import EncodedTexts, Encoder
+from ..encoders.encoder import EncodedTexts, EvaluationEncoder
 from ..metrics.ranking import TIE_RULE
 from ..metrics.scores import CONFIDENCE_LEVEL, NUM_RESAMPLES
 
@@ -56,7 +56,7 @@ class Task:
     protocol: Mapping[str, Any]
     headline: Mapping[str, tuple[str, ...]]
     chance: Mapping[str, tuple[str, ...]]
-    run: Callable[[Encoder, Datasets], TaskScores]
+    run: Callable[[EvaluationEncoder, Datasets], TaskScores]
     needs_images: bool | None = None
     all_languages: bool = False
     check: Callable[[Datasets], object] = lambda datasets: None  # noqa: ARG005

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..._extras import CLIP_TOKENS
 from ..datasets.retrieval_dataset import RetrievalDataset
-from ..encoders.encoder import Encoder
+from ..encoders.encoder import EvaluationEncoder
 from ..encoders.open_clip_models import import_open_clip
 from ..metrics.ranking import Ranking, rank_retrieval
 from ..metrics.scores import hits_at, mean_with_interval
@@ -35,7 +35,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _WORD_END = re.compile(r"\s+")
 
 
-def _run_length(encoder: Encoder, datasets: Datasets) -> TaskScores:
+def _run_length(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
     if dataset.images:

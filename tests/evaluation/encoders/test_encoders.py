@@ -19,7 +19,6 @@ from transformers import AutoModel, AutoProcessor
 from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig, EvaluatedModel
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import OnceEncoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.image_loading_llm2clip import load_images
@@ -75,6 +74,26 @@ def test_the_batch_size_changes_no_rank(model_type: str, models: Any, images: li
     assert ranks[0][0].unique().numel() > 1  # not all tied
 
 
+@every_dual_type
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_the_batch_size_that_runs_is_described(
+    model_type: str, batch_size: int | None, models: Any, images: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    encoder = load_encoder(models(model_type), EncoderConfig(batch_size=batch_size))
+    sizes: list[int] = []
+    run = encoder._model.encode_pixels
+
+    def note(pixel_values: Any, **others: Any) -> Any:
+        sizes.append(len(pixel_values))
+        return run(pixel_values, **others)
+
+    monkeypatch.setattr(encoder._model, "encode_pixels", note)
+    opened = [Image.open(path) for path in [*images, *images]]
+    encoder.encode_images(opened, names=[str(number) for number in range(len(opened))])
+    assert max(sizes) == encoder.description.run["images_per_batch"]
+
+
 def test_the_batch_size_changes_no_rank_of_text_encoders(models: Any) -> None:
     own = Correspondence.from_image_of_text(range(len(TEXTS)), len(TEXTS))
     ranks = []
@@ -124,17 +143,13 @@ def test_images_in_memory_have_the_embeddings_of_their_files(
     names = [f"{number}" for number in range(4)]
     opened = [Image.open(path) for path in images[:3]]
     opened.append(opened[0])
-    wanted = encoder.encode_images(files, names=names)
-    for given in (opened, tuple(opened)):
-        found = encoder.encode_images(given, names=names)
-        assert torch.equal(found, wanted) and torch.equal(found[0], found[3])
-    once = OnceEncoder(encoder)
-    found = once.encode_images(opened, names=["a", "b", "c", "a"])
+    expected = encoder.encode_images(files, names=names)
+    embeds = encoder.encode_images(tuple(opened), names=names)
     # Its own rows do not differ in a bit; a batch elsewhere in memory may be rounded otherwise.
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
-    assert torch.equal(found[0], found[3])
-    assert torch.equal(once.encode_images(opened[:2], names=["a", "b"]), found[:2])
-    assert once.encoded["images"] == 3
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
+    assert torch.equal(embeds[0], embeds[3])
+    assert torch.equal(encoder.encode_images(opened[:2], names=names[:2]), embeds[:2])
+    assert encoder.encoded["images"] == 2 * len(names)  # a name each
 
 
 @pytest.mark.parametrize(

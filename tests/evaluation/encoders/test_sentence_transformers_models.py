@@ -47,7 +47,7 @@ def test_files_say_of_a_sentence_transformer_what_it_says_itself(
     found = _read_files(models(model_type))
     assert found.modules == tuple(type(module).__name__ for module in loaded)
     assert (found.images is not None) == ("image" in loaded.modalities)
-    assert found.max_tokens == loaded.max_seq_length
+    assert found.longest_text == loaded.max_seq_length
     assert found.default_prompt == loaded.prompts.get(loaded.default_prompt_name)
 
 
@@ -72,7 +72,7 @@ def test_older_files_of_a_sentence_transformer_are_read_as_it_reads_them(
     )
     found = _read_files(folder)
     loaded = SentenceTransformer(str(folder), device="cpu")
-    assert found.max_tokens == loaded.max_seq_length == max_tokens
+    assert found.longest_text == loaded.max_seq_length == max_tokens
     assert tuple(loaded.modalities) == ("text",) and found.images is None
     assert found.default_prompt == "find: "
     assert found.lower_case is bool(written.get("do_lower_case"))

@@ -23,7 +23,7 @@ from modeling_llm2clip.data.named_embeddings import side_file
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
-from modeling_llm2clip.evaluation.encoders.encoder import Encoder
+from modeling_llm2clip.evaluation.encoders.encoder import EvaluationEncoder
 from modeling_llm2clip.evaluation.evaluate import evaluate
 
 # float32 stores hold what the model computed; the sums of one text do not change with its batch
@@ -40,7 +40,7 @@ def write_sides(folder: Path, *, width: int = 4, image_width: int = 4) -> Path:
 
 def open_stores(
     folder: Path, data: Path, config: EncoderConfig | None = None, *, head: Path | None = None
-) -> Encoder:
+) -> EvaluationEncoder:
     stores = EvaluatedModel(
         source=str(folder), extracted_from=str(data), head=None if head is None else str(head)
     )
