@@ -73,7 +73,6 @@ def search(
         config: Where the model runs.
     """
     use_image_limits(limits)
-    _require_database(db, queries)
     require(*list_needs_of_index(db))
     _require_queries(queries, image)
     if output is not None:
@@ -129,17 +128,6 @@ def _opening(db: str, where: str | None, *, apart: bool) -> Iterator[Callable[[]
     if where is not None:
         database.count(where)
     yield lambda: database
-
-
-def _require_database(db: str, queries: Sequence[str]) -> None:
-    """Explain a model in place of a database, which was the first argument before."""
-    if not (Path(db) / "config.json").is_file():
-        return
-    images = next((text for text in queries[:1] if Path(text).is_dir()), "IMAGES")
-    raise ValueError(
-        f"{db} is a model, and search takes the database of an index. Make one with "
-        f'`llm2clip index {db} {images} my-index`; then `llm2clip search my-index "a dog"`.'
-    )
 
 
 def _require_page_folder(folder: Path) -> None:
