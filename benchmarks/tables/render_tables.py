@@ -503,7 +503,11 @@ def _render_code_size(report: dict[str, Any]) -> str:
 
 
 def _show_walk(entry: dict[str, Any], name: str) -> str:
-    return f"{entry['walks'][name]['functions']} / {entry['walks'][name]['files']}"
+    walk = entry["walks"][name]
+    shown = f"{walk['functions']} / {walk['files']}"
+    if "moves" in walk:  # earlier records lack them
+        shown += f", {walk['moves']} moves, {walk['re_entries']} re-entries"
+    return shown
 
 
 def _or_dash(seconds: float | None) -> str:

@@ -365,9 +365,9 @@ def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int4"}, "dtype='int4' must be one of float32"),
+        ({"dtype": "int4"}, "dtype='int4': Input should be 'float32'"),
         ({"columns": ("text", "text")}, "names a column twice"),
-        ({"columns": ("price",)}, "'price' must be one of text"),
+        ({"columns": ("price",)}, "columns.0='price': Input should be 'text'"),
         ({"int8_ranges": "folder"}, "needs dtype='int8', not 'float32'"),
         ({"rows_per_shard": 0}, "rows_per_shard=0"),
     ],
@@ -380,7 +380,7 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--modality", "text", "--skip-invalid"], "--skip-invalid: only for --modality image"),
+        (["--modality", "text", "--skip-invalid"], "skip_invalid: only for --modality image"),
         (["--modality", "image", "--token-budget", "9"], "only for --modality text"),
         (["--modality", "image", "--partition", "3/2"], "must be such as 2/8"),
         (["--modality", "image", "--columns", "text"], "text is for modality text alone"),

@@ -169,7 +169,7 @@ def test_the_memory_of_the_ranking_can_be_set_and_changes_no_score(
     assert scores[0] == scores[1]
     with pytest.raises(ValueError, match=r"max_memory_mb=1e-06 is too little for a tile"):
         evaluate(**arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=1e-6))
-    with pytest.raises(ValueError, match=r"max_memory_mb=0 must be above 0"):
+    with pytest.raises(ValueError, match=r"max_memory_mb=0: Input should be greater than 0"):
         arguments(tmp_path / "none", data, sources("clip"), max_memory_mb=0)
 
 

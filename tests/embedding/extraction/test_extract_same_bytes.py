@@ -23,6 +23,7 @@ from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
 from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def find_suggested(shown: str) -> list[str]:
     """Return the words of the next command that was printed, which the command line can parse."""
     words = shlex.split(shown.rpartition("Align a model on it: llm2clip ")[2])
-    LINE.parse(words)
+    parse(LINE, words)
     return words
 
 

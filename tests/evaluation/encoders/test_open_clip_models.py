@@ -114,7 +114,7 @@ def test_names_that_say_their_activation_need_nothing_else() -> None:
     assert _find_activation("EVA02-B-16", given=None, source="w.pt") == "gelu"
     with pytest.raises(ValueError, match=r"has quick_gelu, and activation is 'gelu'.*: RN50\."):
         _find_activation("RN50-quickgelu", given="gelu", source="w.pt")
-    with pytest.raises(ValueError, match=r"activation='relu' must be one of"):
+    with pytest.raises(ValueError, match=r"activation='relu': Input should be 'gelu'"):
         _find_activation("RN50", given="relu", source="w.pt")
 
 
