@@ -415,7 +415,7 @@ def test_the_command_prints_the_report_and_its_exit_code(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--schema", "jina"], "--schema needs --server"),
+        (["--schema", "jina"], "`schema` needs `server`"),
         (["--server", "127.0.0.1:8000"], "an http or https address"),
         (["--server", "ftp://host"], "an http or https address"),
         (["--server", "http://"], "an http or https address"),
