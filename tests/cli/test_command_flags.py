@@ -417,7 +417,7 @@ REFUSED_AT_ONCE = [
     (["search", "/nowhere", "a dog"], "/nowhere: no such database"),
     (["search", "FULL", "a dog"], "is not a database of llm2clip index"),
     (["search", "LABELS", "a dog"], "is a file, and a database is a folder"),
-    (["search", "OWN", "FULL", "a dog"], "is a model, and search takes the database of an index"),
+    (["search", "OWN", "FULL", "a dog"], "is not a database of llm2clip index"),
     (["search", "FULL", "a dog", "--output", "FULL"], "is not empty"),
     (["search", "FULL"], "There is nothing to search for"),
     (["search", "FULL", "a dog", "--top-k", "0"], "--top-k 0: Input should be greater"),
