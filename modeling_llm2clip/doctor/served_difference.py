@@ -88,7 +88,7 @@ class Comparison:
             return broken
         text = (
             f"{count} of {len(distances)} embeddings differ by up to {distance:.1e} (allowed: "
-            f"{self.tolerance:.0e})"
+            f"{self.tolerance:.2g})"
         )
         if distance == torch.inf:
             width, full = self.served.shape[1], self.expected.shape[1]

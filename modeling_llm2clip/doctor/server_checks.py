@@ -127,7 +127,7 @@ class _Served:
 
     def describe(self, inputs: Sequence[Any], distance: float) -> str:
         count = counted(len(inputs), "embedding")
-        return f"{count} at most {distance:.1e} off (allowed {self.tolerance:.0e})"
+        return f"{count} at most {distance:.1e} off (allowed {self.tolerance:.2g})"
 
     def warn_of_rounding(self, embeds: Tensor, message: str) -> None:
         """Raise ConcernError if the values are rounded to less than the model's precision."""
@@ -200,7 +200,7 @@ def _check_instructions(served: _Served) -> str:
         else:
             raise ValueError(
                 f"{field}={value!r} gives embeddings {distance:.1e} from the model's (allowed "
-                f"{served.tolerance:.0e}). An instruction is attended to, and pooled only if the "
+                f"{served.tolerance:.2g}). An instruction is attended to, and pooled only if the "
                 "model pools its prompt."
             )
     if dropped:
