@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+from numpy.lib.stride_tricks import as_strided
 
 from ..._suggestions import counted, list_first
 from ..atomic_files import hash_file
@@ -51,26 +52,28 @@ class StoreShards:
         )
 
     def read(self, rows: Array) -> Array:
-        """Read rows, (N, D) in the stored dtype, bfloat16 as uint16; damaged files raise."""
+        """Read rows, (N, D) in the stored dtype, bfloat16 as uint16; damaged files raise.
+
+        One array over the memory from the first to the last of the rows has the rows of all shards
+        among its own, which begin at every number. It is gathered from once; a gather per shard
+        copies each row twice. The memory between the shards is not touched.
+        """
         manifest = self._manifest
-        embeddings = np.empty((len(rows), manifest.dim), STORED_DTYPES[manifest.dtype][1])
         if not len(rows):
-            return embeddings
+            return np.empty((0, manifest.dim), STORED_DTYPES[manifest.dtype][1])
         shards = rows // manifest.rows_per_shard
-        order = np.argsort(shards, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
-        numbers = shards[[places[0] for places in groups]].tolist()
-        self.verify(numbers)
-        for shard, places in zip(numbers, groups, strict=True):
-            view, chosen = self._map(shard), rows[places] - shard * manifest.rows_per_shard
-            if self._reads_ahead:
-                _read_ahead(view, chosen)
-            is_run = (np.diff(chosen) == 1).all()  # a slice is copied faster than its rows
-            part = view[chosen[0] : chosen[-1] + 1] if is_run else view[chosen]
-            if len(groups) == 1:
-                return np.array(part)  # in the order of the rows already
-            embeddings[places] = part
-        return embeddings
+        numbers, places = np.unique(shards, return_inverse=True)
+        self.verify(numbers.tolist())
+        starts = np.array([self._map(shard).ctypes.data for shard in numbers.tolist()])
+        within = rows - shards * manifest.rows_per_shard
+        addresses = starts[places] + within * manifest.row_bytes
+        if self._reads_ahead:
+            _read_ahead(addresses, manifest.row_bytes)
+        lowest = int(addresses.argmin())
+        row = self._views[int(shards[lowest])][within[lowest]]
+        count = (int(addresses.max()) - row.ctypes.data) // row.itemsize + 1
+        memory = as_strided(row, (count, manifest.dim), row.strides * 2, writeable=False)
+        return np.asarray(memory[(addresses - row.ctypes.data) // row.itemsize])
 
     def verify(self, shards: Iterable[int]) -> None:
         """Compare the hashes of shards with the manifest, unless this was done before."""
@@ -136,11 +139,10 @@ def describe_damage(folder: Path, errors: Sequence[str]) -> str:
     )
 
 
-def _read_ahead(view: Array, rows: Array) -> None:
-    """Let the kernel read rows of a mapped shard from the disk in parallel."""
-    start, size = view.ctypes.data, view.strides[0]
-    for row in np.unique(rows).tolist():
-        _advise(start + row * size, size, _READ_AHEAD)
+def _read_ahead(addresses: Array, size: int) -> None:
+    """Let the kernel read mapped rows from the disk in parallel."""
+    for address in np.unique(addresses).tolist():
+        _advise(address, size, _READ_AHEAD)
 
 
 def _advise(address: int, size: int, advice: int) -> None:

@@ -193,8 +193,8 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     ("changes", "message"),
     [
         ({"store_dtype": "int8"}, "store_dtype='int8'"),
-        ({"max_shard_size": "0KB", "num_workers": 0}, "num_workers=0 .*max_shard_size='0KB'"),
-        ({"max_shard_size": "1 TB"}, "max_shard_size='1 TB' must be a size, like 5GB"),
+        ({"max_shard_size": "0KB", "num_workers": 0}, "num_workers=0: .*max_shard_size='0KB'"),
+        ({"max_shard_size": "1 TB"}, "max_shard_size='1 TB': must be a size, like 5GB"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -220,11 +220,11 @@ def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
     [
         (
             ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
-            "--batch-size, --num-workers: only for --modality image",
+            "batch_size, num_workers: only for --modality image",
         ),
         (
             ["--modality", "image", "--token-budget", "64"],
-            "--token-budget: only for --modality text",
+            "token_budget: only for --modality text",
         ),
     ],
 )
