@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1465,
     "configs": 1054,
     "conversion": 655,
-    "data": 5626,
+    "data": 5150,
     "demo": 107,
     "doctor": 1421,
     "embedding": 1465,
