@@ -218,7 +218,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by start, rate and decay, which matrices alone have (arXiv:2103.00020)."""
+        """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
