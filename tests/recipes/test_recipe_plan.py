@@ -202,7 +202,7 @@ def test_the_plan_is_what_was_done(finished: TrainConfig) -> None:
         shards = list(stage.output.glob("shard-*"))
         written = sum(file.stat().st_size for file in shards)
         assert shards
-        # Header and checksums fill whole pages; the checksums alone are planned.
+        # A header fills whole pages, and is not planned.
         assert stage.num_bytes < written <= stage.num_bytes + 4096 * len(shards)
     weights = (finished.output / "built" / "model.safetensors").stat().st_size
     # Adapter and projections are not counted, which are small beside real towers.

@@ -258,7 +258,7 @@ def _choose(
     best = _make_best_weights(fit, length, start, model)
     objective = None if best else fit.make_objective(length, output, "objective")
     trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
-    _record_end(trainer, output, start, stop, notes)
+    _record_end(trainer, best, output, start, stop, notes)
     if objective is not None:
         objective.record_end()
     if best is None:
@@ -310,14 +310,14 @@ def _make_best_weights(
 
 def _record_end(
     trainer: AlignmentTrainer,
+    best: BestWeightsCallback | None,
     output: Path,
     start: ProjectionInit,
     stop: StopRequest,
     notes: dict[str, Any],
 ) -> None:
     """Record the results of a finished run; raise StageInterrupt for a stopped one."""
-    state, best = trainer.state, trainer.best_weights
-    report = trainer.data.collect_report()
+    state, report = trainer.state, trainer.data.collect_report()
     if best is not None:
         notes = {**notes, "num_shared_captions": trainer.data.count_shared_captions()}
     if report is not None and trainer.args.should_save:
