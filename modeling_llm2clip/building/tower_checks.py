@@ -28,6 +28,7 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..vision_llm2clip import find_patches, find_width, pool_vision, require_restored_buffers
 
+_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
 MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
@@ -266,6 +267,23 @@ def list_layers(text_model: nn.Module) -> nn.ModuleList:
     count = getattr(config, "num_hidden_layers", None)
     lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
     return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
+
+
+def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
+    """Find the name and the list of a tower's layers, the lowest first, by its usual names."""
+    candidates = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and name.split(".")[-1] in _LAYER_LISTS
+        and len(module) > 1
+    ]
+    if not candidates:
+        raise ValueError(
+            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
+            "its layers cannot be treated one by one. Set layer_decay to 1."
+        )
+    return max(candidates, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def take_hidden(output: Any) -> Tensor:

@@ -34,18 +34,13 @@ _MOST_READ = 100
 _IDENTITY = ("name", "lang")
 
 
-def check_align(
-    config: AlignConfig,
-    *,
-    caption_store: str | Path | EmbeddingStore | None,
-    image_store: str | Path | EmbeddingStore | None,
-    inherit_from: str | Path | EmbeddingStore | None = None,
+def open_stores(
+    config: AlignConfig, *places: str | Path | EmbeddingStore | None
 ) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
-    """Refuse options and stores that contradict each other, and open the stores; reads no data."""
-    given = (caption_store, image_store, inherit_from)
-    config.require_stores(*given)
+    """Open the stores of captions, images and a teacher, where options do not contradict them."""
+    config.require_stores(*places)
     captions, images, teacher = stores = [
-        EmbeddingStore.open(store) if isinstance(store, str | Path) else store for store in given
+        EmbeddingStore.open(place) if isinstance(place, str | Path) else place for place in places
     ]
     contents = (CAPTION_EMBEDS, VISION_EMBEDS, TEACHER_TEXT_EMBEDS)
     errors = [
@@ -61,17 +56,17 @@ def check_align(
 
 
 def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
-    """Refuse a teacher of other captions, whose rows would be others, or one that read none."""
-    found, wanted = (
+    """Refuse a teacher of other captions than the caption store has, or that could read none."""
+    taught, stored = (
         (store.manifest.plan["data"], read_num_views(store.manifest.plan))
         for store in (teacher, captions)
     )
-    if found != wanted:
+    if taught != stored:
         raise ValueError(
             f"{teacher.folder} has the teacher's embeddings of other captions than "
             f"{captions.folder}, in another order, or with another number of sentence views (data "
-            f"{found[0]}, {found[1]} views; wanted {wanted[0]}, {wanted[1]}). Extract both from "
-            f"the same data ({_EXTRACT_TEACHER})."
+            f"{taught[0]}, {taught[1]} views; expected {stored[0]}, {stored[1]}). Extract both "
+            f"from the same data ({_EXTRACT_TEACHER})."
         )
     if teacher.manifest.counts[TOO_LONG] == teacher.manifest.num_rows:
         raise ValueError(
@@ -130,7 +125,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
         refuse_fsdp_for_lora()
 
 
-def check_stream(config: AlignConfig, *, has_image_store: bool, has_teacher: bool = False) -> None:
+def check_stream(config: AlignConfig, has_image_store: bool, has_teacher: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
     errors = []  # of what `AlignConfig.require_stores` allows
     if config.max_steps is None:
