@@ -48,8 +48,8 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2342,
-    "building": 1463,
+    ".": 2370,
+    "building": 1470,
     "cli": 1465,
     "configs": 1054,
     "conversion": 655,
