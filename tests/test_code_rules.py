@@ -61,7 +61,7 @@ BUDGETS = {
     "evaluation": 3458,
     "model_folders": 1433,
     "publishing": 1222,
-    "recipes": 543,
+    "recipes": 470,
     "scheduling": 118,
     "search": 1776,
     "serving": 1631,

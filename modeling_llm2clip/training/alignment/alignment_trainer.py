@@ -167,7 +167,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=data.trained_on,
+            train_dataset=data.dataset,
             callbacks=[
                 ClampTemperatureCallback(),
                 LogLastStepCallback(),

@@ -94,10 +94,6 @@ class RecordData:
             worker_init_fn=partial(_start_worker, list_described()),
         )
 
-    @property
-    def trained_on(self) -> AlignmentDataset:
-        return self.dataset
-
     def epoch_at(self, step: int) -> float:
         """Return the passes over the data after a number of steps."""
         return step / self._steps_per_epoch
@@ -186,10 +182,6 @@ class StreamData:
                     "The stream has fewer samples than a batch in each worker. Set a smaller "
                     "global_batch_size, or fewer num_workers."
                 )
-
-    @property
-    def trained_on(self) -> RecordStream:
-        return self.dataset.stream
 
     def _end_epoch(self) -> None:
         """Keep the report of an epoch, and say what this process lost in it."""

@@ -33,7 +33,7 @@ from modeling_llm2clip.training.losses.loss import LossInputs
             {"long_caption_ratio": 1.5, "learning_rate": 0.0},
             r"learning_rate=0.*long_caption_ratio=1.5",
         ),
-        ({"vision_training": "some"}, r"vision_training=.?some.*frozen, lora, full"),
+        ({"vision_training": "some"}, r"vision_training=.?some.*'frozen', 'lora' or 'full'"),
         ({"global_batch_size": 1}, "global_batch_size=1: Input should be greater"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
         (
