@@ -64,10 +64,10 @@ def test_without_sentence_transformers_its_check_is_skipped_with_a_note(
     ("vision", "llm", "arguments"),
     [
         ("siglip2", "gemma3_text", {"dtype": torch.bfloat16}),
-        ("timm", "qwen3", {"dtype": torch.float16}),
+        pytest.param("timm", "qwen3", {"dtype": torch.float16}, marks=pytest.mark.slow),
         ("dinov2", "phi", {"vision_pooling": "cls", "text_pooling": "last_token"}),
-        ("vit", "llama", {"bidirectional": False}),
-        ("siglip", "gemma2", {"prompt": "none"}),
+        pytest.param("vit", "llama", {"bidirectional": False}, marks=pytest.mark.slow),
+        pytest.param("siglip", "gemma2", {"prompt": "none"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
