@@ -36,7 +36,6 @@ from ..vision_llm2clip import (
     require_restored_buffers,
 )
 
-_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
 MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
@@ -283,7 +282,7 @@ def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
 def list_layers(text_model: nn.Module) -> nn.ModuleList:
     """Find the decoder's layers, under any name; empty where there is no such list."""
     count = getattr(text_model.config, "num_hidden_layers", None)
-    lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
+    lists = (module for module in text_model.modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
 
 
@@ -293,13 +292,13 @@ def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
         (name, module)
         for name, module in tower.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
-        and name.split(".")[-1] in _LAYER_LISTS
+        and name.split(".")[-1] in ("blocks", "layer", "layers", "stages")
         and len(module) > 1
     ]
     if not lists:
         raise ValueError(
-            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
-            "its layers cannot be treated one by one. Set layer_decay to 1."
+            f"{type(tower).__name__} has no list of layers named blocks, layer, layers or "
+            "stages, so its layers cannot be treated one by one. Set layer_decay to 1."
         )
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
