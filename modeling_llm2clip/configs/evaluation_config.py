@@ -20,23 +20,13 @@ class EvaluatedModel(Config):
     """One model to evaluate."""
 
     source: str
-    """Folder, Hub id, or weights file of open_clip."""
+    """Folder or Hub id."""
     name: str = ""
     """Name in tables and of the results folder. Default: the last part of the source."""
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository. Default: its main branch."""
-    architecture: str | None = None
-    """open_clip's name of the architecture of a weights file. No default; required for such
-    files."""
-    activation: Literal["gelu", "quick_gelu"] | None = None
-    """Activation of a weights file whose architecture is published with both activations. Default:
-    the architecture's own."""
-    head: str | None = None
-    """Model whose projections to apply to stored embeddings. Default: none."""
-    extracted_from: str | None = None
-    """Captioned data from which stores were extracted. No default; required for stores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

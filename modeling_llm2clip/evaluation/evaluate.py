@@ -44,7 +44,7 @@ def evaluate(
     """Run every task that suits a dataset for every model; finished results are not repeated.
 
     Args:
-        models: One or several: folder, Hub id, weights file, or an `EvaluatedModel`, which has
+        models: One or several: folder, Hub id, or an `EvaluatedModel`, which has
             further options. Models of one name are refused.
         data: One or several: name of a dataset, as `NAME=FOLDER` if it needs a folder; a folder of
             captioned images; records; or an `EvaluatedDataset`.
