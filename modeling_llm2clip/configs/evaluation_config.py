@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from annotated_types import Interval
+from typing import Literal
 
 from .config_fields import Config
 from .encoding_config import EncodingConfig
@@ -88,8 +86,6 @@ class EvaluationConfig(EncoderConfig):
     """Other fields in the data to ignore. Default: none."""
     cache: bool = True
     """Store the record table of your own large data in the user's cache, and reuse it."""
-    max_memory_mb: Annotated[float, Interval(gt=0)] = 256.0
-    """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 
     def _find_conflicts(self) -> Iterator[str]:
         if self.skip_invalid and not (self.check_images or self.captions_only):

@@ -41,7 +41,6 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     return TaskScores(
         scores={**scores, "classes_with_tied_embeddings": tied},
         counts={"images": len(images), "classes": num_classes, **count_texts(texts)},
-        confusion=(confusion, dataset.class_names),
     )
 
 
