@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -140,6 +141,15 @@ def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
     projected = _project(model, modality, embeds)
     require_finite(projected, range(len(projected)))
     return projected
+
+
+def average_prompts(embeds: Tensor, num_prompts: Sequence[int]) -> Tensor:
+    """Average the unit embeddings of the prompts of each class; (classes, P) of unit length.
+
+    `num_prompts` has the number of each class's prompts, which are adjacent in `embeds`, (N, P).
+    """
+    means = [part.mean(dim=0) for part in F.normalize(embeds, dim=-1).split(list(num_prompts))]
+    return F.normalize(torch.stack(means), dim=-1)
 
 
 class TorchEncoder(Encoder):

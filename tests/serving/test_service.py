@@ -19,13 +19,13 @@ from tiny import draw_noise, tiny_images, tiny_model
 from tokenizing import note_tokenized
 
 from modeling_llm2clip import encode_images, encode_texts
-from modeling_llm2clip.encoding.encode import TorchEncoder
+from modeling_llm2clip.encoding.encode import TorchEncoder, average_prompts
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compute_golden,
     render_golden_images,
 )
-from modeling_llm2clip.search.label_ranking import average_prompts, rank_labels
+from modeling_llm2clip.search.label_ranking import rank_labels
 from modeling_llm2clip.search.tag_labels import make_labels
 from modeling_llm2clip.serving.errors import RequestError
 
@@ -232,7 +232,7 @@ def test_classification_equals_that_of_tag() -> None:
     prompts = [prompt for label in labels for prompt in label.prompts]
     expected = rank_labels(
         encode_images(model, processor, IMAGES),
-        average_prompts(encode_texts(model, processor, prompts), labels),
+        average_prompts(encode_texts(model, processor, prompts), [len(templates)] * len(names)),
         labels,
         rule=model.logit_head.plain_rule(),
         top_k=2,
