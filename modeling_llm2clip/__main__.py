@@ -15,7 +15,7 @@ from ._library_warnings import hide_known_warnings
 from .cli.align import align
 from .cli.build import build
 from .cli.choose_layer import choose_layer
-from .cli.command import Command, CommandLine, UsageError
+from .cli.command import UsageError, make_line, parse
 from .cli.convert import convert
 from .cli.demo import demo
 from .cli.doctor import doctor
@@ -37,8 +37,7 @@ from .cli.tag import tag
 from .cli.train import train
 from .scheduling.graceful_stop import StageInterrupt
 
-LINE = CommandLine(
-    "llm2clip",
+LINE = make_line(
     [
         index, search, tag, score, embed, serve, evaluate, doctor,
         train, build, choose_layer, finetune_llm, extract, merge_store, align, interpolate,
@@ -49,6 +48,23 @@ LINE = CommandLine(
     version=__version__,
     examples=("llm2clip demo", "llm2clip build --help"),
 )  # fmt: skip
+FIRST_SCREEN = """\
+llm2clip trains and serves LLM2CLIP models: CLIP with an LLM as text encoder.
+
+Four commands train a model on the images of the folder my-images, which has a captions.jsonl:
+
+  llm2clip build embedded embedded my-model
+      writes my-model: two small pretrained towers, joined and untrained
+  llm2clip extract my-model my-images captions --modality text
+      writes captions: the embeddings of the captions
+  llm2clip extract my-model my-images images --modality image
+      writes images: the embeddings of the images
+  llm2clip align my-model my-images aligned --caption-store captions --image-store images
+      writes aligned/model: the trained model
+
+Without images of your own: llm2clip demo
+All commands: llm2clip --help; the options of one: llm2clip align --help
+Documents of the repository: README.md, docs/index.md; formats of data: docs/data-formats.md"""
 _EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
 
 
@@ -63,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         and 143 after SIGTERM.
     """
     words = sys.argv[1:] if argv is None else [*argv]
-    command = LINE.find_command(words)
-    name = f"llm2clip {command.name}" if command else "llm2clip"
+    if not words:
+        print(FIRST_SCREEN)
+        return 0
+    name = f"llm2clip {words[0]}" if words and words[0] in LINE else "llm2clip"
     try:
-        run = LINE.parse(words)
+        run = parse(LINE, words)
         bound_spinning()
         hide_known_warnings()
         with library_bars_hidden() if wants_no_bars(run) else nullcontext():
@@ -80,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 128 + signal.SIGINT
     except Exception as error:
-        described = _describe(error, command)
+        described = _describe(error)
         if described is None:  # a bug, whose traceback is needed
             raise
         print(f"{name}: {described}", file=sys.stderr)
         return 2
 
 
-def _describe(error: Exception, command: Command | None) -> str | None:
+def _describe(error: Exception) -> str | None:
     """Describe an error with its remedy; None for an error that is a bug of this package."""
     message, remedy = str(error), _name_remedy_of_device(error)
     match error:
@@ -96,7 +114,7 @@ def _describe(error: Exception, command: Command | None) -> str | None:
         case ImportError():
             return f"{message}. {_EXTRAS}"
         case ValueError() | OSError() | RuntimeError() | ArithmeticError():
-            return f"{command.name_flags(message) if command else message}{remedy}"
+            return f"{message}{remedy}"
         case SafetensorError():  # whose only base is Exception
             return (
                 f"a weight file could not be read or written ({message}). Check for free disk "

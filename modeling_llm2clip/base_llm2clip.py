@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,7 +21,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
@@ -37,6 +44,7 @@ from .loading_llm2clip import (
 )
 from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
 
+_CLASS_NAMES = ("LLM2CLIPModel", "LLM2CLIPTextModel", "LLM2CLIPVisionModel")
 SETTINGS_FILE = "config_sentence_transformers.json"
 _NORMALIZE_FOLDER = "1_Normalize"
 _MODULES = [
@@ -318,6 +326,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 class_name=cls.__name__,
                 has_llm="text" in cls.input_modalities,
             )
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            # Auto classes would give each later folder of one name the class of the first.
+            module = sys.modules[__name__.replace("base_llm2clip", "modeling_llm2clip")]
+            classes = tuple(getattr(module, name) for name in _CLASS_NAMES)
+            AutoModel.register(type(kwargs["config"]), classes, exist_ok=True)
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
@@ -492,6 +505,10 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         self.text_model = text_model or build_tower(config.text_config)
         self.text_model.config = config.text_config  # one object, so that changes reach both
         set_attention_direction(self.text_model, bidirectional=config.bidirectional)
+        # transformers 5.6 to 5.16 take SDPA for Gemma 2, which leaves the cap on scores out.
+        caps_scores = getattr(config.text_config, "attn_logit_softcapping", None)
+        if caps_scores and config.text_config._attn_implementation == "sdpa":
+            self.text_model.set_attn_implementation("eager")
         # Inside the tower, because whatever freezes, replaces or identifies the tower means it too.
         if config.text_dense_width is not None and not hasattr(self.text_model, "pooled_dense"):
             self.text_model.pooled_dense = PooledDense(config.text_dense_width, width)

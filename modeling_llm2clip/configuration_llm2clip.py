@@ -220,7 +220,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             ValueError: The file would not load.
         """
         try:
-            self.from_dict(json.loads(self.to_json_string()))
+            self.from_dict(parse_config(self.to_json_string()))
         except (ValueError, TypeError) as error:
             reason = f"JSON cannot hold it: {error}" if isinstance(error, TypeError) else error
             raise ValueError(
@@ -249,6 +249,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
             )
         if errors:
             raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Parse the text of a `config.json`, in which transformers writes infinity as an object."""
+    parsed: dict[str, Any] = json.loads(
+        text, object_hook=lambda entry: float(entry["__float__"]) if "__float__" in entry else entry
+    )
+    return parsed
 
 
 # A configuration makes a list entry for each layer, and a dictionary entry for each label, before

@@ -444,7 +444,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower and pool its output."""
-        check_pixels(pixel_values)
+        check_pixels(self.vision_model, pixel_values)
         if self.training and not is_traced():
             settle_frozen(self.vision_model)  # may have been frozen after `train()`
         extra: dict[str, Any] = {
@@ -470,7 +470,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             pixel_values=pixel_values,
             patch_mask=pixel_attention_mask,
         )
-        return keep_states(output, self.vision_model, requested, pooled=pooled.flatten(1).float())
+        return keep_states(output, self.vision_model, requested, pooled=pooled.float())
 
 
 class LLM2CLIPModel(_TextMixin, _VisionMixin):

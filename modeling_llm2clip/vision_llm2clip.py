@@ -19,13 +19,16 @@ _PREFIX_TOKENS = re.compile(f"{_CLASS_TOKEN.pattern}|distillation_token|register
 _POOLING_PARTS = {"head", "pooler", "attn_pool"}
 
 
-def check_pixels(pixel_values: Tensor) -> None:
+def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
     """Require floats, (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout."""
-    if not pixel_values.is_floating_point() or pixel_values.ndim not in (3, 4):
+    takes_patches = "spatial_shapes" in inspect.signature(vision_model.forward).parameters
+    fits = pixel_values.ndim == 3 if takes_patches else pixel_values.shape[1:-2] == (3,)
+    if not pixel_values.is_floating_point() or not fits:
+        shape = "(B, patches, values)" if takes_patches else "(B, 3, H, W)"
         raise ValueError(
-            "pixel_values must be floating point of shape (B, 3, H, W), or (B, patches, values) "
-            f"for SigLIP2; got {pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor "
-            "or image processor that is saved with the model."
+            f"pixel_values must be floating point of shape {shape} for this vision tower; got "
+            f"{pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor or image "
+            "processor that is saved with the model."
         )
 
 
@@ -96,7 +99,9 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
     AIMv2, for one, would give an image of another shape with as many patches the wrong rows.
     """
     kinds = {*map(type, vision_model.modules())}
-    if any("interpolat" in method for kind in kinds for method in vars(kind)):
+    # An argument that the tower itself does not take is never passed (GraniteDocling).
+    asked = any([_takes_interpolation(module) for module in vision_model.modules()])
+    if not asked and any("interpolat" in method for kind in kinds for method in vars(kind)):
         return False
     patch = find_patch_size(vision_model)
     # Lists, because torch.compile cannot trace generators here.
@@ -128,11 +133,23 @@ def find_patch_size(vision_model: nn.Module) -> int:
     stage covers, as each stage leaves out what its steps do not divide.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
+    size: Any
     if timm_model is None:
         config: Any = vision_model.config
-        return int(getattr(config, "patch_size", 0) or 0)
+        size = getattr(config, "patch_size", 0) or 0
+        if isinstance(size, int):
+            return size
+        if len(size) != 2:  # one per stage of a convolutional network
+            return 0
+        if size[0] != size[1]:
+            raise ValueError(
+                f"The patches of this {config.model_type!r} tower are {size} pixels; only square "
+                "ones are supported. Take another vision tower."
+            )
+        merged = getattr(config, "query_stride", [1])[0] ** getattr(config, "num_query_pool", 0)
+        return int(getattr(config, "patch_stride", size)[0] * merged)  # Hiera's overlap
     patches: Any = getattr(timm_model, "patch_embed", getattr(timm_model, "embeds", None))
-    size: Any = getattr(patches, "patch_size", 0)
+    size = getattr(patches, "patch_size", 0)
     side = int(size if isinstance(size, int) else size[0])
     step = getattr(getattr(patches, "proj", None), "stride", (side,))[0]
     return int(timm_model.feature_info[-1]["reduction"]) if step < side else side
@@ -155,7 +172,7 @@ def choose_interpolation(
     if own is not None:
         _require_interpolation(vision_model, what, own, wanted=wanted)
     patch = find_patch_size(vision_model)
-    if patch and any(side % patch for side in found):
+    if patch and any(side % patch or not side for side in found):
         raise ValueError(
             f"{what}: height and width must be multiples of the patch size {patch}, because the "
             "tower would ignore the rest. Resize the images."
@@ -223,21 +240,34 @@ def pool_vision(
     pixel_values: Tensor,
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """Pool a tower's output into one embedding per image, (B, D) or (B, D, 1, 1).
+    """Pool a tower's output into one embedding per image, (B, D).
 
-    The latter is the pooler's of a convolutional tower. `patch_mask`, (B, L), is 0 where a patch is
-    padding.
+    `patch_mask`, (B, L), is 0 where a patch is padding.
     """
+    config: Any = vision_model.config
+    num_images, tower = pixel_values.shape[0], f"this {config.model_type!r} tower"
+    hidden_states: Tensor = output.last_hidden_state
+    if hidden_states.shape[0] != num_images:
+        raise ValueError(
+            f"An image needs an embedding of its own, but {tower} joins the images of a batch: "
+            f"{num_images} images give states of shape {tuple(hidden_states.shape)}. Take another "
+            "vision tower."
+        )
     if pooling == "pooler":
         # RADIO calls it a summary: several class tokens, one after another.
         pooled = getattr(output, "pooler_output", getattr(output, "summary", None))
         if pooled is None:
             raise ValueError(
-                "vision_pooling='pooler', but this vision tower has no pooler output. Choose "
-                "'cls', 'mean' or 'patch_mean' (llm2clip build --vision-pooling)."
+                f"vision_pooling='pooler', but {tower} has no pooler output. Choose 'cls', 'mean' "
+                "or 'patch_mean' (llm2clip build --vision-pooling)."
             )
-        return pooled  # type: ignore[no-any-return]
-    hidden_states: Tensor = output.last_hidden_state
+        # Convolutional towers return (B, D, 1, 1).
+        if pooled.shape[0] != num_images or pooled.shape[2:] not in ((), (1, 1)):
+            raise ValueError(
+                f"vision_pooling='pooler' needs a row per image, but {tower} pools {num_images} "
+                f"images into {tuple(pooled.shape)}. Choose another --vision-pooling."
+            )
+        return pooled.flatten(1)  # type: ignore[no-any-return]
     if hidden_states.ndim != 3:
         raise ValueError(
             f"vision_pooling={pooling!r} needs tokens (B, L, D), but the tower returns "
@@ -254,7 +284,12 @@ def pool_vision(
 
 
 def can_interpolate(vision_model: nn.Module) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(vision_model.forward).parameters
+    """Return whether the tower takes the argument, and passes it on to its positions."""
+    return _takes_interpolation(vision_model)
+
+
+def _takes_interpolation(module: nn.Module) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
 
 
 def _find_own_parameters(vision_model: nn.Module) -> dict[str, Tensor]:

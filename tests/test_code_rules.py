@@ -48,8 +48,8 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2342,
-    "building": 1463,
+    ".": 2370,
+    "building": 1470,
     "cli": 1465,
     "configs": 1054,
     "conversion": 655,
@@ -65,7 +65,7 @@ BUDGETS = {
     "scheduling": 118,
     "search": 1776,
     "serving": 1631,
-    "training": 4220,
+    "training": 4260,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 295, 8410
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

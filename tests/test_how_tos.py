@@ -21,7 +21,7 @@ from published_datasets import (
 )
 
 import modeling_llm2clip
-from modeling_llm2clip.cli.command import CommandLine
+from modeling_llm2clip.cli.command import make_line, parse
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     READERS,
     load_dataset,
@@ -95,13 +95,13 @@ def test_the_command_counts_the_captions_of_a_folder(
     config, command = read_modules("add-a-command.md")
     package.add("configs.count_config", config)
     count = package.add("cli.count", command).count
-    line = CommandLine("llm2clip", [count], description="", version="0", examples=())
+    line = make_line([count], description="", version="0", examples=("llm2clip count images",))
     folder = write_own_folder(tmp_path / "my-images")
     for least, wanted in ((1, 6), (8, 2)):  # "eine Katze" and "ein Hund" have 8 and more
-        line.parse(["count", str(folder), "--min-length", str(least)])()
+        parse(line, ["count", str(folder), "--min-length", str(least)])()
         assert capsys.readouterr().out == f"{wanted}\n"
-    with pytest.raises(ValueError, match="--min-length 0 must be at least 1"):
-        line.parse(["count", str(folder), "--min-length", "0"])
+    with pytest.raises(ValueError, match="--min-length 0: Input should be greater"):
+        parse(line, ["count", str(folder), "--min-length", "0"])
 
 
 def read_entry() -> str:

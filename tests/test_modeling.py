@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from shared_models import (
 from tiny import tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.building.build_model import join_towers
@@ -545,3 +547,18 @@ def test_images_are_compiled_as_one_graph(family: str) -> None:
         wanted = model.get_image_features(pixel_values=pixels).pooler_output
         found = compiled(pixel_values=pixels).pooler_output
     torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_caps_on_attention_scores_are_computed_where_transformers_would_take_sdpa(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As transformers 5.6 to 5.16 do, whose SDPA ignores them."""
+    model, processor = tiny_model(llm="gemma2")
+    model.save_pretrained(tmp_path)
+    ids = processor(text=["two red apples on a wooden table"])["input_ids"]
+    with torch.no_grad():
+        expected = model.get_caption_embeds(ids)
+        monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+        loaded = LLM2CLIPModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+        assert loaded.text_model.layers[0].self_attn.config._attn_implementation == "eager"
+        assert torch.equal(loaded.get_caption_embeds(ids), expected)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -578,3 +581,27 @@ def test_sentence_transformers_saves_over_a_folder_too(folder: Path, tmp_path: P
     encoder.save_pretrained(str(copied))
     loaded = AutoModel.from_pretrained(copied)
     assert torch.equal(loaded.text_projection.weight, encoder[0].model.text_projection.weight)
+
+
+LOAD_TWO_FOLDERS = """
+import sys
+sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
+from transformers import AutoModel
+for folder in sys.argv[1:]:
+    print(type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__)
+"""
+
+
+def test_folders_of_one_name_load_with_the_class_that_each_of_them_states(tmp_path: Path) -> None:
+    """By the folders' code, whose modules transformers names by the last part of a path."""
+    both, text = tmp_path / "both" / "model", tmp_path / "text" / "model"
+    shared_model()[0].save_pretrained(both)
+    LLM2CLIPTextModel.from_pretrained(both).save_pretrained(text)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_TWO_FOLDERS, text, both, text], capture_output=True, text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}, cwd=tmp_path,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split() == ["LLM2CLIPTextModel", "LLM2CLIPModel", "LLM2CLIPTextModel"], (
+        done.stderr[-2000:]
+    )

@@ -25,7 +25,7 @@ from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import LINE
-from modeling_llm2clip.cli.command import UsageError
+from modeling_llm2clip.cli.command import UsageError, parse
 from modeling_llm2clip.configs.build_config import PROMPT_NAMES
 from modeling_llm2clip.configs.config_fields import make_config
 from modeling_llm2clip.configs.train_config import TrainConfig
@@ -230,7 +230,7 @@ def find_shell_commands() -> list[str]:
 
 def find_usage_error(command: str) -> str | None:
     try:
-        LINE.parse(shlex.split(command)[1:])
+        parse(LINE, shlex.split(command)[1:])
     except UsageError as error:
         return str(error)
     return None
@@ -238,7 +238,8 @@ def find_usage_error(command: str) -> str | None:
 
 def list_flags() -> set[str]:
     """Every spelling of every flag of `llm2clip`."""
-    arguments = (argument for command in LINE.commands.values() for argument in command.arguments)
+    apps = (LINE[name] for name in LINE if not name.startswith("-"))
+    arguments = (argument for app in apps for argument in app.assemble_argument_collection())
     return {name for argument in arguments for name in argument.names if name.startswith("--")}
 
 

@@ -318,12 +318,58 @@ def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loade
         join_towers((tower, tiny_vision()[1]), (llm, tokenizer), BuildConfig(prompt="llama-3"))
 
 
+@pytest.mark.parametrize("pooling", ["pooler", "mean", "patch_mean"])
+def test_a_tower_that_joins_the_images_of_a_batch_is_rejected(pooling: str) -> None:
+    """Pixtral makes one sequence of all patches, so that a mean would be that of the batch."""
+    config = AutoConfig.for_model(
+        "pixtral", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+        intermediate_size=48, image_size=IMAGE_SIZE, patch_size=8,
+    )  # fmt: skip
+    tower = AutoModel.from_config(config).eval()
+    refusal = r"'pixtral' tower joins the images of a batch: .* Take another vision tower\."
+    with pytest.raises(ValueError, match=refusal):
+        join(tower, pooling)
+    with pytest.raises(ValueError, match=refusal):
+        pool_vision(
+            tower(torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE)),
+            pooling,
+            vision_model=tower,
+            pixel_values=torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE),
+        )
+
+
+class _Mixing(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + tokens.mean(dim=0, keepdim=True)
+
+
+def test_a_tower_that_mixes_the_images_of_a_batch_is_rejected() -> None:
+    tower, _ = tiny_vision("vit")
+    tower.embeddings.dropout = _Mixing()
+    with pytest.raises(ValueError, match=r"'vit' tower gives one image another .*beside another i"):
+        join(tower, "cls")
+
+
+def test_a_pooler_that_returns_a_map_is_rejected() -> None:
+    tower, _ = tiny_vision("vit")
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    output = tower(images)
+    output.pooler_output = output.last_hidden_state
+    with pytest.raises(ValueError, match=r"needs a row per image.*2 images into \(2, 17, 32\)"):
+        pool_vision(output, "pooler", vision_model=tower, pixel_values=images)
+
+
+class _Failing(torch.nn.Module):
+    def forward(self, _tokens: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no tokens")
+
+
 def test_a_tower_whose_pass_fails_is_rejected_with_its_error() -> None:
     tower, image_processor = tiny_vision("vit")
-    tower.pooler = None  # without the pooler output, which is pooled by default
+    tower.embeddings.dropout = _Failing()
     tokenizer = tiny_tokenizer()
     llm = tiny_llm(vocabulary_size=len(tokenizer))
-    with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: visio"):
+    with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: no tok"):
         join_towers((tower, image_processor), (llm, tokenizer), BuildConfig(prompt="llama-3"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,27 @@ import pytest
 import torch
 from shared_models import ROUNDING, encode, images_of, shared_batch, shared_model
 from tiny import (
+    IMAGE_SIZE,
     MORE_VISION_FAMILIES,
     VISION_FAMILIES,
     tiny_images,
     tiny_llm,
     tiny_model,
+    tiny_tokenizer,
     tiny_vision,
 )
 from tiny_folders import save_tiny_llm, save_tiny_vision
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPImageProcessorPil,
+    PreTrainedModel,
+)
 
-from modeling_llm2clip import LLM2CLIPConfig
+from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.image_settings import set_image_size, set_normalization
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.vision_llm2clip import (
@@ -146,7 +156,7 @@ def test_a_tower_whose_positions_nothing_interpolates_keeps_its_size(family: str
 
 
 def test_a_size_below_one_pixel_is_rejected() -> None:
-    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="image_size=0: Input should be greater"):
         BuildConfig(prompt="llama-3", image_size=0)
 
 
@@ -289,6 +299,75 @@ def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> Non
     assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))
 
 
+def build_hiera() -> PreTrainedModel:
+    """Overlapping patches of 7 pixels in steps of 4, merged to 32; sizes are lists."""
+    config = AutoConfig.for_model(
+        "hiera", embed_dim=16, image_size=[64, 64], patch_size=[7, 7], patch_stride=[4, 4],
+        depths=[1] * 4, num_heads=[1, 2, 4, 8], masked_unit_size=[8, 8],
+    )  # fmt: skip
+    return AutoModel.from_config(config).eval()
+
+
+def build_with(tower: PreTrainedModel, size: int, **arguments: Any) -> LLM2CLIPModel:
+    sides = {"height": size, "width": size}
+    image_processor = CLIPImageProcessorPil(size=sides, do_center_crop=False)
+    config = BuildConfig(prompt="llama-3", max_text_length=32, **arguments)
+    return join_towers((tower, image_processor), (tiny_llm(), tiny_tokenizer()), config)[0]
+
+
+def test_a_tower_whose_sizes_are_lists_takes_images_of_its_own_size_alone() -> None:
+    tower = build_hiera()
+    assert (find_fixed_size(tower), find_patch_size(tower)) == ((64, 64), 32)
+    model = build_with(tower, 64, vision_pooling="patch_mean")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = tower(images).last_hidden_state.mean(dim=1)
+        # Sums of few numbers in another order.
+        assert torch.allclose(model.get_vision_embeds(images), wanted, rtol=ROUNDING, atol=ROUNDING)
+    for shape in ((1000, 32), (4, 4), (0, 0)):
+        with pytest.raises(ValueError, match=r"must be multiples of the patch size 32"):
+            model.get_vision_embeds(torch.rand(1, 3, *shape), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match=r"'?hiera'? does not take .*=128 pixels: .* two sides"):
+        build_with(build_hiera(), 64, image_size=128)
+
+
+def test_patches_that_are_not_square_are_rejected() -> None:
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": [32, 32], "patch_size": [8, 16]}
+    tower = AutoModel.from_config(AutoConfig.for_model("internvl_vision", **settings, **sizes))
+    with pytest.raises(ValueError, match=r"'internvl_vision' tower are \[8, 16\] pixels; only sq"):
+        find_patch_size(tower)
+
+
+def test_a_tower_that_has_an_interpolation_and_never_asks_for_it_has_a_fixed_size() -> None:
+    pytest.importorskip("transformers.models.granite_docling")
+    tower = AutoModel.from_config(AutoConfig.for_model(
+        "granite_docling_vision", num_hidden_layers=1, image_size=32, patch_size=8
+    )).eval()  # fmt: skip
+    model = build_with(tower, 32)
+    with pytest.raises(ValueError, match=r"64 × 16 pixels; .* 32 × 32 and cannot interpolate"):
+        model.get_vision_embeds(torch.rand(1, 3, 64, 16), interpolate_pos_encoding=True)
+
+
+def test_a_tower_that_silently_takes_other_shapes_is_rejected_by_a_measurement() -> None:
+    tower, _ = tiny_vision("dinov2")
+    table = tower.embeddings.position_embeddings
+    tower.embeddings.interpolate_pos_encoding = lambda *_: table
+    with pytest.raises(ValueError, match=r"'dinov2' tower takes .* 128 × 8 pixels, and silently"):
+        build_with(tower, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [("siglip2", (1, 3, 32, 32)), ("clip", (1, 16, 192)), ("clip", (1, 4, 32, 32))],
+)
+def test_pixels_in_the_layout_of_another_tower_are_rejected(
+    family: str, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=rf"for this vision tower; got .*{re.escape(str(shape))}"):
+        shared_model(family)[0].get_vision_embeds(torch.rand(shape))
+
+
 # Mean and std
 
 
@@ -323,7 +402,7 @@ def test_a_towers_own_mean_and_std_are_kept() -> None:
 
 
 def test_an_unknown_normalization_is_rejected_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"normalization='clip' must be one of .*openai"):
+    with pytest.raises(ValueError, match=r"normalization='clip': Input should be .*openai"):
         tiny_model(normalization="clip")
 
 

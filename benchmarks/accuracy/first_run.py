@@ -34,7 +34,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +45,7 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.embedding.extract import LIST_ITEMS, plan_store
+from modeling_llm2clip.embedding.extract import list_items, plan_store
 from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
@@ -318,14 +317,12 @@ def write_part(
     table, config, model = RecordTable.from_records(records), ExtractConfig(), folder / MODEL
     encoder = load_shard_encoder(model, modality, config, torch.device("cpu"))
     planned = plan_store(model, table, encoder, config, modality)
-    list_items = partial(LIST_ITEMS[modality], table)
-    writer = EmbeddingStoreWriter.open(folder / STORES[modality], planned, list_items)
+    items = partial(list_items, table, planned)
+    writer = EmbeddingStoreWriter.open(folder / STORES[modality], planned, items)
     wanted = [rows[text] for text in number_rows(records, modality)]
     for shard in writer.list_missing():
         own = writer.manifest.rows_of_shard(shard)
-        with writer.open_shard(shard, [np.arange(len(own))]) as opened:
-            opened.write(store.read([wanted[row] for row in own]))
-            opened.seal()
+        writer.write(shard, store.read([wanted[row] for row in own]))
     writer.finish()
 
 

@@ -17,8 +17,9 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from modeling_llm2clip.building.pretrained_towers import fetch_embedded
 from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.data.records.data_hashes import hash_images, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
-from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
-from modeling_llm2clip.embedding.extract import LIST_ITEMS
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
+from modeling_llm2clip.embedding.extract import list_items
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -154,7 +155,7 @@ def take_part(
     rows = np.array(sorted(part))
     chosen = records.select(rows)
     copies = {
-        modality: copy_rows(store, rows, chosen, LIST_ITEMS[modality], to / modality)
+        modality: copy_rows(store, rows, chosen, to / modality)
         for modality, store in stores.items()
     }
     return chosen, copies
@@ -186,7 +187,6 @@ def copy_rows(
     store: EmbeddingStore,
     items: np.ndarray[Any, Any],
     records: RecordTable,
-    list_items: Callable[[RecordTable, Path], StoreItems],
     folder: Path,
 ) -> Path:
     """Write the store that `extract` would write of some items, from the embeddings of all."""
@@ -194,13 +194,11 @@ def copy_rows(
     if "images" in plan:
         plan["images"] = hash_images(records)
     begun = replace(store.manifest, complete=False, shards=(), counts={}, plan=plan)
-    writer = EmbeddingStoreWriter.open(folder, begun, lambda scratch: list_items(records, scratch))
+    writer = EmbeddingStoreWriter.open(folder, begun, partial(list_items, records, begun))
     embeds = store.read(find_rows(writer, store, items))
     for shard in range(writer.manifest.num_shards):
         place = writer.manifest.rows_of_shard(shard)
-        with writer.open_shard(shard, [np.arange(len(place))]) as written:
-            written.write(embeds[place.start : place.stop])
-            written.seal()
+        writer.write(shard, embeds[place.start : place.stop])
     writer.finish()
     return folder
 

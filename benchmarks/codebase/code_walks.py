@@ -5,10 +5,20 @@
 
 Four ways are walked with a tiny model: a caption from `extract` to its row of the store, an image
 from `index` to its row of the table, a text from POST /v1/embeddings to the answer, and a pair from
-`align` to an optimizer step. Each is walked twice, since the first time also imports and fills
-caches; the calls of the second time are traced (`sys.setprofile`, in all threads). Loading a model
-is another way: what `from_pretrained` and the folders of loading call does not count. Nor do
-generated methods, lambdas and comprehensions.
+the batch of one step of `align` to the end of that step. Each function counts once, in the order of
+the first calls. A move is a step of this order into another file; a re-entry is a move into a file
+that was visited before.
+
+Left out are:
+
+- loading: `from_pretrained` and the folders `model_folders` and `building`, with everything that
+  they call, such as checks of golden embeddings, fingerprints, and the tally of unfamiliar images;
+  `left_out` counts these functions;
+- the command line and the reading of configs: ways start at Python functions;
+- the first time: each way is walked twice, and the second time is traced (`sys.setprofile`, in all
+  threads), so imports and functions behind a filled cache do not count;
+- what `align` does before and after a step: checks, plans, held-out images, the last fit, writing;
+- generated methods, lambdas and comprehensions.
 """
 
 from __future__ import annotations
@@ -22,53 +32,74 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = "modeling_llm2clip"
 _LOADING = ("model_folders", "building")
-_Function = tuple[str, str, int]
+
+
+class Function(NamedTuple):
+    """A function of the package: its file below the package, its name and its first line."""
+
+    file: str
+    name: str
+    line: int
 
 
 class CallTracer:
-    """Collects the functions of the package that are called, without those of loading.
+    """Collects the functions of the package that are called, those of loading apart.
 
     Args:
-        package: folder of the package.
+        package: Folder of the package.
     """
 
     def __init__(self, package: Path) -> None:
-        self.functions: set[_Function] = set()
+        # Dictionaries, which keep the order of the first calls.
+        self.functions: dict[Function, None] = {}
+        self.left_out: dict[Function, None] = {}
         self._package = f"{package}{os.sep}"
+        self._is_active = False
         self._state = threading.local()
+        threading.setprofile(self._see)  # of threads that live longer than what is traced, too
+
+    def start(self) -> None:
+        """Trace from here on, in this thread and in those that this tracer has seen start."""
+        self._is_active = True
+        sys.setprofile(self._see)
+
+    def stop(self) -> None:
+        """Trace no longer."""
+        sys.setprofile(None)
+        self._is_active = False
 
     @contextmanager
     def trace(self) -> Iterator[None]:
-        """Trace this thread and those that start meanwhile."""
-        threading.setprofile(self._see)
-        sys.setprofile(self._see)
+        """Trace what is called inside."""
+        self.start()
         try:
             yield
         finally:
-            sys.setprofile(None)
-            threading.setprofile(None)
+            self.stop()
 
     def _see(self, frame: FrameType, event: str, _: Any) -> None:
-        if event not in ("call", "return"):
+        if not self._is_active or event not in ("call", "return"):
             return
         code, state = frame.f_code, self._state
-        inside = getattr(state, "loading", None)
-        if inside is not None:
-            if event == "return" and frame is inside:
+        loading = getattr(state, "loading", None)
+        if event == "return":
+            if frame is loading:
                 state.loading = None
-        elif event == "call":
-            if self._is_loading(code):
-                state.loading = frame
-            elif code.co_filename.startswith(self._package) and not code.co_name.startswith("<"):
-                file = code.co_filename.removeprefix(self._package)
-                self.functions.add((file, code.co_name, code.co_firstlineno))
+            return
+        if loading is None and self._is_loading(code):
+            state.loading = loading = frame
+        if code.co_filename.startswith(self._package) and not code.co_name.startswith("<"):
+            file = code.co_filename.removeprefix(self._package)
+            functions = self.functions if loading is None else self.left_out
+            functions[Function(file, code.co_name, code.co_firstlineno)] = None
 
     def _is_loading(self, code: CodeType) -> bool:
         if code.co_name == "from_pretrained":
@@ -84,43 +115,54 @@ def main() -> None:
     parser.add_argument("--list", choices=WALKS, help="print the functions of one way instead")
     options = parser.parse_args()
     if options.list:
-        for file, name, line in sorted(walk(options.checkout, options.list)):
-            print(f"{file}:{line} {name}")
+        for function in walk(options.checkout, options.list)[0]:
+            print(f"{function.file}:{function.line} {function.name}")
         return
     print(json.dumps(measure_walks(options.checkout), indent=2))
 
 
 def measure_walks(checkout: Path) -> dict[str, dict[str, int]]:
-    """Count functions and files of every way.
+    """Count functions, files, moves and re-entries of every way.
 
     Args:
-        checkout: root of the checkout, with its `tests/helpers`.
+        checkout: Root of the checkout, with its `tests/helpers`.
 
     Returns:
-        `functions` and `files` by the name of the way.
+        `functions`, `files`, `moves`, `re_entries` and `left_out` by the name of the way.
     """
     counts = {}
     for name in WALKS:
-        functions = walk(checkout, name)
-        counts[name] = {
-            "functions": len(functions),
-            "files": len({file for file, *_ in functions}),
-        }
+        functions, left_out = walk(checkout, name)
+        counts[name] = {**count_moves(functions), "left_out": len(left_out)}
     return counts
 
 
-def walk(checkout: Path, name: str) -> set[_Function]:
+def count_moves(functions: list[Function]) -> dict[str, int]:
+    """Count the functions of a way, their files, and how often the way changes between files.
+
+    Args:
+        functions: In the order of their first calls.
+    """
+    files = [function.file for function in functions]
+    moves = sum(file != before for before, file in pairwise(files))
+    num_files = len(set(files))
+    # Every file but the first one is entered once for the first time.
+    re_entries = moves - max(num_files - 1, 0)
+    return {"functions": len(files), "files": num_files, "moves": moves, "re_entries": re_entries}
+
+
+def walk(checkout: Path, name: str) -> tuple[list[Function], list[Function]]:
     """Walk one way in a process of its own, which imports the package of the checkout.
 
     Args:
-        checkout: root of the checkout.
-        name: one of `WALKS`.
+        checkout: Root of the checkout.
+        name: One of `WALKS`.
 
     Returns:
-        File below the package, name and first line of each function.
+        The functions of the way in the order of their first calls, and those of loading.
 
     Raises:
-        subprocess.CalledProcessError: the way cannot be walked in this checkout.
+        subprocess.CalledProcessError: The way cannot be walked in this checkout.
     """
     checkout = checkout.resolve()
     code = f"import code_walks; code_walks.walk_here({str(checkout)!r}, {name!r})"
@@ -131,21 +173,22 @@ def walk(checkout: Path, name: str) -> set[_Function]:
             [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE,
             text=True, check=True,
         )  # fmt: skip
-    return {(file, function, line) for file, function, line in json.loads(done.stdout)}
+    functions, left_out = json.loads(done.stdout)
+    return [Function(*each) for each in functions], [Function(*each) for each in left_out]
 
 
 def walk_here(checkout: str, name: str) -> None:
     """Walk one way in this process and print its functions as JSON.
 
     Args:
-        checkout: root of the checkout that is on the path.
-        name: one of `WALKS`.
+        checkout: Root of the checkout that is on the path.
+        name: One of `WALKS`.
     """
     tracer = CallTracer(Path(checkout) / _PACKAGE)
     printed = os.dup(1)
     os.dup2(2, 1)  # what commands print is not a result
     WALKS[name](tracer)
-    os.write(printed, json.dumps(sorted(tracer.functions)).encode())
+    os.write(printed, json.dumps([[*tracer.functions], [*tracer.left_out]]).encode())
 
 
 def _walk_caption(tracer: CallTracer) -> None:
@@ -182,7 +225,6 @@ def _walk_request(tracer: CallTracer) -> None:
 
     from modeling_llm2clip.serving.app import create_app
 
-    threading.setprofile(_when_asked(tracer))  # threads that compute start with the service
     with ExitStack() as stack:
         service = stack.enter_context(open_service())
         client = stack.enter_context(TestClient(create_app(service)))
@@ -192,36 +234,34 @@ def _walk_request(tracer: CallTracer) -> None:
             client.post("/v1/embeddings", json=body).raise_for_status()
 
         _walk_twice(tracer, ask)
-        threading.setprofile(None)
 
 
 def _walk_pair(tracer: CallTracer) -> None:
     from aligning import prepare
+    from transformers.trainer_callback import DefaultFlowCallback
 
-    prepared = prepare(Path("prepared"))
-    _walk_twice(tracer, lambda name, _: prepared.align_stored(Path(name), max_steps=2))
+    original = DefaultFlowCallback.on_step_end
 
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        """Trace from the end of the second step to the end of the third."""
+        if state.global_step == 2:
+            tracer.start()
+        elif state.global_step == 3:
+            tracer.stop()
+        return original(self, args, state, control, **more)
 
-_IS_ASKED = threading.Event()
-
-
-def _when_asked(tracer: CallTracer) -> Callable[[FrameType, str, Any], None]:
-    """A profile for threads that live longer than what is traced."""
-
-    def see(frame: FrameType, event: str, argument: Any) -> None:
-        if _IS_ASKED.is_set():
-            tracer._see(frame, event, argument)
-
-    return see
+    DefaultFlowCallback.on_step_end = on_step_end
+    # Nothing is logged, saved or held out between these steps.
+    prepare(Path("prepared")).align_stored(
+        Path("aligned"), max_steps=4, logging_steps=100, save_steps=100, held_out_ratio=0.0
+    )
 
 
 def _walk_twice(tracer: CallTracer, run: Callable[[str, Path], object]) -> None:
     run("first", _write_data("first"))
     data = _write_data("second")
-    _IS_ASKED.set()
     with tracer.trace():
         run("second", data)
-    _IS_ASKED.clear()
 
 
 def _write_data(name: str) -> Path:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 STAGES = ("extract", "align")
 _WIDTHS = {"caption_embeds": 64, "vision_embeds": 32}
@@ -70,7 +68,7 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
 
     from modeling_llm2clip.configs.encoding_config import ExtractConfig
     from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-    from modeling_llm2clip.embedding.extract import list_caption_items, open_shards, plan_store
+    from modeling_llm2clip.embedding.extract import StoreInputs, list_items, plan_store
     from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
 
     config = ExtractConfig(device="cpu", max_shard_size="4MB", show_progress=False)
@@ -81,10 +79,10 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
         model = folder / "model"
         encoder = load_shard_encoder(model, "text", config, torch.device("cpu"))
         planned = plan_store(model, chosen, encoder, config, "text")
-        list_items = partial(list_caption_items, chosen)
-        writer = EmbeddingStoreWriter.open(output, planned, list_items)
-        prepare = open_shards(writer, chosen, encoder)
-        prepare(writer.manifest.rows_of_shard(0))
+        items = partial(list_items, chosen, planned)
+        writer = EmbeddingStoreWriter.open(output, planned, items)
+        inputs = StoreInputs(writer, chosen).read_inputs(writer.manifest.rows_of_shard(0))
+        encoder.prepare(inputs)
         return time.perf_counter() - begin
 
     start(records[:_BATCH], folder / f"few-{count}")
@@ -146,19 +144,17 @@ def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
     """Write stores of random embeddings that pass for those of the model."""
     from modeling_llm2clip.data.records.data_hashes import hash_images, hash_texts
     from modeling_llm2clip.data.records.record_loading import load_records
-    from modeling_llm2clip.embedding.extract import list_caption_items, list_image_items
     from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 
     records = load_records(folder / str(count))
     data = {"data": hash_texts(records)}
-    for name, content, fingerprint, plan, list_items in (
-        ("captions", "caption_embeds", fingerprint_text, data, list_caption_items),
-        ("images", "vision_embeds", fingerprint_vision,
-         {**data, "images": hash_images(records)}, list_image_items),
-    ):  # fmt: skip
+    for name, content, fingerprint, plan in (
+        ("captions", "caption_embeds", fingerprint_text, data),
+        ("images", "vision_embeds", fingerprint_vision, {**data, "images": hash_images(records)}),
+    ):
         _write_store(
-            folder / f"{name}-{count}", content, fingerprint(folder / "model"), plan,
-            lambda scratch, list_items=list_items: list_items(records, scratch), widths[content],
+            folder / f"{name}-{count}", content, fingerprint(folder / "model"), plan, records,
+            widths[content],
         )  # fmt: skip
 
 
@@ -167,33 +163,26 @@ def _write_store(
     content: str,
     fingerprint: dict[str, str],
     plan: dict[str, str],
-    list_items: Any,
+    records: Any,
     width: int,
 ) -> None:
     import torch
 
     from modeling_llm2clip.data.store.store_manifest import StoreManifest
     from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
+    from modeling_llm2clip.embedding.extract import list_items
 
     planned = StoreManifest(
         content=content, fingerprint=fingerprint, dtype="float16", dim=width,
-        rows_per_shard=2**18, plan=plan,
+        rows_per_shard=2**16, plan=plan,
     )  # fmt: skip
-    writer = EmbeddingStoreWriter.open(folder, planned, list_items)
+    items = partial(list_items, records, planned)
+    writer = EmbeddingStoreWriter.open(folder, planned, items)
     generator = torch.Generator().manual_seed(0)
     for shard in writer.list_missing():
         rows = len(writer.manifest.rows_of_shard(shard))
-        batches = list(_split(rows))
-        with writer.open_shard(shard, batches) as written:
-            for batch in batches:
-                written.write(torch.randn(len(batch), width, generator=generator))
-            written.seal(0)
+        writer.write(shard, torch.randn(rows, width, generator=generator))
     writer.finish()
-
-
-def _split(rows: int) -> Iterator[np.ndarray]:
-    for start in range(0, rows, 2**14):
-        yield np.arange(start, min(start + 2**14, rows))
 
 
 class PeakMemory:

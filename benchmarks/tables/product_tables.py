@@ -69,19 +69,17 @@ def _render_training_data_distance(report: dict[str, Any]) -> str:
                 ", ".join(f"{n} {percent(o['half_far'])}" for n, o in of_kind["others"].items()),
             ]
         )
-    pairs = "; ".join(
-        f"{' and '.join(pair['kinds'])}: "
-        + ", ".join(
-            f"{n} {o['distance']:.2f}" + (" (far)" if o["is_far"] else "")
-            for n, o in (pair["own"] | pair["others"]).items()
-        )
+    noticed = ", ".join(
+        f"{n} by {' and '.join(pair['kinds'])}"
         for pair in report["two_kinds"]
+        for n, o in pair["others"].items()
+        if o["is_far"]
     )
     thresholds = dict.fromkeys(f"{of_kind['threshold']:.2f}" for of_kind in found.values())
     note = (
         f"Distances above {' or '.join(thresholds)} are far. Most similar: each image with its 19 "
-        f"nearest. Half: 20 of its own kind and 20 of another. Distances from models "
-        f"of two kinds: {pairs}. {report['hardware']}."
+        f"nearest. Half: 20 of its own kind and 20 of another. Far from models of two "
+        f"kinds: {noticed or 'none'}. {report['hardware']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 

@@ -22,18 +22,16 @@ from benchmarks.tables.product_tables import PRODUCT_TABLES
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
+    *sorted((ROOT / "docs" / "benchmarks").glob("*.md")),
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
     RESULTS / "README.md",
-    ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "build.md",
     ROOT / "docs" / "choose-a-model.md",
     ROOT / "examples" / "data" / "caption_lora" / "README.md",
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
-# Tables that share the file of another one.
-_RECORDED_WITH = {"existing_model": "first_run"}
 # A record keeps the words of its time; tables use those of the documents.
 _RECORDED_WORDS = {"pictures": "images"}
 # A setting that is the recipe itself, which has a column of its own.
@@ -65,7 +63,7 @@ def _render(name: str, results: Path) -> str:
         return _read_card_sections()
     if name not in _RENDERERS:
         raise ValueError(f"No table is called {name!r}; known are {sorted(_RENDERERS)}.")
-    file = results / f"{_RECORDED_WITH.get(name, name)}.json"
+    file = results / f"{name}.json"
     if not file.is_file():
         return f"\n{NOT_RECORDED}\n\n"
     table = _RENDERERS[name](json.loads(file.read_text(encoding="utf-8")))
@@ -213,23 +211,6 @@ def _percent_with_error(found: dict[str, Any]) -> str:
     return percent_with_error(found["mean"], found["standard_error"])
 
 
-def _render_existing_model(report: dict[str, Any]) -> str:
-    heads = ("images", "the demo's model", "fine-tuned", "the recipe with new projections")
-    rows = [
-        [
-            name,
-            _percent_with_error(found["existing_model"]["before"]["r1"]),
-            _percent_with_error(found["existing_model"]["after"]["r1"]),
-            _percent_with_error(found["scores"][_RECIPE]["r1"]),
-        ]
-        for name, found in report["datasets"].items()
-        if found["existing_model"] is not None
-    ]
-    if not rows:
-        return f"{NOT_RECORDED}\n"
-    return draw_table(heads, rows) + "\nR@1 as above, among the same images.\n"
-
-
 def _render_training_efficiency(report: dict[str, Any]) -> str:
     heads = (
         "at each step", "images per second", "times LoRA", "with extraction, 4 epochs",
@@ -339,8 +320,7 @@ def _render_evaluation(report: dict[str, Any]) -> str:
     table = draw_table(("language", *models, "chance"), [*rows, ["mean", *means, "–"]])
     images = next(iter(emoji[0]["counts"]["languages"].values()))["images"]
     note = f"Text to image R@1 among {images} emoji unseen in training, which was in English."
-    parts = [f"{table}\n{note} {report['hardware']}.\n", _draw_lengths(report), _draw_cra(report)]
-    return "".join([*parts, _draw_tiny(report)])
+    return f"{table}\n{note} {report['hardware']}.\n{_draw_lengths(report)}{_draw_cra(report)}"
 
 
 def _draw_lengths(report: dict[str, Any]) -> str:
@@ -386,23 +366,6 @@ def _draw_cra(report: dict[str, Any]) -> str:
         f"{percent(results[0]['scores']['chance'])}."
     )
     return f"\n{draw_table(('text encoder', 'CRA', 'texts truncated'), rows)}\n{note}\n"
-
-
-def _draw_tiny(report: dict[str, Any]) -> str:
-    if "tiny" not in report:
-        return ""
-    paths = {
-        "cross-lingual": ("mean", "t2i", "hit_rate_at_1"),
-        "cra": ("cra", "value"),
-    }
-    rows = [
-        [result["model"], result["task"], result["dataset"],
-         percent(_follow(result["scores"], paths[result["task"]]))]
-        for result in report["results"]
-        if result["model"] in report["tiny"]["models"]
-    ]  # fmt: skip
-    table = draw_table(("model", "task", "dataset", "R@1"), rows)
-    return f"\nThe same command on other model types, {report['tiny']['label']}:\n\n{table}"
 
 
 def _follow(scores: Any, path: Sequence[str]) -> float:
@@ -540,7 +503,11 @@ def _render_code_size(report: dict[str, Any]) -> str:
 
 
 def _show_walk(entry: dict[str, Any], name: str) -> str:
-    return f"{entry['walks'][name]['functions']} / {entry['walks'][name]['files']}"
+    walk = entry["walks"][name]
+    shown = f"{walk['functions']} / {walk['files']}"
+    if "moves" in walk:  # earlier records lack them
+        shown += f", {walk['moves']} moves, {walk['re_entries']} re-entries"
+    return shown
 
 
 def _or_dash(seconds: float | None) -> str:
@@ -556,7 +523,6 @@ _RENDERERS: dict[str, Callable[[Any], str]] = {
     "finetune_llm_hard": _render_finetuning,
     "alignment": _render_alignment,
     "first_run": _render_first_run,
-    "existing_model": _render_existing_model,
     "training_set_size": _render_training_set_size,
     "training_efficiency": _render_training_efficiency,
     "retrieval_ranking": _render_retrieval_ranking,

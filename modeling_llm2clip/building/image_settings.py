@@ -111,6 +111,8 @@ def _resize_positions(
     vision_model: PreTrainedModel, image_size: int, *, patch: int
 ) -> PreTrainedModel:
     config = copy.deepcopy(vision_model.config)
+    if not isinstance(config.image_size, int):
+        _refuse_size(vision_model, image_size, "its configuration states two sides")
     config.image_size = image_size
     resized: Any = build_tower(config)
     resized.to(vision_model.dtype)

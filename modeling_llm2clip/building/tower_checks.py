@@ -6,7 +6,6 @@ L tokens, D the width of the LLM.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,15 +17,24 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_llm2clip import LLM2CLIPConfig
+from ..configuration_llm2clip import LLM2CLIPConfig, parse_config
+from ..heads_llm2clip import build_position_ids
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     measure_distances,
     render_golden_images,
 )
 from ..modeling_llm2clip import LLM2CLIPModel
+from ..packing_llm2clip import find_first_position
 from ..processing_llm2clip import LLM2CLIPProcessor
-from ..vision_llm2clip import find_patches, find_width, pool_vision, require_restored_buffers
+from ..vision_llm2clip import (
+    find_fixed_size,
+    find_patch_size,
+    find_patches,
+    find_width,
+    pool_vision,
+    require_restored_buffers,
+)
 
 _LENGTH = 6
 # What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
@@ -44,8 +52,9 @@ _ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 # Two runs over an image may sum in another order; random sampling moves the embedding far more.
 _MOST_DIFFERENCE = 0.02
-# Number of pads, and what errors call it.
-_PADDINGS = ((0, "without padding"), (3, "with padding"))
+_NUM_PADS = 3
+# Number of pads on the right, and what errors call it.
+_PADDINGS = ((0, "without padding"), (_NUM_PADS, "with padding"))
 # The same weights in the same memory, so that nothing but an attention kernel may differ; in half
 # precision as above.
 _MOST_DIFFERENCE_LOADED = {torch.float32: 1e-4}
@@ -80,26 +89,27 @@ def measure_vision_width(
     Image processors that cut a large image into several, or that a tower needs more of, are
     refused.
     """
-    image = image_processor(Image.new("RGB", _LARGE_IMAGE), return_tensors="pt")
-    found = {name: len(value) for name, value in image.items()}
-    if set(found) - _VISION_INPUTS or found["pixel_values"] != 1:
+    images = image_processor([Image.new("RGB", _LARGE_IMAGE)] * 2, return_tensors="pt")
+    rows = {name: len(value) for name, value in images.items()}
+    if set(rows) - _VISION_INPUTS or rows["pixel_values"] != 2:
         raise ValueError(
-            f"{type(image_processor).__name__} makes {found} of one image of {_LARGE_IMAGE[0]} × "
-            f"{_LARGE_IMAGE[1]} pixels, where a tower is given one row of pixel_values here, as an "
-            "MLLM alone can use more. Give the vision tower with an image processor of its own "
+            f"{type(image_processor).__name__} makes {rows} of two images of {_LARGE_IMAGE[0]} × "
+            f"{_LARGE_IMAGE[1]} pixels, where a tower is given two rows of pixel_values here, as "
+            "an MLLM alone can use more. Give the vision tower with an image processor of its own "
             "kind, such as CLIPImageProcessor."
         )
-    image = image.to(vision_model.device)
-    image["pixel_values"] = image["pixel_values"].to(vision_model.dtype)
+    images = images.to(vision_model.device)
+    images["pixel_values"] = images["pixel_values"].to(vision_model.dtype)
     with _naming_failure(vision_model.config):
-        pooled = pool_vision(
-            vision_model(**image),
-            pooling,
-            vision_model=vision_model,
-            pixel_values=image["pixel_values"],
-            patch_mask=image.get("pixel_attention_mask"),
-        )
-    width = pooled.flatten(1).shape[1]
+        output = vision_model(**images)
+    pooled = pool_vision(
+        output,
+        pooling,
+        vision_model=vision_model,
+        pixel_values=images["pixel_values"],
+        patch_mask=images.get("pixel_attention_mask"),
+    )
+    width = pooled.shape[1]
     return None if width == find_width(vision_model) else width
 
 
@@ -108,17 +118,17 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
     """Perturb the last token, with and without padding, and describe what contradicts a direction.
 
     In a bidirectional tower the first token must change, in a causal one no other may. Each layer
-    of a bidirectional one is also tested alone, because it can mask a causal one.
+    of a bidirectional one is also tested alone, because it can mask a causal one. Padding on either
+    side must change nothing.
     """
     ids, changed = make_texts(text_model)
     layers = list_layers(text_model) if bidirectional else nn.ModuleList()
     errors = []
-    plain: Tensor | None = None
+    plain = run_texts(text_model, ids)
     for num_pads, name in _PADDINGS:
         with _LayerCheck(layers) as check:
-            before = run_texts(text_model, ids, num_pads=num_pads)
-        plain = before if plain is None else plain
-        after = run_texts(text_model, changed, num_pads=num_pads)
+            before = run_texts(text_model, ids, num_after=num_pads)
+        after = run_texts(text_model, changed, num_after=num_pads)
         moved = list(map(_relative, before[0, :-1], after[0, :-1]))
         if not bidirectional:
             if not max(moved) <= _ROUNDING_OF_PARTS.get(before.dtype, 1e-4):
@@ -137,9 +147,16 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
                 "beside them does, which hides it)"
             )
-        effect = _relative(plain[0], before[0])
-        if not effect <= _MOST_PADDING_EFFECT.get(before.dtype, 1e-3):
-            errors.append(f"{name}, the hidden states differ by {effect:.1e} from those without")
+    for side, pads in {
+        "right": {"num_after": _NUM_PADS},
+        "left": {"num_before": _NUM_PADS},
+    }.items():
+        effect = _relative(plain[0], run_texts(text_model, ids, **pads)[0])
+        if not effect <= _MOST_PADDING_EFFECT.get(plain.dtype, 1e-3):
+            errors.append(
+                f"with padding on the {side}, the hidden states differ by {effect:.1e} from those "
+                "without"
+            )
     if bidirectional and not layers:
         errors.append("its layers are not in a list of modules, so none can be tested alone")
     return errors
@@ -152,11 +169,13 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
     except MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
+        # The other direction does not help an LLM that reads padding.
+        reads_padding = all(error.startswith("with padding on") for error in errors)
+        other = "" if reads_padding else f", or build with bidirectional={not bidirectional}"
         raise ValueError(
             f"The {text_model.config.model_type!r} family cannot be "
             f"{'made bidirectional' if bidirectional else 'kept causal'} here: "
-            f"{'; '.join(errors)}. Take another LLM, another attention implementation, or build "
-            f"with bidirectional={not bidirectional}."
+            f"{'; '.join(errors)}. Take another LLM or another attention implementation{other}."
         )
 
 
@@ -274,14 +293,19 @@ def take_hidden(output: Any) -> Tensor:
     return hidden
 
 
-def run_texts(text_model: PreTrainedModel, ids: Tensor, *, num_pads: int = 0) -> Tensor:
-    """Return the last hidden states of the first tokens, of texts that are padded on the right."""
-    mask = torch.ones_like(ids)
-    if num_pads:
-        ids = torch.nn.functional.pad(ids, (0, num_pads))
-        mask = torch.nn.functional.pad(mask, (0, num_pads))
-    hidden = text_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden[:, :_LENGTH]  # type: ignore[no-any-return]
+def run_texts(
+    text_model: PreTrainedModel, ids: Tensor, *, num_before: int = 0, num_after: int = 0
+) -> Tensor:
+    """Return the last hidden states of the tokens, (B, L, D), of texts with so many pads."""
+    pads = (num_before, num_after)
+    mask = nn.functional.pad(torch.ones_like(ids), pads)
+    inputs = {"input_ids": nn.functional.pad(ids, pads), "attention_mask": mask}
+    # Positions count from the first token, as the model itself states them.
+    if "position_ids" in inspect.signature(text_model.forward).parameters:
+        first = find_first_position(text_model)
+        inputs["position_ids"] = build_position_ids(mask, first=first)
+    hidden = text_model(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, num_before : num_before + _LENGTH]  # type: ignore[no-any-return]
 
 
 def _relative(before: Tensor, after: Tensor) -> float:
@@ -315,8 +339,7 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
     except MODEL_ERRORS as error:
         raise ValueError(
             f"The {config.model_type!r} tower cannot be used as it is built here: its forward pass "
-            f"fails ({type(error).__name__}: {error}). Choose another vision pooling, or take "
-            "another vision tower."
+            f"fails ({type(error).__name__}: {error}). Take another vision tower."
         ) from error
 
 
@@ -324,18 +347,50 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
 def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
     """Refuse a model whose vision tower gives an image another embedding in a second run.
 
-    Masked autoencoders, for one, also mask random patches when they encode.
+    Masked autoencoders, for one, also mask random patches when they encode; other towers mix the
+    images of a batch.
     """
-    inputs = processor(images=render_golden_images()[:1]).to(model.device)
+    images = render_golden_images()[:2]
     with _naming_failure(model.config.vision_config):
-        first, second = (model.get_image_features(**inputs).pooler_output for _ in range(2))
-    assert first is not None and second is not None
-    difference = float((first - second).norm() / first.norm())
-    if not difference <= _MOST_DIFFERENCE:
+        alone, again, in_batch = (
+            model.get_vision_embeds(**processor(images=batch).to(model.device))[0]
+            for batch in (images[:1], images[:1], images)
+        )
+    for embeds, when in ((again, "each time"), (in_batch, "beside another image")):
+        difference = float((alone - embeds).norm() / alone.norm())
+        if not difference <= _MOST_DIFFERENCE:
+            raise ValueError(
+                f"The {model.config.vision_config.model_type!r} tower gives one image another "
+                f"embedding {when} (they differ by {difference:.0%}): it samples at random when it "
+                "encodes, mixes the images of a batch, or gives NaN. Take another vision tower."
+            )
+
+
+@torch.inference_mode()
+def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a tower that silently gives an image of another shape the positions of its own.
+
+    Such a tower gives the same states where the same patches are one below the other.
+    """
+    side = find_patch_size(model.vision_model)
+    pixels = processor(images=render_golden_images()[:1]).to(model.device)["pixel_values"]
+    if not side or pixels.ndim != 4 or find_fixed_size(model.vision_model) is not None:
+        return
+    # (1, 3, rows, columns, side, side)
+    patches = pixels.unfold(2, side, side).unfold(3, side, side)
+    column = patches.flatten(2, 3).flatten(2, 3)
+    try:
+        own, other = (
+            model.get_image_features(images).last_hidden_state for images in (pixels, column)
+        )
+    except (AssertionError, *MODEL_ERRORS):  # then it says so by itself
+        return
+    if patches.shape[3] > 1 and own.shape == other.shape and _relative(own, other) < _LEAST_MOVE:
         raise ValueError(
-            f"The {model.config.vision_config.model_type!r} tower gives one image another "
-            f"embedding each time (they differ by {difference:.0%}): it samples at random when it "
-            "encodes, or gives NaN. Take another vision tower."
+            f"The {model.config.vision_config.model_type!r} tower takes images of another shape, "
+            f"such as {column.shape[2]} × {column.shape[3]} pixels, and silently gives them the "
+            f"positions of {pixels.shape[2]} × {pixels.shape[3]}, or none. Take another vision "
+            "tower."
         )
 
 
@@ -389,7 +444,7 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
     It is loaded from its configuration and its weights, which both models share in memory.
     """
     require_restored_buffers(model.vision_model)
-    kept = json.loads(model.config.to_json_string(use_diff=False))  # what a file keeps of it
+    kept = parse_config(model.config.to_json_string(use_diff=False))  # what a file keeps of it
     try:
         loaded = LLM2CLIPModel.from_pretrained(
             None,

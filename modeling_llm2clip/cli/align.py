@@ -26,12 +26,41 @@ if TYPE_CHECKING:
     from ..data.streams.record_streams import RecordStream
 
 
+# The order in which the help lists the fields of `AlignConfig`.
+SECTIONS = {
+    "What is trained": (
+        "vision_training", "text_training", "lock_text", "loss", "max_steps", "num_train_epochs",
+        "global_batch_size", "learning_rate",
+    ),
+    "Held-out images": (
+        "held_out_ratio", "refit", "eval_steps", "early_stopping_patience", "zero_shot",
+        "choose_by",
+    ),
+    "Device, speed and memory": (
+        "device", "precision", "num_workers", "gradient_checkpointing", "loss_chunk_size",
+    ),
+    "Start of the projections": ("projection_init", "inherit_steps"),
+    "Losses besides the main one": (
+        "matryoshka_dims", "distillation_weight", "structure_weight",
+    ),
+    "Sampling and noise": (
+        "image_noise", "caption_noise", "long_caption_ratio", "sentence_views", "seed",
+    ),
+    "Optimizer": (
+        "warmup_steps", "weight_decay", "max_grad_norm", "vision_learning_rate", "layer_decay",
+    ),
+    "LoRAs": ("lora_rank", "lora_alpha", "vision_lora_rank", "vision_lora_alpha"),
+    "Checkpoints and metrics": ("save_steps", "logging_steps", "report_to"),
+}  # fmt: skip
+
+
 @command(
     group="Train",
     examples=(
         "llm2clip align tuned/model my-images aligned --caption-store captions "
         "--image-store images",
     ),
+    sections=SECTIONS,
 )
 def align(
     model: str,
@@ -50,7 +79,7 @@ def align(
 ) -> int:
     """Trains text adapter and projections to align images and captions (stage 3).
 
-    Writes the aligned model to output/model.
+    Writes the aligned model to OUTPUT/model. Towers that stay frozen need a store each.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.

@@ -1,272 +1,240 @@
-"""A command is a typed function: its parameters are arguments and flags.
+"""A command is a typed function, which cyclopts reads: arguments, flags, help and suggestions.
 
-Positional-only parameters are the arguments, keyword-only ones the flags; a parameter whose type is
-a config gives a flag for every field of it. cyclopts reads types, defaults and help off annotations
-and docstrings, and splits the command line. Values are checked as those of Python and YAML are.
+Positional-only parameters are the arguments, keyword-only ones the flags. A parameter whose type is
+a config becomes one flag per field. Every flag has the name of its field: `--max-steps` is
+`max_steps` in Python, in YAML and in messages.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
-from cyclopts import App, Argument, CycloptsError, Group, MissingArgumentError, Parameter
+import cyclopts
+from cyclopts import (
+    App,
+    ArgumentCollection,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    Parameter,
+    ValidationError,
+)
+from cyclopts.config import Dict
 from cyclopts.help import HelpPanel
 from rich.console import Console, ConsoleOptions
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from .._suggestions import did_you_mean
-from ..configs.config_fields import Config, DeviceConfig, check_values, read_yaml
+from ..configs.config_fields import Config, DeviceConfig, get_reason, read_yaml
 
-_FLAGS_OF_PROGRAM = ("--help", "-h", "--version")
-_FILE = "options_file"
+# In a flag's annotation: one value each time it is given, so that arguments may follow.
+Repeated = Parameter(consume_multiple=False)
 _FILE_HELP = (
     "YAML file of options, named like the flags but with underscores; flags override it. "
     "Default: none."
 )
-# In a flag's annotation: one value each time it is given, so that arguments may follow.
-Repeated = Parameter(consume_multiple=False)
+_OptionsFile = Annotated[Path | None, Parameter(name="--config", help=_FILE_HELP)]
+
+
+_GROUPS = {
+    name: Group(name, sort_key=number)
+    for number, name in enumerate(("Use", "Train", "Publish", "Other"))
+}
 
 
 class UsageError(ValueError):
     """A command line that cannot be run; the message is one line."""
 
 
-class LineSplit(CycloptsError):  # noqa: N818  # it is no error
-    """Ends cyclopts' work once each argument has its words, before they are converted."""
+class HelpFormatter:
+    """Prints the groups of a help text: a title, then names and descriptions in two columns.
 
-    arguments: Iterable[Argument] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """In the annotation of a dict: the fields of a config that were given, without its defaults.
-
-    The help says `default` of the others. Those in `without` become no flags.
+    `sections` splits the flags of a config: title → fields.
     """
 
-    config_type: type[Config]
-    default: str
-    without: tuple[str, ...] = ()
+    def __init__(self, sections: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.sections = sections or {}
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        """Print one group, or the sections of one."""
+        titles = {f"--{name.replace('_', '-')}": title
+                  for title, names in self.sections.items() for name in names}  # fmt: skip
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
+        ranks = {flag: rank for rank, flag in enumerate(titles)}
+        for entry in sorted(
+            panel.entries, key=lambda entry: ranks.get("".join(entry.positive_names), len(ranks))
+        ):
+            names = [*entry.positive_names, *entry.positive_shorts, entry.metavar]
+            if entry.negative_names:
+                names = [f"--[no-]{name[2:]}" for name in entry.positive_names]
+            label = entry.positional_label or " ".join(filter(None, names))
+            description = console.render(entry.description or "", options.update(width=100_000))
+            words = "".join(segment.text for segment in description).split()
+            words += [f"[default: {entry.default}]"] if entry.default is not None else []
+            words += [f"[choices: {', '.join(entry.choices)}]"] if entry.choices else []
+            title = titles.get("".join(entry.positive_names), str(panel.title))
+            rows.setdefault(title, []).append((f"  {label}", " ".join(words)))
+        for title, pairs in rows.items():
+            table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+            for label, text in pairs:
+                table.add_row(Text(label, style="cyclopts.name"), Text(text))
+            console.print(Text(f"{title}:", style="bold"), table, Text(), sep="\n")
+
+    def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:  # noqa: ARG002
+        """Print the line that shows how the command is called."""
+        console.print(Text(f"Usage: {usage}\n"))
 
 
-@dataclass(frozen=True)
-class Command:
-    """A function that can be called from the command line; it returns its exit code, or None for 0.
+def command(
+    *, group: str, examples: Sequence[str], sections: Mapping[str, Sequence[str]] | None = None
+) -> Callable[[Callable[..., int | None]], App]:
+    """Make a command of a function, which returns its exit code, or None for 0.
 
-    `llm2clip --help` lists it under `group`; its own help ends with `examples` of command lines.
+    Args:
+        group: Title under which the help of the program lists the command: Use, Train, Publish or
+            Other.
+        examples: Command lines that begin with `llm2clip`; the help of the command ends with them.
+        sections: Titles under which the help lists the fields of the parameter `config`; None for
+            one title.
     """
 
-    function: Callable[..., int | None]
-    group: str
-    examples: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """As it is written, e.g. `finetune-llm`."""
-        return self.function.__name__.replace("_", "-")
-
-    @property
-    def summary(self) -> str:
-        """First line of the docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
-
-    @cached_property
-    def app(self) -> App:
-        """The parser, which raises `LineSplit` or prints the help."""
-
-        def shell(*_: Any, **__: Any) -> None:
-            """Never called."""
-
-        parameters = [*self._list_parameters()]
-        shell.__name__, shell.__doc__ = self.function.__name__, self.function.__doc__
-        shell.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        shell.__annotations__ = {p.name: p.annotation for p in parameters}
+    def make(function: Callable[..., int | None]) -> App:
         app = App(
-            name=self.name,
-            config=_raise_split,
+            name=function.__name__.replace("_", "-"),
+            group=_GROUPS[group],
+            help_epilogue=_show_examples(examples),
             default_parameter=_ALL_FLAGS,
             group_parameters=Group("Options", sort_key=0),
             version_flags=(),
         )
-        app.default(shell)
+        app.default(_spread_configs(function, HelpFormatter(sections)))
         return app
 
-    @cached_property
-    def arguments(self) -> list[Argument]:
-        arguments = _list_leaves(self.app.assemble_argument_collection())
-        names = [argument.name for argument in arguments]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise TypeError(f"{self.name} has two flags {', '.join(twice)}.")
-        return arguments
-
-    @cached_property
-    def flags(self) -> dict[str, Argument]:
-        """All flags but `--config`, by the names that YAML and Python have for them."""
-        return {
-            flag.field_info.name: flag
-            for flag in self.arguments
-            if not flag.field_info.is_positional_only and flag.field_info.name != _FILE
-        }
-
-    def name_flags(self, message: str) -> str:
-        """Put flags where a message of the package names fields: `x=1` becomes `--x 1`.
-
-        What is in quotes, paths and longer words stays.
-        """
-        for name, on, off in self._spellings:
-            if name in message:
-                message = message.replace(f"`{name}`", on)
-                word = rf"(?<![\w./\\'\"=-]){name}"  # not within a path, a quotation, a word
-                if off:
-                    message = re.sub(rf"{word}=True\b", on, message)
-                    message = re.sub(rf"{word}=False\b", off, message)
-                message = re.sub(rf"{word}=(?=\S)", f"{on} ", message)
-                if "_" in name:  # else it may be a plain word
-                    message = re.sub(rf"{word}(?![\w/\\'\"(=-]|\.\w)", on, message)
-        return message
-
-    @cached_property
-    def _spellings(self) -> list[tuple[str, str, str]]:
-        """Names, flags and the flags that turn switches off; longer names come first."""
-        found = [(name, f.name, "".join(f.negatives)) for name, f in self.flags.items()]
-        return sorted(found, key=lambda spelling: -len(spelling[0]))
-
-    def bind(self, split: Iterable[Argument]) -> partial[int | None]:
-        """Make the call of the function out of the words that each argument got."""
-        given = [argument for argument in _list_leaves(split) if argument.has_tokens]
-        positional, values, errors = _convert_all(given)
-        hints = {name: flag.field_info.annotation for name, flag in self.flags.items()}
-        if (file := values.pop(_FILE, None)) is not None:
-            try:
-                values = check_values(hints, read_yaml(file)) | values
-            except (OSError, ValueError) as error:
-                raise UsageError(f"--config {file}: {error}") from None
-        names = {*values, *(argument.field_info.name for argument in given)}
-        errors += [f"{argument.name} is missing." for argument in self.arguments
-                   if argument.required and argument.field_info.name not in names]  # fmt: skip
-        keywords: dict[str, Any] = {}
-        try:
-            values = check_values(hints, values)
-            keywords = {} if errors else self._fill_configs(values)
-        except ValueError as error:
-            errors.append(str(error))
-        if errors:
-            raise UsageError(self.name_flags(" ".join(errors)))
-        return partial(self.function, *positional, **keywords)
-
-    def _fill_configs(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Put the values of flags into the configs and changes that they are of."""
-        keywords, errors = dict(values), []
-        for name, hint, config_type in self._list_configs():
-            names = [field.name for field in fields(config_type)]
-            own = {field: keywords.pop(field) for field in names if field in values}
-            try:
-                keywords[name] = config_type(**own) if hint is config_type else own
-            except ValueError as error:  # fields that contradict each other
-                errors.append(str(error))
-        if errors:
-            raise ValueError(" ".join(errors))
-        return keywords
-
-    def _list_configs(self) -> Iterator[tuple[str, Any, type[Config]]]:
-        """Yield name, annotation and config of each parameter that gives several flags."""
-        for name, hint in get_type_hints(self.function, include_extras=True).items():
-            if _is_config(hint):
-                yield name, hint, hint
-            elif changes := _find_changes(hint):
-                yield name, hint, changes.config_type
-
-    def _list_parameters(self) -> Iterator[inspect.Parameter]:
-        """Yield the function's parameters as cyclopts wants them, and that of `--config`."""
-        hints = get_type_hints(self.function, include_extras=True)
-        flattened = {name: _flatten(hint) for name, hint, _ in self._list_configs()}
-        for name, parameter in inspect.signature(self.function).parameters.items():
-            if name in flattened:
-                yield parameter.replace(annotation=flattened[name], default=None)
-            else:
-                yield parameter.replace(annotation=hints[name])
-        if any(map(_is_config, hints.values())):
-            hint = Annotated[Path | None, Parameter(name="--config", help=_FILE_HELP)]
-            kind = inspect.Parameter.KEYWORD_ONLY
-            yield inspect.Parameter(_FILE, kind, default=None, annotation=hint)
+    return make
 
 
-def command(*, group: str, examples: Sequence[str]) -> Callable[[Callable[..., Any]], Command]:
-    """Make a command of a function; each of the examples begins with `llm2clip`."""
-    return lambda function: Command(function, group, tuple(examples))
+def make_line(
+    commands: Sequence[App], *, description: str, version: str, examples: Sequence[str]
+) -> App:
+    """Make a program of several commands, which its help lists in their order."""
+    line = App(
+        name="llm2clip",
+        help=description,
+        help_epilogue=_show_examples(examples),
+        help_format="plaintext",
+        help_formatter=HelpFormatter(),
+        version=version,
+        config=_prepare,
+    )
+    line["--help"].group = line["--version"].group = Group("Options", sort_key=99)
+    for number, app in enumerate(commands):
+        app.sort_key = number
+        line.command(app)
+    return line
 
 
-def _describe_error(error: CycloptsError) -> str:
-    if isinstance(error, MissingArgumentError) and error.argument is not None:
-        name = error.keyword or error.argument.name
-        return f"{name} needs a value; one that begins with a hyphen is given as {name}=VALUE."
-    error.verbose = False
-    return " ".join(str(error).split())
+def parse(line: App, words: Sequence[str]) -> partial[int | None]:
+    """Read a command line, without the name of the program; return the call of its command."""
+    try:
+        function, bound, _ = line.parse_args(
+            words,
+            console=Console(),  # has the width of the terminal when it is made
+            exit_on_error=False,
+            print_error=False,
+        )
+    except (CycloptsError, OSError, ValueError) as error:
+        app = line[words[0]] if words and words[0] in line else line
+        example = str(app.help_epilogue).splitlines()[1].strip()
+        raise UsageError(f"{_describe_error(error)} For example: {example}") from None
+    bound.apply_defaults()
+    return partial(function, *bound.args, **bound.kwargs)
 
 
-def _is_config(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Config)
+def _show_examples(examples: Sequence[str]) -> str:
+    return "\n  ".join(("Examples:" if len(examples) > 1 else "Example:", *examples))
 
 
-def _find_changes(hint: Any) -> Changes | None:
-    metadata = getattr(hint, "__metadata__", ())
-    return next((item for item in metadata if isinstance(item, Changes)), None)
+def _describe_error(error: Exception) -> str:
+    """Describe an invalid command line in one line."""
+    if isinstance(error, ValidationError) and error.argument is not None:
+        causes: Any = getattr(error.__cause__, "errors", list)()  # of pydantic
+        reasons = "; ".join(map(get_reason, causes)) or error.exception_message
+        return f"{error.argument.name} {error.argument.value!r}: {reasons}."
+    if isinstance(error, CycloptsError):
+        error.verbose = False
+    message = " ".join(str(error).split())
+    if isinstance(error, MissingArgumentError) and (flag := error.keyword):
+        return f"{message} A value that begins with a hyphen is given as {flag}=VALUE."
+    return message
 
 
-def _flatten(hint: Any) -> Any:
+def _spread_configs(
+    function: Callable[..., int | None], formatter: HelpFormatter
+) -> Callable[..., int | None]:
+    """Give a command a flag for each field of its configs, and `--config` for a file of them."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint, default = hints[name], parameter.default
+        if isinstance(hint, type) and issubclass(hint, Config):
+            hint, default = _annotate(hint, formatter if name == "config" else None), hint()
+        parameters.append(parameter.replace(annotation=hint, default=default))
+    if all(parameter.annotation is hints[parameter.name] for parameter in parameters):
+        return function
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(
+        inspect.Parameter("options_file", keyword, default=None, annotation=_OptionsFile)
+    )
+
+    @wraps(function)
+    def call(*arguments: Any, options_file: Path | None = None, **flags: Any) -> int | None:  # noqa: ARG001
+        return function(*arguments, **flags)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _annotate(config_type: type[Config], formatter: HelpFormatter | None) -> Any:
     """Annotate a config so that each of its fields is a flag, in a group of the help."""
-    changes = _find_changes(hint)
-    config_type = changes.config_type if changes else hint
+    if config_type is DeviceConfig:
+        return Annotated[config_type, Parameter(name="*")]
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", config_type.__name__.removesuffix("Config"))
-    options: dict[str, Any] = {"name": "*"}
-    if config_type is not DeviceConfig:
-        options["group"] = Group(f"{words.capitalize()} options")
-    if changes:
-        options["parse"] = re.compile(rf"^(?!({'|'.join(changes.without)})$)")
-        options["show_default"] = lambda _: changes.default
-    return Annotated[config_type, Parameter(**options)]
+    group = Group(f"{words.capitalize()} options", help_formatter=formatter)
+    return Annotated[config_type, Parameter(name="*", group=group)]
 
 
-def _list_leaves(arguments: Iterable[Argument]) -> list[Argument]:
-    """List what takes words: not the configs themselves, and not what has no flag."""
-    return [argument for argument in arguments if argument.parse and not argument.children]
+def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take the values of `--config` for the flags that are not given."""
+    for argument in arguments:
+        if argument.children:  # cyclopts looks names up in the module of a class, not of its bases
+            config_type = argument.resolved_hint
+            hints = get_type_hints(config_type, include_extras=True)
+            config_type.__init__.__annotations__ = hints
+        if argument.name == "--config" and argument.tokens:
+            file = argument.tokens[0].value
+            values = read_yaml(file)
+            if "config" in values:
+                raise ValueError(f"{file}: config is not an option. Give all options in one file.")
+            for name, value in values.items():
+                if isinstance(value, list) and all(isinstance(item, list) for item in value):
+                    values[name] = [*chain(*value)]  # pairs, as words are in a command line
+            Dict(values, use_commands_as_keys=False, source=file)(app, commands, arguments)
 
 
-def _convert_all(given: Iterable[Argument]) -> tuple[list[Any], dict[str, Any], list[str]]:
-    """Return the values of arguments, those of flags, and a sentence for each invalid one."""
-    positional: list[Any] = []
-    values: dict[str, Any] = {}
-    errors: list[str] = []
-    for argument in given:
-        word = argument.tokens[0].value
-        if argument.resolved_hint is int and not re.fullmatch(r"[-+]?[\d_]+", word):
-            errors.append(f"{argument.name} {word!r} must be an integer.")  # cyclopts rounds 3.5
-            continue
-        try:
-            value = argument.convert()
-        except CycloptsError as error:
-            errors.append(_describe_error(error))
-            continue
-        if argument.is_var_positional():
-            positional += value
-        elif argument.is_positional_only():
-            positional.append(value)
-        else:
-            values[argument.field_info.name] = value
-    return positional, values, errors
+def _convert(hint: Any, tokens: Any) -> Any:
+    """Convert words as cyclopts does, but refuse 3.5 for an integer, which it would round."""
+    import pydantic  # noqa: F401  # with which cyclopts then checks values by their annotations
 
-
-def _raise_split(app: App, commands: tuple[str, ...], arguments: Iterable[Argument]) -> None:  # noqa: ARG001
-    split = LineSplit()
-    split.arguments = arguments
-    raise split
+    if int in (hint, *get_args(hint)) and any("." in token.value for token in tokens):
+        raise ValueError(f"{tokens[0].value} is not an integer.")
+    return cyclopts.convert(hint, tokens)
 
 
 def _show_default(value: Any) -> str | None:
@@ -277,156 +245,10 @@ def _show_default(value: Any) -> str | None:
 
 _ALL_FLAGS = Parameter(
     consume_multiple=True,
+    converter=_convert,
     json_dict=False,
     json_list=False,
     negative_iterable=(),
     negative_none=(),
     show_default=_show_default,
 )
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """A program of several commands.
-
-    Its help lists the commands in their order, between `description` and `examples` of command
-    lines.
-    """
-
-    program: str
-    listed: Sequence[Command]
-    description: str
-    version: str
-    examples: Sequence[str]
-
-    @cached_property
-    def commands(self) -> dict[str, Command]:
-        return {command.name: command for command in self.listed}
-
-    def parse(self, words: Sequence[str]) -> partial[int | None]:
-        """Read a command line, without the name of the program."""
-        chosen = self.find_command(words)
-        try:
-            return self._parse_with(chosen, words)
-        except (UsageError, CycloptsError) as error:
-            message = _describe_error(error) if isinstance(error, CycloptsError) else str(error)
-            example = (chosen or self).examples[0]
-            raise UsageError(f"{message} For example: {example}") from None
-
-    def find_command(self, words: Sequence[str]) -> Command | None:
-        """Return the command that a command line is for; None for `--help` and the like."""
-        return self.commands.get(words[0]) if words else None
-
-    def _parse_with(self, chosen: Command | None, words: Sequence[str]) -> partial[int | None]:
-        if chosen:
-            words = _prepare(chosen, words)
-        elif not words:
-            raise UsageError(f"Name a command, one of {', '.join(self.commands)}.")
-        elif words[0].startswith("-") and words[0] not in _FLAGS_OF_PROGRAM:
-            raise UsageError(f"Unknown flag {words[0]}.{did_you_mean(words[0], _FLAGS_OF_PROGRAM)}")
-        try:
-            # A console keeps the width that the terminal has when it is made.
-            run, bound, _ = self._make_app(chosen).parse_args(
-                words, console=Console(), exit_on_error=False, print_error=False
-            )
-        except LineSplit as split:
-            assert chosen is not None
-            if split.unused_tokens:
-                unused = " ".join(split.unused_tokens)
-                raise UsageError(f"Unexpected arguments: {unused}.") from None
-            return chosen.bind(split.arguments)
-        return partial(run, *bound.args, **bound.kwargs)  # prints the help
-
-    def _make_app(self, chosen: Command | None) -> App:
-        """Make the parser; of all commands but one nothing but the summary is looked at."""
-        root = App(
-            name=self.program,
-            help=self.description,
-            help_epilogue=_show_examples(self.examples),
-            help_format="plaintext",
-            help_formatter=_HelpFormatter(),
-            help_flags=_FLAGS_OF_PROGRAM[:2],
-            version=self.version,
-            version_flags=_FLAGS_OF_PROGRAM[2:],
-        )
-        root["--help"].group = root["--version"].group = Group("Options", sort_key=99)
-        names = dict.fromkeys(command.group for command in self.commands.values())
-        groups = {name: Group(name, sort_key=number) for number, name in enumerate(names)}
-        for number, command in enumerate(self.commands.values()):
-            app = command.app if command is chosen else App(name=command.name)
-            app.help = command.summary if command is not chosen else None
-            app.help_epilogue = _show_examples(command.examples)
-            app.help_formatter = _HelpFormatter(command)
-            app.group = groups[command.group]
-            app.sort_key = number
-            root.command(app)
-        return root
-
-
-def _prepare(command: Command, words: Sequence[str]) -> list[str]:
-    """Refuse unknown flags, and join a value that begins with a hyphen to its flag.
-
-    It is done before the parser could miss an argument because of a misspelled flag.
-    """
-    names = (name for argument in command.arguments for name in argument.names)
-    known = {*_FLAGS_OF_PROGRAM[:2], *(name for name in names if name.startswith("-"))}
-    prepared: list[str] = []
-    for number, word in enumerate(words):
-        name = word.partition("=")[0].replace("_", "-")
-        if word == "--":
-            return [*prepared, *words[number:]]
-        if word.startswith("-") and " " in name and prepared and prepared[-1] in known:
-            prepared[-1] += f"={word}"
-            continue
-        if name.startswith("--") and " " not in name and name not in known:
-            raise UsageError(f"Unknown flag {name}.{did_you_mean(name, sorted(known))}")
-        prepared.append(word)
-    return prepared
-
-
-def _show_examples(examples: Sequence[str]) -> str:
-    return "\n  ".join(("Examples:" if len(examples) > 1 else "Example:", *examples))
-
-
-class _HelpFormatter:
-    """Prints each group of the help as a title, then names and descriptions in two columns."""
-
-    def __init__(self, command: Command | None = None) -> None:
-        self.command = command
-
-    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        if not panel.entries:
-            return
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for entry in panel.entries:
-            names = [*entry.positive_names, *entry.positive_shorts, entry.metavar]
-            if entry.negative_names:
-                names = [f"--[no-]{name[2:]}" for name in entry.positive_names]
-            label = entry.positional_label or " ".join(filter(None, names))
-            shown = console.render(entry.description or "", options.update(width=100_000))
-            words = "".join(segment.text for segment in shown).split()
-            words += [f"[default: {entry.default}]"] if entry.default is not None else []
-            words += [f"[choices: {', '.join(entry.choices)}]"] if entry.choices else []
-            text = " ".join(words)
-            text = self.command.name_flags(text) if self.command else text
-            table.add_row(Text(f"  {label}", style="cyclopts.name"), Text(text))
-        console.print(Text(f"{panel.title}:", style="bold"))
-        console.print(table)
-        console.print()
-
-    def render_usage(
-        self,
-        console: Console,
-        options: ConsoleOptions,  # noqa: ARG002
-        usage: Any,
-    ) -> None:
-        """Print the line that shows how the command is called."""
-        if usage:
-            shown = str(usage)
-            if self.command:
-                for argument in self.command.arguments:
-                    if argument.is_var_positional():
-                        shown = shown.replace("[ARGS...]", f"[{argument.name.upper()}...]")
-            console.print(Text(f"Usage: {shown}"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from cyclopts import Parameter
 
 from .._extras import TIMM_TOWER, require
 from ..configs.build_config import BuildConfig
@@ -13,7 +15,7 @@ from ..configs.config_fields import Config
 from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..conversion.layouts import LAYOUTS, require_options
-from .command import Changes, Repeated, command
+from .command import Repeated, command
 from .options import list_needs_of_towers, use_device
 
 _LLM2VEC = "llm2vec"
@@ -24,6 +26,22 @@ if TYPE_CHECKING:
     FormatName: TypeAlias = str
 else:
     FormatName = Literal[(*LAYOUTS, _LLM2VEC)]
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class FormatChanges(SourceFormat):
+    """Flags for the fields of a source format; `given` has those that were given."""
+
+    layout: Annotated[str, Parameter(parse=False)] = ""
+    given: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
+
+    def __init__(self, **given: Any) -> None:
+        object.__setattr__(self, "given", given)
+
+
+_FLAGS = Parameter(
+    name="*", group="Source format options", show_default=lambda _: "the source format's"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +79,7 @@ def convert(
     *,
     source_format: FormatName,
     source: SourceConfig,
-    changes: Annotated[
-        dict[str, Any],
-        Changes(config_type=SourceFormat, default="the source format's", without=("layout",)),
-    ],
+    changes: Annotated[FormatChanges, _FLAGS] = FormatChanges(),  # has no state
     config: ConvertConfig,
 ) -> int:
     """Converts a checkpoint of another project to a model folder.
@@ -82,7 +97,7 @@ def convert(
 
     require_new_folder(output)
     if source_format == _LLM2VEC:
-        return _build(checkpoint, output, source, changes, config)
+        return _build(checkpoint, output, source, changes.given, config)
     layout = LAYOUTS[source_format]
     require(*([TIMM_TOWER] if layout.needs_timm else []))
     if source.text_model is None or source.vision_model is not None:
@@ -90,10 +105,11 @@ def convert(
             "A checkpoint is converted with its language model: give --text-model, and no "
             "--vision-model."
         )
-    require_options(layout, changes)
-    if "prompt_prefix" in changes or "prompt_suffix" in changes:
-        changes = {"prompt": None, **changes}
-    chosen = replace(layout.source_format, **changes)
+    given = changes.given
+    require_options(layout, given)
+    if "prompt_prefix" in given or "prompt_suffix" in given:
+        given = {"prompt": None, **given}
+    chosen = replace(layout.source_format, **given)
     config = replace(config, device=str(use_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
     from ..conversion.source_checkpoint import CheckpointSource, LLMSource

@@ -64,12 +64,9 @@ def embed(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
-    from ..embedding.embedding_manifest import EmbeddingManifest
-
     refuse_foreign_options(config, modality)
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
-    EmbeddingManifest.require_folder(output)
     needs = [RAY] if engine == "ray" else []
     if config.backend == "onnx":
         require(*needs, ONNX_RUNTIME)
@@ -83,25 +80,14 @@ def embed(
     use_device(config.device)
     from accelerate import PartialState
 
-    from ..embedding.embed import describe_embeddings
-    from ..embedding.embed import embed as run
-    from ..embedding.shard_computation import parse_partition
-    from ..model_folders.model_folder import find_model_folder
+    from ..embedding.embed import describe_embeddings, plan_embed, run_embed
+    from ..embedding.embedding_manifest import EmbeddingManifest
 
-    parse_partition(partition)
-    find_model_folder(model)  # reading the data may take long
+    plan = plan_embed(model, output, config, modality=modality, partition=partition, engine=engine)
     # A run that continues has checked the images, and one that skips checks each as it comes.
     is_checked = config.skip_invalid or EmbeddingManifest.is_begun(output)
-    run(
-        model,
-        _read_records(data, reading, config, modality, is_checked=is_checked),
-        output,
-        config,
-        modality=modality,
-        partition=partition,
-        engine=engine,
-        report=report,
-    )
+    records = _read_records(data, reading, config, modality, is_checked=is_checked)
+    run_embed(plan, records, report=report)
     if PartialState().is_main_process:
         print("\n".join(describe_embeddings(output)))
     PartialState().destroy_process_group()

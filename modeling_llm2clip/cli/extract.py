@@ -63,10 +63,7 @@ def extract(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
-    from ..data.store.store_manifest import StoreManifest
-
     refuse_foreign_options(config, modality)
-    StoreManifest.require_folder(output)
     needs = [RAY] if engine == "ray" else []
     require_model(model, *needs, extra="train", or_teacher=modality == "text")
     require_data(data, reading)
@@ -74,24 +71,21 @@ def extract(
     use_device(config.device)
     from accelerate import PartialState
 
-    from ..embedding.extract import describe_extraction
-    from ..embedding.extract import extract as run
-    from ..embedding.shard_computation import parse_partition
-    from ..model_folders.model_folder import find_model_folder
+    from ..data.store.store_manifest import StoreManifest
+    from ..embedding.extract import describe_extraction, plan_extract, run_extract
 
-    parse_partition(partition)
-    find_model_folder(model)  # reading the data may take long
+    plan = plan_extract(
+        model, output, config,
+        modality=modality, partition=partition, engine=engine, storage=storage,
+    )  # fmt: skip
     records = read_captioned_images(
         data, reading, require_images=modality == "image", show_progress=config.show_progress
     )
-    run(
-        model, records, output, config,
-        modality=modality, partition=partition, engine=engine, storage=storage,
-    )  # fmt: skip
+    run_extract(plan, records)
     state = PartialState()
     if state.is_main_process:
         print("\n".join(describe_extraction(output, storage=storage)))
-        if parse_partition(partition)[1] == 1:
+        if plan.num_parts == 1:
             content = StoreManifest.read(output).content
             print(f"Align a model on it: {suggest_align(model, data, output, content)}")
     state.destroy_process_group()

@@ -77,9 +77,9 @@ class ExtractConfig(EncodingConfig):
 
     store_dtype: WeightDtype = "float16"
     """Dtype of the stored embeddings; values that it cannot hold are refused, never clipped."""
-    max_shard_size: ShardSize = "512MB"
-    """Maximum size of a file of the store, such as 512MB or 1GiB, and at most 65,536 embeddings. An
-    interrupted run continues within a file of any size."""
+    max_shard_size: ShardSize = "64MB"
+    """Maximum size of a file of the store, such as 64MB or 1GiB, and at most 65,536 embeddings. An
+    interrupted run computes a file that was begun again."""
     token_budget: Annotated[int, Interval(ge=1)] | None = None
     """Maximum number of tokens per batch of captions, padding included. Default: by device."""
     sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
@@ -102,8 +102,7 @@ class EmbedConfig(EncodingConfig, BackendConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
     An interrupted output continues only with the same options, except for `device`, `num_workers`,
-    `skip_invalid` and `show_progress`. If images were left out, the image limits must stay the
-    same too.
+    `skip_invalid` and `show_progress`, and with the same image limits.
     """
 
     dtype: EmbeddingDtype = "float32"

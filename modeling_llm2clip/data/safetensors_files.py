@@ -18,6 +18,12 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file."""
+    with _open(file) as opened:
+        return opened.metadata() or {}
+
+
 def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Serialize tensors so that the same content gives the same bytes in every process.
 

@@ -6,22 +6,24 @@ ready to be compared.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_json
+from ..data.atomic_files import hash_json, list_differences
 from ..data.records.data_hashes import hash_columns, hash_images, hash_texts
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
+from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.fingerprint import describe_prompt, fingerprint_embeddings
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_writing import Source, StageSource, open_source
@@ -36,21 +38,19 @@ from .parquet_writer import (
     TextRows,
     count_values,
     measure_ranges,
-    require_same_limits,
     truncate_embeddings,
 )
 from .shard_computation import (
+    EncodingPlan,
     Engine,
-    Prepare,
+    ShardWork,
     compute_partition,
-    make_shard_worker,
     open_stops,
-    parse_partition,
+    plan_encoding,
 )
 from .shard_encoding import ShardEncoder, load_shard_encoder
-from .sharded_writer import Array, begin_or_continue
+from .sharded_writer import begin_output, read_begun
 
-_SHOWN = 5
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
 
 
@@ -107,39 +107,65 @@ def embed(
         >>> config = EmbedConfig(dtype="float16", columns=("image_file",))
         >>> folder = embed("my-model", records, "embeddings", config, modality="image")
     """
-    parse_partition(partition)
-    config, output = config or EmbedConfig(), Path(output)
-    EmbeddingManifest.require_folder(output)
+    plan = plan_embed(
+        source, output, config or EmbedConfig(),
+        modality=modality, partition=partition, engine=engine,
+    )  # fmt: skip
+    return run_embed(plan, data, report=report)
+
+
+def plan_embed(
+    source: Source,
+    output: str | Path,
+    config: EmbedConfig,
+    *,
+    modality: Modality,
+    partition: str | None,
+    engine: Engine,
+) -> EncodingPlan[EmbedConfig]:
+    """Check everything but the data."""
+    if modality == "image" and "text" in config.columns:
+        raise ValueError("columns: text is for modality text alone. Give captions.")
+    return plan_encoding(
+        EmbeddingManifest, source, output, config,
+        modality=modality, partition=partition, engine=engine,
+    )  # fmt: skip
+
+
+def run_embed(
+    plan: EncodingPlan[EmbedConfig],
+    data: Sequence[CaptionedImage],
+    *,
+    report: Callable[[str], object] | None = None,
+) -> Path:
+    """Write a planned output; returns its folder."""
+    config, output, modality = plan.config, plan.output, plan.modality
     records = RecordTable.from_records(data)
-    rows = _open_rows(records, config, modality)
+    rows = (
+        TextRows(records, config.columns, rows_per_shard=config.rows_per_shard)
+        if modality == "text"
+        else ImageRows(records, config.columns)
+    )
     device = choose_device(config.device)
-    with open_stops(engine) as stop, open_source(source, output) as found:
-        model_config = LLM2CLIPConfig.from_pretrained(found.folder)
-        require_trained(model_config, purpose="embed", source=found.name)
-        encoder = load_shard_encoder(found.folder, modality, config, device)
-        planned = _plan_output(found, modality, records, len(rows), encoder, config)
+    with open_stops(plan.engine) as stop, open_source(plan.source, output) as model:
+        model_config = LLM2CLIPConfig.from_pretrained(model.folder)
+        require_trained(model_config, purpose="embed", source=model.name)
+        encoder = load_shard_encoder(model.folder, modality, config, device)
+        planned = _plan_output(model, modality, records, len(rows), encoder, config)
         with PartialState().main_process_first():
-            begin = partial(_add_ranges, planned, encoder, rows, config)
-            begun = begin_or_continue(output, planned, begin)
-            if modality == "image":
-                require_same_limits(output, skip_invalid=config.skip_invalid)
-        writer = ParquetWriter(
-            output, begun, rows, model_dim=encoder.dim, skip_invalid=config.skip_invalid
-        )
-        make_worker = partial(_make_worker, found.folder, writer, config)
+            if not planned.is_begun(output):
+                begin_output(output, _add_ranges(planned, encoder, rows, config))
+            begun = read_begun(output, planned)
+        writer = ParquetWriter(output, begun, rows, skip_invalid=config.skip_invalid)
         compute_partition(
-            writer,
-            partial(_prepare_rows, rows, encoder),
-            config,
-            name=f"embed {modality}",
-            unit=" texts" if modality == "text" else " images",
-            partition=partition,
+            plan,
+            ShardWork(writer, encoder, rows),
+            partial(_open_work, model.folder, writer, config) if plan.engine == "ray" else None,
             stop=stop,
-            make_worker=make_worker if engine == "ray" else None,
-            finish=writer.finish,
+            finish=True,
         )
         if modality == "image":
-            _report_far(encoder, found.folder, report or _warn)
+            _report_far(encoder, model.folder, report or _warn)
     return output
 
 
@@ -151,19 +177,6 @@ def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], obj
     far = describe_far_images(folder, tally)
     if far and PartialState().is_main_process:
         report(far)
-
-
-def _open_rows(
-    records: RecordTable, config: EmbedConfig, modality: Modality
-) -> TextRows | ImageRows:
-    """List what an output has a row for."""
-    if modality == "text":
-        return TextRows(records, config.columns, rows_per_shard=config.rows_per_shard)
-    if modality != "image":
-        raise ValueError(f"modality={modality!r} must be text or image.")
-    if "text" in config.columns:
-        raise ValueError("columns: text is for modality text alone. Give captions.")
-    return ImageRows(records, config.columns)
 
 
 def _plan_output(
@@ -185,13 +198,14 @@ def _plan_output(
     plan = {**encoder.plan, "data": hash_texts(records)}
     if modality == "image":
         plan["images"] = hash_images(records)
+        plan["image limits"] = json.dumps(asdict(get_image_limits()), sort_keys=True)
     if others := sorted(set(config.columns) - _OF_TEXTS):
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
         plan["int8_ranges"] = (
             f"of a sample of {config.calibration_size}"
             if config.int8_ranges is None
-            else hash_json(_read_ranges(config.int8_ranges).tolist())
+            else hash_json(_read_ranges(config.int8_ranges))
         )
     if config.backend == "onnx":
         fingerprint = fingerprint_graph(model.folder, modality, config.text_weights)
@@ -211,15 +225,11 @@ def _plan_output(
     )
 
 
-def _make_worker(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> Callable[[int], None]:
-    """Load the tower that is needed, for files that something else hands out."""
-    modality = writer.manifest.modality
-    encoder = load_shard_encoder(folder, modality, config, choose_device(config.device))
-    return make_shard_worker(writer, _prepare_rows(writer.rows, encoder))
-
-
-def _prepare_rows(rows: TextRows | ImageRows, encoder: ShardEncoder) -> Prepare:
-    return lambda of_shard: encoder.prepare(rows.read_inputs(of_shard))
+def _open_work(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> ShardWork:
+    """Load the tower that is needed in an actor of Ray."""
+    device = choose_device(config.device)
+    encoder = load_shard_encoder(folder, writer.manifest.modality, config, device)
+    return ShardWork(writer, encoder, writer.rows)
 
 
 def describe_embeddings(output: Path) -> list[str]:
@@ -239,7 +249,7 @@ def describe_embeddings(output: Path) -> list[str]:
         f"{manifest.dtype}, {counted(len(shards), 'file')}."
     ]
     if skipped := [name for shard in shards for name in shard.skipped]:
-        names = ", ".join(skipped[:_SHOWN]) + (", …" if len(skipped) > _SHOWN else "")
+        names = list_first(skipped)
         lines.append(f"Skipped {counted(len(skipped), 'undecodable image')}: {names}.")
     if truncated := sum(shard.num_truncated for shard in shards):
         lines.append(f"Truncated {counted(truncated, 'text')} to the tokens that the model reads.")
@@ -265,19 +275,27 @@ def _add_ranges(
                 "No image of the sample can be decoded. Repair them, or give a larger "
                 "calibration_size."
             )
-        ranges = measure_ranges(truncate_embeddings(sample, planned.dim))
-    else:
-        ranges = _read_ranges(config.int8_ranges)
-        if ranges.shape[1] != planned.dim:
-            raise ValueError(
-                f"int8_ranges={config.int8_ranges} has ranges of {ranges.shape[1]} dimensions, and "
-                f"{planned.dim} are wanted. Give another output, or the same truncate_dim."
-            )
-    return replace(planned, ranges=tuple(map(tuple, ranges.tolist())))
+        measured = measure_ranges(truncate_embeddings(sample, planned.dim))
+        return replace(planned, ranges=tuple(map(tuple, measured.tolist())))
+    ranges = _read_ranges(config.int8_ranges)
+    if differences := list_differences(
+        _list_causes_of_ranges(EmbeddingManifest.read(config.int8_ranges)),
+        _list_causes_of_ranges(planned),
+    ):
+        raise ValueError(
+            f"int8_ranges={config.int8_ranges} has ranges of other embeddings: "
+            f"{'; '.join(differences)}. Give an output of the same model, modality and "
+            "truncate_dim."
+        )
+    return replace(planned, ranges=ranges)
 
 
-def _read_ranges(folder: Path) -> Array:
-    ranges = EmbeddingManifest.read(folder).read_ranges()
+def _list_causes_of_ranges(manifest: EmbeddingManifest) -> dict[str, object]:
+    return {**manifest.fingerprint, "modality": manifest.modality, "dimensions": manifest.dim}
+
+
+def _read_ranges(folder: Path) -> tuple[tuple[float, ...], ...]:
+    ranges = EmbeddingManifest.read(folder).ranges
     if ranges is None:
         raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
     return ranges

@@ -13,34 +13,9 @@ import numpy as np
 
 from ..configs.encoding_config import EmbeddingDtype
 from ..data.records.records import Modality
-from ..data.store.store_manifest import ShardedManifest
+from ..data.store.store_manifest import ShardedManifest, ShardRecord
 
 METADATA_KEY = b"llm2clip"
-
-
-@dataclass(frozen=True)
-class EmbeddedShard:
-    """One complete file.
-
-    Attributes:
-        file: Its name in the folder.
-        shard: Its number, from 0.
-        rows: How many rows it has.
-        bytes: Its size.
-        sha256: Its hash.
-        num_truncated: Texts that were longer than the model reads.
-        num_clipped: Values outside the int8 ranges.
-        skipped: Ids of images that could not be decoded.
-    """
-
-    file: str
-    shard: int
-    rows: int
-    bytes: int
-    sha256: str
-    num_truncated: int = 0
-    num_clipped: int = 0
-    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,13 +37,12 @@ class EmbeddingManifest(ShardedManifest):
     """
 
     FILE = "_manifest.json"
-    VERSION = 1
+    VERSION = 2
     CONTENT = "embeddings"
-    OTHER = "other embeddings"
     COMMAND = "embed"
-    RECORD = EmbeddedShard
     SHARD_NAME = "embeddings-{:05d}-of-{:05d}.parquet"
     RECORD_NAME = "_complete-{:05d}.json"
+    RECORD_GLOB = "_complete-*.json"
 
     modality: Modality
     model: str
@@ -82,7 +56,7 @@ class EmbeddingManifest(ShardedManifest):
     plan: dict[str, str]
     ranges: tuple[tuple[float, ...], ...] | None = None
     complete: bool = False
-    shards: tuple[EmbeddedShard, ...] = ()
+    shards: tuple[ShardRecord, ...] = ()
     format_version: int = VERSION
 
     def read_ranges(self) -> np.ndarray[Any, Any] | None:

@@ -9,9 +9,11 @@ that was never interrupted, on the same kind of machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -20,6 +22,7 @@ from accelerate import PartialState
 
 from .._suggestions import counted
 from ..configs.encoding_config import ExtractConfig
+from ..data.atomic_files import temporary_folder
 from ..data.captions.caption_columns import (
     FirstOccurrences,
     flatten_captions,
@@ -34,6 +37,7 @@ from ..data.captions.sentence_views import (
     require_views,
 )
 from ..data.images.image_sources import ImageSource
+from ..data.key_arrays import Array
 from ..data.records.data_hashes import hash_images, hash_texts
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.records import CaptionedImage, Modality
@@ -61,20 +65,14 @@ from ..model_folders.model_folder import find_model_folder, require_own_model
 from ..model_folders.model_writing import Source, open_source
 from ..processing_llm2clip import check_texts
 from ..scheduling.processes import choose_device
-from .embedding_store_writer import (
-    EmbeddingStoreWriter,
-    SharedStoreWriter,
-    SharedWork,
-    StoreItems,
-)
+from .embedding_store_writer import EmbeddingStoreWriter, SharedStoreWriter, StoreItems
 from .shard_computation import (
+    EncodingPlan,
     Engine,
-    Prepare,
-    PreparedShard,
+    ShardWork,
     compute_partition,
-    make_shard_worker,
     open_stops,
-    parse_partition,
+    plan_encoding,
 )
 from .shard_encoding import ShardEncoder, is_teaching, load_shard_encoder
 
@@ -131,57 +129,117 @@ def extract(
         >>> records = load_records("my-images")
         >>> store = extract("my-model", records, "images", modality="image")
     """
-    if modality not in ("text", "image"):
-        raise ValueError(f"modality={modality!r} must be text or image.")
-    is_whole = parse_partition(partition) == (1, 1)
-    config, output = config or ExtractConfig(), Path(output)
-    StoreManifest.require_folder(output)
+    config = config or ExtractConfig()
+    plan = plan_extract(
+        source, output, config,
+        modality=modality, partition=partition, engine=engine, storage=storage,
+    )  # fmt: skip
+    return run_extract(plan, data)
+
+
+def plan_extract(
+    source: Source,
+    output: str | Path,
+    config: ExtractConfig,
+    *,
+    modality: Modality,
+    partition: str | None,
+    engine: Engine,
+    storage: str | None,
+) -> EncodingPlan[ExtractConfig]:
+    """Check everything but the data."""
+    if storage is not None:
+        ObjectStorage(storage)  # refuses other URLs
+    return plan_encoding(
+        StoreManifest, source, output, config,
+        modality=modality, partition=partition, engine=engine, storage=storage,
+    )  # fmt: skip
+
+
+def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage]) -> Path:
+    """Compute a planned store; returns its folder."""
+    config, modality = plan.config, plan.modality
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
-    with open_stops(engine) as stop, open_source(source, output) as found:
+    with open_stops(plan.engine) as stop, open_source(plan.source, plan.output) as model:
         _require_inputs(table, modality, config)
-        require_own_model(found.folder, or_teacher=modality == "text")
-        encoder = load_shard_encoder(found.folder, modality, config, device)
-        planned = plan_store(found.folder, table, encoder, config, modality)
-        list_items = partial(LIST_ITEMS[modality], table)
-        if num_views := read_num_views(planned.plan):
-            list_items = partial(list_caption_items, table, num_views=num_views)
+        require_own_model(model.folder, or_teacher=modality == "text")
+        encoder = load_shard_encoder(model.folder, modality, config, device)
+        planned = plan_store(model.folder, table, encoder, config, modality)
         with PartialState().main_process_first():
-            if storage is None:
-                writer = EmbeddingStoreWriter.open(output, planned, list_items)
-            else:
-                writer = SharedStoreWriter.begin(
-                    output, ObjectStorage(storage), planned, list_items
-                )
-        make_worker = None
-        if engine == "ray":
-            model = found.name if storage and isinstance(source, str | Path) else found.folder
-            work = SharedWork.describe(writer, table)
-            make_worker = partial(_make_worker, model, work, config, modality)
+            writer = _open_writer(plan, planned, table)
+        open_work = None
+        if plan.engine == "ray":
+            is_found_anywhere = plan.storage is not None and isinstance(plan.source, str | Path)
+            name = model.name if is_found_anywhere else model.folder
+            open_work = _RayWork.describe(name, config, modality, writer, table)
         compute_partition(
-            writer,
-            partial(open_shards, writer, table, encoder),
-            config,
-            name=f"extract {modality}",
-            unit=" captions" if modality == "text" else " images",
-            partition=partition,
+            plan,
+            ShardWork(writer, encoder, StoreInputs(writer, table)),
+            open_work,
             stop=stop,
-            make_worker=make_worker,
-            finish=writer.finish if is_whole else None,
+            finish=plan.num_parts == 1 or writer.manifest.complete,
         )
-    if is_whole:
-        EmbeddingStore.open(output)  # a store of an earlier run may have lost files since
-    return output
+    if plan.num_parts == 1:
+        EmbeddingStore.open(plan.output)
+    return plan.output
 
 
-def _make_worker(
-    model: str | Path, work: SharedWork, config: ExtractConfig, modality: Modality
-) -> Callable[[int], None]:
-    """Load the tower that is needed, for shards that something else hands out."""
-    writer, table = work.open()
-    device = choose_device(config.device)
-    encoder = load_shard_encoder(find_model_folder(model), modality, config, device)
-    return make_shard_worker(writer, open_shards(writer, table, encoder))
+def _open_writer(
+    plan: EncodingPlan[ExtractConfig], planned: StoreManifest, table: RecordTable
+) -> EmbeddingStoreWriter:
+    items = partial(list_items, table, planned)
+    if plan.storage is None:
+        return EmbeddingStoreWriter.open(plan.output, planned, items)
+    return SharedStoreWriter.begin(plan.output, ObjectStorage(plan.storage), planned, items)
+
+
+@dataclass(frozen=True)
+class _RayWork:
+    """Opens the work in an actor of Ray, from what its machine can read.
+
+    With a storage, the actor has a folder of its own, and finds a mapped table in the storage.
+    """
+
+    model: str | Path
+    config: ExtractConfig
+    modality: Modality
+    writer: EmbeddingStoreWriter
+    table: RecordTable | str
+    rows: Array | None
+
+    @classmethod
+    def describe(
+        cls,
+        model: str | Path,
+        config: ExtractConfig,
+        modality: Modality,
+        writer: EmbeddingStoreWriter,
+        table: RecordTable,
+    ) -> _RayWork:
+        """Put a mapped table into the storage, if there is one."""
+        if table.file is None or not isinstance(writer, SharedStoreWriter):
+            return cls(model, config, modality, writer, table, None)
+        writer.storage.push(table.file)
+        return cls(model, config, modality, writer, table.file.name, table.rows)
+
+    def __call__(self) -> ShardWork:
+        device = choose_device(self.config.device)
+        folder = find_model_folder(self.model)
+        encoder = load_shard_encoder(folder, self.modality, self.config, device)
+        writer, table = self.join()
+        return ShardWork(writer, encoder, StoreInputs(writer, table))
+
+    def join(self) -> tuple[EmbeddingStoreWriter, RecordTable]:
+        """Open the store and the records on this machine."""
+        writer, table = self.writer, self.table
+        if isinstance(writer, SharedStoreWriter):
+            writer = SharedStoreWriter.join(temporary_folder() / uuid4().hex, writer.storage)
+            if isinstance(table, str):
+                table = RecordTable.open(writer.storage.pull(table, writer.folder))
+                table = table if self.rows is None else table.select(self.rows)
+        assert isinstance(table, RecordTable)
+        return writer, table
 
 
 def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
@@ -206,7 +264,7 @@ def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
         writer = EmbeddingStoreWriter(folder, StoreManifest.read(folder))
     else:
         writer = SharedStoreWriter.join(folder, ObjectStorage(storage))
-    writer.finish()
+    writer.require_complete()
     EmbeddingStore.open(folder)
     return folder
 
@@ -214,11 +272,12 @@ def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
 def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]:
     """Describe a store in lines for a terminal; `storage` is the object storage of its shards."""
     manifest = StoreManifest.read(store)
-    if not manifest.complete:
-        writer = EmbeddingStoreWriter(store, manifest)
-        if storage is not None:
-            writer = SharedStoreWriter(store, manifest, ObjectStorage(storage))
-        done = manifest.num_shards - len(writer.list_missing())
+    writer = EmbeddingStoreWriter(store, manifest)
+    if storage is not None and not manifest.complete:
+        writer = SharedStoreWriter(store, manifest, ObjectStorage(storage))
+    missing = writer.list_missing()
+    if missing or not manifest.complete:
+        done = manifest.num_shards - len(missing)
         where = "" if storage is None else f" --storage {storage}"
         return [
             f"{done} of {manifest.num_shards} shards are complete.",
@@ -234,25 +293,32 @@ def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]
     ]
 
 
-def open_shards(
-    writer: EmbeddingStoreWriter, records: RecordTable, encoder: ShardEncoder
-) -> Prepare:
-    """Return what prepares the shards of a store that is begun."""
-    manifest = writer.manifest
-    occurrences = FirstOccurrences(StoreIndex(writer.folder, manifest), manifest.rows_per_shard)
-    num_views = read_num_views(manifest.plan)
+class StoreInputs:
+    """Captions or images of the rows of a store that is begun."""
 
-    def prepare(rows: range) -> PreparedShard:
+    def __init__(self, writer: EmbeddingStoreWriter, records: RecordTable) -> None:
+        self._writer = writer
+        self._records = records
+
+    @cached_property
+    def _occurrences(self) -> FirstOccurrences:
+        manifest = self._writer.manifest
+        index = StoreIndex(self._writer.folder, manifest)
+        return FirstOccurrences(index, manifest.rows_per_shard)
+
+    def read_inputs(self, rows: range) -> list[str] | list[ImageSource | None]:
+        """Read the captions of some rows, or the addresses of their images."""
+        manifest, records = self._writer.manifest, self._records
         if manifest.content != VISION_EMBEDS:
-            texts = iterate_first_captions(records, occurrences, rows, num_views=num_views)
-            return encoder.prepare(list(texts))
+            num_views = read_num_views(manifest.plan)
+            return list(
+                iterate_first_captions(records, self._occurrences, rows, num_views=num_views)
+            )
         images: list[ImageSource | None] = []
-        for first, items, _ in occurrences.find(rows):
+        for first, items, _ in self._occurrences.find(rows):
             # Records in several languages share the row of theirs.
             images += records.select(first + items).iterate_images()
-        return encoder.prepare(images)
-
-    return prepare
+        return images
 
 
 def _require_inputs(records: RecordTable, modality: Modality, config: ExtractConfig) -> None:
@@ -293,6 +359,13 @@ def plan_store(
     )
 
 
+def list_items(records: RecordTable, planned: StoreManifest, scratch: Path) -> StoreItems:
+    """Number the distinct inputs of a planned store; `scratch` is an empty folder."""
+    if planned.content == VISION_EMBEDS:
+        return list_image_items(records)
+    return list_caption_items(records, scratch, num_views=read_num_views(planned.plan))
+
+
 def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 0) -> StoreItems:
     """Number the distinct captions of a dataset and their views; `scratch` is an empty folder."""
     num_captions = sum(
@@ -310,41 +383,38 @@ def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 
     if suspicious:
         check_texts(suspicious)
     numbers.number()
-
-    def make_batches() -> Iterator[pa.RecordBatch]:
-        batches = records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS))
-        for batch, rows in zip(batches, numbers, strict=True):
-            flat = flatten_captions(add_views(batch.select(list(CAPTION_COLUMNS)), num_views))
-            yield make_batch(batch, flat.num_short, flat.ends, rows)
-
     counts = {"captions": num_captions, "distinct": numbers.num_distinct}
     if num_views:
         counts["sentence views"] = numbers.num_texts - num_captions
         counts["single-sentence long captions"] = count_undivided(records)
-    return StoreItems(numbers.num_distinct, len(records), counts, make_batches())
+    batches = _iterate_caption_items(records, numbers, num_views)
+    return StoreItems(numbers.num_distinct, len(records), counts, batches)
 
 
-def list_image_items(records: RecordTable, _scratch: Path) -> StoreItems:
+def _iterate_caption_items(
+    records: RecordTable, numbers: TextNumbers, num_views: int
+) -> Iterator[pa.RecordBatch]:
+    batches = records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS))
+    for batch, rows in zip(batches, numbers, strict=True):
+        flat = flatten_captions(add_views(batch.select(list(CAPTION_COLUMNS)), num_views))
+        yield make_batch(batch, flat.num_short, flat.ends, rows)
+
+
+def list_image_items(records: RecordTable) -> StoreItems:
     """Number the images of a dataset, by the first records of their names."""
     firsts = records.find_first_rows("name_key")
     is_first = firsts == np.arange(len(records))
     again = np.flatnonzero(~is_first)
     refuse_ambiguous_names(find_ambiguous_names(records, again, firsts[again]))
     numbers = (np.cumsum(is_first, dtype=firsts.dtype) - 1)[firsts]
-
-    def make_batches() -> Iterator[pa.RecordBatch]:
-        start = 0
-        for batch in records.iterate_columns(_ITEM_COLUMNS):
-            rows = numbers[start : start + len(batch)]
-            start += len(rows)
-            yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)
-
     num_distinct = int(is_first.sum())
     counts = {"images": len(records), "distinct": num_distinct}
-    return StoreItems(num_distinct, len(records), counts, make_batches())
+    return StoreItems(num_distinct, len(records), counts, _iterate_image_items(records, numbers))
 
 
-LIST_ITEMS: dict[str, Callable[[RecordTable, Path], StoreItems]] = {
-    "text": list_caption_items,
-    "image": list_image_items,
-}
+def _iterate_image_items(records: RecordTable, numbers: Array) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for batch in records.iterate_columns(_ITEM_COLUMNS):
+        rows = numbers[start : start + len(batch)]
+        start += len(rows)
+        yield make_batch(batch, np.ones(len(rows), np.int32), np.arange(len(rows) + 1), rows)

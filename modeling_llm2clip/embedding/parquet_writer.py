@@ -6,41 +6,38 @@ left out where the dataset has one alone. An image is identified by its name.
 int8 and the two binary dtypes are those of sentence-transformers' `quantize_embeddings`, number for
 number. N embeddings, P dimensions of the model, D of what is stored.
 
-The rows of a file are collected in `_unfinished/`. The names of `_manifest.json` and of the records
-beside it begin with an underscore, so that readers of a folder of Parquet pass over them.
+The names of `_manifest.json` and of the records beside it begin with an underscore, so that readers
+of a folder of Parquet pass over them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import EmbeddingColumn, EmbeddingDtype
-from ..data.atomic_files import hash_file, list_differences, write_atomically
+from ..data.atomic_files import hash_file
 from ..data.captions.caption_columns import flatten_captions
 from ..data.images.image_sources import ImageSource
-from ..data.key_arrays import count_distinct
+from ..data.key_arrays import Array, count_distinct
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.shared_images import require_images, select_one_per_image
-from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
-from ..image_loading_llm2clip import ImageLimits, get_image_limits
-from .embedding_manifest import EmbeddedShard, EmbeddingManifest
-from .sharded_writer import Array, ShardedWriter, ShardWriter, publish_first
+from ..data.store.store_manifest import ShardRecord
+from .embedding_manifest import EmbeddingManifest
+from .sharded_writer import ShardedWriter
 
-_UNFINISHED = "_unfinished"
-_LIMITS = "_image_limits.json"
 _SEPARATOR = "#"
-_SHOWN = 5
 # Type of the values of a stored embedding.
 VALUE_TYPES: dict[EmbeddingDtype, type[np.generic]] = {
     "float32": np.float32,
@@ -227,14 +224,12 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
 
     Args:
         folder: Folder of the output.
-        manifest: What it will hold.
-        rows: What it has a row for.
-        model_dim: Dimensions of the model's embeddings.
+        manifest: Content of the complete output.
+        rows: Ids and columns of its rows.
         skip_invalid: Whether images that cannot be decoded are left out.
     """
 
-    LEFTOVERS = ("_complete-*.json", "*.tmp", _UNFINISHED)
-    REPAIRS = True
+    stored_dtype = torch.float32
 
     def __init__(
         self,
@@ -242,57 +237,31 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         manifest: EmbeddingManifest,
         rows: TextRows | ImageRows,
         *,
-        model_dim: int,
         skip_invalid: bool,
     ) -> None:
         super().__init__(folder, manifest)
         self.rows = rows
-        self._model_dim = model_dim
         self._skip_invalid = skip_invalid
 
-    @property
-    def collected(self) -> tuple[Path, StoreManifest]:
-        """The model's embeddings are collected in float32."""
-        shape = StoreManifest(
-            content=self.manifest.modality,
-            fingerprint={},
-            dtype="float32",
-            dim=self._model_dim,
-            num_rows=self.manifest.num_rows,
-            rows_per_shard=self.manifest.rows_per_shard,
-            plan={},
-        )
-        return self.folder / _UNFINISHED, shape
-
-    def write_file(self, shard: int, written: ShardWriter, num_truncated: int) -> EmbeddedShard:
-        """Write a file; rows of zeros are images that could not be decoded."""
-        embeds = np.array(written.map_rows())
+    def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
+        """Return a file; rows of zeros are images that could not be decoded."""
         table = self.rows.read(self.manifest.rows_of_shard(shard))
-        is_valid = embeds.any(axis=1)
+        is_valid = embeds.numpy().any(axis=1)
         skipped = table.column("id").filter(pa.array(~is_valid)).to_pylist()
         if skipped and not self._skip_invalid:
             raise ValueError(
-                f"{counted(len(skipped), 'image')} cannot be decoded, such as {skipped[:_SHOWN]}. "
+                f"{counted(len(skipped), 'image')} cannot be decoded: {list_first(skipped)}. "
                 "Repair or remove what is named, or skip it (--skip-invalid)."
             )
-        kept = truncate_embeddings(embeds[is_valid], self.manifest.dim)
+        kept = truncate_embeddings(embeds.numpy()[is_valid], self.manifest.dim)
         ranges = self.manifest.read_ranges()
         values, num_clipped = convert_embeddings(kept, self.manifest.dtype, ranges=ranges)
         content = self._encode(table.filter(pa.array(is_valid)), values)
-        file = self.folder / self.manifest.name_shard(shard)
-        write_atomically(file, content)
-        return EmbeddedShard(
-            file=file.name,
-            shard=shard,
-            rows=len(values),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            num_truncated=num_truncated,
-            num_clipped=num_clipped,
-            skipped=tuple(skipped),
-        )
+        return content, {
+            "rows": len(values), "num_clipped": num_clipped, "skipped": tuple(skipped)
+        }  # fmt: skip
 
-    def check_file(self, record: EmbeddedShard) -> None:
+    def check_file(self, record: ShardRecord) -> None:
         """Raise ValueError if a file is damaged."""
         if (digest := hash_file(self.folder / record.file)) != record.sha256:
             raise ValueError(f"{record.file}: SHA-256 is {digest}, its record says {record.sha256}")
@@ -315,34 +284,6 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
             write_page_checksum=True,
         )
         return sink.getvalue()
-
-
-def require_same_limits(folder: Path, *, skip_invalid: bool) -> None:
-    """Refuse limits of images by which a run would leave out others than those before it.
-
-    As long as no run leaves any out, every image that was encoded was within the limits, and these
-    may be raised.
-    """
-    file, own = folder / _LIMITS, get_image_limits()
-    stated = write_sealed({"limits": asdict(own), "skips": skip_invalid}).encode()
-    publish_first(file, stated)
-    found = read_sealed(file.read_text(encoding="utf-8"))
-    limits = ImageLimits(**found["limits"])
-    if limits != own and (found["skips"] or (skip_invalid and not _are_within(limits, own))):
-        differences = list_differences(asdict(limits), asdict(own))
-        raise ValueError(
-            f"{folder} holds embeddings of images within other limits: "
-            f"{'; '.join(differences)}. Other images would be left out. Give the limits that it "
-            "was begun with, or name a new folder."
-        )
-    if _are_within(limits, own) and (limits != own or skip_invalid > found["skips"]):
-        write_atomically(file, stated)
-
-
-def _are_within(limits: ImageLimits, others: ImageLimits) -> bool:
-    first, second = asdict(limits), asdict(others)
-    formats = set(first.pop("formats")) <= set(second.pop("formats"))
-    return formats and all(first[name] <= second[name] for name in first)
 
 
 def count_values(dim: int, dtype: EmbeddingDtype) -> int:

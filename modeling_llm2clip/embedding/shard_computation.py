@@ -5,67 +5,152 @@ in turn; partitions, which any scheduler may start on any machine, do the same b
 shard that another process writes is refused.
 
 The actors of a Ray cluster load the tower once each. Ray Data hands them the numbers of the shards,
-and starts a lost actor again, whose shard continues after its last batch. The embeddings go to the
-output's folder, which all machines see, or to object storage, and not through Ray: so the bytes are
-those of one process, in whatever order the shards are computed.
+and starts a lost actor again. The embeddings go to the output's folder, which all machines see, or
+to object storage, and not through Ray: so the bytes are those of one process, in whatever order the
+shards are computed.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 
 from .._extras import RAY, require
-from ..configs.encoding_config import EncodingConfig
+from ..configs.encoding_config import EmbedConfig, ExtractConfig
+from ..data.records.records import Modality
 from ..data.remote.file_places import list_described, use_described
 from ..data.remote.remote_files import RemoteFile
+from ..data.store.store_manifest import ShardedManifest
 from ..encoding.devices import find_device
 from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
+from ..model_folders.model_folder import find_model_folder
+from ..model_folders.model_writing import Source
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
-from .sharded_writer import Array, ShardedWriter
+from .shard_encoding import PreparedShard, ShardEncoder
+from .sharded_writer import ShardedWriter
 
 Engine: TypeAlias = Literal["local", "ray"]
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
 
 
+_Config = TypeVar("_Config", EmbedConfig, ExtractConfig)
+
+
 @dataclass(frozen=True)
-class PreparedShard:
-    """A shard whose inputs are read, and which may be encoded.
+class EncodingPlan(Generic[_Config]):
+    """A run of `extract` or `embed` whose options were checked, before its data are read.
 
     Attributes:
-        batches: Places in the shard of the rows of each batch; they depend on the shard alone.
-        encode: Computes some of the batches, in their order: (rows of the batch, D) each.
-        num_truncated: How many of its captions are longer than the model reads.
+        source: Model folder, Hub id, or a loaded pair.
+        output: Folder of the output.
+        config: Options.
+        modality: Inputs to embed.
+        part: Which part of the shards to compute, from 1.
+        num_parts: Number of the parts.
+        engine: What computes the shards.
+        storage: URL of object storage for the shards.
     """
 
-    batches: Sequence[Array]
-    encode: Callable[[Sequence[Array]], Iterator[Tensor]]
-    num_truncated: int = 0
+    source: Source
+    output: Path
+    config: _Config
+    modality: Modality
+    part: int
+    num_parts: int
+    engine: Engine
+    storage: str | None = None
 
 
-Prepare: TypeAlias = Callable[[range], PreparedShard]
-"""Reads the inputs of a shard, given its rows."""
-
-
-def parse_partition(partition: str | None) -> tuple[int, int]:
-    """Parse which part of an output to compute, such as 2/8; None for all of it."""
-    if partition is None:
-        return 1, 1
-    part, slash, count = partition.partition("/")
+def plan_encoding(
+    manifest: type[ShardedManifest],
+    source: Source,
+    output: str | Path,
+    config: _Config,
+    *,
+    modality: Modality,
+    partition: str | None,
+    engine: Engine,
+    storage: str | None = None,
+) -> EncodingPlan[_Config]:
+    """Check the options of a run; `manifest` is the class of its output's."""
+    if modality not in ("text", "image"):
+        raise ValueError(f"modality={modality!r} must be text or image.")
+    part, slash, count = ("1/1" if partition is None else partition).partition("/")
     if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
         raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
-    return int(part), int(count)
+    manifest.require_folder(Path(output))
+    if isinstance(source, str | Path):
+        find_model_folder(source)
+    return EncodingPlan(
+        source, Path(output), config, modality, int(part), int(count), engine, storage
+    )
+
+
+class ShardInputs(Protocol):
+    """Texts or images of an output's rows."""
+
+    def read_inputs(self, rows: range) -> list[Any]:
+        """Read the inputs of some rows."""
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """Computes the shards of an output in one process.
+
+    Attributes:
+        writer: Writer of the output.
+        encoder: The loaded tower.
+        inputs: Inputs of its rows.
+    """
+
+    writer: ShardedWriter[Any]
+    encoder: ShardEncoder
+    inputs: ShardInputs
+
+    def compute(self, shards: Sequence[int], *, stop: StopRequest, bar: tqdm[Any]) -> None:
+        """Compute shards until all are done, or until the batch in which a signal comes."""
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self._prepare, shards[0])
+            for shard, following in zip(shards, [*shards[1:], None], strict=True):
+                prepared = ahead.result()
+                if following is not None:
+                    ahead = thread.submit(self._prepare, following)
+                if stop.signal or not self._compute_shard(shard, prepared, stop, bar):
+                    return
+
+    def _prepare(self, shard: int) -> PreparedShard:
+        rows = self.writer.manifest.rows_of_shard(shard)
+        return self.encoder.prepare(self.inputs.read_inputs(rows))
+
+    def _compute_shard(
+        self, shard: int, prepared: PreparedShard, stop: StopRequest, bar: tqdm[Any]
+    ) -> bool:
+        """Compute a shard unless another run just has; returns False where a signal came before."""
+        with self.writer.hold(shard):
+            if self.writer.is_done(shard):
+                return True
+            batches, encode = prepared.batches, self.encoder.encode(prepared)
+            embeds = torch.empty(len(prepared.inputs), self.encoder.dim)
+            with closing(encode) as encoded:  # type: ignore[type-var]
+                for number, batch in enumerate(encoded):
+                    embeds[batches[number]] = batch.float()
+                    bar.update(len(batches[number]))
+                    if stop.signal and number < len(batches) - 1:
+                        return False
+            self.writer.write(shard, embeds[prepared.rows], prepared.num_truncated)
+            bar.update(len(prepared.rows) - len(embeds))  # texts that occur again
+        return True
 
 
 def open_stops(engine: Engine) -> AbstractContextManager[StopRequest]:
@@ -78,45 +163,39 @@ def open_stops(engine: Engine) -> AbstractContextManager[StopRequest]:
 
 
 def compute_partition(
-    writer: ShardedWriter[Any],
-    open_shards: Callable[[], Prepare],
-    config: EncodingConfig,
+    plan: EncodingPlan[Any],
+    work: ShardWork,
+    open_work: Callable[[], ShardWork] | None,
     *,
-    name: str,
-    unit: str,
-    partition: str | None,
     stop: StopRequest,
-    make_worker: Callable[[], Callable[[int], None]] | None,
-    finish: Callable[[], object] | None,
+    finish: bool,
 ) -> None:
-    """Compute what is missing of the shards of a partition, in all processes of the run.
+    """Compute the missing shards of a partition, in all processes of the run.
 
-    `open_shards` makes what prepares shards in this process, which has loaded the tower;
-    `make_worker` makes what computes a shard by its number in an actor of Ray, and can be pickled;
-    it is None where the processes of this run compute. `name` and `unit` are those of the progress
-    bar. A batch that is begun when a signal comes is finished, then `StageInterrupt` is raised.
-    Once all are done, the main process calls `finish` while the others wait.
+    `open_work` opens the work in an actor of Ray, and can be pickled; None where the processes of
+    this run compute. With `finish`, the main process completes the output if all shards are there,
+    while the others wait.
     """
-    state = PartialState()
-    part, num_parts = parse_partition(partition)
-    shards = range(writer.manifest.num_shards)[part - 1 :: num_parts]
-    if make_worker is None:
+    state, writer, config = PartialState(), work.writer, plan.config
+    shards = range(writer.manifest.num_shards)[plan.part - 1 :: plan.num_parts]
+    if open_work is None:
         shards = shards[state.process_index :: state.num_processes]
     missing = sorted(set(shards) & set(writer.list_missing()))
-    if make_worker is not None:
-        compute_with_ray(make_worker, missing, config.device, show_progress=config.show_progress)
+    if open_work is not None:
+        compute_with_ray(open_work, missing, config.device, show_progress=config.show_progress)
     elif missing:
         shown = config.show_progress and state.is_local_main_process
-        with closing(open_bar(writer, shards, missing, name, unit, shown=shown)) as bar:
-            compute_shards(writer, open_shards(), missing, stop=stop, bar=bar)
+        name = f"{writer.manifest.COMMAND} {plan.modality}"
+        with closing(open_bar(writer, shards, missing, name, shown=shown)) as bar:
+            work.compute(missing, stop=stop, bar=bar)
     stop.raise_interrupt(
-        f"Stopped after a batch; what is done is in {writer.folder}.",
+        f"Stopped; complete shards are in {plan.output}.",
         resume=False,
         is_main_process=state.is_main_process,
     )
     state.wait_for_everyone()
-    if finish is not None and state.is_main_process:
-        finish()
+    if finish and state.is_main_process:
+        writer.finish()
     state.wait_for_everyone()
 
 
@@ -125,7 +204,6 @@ def open_bar(
     shards: Sequence[int],
     missing: Sequence[int],
     name: str,
-    unit: str,
     *,
     shown: bool,
 ) -> tqdm[Any]:
@@ -135,75 +213,14 @@ def open_bar(
         desc=name,
         total=sum(sizes.values()),
         initial=sum(sizes.values()) - sum(sizes[shard] for shard in missing),
-        unit=unit,
+        unit=f" {name.rpartition(' ')[2]}s",
         unit_scale=True,
         disable=not shown,
     )
 
 
-def compute_shards(
-    writer: ShardedWriter[Any],
-    prepare: Prepare,
-    shards: Sequence[int],
-    *,
-    stop: StopRequest,
-    bar: tqdm[Any],
-) -> None:
-    """Compute shards until all are done or a signal comes; a batch that is begun is finished."""
-    rows = [writer.manifest.rows_of_shard(shard) for shard in shards]
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(prepare, rows[0])
-        for shard, following in zip(shards, [*rows[1:], None], strict=True):
-            prepared = ahead.result()
-            if following is not None:
-                ahead = thread.submit(prepare, following)
-            if stop.signal or not _compute_shard(writer, shard, prepared, stop, bar):
-                return
-
-
-def _compute_shard(
-    writer: ShardedWriter[Any],
-    shard: int,
-    prepared: PreparedShard,
-    stop: StopRequest,
-    bar: tqdm[Any],
-) -> bool:
-    """Compute the batches of a shard that are missing; returns whether it is complete."""
-    with writer.open_shard(shard, prepared.batches) as written:
-        missing = prepared.batches[written.num_done :]
-        count_earlier(bar, sum(map(len, prepared.batches[: written.num_done])))
-        with closing(prepared.encode(missing)) as encoded:  # type: ignore[type-var]
-            for batch, embeddings in zip(missing, encoded, strict=True):
-                written.write(embeddings)
-                bar.update(len(batch))
-                if stop.signal:
-                    break
-        if written.num_done < len(prepared.batches):
-            return False
-        written.seal(prepared.num_truncated)
-    return True
-
-
-def count_earlier(bar: tqdm[Any], amount: int) -> None:
-    """Count what an interrupted run had computed of a shard, which says nothing of the rate."""
-    if not bar.disable:
-        bar.initial += amount
-        bar.update(amount)
-
-
-def make_shard_worker(writer: ShardedWriter[Any], prepare: Prepare) -> Callable[[int], None]:
-    """Return what computes a shard that something else hands out, unless it is complete."""
-
-    def compute(shard: int) -> None:
-        if not writer.is_done(shard):
-            bar = tqdm(disable=True)
-            compute_shards(writer, prepare, [shard], stop=StopRequest(), bar=bar)
-
-    return compute
-
-
 def compute_with_ray(
-    make_worker: Callable[[], Callable[[int], None]],
+    open_work: Callable[[], ShardWork],
     shards: Sequence[int],
     device: str,
     *,
@@ -236,7 +253,7 @@ def compute_with_ray(
         rows = [{"shard": shard} for shard in shards]
         computed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
-            fn_constructor_args=(make_worker, threads, get_image_limits(), list_described()),
+            fn_constructor_args=(open_work, threads, get_image_limits(), list_described()),
             compute=pool,
             batch_size=1,
             max_restarts=-1,
@@ -277,7 +294,7 @@ class _Actor:
 
     def __init__(
         self,
-        make_worker: Callable[[], Callable[[int], None]],
+        open_work: Callable[[], ShardWork],
         threads: int,
         limits: ImageLimits,
         described: dict[str, RemoteFile],
@@ -285,12 +302,12 @@ class _Actor:
         use_described(described)
         set_image_limits(limits)  # its node does not have this process's environment
         torch.set_num_threads(threads)  # another number gives other last bits
-        self._compute = make_worker()
+        self._work = open_work()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (shard,) = batch["shard"].tolist()
         try:
-            self._compute(shard)
+            self._work.compute([shard], stop=StopRequest(), bar=tqdm(disable=True))
         except (ValueError, OSError) as error:  # as text: Ray buries an exception in its own
             kind = "OSError" if isinstance(error, OSError) else "ValueError"
             return {"shard": [shard], "kind": [kind], "error": [str(error)]}

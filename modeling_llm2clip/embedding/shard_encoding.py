@@ -6,9 +6,9 @@ bytes as one that was never interrupted, on the same kind of machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
+from ..data.key_arrays import Array
 from ..data.records.records import Modality
 from ..encoding.batches import split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
-from ..encoding.encoder_interface import Encoder
+from ..encoding.encoder_interface import EncodedImages, Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_folder import is_dual_encoder
 from ..model_folders.onnx_folder import load_onnx_encoder
@@ -31,37 +32,136 @@ from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .shard_computation import PreparedShard
-from .sharded_writer import Array
 
-_SHOWN = 8
+
+@dataclass(frozen=True)
+class PreparedShard:
+    """A shard whose inputs are read, and which may be encoded.
+
+    Attributes:
+        inputs: Its distinct inputs: tokenized texts, or addresses of images.
+        batches: Numbers of the inputs of each batch; they depend on the shard alone.
+        rows: Number of the input of each row of the shard.
+        num_truncated: Rows whose text is longer than the model reads.
+    """
+
+    inputs: Sequence[Any]
+    batches: Sequence[Sequence[int]]
+    rows: Sequence[int]
+    num_truncated: int = 0
 
 
 @dataclass
-class ShardEncoder:
+class ShardEncoder(ABC):
     """A loaded tower, which computes final embeddings for `embed`, and its own for `extract`.
 
     Attributes:
+        encoder: The model.
         dim: Dimensions of an embedding.
-        plan: What of the encoding decides the bytes.
-        prepare: Divides texts or addresses of images into batches.
+        project: Whether embeddings are final.
+        plan: Options of the encoding that decide the bytes.
         tally: Images that were encoded so far; empty where a graph encodes them.
     """
 
+    encoder: Encoder
     dim: int
+    project: bool
     plan: dict[str, str]
-    prepare: Callable[[list[Any]], PreparedShard]
-    tally: ImageTally = field(default_factory=ImageTally)
+    tally: ImageTally = field(default_factory=ImageTally, kw_only=True)
+
+    @abstractmethod
+    def prepare(self, inputs: list[Any]) -> PreparedShard:
+        """Divide texts or addresses of images into batches."""
+
+    @abstractmethod
+    def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
+        """Yield the embeddings of each batch, in its order; zeros where there are none."""
 
     def encode_sample(self, inputs: list[Any]) -> Array:
         """Encode some inputs, (N, dim) float32; images that cannot be decoded are left out."""
         prepared = self.prepare(inputs)
         embeds = np.zeros((len(inputs), self.dim), np.float32)
-        encoded = prepared.encode(prepared.batches)
-        for places, of_batch in zip(prepared.batches, encoded, strict=True):
-            embeds[places] = of_batch.numpy()
+        for numbers, batch in zip(prepared.batches, self.encode(prepared), strict=True):
+            embeds[numbers] = batch.numpy()
         self.tally = ImageTally()  # they will be encoded once more
         return embeds[embeds.any(axis=1)]
+
+
+@dataclass
+class TextShardEncoder(ShardEncoder):
+    """Encodes each distinct text of a shard once.
+
+    Attributes:
+        token_budget: Maximum tokens of a batch.
+        is_teacher: Whether a text that is not read to the end gets zeros.
+    """
+
+    token_budget: int
+    is_teacher: bool
+
+    def prepare(self, inputs: list[str]) -> PreparedShard:
+        """Tokenize texts, and divide the distinct ones into batches."""
+        numbers: dict[str, int] = {}
+        rows = [numbers.setdefault(text, len(numbers)) for text in inputs]
+        tokens = TokenizedTexts(self.encoder.processor, list(numbers))
+        batches = plan_token_batches(tokens.lengths.tolist(), token_budget=self.token_budget)
+        return PreparedShard(tokens, batches, rows, int(tokens.is_truncated[rows].sum()))
+
+    def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
+        """Yield the embeddings of each batch."""
+        tokens, batches = prepared.inputs, prepared.batches
+        assert isinstance(tokens, TokenizedTexts)
+        encoded = self.encoder.iterate_texts(tokens, batches, project=self.project)
+        for numbers, embeds in zip(batches, encoded, strict=True):
+            if self.is_teacher:
+                embeds[tokens.is_truncated[numbers]] = 0
+            yield embeds
+
+
+@dataclass
+class ImageShardEncoder(ShardEncoder):
+    """Encodes images, which threads decode.
+
+    Attributes:
+        batch_size: Images per batch.
+        config: Options of the command; with `skip_invalid`, broken images become zeros.
+    """
+
+    batch_size: int
+    config: EmbedConfig | ExtractConfig
+
+    def prepare(self, inputs: list[ImageSource]) -> PreparedShard:
+        """Divide images into batches."""
+        batches = split_evenly(len(inputs), size=self.batch_size)
+        return PreparedShard(inputs, [list(batch) for batch in batches], range(len(inputs)))
+
+    def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
+        """Yield the embeddings of each batch."""
+        images, batches, num_workers = prepared.inputs, prepared.batches, self.config.num_workers
+        if isinstance(self.config, ExtractConfig):  # which leaves no image out
+            for batch in self.encoder.iterate_images(
+                images, batches, project=self.project, num_workers=num_workers
+            ):
+                yield batch.embeds
+            return
+        encoded = self.encoder.iterate_images(
+            images,
+            batches,
+            num_workers=num_workers,
+            open_image=decode_image,
+            on_error=lambda _, error: str(error),
+        )
+        for numbers, batch in zip(batches, encoded, strict=True):
+            if batch.errors and not self.config.skip_invalid:
+                raise ValueError(_describe_unreadable(images) or "\n".join(batch.errors.values()))
+            yield self._place(batch, numbers)
+
+    def _place(self, batch: EncodedImages, numbers: Sequence[int]) -> Tensor:
+        if batch.tower_embeds is not None:
+            self.tally.add(batch.tower_embeds)
+        embeds = torch.zeros(len(numbers), self.dim, dtype=torch.float32)
+        embeds[np.searchsorted(numbers, batch.rows)] = batch.embeds
+        return embeds
 
 
 def load_shard_encoder(
@@ -86,18 +186,9 @@ def load_shard_encoder(
     if modality == "text":
         budget = config.token_budget or encoder.token_budget
         plan = {"token_budget": str(budget), **plan}
-        prepare_texts = partial(_prepare_texts, encoder, budget, project, is_teacher)
-        return ShardEncoder(dim, plan, prepare_texts)
-
-    batch_size = config.batch_size or encoder.batch_size
-
-    def prepare(images: list[ImageSource]) -> PreparedShard:
-        places = [np.array(rows) for rows in split_evenly(len(images), size=batch_size)]
-        encode = partial(_encode_images, encoder, shards.tally, images, config)
-        return PreparedShard(places, encode)
-
-    shards = ShardEncoder(dim, {"batch_size": str(batch_size), **plan}, prepare)
-    return shards
+        return TextShardEncoder(encoder, dim, project, plan, budget, is_teacher)
+    size = config.batch_size or encoder.batch_size
+    return ImageShardEncoder(encoder, dim, project, {"batch_size": str(size), **plan}, size, config)
 
 
 def is_teaching(folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig) -> bool:
@@ -105,82 +196,12 @@ def is_teaching(folder: Path, modality: Modality, config: EmbedConfig | ExtractC
     return modality == "text" and isinstance(config, ExtractConfig) and is_dual_encoder(folder)
 
 
-def _prepare_texts(
-    encoder: Encoder, token_budget: int, project: bool, is_teacher: bool, texts: list[str]
-) -> PreparedShard:
-    """Tokenize the texts of a shard and divide them into batches; each text is encoded once.
-
-    A teacher gives zeros for a text that it does not read to the end.
-    """
-    numbers: dict[str, int] = {}
-    number_of = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
-    tokens = TokenizedTexts(encoder.processor, list(numbers))
-    plan = plan_token_batches(tokens.lengths.tolist(), token_budget=token_budget)
-
-    def encode(batches: Sequence[Array]) -> Iterator[Tensor]:
-        # Places of equal texts are next to each other; each text is encoded at the first of them.
-        plan = [list(dict.fromkeys(number_of[places].tolist())) for places in batches]
-        encoded = encoder.iterate_texts(tokens, plan, project=project)
-        for places, distinct, embeds in zip(batches, plan, encoded, strict=True):
-            if is_teacher:
-                embeds[tokens.is_truncated[distinct]] = 0
-            rows = {number: row for row, number in enumerate(distinct)}
-            yield embeds[[rows[number] for number in number_of[places].tolist()]]
-
-    return PreparedShard(
-        batches=_find_places(number_of, plan, len(numbers)),
-        encode=encode,
-        num_truncated=int(tokens.is_truncated[number_of].sum()),
-    )
-
-
-def _encode_images(
-    encoder: Encoder,
-    tally: ImageTally,
-    images: list[ImageSource],
-    config: EmbedConfig | ExtractConfig,
-    batches: Sequence[Array],
-) -> Iterator[Tensor]:
-    """Encode images, which threads decode; with `skip_invalid`, broken ones become zeros."""
-    plan, num_workers = [places.tolist() for places in batches], config.num_workers
-    if isinstance(config, ExtractConfig):  # which leaves no image out
-        found = encoder.iterate_images(images, plan, project=False, num_workers=num_workers)
-        yield from (batch.embeds for batch in found)
-        return
-    encoded = encoder.iterate_images(
-        images,
-        plan,
-        num_workers=num_workers,
-        open_image=decode_image,
-        on_error=lambda _, error: str(error),
-    )
-    for places, batch in zip(plan, encoded, strict=True):
-        if batch.errors and not config.skip_invalid:
-            raise ValueError(_describe_unreadable(images) or "\n".join(batch.errors.values()))
-        if batch.tower_embeds is not None:
-            tally.add(batch.tower_embeds)
-        place_of = {row: place for place, row in enumerate(places)}
-        embeds = torch.zeros(len(places), encoder.embedding_dim, dtype=torch.float32)
-        embeds[[place_of[row] for row in batch.rows]] = batch.embeds
-        yield embeds
-
-
-def _describe_unreadable(images: list[ImageSource]) -> str:
-    errors = list(find_unreadable_images(images).values())
+def _describe_unreadable(images: Sequence[ImageSource]) -> str:
+    errors = list(find_unreadable_images(list(images)).values())
     if not errors:
         return ""
-    shown = "\n".join(errors[:_SHOWN]) + ("\n…" if len(errors) > _SHOWN else "")
     return (
-        f"{len(errors)} of {counted(len(images), 'image')} cannot be decoded:\n{shown}\nRepair or "
-        "remove what is named, or skip it (--skip-invalid)."
+        f"{len(errors)} of {counted(len(images), 'image')} cannot be decoded:\n"
+        f"{list_first(errors, chr(10))}\nRepair or remove what is named, or skip it "
+        "(--skip-invalid)."
     )
-
-
-def _find_places(number_of: Array, plan: Sequence[Sequence[int]], count: int) -> list[Array]:
-    """Find for each batch of distinct texts the places of all texts that are equal to them."""
-    order = np.argsort(number_of, kind="stable")
-    ends = np.searchsorted(number_of[order], np.arange(count + 1))
-    return [
-        np.concatenate([order[ends[number] : ends[number + 1]] for number in numbers])
-        for numbers in plan
-    ]

@@ -122,6 +122,11 @@ def iterate_batches(
     with closing(in_threads) as prepared, float32_as_such():
         for rows, batch in zip(plan, prepared, strict=True):
             embeds = encode(batch).float().cpu()
+            if embeds.ndim != 2 or len(embeds) != len(rows):
+                raise ValueError(
+                    f"The model gives embeddings of shape {tuple(embeds.shape)} for {len(rows)} "
+                    "inputs; a row per input is expected. Take another vision tower or encoder."
+                )
             require_finite(embeds, rows, inputs)
             yield rows, embeds
 

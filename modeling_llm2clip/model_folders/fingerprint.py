@@ -32,7 +32,8 @@ _ADAPTER_SETTING = "normalize_text_before_adapter"
 _VISION_PREFIX = re.compile(r".*\bvision_(model|encoder)\.")
 # Fields of a tower's configuration that change no number, or have an entry of their own.
 _NOT_OF_THE_TOWER = {
-    "_name_or_path", "architectures", "attn_implementation", "dtype", "is_causal", "torch_dtype",
+    "_name_or_path", "architectures", "attn_implementation", "dtype", "id2label", "is_causal",
+    "label2id", "output_attentions", "output_hidden_states", "return_dict", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
 # What of the small files of any model changes no embedding: where it was saved, and by whom.
@@ -77,13 +78,13 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
     `weights`, `architecture` and `tokenizer` are SHA-256; `dtype`, `prompt`, `pooling`, `direction`
     and `max_text_length` are readable.
     """
-    config, tensors, processor = _open(model, prefix="text_model.")
+    folder, config, tensors, processor = _open(model, prefix="text_model.")
     found: Any = getattr(config, "quantization_config", None)
     stated = found if found is None or isinstance(found, dict) else found.to_dict()
     quantization = {} if found is None else {"quantization": stated}
     return {
         **_describe_weights(tensors),
-        "architecture": hash_json({**_tower_settings(config.text_config), **quantization}),
+        "architecture": hash_json({**_read_tower(folder, "text_config"), **quantization}),
         "tokenizer": _hash_tokenizer(processor.tokenizer),
         "prompt": f"prefix {config.prompt_prefix_ids}, suffix {config.prompt_suffix_ids}",
         "pooling": config.text_pooling,
@@ -108,11 +109,11 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
 
     `weights`, `architecture` and `image_processor` are SHA-256; `dtype` and `pooling` are readable.
     """
-    config, tensors, processor = _open(model, prefix="vision_model.")
+    folder, config, tensors, processor = _open(model, prefix="vision_model.")
     settings: dict[str, Any] = processor.image_processor.to_dict()
     return {
         **_describe_weights(tensors),
-        "architecture": hash_json(_tower_settings(config.vision_config)),
+        "architecture": hash_json(_read_tower(folder, "vision_config")),
         "image_processor": hash_json(
             {
                 **{k: v for k, v in settings.items() if v is not None},
@@ -208,12 +209,13 @@ def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> d
 
 def _open(
     model: str | Path, *, prefix: str
-) -> tuple[LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
-    """Open configuration, the tower's tensors in the order of their names, and processor."""
+) -> tuple[Path, LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
+    """Open folder, configuration, the tower's tensors in the order of their names, processor."""
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    return config, iterate_tensors(list_model_files(folder), prefix=prefix), processor
+    tensors = iterate_tensors(list_model_files(folder), prefix=prefix)
+    return folder, config, tensors, processor
 
 
 def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -231,11 +233,10 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {"weights": digest.hexdigest(), "dtype": "+".join(sorted(dtypes))}
 
 
-def _tower_settings(config: Any) -> dict[str, Any]:
-    # Only what differs from the family's defaults, so that a newer transformers with more fields
-    # gives the same.
-    settings: dict[str, Any] = config.to_diff_dict()
-    return {k: v for k, v in settings.items() if k not in _NOT_OF_THE_TOWER}
+def _read_tower(folder: Path, name: str) -> dict[str, Any]:
+    """Read what config.json says of a tower, to which versions of transformers add other fields."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))[name]
+    return {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:

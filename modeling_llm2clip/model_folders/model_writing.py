@@ -31,7 +31,7 @@ from ..loading_llm2clip import list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
-from .golden_embeddings import compare_golden, require_golden, write_golden
+from .golden_embeddings import GOLDEN_FILE, compare_golden, require_golden, write_golden
 from .model_card import CardData, CardResult, read_card_data, read_card_of_trained, write_model_card
 from .model_folder import (
     RECORD_BEFORE_TRAINING,
@@ -241,6 +241,18 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
     carried |= {summary.name: summary} if summary.is_file() else {}
     require_inside(source, carried.values())
     return carried
+
+
+def explain_incomplete(folder: Path) -> str | None:
+    """Name what a trainer's checkpoint lacks and what completes it; None for a complete folder."""
+    if (folder / GOLDEN_FILE).is_file():
+        return None
+    command = f"llm2clip export {folder} COMPLETE --license LICENSE --training-data NAME"
+    return (
+        f"{folder} has no golden embeddings ({GOLDEN_FILE}): a trainer or `save_pretrained` wrote "
+        "it, without the licenses, the training data and the summary of the training images. "
+        f"Write a complete folder with `{command}`."
+    )
 
 
 def is_legal_file(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..doctor.check_model import check_model
 from ..model_folders.model_card import read_card_data, relicense, require_license, update_model_card
 from ..model_folders.model_folder import is_inside
 from ..model_folders.model_loading import require_trained
-from ..model_folders.model_writing import is_legal_file
+from ..model_folders.model_writing import explain_incomplete, is_legal_file
 
 COMMIT_MESSAGE = "Upload LLM2CLIP model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -143,7 +144,14 @@ def push_to_hub(
         # Its BadRequestError is a ValueError too.
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             raise
-        raise RuntimeError(_explain(error, folder, repo_id)) from error
+        again = shlex.join([
+            "llm2clip", "push", str(folder), repo_id,
+            *([] if private else ["--no-private"]),
+            *([] if revision == "main" else ["--revision", revision]),
+            *([] if commit_message == COMMIT_MESSAGE else ["--commit-message", commit_message]),
+            *(["--allow-files", *allow_files] if allow_files else []),
+        ])  # fmt: skip
+        raise RuntimeError(_explain(error, repo_id, again)) from error
     return str(commit.commit_url)
 
 
@@ -156,18 +164,19 @@ def check_publishable(
 ) -> dict[str, int]:
     """Refuse a folder that others should not get; nothing is sent or changed.
 
-    It must be a trained, healthy model with a license, without links that leave it, files that can
-    carry code, or files that look like credentials (but for `allow_files`). There is no way around
-    health: a folder that gives wrong embeddings here gives wrong embeddings everywhere. Returns
-    path → bytes of the files that would be uploaded.
+    It must be a trained, healthy and complete model with a license, without links that leave it,
+    files that can carry code, or files that look like credentials (but for `allow_files`). There is
+    no way around health: a folder that gives wrong embeddings here gives wrong embeddings
+    everywhere. Returns path → bytes of the files that would be uploaded.
     """
     folder = Path(model_folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is not a model folder: it has no config.json. Export a model first."
         )
-    card = read_card_data(folder)
-    require_license(relicense(card, license), folder)
+    if incomplete := explain_incomplete(folder):
+        raise ValueError(incomplete)
+    require_license(relicense(read_card_data(folder), license), folder)
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_trained(config, purpose="publishing", source=folder)
     files = list_files(folder)
@@ -211,7 +220,8 @@ def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: st
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def _explain(error: Exception, folder: Path, repo_id: str) -> str:
+def _explain(error: Exception, repo_id: str, again: str) -> str:
+    """Say why an upload failed; `again` is the command that repeats it."""
     response: Any = error.response if isinstance(error, HfHubHTTPError) else None
     reason = _REFUSED.get(getattr(response, "status_code", 0))
     if reason is not None:
@@ -221,7 +231,7 @@ def _explain(error: Exception, folder: Path, repo_id: str) -> str:
         )
     return (
         f"The upload to {repo_id} broke off, and nothing of it is visible there "
-        f"({type(error).__name__}: {error}). Repeat it with `llm2clip push {folder} {repo_id}`: "
+        f"({type(error).__name__}: {error}). Repeat it with `{again}`: "
         "files that had arrived are not sent again."
     )
 

@@ -9,12 +9,12 @@ address and port are theirs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from .._extras import RAY_SERVE, SERVE, require
-from ..configs.config_fields import check_values, make_config
+from ..configs.config_fields import make_config
 from ..configs.serve_config import RayServeConfig
 
 
@@ -56,20 +56,8 @@ def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
             f"{given}: Ray's proxies listen. Set the address with `serve start --http-host HOST "
             "--http-port PORT`, or under http_options in the file of `serve deploy`."
         )
-    hints = get_type_hints(RayServeConfig, include_extras=True)
     values = {
-        name: _convert({name: hints[name]}, {name: value})[name] if name in hints else value
+        name: yaml.safe_load(value) if str(value).startswith("[") else value  # a list in a word
         for name, value in options.items()
     }
     return make_config(RayServeConfig, values)
-
-
-def _convert(hint: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an option by its name; the command line gives its value as a string."""
-    try:
-        return check_values(hint, given)
-    except ValueError:
-        [(name, value)] = given.items()
-        if not isinstance(value, str):
-            raise
-        return check_values(hint, {name: yaml.safe_load(value)})

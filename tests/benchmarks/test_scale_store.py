@@ -32,5 +32,5 @@ def test_the_synthetic_store_has_its_items(tmp_path: Path) -> None:
         400_002,
         350_004,
     ]
-    with pytest.raises(ValueError, match="damaged row"):  # sparse files hold no embeddings
+    with pytest.raises(ValueError, match="damaged file"):  # sparse files hold no embeddings
         store.read([0])

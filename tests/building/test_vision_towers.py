@@ -222,7 +222,7 @@ def test_an_image_processor_that_makes_more_than_a_row_of_pixels_is_refused(name
     image_processor = getattr(transformers, name)()
     family = "siglip2" if name == "Lfm2VlImageProcessor" else "siglip"
     llm = (tiny_llm(), tiny_tokenizer())
-    with pytest.raises(ValueError, match=f"{name} makes .* of one image"):
+    with pytest.raises(ValueError, match=f"{name} makes .* of two images"):
         join_towers((tiny_vision(family)[0], image_processor), llm, BuildConfig(prompt="llama-3"))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.cli.evaluate import _choose_datasets, _choose_models
 from modeling_llm2clip.configs.evaluation_config import (
     EvaluatedDataset,
@@ -65,20 +66,20 @@ def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]
         ),
         (
             ["o/m", "--datasets", "emoji", "--templates", __file__],
-            "--templates is only for classif",
+            "`templates` is only for classif",
         ),
         (["o/m", "--datasets", "emoji", "--plot", "x.txt"], "x.txt must end in one of .png"),
         (["o/m", "--datasets", "emoji", "--plot", "gone/x.png"], "gone is not a folder. Make it"),
         (["o/m", "--datasets", "emoji", "--plot", "x.png"], "there would be results on none"),
         (
             ["o/m", "--datasets", "emoji", "--templates", "gone.txt"],
-            "--templates gone.txt is not a text",
+            "templates=gone.txt is not a text",
         ),
         (["o/m", "--datasets", "emoji", "--languages", "en", "en"], "languages has a name twice"),
         (["o/m", "--datasets", "emoji", "--tasks", "cra", "cra"], "tasks has a name twice"),
         (
             ["o/m", "--datasets", "emoji", "--skip-invalid", "--no-check-images"],
-            "--skip-invalid needs --check-images",
+            "skip_invalid=True needs check_images=True",
         ),
     ],
 )
@@ -98,11 +99,11 @@ def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_a_gpu_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "o/m", "--datasets", "emoji", "--device", "cuda"]) == 2
-    assert "--device 'cuda' is not there" in capsys.readouterr().err
+    assert "device='cuda' is not there" in capsys.readouterr().err
 
 
 def choose_models(words: list[str]) -> list[EvaluatedModel]:
-    call = LINE.parse(words)
+    call = parse(LINE, words)
     return _choose_models(call.args, call.keywords["of_models"])
 
 
@@ -123,7 +124,7 @@ def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", "owner/model", "--datasets", "emoji", "mine"]
-    chosen = _choose_datasets(LINE.parse(words).keywords["datasets"], ())
+    chosen = _choose_datasets(parse(LINE, words).keywords["datasets"], ())
     assert chosen == [
         EvaluatedDataset(name="emoji"),
         EvaluatedDataset(name="folder", folder="mine"),

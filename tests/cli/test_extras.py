@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def list_of_command(command: str) -> set[str]:
 
 
 def command_names() -> list[str]:
-    return list(LINE.commands)
+    return [name for name in LINE if not name.startswith("-")]
 
 
 @pytest.mark.parametrize("need", all_needs(), ids=lambda need: f"{need.module} in {need.extra}")
@@ -304,7 +303,6 @@ def test_what_no_need_foresees_names_all_extras(
         """Fails."""
         raise ImportError("No module named 'other'")
 
-    fail.__name__ = "doctor"
-    monkeypatch.setitem(LINE.commands, "doctor", replace(LINE.commands["doctor"], function=fail))
+    monkeypatch.setattr(LINE["doctor"], "default_command", fail)
     assert main(["doctor", "gone"]) == 2
     assert 'pip install "modeling_llm2clip[all]"' in capsys.readouterr().err

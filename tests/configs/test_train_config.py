@@ -39,5 +39,5 @@ def test_sections_are_the_options_of_the_stages() -> None:
     config = make(build={"prompt": "chatml"}, align={"max_steps": 5, "learning_rate": 1e-3})
     assert config.build.prompt == "chatml" and config.align.max_steps == 5
     assert config.output == Path("runs")
-    with pytest.raises(ValueError, match=r"align\.max_step is not an option\. Did you mean max_st"):
+    with pytest.raises(ValueError, match=r"align: max_step is not an option\. Did you mean max_st"):
         make(align={"max_step": 5})

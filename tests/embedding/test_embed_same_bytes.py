@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_captions(tmp_path_factory.mktemp("data"), make_few_texts(400))
 
 
-def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
+def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
     model: Path,
     records: list[CaptionedImage],
     tmp_path: Path,
@@ -51,12 +51,12 @@ def test_a_stopped_run_goes_on_after_its_last_batch_and_leaves_the_same_bytes(
         try:
             embed_texts(model, records, folder)
         except StageInterrupt as error:
-            assert f"what is done is in {folder}. Continue with the same call." in str(error)
+            assert f"complete shards are in {folder}. Continue with the same call." in str(error)
             num_stops += 1
         else:
             break
     manifest = EmbeddingManifest.read(folder)
-    assert num_stops == len(written) > manifest.num_shards
+    assert num_stops == len(written) == manifest.num_shards > 1
     assert sum(written) == manifest.num_rows  # nothing was computed twice
     assert read_bytes(folder) == undisturbed
 
@@ -126,11 +126,11 @@ def test_partitions_of_other_values_of_a_column_are_refused(
     folder = tmp_path / "out"
     embed(model, records, folder, config, modality=modality, partition="1/2")
     for partition in ("2/2", "1/2", None):
-        with pytest.raises(ValueError, match=r"holds other embeddings: (data|values of columns): "):
+        with pytest.raises(ValueError, match=r"holds another output: (data|values of columns): "):
             embed(model, edited, folder, config, modality=modality, partition=partition)
     embed(model, records, folder, config, modality=modality, partition="2/2")
     assert EmbeddingManifest.read(folder).complete
-    with pytest.raises(ValueError, match="holds other embeddings"):  # a rerun keeps no stale ones
+    with pytest.raises(ValueError, match="holds another output"):  # a rerun keeps no stale ones
         embed(model, edited, folder, config, modality=modality)
 
 

@@ -96,7 +96,7 @@ def test_a_partition_of_graphs_with_other_settings_is_refused(
     records = load_records(data)
     embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="1/2")
     edit_json(graphs / file, **fields)
-    with pytest.raises(ValueError, match="holds other embeddings: tokenizer and settings"):
+    with pytest.raises(ValueError, match="holds another output: tokenizer and settings"):
         embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="2/2")
 
 
@@ -118,7 +118,7 @@ def test_weights_beside_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> No
     content = bytearray(data_file(graph).read_bytes())
     content[-1] ^= 1
     data_file(graph).write_bytes(content)
-    with pytest.raises(ValueError, match="holds other embeddings: graph: "):
+    with pytest.raises(ValueError, match="holds another output: graph: "):
         embed(graphs, records, tmp_path / "out", ONNX, modality="text", partition="2/2")
 
 

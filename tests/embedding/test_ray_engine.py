@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,15 +30,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 def test_the_error_of_a_shard_is_raised_as_if_it_had_been_computed_here(
     error: Exception, seen: type[Exception], message: str
 ) -> None:
-    def make_worker() -> Callable[[int], None]:
-        def compute(shard: int) -> None:
-            if shard == 1:
+    class FailingWork:
+        def compute(self, shards: Sequence[int], **_: object) -> None:
+            if shards == [1]:
                 raise error
 
-        return compute
-
     with pytest.raises(seen, match=f"{message}$"):
-        compute_with_ray(make_worker, [0, 1], "cpu", show_progress=False)
+        compute_with_ray(FailingWork, [0, 1], "cpu", show_progress=False)
 
 
 def test_an_actor_has_the_limits_of_images_of_the_process_that_started_it(
@@ -59,8 +57,9 @@ def test_an_actor_reads_remote_files_in_the_states_that_were_described(tmp_path:
         (tmp_path / "file").write_bytes(b"b" * 9)
         os.utime(tmp_path / "file", ns=(1, 1))
 
-        def make_worker() -> Callable[[int], None]:
-            return lambda _: read_range(url, 0, 9) and None
+        class ReadingWork:
+            def compute(self, *_: object, **__: object) -> None:
+                read_range(url, 0, 9)
 
         with pytest.raises(OSError, match="the file has changed while it was used"):
-            compute_with_ray(make_worker, [0], "cpu", show_progress=False)
+            compute_with_ray(ReadingWork, [0], "cpu", show_progress=False)

@@ -25,8 +25,8 @@ from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.remote.object_storage import ObjectStorage
 from modeling_llm2clip.data.remote.remote_access import LostFileError, RetryPolicy
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.embedding.embedding_store_writer import SharedStoreWriter, SharedWork
-from modeling_llm2clip.embedding.extract import extract, merge_store
+from modeling_llm2clip.embedding.embedding_store_writer import SharedStoreWriter
+from modeling_llm2clip.embedding.extract import _RayWork, extract, merge_store
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -96,7 +96,7 @@ def test_other_stores_are_refused_on_either_side(
     url = f"file://{tmp_path}/storage"
     extract(model, records, tmp_path / "one", CONFIG, modality="text", storage=url)
     half = replace(CONFIG, store_dtype="float16")
-    with pytest.raises(ValueError, match=r"holds another store: .*float16"):
+    with pytest.raises(ValueError, match=r"holds another output: .*float16"):
         extract(model, records, tmp_path / "new", half, modality="text", storage=url)
     extract(model, records, tmp_path / "half", half, modality="text")
     with pytest.raises(ValueError, match=r"half and file://\S+ hold different stores"):
@@ -106,6 +106,26 @@ def test_other_stores_are_refused_on_either_side(
     for wrong in ("captions", "https://host/captions", "pipe:cat"):
         with pytest.raises(ValueError, match="must be the URL of object storage"):
             merge_store(tmp_path / "none", storage=wrong)
+
+
+def test_a_complete_store_is_not_taken_for_one_that_is_in_the_storage(
+    model: Path, records: RecordTable, tmp_path: Path
+) -> None:
+    """A manifest without its shards would make other machines compute nothing."""
+    url = f"file://{tmp_path}/storage"
+    options = {"config": CONFIG, "modality": "text", "storage": url}
+    extract(model, records, tmp_path / "complete", CONFIG, modality="text")
+    for partition in (None, "1/2"):
+        with pytest.raises(
+            ValueError, match=r"complete is complete, and file://\S+ lacks 5 shards"
+        ):
+            extract(model, records, tmp_path / "complete", partition=partition, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "storage").exists()
+    extract(model, records, tmp_path / "new", **options)  # type: ignore[arg-type]
+    before = read_files(tmp_path / "storage")
+    extract(model, records, tmp_path / "complete", **options)  # type: ignore[arg-type]
+    assert read_files(tmp_path / "storage") == before
+    assert read_files(tmp_path / "new") == read_files(tmp_path / "complete")
 
 
 def test_a_damaged_shard_in_the_storage_is_named(
@@ -145,12 +165,12 @@ def test_an_actor_finds_the_records_that_it_was_given(
     url = f"file://{tmp_path}/storage"
     extract(model, table, tmp_path / "begun", CONFIG, modality="text", partition="1/9", storage=url)
     writer = SharedStoreWriter.join(tmp_path / "begun", ObjectStorage(url))
-    sent = pickle.dumps(SharedWork.describe(writer, table))
+    sent = pickle.dumps(_RayWork.describe(model, CONFIG, "text", writer, table))
     wanted = list(table)
     if is_mapped:
         assert records.file is not None
         records.file.unlink()  # the actor's machine does not have it
-    joined, found = pickle.loads(sent).open()
+    joined, found = pickle.loads(sent).join()
     assert list(found) == wanted
     assert joined.list_missing() == writer.list_missing()
 
@@ -196,7 +216,7 @@ def test_a_partition_that_was_killed_before_a_shard_was_copied_is_finished_by_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alone = extract(model, records, tmp_path / "alone", CONFIG, modality="text")
-    num_rows = sum(written)
+    num_shards = len(written)
     written.clear()
     url = f"file://{tmp_path}/storage"
     options = {"config": CONFIG, "modality": "text", "storage": url}
@@ -204,11 +224,11 @@ def test_a_partition_that_was_killed_before_a_shard_was_copied_is_finished_by_th
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_at_push(patch, name)
         extract(model, records, tmp_path / "first", partition="1/2", **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"shards are missing, among them \[2"):
+    with pytest.raises(ValueError, match=r"shards are missing: 2"):
         merge_store(tmp_path / "early", storage=url)
     extract(model, records, tmp_path / "first", partition="1/2", **options)  # type: ignore[arg-type]
     assert read_files(merge_store(tmp_path / "merged", storage=url)) == read_files(alone)
-    assert sum(written) == num_rows  # nothing was computed twice
+    assert len(written) == num_shards + 1  # the shard that was not there yet
 
 
 def make_other_model(folder: Path) -> Path:

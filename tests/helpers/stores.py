@@ -33,8 +33,6 @@ TABLE = RecordTable.from_records(
     CaptionedImage(None, name, group_id, ())
     for name, group_id in (("a.png", "dog"), ("ä/b.png", ""), ("c.png", "猫"))
 )
-# Batches of a shard of eight rows, and of the last one of seven, in another order than the rows.
-BATCHES = [np.array([7, 2, 0]), np.array([5]), np.array([1, 3, 4, 6])]
 
 
 def list_items(_: Path) -> StoreItems:
@@ -66,23 +64,9 @@ def open_writer(folder: Path, **changes: object) -> EmbeddingStoreWriter:
     return EmbeddingStoreWriter.open(folder, make_plan(**changes), list_items)
 
 
-def list_batches(shard: int) -> list[np.ndarray]:
-    return BATCHES if shard < 2 else [places[places < 7] for places in BATCHES]
-
-
-def write_shard(
-    writer: EmbeddingStoreWriter, shard: int, embeddings: Tensor, *, most: int = 9
-) -> int:
-    """Write a shard, or the first of the batches that it lacks; returns how many it had."""
-    first = writer.manifest.rows_of_shard(shard).start
-    batches = list_batches(shard)
-    with writer.open_shard(shard, batches) as written:
-        had = written.num_done
-        for places in batches[had : had + most]:
-            written.write(embeddings[first + places])
-        if written.num_done == len(batches):
-            written.seal(num_truncated=shard)
-    return had
+def write_shard(writer: EmbeddingStoreWriter, shard: int, embeddings: Tensor) -> None:
+    rows = writer.manifest.rows_of_shard(shard)
+    writer.write(shard, embeddings[rows.start : rows.stop], num_truncated=shard)
 
 
 def write_store(
@@ -115,8 +99,3 @@ def change_manifest(folder: Path, **changes: object) -> None:
     """Change entries of a manifest as the package would, with the hash that fits them."""
     file = folder / MANIFEST_FILE
     file.write_text(write_sealed({**read_sealed(file.read_text()), **changes}))
-
-
-def count_written_batches(folder: Path) -> int:
-    """Batches that are noted in the journals of shards that are not complete."""
-    return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*.journal"))

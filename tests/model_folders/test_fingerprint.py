@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.model_folders.fingerprint import (
@@ -97,6 +98,20 @@ def test_whatever_changes_a_captions_embedding_changes_one_entry(
     assert difference(fingerprint_text(changed), fingerprint_text(folder)) == {entry}
     # Images do not depend on it.
     assert fingerprint_vision(changed) == fingerprint_vision(folder)
+
+
+@pytest.mark.parametrize("fingerprint", [fingerprint_text, fingerprint_vision])
+def test_fields_that_a_version_of_transformers_completes_change_nothing(
+    fingerprint: Callable[[Path], dict[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(folder)
+    for family in (LlamaConfig, CLIPVisionConfig):
+        to_diff_dict = family.to_diff_dict
+        # As 5.6 does beside the frequencies of Gemma 3, and 5.24 does not.
+        monkeypatch.setattr(
+            family, "to_diff_dict", lambda self, f=to_diff_dict: {**f(self), "rope_theta": None}
+        )
+    assert fingerprint(folder) == before
 
 
 def test_another_dtype_is_another_model(folder: Path, tmp_path: Path) -> None:

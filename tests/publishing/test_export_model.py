@@ -162,8 +162,8 @@ def test_base_models_are_stated_anew_in_card_and_configuration(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"components": "tokenizer"}, "components='tokenizer' must be one of"),
-        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+        ({"components": "tokenizer"}, "components='tokenizer': Input should be 'full'"),
+        ({"dtype": "int8"}, "dtype='int8': Input should be 'float32'"),
     ],
 )
 def test_unknown_settings_are_refused_with_the_known_ones(
@@ -187,7 +187,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         (["no-such", "new"], "no such folder, and no Hub id"),
         (["SOURCE", "full"], "exists and is not empty"),
         (["SOURCE", "full/kept.txt"], "exists and is not empty"),
-        (["SOURCE"], "OUTPUT is missing"),
+        (["SOURCE"], "OUTPUT requires an argument"),
         (
             ["SOURCE", "new", "--license", "Apache 2"],
             "must be an identifier of the Hub, like apache-2.0",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from shared_models import shared_model
 from tiny import tiny_model
 
 import modeling_llm2clip
-from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.model_folders.model_card import CardData, read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -45,7 +47,8 @@ NAME, OPEN = "owner/model", "owner/open"
 PRELUDE = """
 import contextlib, io, json, os, sys
 sys.modules["sentence_transformers"] = None
-from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 answers = []
 def run(*arguments):
     out, err = io.StringIO(), io.StringIO()
@@ -167,9 +170,12 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
     assert {"model.safetensors", "README.md", "modeling_llm2clip.py", "modules.json"} <= set(found)
 
 
-def test_what_the_hub_calls_a_bad_request_is_explained(
-    source: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_the_hub_calls_a_bad_request_is_explained_with_the_whole_command(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "a model"))
+    (folder / "token.txt").write_text("<s>", encoding="utf-8")
+
     def refuse(*_: Any, **__: Any) -> None:
         # What the error reads of a response, whose class differs between versions of the client.
         response: Any = SimpleNamespace(status_code=400, headers={}, request=None)
@@ -177,8 +183,21 @@ def test_what_the_hub_calls_a_bad_request_is_explained(
 
     assert issubclass(BadRequestError, ValueError)
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(RuntimeError, match=r"broke off.*BadRequestError: the name is taken"):
-        push_to_hub(source, NAME)
+    with pytest.raises(
+        RuntimeError, match=r"broke off.*BadRequestError: the name is taken"
+    ) as raised:
+        push_to_hub(
+            folder, NAME, private=False, revision="next", commit_message="New towers",
+            allow_files=["token.txt"],
+        )  # fmt: skip
+    [again] = re.findall(r"`llm2clip (push .*)`", str(raised.value))
+    call = parse(LINE, shlex.split(again))
+    assert call.args == (folder, NAME)
+    expected = {
+        "private": False, "revision": "next", "commit_message": "New towers",
+        "allow_files": ("token.txt",),
+    }  # fmt: skip
+    assert expected.items() <= call.keywords.items()
 
 
 def test_hidden_files_stay_at_home(source: Path, tmp_path: Path) -> None:
@@ -248,6 +267,23 @@ def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     (folder / "model.safetensors").unlink()  # what loads would name the missing weights
     assert main(["push", str(folder), NAME]) == 2
     assert "states no license" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_trainer_is_refused_with_the_command_that_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in shared_model():  # as transformers' and sentence-transformers' trainers save them
+        part.save_pretrained(tmp_path / "checkpoint-9")
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", "checkpoint-9", NAME, "--license", "mit", "--dry-run"]) == 2
+    refusal = capsys.readouterr().err
+    assert "golden embeddings" in refusal and "licenses" in refusal
+    [command] = re.findall(r"`llm2clip (export .*)`", refusal)
+    words = [{"LICENSE": "mit", "NAME": "my-images"}.get(word, word) for word in command.split()]
+    with pytest.warns(UserWarning, match="has no golden embeddings"):
+        assert main(words) == 0
+    assert main(["push", "COMPLETE", NAME, "--dry-run"]) == 0
+    assert read_card_data(tmp_path / "COMPLETE").training_data == ("my-images",)
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "owner/", "owner/na me", "owner/a..b"])

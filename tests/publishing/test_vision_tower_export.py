@@ -128,9 +128,9 @@ def test_the_command_writes_the_tower_alone_and_refuses_what_a_tower_has_not(
     source = export_tiny_model(tmp_path / "whole")
     command = ["export", str(source), str(tmp_path / "tower"), "--components", "vision-tower"]
     assert main([*command, "--dtype", "bfloat16"]) == 2
-    assert "--components vision-tower has no use for --dtype." in capsys.readouterr().err
+    assert "--components vision-tower has no use for `dtype`." in capsys.readouterr().err
     assert main([*command, "--max-megapixels", "5"]) == 2
-    assert "--max-megapixels is for --onnx" in capsys.readouterr().err
+    assert "`max_megapixels` is for --onnx" in capsys.readouterr().err
     assert main([*command, "--license", "mit"]) == 0
     assert AutoConfig.from_pretrained(tmp_path / "tower").model_type == "clip_vision_model"
 

@@ -160,7 +160,7 @@ def test_a_filter_narrows_what_is_found(index: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines() == ["a dog", "  rank  cosine  image"]
     assert main(["search", index, "a dog", "--where", "color = 1"]) == 2
     shown = capsys.readouterr().err
-    assert "--where" in shown and "The columns are path, sha256" in shown
+    assert "where='color = 1'" in shown and "The columns are path, sha256" in shown
 
 
 @pytest.mark.parametrize("where", [None, "height > 9999"])
@@ -221,7 +221,7 @@ def test_a_file_of_someone_else_is_not_replaced_whatever_its_name(
     [
         ([], "nothing to search for"),
         (["--image", "missing.png"], "--image missing.png: no such image"),
-        (["a dog", "--top-k", "0"], "--top-k 0 must be at least 1"),
+        (["a dog", "--top-k", "0"], "--top-k 0: Input should be greater than or equal to 1"),
         (["  "], "number 1 is blank"),
         (["a dog", "--model", "nowhere"], "nowhere: no such folder"),
         (["a dog", "--image-dir", "nowhere"], "nowhere"),

@@ -43,7 +43,7 @@ ENVIRONMENT = {
         ({}, "model is missing"),
         ({"model": "m", "port": "1"}, "Ray's proxies listen"),
         ({"model": "m", "replicas": "2"}, "replicas is not an option"),
-        ({"model": "m", "max_replicas": "many"}, "max_replicas='many' must be an integer"),
+        ({"model": "m", "max_replicas": "many"}, "max_replicas='many': Input should be"),
         ({"model": "m", "min_replicas": "3"}, "min_replicas=3 exceeds max_replicas=2"),
         ({"model": "m", "image_networks": "[10.0.0.0/8]"}, "needs image_urls=True"),
     ],

@@ -4,17 +4,15 @@ A store is a folder:
 
 | file | content |
 | --- | --- |
-| `manifest.json` | what the embeddings are, which model made them, checksums of all other files |
+| `manifest.json` | what the embeddings are, which model made them, the hashes of all other files |
 | `index.arrow` | which rows an item has; names, group ids, languages, hashes of captions |
-| `shard-00000.safetensors`, … | tensors `checksums` (rows,) and `embeddings` (rows, dim) |
-| `shard-00000.json`, … | while it is written: one file per complete shard, later in the manifest |
-| `shard-00000.part`, `.journal`, … | while it is written: a shard that is not complete |
+| `shard-00000.safetensors`, … | tensor `embeddings` (rows, dim) |
+| `shard-00000.json`, … | until the store is complete: the record of a complete shard |
 
 Items are the records of a dataset in its order. Rows have an order of their own, and only the index
 says which rows belong to an item. Memory does not grow with the store: index and shards are mapped.
-Every byte is checked before it is used, once in each process: the manifest when the store is
-opened, a batch of the index or a row when it is first read. So opening takes no longer for a large
-store, and damage is never read in silence.
+Every file is verified before it is used, once in each process: manifest and index when the store is
+opened, a shard when it is first read. So damage is never read in silence.
 
 The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they are written by
 `embedding/embedding_store_writer.py`.
@@ -31,24 +29,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._suggestions import counted
+from ..._suggestions import counted, list_first
 from ..atomic_files import list_differences
 from ..key_arrays import Array
 from .store_index import ItemTexts, StoreIndex
 from .store_manifest import MANIFEST_FILE, StoreManifest
-from .store_shards import StoreShards, check_file, check_size, list_errors
+from .store_shards import StoreShards, check_file, check_size, describe_damage, list_errors
 
 __all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows"]
 
 Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
-_SHOWN = 5
 
 
 class EmbeddingStore(StoreIndex):
     """Embeddings of a dataset's captions or images, on disk.
 
     Use `EmbeddingStore.open`. A store can be pickled for worker processes, which open it again and
-    know which rows were checked already.
+    know which shards were verified already.
 
     Attributes:
         folder: Folder of the store.
@@ -64,11 +61,13 @@ class EmbeddingStore(StoreIndex):
         True
     """
 
-    def __init__(self, folder: Path, manifest: StoreManifest, checked: Array | None = None) -> None:
-        super().__init__(folder, manifest)
+    def __init__(
+        self, folder: Path, manifest: StoreManifest, verified: frozenset[int] | None = None
+    ) -> None:
+        super().__init__(folder, manifest, verified=verified is not None)
         self.folder = folder
         self.manifest = manifest
-        self._shards = StoreShards(folder, manifest, checked)
+        self._shards = StoreShards(folder, manifest, verified or ())
         self.names = ItemTexts(self, "name")
         self.group_ids = ItemTexts(self, "group_id")
         self.langs = ItemTexts(self, "lang")
@@ -79,8 +78,8 @@ class EmbeddingStore(StoreIndex):
 
         Args:
             folder: Folder that `extract` wrote.
-            check: `"fast"` checks the manifest, the footer of the index and the sizes of all files
-                now, and everything else when it is first read; `"full"` checks every byte now.
+            check: `"fast"` verifies the manifest, the index and the sizes of all shards now, and
+                each shard when it is first read; `"full"` verifies every byte now.
 
         Returns:
             The opened store.
@@ -94,34 +93,27 @@ class EmbeddingStore(StoreIndex):
         folder = Path(folder)
         manifest = StoreManifest.read(folder)
         if not manifest.complete:
-            found = len(list(folder.glob("shard-*.json")))
+            num_done = len(list(folder.glob(manifest.RECORD_GLOB)))
             raise ValueError(
-                f"{folder} is not complete: {found} of {manifest.num_shards} shards. Run the same "
-                "extraction again, which continues; or llm2clip merge-store, if it was extracted "
-                "in partitions that are all done."
+                f"{folder} is not complete: {num_done} of {manifest.num_shards} shards. Run the "
+                "same extraction again, which continues; or llm2clip merge-store, if it was "
+                "extracted in partitions that are all done."
             )
-        test = check_file if check == "full" else check_size
-        errors = list_errors(partial(test, folder), manifest.shards)
+        errors = list_errors(
+            partial(check_file if check == "full" else check_size, folder), manifest.shards
+        )
         try:
             store = cls(folder, manifest)
-            if check == "full":
-                for _ in store.iterate_batches():  # which checks them
-                    pass
-                store._shards.checked[:] = not errors
         except ValueError as error:
             errors.insert(0, str(error))
         if errors:
-            shown = "; ".join(errors[:_SHOWN])
-            raise ValueError(
-                f"{folder}: {counted(len(errors), 'damaged file')}: {shown}. Delete the store and "
-                "extract it again, or restore what is damaged from a copy."
-            )
+            raise ValueError(describe_damage(folder, errors))
+        if check == "full":
+            store._shards.verified.update(range(manifest.num_shards))
         return store
 
     def __reduce__(self) -> tuple[Callable[..., EmbeddingStore], tuple[Any, ...]]:
-        checked = self._shards.checked
-        packed = np.packbits(checked) if checked.any() else None
-        return EmbeddingStore, (self.folder, self.manifest, packed)
+        return EmbeddingStore, (self.folder, self.manifest, frozenset(self._shards.verified))
 
     @property
     def keys(self) -> Array:
@@ -152,7 +144,8 @@ class EmbeddingStore(StoreIndex):
             (N, D) on the CPU.
 
         Raises:
-            ValueError: The store does not have all of these rows, or some are damaged.
+            ValueError: The store does not have all of these rows, or files with some of them are
+                damaged.
         """
         stored = self._shards.read(_to_row_numbers(rows, self.manifest.num_rows))
         embeddings = torch.from_numpy(stored)
@@ -189,6 +182,6 @@ def _to_row_numbers(rows: Rows, num_rows: int) -> np.ndarray[Any, np.dtype[np.in
         bad = numbers[(numbers < 0) | (numbers >= num_rows)]
         raise ValueError(
             f"{counted(bad.size, 'row number')} outside 0 to {num_rows - 1}, among them "
-            f"{bad[:_SHOWN].tolist()}."
+            f"{list_first(bad)}."
         )
     return numbers.astype(np.int64, copy=False)

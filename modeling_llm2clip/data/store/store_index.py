@@ -8,15 +8,12 @@
 | `num_short` | how many of its rows are those of short captions |
 | `rows` | rows of its short captions, then of its long ones; one row for an image |
 
-The file is mapped. It is checked in parts, which the manifest has the SHA-256 of: the footer
-when the index is opened, a batch of items when it is first used. So opening takes the same time
-whatever the number of items, and no byte is used before it was checked. Hashing takes about 0.7
-seconds per GB and processor core; an item has about 100 bytes beside its texts.
+The file is mapped. Its hash is compared with the manifest's when it is opened. An item has about
+100 bytes beside its texts.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -24,12 +21,12 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from ..atomic_files import hash_file
 from ..key_arrays import Array
 from ..records.data_hashes import hash_own_texts
 from ..records.record_columns import ROWS_PER_BATCH
 from ..records.record_table import split_by_batch
 from .store_manifest import INDEX_FILE, IndexRecord, StoreManifest
-from .store_shards import Advice, advise
 
 SCHEMA = pa.schema(
     [
@@ -43,7 +40,6 @@ SCHEMA = pa.schema(
         ("rows", pa.list_(pa.int64())),
     ]
 )
-_HASHED_AT_ONCE = 2**22  # bytes
 
 
 class ItemTexts(Sequence[str]):
@@ -75,24 +71,30 @@ class ItemTexts(Sequence[str]):
 class StoreIndex:
     """The items of a store, complete or not, and their rows.
 
+    Args:
+        folder: Folder of the store.
+        manifest: Its manifest.
+        verified: Whether this process's parent has verified the file.
+
     Raises:
         ValueError: The file is missing or damaged, or does not have the items of the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
-        self._file = folder / INDEX_FILE
-        self._record = record = manifest.index
+    def __init__(self, folder: Path, manifest: StoreManifest, *, verified: bool = False) -> None:
+        file, record = folder / INDEX_FILE, manifest.index
         self._length = manifest.num_items
-        if not self._file.is_file():
+        if not file.is_file():
             raise ValueError(f"{INDEX_FILE}: missing")
-        if (found := self._file.stat().st_size) != record.bytes:
-            raise ValueError(f"{INDEX_FILE}: {found} bytes, the manifest says {record.bytes}")
-        with pa.memory_map(str(self._file)) as mapped:
-            self._buffer = mapped.read_buffer()
-        self._check(len(record.ends) - 1)
-        self._reader = pa.ipc.open_file(pa.BufferReader(self._buffer))
-        planned = -(-self._length // ROWS_PER_BATCH)
-        if self._reader.num_record_batches != planned or len(record.ends) != planned + 1:
+        if (size := file.stat().st_size) != record.bytes:
+            raise ValueError(f"{INDEX_FILE}: {size} bytes, the manifest says {record.bytes}")
+        if not verified and (digest := hash_file(file)) != record.sha256:
+            raise ValueError(
+                f"{file} is damaged: SHA-256 is {digest}, the manifest says {record.sha256}. "
+                "Restore it from a copy, or delete the store and extract it again."
+            )
+        with pa.memory_map(str(file)) as mapped:  # unlike Python's mmap, it holds no file open
+            self._reader = pa.ipc.open_file(pa.BufferReader(mapped.read_buffer()))
+        if self._reader.num_record_batches != -(-self._length // ROWS_PER_BATCH):
             raise ValueError(
                 f"{INDEX_FILE}: it does not have the {self._length} items of the store"
             )
@@ -104,10 +106,8 @@ class StoreIndex:
         return self._length
 
     def iterate_batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the items in batches of `ROWS_PER_BATCH`, whose pages are then given back."""
-        for number in range(self._reader.num_record_batches):
-            yield self.batch(number)
-            self._forget_pages(number)
+        """Yield the items in batches of `ROWS_PER_BATCH`."""
+        yield from map(self.batch, range(self._reader.num_record_batches))
 
     def iterate_numbers(self, column: str) -> Iterator[Array]:
         """Yield a column of numbers, such as `key`, in such batches."""
@@ -161,22 +161,22 @@ class StoreIndex:
             IndexError: There is no such item, or it has no such caption.
         """
         items, numbers = np.asarray(items), np.asarray(numbers)
-        found = np.empty(len(items), np.int64)
+        found_rows = np.empty(len(items), np.int64)
         if bad := items[(items < 0) | (items >= self._length)][:1].tolist():
             raise IndexError(f"There is no item {bad[0]}: the store has {self._length}.")
         for batch, places in split_by_batch(items):
             ends, rows = self._list_rows(batch)
             within = items[places] - batch * ROWS_PER_BATCH
-            start, wanted = ends[within].astype(np.int64), numbers[places]
-            lacking = (wanted < 0) | (start + wanted >= ends[within + 1])
+            start, chosen = ends[within].astype(np.int64), numbers[places]
+            lacking = (chosen < 0) | (start + chosen >= ends[within + 1])
             if lacking.any():
                 first = places[lacking.argmax()]
                 raise IndexError(
                     f"Item {items[first]} has no caption {numbers[first]}, counted from 0: it has "
                     f"{np.diff(ends)[within][lacking.argmax()]}."
                 )
-            found[places] = rows[start + wanted]
-        return found
+            found_rows[places] = rows[start + chosen]
+        return found_rows
 
     def iterate_rows(self, first_item: int = 0) -> Iterator[tuple[int, Array, Array]]:
         """Yield the rows of all items from one on, in batches.
@@ -189,13 +189,11 @@ class StoreIndex:
             ends, rows = self._list_rows(number)
             start = int(ends[place])
             yield number * ROWS_PER_BATCH + place, ends[place:] - start, rows[start : int(ends[-1])]
-            self._forget_pages(number)
             number, place = number + 1, 0
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return a batch of items, which is checked when it is first used."""
+        """Return a batch of items."""
         if number not in self._batches:
-            self._check(number)
             self._batches[number] = self._reader.get_batch(number)
         return self._batches[number]
 
@@ -206,36 +204,13 @@ class StoreIndex:
             self._rows[number] = np.asarray(column.offsets), np.asarray(column.values)
         return self._rows[number]
 
-    def _forget_pages(self, number: int) -> None:
-        """Let the kernel take back the pages of a batch that was gone through."""
-        start = self._record.ends[number - 1] if number else 0
-        size = self._record.ends[number] - start
-        advise(self._buffer.address + start, size, Advice.FORGET)
-
-    def _check(self, part: int) -> None:
-        """Raise ValueError if a part of the file has another hash than the manifest says."""
-        start = self._record.ends[part - 1] if part else 0
-        digest = _hash_part(self._file, start, self._record.ends[part])
-        if digest != self._record.sha256[part]:
-            raise ValueError(
-                f"{self._file} is damaged: bytes {start} to {self._record.ends[part]} have the "
-                f"SHA-256 {digest}, the manifest says {self._record.sha256[part]}. Restore it from "
-                "a copy, or delete the store and extract it again."
-            )
-
 
 def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
     """Write the file of an index: batches of `SCHEMA`, of `ROWS_PER_BATCH` items but the last."""
-    ends = []
-    with pa.OSFile(str(file), "wb") as sink:
-        with pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-                ends.append(sink.tell())
-        ends.append(sink.tell())
-    starts = [0, *ends[:-1]]
-    hashes = [_hash_part(file, start, end) for start, end in zip(starts, ends, strict=True)]
-    return IndexRecord(ends[-1], tuple(ends), tuple(hashes))
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return IndexRecord(file.stat().st_size, hash_file(file))
 
 
 def make_batch(
@@ -248,17 +223,3 @@ def make_batch(
     return pa.RecordBatch.from_arrays(
         [*columns, text_keys, pa.array(num_short, pa.int32()), lists], schema=SCHEMA
     )
-
-
-def _hash_part(file: Path, start: int, end: int) -> str:
-    """Hash a part of a file; read, not mapped, so that it takes no memory."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        opened.seek(start)
-        while start < end:
-            piece = opened.read(min(end - start, _HASHED_AT_ONCE))
-            if not piece:  # the file was truncated meanwhile
-                break
-            digest.update(piece)
-            start += len(piece)
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ about the shards can be relied on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,11 +15,11 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..._suggestions import list_first
 from ..atomic_files import hash_json, is_unfinished, require_writable
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
-_SHOWN = 5
 CAPTION_EMBEDS, VISION_EMBEDS = "caption_embeds", "vision_embeds"
 TEACHER_TEXT_EMBEDS = "teacher_text_embeds"
 # Captions that a teacher does not read to the end, in the counts of its store.
@@ -36,6 +35,34 @@ STORED_DTYPES: dict[str, tuple[str, type[np.generic]]] = {
 _Manifest = TypeVar("_Manifest", bound="ShardedManifest")
 
 
+@dataclass(frozen=True)
+class ShardRecord:
+    """A complete shard.
+
+    Attributes:
+        file: Name of its file.
+        rows: Number of its rows.
+        bytes: Size of its file.
+        sha256: Hash of its file.
+        num_truncated: Captions that were longer than the model reads.
+        num_clipped: Values outside the int8 ranges.
+        skipped: Ids of images that could not be decoded.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    num_truncated: int = 0
+    num_clipped: int = 0
+    skipped: tuple[str, ...] = ()
+
+
+def make_record(content: Mapping[str, Any]) -> ShardRecord:
+    """Make the record of a shard from its JSON object."""
+    return ShardRecord(**_freeze(content))
+
+
 class ShardedManifest:
     """Describes an output of shards, in a JSON file beside them; subclasses are dataclasses.
 
@@ -46,22 +73,20 @@ class ShardedManifest:
     VERSION: ClassVar[int]
     CONTENT: ClassVar[str]
     """Name of the content, for messages."""
-    OTHER: ClassVar[str]
-    """Name of another content of the same kind."""
     COMMAND: ClassVar[str]
     """The command that writes it."""
     BEFORE: ClassVar[tuple[str, ...]] = ()
     """Names of files that are written before the manifest."""
-    RECORD: ClassVar[type[Any]]
-    """Class of the records of shards."""
     SHARD_NAME: ClassVar[str]
     """Name of a complete shard's file, given its number and that of all."""
     RECORD_NAME: ClassVar[str]
     """Name of the file that says that a shard is complete, given its number."""
+    RECORD_GLOB: ClassVar[str]
+    """Pattern of these names."""
     num_rows: int
     rows_per_shard: int
     complete: bool
-    shards: tuple[Any, ...]
+    shards: tuple[ShardRecord, ...]
     format_version: int
 
     @classmethod
@@ -74,11 +99,11 @@ class ShardedManifest:
                 f"llm2clip {cls.COMMAND} wrote."
             )
         try:
-            found = _parse_object(file.read_text(encoding="utf-8"))
-            version = found["format_version"]
+            content = _parse_object(file.read_text(encoding="utf-8"))
+            version = content["format_version"]
             if version == cls.VERSION:
-                content = _check_seal(found)
-                if lost := sorted({one.name for one in fields(cls)} - set(content)):  # type: ignore[arg-type]
+                content = _check_seal(content)
+                if lost := sorted({entry.name for entry in fields(cls)} - set(content)):  # type: ignore[arg-type]
                     raise ValueError(f"it lacks {lost}")
                 return cls._from_json(content)
         except (ValueError, TypeError, KeyError) as error:
@@ -88,18 +113,14 @@ class ShardedManifest:
             ) from error
         raise ValueError(
             f"{file} has format_version {version!r}, this code reads {cls.VERSION}. Upgrade "
-            f"modeling_llm2clip if it is newer; otherwise {cls.COMMAND} again."
+            f"modeling_llm2clip if it is newer; otherwise delete {folder} and make it again: "
+            f"llm2clip {cls.COMMAND} MODEL DATA {folder}"
         )
 
     @classmethod
     def _from_json(cls: type[_Manifest], content: dict[str, Any]) -> _Manifest:
-        shards = tuple(map(cls.make_record, content["shards"]))
+        shards = tuple(map(make_record, content["shards"]))
         return cls(**{**_freeze(content), "shards": shards})
-
-    @classmethod
-    def make_record(cls, content: dict[str, Any]) -> Any:
-        """Make the record of a shard from what JSON holds."""
-        return cls.RECORD(**_freeze(content))
 
     @classmethod
     def is_begun(cls, folder: Path) -> bool:
@@ -115,8 +136,8 @@ class ShardedManifest:
         others = sorted(names - {*cls.BEFORE})
         if others and not cls.is_begun(folder):  # another process may just have begun
             raise FileExistsError(
-                f"{folder} is not empty and holds no {cls.CONTENT}: {others[:_SHOWN]}. Name a new "
-                "folder."
+                f"{folder} is not empty and holds no {cls.CONTENT}: {list_first(others)}. Name a "
+                "new folder."
             )
 
     def list_causes(self) -> dict[str, object]:
@@ -147,30 +168,11 @@ class ShardedManifest:
 
 
 @dataclass(frozen=True)
-class ShardRecord:
-    """One complete shard of a store, with the hash of its file.
-
-    Attributes:
-        head_sha256: Hash of the part before the embeddings, which has a checksum of each row.
-        num_truncated: How many of its captions were longer than the model reads.
-    """
-
-    file: str
-    first_row: int
-    rows: int
-    bytes: int
-    sha256: str
-    head_sha256: str
-    num_truncated: int
-
-
-@dataclass(frozen=True)
 class IndexRecord:
-    """The index of the items: ends and hashes of its parts, batches of items and the footer."""
+    """Size and hash of the index of the items."""
 
     bytes: int = 0
-    ends: tuple[int, ...] = ()
-    sha256: tuple[str, ...] = ()
+    sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +194,13 @@ class StoreManifest(ShardedManifest):
     """
 
     FILE = MANIFEST_FILE
-    VERSION = 4
+    VERSION = 5
     CONTENT = "embedding store"
-    OTHER = "another store"
     COMMAND = "extract"
     BEFORE = (INDEX_FILE,)
-    RECORD = ShardRecord
     SHARD_NAME = "shard-{:05d}.safetensors"
     RECORD_NAME = "shard-{:05d}.json"
+    RECORD_GLOB = "shard-*.json"
 
     content: str
     fingerprint: dict[str, str]
@@ -217,7 +218,7 @@ class StoreManifest(ShardedManifest):
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> StoreManifest:
-        index = IndexRecord(**_freeze(content["index"]))
+        index = IndexRecord(**content["index"])
         manifest = super()._from_json({**content, "index": index})
         manifest._check()
         return manifest
@@ -252,9 +253,8 @@ class StoreManifest(ShardedManifest):
             errors.append("dim, num_rows, num_items and rows_per_shard must be at least 1")
         elif self.complete:
             numbers = range(self.num_shards)
-            planned = [(self.name_shard(shard), self.rows_of_shard(shard)) for shard in numbers]
-            listed = [(s.file, range(s.first_row, s.first_row + s.rows)) for s in self.shards]
-            if planned != listed:
+            planned = [(self.name_shard(n), len(self.rows_of_shard(n))) for n in numbers]
+            if planned != [(record.file, record.rows) for record in self.shards]:
                 errors.append("the listed shards do not make up its rows")
         if errors:
             raise ValueError("; ".join(errors))
@@ -262,38 +262,32 @@ class StoreManifest(ShardedManifest):
 
 def write_sealed(content: Mapping[str, Any]) -> str:
     """Write an object as JSON with a hash of itself."""
-    return json.dumps({**content, _OWN_HASH: _hash_object(content)}, indent=2) + "\n"
+    return json.dumps({**content, _OWN_HASH: hash_json(content)}, indent=2) + "\n"
 
 
 def read_sealed(text: str) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without its hash."""
+    """Read an object that `write_sealed` wrote, without its hash."""
     return _check_seal(_parse_object(text))
 
 
-def _check_seal(found: Mapping[str, Any]) -> dict[str, Any]:
-    content = {name: value for name, value in found.items() if name != _OWN_HASH}
-    says, has = found.get(_OWN_HASH), _hash_object(content)
-    if says != has:
-        raise ValueError(f"its content has the SHA-256 {has}, it says {says}")
+def _check_seal(sealed: Mapping[str, Any]) -> dict[str, Any]:
+    content = {name: value for name, value in sealed.items() if name != _OWN_HASH}
+    if (digest := hash_json(content)) != sealed.get(_OWN_HASH):
+        raise ValueError(f"its content has the SHA-256 {digest}, it says {sealed.get(_OWN_HASH)}")
     return content
 
 
-def _hash_object(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _freeze(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Make tuples of the lists in an object, and of the lists in these."""
+    return {name: _freeze_value(value) for name, value in content.items()}
 
 
-def _freeze(content: dict[str, Any]) -> dict[str, Any]:
-    """Make tuples of the lists in an object, however deep in each other."""
-
-    def freeze(value: Any) -> Any:
-        return tuple(map(freeze, value)) if isinstance(value, list) else value
-
-    return {name: freeze(value) for name, value in content.items()}
+def _freeze_value(value: Any) -> Any:
+    return tuple(map(_freeze_value, value)) if isinstance(value, list) else value
 
 
 def _parse_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds {type(found).__name__}, not an object")
-    return found
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, not an object")
+    return content

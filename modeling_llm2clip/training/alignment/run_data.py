@@ -138,7 +138,12 @@ class StreamData:
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
-        return {"num_records": None, "data": digest, "images": None}
+        return {
+            "num_records": None,
+            "data": digest,
+            "images": None,
+            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
+        }
 
     def make_loader(
         self,
@@ -316,6 +321,7 @@ def open_stream(
         processor,
         caption_store=caption_store,
         long_caption_ratio=config.long_caption_ratio,
+        caption_noise=config.caption_noise,
         sentence_views=config.sentence_views,
         seed=config.seed,
     )

@@ -40,7 +40,7 @@ def test_what_is_read_is_what_was_written_rounded_to_its_dtype(tmp_path: Path, d
 def test_a_shard_is_a_safetensors_file_that_other_programs_read(store: Path) -> None:
     found = load_file(store / "shard-00001.safetensors")
     assert np.array_equal(found["embeddings"], make_embeddings()[8:16].numpy())
-    assert found["checksums"].shape == (8,)
+    assert list(found) == ["embeddings"]
 
 
 @given(st.lists(st.integers(0, NUM_ROWS - 1), max_size=40))

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from stores import (
@@ -18,13 +17,12 @@ from stores import (
     NUM_ROWS,
     change_manifest,
     flip_byte,
-    list_items,
     make_embeddings,
     write_store,
 )
 
+from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.store_index import write_index
 
 
 def read_all(store: EmbeddingStore) -> list[object]:
@@ -78,14 +76,14 @@ def test_whatever_byte_is_changed_the_store_is_refused_or_reads_the_same(
     assert read_all(EmbeddingStore.open(store)) == wanted
 
 
-def test_a_flipped_byte_of_a_row_is_found_when_it_is_read_and_its_file_named(store: Path) -> None:
+def test_a_flipped_byte_is_found_when_its_shard_is_read_and_the_file_named(store: Path) -> None:
     name = "shard-00002.safetensors"
     flip_byte(store / name, -1)  # of row 22
     opened = EmbeddingStore.open(store)
     assert torch.equal(opened.read([0, 15]), make_embeddings()[[0, 15]])
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"1 damaged row, among them \[22\], in {name}"):
-            opened.read([3, 22, 1])
+        with pytest.raises(ValueError, match=rf"1 damaged file: {name}: SHA-256"):
+            opened.read([3, 17, 1])
     with pytest.raises(ValueError, match=rf"1 damaged file: {name}: SHA-256"):
         EmbeddingStore.open(store, check="full")
 
@@ -99,35 +97,34 @@ def test_shards_of_each_other_and_of_another_store_of_the_same_shape_are_found(
     whole = first.read_bytes()
     for changed in (second, other / first.name):
         shutil.copy(changed, first)
-        with pytest.raises(ValueError, match=r"shard-00000.* damaged, or belongs to another store"):
+        with pytest.raises(ValueError, match=r"1 damaged file: shard-00000"):
             EmbeddingStore.open(store).read([0])
         first.write_bytes(whole)
     shutil.copy(other / "index.arrow", store / "index.arrow")  # of the same items
     assert read_all(EmbeddingStore.open(store))
     shutil.copy(other / "manifest.json", store / "manifest.json")
-    with pytest.raises(ValueError, match="belongs to another store"):
+    with pytest.raises(ValueError, match="1 damaged file: shard-00000"):
         EmbeddingStore.open(store).read([0])
 
 
-def test_a_row_is_checked_once_in_a_process_and_its_workers(
+def test_a_shard_is_verified_once_in_a_process_and_its_workers(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modeling_llm2clip.data.store import store_shards
+    from modeling_llm2clip.data.store import store_index, store_shards
 
-    hashed: list[int] = []
-    compute = store_shards.compute_checksums
-    monkeypatch.setattr(
-        store_shards,
-        "compute_checksums",
-        lambda rows, places: hashed.append(len(places)) or compute(rows, places),
-    )
+    hashed: list[str] = []
+    for module in (store_index, store_shards):
+        monkeypatch.setattr(
+            module, "hash_file", lambda file: hashed.append(file.name) or hash_file(file)
+        )
     opened = EmbeddingStore.open(store)
-    opened.read([1, 9, 20])
-    opened.read([20, 1, 2])
-    assert hashed == [3, 1]
+    opened.read([1, 9])
+    opened.read([9, 1, 2])
+    verified = ["index.arrow", "shard-00000.safetensors", "shard-00001.safetensors"]
+    assert sorted(hashed) == verified
     worker = pickle.loads(pickle.dumps(opened))
-    assert torch.equal(worker.read([9, 2, 3]), make_embeddings()[[9, 2, 3]])
-    assert hashed == [3, 1, 1]
+    assert torch.equal(worker.read([9, 2, 20]), make_embeddings()[[9, 2, 20]])
+    assert sorted(hashed) == [*verified, "shard-00002.safetensors"]
 
 
 def _truncate(file: Path) -> None:
@@ -158,7 +155,7 @@ def test_every_damaged_file_is_named_at_once(store: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "format_version 3, this code reads 4.*otherwise extract again"),
+        ({"format_version": 4}, "format_version 4, this code reads 5.*llm2clip extract MODEL DATA"),
         ({"content": "audio"}, "content is 'audio'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"shards": []}, "do not make up its rows"),
@@ -189,10 +186,3 @@ def test_what_is_not_a_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         EmbeddingStore.open(tmp_path)
-
-
-def test_an_index_has_checksums_of_all_of_its_bytes(tmp_path: Path) -> None:
-    record = write_index(tmp_path / "index.arrow", list_items(tmp_path).batches)
-    assert record.ends[-1] == record.bytes == (tmp_path / "index.arrow").stat().st_size
-    assert len(record.sha256) == len(record.ends) == 2
-    assert pa.ipc.open_file(tmp_path / "index.arrow").read_all().num_rows == 3

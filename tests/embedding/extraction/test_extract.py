@@ -22,8 +22,7 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
-from modeling_llm2clip.embedding.shard_computation import parse_partition
-from modeling_llm2clip.embedding.sharded_writer import ShardWriter
+from modeling_llm2clip.embedding.shard_encoding import TextShardEncoder
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
 
@@ -83,24 +82,24 @@ def test_a_caption_is_tokenized_once_and_the_first_shard_does_not_wait_for_the_o
     model: Path, records: list[CaptionedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenized: list[str] = []
-    before_first_batch: list[int] = []
-    list_ids, write = LLM2CLIPProcessor.list_ids, ShardWriter.write
+    before_first_shard: list[int] = []
+    list_ids, encode = LLM2CLIPProcessor.list_ids, TextShardEncoder.encode
 
     def note_texts(self: LLM2CLIPProcessor, texts: Any) -> Any:
         texts = list(texts)
         tokenized.extend(texts)
         return list_ids(self, texts)
 
-    def note_batch(self: ShardWriter, embeddings: torch.Tensor) -> None:
-        before_first_batch.append(len(tokenized))
-        write(self, embeddings)
+    def note_shard(self: TextShardEncoder, prepared: Any) -> Any:
+        before_first_shard.append(len(tokenized))
+        return encode(self, prepared)
 
     monkeypatch.setattr(LLM2CLIPProcessor, "list_ids", note_texts)
-    monkeypatch.setattr(ShardWriter, "write", note_batch)
+    monkeypatch.setattr(TextShardEncoder, "encode", note_shard)
     folder = extract_captions(model, records, tmp_path / "store")
     texts = dict.fromkeys(text for r in records for text in (*r.captions, *r.long_captions))
     assert tokenized == list(texts)
-    assert before_first_batch[0] <= 2 * 16 < len(texts) == StoreManifest.read(folder).num_rows
+    assert before_first_shard[0] <= 2 * 16 < len(texts) == StoreManifest.read(folder).num_rows
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
             other = tmp_path / entries[0]
             parts[0].save_pretrained(other)
             parts[1].save_pretrained(other)
-        with refusing_for(*entries, folder=folder, holds="another store", content=undisturbed):
+        with refusing_for(*entries, folder=folder, content=undisturbed):
             extract_captions(other, data, folder, config)
 
     changed = tiny_model(max_text_length=128)
@@ -204,9 +203,9 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize("partition", ["0/2", "3/2", "2", "a/b", "-1/2", "1/2/3"])
-def test_a_partition_that_there_is_not_is_refused(partition: str) -> None:
+def test_a_partition_that_there_is_not_is_refused(partition: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be such as 2/8"):
-        parse_partition(partition)
+        extract("no-model", [], tmp_path / "store", modality="text", partition=partition)
 
 
 def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:

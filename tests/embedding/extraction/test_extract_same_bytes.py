@@ -23,11 +23,12 @@ from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
 from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
-from modeling_llm2clip.embedding.extract import extract, merge_store
+from modeling_llm2clip.embedding.extract import describe_extraction, extract, merge_store
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt, stop_on_signals
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def find_suggested(shown: str) -> list[str]:
     """Return the words of the next command that was printed, which the command line can parse."""
     words = shlex.split(shown.rpartition("Align a model on it: llm2clip ")[2])
-    LINE.parse(words)
+    parse(LINE, words)
     return words
 
 
@@ -73,12 +74,20 @@ def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
         extract_captions(model, records, tmp_path / "store")
         assert bool(written) == computes
         written.clear()
-    (tmp_path / "store" / "shard-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors: missing"):
-        extract_captions(model, records, tmp_path / "store")
+    whole = read_bytes(tmp_path / "store")
+    for partition in (None, "2/2"):
+        (tmp_path / "store" / "shard-00001.safetensors").unlink()
+        if partition:  # the other one does not have the shard
+            extract(model, records, tmp_path / "store", EXACT, modality="text", partition="1/2")
+            shown = describe_extraction(tmp_path / "store")
+            assert shown[0] == f"{len(whole) - 3} of {len(whole) - 2} shards are complete."
+        extract(model, records, tmp_path / "store", EXACT, modality="text", partition=partition)
+        assert "Wrote" in describe_extraction(tmp_path / "store")[0]
+        assert read_bytes(tmp_path / "store") == whole
+        assert len(written) == 1
+        written.clear()
 
 
-@pytest.mark.parametrize("thing", ["shard", "batch"])
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     model: Path,
@@ -87,24 +96,19 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
     tmp_path: Path,
     written: list[int],
     monkeypatch: pytest.MonkeyPatch,
-    thing: str,
 ) -> None:
     folder = tmp_path / "store"
     num_stops = 0
     for _ in range(200):
-        count = partial(count_records, folder) if thing == "shard" else partial(len, written)
-        stop_after_one(monkeypatch, count)
+        stop_after_one(monkeypatch, partial(count_records, folder))
         try:
             extract_captions(model, records, folder)
         except StageInterrupt as error:
-            assert f"what is done is in {folder}. Continue with the same call." in str(error)
+            assert f"complete shards are in {folder}. Continue with the same call." in str(error)
             num_stops += 1
         else:
             break
-    assert num_stops == (
-        StoreManifest.read(folder).num_shards if thing == "shard" else len(written)
-    )
-    assert len(written) > StoreManifest.read(folder).num_shards
+    assert num_stops == len(written) == StoreManifest.read(folder).num_shards
     assert sum(written) == StoreManifest.read(folder).num_rows  # nothing was computed twice
     assert read_bytes(folder) == undisturbed
 
@@ -148,7 +152,7 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
         range(1, StoreManifest.read(together).num_shards, 2)
     )
     assert main(["merge-store", str(together)]) == 2
-    assert "shards are missing, among them [0, 2, 4, 6, 8]" in capsys.readouterr().err
+    assert "shards are missing: 0, 2, 4, 6, 8 and" in capsys.readouterr().err
     assert main([*command, "--partition", "1/2"]) == 0
     assert not StoreManifest.read(together).complete
     for _ in range(2):  # a merged store stays as it is

@@ -269,7 +269,7 @@ def test_whether_clip_is_uncased_is_read_off_its_tokenizer(models: Any, tmp_path
 
 
 def test_an_unknown_type_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model_type='CLIP' must be one of"):
+    with pytest.raises(ValueError, match=r"model_type='CLIP': Input should be 'llm2clip'"):
         make_config(EvaluatedModel, {"source": "x", "model_type": "CLIP"})
 
 

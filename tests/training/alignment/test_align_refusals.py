@@ -34,7 +34,7 @@ from modeling_llm2clip.training.losses.loss import LossInputs
             r"learning_rate=0.*long_caption_ratio=1.5",
         ),
         ({"vision_training": "some"}, r"vision_training=.?some.*frozen, lora, full"),
-        ({"global_batch_size": 1}, "global_batch_size=1 must be at least 2"),
+        ({"global_batch_size": 1}, "global_batch_size=1: Input should be greater"),
         ({"layer_decay": 0.0}, "layer_decay=0.0"),
         (
             {

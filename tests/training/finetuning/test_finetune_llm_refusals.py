@@ -39,13 +39,13 @@ def test_too_few_images_for_a_batch_are_refused_before_anything_runs(tmp_path):
     [
         (
             {"num_pairings": 0, "num_held_out": 0},
-            "num_pairings=0 must be at least 1.*num_held_out=0 must be at least 2",
+            "num_pairings=0: Input .* equal to 1.*num_held_out=0: Input .* equal to 2",
         ),
-        ({"lora_dtype": "fp16"}, "lora_dtype='fp16' must be one of float32, bfloat16, float16"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"lora_dtype": "fp16"}, "lora_dtype='fp16': Input should be 'float32'"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: Input should be greater than 0"),
         ({"warmup_steps": 2.5}, "warmup_steps=2.5 must be a share below 1 or an integer"),
         ({"learning_rate": math.inf, "scale": math.nan}, "learning_rate=inf.*scale=nan"),
-        ({"negatives": "none"}, "negatives='none' must be one of query-to-doc, symmetric, all"),
+        ({"negatives": "none"}, "negatives='none': Input should be 'query-to-doc'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, error):
@@ -117,7 +117,7 @@ def test_text_pairs_of_no_weight_are_refused_before_anything_is_read(tmp_path, c
     assert main(["finetune-llm", "a-model", "no-data", str(tmp_path / "run"), *flags]) == 2
     assert "--text-pairs" in (shown := capsys.readouterr().err)
     wanted = {"much": 'unable to convert "much" into float', "inf": "finite", "nan": "finite"}
-    assert wanted.get(weight, "must be above 0") in shown
+    assert wanted.get(weight, "Input should be greater than 0") in shown
 
 
 def test_text_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
