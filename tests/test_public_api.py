@@ -87,3 +87,17 @@ def test_the_whole_method_is_one_script(tmp_path: Path) -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "me/my-model" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["base_llm2clip", "modeling_llm2clip", "processing_llm2clip"])
+def test_any_module_can_be_the_first_that_is_imported(module: str) -> None:
+    # The Auto classes, which these modules import, have ours registered once they are complete.
+    code = (
+        f"import modeling_llm2clip.{module}\n"
+        "from transformers import AutoModel\n"
+        "from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel\n"
+        "assert LLM2CLIPModel in AutoModel._model_mapping[LLM2CLIPConfig]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
