@@ -53,13 +53,13 @@ from ..atomic_files import (
 )
 from ..record_fields import Modality
 from ..remote.file_places import (
-    FileState,
+    FilePlace,
     describe_states,
-    list_described,
+    list_states,
     name_place,
-    use_described,
+    use_states,
 )
-from ..remote.remote_files import RemoteFile
+from ..remote.remote_files import FileInfo
 from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
@@ -153,7 +153,7 @@ def _find(name: Path) -> RecordTable | None:
 
 
 def _build(
-    job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
+    job: IndexJob, file: Path, show_progress: bool, states: Sequence[FileInfo | None]
 ) -> tuple[RecordTable, ErrorCollector]:
     errors = ErrorCollector()
     is_cache = file.is_relative_to(default_cache_folder())
@@ -183,11 +183,11 @@ def _read(
     file: Path,
     errors: ErrorCollector,
     show_progress: bool,
-    states: list[FileState | None],
+    states: Sequence[FileInfo | None],
 ) -> Generator[pa.RecordBatch, None, None]:
     """Read all parts, those of a large source in processes, which write beside the index."""
     # A server that does not say how long a file is, is taken to have a long one.
-    num_bytes = sum(math.inf if state is None else state[1] for state in states)
+    num_bytes = sum(math.inf if state is None else state.size or 0 for state in states)
     parts = job.source.split()
     num_processes = min(len(parts), os.cpu_count() or 1)
     shown = show_progress and len(parts) > 1
@@ -222,9 +222,7 @@ def _read_in_processes(
     from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
 
     job = replace(job, source=replace(job.source, files=[]))  # a part has its file
-    pool = ProcessPoolExecutor(
-        num_processes, initializer=_start_process, initargs=(list_described(),)
-    )
+    pool = ProcessPoolExecutor(num_processes, initializer=_start_process, initargs=(list_states(),))
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
         written = pool.map(_write_part, repeat(job), parts, files)
@@ -238,10 +236,10 @@ def _read_in_processes(
         pool.shutdown(kill_workers=True)
 
 
-def _start_process(described: dict[str, RemoteFile]) -> None:
+def _start_process(states: dict[FilePlace, FileInfo]) -> None:
     # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
     gc.disable()
-    use_described(described)
+    use_states(states)
 
 
 def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
@@ -303,14 +301,15 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
         )
 
 
-def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
+def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
     """Return what the names of an index's files begin with: its source, and its files' state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
     # An index has the paths of images as they were given: from this folder, if they are relative.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
     source = hash_json([base, start, names, job.source.suffix, job.rules])[:16]
-    state = hash_json([_FORMAT_VERSION, states])[:16]
+    files = [file.resolve() if isinstance(file, Path) else file for file in job.source.files]
+    state = hash_json([_FORMAT_VERSION, files, states])[:16]
     return default_cache_folder() / "records" / f"{source}-{state}"
 
 

@@ -28,8 +28,8 @@ from ...data.key_arrays import is_among
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.splits import list_text_keys
-from ...data.remote.file_places import list_described, use_described
-from ...data.remote.remote_files import RemoteFile
+from ...data.remote.file_places import FilePlace, list_states, use_states
+from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
 from ...data.streams.stream_report import StreamReport
@@ -91,7 +91,7 @@ class RecordData:
             num_workers=count_workers(self.config, arguments, decodes=self.reads_images),
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
-            worker_init_fn=partial(_start_worker, list_described()),
+            worker_init_fn=partial(_start_worker, list_states()),
         )
 
     def epoch_at(self, step: int) -> float:
@@ -253,9 +253,9 @@ class StreamData:
         return f"stream-{self._process}.pt"
 
 
-def _start_worker(described: dict[str, RemoteFile], _: int) -> None:
+def _start_worker(states: dict[FilePlace, FileInfo], _: int) -> None:
     """Let a process that makes batches read remote files in the states that are known here."""
-    use_described(described)
+    use_states(states)
 
 
 RunData = RecordData | StreamData
