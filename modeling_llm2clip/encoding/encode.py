@@ -185,10 +185,9 @@ class TorchEncoder(Encoder):
             self._models = {name: model for name, tower in towers.items() if hasattr(model, tower)}
             self.modalities = tuple(self._models)
         self.embedding_dim = int(config.projection_dim)
-        on_cpu = self.device.type == "cpu"
         self.token_budget, self.batch_size = choose_batches(self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
-        self._plan_texts = plan_packs if on_cpu else plan_token_batches
+        self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
 
     @property
     def logit_rule(self) -> LogitRule | None:

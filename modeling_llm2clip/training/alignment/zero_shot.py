@@ -71,8 +71,9 @@ class ZeroShotImages:
             )
         finally:
             model.train(was_training)
-        num_prompts = [len(self._dataset.templates)] * len(self._dataset.class_names)
-        classes = average_prompts(texts, num_prompts)
+        classes = average_prompts(
+            texts, [len(self._dataset.templates)] * len(self._dataset.class_names)
+        )
         ranks, _ = rank_classes(images, classes, self._labels)
         return float((ranks == 1).double().mean())
 
