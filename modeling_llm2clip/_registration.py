@@ -32,9 +32,11 @@ _REGISTRATIONS = (
     (f"{_AUTO}.image_processing_auto", "image_cropping_llm2clip",
      ("LLM2CLIPImageProcessor", "LLM2CLIPImageProcessorPil"), ("AutoImageProcessor",)),
 )  # fmt: skip
+# Imported first, it imports an Auto class before the model can be imported, which builds on it.
+_BASE = f"{__package__}.base_llm2clip"
 _WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
-    f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
-}
+    _BASE, *(f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS)
+}  # fmt: skip
 _running: set[str] = set()
 
 
@@ -46,7 +48,7 @@ def _register_ready_classes() -> None:
     """
     for auto_name, ours_name, class_names, auto_classes in _REGISTRATIONS:
         ours_full_name = f"{__package__}.{ours_name}"
-        if auto_name not in sys.modules or _running & {auto_name, ours_full_name}:
+        if auto_name not in sys.modules or _running & {auto_name, ours_full_name, _BASE}:
             continue
         classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
         if auto_classes == ("AutoImageProcessor",):

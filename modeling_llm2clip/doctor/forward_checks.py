@@ -204,7 +204,7 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
     if errors:
         raise ValueError(
             f"sentence-transformers gives other embeddings than AutoModel: {', '.join(errors)} "
-            f"(allowed in {dtype}: {tolerance:.0e}). Export the folder again."
+            f"(allowed in {dtype}: {tolerance:.2g}). Export the folder again."
         )
     left_out = (
         f"; not offered: {', '.join(set(wanted) - set(found))}" if len(found) < len(wanted) else ""
@@ -225,11 +225,11 @@ def _require_equal(
     ]
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.0e}). {advice}; "
+            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.2g}). {advice}; "
             "load with attn_implementation='eager', and report the tower's family."
         )
     largest = max(float(distance.max()) for distance in distances.values())
-    return f"{', '.join(distances)}: at most {largest:.1e} apart (allowed {tolerance:.0e})"
+    return f"{', '.join(distances)}: at most {largest:.1e} apart (allowed {tolerance:.2g})"
 
 
 def _find_bad_rows(embeds: Tensor) -> list[int]:

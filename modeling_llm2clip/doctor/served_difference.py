@@ -130,7 +130,7 @@ class Comparison:
         wrong = int((~(distances <= self.tolerance)).sum())
         return (
             f"{wrong} of {len(distances)} embeddings differ by up to {float(distances.max()):.1e} "
-            f"(allowed: {self.tolerance:.0e})"
+            f"(allowed: {self.tolerance:.2g})"
         )
 
 
@@ -197,7 +197,7 @@ def _find_closer(compared: Comparison) -> str | None:
         return None
     distance, name = found[0]
     return (
-        f"embeddings differ by up to {own:.1e}, which {compared.tolerance:.0e} allows, but {name} "
+        f"embeddings differ by up to {own:.1e}, which {compared.tolerance:.2g} allows, but {name} "
         f"gives them within {distance:.1e}."
     )
 

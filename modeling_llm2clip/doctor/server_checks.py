@@ -127,7 +127,7 @@ class _Served:
         return self.describe(sum(map(len, batches)), max(distances))
 
     def describe(self, count: int, distance: float) -> str:
-        return f"{count} embeddings at most {distance:.1e} off (allowed {self.tolerance:.0e})"
+        return f"{count} embeddings at most {distance:.1e} off (allowed {self.tolerance:.2g})"
 
 
 def _encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:

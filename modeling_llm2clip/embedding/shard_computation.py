@@ -140,13 +140,14 @@ class ShardWork:
         with self.writer.hold(shard):
             if self.writer.is_done(shard):
                 return True
-            batches, encode = prepared.batches, self.encoder.encode(prepared)
-            embeds = torch.empty(len(prepared.inputs), self.encoder.dim)
-            with closing(encode) as encoded:  # type: ignore[type-var]
-                for number, batch in enumerate(encoded):
-                    embeds[batches[number]] = batch.float()
-                    bar.update(len(batches[number]))
-                    if stop.signal and number < len(batches) - 1:
+            num_left = len(prepared.inputs)
+            embeds = torch.empty(num_left, self.encoder.dim)
+            with closing(self.encoder.encode(prepared)) as encoded:  # type: ignore[type-var]
+                for numbers, batch in zip(prepared.batches, encoded, strict=True):
+                    embeds[numbers] = batch.float()
+                    bar.update(len(numbers))
+                    num_left -= len(numbers)
+                    if stop.signal and num_left:
                         return False
             self.writer.write(shard, embeds[prepared.rows], prepared.num_truncated)
             bar.update(len(prepared.rows) - len(embeds))  # texts that occur again

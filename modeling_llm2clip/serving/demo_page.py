@@ -28,7 +28,7 @@ from starlette.routing import Match, Mount
 
 from .._suggestions import counted
 from ..image_loading_llm2clip import load_images
-from ..search.results_page import HITS_CSS, Hit, note_rank, write_hits
+from ..search.results_page import HITS_CSS, PageImage, note_rank, write_hits
 from ..search.search_results import SearchResult
 from .errors import RequestError
 from .service import EmbeddingService, Input
@@ -152,7 +152,7 @@ class DemoPage:
             raise _show(str(error)) from error
 
     def _list_hits(self, result: SearchResult) -> tuple[str, str]:
-        shown: list[Hit] = []
+        shown: list[PageImage] = []
         num_gone = 0
         ranked = zip(result.hits, result.columns, strict=True)
         for rank, ((path, cosine), columns) in enumerate(ranked, start=1):
@@ -162,7 +162,7 @@ class DemoPage:
             else:
                 address = f"gradio_api/file={quote(file.as_posix())}"
                 note = note_rank(rank, cosine)
-                shown.append(Hit(columns["path"], image=address, link=address, note=note))
+                shown.append(PageImage(columns["path"], image=address, link=address, note=note))
         assert self.service.index is not None
         total = counted(len(self.service.index), "image")
         summary = f"{len(result.hits)} of {total}, the best first."

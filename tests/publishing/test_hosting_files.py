@@ -136,8 +136,8 @@ def test_the_card_of_a_space_is_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--handler", "--components", "vision-tower"], "--handler serves models of this package"),
-        (["--space", "--components", "text"], "--space needs both towers"),
+        (["--handler", "--components", "vision-tower"], "handler=True serves models of this pack"),
+        (["--space", "--components", "text"], "space=True needs both towers"),
     ],
 )
 def test_a_host_that_cannot_serve_it_is_refused(

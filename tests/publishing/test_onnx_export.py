@@ -454,11 +454,11 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--onnx", "--dtype", "bfloat16"], "--dtype: not with --onnx."),
-        (["--onnx", "--components", "vision-tower"], "--components full, text or vision"),
-        (["--onnx", "--onnx-weights", "int8", "int8"], "--onnx-weights must name"),
-        (["--onnx", "--dry-run"], "--dry-run cannot check ONNX graphs"),
-        (["--onnx-weights", "int8"], "--onnx-weights: only with --onnx."),
+        (["--onnx", "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
+        (["--onnx", "--components", "vision-tower"], "the `components` full, text or vision"),
+        (["--onnx", "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
+        (["--onnx", "--dry-run"], "`dry_run` cannot check ONNX graphs"),
+        (["--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(

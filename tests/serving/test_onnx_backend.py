@@ -60,7 +60,7 @@ def test_a_model_and_its_graphs_are_not_taken_for_each_other(
     assert main(["serve", str(shared_source()), "--port", "0", "--backend", "onnx"]) == 2
     assert "is not a folder of ONNX graphs" in capsys.readouterr().err
     assert main(["serve", str(shared_source()), "--text-weights", "int8"]) == 2
-    assert "--text-weights int8 needs --backend" in capsys.readouterr().err
+    assert "text_weights=int8 needs backend=" in capsys.readouterr().err
 
 
 @pytest.mark.slow
