@@ -32,11 +32,10 @@ _REGISTRATIONS = (
     (f"{_AUTO}.image_processing_auto", "image_cropping_llm2clip",
      ("LLM2CLIPImageProcessor", "LLM2CLIPImageProcessorPil"), ("AutoImageProcessor",)),
 )  # fmt: skip
-# Imported first, it imports an Auto class before the model can be imported, which builds on it.
-_BASE = f"{__package__}.base_llm2clip"
-_WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
-    _BASE, *(f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS)
-}  # fmt: skip
+_BASE = f"{__package__}.base_llm2clip"  # which our modules of several rows import
+_WATCHED = {_BASE, *(auto for auto, *_ in _REGISTRATIONS)} | {
+    f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
+}
 _running: set[str] = set()
 
 

@@ -24,7 +24,8 @@ from ..model_folders.golden_embeddings import (
     measure_distances,
     render_golden_images,
 )
-from .model_report import NotApplicableError
+from ..model_folders.model_writing import explain_incomplete
+from .model_report import ConcernError, NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 # Long enough that half-precision sums overflow if they ever do, short enough for one core.
@@ -160,7 +161,7 @@ def check_padding_invariance(tested: ModelUnderTest) -> str:
 def check_golden_embeddings(tested: ModelUnderTest) -> str:
     """Require the embeddings that were recorded when the folder was written."""
     if not (tested.folder / GOLDEN_FILE).is_file():
-        raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
+        raise ConcernError(str(explain_incomplete(tested.folder)))
     if tested.processor is None:
         raise NotApplicableError("there is no processor to prepare the recorded inputs with")
     compared = compare_golden(tested.folder, tested.model, tested.processor)
