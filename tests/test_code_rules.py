@@ -294,6 +294,8 @@ FIRST_IMPORTS = (
     "from modeling_llm2clip import LLM2CLIPConfig",
     "from modeling_llm2clip import LLM2CLIPProcessor",
     "import modeling_llm2clip.building.build_model",
+    "import modeling_llm2clip.base_llm2clip",
+    "import modeling_llm2clip.model_folders.model_loading",
     "from transformers import AutoModel; import modeling_llm2clip",
 )
 # Each order needs a fresh process; forks of one that has torch already save seconds.
