@@ -72,7 +72,7 @@ class StoreShards:
         lowest = int(addresses.argmin())
         row = self._views[int(shards[lowest])][within[lowest]]
         count = (int(addresses.max()) - row.ctypes.data) // row.itemsize + 1
-        memory = as_strided(row, (count, manifest.dim), row.strides * 2, writeable=False)
+        memory = as_strided(row, (count, manifest.dim), row.strides * 2)  # read-only, as the row is
         return np.asarray(memory[(addresses - row.ctypes.data) // row.itemsize])
 
     def verify(self, shards: Iterable[int]) -> None:
