@@ -44,7 +44,6 @@ from .loading_llm2clip import (
 )
 from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
 
-_CLASS_NAMES = ("LLM2CLIPModel", "LLM2CLIPTextModel", "LLM2CLIPVisionModel")
 SETTINGS_FILE = "config_sentence_transformers.json"
 _NORMALIZE_FOLDER = "1_Normalize"
 _MODULES = [
@@ -329,7 +328,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if isinstance(kwargs.get("config"), PreTrainedConfig):
             # Auto classes would give each later folder of one name the class of the first.
             module = sys.modules[__name__.replace("base_llm2clip", "modeling_llm2clip")]
-            classes = tuple(getattr(module, name) for name in _CLASS_NAMES)
+            classes = (module.LLM2CLIPModel, module.LLM2CLIPTextModel, module.LLM2CLIPVisionModel)
             AutoModel.register(type(kwargs["config"]), classes, exist_ok=True)
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)

@@ -100,7 +100,7 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
     """
     kinds = {*map(type, vision_model.modules())}
     # An argument that the tower itself does not take is never passed (GraniteDocling).
-    asked = any([_takes_interpolation(module) for module in vision_model.modules()])
+    asked = any([can_interpolate(module) for module in vision_model.modules()])
     if not asked and any("interpolat" in method for kind in kinds for method in vars(kind)):
         return False
     patch = find_patch_size(vision_model)
@@ -283,12 +283,8 @@ def pool_vision(
     return (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def can_interpolate(vision_model: nn.Module) -> bool:
-    """Return whether the tower takes the argument, and passes it on to its positions."""
-    return _takes_interpolation(vision_model)
-
-
-def _takes_interpolation(module: nn.Module) -> bool:
+def can_interpolate(module: nn.Module) -> bool:
+    """Return whether a tower, or a part of one, takes the argument."""
     return "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
 
 

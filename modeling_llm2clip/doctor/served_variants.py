@@ -24,6 +24,7 @@ from torch import Tensor
 from ..base_llm2clip import set_attention_direction
 from ..heads_llm2clip import build_pooling_mask, pool_tokens
 from ..image_loading_llm2clip import load_images
+from ..pooling_llm2clip import TEXT_POOLINGS
 from .model_under_test import ModelUnderTest
 
 _EmbedIds: TypeAlias = Callable[[list[int]], Tensor]
@@ -48,13 +49,6 @@ _COMMON_CUTS = (
 )  # fmt: skip
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "…": "..."})
 _JOINERS = re.compile("[\u200b-\u200d\ufe0e\ufe0f\ufeff]")
-_POOLINGS = {
-    "mean": "the mean",
-    "full_mean": "the mean",
-    "weighted_mean": "the weighted mean",
-    "last_token": "the last token",
-    "cls": "the first token",
-}
 _OTHER_POOLINGS = {
     "mean": "mean pooling",
     "last_token": "last-token pooling",
@@ -179,7 +173,7 @@ class TextVariants:
         own = self.tested.config.text_pooling
         return {
             **{
-                f"{name} instead of {_POOLINGS[own]}": partial(
+                f"{name} instead of {TEXT_POOLINGS[own].description}": partial(
                     self._enclose, pooling=pooling, pools_before=pooling == "cls" or None
                 )
                 for pooling, name in _OTHER_POOLINGS.items()
