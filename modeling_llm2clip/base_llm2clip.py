@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -37,6 +36,7 @@ from .loading_llm2clip import (
     bounded_by_weights,
     build_tower,
     list_loaded_files,
+    naming_damage,
     read_file_state,
     refuse_unaccounted_keys,
     remove_old_layout,
@@ -234,20 +234,18 @@ def require_restorable(model: nn.Module) -> None:
         )
     # In the first pass on a CPU, bitsandbytes reorders 4-bit weights and rounds their scales to
     # bfloat16. Saving does not fully undo that.
-    reordered = [name for name, module in quantized.items() if _was_reordered(module)]
+    states = {name: getattr(m.weight, "quant_state", None) for name, m in quantized.items()}
+    reordered = [
+        name
+        for name, state in states.items()
+        if getattr(state, "packing_format_for_cpu", False) or hasattr(state, "original_qshape")
+    ]
     if reordered:
         raise ValueError(
             f"{len(reordered)} 4-bit layers have run on a CPU (first: {reordered[0]}), where "
             "bitsandbytes reorders their weights, so it would save other weights than it loaded. "
             "Load the model again and save it before its first pass, or run it on a GPU."
         )
-
-
-def _was_reordered(module: nn.Module) -> bool:
-    state = getattr(module.weight, "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False)) or hasattr(
-        state, "original_qshape"
-    )
 
 
 _CODE_OF_EVERY_FOLDER = {
@@ -333,16 +331,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        try:
-            with bounded_by_weights(lambda: list_loaded_files(source, kwargs)):
-                loaded: Any = super().from_pretrained(
-                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-                )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{source}: a weight file is truncated or damaged ({error}). Download or save it "
-                "again."
-            ) from error
+        with (
+            naming_damage(source),
+            bounded_by_weights(lambda: list_loaded_files(source, kwargs)),
+        ):
+            loaded: Any = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         model, info = loaded
         if hasattr(model, "vision_model"):
             require_restored_buffers(model.vision_model)

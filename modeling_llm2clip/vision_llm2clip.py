@@ -169,8 +169,15 @@ def choose_interpolation(
     if pixel_values.ndim != 4 or found == own:
         return {}
     what = f"Got images of {found[0]} × {found[1]} pixels"
-    if own is not None:
-        _require_interpolation(vision_model, what, own, wanted=wanted)
+    interpolates = can_interpolate(vision_model)
+    if own is not None and not (interpolates and wanted):
+        raise ValueError(
+            f"{what}; this vision tower has positions for {own[0]} × {own[1]}"
+            f"{'' if interpolates else ' and cannot interpolate them'}. Prepare the images with "
+            "the model's processor, "
+            f"{'pass interpolate_pos_encoding=True, ' if interpolates else ''}or build the model "
+            "with image_size (llm2clip build --image-size)."
+        )
     patch = find_patch_size(vision_model)
     if patch and any(side % patch or not side for side in found):
         raise ValueError(
@@ -178,20 +185,6 @@ def choose_interpolation(
             "tower would ignore the rest. Resize the images."
         )
     return {} if own is None else {"interpolate_pos_encoding": True}
-
-
-def _require_interpolation(
-    vision_model: nn.Module, what: str, own: tuple[int, int], *, wanted: bool
-) -> None:
-    tower = f"this vision tower has positions for {own[0]} × {own[1]}"
-    size = "Prepare the images with the model's processor"
-    build = "build the model with image_size (llm2clip build --image-size)"
-    if not can_interpolate(vision_model):
-        raise ValueError(f"{what}; {tower} and cannot interpolate them. {size}, or {build}.")
-    if not wanted:
-        raise ValueError(
-            f"{what}; {tower}. {size}, pass interpolate_pos_encoding=True, or {build}."
-        )
 
 
 def count_prefix_tokens(vision_model: nn.Module) -> int:

@@ -106,7 +106,9 @@ def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_poole
     Its last word stays text, because a caption may share a token with it, such as " a" after a
     space; but not if the prompt is not pooled, because the model counts the ids before a caption.
     """
-    for start in (*_find_last_words(text), 0) if is_pooled else (len(text),):
+    # Where the words after the first begin, with the space before them; the last first.
+    words = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
+    for start in (*words, 0) if is_pooled else (len(text),):
         joined = text[start:]
         common = set.intersection(
             *(
@@ -120,11 +122,6 @@ def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_poole
         f"With the prompt {text!r} this tokenizer puts no fixed tokens around a caption, so the "
         "prompt cannot be saved in a tokenizer. Choose another prompt of the embedder."
     )
-
-
-def _find_last_words(text: str) -> list[int]:
-    """Return where the words after the first begin, with the space before them; the last first."""
-    return [found.start() for found in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
 
 
 def write_prompt(

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
+from ..loading_llm2clip import open_safetensors
 
 SIDES = ("texts", "images")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class NamedEmbeddings:
         if not self.embeddings.is_floating_point():
             raise ValueError(f"embeddings are {self.embeddings.dtype}; give floating-point ones.")
         if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
-            shown = f"{counted(len(twice), 'repeated name')}: {twice[:_SHOWN]}"
+            shown = f"{counted(len(twice), 'repeated name')}: {list_first(map(repr, twice))}"
             raise ValueError(f"{shown}. Keep one row of each.")
         broken = (~self.embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
-            named = [self.names[row] for row in broken[:_SHOWN]]
+            named = list_first(self.names[row] for row in broken)
             raise ValueError(f"NaN or infinity in {counted(len(broken), 'embedding')}: {named}.")
 
 
@@ -61,13 +60,13 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
     if not file.is_file():
         raise ValueError(f"{file} does not exist. Give a safetensors file of named embeddings.")
     try:
-        with safe_open(file, framework="pt") as opened:
+        with open_safetensors(file) as opened:
             metadata = opened.metadata() or {}
             if "names" not in metadata or "embeddings" not in opened.keys():
                 raise ValueError(
                     f"{file} must hold a tensor 'embeddings' and, as metadata, 'names': a JSON "
-                    "list. "
-                    f"It holds {_shorten(opened.keys())} and, as metadata, {_shorten(metadata)}."
+                    f"list. It holds {list_first(map(repr, sorted(opened.keys())))} and, as "
+                    f"metadata, {list_first(map(repr, sorted(metadata))) or 'nothing'}."
                 )
             names = json.loads(metadata.pop("names"))
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -75,14 +74,5 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
                     "the names are not a JSON list of texts. Write each name as a text."
                 )
             return NamedEmbeddings(tuple(names), opened.get_tensor("embeddings"), metadata)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}).") from error
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
-
-
-def _shorten(names: Iterable[str]) -> str:
-    """Name the first few; a file with the weights of a model has hundreds."""
-    listed = sorted(names)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return (", ".join(map(repr, listed[:_SHOWN])) or "nothing") + more
